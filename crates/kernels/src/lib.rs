@@ -1,0 +1,91 @@
+//! Fused tensor kernels, each differentiable.
+//!
+//! This crate is the seam between Lapidary and its tensor engine (Candle). The rooms above
+//! import [`Tensor`], [`DType`], [`Device`], [`Var`] and [`GradStore`] from here, and call the
+//! functions below for everything that Candle does slowly or wrongly on a CPU.
+//!
+//! Every function accepts `f32` and `f64`, contiguous or strided tensors, and has a backward
+//! pass that Candle's [`Tensor::backward`] finds. The same functions written as plain
+//! compositions of Candle operations are in [`naive`]: slow, readable, and the truth that the
+//! fused kernels are tested against.
+//!
+//! Boolean masks have one polarity everywhere: **1 (or `true`) means keep**, as in the
+//! `attention_mask` of Hugging Face.
+
+mod activation;
+mod error;
+pub mod naive;
+
+pub use activation::Activation;
+pub use candle_core::backprop::GradStore;
+pub use candle_core::{D, DType, Device, IndexOp, Shape, Tensor, TensorId, Var, WithDType};
+pub use error::{Error, Result};
+
+pub use naive::{
+    activate, activation_secant, activation_tangent, attention, cross_entropy, cumulative_product,
+    cumulative_sum, fft_convolution, gather, inverse_real_fft, layer_norm, linear, linear_scan,
+    log_softmax, real_fft, rms_norm, rotary, scatter_add, softmax, sort, top_k,
+};
+
+/// How a softmax over the last dimension is masked.
+#[derive(Clone, Debug, Default)]
+pub struct SoftmaxMask {
+    /// Added to the scores before the softmax; broadcastable to their shape. Not differentiated.
+    pub additive: Option<Tensor>,
+    /// `Some(offset)`: entry `[.., i, j]` is kept only when `j <= i + offset`.
+    pub causal: Option<usize>,
+}
+
+/// Which keys a query may attend to, and what is added to its scores.
+///
+/// Shapes: queries `[batch, heads, query, head_width]`, keys and values
+/// `[batch, groups, key, head_width]` with `heads` a multiple of `groups`: query head `h` reads
+/// group `h / (heads / groups)`. Keys and values may differ in width.
+#[derive(Clone, Debug)]
+pub struct AttentionOptions {
+    /// Multiplies every score before the bias is added, usually `1 / sqrt(head_width)`.
+    pub scale: f64,
+    /// Keep key `j` for query `i` only when `j <= i + query_offset`.
+    pub causal: bool,
+    /// Keep key `j` for query `i` only when `|i + query_offset - j| < window`.
+    pub window: Option<usize>,
+    /// Absolute position of the first query minus that of the first key: with a key/value cache
+    /// of `n` earlier keys this is `n`.
+    pub query_offset: usize,
+    /// `[batch, key]` in `u8`, 1 = keep. A query that keeps no key gets zeros.
+    pub key_padding: Option<Tensor>,
+    /// `[batch | 1, heads | 1, query, key]`, added to the scaled scores; differentiated.
+    pub bias: Option<Tensor>,
+}
+
+impl AttentionOptions {
+    /// Unmasked attention with the usual `1 / sqrt(head_width)` scale.
+    pub fn new(head_width: usize) -> Self {
+        Self {
+            scale: 1.0 / (head_width as f64).sqrt(),
+            causal: false,
+            window: None,
+            query_offset: 0,
+            key_padding: None,
+            bias: None,
+        }
+    }
+}
+
+/// How rotary position embedding pairs the features of a head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RotaryPairs {
+    /// Feature `i` with feature `i + width / 2` (Llama, GPT-NeoX).
+    Halves,
+    /// Feature `2 i` with feature `2 i + 1` (GPT-J, the RoFormer paper).
+    Interleaved,
+}
+
+/// What counts in a cross-entropy.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct CrossEntropyOptions {
+    /// Targets equal to this are left out of the mean.
+    pub ignore_index: Option<u32>,
+    /// Mass spread uniformly over all classes, in `[0, 1)`.
+    pub label_smoothing: f64,
+}

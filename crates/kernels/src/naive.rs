@@ -1,0 +1,496 @@
+//! Every kernel as a plain composition of Candle operations.
+//!
+//! These are slow and hold every intermediate; they exist so that the fused kernels have
+//! something to be compared with, and so that a reader sees each formula once, bare.
+
+use crate::{
+    Activation, AttentionOptions, CrossEntropyOptions, D, DType, Error, Result, RotaryPairs,
+    SoftmaxMask, Tensor,
+};
+
+const MASKED: f64 = f64::NEG_INFINITY;
+
+/// `x Wᵀ + b` for `x` `[.., input]`, `weight` `[output, input]`, `bias` `[output]`.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (output, input) = weight.dims2()?;
+    let mut shape = x.dims().to_vec();
+    match shape.last_mut() {
+        Some(last) if *last == input => *last = output,
+        _ => {
+            return Err(Error::argument(
+                "linear",
+                "x",
+                x.dims(),
+                format!("[.., {input}]"),
+            ));
+        }
+    }
+    let y = x
+        .reshape(((), input))?
+        .matmul(&weight.t()?)?
+        .reshape(shape)?;
+    Ok(match bias {
+        Some(bias) => y.broadcast_add(bias)?,
+        None => y,
+    })
+}
+
+/// Applies `activation` to every element.
+pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    Ok(match activation {
+        Activation::Identity => x.clone(),
+        Activation::Relu => x.relu()?,
+        Activation::Gelu => (((x / std::f64::consts::SQRT_2)?.erf()? + 1.0)? * (x * 0.5)?)?,
+        Activation::GeluTanh => {
+            let c = (2.0 / std::f64::consts::PI).sqrt();
+            let inner = ((x + (x.sqr()? * x)?.affine(0.044715, 0.0)?)? * c)?;
+            ((inner.tanh()? + 1.0)? * (x * 0.5)?)?
+        }
+        Activation::QuickGelu => (sigmoid(&(x * 1.702)?)? * x)?,
+        Activation::Silu => (sigmoid(x)? * x)?,
+        Activation::Tanh => x.tanh()?,
+        Activation::Sigmoid => sigmoid(x)?,
+        Activation::Exp => x.exp()?,
+        // ln(1 + e^x) = max(x, 0) + ln(1 + e^{-|x|})
+        Activation::Softplus => (x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?,
+    })
+}
+
+fn sigmoid(x: &Tensor) -> Result<Tensor> {
+    // σ(x) = (1 + tanh(x/2)) / 2 cannot overflow.
+    Ok(((x * 0.5)?.tanh()?.affine(0.5, 0.5))?)
+}
+
+/// The derivative `f'(x)`, elementwise; at ReLU's corner 0. Not differentiable further.
+pub fn activation_tangent(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    let x = x.detach();
+    let one = || x.ones_like();
+    Ok(match activation {
+        Activation::Identity => one()?,
+        Activation::Relu => x.gt(0.0)?.to_dtype(x.dtype())?,
+        Activation::Gelu => {
+            let cdf = ((&x / std::f64::consts::SQRT_2)?.erf()?.affine(0.5, 0.5))?;
+            let density =
+                ((x.sqr()? * -0.5)?.exp()? * (2.0 * std::f64::consts::PI).sqrt().recip())?;
+            (cdf + (&x * density)?)?
+        }
+        Activation::GeluTanh => {
+            let c = (2.0 / std::f64::consts::PI).sqrt();
+            let inner = ((&x + (x.sqr()? * &x)?.affine(0.044715, 0.0)?)? * c)?;
+            let t = inner.tanh()?;
+            let slope = x.sqr()?.affine(3.0 * 0.044715 * c, c)?;
+            let sech2 = t.sqr()?.affine(-1.0, 1.0)?;
+            (t.affine(0.5, 0.5)? + ((&x * 0.5)? * sech2)?.mul(&slope)?)?
+        }
+        Activation::QuickGelu => {
+            let s = sigmoid(&(&x * 1.702)?)?;
+            let ds = (&s * s.affine(-1.0, 1.0)?)?;
+            (&s + (&x * ds)?.affine(1.702, 0.0)?)?
+        }
+        Activation::Silu => {
+            let s = sigmoid(&x)?;
+            let ds = (&s * s.affine(-1.0, 1.0)?)?;
+            (&s + (&x * ds)?)?
+        }
+        Activation::Tanh => x.tanh()?.sqr()?.affine(-1.0, 1.0)?,
+        Activation::Sigmoid => {
+            let s = sigmoid(&x)?;
+            (&s * s.affine(-1.0, 1.0)?)?
+        }
+        Activation::Exp => x.exp()?,
+        Activation::Softplus => sigmoid(&x)?,
+    })
+}
+
+/// The zero-origin secant `f(x) / x`, elementwise; `f'(0)` where `|x| < 1e-6`.
+///
+/// Only for activations with `f(0) = 0` ([`Activation::passes_origin`]). Not differentiable.
+pub fn activation_secant(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    if !activation.passes_origin() {
+        return Err(Error::argument(
+            "activation_secant",
+            "activation",
+            activation,
+            "one with f(0) = 0; use the tangent",
+        ));
+    }
+    let x = x.detach();
+    let near_zero = x.abs()?.lt(1e-6)?;
+    let safe = near_zero.where_cond(&x.ones_like()?, &x)?;
+    let secant = (activate(&safe, activation)? / &safe)?;
+    let slope = activation_tangent(&x.zeros_like()?, activation)?;
+    Ok(near_zero.where_cond(&slope, &secant)?)
+}
+
+/// Softmax over the last dimension.
+pub fn softmax(x: &Tensor, mask: &SoftmaxMask) -> Result<Tensor> {
+    let x = masked(x, mask)?;
+    // A row with every entry masked gives zeros, not NaN.
+    let max = x
+        .max_keepdim(D::Minus1)?
+        .detach()
+        .maximum(-1e300_f64.max(f32::MIN as f64))?;
+    let e = x.broadcast_sub(&max)?.exp()?;
+    let sum = e.sum_keepdim(D::Minus1)?;
+    let sum = (&sum + sum.eq(0.0)?.to_dtype(sum.dtype())?)?;
+    Ok(e.broadcast_div(&sum)?)
+}
+
+/// Logarithm of the softmax over the last dimension.
+pub fn log_softmax(x: &Tensor, mask: &SoftmaxMask) -> Result<Tensor> {
+    let x = masked(x, mask)?;
+    let max = x.max_keepdim(D::Minus1)?.detach();
+    let shifted = x.broadcast_sub(&max)?;
+    let log_sum = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
+    Ok(shifted.broadcast_sub(&log_sum)?)
+}
+
+fn masked(x: &Tensor, mask: &SoftmaxMask) -> Result<Tensor> {
+    let mut x = x.clone();
+    if let Some(additive) = &mask.additive {
+        x = x.broadcast_add(&additive.detach())?;
+    }
+    if let Some(offset) = mask.causal {
+        let rows = x.dim(D::Minus2)?;
+        let columns = x.dim(D::Minus1)?;
+        x = x.broadcast_add(&keep_to_bias(
+            rows,
+            columns,
+            x.dtype(),
+            x.device(),
+            |i, j| j <= i + offset,
+        )?)?;
+    }
+    Ok(x)
+}
+
+fn keep_to_bias(
+    rows: usize,
+    columns: usize,
+    dtype: DType,
+    device: &crate::Device,
+    keep: impl Fn(usize, usize) -> bool,
+) -> Result<Tensor> {
+    let bias: Vec<f64> = (0..rows)
+        .flat_map(|i| (0..columns).map(move |j| (i, j)))
+        .map(|(i, j)| if keep(i, j) { 0.0 } else { MASKED })
+        .collect();
+    Ok(Tensor::from_vec(bias, (rows, columns), device)?.to_dtype(dtype)?)
+}
+
+/// Mean cross-entropy of `logits` `[rows, classes]` against `targets` `[rows]` (`u32`), in nats.
+pub fn cross_entropy(
+    logits: &Tensor,
+    targets: &Tensor,
+    options: &CrossEntropyOptions,
+) -> Result<Tensor> {
+    let (_, classes) = logits.dims2()?;
+    let log_probability = log_softmax(logits, &SoftmaxMask::default())?;
+    let kept = match options.ignore_index {
+        Some(ignored) => targets.ne(ignored)?,
+        None => targets.ones_like()?.to_dtype(DType::U8)?,
+    };
+    let safe = kept.where_cond(targets, &targets.zeros_like()?)?;
+    let picked = log_probability.gather(&safe.unsqueeze(1)?, 1)?.squeeze(1)?;
+    let uniform = (log_probability.sum(1)? / classes as f64)?;
+    let s = options.label_smoothing;
+    let per_row = (picked.affine(-(1.0 - s), 0.0)? + uniform.affine(-s, 0.0)?)?;
+    let weight = kept.to_dtype(logits.dtype())?;
+    let count = weight.sum_all()?.maximum(1.0)?;
+    Ok(((per_row * weight)?.sum_all()? / count)?)
+}
+
+/// `γ (x - mean) / √(variance + ε) + β` over the last dimension, biased variance.
+pub fn layer_norm(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    epsilon: f64,
+) -> Result<Tensor> {
+    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+    let y = centred.broadcast_div(&(variance + epsilon)?.sqrt()?)?;
+    scale_shift(y, weight, bias)
+}
+
+/// `γ x / √(mean(x²) + ε)` over the last dimension (Zhang & Sennrich, arXiv 1910.07467).
+pub fn rms_norm(x: &Tensor, weight: Option<&Tensor>, epsilon: f64) -> Result<Tensor> {
+    let square = x.sqr()?.mean_keepdim(D::Minus1)?;
+    let y = x.broadcast_div(&(square + epsilon)?.sqrt()?)?;
+    scale_shift(y, weight, None)
+}
+
+fn scale_shift(y: Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>) -> Result<Tensor> {
+    let y = match weight {
+        Some(weight) => y.broadcast_mul(weight)?,
+        None => y,
+    };
+    Ok(match bias {
+        Some(bias) => y.broadcast_add(bias)?,
+        None => y,
+    })
+}
+
+/// The attention weights `softmax(scale · Q Kᵀ + bias)`, `[batch, heads, query, key]`.
+pub fn attention_weights(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    let k = repeat_groups(k, q.dim(1)?)?;
+    let scores = (q.contiguous()?.matmul(&k.transpose(2, 3)?.contiguous()?)? * options.scale)?;
+    let (batch, _, queries, keys) = scores.dims4()?;
+    let mut scores = match &options.bias {
+        Some(bias) => scores.broadcast_add(bias)?,
+        None => scores,
+    };
+    let offset = options.query_offset;
+    scores = scores.broadcast_add(&keep_to_bias(
+        queries,
+        keys,
+        scores.dtype(),
+        scores.device(),
+        |i, j| {
+            (!options.causal || j <= i + offset)
+                && options.window.is_none_or(|w| (i + offset).abs_diff(j) < w)
+        },
+    )?)?;
+    if let Some(keep) = &options.key_padding {
+        let keep = keep.reshape((batch, 1, 1, keys))?;
+        let zero = Tensor::zeros((batch, 1, 1, keys), scores.dtype(), scores.device())?;
+        let masked = zero.affine(1.0, MASKED)?;
+        scores = scores.broadcast_add(&keep.where_cond(&zero, &masked)?)?;
+    }
+    softmax(&scores, &SoftmaxMask::default())
+}
+
+/// `softmax(scale · Q Kᵀ + bias) V`, `[batch, heads, query, value_width]`.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    let weights = attention_weights(q, k, options)?;
+    Ok(weights.matmul(&repeat_groups(v, q.dim(1)?)?.contiguous()?)?)
+}
+
+/// Repeats each of the `groups` of a `[batch, groups, length, width]` tensor so that there are
+/// `heads`.
+pub fn repeat_groups(x: &Tensor, heads: usize) -> Result<Tensor> {
+    let (batch, groups, length, width) = x.dims4()?;
+    if groups == 0 || !heads.is_multiple_of(groups) {
+        return Err(Error::argument(
+            "attention",
+            "key/value groups",
+            groups,
+            format!("a divisor of {heads} heads"),
+        ));
+    }
+    Ok(x.unsqueeze(2)?
+        .broadcast_as((batch, groups, heads / groups, length, width))?
+        .reshape((batch, heads, length, width))?)
+}
+
+/// Rotates pairs of features of `x` `[batch, heads, length, width]` by the angles whose `cos`
+/// and `sin` are `[length, width / 2]` (Su et al., arXiv 2104.09864). Where the tables are
+/// narrower than half the head, the remaining features pass unrotated.
+pub fn rotary(x: &Tensor, cos: &Tensor, sin: &Tensor, pairs: RotaryPairs) -> Result<Tensor> {
+    let width = x.dim(D::Minus1)?;
+    let half = cos.dim(D::Minus1)?;
+    if 2 * half > width {
+        return Err(Error::argument(
+            "rotary",
+            "cos",
+            cos.dims(),
+            format!("[length, <= {}]", width / 2),
+        ));
+    }
+    let rest = x.narrow(D::Minus1, 2 * half, width - 2 * half)?;
+    let x = x.narrow(D::Minus1, 0, 2 * half)?;
+    let rotated = match pairs {
+        RotaryPairs::Halves => {
+            let a = x.narrow(D::Minus1, 0, half)?;
+            let b = x.narrow(D::Minus1, half, half)?;
+            let (a, b) = rotate(&a, &b, cos, sin)?;
+            Tensor::cat(&[a, b], D::Minus1)?
+        }
+        RotaryPairs::Interleaved => {
+            let mut shape = x.dims().to_vec();
+            let last = shape.len() - 1;
+            shape[last] = half;
+            shape.push(2);
+            let split = x.reshape(shape)?;
+            let a = split.narrow(D::Minus1, 0, 1)?.squeeze(D::Minus1)?;
+            let b = split.narrow(D::Minus1, 1, 1)?.squeeze(D::Minus1)?;
+            let (a, b) = rotate(&a, &b, cos, sin)?;
+            Tensor::stack(&[a, b], x.rank())?.reshape(x.shape())?
+        }
+    };
+    Ok(if rest.elem_count() == 0 {
+        rotated
+    } else {
+        Tensor::cat(&[rotated, rest], D::Minus1)?
+    })
+}
+
+fn rotate(a: &Tensor, b: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<(Tensor, Tensor)> {
+    let first = (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?;
+    let second = (b.broadcast_mul(cos)? + a.broadcast_mul(sin)?)?;
+    Ok((first, second))
+}
+
+/// Running sum along `dim`: `y_t = Σ_{s ≤ t} x_s`.
+pub fn cumulative_sum(x: &Tensor, dim: usize) -> Result<Tensor> {
+    Ok(x.cumsum(dim)?)
+}
+
+/// Running product along `dim`: `y_t = Π_{s ≤ t} x_s`.
+pub fn cumulative_product(x: &Tensor, dim: usize) -> Result<Tensor> {
+    let mut running: Option<Tensor> = None;
+    let mut steps = Vec::with_capacity(x.dim(dim)?);
+    for t in 0..x.dim(dim)? {
+        let step = x.narrow(dim, t, 1)?;
+        let next = match &running {
+            Some(product) => (product * &step)?,
+            None => step,
+        };
+        steps.push(next.clone());
+        running = Some(next);
+    }
+    Ok(Tensor::cat(&steps, dim)?)
+}
+
+/// Sorts the last dimension, giving values and indices (`u32`). Ties keep their order.
+pub fn sort(x: &Tensor, descending: bool) -> Result<(Tensor, Tensor)> {
+    let width = x.dim(D::Minus1)?;
+    let rows = x
+        .detach()
+        .to_dtype(DType::F64)?
+        .reshape(((), width))?
+        .to_vec2::<f64>()?;
+    let mut indices = Vec::with_capacity(rows.len() * width);
+    for row in &rows {
+        let mut order: Vec<u32> = (0..width as u32).collect();
+        order.sort_by(|&a, &b| {
+            let ordering = row[a as usize].total_cmp(&row[b as usize]);
+            if descending {
+                ordering.reverse()
+            } else {
+                ordering
+            }
+        });
+        indices.extend(order);
+    }
+    let indices = Tensor::from_vec(indices, x.shape(), x.device())?;
+    Ok((x.contiguous()?.gather(&indices, D::Minus1)?, indices))
+}
+
+/// The `k` largest entries of the last dimension, largest first, with their indices (`u32`).
+pub fn top_k(x: &Tensor, k: usize) -> Result<(Tensor, Tensor)> {
+    let width = x.dim(D::Minus1)?;
+    if k > width {
+        return Err(Error::argument("top_k", "k", k, format!("at most {width}")));
+    }
+    let (values, indices) = sort(x, true)?;
+    Ok((
+        values.narrow(D::Minus1, 0, k)?,
+        indices.narrow(D::Minus1, 0, k)?.contiguous()?,
+    ))
+}
+
+/// `y[.., i, ..] = x[.., indices[.., i, ..], ..]` along `dim`; `indices` (`u32`) has the shape of
+/// the result.
+pub fn gather(x: &Tensor, indices: &Tensor, dim: usize) -> Result<Tensor> {
+    Ok(x.contiguous()?.gather(&indices.contiguous()?, dim)?)
+}
+
+/// Adds `source` into a copy of `x`: `y[.., indices[.., i, ..], ..] += source[.., i, ..]`.
+pub fn scatter_add(x: &Tensor, indices: &Tensor, source: &Tensor, dim: usize) -> Result<Tensor> {
+    Ok(x.contiguous()?
+        .scatter_add(&indices.contiguous()?, &source.contiguous()?, dim)?)
+}
+
+/// Discrete Fourier transform of the real last dimension:
+/// `[.., n] -> [.., n / 2 + 1, 2]`, the last pair being real and imaginary part. Unnormalised.
+pub fn real_fft(x: &Tensor) -> Result<Tensor> {
+    let n = x.dim(D::Minus1)?;
+    let half = n / 2 + 1;
+    let (cos, sin) = fourier_tables(n, half, x)?;
+    let flat = x.reshape(((), n))?;
+    let re = flat.matmul(&cos.t()?)?;
+    let im = flat.matmul(&sin.t()?)?.neg()?;
+    let mut shape = x.dims().to_vec();
+    shape.pop();
+    shape.extend([half, 2]);
+    Ok(Tensor::stack(&[re, im], 2)?.reshape(shape)?)
+}
+
+/// Inverse of [`real_fft`] for a signal of length `n`, normalised by `1/n`:
+/// `[.., n / 2 + 1, 2] -> [.., n]`.
+pub fn inverse_real_fft(x: &Tensor, n: usize) -> Result<Tensor> {
+    let half = n / 2 + 1;
+    if x.rank() < 2 || x.dims()[x.rank() - 2..] != [half, 2] {
+        return Err(Error::argument(
+            "inverse_real_fft",
+            "x",
+            x.dims(),
+            format!("[.., {half}, 2]"),
+        ));
+    }
+    let (cos, sin) = fourier_tables(n, half, x)?;
+    // Every frequency but 0 (and n/2 when n is even) stands for itself and its mirror image.
+    let weight: Vec<f64> = (0..half)
+        .map(|f| {
+            if f == 0 || 2 * f == n {
+                1.0 / n as f64
+            } else {
+                2.0 / n as f64
+            }
+        })
+        .collect();
+    let weight = Tensor::from_vec(weight, (half, 1), x.device())?.to_dtype(x.dtype())?;
+    let flat = x.reshape(((), half, 2))?;
+    let re = flat.narrow(2, 0, 1)?.squeeze(2)?;
+    let im = flat.narrow(2, 1, 1)?.squeeze(2)?;
+    let y =
+        (re.matmul(&cos.broadcast_mul(&weight)?)? - im.matmul(&sin.broadcast_mul(&weight)?)?)?;
+    let mut shape = x.dims()[..x.rank() - 2].to_vec();
+    shape.push(n);
+    Ok(y.reshape(shape)?)
+}
+
+fn fourier_tables(n: usize, half: usize, like: &Tensor) -> Result<(Tensor, Tensor)> {
+    let angle = |f: usize, t: usize| 2.0 * std::f64::consts::PI * ((f * t) % n) as f64 / n as f64;
+    let table = |g: fn(f64) -> f64| -> Result<Tensor> {
+        let values: Vec<f64> = (0..half)
+            .flat_map(|f| (0..n).map(move |t| (f, t)))
+            .map(|(f, t)| g(angle(f, t)))
+            .collect();
+        Ok(Tensor::from_vec(values, (half, n), like.device())?.to_dtype(like.dtype())?)
+    };
+    Ok((table(f64::cos)?, table(f64::sin)?))
+}
+
+/// Causal convolution along the sequence, one filter per channel:
+/// `y[b, c, t] = Σ_s kernel[c, s] x[b, c, t - s]` for `x` `[batch, channels, length]` and
+/// `kernel` `[channels, taps]`.
+pub fn fft_convolution(x: &Tensor, kernel: &Tensor) -> Result<Tensor> {
+    let (_, _, length) = x.dims3()?;
+    let (_, taps) = kernel.dims2()?;
+    let mut y = x.zeros_like()?;
+    for s in 0..taps.min(length) {
+        let shifted = x.narrow(2, 0, length - s)?.pad_with_zeros(2, s, 0)?;
+        y = (y + shifted.broadcast_mul(&kernel.narrow(1, s, 1)?)?)?;
+    }
+    Ok(y)
+}
+
+/// Linear recurrence `h_t = a_t h_{t-1} + b_t` along dimension 1 of `[batch, length, ..]`
+/// tensors, starting from `initial` `[batch, ..]` (zero when absent). Gives every `h_t`.
+pub fn linear_scan(a: &Tensor, b: &Tensor, initial: Option<&Tensor>) -> Result<Tensor> {
+    let length = b.dim(1)?;
+    let mut state = initial.cloned();
+    let mut steps = Vec::with_capacity(length);
+    for t in 0..length {
+        let b_t = b.narrow(1, t, 1)?.squeeze(1)?;
+        let next = match &state {
+            Some(state) => (a.narrow(1, t, 1)?.squeeze(1)?.mul(state)? + b_t)?,
+            None => b_t,
+        };
+        steps.push(next.clone());
+        state = Some(next);
+    }
+    Ok(Tensor::stack(&steps, 1)?)
+}
