@@ -23,8 +23,8 @@ pub use error::{Error, Result};
 
 pub use naive::{
     activate, activation_secant, activation_tangent, attention, cross_entropy, cumulative_product,
-    cumulative_sum, fft_convolution, gather, inverse_real_fft, layer_norm, linear, linear_scan,
-    log_softmax, real_fft, rms_norm, rotary, scatter_add, softmax, sort, top_k,
+    cumulative_sum, embedding, fft_convolution, gather, inverse_real_fft, layer_norm, linear,
+    linear_scan, log_softmax, real_fft, rms_norm, rotary, scatter_add, softmax, sort, top_k,
 };
 
 /// How a softmax over the last dimension is masked.

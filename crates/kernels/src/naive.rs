@@ -494,3 +494,10 @@ pub fn linear_scan(a: &Tensor, b: &Tensor, initial: Option<&Tensor>) -> Result<T
     }
     Ok(Tensor::stack(&steps, 1)?)
 }
+
+/// Rows of `table` `[rows, width]` at `ids` (`u32`, any shape): `[..shape of ids, width]`.
+pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let mut shape = ids.dims().to_vec();
+    shape.push(table.dim(1)?);
+    Ok(table.index_select(&ids.flatten_all()?, 0)?.reshape(shape)?)
+}

@@ -1,0 +1,35 @@
+//! What can go wrong while explaining.
+
+/// An error of an explainer.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The target does not exist for this model and input.
+    #[error("target {what} is {found}, but must be {expected}")]
+    Target {
+        /// Which part of the target.
+        what: &'static str,
+        /// What it is.
+        found: String,
+        /// What would be valid.
+        expected: String,
+    },
+    /// The model or a part of it failed.
+    #[error(transparent)]
+    Model(#[from] lapidary_parts::Error),
+    /// An operation failed, or has no rule under the lens.
+    #[error(transparent)]
+    Signal(#[from] lapidary_signal::Error),
+    /// A kernel failed.
+    #[error(transparent)]
+    Kernel(#[from] lapidary_kernels::Error),
+}
+
+/// The result of an explanation.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Lifts an error of the tensor engine.
+pub(crate) fn engine<T, E: Into<lapidary_kernels::Error>>(
+    result: std::result::Result<T, E>,
+) -> Result<T> {
+    result.map_err(|error| Error::Kernel(error.into()))
+}

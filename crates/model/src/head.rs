@@ -1,0 +1,258 @@
+//! From the last hidden vectors to scores.
+
+use crate::input::Input;
+use crate::spec::{HeadSpec, HeadTransform, Pool};
+use lapidary_kernels::{Activation, D, DType, Tensor};
+use lapidary_parts::norm::Norm;
+use lapidary_parts::parameters::{Init, Parameters};
+use lapidary_parts::{Context, Error, Result};
+use lapidary_signal::{Linear, Signal, Weight};
+
+fn engine<T, E: Into<lapidary_kernels::Error>>(result: std::result::Result<T, E>) -> Result<T> {
+    result.map_err(|error| Error::Kernel(error.into()))
+}
+
+/// The last layer of a model.
+#[derive(Debug)]
+pub(crate) enum Head {
+    None,
+    LanguageModel {
+        transform: Option<(Linear, Activation, Norm)>,
+        projection: Option<Linear>,
+        output: Linear,
+    },
+    Pooled {
+        pool: Pool,
+        norm: Norm,
+        hidden: Option<(Linear, Activation)>,
+        /// One, or for [`Pool::FirstTwo`] two.
+        outputs: Vec<Linear>,
+    },
+}
+
+/// What the head makes.
+pub(crate) struct HeadOutput {
+    pub(crate) pooled: Option<Signal>,
+    pub(crate) logits: Option<Signal>,
+}
+
+impl Head {
+    pub(crate) fn new(
+        spec: &HeadSpec,
+        width: usize,
+        table: Option<&Tensor>,
+        mut parameters: Parameters<'_>,
+    ) -> Result<Self> {
+        match spec {
+            HeadSpec::None => Ok(Self::None),
+            HeadSpec::LanguageModel {
+                tied,
+                bias,
+                transform,
+            } => {
+                let table = table.ok_or_else(|| {
+                    Error::spec("head.kind", "language-model", "a head for patches")
+                })?;
+                let (vocabulary, table_width) = engine(table.dims2())?;
+                let transform = match transform {
+                    None => None,
+                    Some(HeadTransform { activation, norm }) => Some((
+                        parameters.linear("transform", "in", width, width, true)?,
+                        (*activation).into(),
+                        Norm::new(norm, width, parameters.at("norm"))?,
+                    )),
+                };
+                let projection = if table_width == width {
+                    None
+                } else {
+                    Some(parameters.linear("projection", "in", width, table_width, false)?)
+                };
+                let output = if *tied {
+                    let bias = match bias {
+                        true => Some(parameters.at("output").tensor(
+                            "bias",
+                            &[vocabulary],
+                            Init::Zeros,
+                        )?),
+                        false => None,
+                    };
+                    Linear::from_weight(Weight::Dense(table.clone()), bias)?
+                } else {
+                    parameters.linear("output", "in", table_width, vocabulary, *bias)?
+                };
+                Ok(Self::LanguageModel {
+                    transform,
+                    projection,
+                    output,
+                })
+            }
+            HeadSpec::Pooled {
+                pool,
+                norm,
+                hidden,
+                labels,
+                bias,
+            } => {
+                let norm = match norm {
+                    Some(norm) => Norm::new(norm, width, parameters.at("norm"))?,
+                    None => Norm::None,
+                };
+                let hidden = match hidden {
+                    Some(activation) => Some((
+                        parameters.linear("hidden", "in", width, width, true)?,
+                        (*activation).into(),
+                    )),
+                    None => None,
+                };
+                let mut outputs = Vec::new();
+                if let Some(labels) = labels {
+                    outputs.push(parameters.linear("output", "pooled", width, *labels, *bias)?);
+                    if *pool == Pool::FirstTwo {
+                        outputs.push(parameters.linear(
+                            "second_output",
+                            "pooled",
+                            width,
+                            *labels,
+                            *bias,
+                        )?);
+                    }
+                }
+                Ok(Self::Pooled {
+                    pool: *pool,
+                    norm,
+                    hidden,
+                    outputs,
+                })
+            }
+        }
+    }
+
+    /// Scores of `hidden` `[batch, length, width]`.
+    pub(crate) fn forward(
+        &self,
+        hidden: &Signal,
+        input: &Input,
+        cx: &Context<'_>,
+    ) -> Result<HeadOutput> {
+        match self {
+            Self::None => Ok(HeadOutput {
+                pooled: None,
+                logits: None,
+            }),
+            Self::LanguageModel {
+                transform,
+                projection,
+                output,
+            } => {
+                let mut x = cx.trace.site(format_args!("head.in"), hidden.clone())?;
+                if let Some((dense, activation, norm)) = transform {
+                    x = norm.forward(&x.linear(dense)?.activate(*activation)?)?;
+                }
+                if let Some(projection) = projection {
+                    x = x.linear(projection)?;
+                }
+                let logits = cx.trace.site(format_args!("logits"), x.linear(output)?)?;
+                Ok(HeadOutput {
+                    pooled: None,
+                    logits: Some(logits),
+                })
+            }
+            Self::Pooled {
+                pool: Pool::FirstTwo,
+                outputs,
+                ..
+            } => {
+                let first = hidden.narrow(1, 0, 1)?.squeeze(1)?;
+                let second = hidden.narrow(1, 1, 1)?.squeeze(1)?;
+                let [one, two] = outputs.as_slice() else {
+                    return Err(Error::spec("head.labels", "absent", "a number"));
+                };
+                let logits = first.linear(one)?.add(&second.linear(two)?)?.scale(0.5)?;
+                let logits = cx.trace.site(format_args!("logits"), logits)?;
+                Ok(HeadOutput {
+                    pooled: Some(first),
+                    logits: Some(logits),
+                })
+            }
+            Self::Pooled {
+                pool,
+                norm,
+                hidden: dense,
+                outputs,
+            } => {
+                let x = norm.forward(&pool_tokens(*pool, hidden, input, cx)?)?;
+                let mut x = cx.trace.site(format_args!("head.in"), x)?;
+                if let Some((dense, activation)) = dense {
+                    x = x.linear(dense)?.activate(*activation)?;
+                }
+                let pooled = cx.trace.site(format_args!("pooled"), x)?;
+                let logits = match outputs.first() {
+                    Some(output) => Some(
+                        cx.trace
+                            .site(format_args!("logits"), pooled.linear(output)?)?,
+                    ),
+                    None => None,
+                };
+                Ok(HeadOutput {
+                    pooled: Some(pooled),
+                    logits,
+                })
+            }
+        }
+    }
+}
+
+/// `[batch, length, width] -> [batch, width]`.
+fn pool_tokens(pool: Pool, hidden: &Signal, input: &Input, cx: &Context<'_>) -> Result<Signal> {
+    let (batch, length, _) = engine(hidden.value().dims3())?;
+    let keep = match cx.key_padding {
+        Some(padding) => engine(engine(padding.to_dtype(DType::U8))?.to_vec2::<u8>())?,
+        None => vec![vec![1; length]; batch],
+    };
+    let chosen: Vec<usize> = match pool {
+        Pool::First | Pool::FirstTwo => return Ok(hidden.narrow(1, 0, 1)?.squeeze(1)?),
+        Pool::Mean => {
+            let weights: Vec<f64> = keep
+                .iter()
+                .flat_map(|row| {
+                    let count = row.iter().filter(|kept| **kept != 0).count().max(1) as f64;
+                    row.iter()
+                        .map(move |kept| f64::from(u8::from(*kept != 0)) / count)
+                })
+                .collect();
+            let weights = engine(Tensor::from_vec(
+                weights,
+                (batch, length, 1),
+                hidden.device(),
+            ))?;
+            let weights = engine(weights.to_dtype(hidden.dtype()))?;
+            return Ok(hidden.weighted_sum(&weights, 1)?);
+        }
+        Pool::Last => keep
+            .iter()
+            .map(|row| row.iter().rposition(|kept| *kept != 0).unwrap_or(0))
+            .collect(),
+        Pool::HighestId => {
+            let Input::Tokens { ids, .. } = input else {
+                return Err(Error::spec(
+                    "head.pool",
+                    "highest-id",
+                    "first or mean for pixels",
+                ));
+            };
+            // `argmax` gives the first of equal ids, as CLIP's text model expects.
+            let chosen = engine(engine(ids.argmax(D::Minus1))?.to_vec1::<u32>())?;
+            chosen.into_iter().map(|index| index as usize).collect()
+        }
+    };
+    let mut rows = Vec::with_capacity(batch);
+    for (example, index) in chosen.into_iter().enumerate() {
+        rows.push(
+            hidden
+                .narrow(0, example, 1)?
+                .narrow(1, index, 1)?
+                .squeeze(1)?,
+        );
+    }
+    Ok(Signal::concatenate(&rows, 0)?)
+}

@@ -1,0 +1,340 @@
+//! From token ids or pixels to the first hidden vectors.
+
+use crate::spec::{AbsolutePosition, InputSpec, PatchInput, TokenInput};
+use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_parts::norm::Norm;
+use lapidary_parts::parameters::{Init, Parameters};
+use lapidary_parts::{Context, Error, Result};
+use lapidary_signal::{Linear, Signal};
+
+/// What a model is run on.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// Token ids `[batch, length]` in `u32`, and their types.
+    Tokens {
+        /// Token ids.
+        ids: Tensor,
+        /// Token types `[batch, length]` in `u32`; all 0 when absent.
+        token_types: Option<Tensor>,
+    },
+    /// Images `[batch, channels, height, width]`.
+    Pixels(Tensor),
+}
+
+impl Input {
+    /// Token ids `[batch, length]`, of type 0.
+    pub fn tokens(ids: Tensor) -> Self {
+        Self::Tokens {
+            ids,
+            token_types: None,
+        }
+    }
+}
+
+fn engine<T, E: Into<lapidary_kernels::Error>>(result: std::result::Result<T, E>) -> Result<T> {
+    result.map_err(|error| Error::Kernel(error.into()))
+}
+
+/// The first layer of a model.
+#[derive(Debug)]
+pub(crate) enum Embedding {
+    Tokens(TokenEmbedding),
+    Patches(PatchEmbedding),
+}
+
+impl Embedding {
+    pub(crate) fn new(spec: &InputSpec, width: usize, parameters: Parameters<'_>) -> Result<Self> {
+        Ok(match spec {
+            InputSpec::Tokens(spec) => Self::Tokens(TokenEmbedding::new(spec, width, parameters)?),
+            InputSpec::Patches(spec) => {
+                Self::Patches(PatchEmbedding::new(spec, width, parameters)?)
+            }
+        })
+    }
+
+    pub(crate) fn forward(&self, input: &Input, cx: &Context<'_>) -> Result<Signal> {
+        match (self, input) {
+            (Self::Tokens(embedding), Input::Tokens { ids, token_types }) => {
+                embedding.forward(ids, token_types.as_ref(), cx)
+            }
+            (Self::Patches(embedding), Input::Pixels(pixels)) => embedding.forward(pixels, cx),
+            (Self::Tokens(_), Input::Pixels(_)) => Err(Error::spec(
+                "input",
+                "pixel_values",
+                "input_ids for this model",
+            )),
+            (Self::Patches(_), Input::Tokens { .. }) => Err(Error::spec(
+                "input",
+                "input_ids",
+                "pixel_values for this model",
+            )),
+        }
+    }
+
+    /// The embedding table `[vocabulary, embedding width]`.
+    pub(crate) fn table(&self) -> Option<&Tensor> {
+        match self {
+            Self::Tokens(embedding) => Some(&embedding.tokens),
+            Self::Patches(_) => None,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct TokenEmbedding {
+    spec: TokenInput,
+    tokens: Tensor,
+    projection: Option<Linear>,
+    positions: Option<Tensor>,
+    token_types: Option<Tensor>,
+    norm: Norm,
+    width: usize,
+}
+
+impl TokenEmbedding {
+    fn new(spec: &TokenInput, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
+        let init = Init::Normal { deviation: 0.02 };
+        let table_width = spec.embedding_width.unwrap_or(width);
+        let tokens =
+            parameters
+                .at("tokens")
+                .tensor("weight", &[spec.vocabulary, table_width], init)?;
+        let projection = match spec.embedding_width {
+            Some(from) => Some(parameters.linear("projection", "tokens", from, width, false)?),
+            None => None,
+        };
+        let positions = match spec.position {
+            AbsolutePosition::Learned { offset, .. } => Some(parameters.at("positions").tensor(
+                "weight",
+                &[spec.length + offset, width],
+                init,
+            )?),
+            AbsolutePosition::None | AbsolutePosition::Sinusoidal => None,
+        };
+        let token_types = match spec.token_types {
+            0 => None,
+            count => Some(
+                parameters
+                    .at("token_types")
+                    .tensor("weight", &[count, width], init)?,
+            ),
+        };
+        let norm = match &spec.norm {
+            Some(norm) => Norm::new(norm, width, parameters.at("norm"))?,
+            None => Norm::None,
+        };
+        Ok(Self {
+            spec: spec.clone(),
+            tokens,
+            projection,
+            positions,
+            token_types,
+            norm,
+            width,
+        })
+    }
+
+    fn forward(
+        &self,
+        ids: &Tensor,
+        token_types: Option<&Tensor>,
+        cx: &Context<'_>,
+    ) -> Result<Signal> {
+        let (batch, length) = engine(ids.dims2())?;
+        let end = cx.offset + length;
+        if length == 0 {
+            return Err(Error::spec("input length", 0, "at least 1 token"));
+        }
+        if end > self.spec.length {
+            return Err(Error::spec(
+                "input length",
+                end,
+                format!(
+                    "at most {} tokens, the length of the model",
+                    self.spec.length
+                ),
+            ));
+        }
+        check_ids("input_ids", ids, self.spec.vocabulary)?;
+        let mut x = Signal::from(look_up(&self.tokens, ids)?);
+        if let Some(projection) = &self.projection {
+            x = x.linear(projection)?;
+        }
+        if let Some(table) = &self.token_types {
+            let types = match token_types {
+                Some(types) => {
+                    check_ids("token_type_ids", types, self.spec.token_types)?;
+                    look_up(table, types)?
+                }
+                None => engine(table.narrow(0, 0, 1))?,
+            };
+            x = x.add_constant(&types)?;
+        } else if token_types.is_some() {
+            return Err(Error::spec(
+                "token_type_ids",
+                "given",
+                "absent: this model has no token types",
+            ));
+        }
+        if let Some(positions) = self.positions(batch, length, cx, x.dtype(), x.device())? {
+            x = x.add_constant(&positions)?;
+        }
+        self.norm.forward(&x)
+    }
+
+    /// What is added for positions: `[length, width]` or `[batch, length, width]`.
+    fn positions(
+        &self,
+        batch: usize,
+        length: usize,
+        cx: &Context<'_>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Option<Tensor>> {
+        match (self.spec.position, &self.positions) {
+            (
+                AbsolutePosition::Learned {
+                    offset,
+                    skip_padding,
+                },
+                Some(table),
+            ) => match cx.key_padding.filter(|_| skip_padding) {
+                Some(padding) => {
+                    let rows = rows_without_padding(padding, batch, length, cx.offset, offset)?;
+                    let rows = engine(Tensor::from_vec(rows, (batch, length), device))?;
+                    Ok(Some(look_up(table, &rows)?))
+                }
+                None => Ok(Some(engine(table.narrow(0, offset + cx.offset, length))?)),
+            },
+            (AbsolutePosition::Sinusoidal, _) => {
+                let half = self.width / 2;
+                let values: Vec<f32> = (cx.offset..cx.offset + length)
+                    .flat_map(|t| (0..self.width).map(move |i| (t, i)))
+                    .map(|(t, i)| {
+                        let rate = 10_000f64.powf(-2.0 * (i / 2) as f64 / (2 * half) as f64);
+                        let angle = t as f64 * rate;
+                        (if i.is_multiple_of(2) {
+                            angle.sin()
+                        } else {
+                            angle.cos()
+                        }) as f32
+                    })
+                    .collect();
+                let table = engine(Tensor::from_vec(values, (length, self.width), device))?;
+                Ok(Some(engine(table.to_dtype(dtype))?))
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
+/// Rows of the position table when padding is not counted: real token `i` of a sequence takes
+/// row `offset + i`, a pad row `offset − 1`.
+fn rows_without_padding(
+    padding: &Tensor,
+    batch: usize,
+    length: usize,
+    earlier: usize,
+    offset: usize,
+) -> Result<Vec<u32>> {
+    let keep = engine(engine(padding.to_dtype(DType::U8))?.to_vec2::<u8>())?;
+    let mut rows = Vec::with_capacity(batch * length);
+    for sequence in &keep {
+        let mut seen = 0;
+        for (index, kept) in sequence.iter().enumerate() {
+            let row = if *kept == 0 {
+                offset.saturating_sub(1)
+            } else {
+                offset + seen
+            };
+            seen += usize::from(*kept != 0);
+            if index >= earlier {
+                rows.push(row as u32);
+            }
+        }
+    }
+    if rows.len() != batch * length {
+        let expected = format!("[{batch}, {}]", earlier + length);
+        return Err(Error::spec(
+            "attention_mask shape",
+            padding.dims(),
+            expected,
+        ));
+    }
+    Ok(rows)
+}
+
+fn check_ids(what: &str, ids: &Tensor, count: usize) -> Result<()> {
+    let largest = engine(engine(engine(ids.flatten_all())?.max(0))?.to_scalar::<u32>())?;
+    if largest as usize >= count {
+        return Err(Error::spec(what, largest, format!("below {count}")));
+    }
+    Ok(())
+}
+
+/// Rows of `table` `[rows, width]` at `ids` `[.., ]`, giving `[.., width]`.
+fn look_up(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    Ok(lapidary_kernels::embedding(table, ids)?)
+}
+
+#[derive(Debug)]
+pub(crate) struct PatchEmbedding {
+    spec: PatchInput,
+    projection: Linear,
+    class_tokens: Option<Tensor>,
+    positions: Tensor,
+    norm: Norm,
+}
+
+impl PatchEmbedding {
+    fn new(spec: &PatchInput, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
+        let init = Init::Normal { deviation: 0.02 };
+        let features = spec.channels * spec.patch * spec.patch;
+        let projection = parameters.linear("patches", "pixels", features, width, spec.bias)?;
+        let class_tokens = match spec.class_tokens {
+            0 => None,
+            count => Some(parameters.tensor("class_tokens", &[count, width], init)?),
+        };
+        let tokens = spec.patches() + spec.class_tokens;
+        let positions = parameters
+            .at("positions")
+            .tensor("weight", &[tokens, width], init)?;
+        let norm = match &spec.norm {
+            Some(norm) => Norm::new(norm, width, parameters.at("norm"))?,
+            None => Norm::None,
+        };
+        Ok(Self {
+            spec: spec.clone(),
+            projection,
+            class_tokens,
+            positions,
+            norm,
+        })
+    }
+
+    fn forward(&self, pixels: &Tensor, _cx: &Context<'_>) -> Result<Signal> {
+        let [height, width] = self.spec.image;
+        let (channels, patch) = (self.spec.channels, self.spec.patch);
+        let batch = match pixels.dims() {
+            [batch, c, h, w] if [*c, *h, *w] == [channels, height, width] => *batch,
+            found => {
+                let expected = format!("[batch, {channels}, {height}, {width}]");
+                return Err(Error::spec("pixel_values shape", found, expected));
+            }
+        };
+        let (rows, columns) = (height / patch, width / patch);
+        // [batch, channels, rows, patch, columns, patch] -> [batch, rows, columns, channels,
+        // patch, patch], so that a patch is one row of pixels in the order of a convolution.
+        let cut = engine(pixels.reshape(vec![batch, channels, rows, patch, columns, patch]))?;
+        let cut = engine(cut.permute(vec![0, 2, 4, 1, 3, 5]))?;
+        let cut = engine(cut.reshape((batch, rows * columns, channels * patch * patch)))?;
+        let mut x = Signal::from(cut).linear(&self.projection)?;
+        if let Some(tokens) = &self.class_tokens {
+            let (count, features) = engine(tokens.dims2())?;
+            let tokens =
+                engine(engine(tokens.unsqueeze(0))?.broadcast_as((batch, count, features)))?;
+            x = Signal::concatenate(&[Signal::from(tokens), x], 1)?;
+        }
+        self.norm.forward(&x.add_constant(&self.positions)?)
+    }
+}

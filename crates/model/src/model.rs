@@ -1,0 +1,214 @@
+//! A spec with its parameters: something that runs.
+
+use std::collections::BTreeMap;
+
+use crate::head::Head;
+use crate::input::{Embedding, Input};
+use crate::source::{Initialiser, Recorder};
+use crate::spec::ModelSpec;
+use lapidary_kernels::{DType, Device, Tensor, Var};
+use lapidary_parts::block::Block;
+use lapidary_parts::norm::Norm;
+use lapidary_parts::parameters::{LinearInfo, ParameterSource, Parameters};
+use lapidary_parts::state::DecodeState;
+use lapidary_parts::{Context, Error, Result};
+use lapidary_signal::{Signal, Trace};
+
+/// A model: a spec, its named parameters, and the modules built from both.
+///
+/// A model is never changed in place. What alters weights or structure (training aside, which
+/// updates the variables) makes a new spec and a new map of parameters and builds a new model.
+#[derive(Debug)]
+pub struct Model {
+    spec: ModelSpec,
+    parameters: BTreeMap<String, Tensor>,
+    variables: BTreeMap<String, Var>,
+    linears: Vec<LinearInfo>,
+    embedding: Embedding,
+    blocks: Vec<Block>,
+    final_norm: Norm,
+    head: Head,
+}
+
+/// How one forward pass is run.
+#[derive(Default)]
+pub struct Pass<'a> {
+    /// `[batch, length]` in `u8`, 1 = a real token; with a decode state it covers the earlier
+    /// tokens too.
+    pub padding: Option<&'a Tensor>,
+    /// Sites to capture, replace or tap.
+    pub trace: Option<&'a Trace>,
+    /// Seed of dropout; evaluation when absent.
+    pub dropout_seed: Option<u64>,
+    /// What was decoded before; updated.
+    pub state: Option<&'a mut DecodeState>,
+    /// Scores of the last position only.
+    pub only_last: bool,
+    /// What cross-attention reads, and its padding.
+    pub memory: Option<(&'a Signal, Option<&'a Tensor>)>,
+}
+
+/// What a model gives.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// `[batch, length, width]`, after the final norm.
+    pub hidden: Signal,
+    /// `[batch, width]`, for heads that pool.
+    pub pooled: Option<Signal>,
+    /// `[batch, length, vocabulary]` or `[batch, labels]`.
+    pub logits: Option<Signal>,
+}
+
+impl Output {
+    /// The scores; an error for a model without a head.
+    pub fn into_logits(self) -> Result<Signal> {
+        self.logits
+            .ok_or_else(|| Error::spec("head", "none", "one that gives scores"))
+    }
+}
+
+impl Model {
+    /// Builds a model whose parameters come from `source`.
+    pub fn new(spec: ModelSpec, source: &mut dyn ParameterSource) -> Result<Self> {
+        Self::build(spec, source, false)
+    }
+
+    /// Builds a model whose parameters can be trained: each becomes a variable.
+    pub fn trainable(spec: ModelSpec, source: &mut dyn ParameterSource) -> Result<Self> {
+        Self::build(spec, source, true)
+    }
+
+    /// Builds a model with initial values from a seed.
+    pub fn initialised(spec: ModelSpec, seed: u64, dtype: DType, device: &Device) -> Result<Self> {
+        Self::new(spec, &mut Initialiser::new(seed, dtype, device.clone()))
+    }
+
+    fn build(spec: ModelSpec, source: &mut dyn ParameterSource, trainable: bool) -> Result<Self> {
+        spec.validate()?;
+        let mut recorder = Recorder::new(source, trainable);
+        let mut linears = Vec::new();
+        let ranks = spec.low_rank.clone();
+        let width = spec.width;
+        let mut root = Parameters::new(&mut recorder, &ranks, &mut linears);
+        let embedding = Embedding::new(&spec.input, width, root.at("embeddings"))?;
+        let mut blocks = Vec::new();
+        for (index, block) in spec.expanded_blocks().iter().enumerate() {
+            blocks.push(Block::new(block, width, root.at("blocks").at(index))?);
+        }
+        let final_norm = match &spec.final_norm {
+            Some(norm) => Norm::new(norm, width, root.at("final_norm"))?,
+            None => Norm::None,
+        };
+        let head = Head::new(&spec.head, width, embedding.table(), root.at("head"))?;
+        if let Some(unknown) = ranks
+            .keys()
+            .find(|path| !linears.iter().any(|l| l.path == **path))
+        {
+            return Err(Error::spec(
+                format!("low_rank.{unknown}"),
+                "no such layer",
+                "the path of a linear layer",
+            ));
+        }
+        let Recorder {
+            parameters,
+            variables,
+            ..
+        } = recorder;
+        Ok(Self {
+            spec,
+            parameters,
+            variables,
+            linears,
+            embedding,
+            blocks,
+            final_norm,
+            head,
+        })
+    }
+
+    /// The spec it was built from.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Every parameter by name.
+    pub fn parameters(&self) -> &BTreeMap<String, Tensor> {
+        &self.parameters
+    }
+
+    /// The variables of a trainable model, by parameter name.
+    pub fn variables(&self) -> &BTreeMap<String, Var> {
+        &self.variables
+    }
+
+    /// Every linear layer, with the site where its input can be seen.
+    pub fn linears(&self) -> &[LinearInfo] {
+        &self.linears
+    }
+
+    /// Number of parameters, tied ones counted once.
+    pub fn parameter_count(&self) -> usize {
+        self.parameters.values().map(Tensor::elem_count).sum()
+    }
+
+    /// An empty decode state for this model.
+    pub fn decode_state(&self) -> DecodeState {
+        DecodeState::new(self.blocks.len())
+    }
+
+    /// Element type of the parameters.
+    pub fn dtype(&self) -> DType {
+        self.parameters
+            .values()
+            .next()
+            .map_or(DType::F32, Tensor::dtype)
+    }
+
+    /// Where the parameters live.
+    pub fn device(&self) -> Device {
+        self.parameters
+            .values()
+            .next()
+            .map_or(Device::Cpu, |tensor| tensor.device().clone())
+    }
+
+    /// Runs the model.
+    pub fn forward(&self, input: &Input, pass: Pass<'_>) -> Result<Output> {
+        let silent = Trace::new();
+        let mut state = pass.state;
+        let cx = Context {
+            trace: pass.trace.unwrap_or(&silent),
+            key_padding: pass.padding,
+            offset: state.as_ref().map_or(0, |state| state.length),
+            dropout_seed: pass.dropout_seed,
+            memory: pass.memory,
+        };
+        let x = self.embedding.forward(input, &cx)?;
+        let length = x.dims().get(1).copied().unwrap_or(0);
+        let mut x = cx.trace.site(format_args!("embeddings"), x)?;
+        for (index, block) in self.blocks.iter().enumerate() {
+            let mixer = state
+                .as_deref_mut()
+                .and_then(|state| state.mixers.get_mut(index));
+            x = block.forward(x, &cx, mixer)?;
+        }
+        if let Some(state) = state {
+            state.length += length;
+        }
+        let hidden = cx
+            .trace
+            .site(format_args!("final_norm"), self.final_norm.forward(&x)?)?;
+        let scored = if pass.only_last && length > 1 {
+            hidden.narrow(1, length - 1, 1)?
+        } else {
+            hidden.clone()
+        };
+        let output = self.head.forward(&scored, input, &cx)?;
+        Ok(Output {
+            hidden,
+            pooled: output.pooled,
+            logits: output.logits,
+        })
+    }
+}

@@ -1,0 +1,387 @@
+//! A model as data.
+//!
+//! A [`ModelSpec`] reads and writes as TOML or JSON. Blocks may differ from each other, and any
+//! linear layer may be factorised by giving it a rank.
+//!
+//! ```
+//! let spec: lapidary_model::ModelSpec = toml::from_str(r#"
+//!     width = 64
+//!     [input]
+//!     kind = "tokens"
+//!     vocabulary = 256
+//!     length = 128
+//!     [[blocks]]
+//!     repeat = 2
+//!     attention = { kind = "multi-head", heads = 4, causal = true }
+//!     feedforward = { kind = "dense", hidden = 256 }
+//!     [head]
+//!     kind = "language-model"
+//! "#)?;
+//! spec.validate()?;
+//! assert_eq!(spec.expanded_blocks().len(), 2);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+use std::collections::BTreeMap;
+
+use lapidary_parts::activation::ActivationSpec;
+use lapidary_parts::block::BlockSpec;
+use lapidary_parts::norm::NormSpec;
+use lapidary_parts::{Error, Result};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Bounds that keep a spec from asking for more memory than any machine has.
+const MAX_WIDTH: usize = 1 << 17;
+const MAX_BLOCKS: usize = 4096;
+const MAX_VOCABULARY: usize = 1 << 24;
+const MAX_LENGTH: usize = 1 << 24;
+const MAX_HIDDEN: usize = 1 << 20;
+
+/// A model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSpec {
+    /// Features of a token.
+    pub width: usize,
+    /// What goes in.
+    pub input: InputSpec,
+    /// The blocks in order.
+    pub blocks: Vec<BlockSpec>,
+    /// Norm after the last block.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub final_norm: Option<NormSpec>,
+    /// What comes out.
+    #[serde(default)]
+    pub head: HeadSpec,
+    /// Rank of each factorised linear layer, by path (`blocks.0.attention.query`).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub low_rank: BTreeMap<String, usize>,
+}
+
+/// What a model reads.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum InputSpec {
+    /// Token ids.
+    Tokens(TokenInput),
+    /// Images cut into patches.
+    Patches(PatchInput),
+}
+
+/// Embedding of token ids.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TokenInput {
+    /// Number of token ids.
+    pub vocabulary: usize,
+    /// Most tokens at a time.
+    pub length: usize,
+    /// Positions added to the embeddings.
+    #[serde(default)]
+    pub position: AbsolutePosition,
+    /// Number of token types (segments); 0 for none.
+    #[serde(default)]
+    pub token_types: usize,
+    /// Norm of the embeddings.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub norm: Option<NormSpec>,
+    /// Width of the embedding table, where it differs from the model's: a linear map follows it
+    /// and, in a language model, another precedes the output.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embedding_width: Option<usize>,
+    /// Probability with which an entry of the embeddings is dropped in training.
+    #[serde(default)]
+    pub dropout: f64,
+}
+
+/// Positions added to the embeddings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum AbsolutePosition {
+    /// None.
+    #[default]
+    None,
+    /// A table with a row for each position.
+    Learned {
+        /// Rows of the table before that of the first position.
+        #[serde(default)]
+        offset: usize,
+        /// Whether padding is skipped in counting; pads then take row `offset − 1`.
+        #[serde(default)]
+        skip_padding: bool,
+    },
+    /// `sin(t θ_i), cos(t θ_i)` (Vaswani et al., arXiv 1706.03762).
+    Sinusoidal,
+}
+
+/// Embedding of image patches by one linear map of each patch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PatchInput {
+    /// Height and width of the image, in pixels.
+    pub image: [usize; 2],
+    /// Height and width of a patch.
+    pub patch: usize,
+    /// Colour channels.
+    #[serde(default = "three")]
+    pub channels: usize,
+    /// Learned tokens before the patches: a class token, and in DeiT a distillation token.
+    #[serde(default = "one")]
+    pub class_tokens: usize,
+    /// Whether the patch map has a bias.
+    #[serde(default = "yes")]
+    pub bias: bool,
+    /// Norm of the embeddings.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub norm: Option<NormSpec>,
+}
+
+fn three() -> usize {
+    3
+}
+
+fn one() -> usize {
+    1
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl PatchInput {
+    /// Number of patches.
+    pub fn patches(&self) -> usize {
+        (self.image[0] / self.patch.max(1)) * (self.image[1] / self.patch.max(1))
+    }
+}
+
+/// What a model gives.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum HeadSpec {
+    /// The hidden vectors.
+    #[default]
+    None,
+    /// A score for each token id at each position.
+    LanguageModel {
+        /// Whether the output matrix is the embedding table.
+        #[serde(default = "yes")]
+        tied: bool,
+        /// Whether the scores have a bias.
+        #[serde(default)]
+        bias: bool,
+        /// A dense layer before the output matrix.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        transform: Option<HeadTransform>,
+    },
+    /// One vector for each sequence.
+    Pooled {
+        /// Which token stands for the sequence.
+        #[serde(default)]
+        pool: Pool,
+        /// Norm of the pooled vector.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        norm: Option<NormSpec>,
+        /// Activation of a dense layer on the pooled vector, which is there when this is given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hidden: Option<ActivationSpec>,
+        /// Number of scores, or features of a projection.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        labels: Option<usize>,
+        /// Whether the scores have a bias.
+        #[serde(default = "yes")]
+        bias: bool,
+    },
+}
+
+/// `norm(f(x Wᵀ + b))` before the output matrix of a masked language model.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HeadTransform {
+    /// `f`.
+    pub activation: ActivationSpec,
+    /// The norm after it.
+    pub norm: NormSpec,
+}
+
+/// Which token stands for a sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pool {
+    /// The first.
+    #[default]
+    First,
+    /// The mean over real tokens.
+    Mean,
+    /// The last real token.
+    Last,
+    /// The token with the highest id: CLIP's end of text.
+    HighestId,
+    /// The mean of the scores of two heads, one on the first and one on the second token
+    /// (DeiT's class and distillation token).
+    FirstTwo,
+}
+
+impl ModelSpec {
+    /// The blocks, repetitions written out.
+    pub fn expanded_blocks(&self) -> Vec<BlockSpec> {
+        self.blocks
+            .iter()
+            .flat_map(|block| {
+                let single = BlockSpec {
+                    repeat: 1,
+                    ..block.clone()
+                };
+                std::iter::repeat_n(single, block.repeat)
+            })
+            .collect()
+    }
+
+    /// Whether every block is causal, so that the model can generate.
+    pub fn is_causal(&self) -> bool {
+        !self.blocks.is_empty() && self.blocks.iter().all(|block| block.attention.is_causal())
+    }
+
+    /// Most tokens the model takes at a time, where its input bounds them.
+    pub fn length(&self) -> usize {
+        match &self.input {
+            InputSpec::Tokens(tokens) => tokens.length,
+            InputSpec::Patches(patches) => patches.patches() + patches.class_tokens,
+        }
+    }
+
+    /// Number of token ids, for models that read tokens.
+    pub fn vocabulary(&self) -> Option<usize> {
+        match &self.input {
+            InputSpec::Tokens(tokens) => Some(tokens.vocabulary),
+            InputSpec::Patches(_) => None,
+        }
+    }
+
+    /// Refuses what cannot be built, naming the field, its value and what would be valid.
+    pub fn validate(&self) -> Result<()> {
+        bounded("width", self.width, MAX_WIDTH)?;
+        let blocks: usize = self
+            .blocks
+            .iter()
+            .map(|block| block.repeat)
+            .fold(0, usize::saturating_add);
+        if blocks > MAX_BLOCKS {
+            return Err(Error::spec(
+                "blocks",
+                blocks,
+                format!("at most {MAX_BLOCKS}"),
+            ));
+        }
+        match &self.input {
+            InputSpec::Tokens(tokens) => {
+                bounded("input.vocabulary", tokens.vocabulary, MAX_VOCABULARY)?;
+                bounded("input.length", tokens.length, MAX_LENGTH)?;
+                if tokens.token_types > 1024 {
+                    return Err(Error::spec(
+                        "input.token_types",
+                        tokens.token_types,
+                        "at most 1024",
+                    ));
+                }
+                if let Some(width) = tokens.embedding_width {
+                    bounded("input.embedding_width", width, MAX_WIDTH)?;
+                }
+                if let AbsolutePosition::Learned { offset, .. } = tokens.position
+                    && offset > 1024
+                {
+                    return Err(Error::spec("input.position.offset", offset, "at most 1024"));
+                }
+                if tokens.position == AbsolutePosition::Sinusoidal && !self.width.is_multiple_of(2)
+                {
+                    return Err(Error::spec(
+                        "width",
+                        self.width,
+                        "even for sinusoidal positions",
+                    ));
+                }
+                if !(0.0..1.0).contains(&tokens.dropout) {
+                    return Err(Error::spec(
+                        "input.dropout",
+                        tokens.dropout,
+                        "at least 0 and below 1",
+                    ));
+                }
+            }
+            InputSpec::Patches(patches) => validate_patches(patches)?,
+        }
+        for (index, block) in self.blocks.iter().enumerate() {
+            block.validate(self.width, &format!("blocks.{index}"))?;
+            if let Some(hidden) = block.feedforward.as_ref().map(|part| part.hidden()) {
+                bounded(
+                    &format!("blocks.{index}.feedforward.hidden"),
+                    hidden,
+                    MAX_HIDDEN,
+                )?;
+            }
+        }
+        if let Some(norm) = &self.final_norm {
+            norm.validate("final_norm")?;
+        }
+        self.validate_head()
+    }
+
+    fn validate_head(&self) -> Result<()> {
+        match &self.head {
+            HeadSpec::None => Ok(()),
+            HeadSpec::LanguageModel { .. } if self.vocabulary().is_none() => Err(Error::spec(
+                "head.kind",
+                "language-model",
+                "pooled or none for a model that reads patches",
+            )),
+            HeadSpec::LanguageModel { .. } => Ok(()),
+            HeadSpec::Pooled { pool, labels, .. } => {
+                if *labels == Some(0) {
+                    return Err(Error::spec("head.labels", 0, "at least 1"));
+                }
+                if *pool == Pool::HighestId && self.vocabulary().is_none() {
+                    return Err(Error::spec("head.pool", pool, "first or mean for patches"));
+                }
+                if *pool == Pool::FirstTwo && labels.is_none() {
+                    return Err(Error::spec(
+                        "head.labels",
+                        labels,
+                        "a number: first-two averages scores",
+                    ));
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+fn validate_patches(patches: &PatchInput) -> Result<()> {
+    bounded("input.patch", patches.patch, 4096)?;
+    bounded("input.channels", patches.channels, 4096)?;
+    for side in patches.image {
+        bounded("input.image", side, 1 << 16)?;
+        if !side.is_multiple_of(patches.patch) {
+            return Err(Error::spec(
+                "input.image",
+                patches.image,
+                format!("multiples of the patch size {}", patches.patch),
+            ));
+        }
+    }
+    if patches.class_tokens > 1024 {
+        return Err(Error::spec(
+            "input.class_tokens",
+            patches.class_tokens,
+            "at most 1024",
+        ));
+    }
+    Ok(())
+}
+
+fn bounded(field: &str, value: usize, most: usize) -> Result<()> {
+    if value == 0 || value > most {
+        return Err(Error::spec(field, value, format!("between 1 and {most}")));
+    }
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! Parts that mix tokens.
+
+mod multi_head;
+
+pub use multi_head::{MultiHeadAttention, MultiHeadSpec, QueryKeyNorm};
+
+use crate::parameters::Parameters;
+use crate::state::MixerState;
+use crate::{Context, Result};
+use lapidary_signal::Signal;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Which mixer, and how it is set up.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum MixerSpec {
+    /// Softmax attention with several heads (Vaswani et al., arXiv 1706.03762).
+    MultiHead(MultiHeadSpec),
+}
+
+impl MixerSpec {
+    /// Refuses what cannot be built for tokens of `width`.
+    pub fn validate(&self, width: usize, field: &str) -> Result<()> {
+        match self {
+            Self::MultiHead(spec) => spec.validate(width, field),
+        }
+    }
+
+    /// Whether a token is kept from seeing later ones.
+    pub fn is_causal(&self) -> bool {
+        match self {
+            Self::MultiHead(spec) => spec.causal,
+        }
+    }
+
+    /// The kind's name in a spec.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::MultiHead(_) => "multi-head",
+        }
+    }
+}
+
+/// A mixer with its parameters.
+#[derive(Debug)]
+pub enum Mixer {
+    /// Softmax attention.
+    MultiHead(MultiHeadAttention),
+}
+
+impl Mixer {
+    /// Builds the mixer for tokens of `width`.
+    pub fn new(spec: &MixerSpec, width: usize, parameters: Parameters<'_>) -> Result<Self> {
+        Ok(match spec {
+            MixerSpec::MultiHead(spec) => {
+                Self::MultiHead(MultiHeadAttention::new(spec, width, parameters)?)
+            }
+        })
+    }
+
+    /// Mixes the tokens of `x` `[batch, length, width]`; `state` remembers earlier ones.
+    pub fn forward(
+        &self,
+        x: &Signal,
+        cx: &Context<'_>,
+        state: Option<&mut MixerState>,
+    ) -> Result<Signal> {
+        match self {
+            Self::MultiHead(attention) => attention.forward(x, cx, state),
+        }
+    }
+}

@@ -1,0 +1,363 @@
+//! Multi-head attention (Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762),
+//! with grouped keys and values (Ainslie et al., arXiv 2305.13245), sliding windows, and the
+//! positions of [`crate::position`].
+//!
+//! `y = concat_h( softmax(scale · Q_h K_hᵀ + bias) V_h ) W_Oᵀ + b_O`
+
+use crate::dropout::dropout;
+use crate::error::tensor;
+use crate::norm::{Norm, NormSpec};
+use crate::parameters::Parameters;
+use crate::position::{Position, PositionSpec};
+use crate::state::MixerState;
+use crate::{Context, Error, Result};
+use lapidary_kernels::{AttentionOptions, Tensor, naive};
+use lapidary_signal::{Lens, Linear, Signal, relevance::AttentionRule};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Multi-head attention.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MultiHeadSpec {
+    /// Number of query heads.
+    pub heads: usize,
+    /// Number of key/value heads; as many as query heads when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub groups: Option<usize>,
+    /// Features of a head; the width divided by the heads when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_width: Option<usize>,
+    /// Whether a token sees only itself and earlier ones.
+    #[serde(default)]
+    pub causal: bool,
+    /// A token sees keys less than this many positions away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<usize>,
+    /// Whether the query, key and value projections have biases.
+    #[serde(default = "yes")]
+    pub bias: bool,
+    /// Whether the output projection has a bias; as the others when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_bias: Option<bool>,
+    /// How scores know about positions.
+    #[serde(default)]
+    pub position: PositionSpec,
+    /// Normalisation of queries and keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub query_key_norm: Option<QueryKeyNorm>,
+    /// Multiplies the scores; `1 / √head_width` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<f64>,
+    /// Probability with which an attention weight is dropped in training.
+    #[serde(default)]
+    pub dropout: f64,
+}
+
+/// Where queries and keys are normalised before their product.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QueryKeyNorm {
+    /// Which norm.
+    pub norm: NormSpec,
+    /// Over each head by itself, or over all heads together.
+    #[serde(default)]
+    pub per_head: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl MultiHeadSpec {
+    /// Attention with `heads` heads and the defaults otherwise.
+    pub fn new(heads: usize) -> Self {
+        Self {
+            heads,
+            groups: None,
+            head_width: None,
+            causal: false,
+            window: None,
+            bias: true,
+            output_bias: None,
+            position: PositionSpec::None,
+            query_key_norm: None,
+            scale: None,
+            dropout: 0.0,
+        }
+    }
+
+    /// Key/value heads.
+    pub fn groups(&self) -> usize {
+        self.groups.unwrap_or(self.heads)
+    }
+
+    /// Features of a head.
+    pub fn head_width(&self, width: usize) -> usize {
+        self.head_width.unwrap_or(width / self.heads.max(1))
+    }
+
+    /// Refuses what cannot be built for tokens of `width`.
+    pub fn validate(&self, width: usize, field: &str) -> Result<()> {
+        let at = |name: &str| format!("{field}.{name}");
+        if self.heads == 0 || self.heads > width {
+            return Err(Error::spec(
+                at("heads"),
+                self.heads,
+                format!("between 1 and the width {width}"),
+            ));
+        }
+        if self.head_width.is_none() && !width.is_multiple_of(self.heads) {
+            return Err(Error::spec(
+                at("heads"),
+                self.heads,
+                format!("a divisor of the width {width}, or head_width must be given"),
+            ));
+        }
+        if self.head_width == Some(0) {
+            return Err(Error::spec(at("head_width"), 0, "at least 1"));
+        }
+        let groups = self.groups();
+        if groups == 0 || !self.heads.is_multiple_of(groups) {
+            return Err(Error::spec(
+                at("groups"),
+                groups,
+                format!("a divisor of {} heads", self.heads),
+            ));
+        }
+        if self.window == Some(0) {
+            return Err(Error::spec(at("window"), 0, "at least 1"));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return Err(Error::spec(
+                at("dropout"),
+                self.dropout,
+                "at least 0 and below 1",
+            ));
+        }
+        match &self.position {
+            PositionSpec::Rotary(rotary) => {
+                rotary.validate(self.head_width(width), &at("position"))
+            }
+            PositionSpec::RelativeBuckets {
+                buckets,
+                max_distance,
+            } => {
+                let half = if self.causal { *buckets } else { buckets / 2 };
+                if half < 2 || *max_distance <= half / 2 {
+                    return Err(Error::spec(
+                        at("position.buckets"),
+                        buckets,
+                        "at least 4, and max_distance above half of them",
+                    ));
+                }
+                Ok(())
+            }
+            PositionSpec::None | PositionSpec::Alibi => Ok(()),
+        }
+    }
+}
+
+/// Multi-head attention with its parameters. Also cross-attention, when keys and values come
+/// from elsewhere.
+#[derive(Debug)]
+pub struct MultiHeadAttention {
+    path: String,
+    spec: MultiHeadSpec,
+    head_width: usize,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    query_norm: Option<Norm>,
+    key_norm: Option<Norm>,
+    position: Position,
+}
+
+impl MultiHeadAttention {
+    /// Builds the module for tokens of `width`.
+    pub fn new(spec: &MultiHeadSpec, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
+        let head_width = spec.head_width(width);
+        let (heads, groups) = (spec.heads, spec.groups());
+        let query_width = heads * head_width;
+        let key_width = groups * head_width;
+        let norm = |parameters: Parameters<'_>, count: usize| -> Result<Option<Norm>> {
+            match &spec.query_key_norm {
+                None => Ok(None),
+                Some(QueryKeyNorm { norm, per_head }) => {
+                    let features = if *per_head {
+                        head_width
+                    } else {
+                        count * head_width
+                    };
+                    Norm::new(norm, features, parameters).map(Some)
+                }
+            }
+        };
+        Ok(Self {
+            path: parameters.path().to_owned(),
+            head_width,
+            query: parameters.linear("query", "in", width, query_width, spec.bias)?,
+            key: parameters.linear("key", "in", width, key_width, spec.bias)?,
+            value: parameters.linear("value", "in", width, key_width, spec.bias)?,
+            output: parameters.linear(
+                "output",
+                "mixed",
+                query_width,
+                width,
+                spec.output_bias.unwrap_or(spec.bias),
+            )?,
+            query_norm: norm(parameters.at("query_norm"), heads)?,
+            key_norm: norm(parameters.at("key_norm"), groups)?,
+            position: Position::new(
+                &spec.position,
+                heads,
+                head_width,
+                spec.causal,
+                parameters.at("position"),
+            )?,
+            spec: spec.clone(),
+        })
+    }
+
+    /// Self-attention over `x` `[batch, length, width]`.
+    pub fn forward(
+        &self,
+        x: &Signal,
+        cx: &Context<'_>,
+        state: Option<&mut MixerState>,
+    ) -> Result<Signal> {
+        let x = cx.trace.site(format_args!("{}.in", self.path), x.clone())?;
+        self.attend(&x, &x, cx.key_padding, self.spec.causal, cx, state)
+    }
+
+    /// Attention of `x` over `memory` `[batch, keys, width]`.
+    pub fn cross(
+        &self,
+        x: &Signal,
+        memory: &Signal,
+        memory_padding: Option<&Tensor>,
+        cx: &Context<'_>,
+    ) -> Result<Signal> {
+        let x = cx.trace.site(format_args!("{}.in", self.path), x.clone())?;
+        self.attend(&x, memory, memory_padding, false, cx, None)
+    }
+
+    fn attend(
+        &self,
+        x: &Signal,
+        source: &Signal,
+        key_padding: Option<&Tensor>,
+        causal: bool,
+        cx: &Context<'_>,
+        state: Option<&mut MixerState>,
+    ) -> Result<Signal> {
+        let site = |name: &str, signal: Signal| {
+            cx.trace.site(format_args!("{}.{name}", self.path), signal)
+        };
+        let q = site("query", x.for_scores().linear(&self.query)?)?;
+        let k = site("key", source.for_scores().linear(&self.key)?)?;
+        let v = site("value", source.linear_values(&self.value)?)?;
+        let q = self.split_heads(
+            &normalise(&q, &self.query_norm, self.whole_norm())?,
+            self.spec.heads,
+        )?;
+        let k = self.split_heads(
+            &normalise(&k, &self.key_norm, self.whole_norm())?,
+            self.spec.groups(),
+        )?;
+        let v = self.split_heads(&v, self.spec.groups())?;
+        let q = normalise(&q, &self.query_norm, !self.whole_norm())?;
+        let k = normalise(&k, &self.key_norm, !self.whole_norm())?;
+        let (q, mut k) = self.rotate(q, k, cx.offset)?;
+        let mut v = v;
+        if let Some(state) = state {
+            let (keys, values) = state.cache(k.value(), v.value())?;
+            if keys.dims() != k.dims() {
+                (k, v) = (Signal::from(keys), Signal::from(values));
+            }
+        }
+        let (queries, keys) = (q.dims()[2], k.dims()[2]);
+        let options = AttentionOptions {
+            scale: self
+                .spec
+                .scale
+                .unwrap_or(1.0 / (self.head_width as f64).sqrt()),
+            causal,
+            window: self.spec.window,
+            query_offset: cx.offset,
+            key_padding: key_padding.cloned(),
+            bias: self
+                .position
+                .bias(queries, keys, cx.offset, q.dtype(), q.device())?,
+        };
+        let mixed = self.mix(&q, &k, &v, &options, cx)?;
+        let (batch, length) = (q.dims()[0], queries);
+        let mixed =
+            mixed
+                .transpose(1, 2)?
+                .reshape(&[batch, length, self.spec.heads * self.head_width])?;
+        let mixed = site("mixed", mixed)?;
+        Ok(site("out", mixed.linear_output(&self.output)?)?)
+    }
+
+    /// Attention proper. The weights are only ever laid out when a site asks for them or
+    /// dropout acts on them.
+    fn mix(
+        &self,
+        q: &Signal,
+        k: &Signal,
+        v: &Signal,
+        options: &AttentionOptions,
+        cx: &Context<'_>,
+    ) -> Result<Signal> {
+        let wanted = cx.trace.wants(format_args!("{}.weights", self.path));
+        let drops = cx.dropout_seed.is_some() && self.spec.dropout > 0.0;
+        if !wanted && !drops {
+            return Ok(v.attend(q, k, options)?);
+        }
+        let weights = Signal::from(naive::attention_weights(q.value(), k.value(), options)?);
+        let weights = cx
+            .trace
+            .site(format_args!("{}.weights", self.path), weights)?;
+        if let Lens::Relevance(rules) = v.lens()
+            && rules.attention != AttentionRule::Gradient
+        {
+            return Ok(v.attend(q, k, options)?);
+        }
+        let site = format_args!("{}.weights", self.path);
+        let weights = dropout(&weights, self.spec.dropout, site, cx)?;
+        Ok(v.mix(weights.value())?)
+    }
+
+    fn whole_norm(&self) -> bool {
+        self.spec
+            .query_key_norm
+            .as_ref()
+            .is_some_and(|norm| !norm.per_head)
+    }
+
+    /// `[batch, length, heads · width] -> [batch, heads, length, width]`.
+    fn split_heads(&self, x: &Signal, heads: usize) -> Result<Signal> {
+        let (batch, length, _) = tensor(x.value().dims3())?;
+        Ok(x.reshape(&[batch, length, heads, self.head_width])?
+            .transpose(1, 2)?)
+    }
+
+    fn rotate(&self, q: Signal, k: Signal, offset: usize) -> Result<(Signal, Signal)> {
+        let Position::Rotary(rotary) = &self.position else {
+            return Ok((q, k));
+        };
+        let length = q.dims()[2];
+        let (cos, sin) = rotary.tables(offset, length, q.dtype(), q.device())?;
+        let pairs = rotary.pairs();
+        Ok((q.rotary(&cos, &sin, pairs)?, k.rotary(&cos, &sin, pairs)?))
+    }
+}
+
+fn normalise(x: &Signal, norm: &Option<Norm>, now: bool) -> Result<Signal> {
+    match norm {
+        Some(norm) if now => norm.forward(x),
+        _ => Ok(x.clone()),
+    }
+}

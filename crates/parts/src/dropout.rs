@@ -1,0 +1,39 @@
+//! Dropout whose mask is a function of seed and site (Srivastava et al., JMLR 15, 2014).
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use crate::error::tensor;
+use crate::{Context, Result};
+use lapidary_kernels::Tensor;
+use lapidary_signal::Signal;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Zeroes each entry with `probability` and divides the rest by `1 − probability`; nothing when
+/// evaluating.
+pub(crate) fn dropout(
+    x: &Signal,
+    probability: f64,
+    site: std::fmt::Arguments<'_>,
+    cx: &Context<'_>,
+) -> Result<Signal> {
+    let Some(seed) = cx.dropout_seed.filter(|_| probability > 0.0) else {
+        return Ok(x.clone());
+    };
+    let mut hasher = DefaultHasher::new();
+    (seed, site.to_string()).hash(&mut hasher);
+    let mut rng = ChaCha8Rng::seed_from_u64(hasher.finish());
+    let keep = (1.0 / (1.0 - probability)) as f32;
+    let threshold = (probability * f64::from(u32::MAX)) as u32;
+    let mask: Vec<f32> = (0..x.value().elem_count())
+        .map(|_| {
+            if rng.random::<u32>() < threshold {
+                0.0
+            } else {
+                keep
+            }
+        })
+        .collect();
+    let mask = tensor(Tensor::from_vec(mask, x.dims(), x.device()))?;
+    Ok(x.multiply_constant(&tensor(mask.to_dtype(x.dtype()))?)?)
+}

@@ -1,0 +1,170 @@
+//! Where modules get their parameters from while they are built.
+
+use std::collections::BTreeMap;
+
+use crate::{Error, Result};
+use lapidary_kernels::Tensor;
+use lapidary_signal::{Linear, Weight};
+
+/// How a parameter starts when it is not read from a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// All zero.
+    Zeros,
+    /// All one.
+    Ones,
+    /// Normal with mean zero.
+    Normal {
+        /// Standard deviation.
+        deviation: f64,
+    },
+    /// `ln(1), ln(2), …` along the last dimension: the S4D-real start of a state-space decay.
+    LogRange,
+    /// The value whose softplus is log-uniform between the bounds: the step sizes of Mamba.
+    InverseSoftplusLogUniform {
+        /// Smallest step.
+        low: f64,
+        /// Largest step.
+        high: f64,
+    },
+}
+
+/// Gives parameters by name.
+pub trait ParameterSource {
+    /// The parameter `name` of exactly `shape`; `init` is how it starts if the source makes it.
+    fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor>;
+}
+
+/// Ready tensors, such as those of another model.
+impl ParameterSource for BTreeMap<String, Tensor> {
+    fn parameter(&mut self, name: &str, _shape: &[usize], _init: Init) -> Result<Tensor> {
+        self.get(name).cloned().ok_or_else(|| Error::Parameter {
+            name: name.to_owned(),
+            reason: "is missing".to_owned(),
+        })
+    }
+}
+
+/// A linear layer of a model: where it is, and at which site its input can be seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinearInfo {
+    /// Path of the layer; its weight is `{path}.weight`, or `{path}.down` and `{path}.up`.
+    pub path: String,
+    /// The site that writes what the layer reads.
+    pub input_site: String,
+    /// Width of the input.
+    pub input: usize,
+    /// Width of the output.
+    pub output: usize,
+    /// Rank, where the layer is factorised.
+    pub rank: Option<usize>,
+    /// Whether it has a bias.
+    pub bias: bool,
+}
+
+/// A source of parameters, seen from one module's path.
+pub struct Parameters<'a> {
+    source: &'a mut dyn ParameterSource,
+    ranks: &'a BTreeMap<String, usize>,
+    linears: &'a mut Vec<LinearInfo>,
+    path: String,
+}
+
+impl<'a> Parameters<'a> {
+    /// At the root of a model. `ranks` names the linear layers that are factorised; each linear
+    /// layer that is built is written down in `linears`.
+    pub fn new(
+        source: &'a mut dyn ParameterSource,
+        ranks: &'a BTreeMap<String, usize>,
+        linears: &'a mut Vec<LinearInfo>,
+    ) -> Self {
+        Self {
+            source,
+            ranks,
+            linears,
+            path: String::new(),
+        }
+    }
+
+    /// One level down, at `name`.
+    pub fn at(&mut self, name: impl std::fmt::Display) -> Parameters<'_> {
+        let path = self.join(&name.to_string());
+        Parameters {
+            source: &mut *self.source,
+            ranks: self.ranks,
+            linears: &mut *self.linears,
+            path,
+        }
+    }
+
+    /// This module's path, such as `blocks.3.attention`.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    fn join(&self, name: &str) -> String {
+        if self.path.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{}.{name}", self.path)
+        }
+    }
+
+    /// One parameter of this module.
+    pub fn tensor(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
+        let full = self.join(name);
+        let tensor = self.source.parameter(&full, shape, init)?;
+        if tensor.dims() != shape {
+            return Err(Error::Parameter {
+                name: full,
+                reason: format!(
+                    "has shape {:?}, but the spec needs {shape:?}",
+                    tensor.dims()
+                ),
+            });
+        }
+        Ok(tensor)
+    }
+
+    /// A linear layer under `name`, factorised where the spec gives it a rank. `input_site` is
+    /// the name, within this module, of the site whose value it reads.
+    pub fn linear(
+        &mut self,
+        name: &str,
+        input_site: &str,
+        input: usize,
+        output: usize,
+        bias: bool,
+    ) -> Result<Linear> {
+        let path = self.join(name);
+        let input_site = self.join(input_site);
+        let rank = self.ranks.get(&path).copied();
+        let init = Init::Normal { deviation: 0.02 };
+        let mut here = self.at(name);
+        let weight = match rank {
+            None => Weight::Dense(here.tensor("weight", &[output, input], init)?),
+            Some(rank) if rank >= 1 && rank <= input.min(output) => Weight::LowRank {
+                down: here.tensor("down", &[rank, input], init)?,
+                up: here.tensor("up", &[output, rank], init)?,
+            },
+            Some(rank) => {
+                let expected = format!("between 1 and {}", input.min(output));
+                return Err(Error::spec(format!("low_rank.{path}"), rank, expected));
+            }
+        };
+        let bias_tensor = if bias {
+            Some(here.tensor("bias", &[output], Init::Zeros)?)
+        } else {
+            None
+        };
+        self.linears.push(LinearInfo {
+            path,
+            input_site,
+            input,
+            output,
+            rank,
+            bias,
+        });
+        Ok(Linear::from_weight(weight, bias_tensor)?)
+    }
+}

@@ -1,0 +1,399 @@
+//! Positions inside attention: rotary, ALiBi and T5's relative buckets.
+//!
+//! Positions that are added to the embeddings (learned, sinusoidal) belong to the model's input.
+
+use std::f64::consts::PI;
+use std::sync::{Mutex, PoisonError};
+
+use crate::error::tensor;
+use crate::parameters::{Init, Parameters};
+use crate::{Error, Result};
+use lapidary_kernels::{DType, Device, RotaryPairs, Tensor};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// How attention scores know about positions.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum PositionSpec {
+    /// They do not.
+    #[default]
+    None,
+    /// Queries and keys are rotated by their positions (Su et al., arXiv 2104.09864).
+    Rotary(RotarySpec),
+    /// A penalty proportional to the distance, with one slope per head (Press et al., arXiv
+    /// 2108.12409). Bidirectional attention uses the absolute distance.
+    Alibi,
+    /// A learned bias per head and distance bucket (Raffel et al., arXiv 1910.10683).
+    RelativeBuckets {
+        /// Number of buckets.
+        #[serde(default = "default_buckets")]
+        buckets: usize,
+        /// Distances from here on share the last bucket.
+        #[serde(default = "default_max_distance")]
+        max_distance: usize,
+    },
+}
+
+fn default_buckets() -> usize {
+    32
+}
+
+fn default_max_distance() -> usize {
+    128
+}
+
+/// Rotary position embedding.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RotarySpec {
+    /// Base of the wavelengths.
+    #[serde(default = "default_theta")]
+    pub theta: f64,
+    /// Features of a head that are rotated; all when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub width: Option<usize>,
+    /// Whether features `2 i` and `2 i + 1` form a pair instead of `i` and `i + width / 2`.
+    #[serde(default)]
+    pub interleaved: bool,
+    /// How frequencies change for longer contexts.
+    #[serde(default)]
+    pub scaling: RotaryScaling,
+}
+
+fn default_theta() -> f64 {
+    10_000.0
+}
+
+impl Default for RotarySpec {
+    fn default() -> Self {
+        Self {
+            theta: default_theta(),
+            width: None,
+            interleaved: false,
+            scaling: RotaryScaling::None,
+        }
+    }
+}
+
+/// Changes to the rotary frequencies.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum RotaryScaling {
+    /// None.
+    #[default]
+    None,
+    /// Every frequency divided by `factor` (Chen et al., arXiv 2306.15595).
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// Llama 3: long wavelengths divided by `factor`, short ones kept, a ramp between.
+    Llama3 {
+        /// The divisor of the long wavelengths.
+        factor: f64,
+        /// Wavelengths above `original_length / low_frequency_factor` are long.
+        low_frequency_factor: f64,
+        /// Wavelengths below `original_length / high_frequency_factor` are short.
+        high_frequency_factor: f64,
+        /// Context the model was first trained with.
+        original_length: usize,
+    },
+}
+
+impl RotarySpec {
+    /// Refuses widths and bases that make no sense for heads of `head_width`.
+    pub fn validate(&self, head_width: usize, field: &str) -> Result<()> {
+        let width = self.width.unwrap_or(head_width);
+        if width == 0 || !width.is_multiple_of(2) || width > head_width {
+            return Err(Error::spec(
+                format!("{field}.width"),
+                width,
+                format!("an even number of at most {head_width}, the width of a head"),
+            ));
+        }
+        if !(self.theta.is_finite() && self.theta > 0.0) {
+            return Err(Error::spec(
+                format!("{field}.theta"),
+                self.theta,
+                "a positive number",
+            ));
+        }
+        let factor = match self.scaling {
+            RotaryScaling::None => 1.0,
+            RotaryScaling::Linear { factor } | RotaryScaling::Llama3 { factor, .. } => factor,
+        };
+        if !(factor.is_finite() && factor > 0.0) {
+            return Err(Error::spec(
+                format!("{field}.scaling.factor"),
+                factor,
+                "a positive number",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Angle per position of each pair, `θ^(−2 i / width)` after scaling.
+    fn frequencies(&self, head_width: usize) -> Vec<f64> {
+        let width = self.width.unwrap_or(head_width);
+        let base = (0..width / 2).map(|i| self.theta.powf(-2.0 * i as f64 / width as f64));
+        match self.scaling {
+            RotaryScaling::None => base.collect(),
+            RotaryScaling::Linear { factor } => base.map(|f| f / factor).collect(),
+            RotaryScaling::Llama3 {
+                factor,
+                low_frequency_factor: low,
+                high_frequency_factor: high,
+                original_length,
+            } => base
+                .map(|f| {
+                    let wavelength = 2.0 * PI / f;
+                    let ratio = original_length as f64 / wavelength;
+                    if ratio < low {
+                        f / factor
+                    } else if ratio > high {
+                        f
+                    } else {
+                        let smooth = (ratio - low) / (high - low);
+                        (1.0 - smooth) * f / factor + smooth * f
+                    }
+                })
+                .collect(),
+        }
+    }
+}
+
+/// Positions of one attention module, with their parameters and tables.
+#[derive(Debug)]
+pub enum Position {
+    /// None.
+    None,
+    /// Rotary, with the angles' tables grown as needed.
+    Rotary(Rotary),
+    /// ALiBi with these slopes, one per head.
+    Alibi(Vec<f64>),
+    /// T5's table `[buckets, heads]`.
+    RelativeBuckets {
+        /// Bias of each bucket and head.
+        table: Tensor,
+        /// Distances from here on share the last bucket.
+        max_distance: usize,
+        /// Whether only the past has buckets.
+        causal: bool,
+    },
+}
+
+impl Position {
+    /// Builds the positions of an attention module with `heads` heads of `head_width`.
+    pub fn new(
+        spec: &PositionSpec,
+        heads: usize,
+        head_width: usize,
+        causal: bool,
+        mut parameters: Parameters<'_>,
+    ) -> Result<Self> {
+        Ok(match spec {
+            PositionSpec::None => Self::None,
+            PositionSpec::Rotary(spec) => Self::Rotary(Rotary {
+                frequencies: spec.frequencies(head_width),
+                pairs: if spec.interleaved {
+                    RotaryPairs::Interleaved
+                } else {
+                    RotaryPairs::Halves
+                },
+                tables: Mutex::new(None),
+            }),
+            PositionSpec::Alibi => Self::Alibi(alibi_slopes(heads)),
+            PositionSpec::RelativeBuckets {
+                buckets,
+                max_distance,
+            } => Self::RelativeBuckets {
+                table: parameters.tensor(
+                    "buckets",
+                    &[*buckets, heads],
+                    Init::Normal { deviation: 0.02 },
+                )?,
+                max_distance: *max_distance,
+                causal,
+            },
+        })
+    }
+
+    /// The additive bias `[1, heads, query, key]`, for kinds that have one.
+    pub fn bias(
+        &self,
+        queries: usize,
+        keys: usize,
+        offset: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Option<Tensor>> {
+        match self {
+            Self::None | Self::Rotary(_) => Ok(None),
+            Self::Alibi(slopes) => {
+                let mut bias = Vec::with_capacity(slopes.len() * queries * keys);
+                for slope in slopes {
+                    for i in 0..queries {
+                        bias.extend((0..keys).map(|j| -slope * (i + offset).abs_diff(j) as f64));
+                    }
+                }
+                let bias = tensor(Tensor::from_vec(
+                    bias,
+                    (1, slopes.len(), queries, keys),
+                    device,
+                ))?;
+                Ok(Some(tensor(bias.to_dtype(dtype))?))
+            }
+            Self::RelativeBuckets {
+                table,
+                max_distance,
+                causal,
+            } => {
+                let (buckets, heads) = tensor(table.dims2())?;
+                let indices: Vec<u32> = (0..queries)
+                    .flat_map(|i| (0..keys).map(move |j| j as i64 - (i + offset) as i64))
+                    .map(|distance| bucket(distance, buckets, *max_distance, *causal) as u32)
+                    .collect();
+                let indices = tensor(Tensor::from_vec(indices, queries * keys, device))?;
+                let bias = tensor(table.index_select(&indices, 0))?;
+                let bias = tensor(tensor(bias.t())?.reshape((1, heads, queries, keys)))?;
+                Ok(Some(bias))
+            }
+        }
+    }
+}
+
+/// Slopes of ALiBi: the powers of `2^(−8/n)` for the largest power of two `n ≤ heads`, then
+/// every other one of the series for `2 n`.
+fn alibi_slopes(heads: usize) -> Vec<f64> {
+    let n = if heads.is_power_of_two() {
+        heads
+    } else {
+        heads.next_power_of_two() / 2
+    };
+    let series = |n: usize| (1..=n).map(move |i| 2f64.powf(-8.0 * i as f64 / n as f64));
+    series(n)
+        .chain(series(2 * n).step_by(2))
+        .take(heads)
+        .collect()
+}
+
+/// T5's bucket of a key at `distance = key − query`: exact for short distances, logarithmic up
+/// to `max_distance`. Bidirectional attention spends half of the buckets on each direction.
+fn bucket(distance: i64, buckets: usize, max_distance: usize, causal: bool) -> usize {
+    let (buckets, base, distance) = if causal {
+        (buckets, 0, (-distance).max(0) as usize)
+    } else {
+        let half = buckets / 2;
+        (
+            half,
+            if distance > 0 { half } else { 0 },
+            distance.unsigned_abs() as usize,
+        )
+    };
+    let exact = buckets / 2;
+    if distance < exact {
+        return base + distance;
+    }
+    let scale = (max_distance as f64 / exact.max(1) as f64).ln();
+    let log = (distance as f64 / exact.max(1) as f64).ln() / scale;
+    base + (exact + (log * (buckets - exact) as f64) as usize).min(buckets - 1)
+}
+
+/// Rotary tables.
+#[derive(Debug)]
+pub struct Rotary {
+    frequencies: Vec<f64>,
+    pairs: RotaryPairs,
+    tables: Mutex<Option<(Tensor, Tensor)>>,
+}
+
+impl Rotary {
+    /// How features are paired.
+    pub fn pairs(&self) -> RotaryPairs {
+        self.pairs
+    }
+
+    /// Cosines and sines `[length, pairs]` of positions `offset .. offset + length`.
+    pub fn tables(
+        &self,
+        offset: usize,
+        length: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<(Tensor, Tensor)> {
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        let end = offset + length;
+        let ready = tables
+            .as_ref()
+            .is_some_and(|(cos, _)| cos.dims()[0] >= end && cos.dtype() == dtype);
+        if !ready {
+            let rows = end.next_power_of_two();
+            let angles = (0..rows).flat_map(|t| self.frequencies.iter().map(move |f| t as f64 * f));
+            let (sin, cos): (Vec<f64>, Vec<f64>) = angles.map(f64::sin_cos).unzip();
+            let shape = (rows, self.frequencies.len());
+            let table = |values: Vec<f64>| -> Result<Tensor> {
+                tensor(tensor(Tensor::from_vec(values, shape, device))?.to_dtype(dtype))
+            };
+            *tables = Some((table(cos)?, table(sin)?));
+        }
+        match tables.as_ref() {
+            Some((cos, sin)) => Ok((
+                tensor(cos.narrow(0, offset, length))?,
+                tensor(sin.narrow(0, offset, length))?,
+            )),
+            None => Err(Error::spec("rotary tables", "absent", "computed")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn alibi_slopes_halve_for_eight_heads_and_interleave_otherwise() {
+        let slopes = alibi_slopes(8);
+        for (i, slope) in slopes.iter().enumerate() {
+            assert_eq!(*slope, 0.5f64.powi(i as i32 + 1));
+        }
+        let six = alibi_slopes(6);
+        assert_eq!(&six[..4], &alibi_slopes(4)[..]);
+        assert_eq!(six[4], 2f64.powf(-1.0));
+        assert_eq!(six[5], 2f64.powf(-3.0));
+    }
+
+    #[test]
+    fn buckets_are_exact_near_and_saturate_far() {
+        assert_eq!(bucket(0, 32, 128, true), 0);
+        assert_eq!(bucket(5, 32, 128, true), 0);
+        assert_eq!(bucket(-15, 32, 128, true), 15);
+        assert_eq!(bucket(-10_000, 32, 128, true), 31);
+        assert_eq!(bucket(3, 32, 128, false), 19);
+        assert_eq!(bucket(-3, 32, 128, false), 3);
+        assert_eq!(bucket(10_000, 32, 128, false), 31);
+    }
+
+    #[test]
+    fn llama3_scaling_keeps_short_and_divides_long_wavelengths() {
+        let plain = RotarySpec::default();
+        let scaled = RotarySpec {
+            scaling: RotaryScaling::Llama3 {
+                factor: 8.0,
+                low_frequency_factor: 1.0,
+                high_frequency_factor: 4.0,
+                original_length: 8192,
+            },
+            ..RotarySpec::default()
+        };
+        let (plain, scaled) = (plain.frequencies(128), scaled.frequencies(128));
+        assert_eq!(plain[0], scaled[0]);
+        assert!((plain[63] / scaled[63] - 8.0).abs() < 1e-12);
+        assert!(
+            plain
+                .iter()
+                .zip(&scaled)
+                .all(|(p, s)| s <= p && *s >= p / 8.0 - 1e-18)
+        );
+    }
+}

@@ -1,0 +1,118 @@
+//! What a mixer remembers between decoding steps.
+
+use crate::error::tensor;
+use crate::{Error, Result};
+use lapidary_kernels::Tensor;
+
+/// The memory of one mixer.
+#[derive(Debug, Default)]
+pub enum MixerState {
+    /// Nothing yet.
+    #[default]
+    Empty,
+    /// Keys and values of every token so far.
+    Cache(KeyValueCache),
+    /// The state of a recurrence.
+    Recurrent {
+        /// Last inputs of the short convolution, `[batch, channels, taps − 1]`.
+        window: Tensor,
+        /// `[batch, channels, state]`.
+        state: Tensor,
+    },
+}
+
+/// The memory of a whole model.
+#[derive(Debug, Default)]
+pub struct DecodeState {
+    /// One for each block.
+    pub mixers: Vec<MixerState>,
+    /// Tokens seen so far.
+    pub length: usize,
+}
+
+impl DecodeState {
+    /// An empty memory for a model of `blocks` blocks.
+    pub fn new(blocks: usize) -> Self {
+        Self {
+            mixers: (0..blocks).map(|_| MixerState::Empty).collect(),
+            length: 0,
+        }
+    }
+}
+
+/// Keys and values `[batch, groups, length, width]` in buffers that grow by doubling, so that
+/// appending a token copies one token.
+#[derive(Debug)]
+pub struct KeyValueCache {
+    keys: Tensor,
+    values: Tensor,
+    length: usize,
+}
+
+impl KeyValueCache {
+    /// A cache that holds `keys` and `values`.
+    pub fn new(keys: &Tensor, values: &Tensor) -> Result<Self> {
+        let (_, _, length, _) = tensor(keys.dims4())?;
+        let capacity = (length + 1).next_power_of_two().max(16);
+        Ok(Self {
+            keys: grow(keys, capacity)?,
+            values: grow(values, capacity)?,
+            length,
+        })
+    }
+
+    /// Appends and gives all keys and values so far.
+    pub fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (_, _, added, _) = tensor(keys.dims4())?;
+        let length = self.length + added;
+        let (_, _, capacity, _) = tensor(self.keys.dims4())?;
+        if length > capacity {
+            let capacity = length.next_power_of_two();
+            self.keys = grow(&tensor(self.keys.narrow(2, 0, self.length))?, capacity)?;
+            self.values = grow(&tensor(self.values.narrow(2, 0, self.length))?, capacity)?;
+        }
+        tensor(
+            self.keys
+                .slice_set(&tensor(keys.contiguous())?, 2, self.length),
+        )?;
+        tensor(
+            self.values
+                .slice_set(&tensor(values.contiguous())?, 2, self.length),
+        )?;
+        self.length = length;
+        Ok((
+            tensor(self.keys.narrow(2, 0, length))?,
+            tensor(self.values.narrow(2, 0, length))?,
+        ))
+    }
+}
+
+fn grow(x: &Tensor, capacity: usize) -> Result<Tensor> {
+    let (batch, groups, length, width) = tensor(x.dims4())?;
+    let buffer = tensor(Tensor::zeros(
+        (batch, groups, capacity, width),
+        x.dtype(),
+        x.device(),
+    ))?;
+    tensor(buffer.slice_set(&tensor(x.detach().contiguous())?, 2, 0))?;
+    debug_assert!(length <= capacity);
+    Ok(buffer)
+}
+
+impl MixerState {
+    /// Appends keys and values to the cache, starting it when empty, and gives all so far.
+    pub fn cache(&mut self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
+        match self {
+            Self::Empty => {
+                *self = Self::Cache(KeyValueCache::new(keys, values)?);
+                Ok((keys.clone(), values.clone()))
+            }
+            Self::Cache(cache) => cache.append(keys, values),
+            Self::Recurrent { .. } => Err(Error::spec(
+                "decode state",
+                "that of a recurrence",
+                "a key/value cache",
+            )),
+        }
+    }
+}

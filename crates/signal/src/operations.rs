@@ -1,0 +1,437 @@
+//! The operations that every part is written in, each under every lens.
+
+use std::sync::Arc;
+
+use crate::error::tensor;
+use crate::meter::{Meter, bytes_of};
+use crate::relevance::AttentionRule;
+use crate::{Error, Lens, Linear, Result, Signal};
+use lapidary_kernels::{
+    Activation, AttentionOptions, RotaryPairs, SoftmaxMask, Tensor, activate, attention,
+    fft_convolution, layer_norm, linear_scan, naive, rms_norm, rotary, softmax,
+};
+
+/// Which lens a result of two signals is under, when at most one of them has one.
+enum Pair<'a> {
+    Plain,
+    Streams(&'a Signal, &'a Signal),
+    /// Streams on the first only.
+    StreamsLeft(&'a crate::streams::Streams),
+    /// Streams on the second only.
+    StreamsRight(&'a crate::streams::Streams),
+    /// A lens of rules or counts: continue as this signal does.
+    Rules(&'a Signal),
+}
+
+fn pair<'a>(operation: &'static str, a: &'a Signal, b: &'a Signal) -> Result<Pair<'a>> {
+    Ok(match (&a.lens, &b.lens) {
+        (Lens::Plain, Lens::Plain) => Pair::Plain,
+        (Lens::Streams(_), Lens::Streams(_)) => Pair::Streams(a, b),
+        (Lens::Streams(streams), Lens::Plain) => Pair::StreamsLeft(streams),
+        (Lens::Plain, Lens::Streams(streams)) => Pair::StreamsRight(streams),
+        (Lens::Relevance(_), Lens::Relevance(_) | Lens::Plain) => Pair::Rules(a),
+        (Lens::Meter(..), Lens::Meter(..) | Lens::Plain) => Pair::Rules(a),
+        (Lens::Plain, Lens::Relevance(_) | Lens::Meter(..)) => Pair::Rules(b),
+        (left, right) => {
+            return Err(Error::LensMismatch {
+                operation,
+                left: left.name(),
+                right: right.name(),
+            });
+        }
+    })
+}
+
+impl Signal {
+    fn meter(&self) -> Option<&Arc<Meter>> {
+        match &self.lens {
+            Lens::Meter(meter, _) => Some(meter),
+            _ => None,
+        }
+    }
+
+    /// Counts an elementwise-like operation on `inputs` giving `output`, at `per_element`
+    /// operations for each element of the output.
+    fn count(&self, per_element: u64, inputs: &[&Tensor], output: &Tensor) {
+        if let Some(meter) = self.meter() {
+            let bytes = inputs.iter().map(|input| bytes_of(input)).sum::<u64>() + bytes_of(output);
+            meter.count(per_element * output.elem_count() as u64, bytes);
+        }
+    }
+
+    fn count_linear(&self, layer: &Linear, output: &Tensor) {
+        if let Some(meter) = self.meter() {
+            let rows = (output.elem_count() / layer.output().max(1)) as u64;
+            let multiplications = layer.multiplications() as u64;
+            let bias = layer.bias().map_or(0, |bias| bias.elem_count()) as u64;
+            let weights = (multiplications + bias) * output.dtype().size_in_bytes() as u64;
+            meter.count(
+                rows * (2 * multiplications + bias),
+                bytes_of(&self.value) + weights + bytes_of(output),
+            );
+        }
+    }
+
+    /// `x Wᵀ + b` along the last dimension.
+    pub fn linear(&self, layer: &Linear) -> Result<Self> {
+        let value = layer.apply(&self.value)?;
+        self.count_linear(layer, &value);
+        Ok(match &self.lens {
+            Lens::Streams(streams) => {
+                let streams = streams.linear(&self.value, layer, false)?;
+                Self::carry_streams(value, streams)
+            }
+            Lens::Relevance(rules) => self.carry(rules.linear_output(value)?),
+            _ => self.carry(value),
+        })
+    }
+
+    /// As [`Signal::linear`], for the value projection of attention: under the streams lens its
+    /// bias may travel on through the mixing, whose weights sum to one, and join the bias of
+    /// the output projection.
+    pub fn linear_values(&self, layer: &Linear) -> Result<Self> {
+        match &self.lens {
+            Lens::Streams(streams) => {
+                let value = layer.apply(&self.value)?;
+                let streams = streams.linear(&self.value, layer, true)?;
+                Ok(Self::carry_streams(value, streams))
+            }
+            _ => self.linear(layer),
+        }
+    }
+
+    /// As [`Signal::linear`], for the output projection of attention: under the streams lens its
+    /// bias is split here or after the residual, as the rules say.
+    pub fn linear_output(&self, layer: &Linear) -> Result<Self> {
+        match &self.lens {
+            Lens::Streams(streams) => {
+                let value = layer.apply(&self.value)?;
+                let streams = streams.linear_output(&self.value, layer)?;
+                Ok(Self::carry_streams(value, streams))
+            }
+            _ => self.linear(layer),
+        }
+    }
+
+    /// What feeds attention scores only. Streams are frozen there, so it is the value alone;
+    /// under value-only relevance it is detached; otherwise the signal itself.
+    pub fn for_scores(&self) -> Self {
+        match &self.lens {
+            Lens::Streams(_) => Self::from(self.value.clone()),
+            Lens::Relevance(rules) if rules.attention == AttentionRule::Detach => {
+                self.carry(self.value.detach())
+            }
+            _ => self.clone(),
+        }
+    }
+
+    /// Sum; shapes broadcast.
+    pub fn add(&self, other: &Self) -> Result<Self> {
+        let value = tensor(self.value.broadcast_add(&other.value))?;
+        match pair("add", self, other)? {
+            Pair::Plain => Ok(Self::from(value)),
+            Pair::Rules(one) => {
+                one.count(1, &[&self.value, &other.value], &value);
+                Ok(one.carry(value))
+            }
+            Pair::StreamsLeft(streams) => {
+                let streams = streams.add_constant(&self.value, &other.value)?;
+                Ok(Self::carry_streams(value, streams))
+            }
+            Pair::StreamsRight(streams) => {
+                let streams = streams.add_constant(&other.value, &self.value)?;
+                Ok(Self::carry_streams(value, streams))
+            }
+            Pair::Streams(a, b) => match (&a.lens, &b.lens) {
+                (Lens::Streams(left), Lens::Streams(right)) => {
+                    let streams = left.add(&a.value, right, &b.value)?;
+                    Ok(Self::carry_streams(value, streams))
+                }
+                _ => Ok(Self::from(value)),
+            },
+        }
+    }
+
+    /// Adds a tensor that is no signal, such as a table of positions.
+    pub fn add_constant(&self, constant: &Tensor) -> Result<Self> {
+        self.add(&Self::from(constant.clone()))
+    }
+
+    /// Multiplies by a number.
+    pub fn scale(&self, factor: f64) -> Result<Self> {
+        let value = tensor(&self.value * factor)?;
+        self.count(1, &[&self.value], &value);
+        match &self.lens {
+            Lens::Streams(streams) => Ok(Self::carry_streams(value, streams.scale(factor)?)),
+            _ => Ok(self.carry(value)),
+        }
+    }
+
+    /// Multiplies by a tensor that is no signal; shapes broadcast to this signal's.
+    pub fn multiply_constant(&self, constant: &Tensor) -> Result<Self> {
+        let value = tensor(self.value.broadcast_mul(constant))?;
+        self.count(1, &[&self.value, constant], &value);
+        match &self.lens {
+            Lens::Streams(streams) => {
+                let streams = streams.multiply_constant(&self.value, constant)?;
+                Ok(Self::carry_streams(value, streams))
+            }
+            _ => Ok(self.carry(value)),
+        }
+    }
+
+    /// Elementwise product of content with a `gate` of the same shape.
+    pub fn gate(&self, gate: &Self) -> Result<Self> {
+        let plain = || tensor(self.value.broadcast_mul(&gate.value));
+        match pair("gate", self, gate)? {
+            Pair::Plain => Ok(Self::from(plain()?)),
+            Pair::Rules(one) => {
+                let value = match (&self.lens, &gate.lens) {
+                    (Lens::Relevance(rules), Lens::Relevance(_)) => {
+                        let (a, b) = rules.product(&self.value, &gate.value)?;
+                        tensor(a.broadcast_mul(&b))?
+                    }
+                    _ => plain()?,
+                };
+                one.count(1, &[&self.value, &gate.value], &value);
+                Ok(one.carry(value))
+            }
+            Pair::StreamsLeft(streams) => {
+                let streams = streams.multiply_constant(&self.value, &gate.value)?;
+                Ok(Self::carry_streams(plain()?, streams))
+            }
+            Pair::StreamsRight(streams) => {
+                let streams = streams.multiply_constant(&gate.value, &self.value)?;
+                Ok(Self::carry_streams(plain()?, streams))
+            }
+            Pair::Streams(a, b) => match (&a.lens, &b.lens) {
+                (Lens::Streams(content), Lens::Streams(other)) => {
+                    let streams = content.gate(&a.value, other, &b.value)?;
+                    Ok(Self::carry_streams(plain()?, streams))
+                }
+                _ => Ok(Self::from(plain()?)),
+            },
+        }
+    }
+
+    /// An elementwise nonlinearity.
+    pub fn activate(&self, activation: Activation) -> Result<Self> {
+        match &self.lens {
+            Lens::Relevance(rules) => Ok(self.carry(rules.activate(&self.value, activation)?)),
+            Lens::Streams(streams) => {
+                let streams = streams.activate(&self.value, activation)?;
+                Ok(Self::carry_streams(
+                    activate(&self.value, activation)?,
+                    streams,
+                ))
+            }
+            _ => {
+                let value = activate(&self.value, activation)?;
+                self.count(1, &[&self.value], &value);
+                Ok(self.carry(value))
+            }
+        }
+    }
+
+    /// Layer norm over the last dimension, `γ (x − mean) / √(var + ε) + β`.
+    pub fn layer_norm(
+        &self,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        epsilon: f64,
+    ) -> Result<Self> {
+        match &self.lens {
+            Lens::Relevance(rules) => {
+                Ok(self.carry(rules.layer_norm(&self.value, weight, bias, epsilon)?))
+            }
+            Lens::Streams(streams) => {
+                let streams = streams.norm(&self.value, true, weight, bias, epsilon)?;
+                Ok(Self::carry_streams(
+                    layer_norm(&self.value, weight, bias, epsilon)?,
+                    streams,
+                ))
+            }
+            _ => {
+                let value = layer_norm(&self.value, weight, bias, epsilon)?;
+                self.count(8, &[&self.value], &value);
+                Ok(self.carry(value))
+            }
+        }
+    }
+
+    /// RMS norm over the last dimension, `γ x / √(mean(x²) + ε)`.
+    pub fn rms_norm(&self, weight: Option<&Tensor>, epsilon: f64) -> Result<Self> {
+        match &self.lens {
+            Lens::Relevance(rules) => {
+                Ok(self.carry(rules.rms_norm(&self.value, weight, epsilon)?))
+            }
+            Lens::Streams(streams) => {
+                let streams = streams.norm(&self.value, false, weight, None, epsilon)?;
+                Ok(Self::carry_streams(
+                    rms_norm(&self.value, weight, epsilon)?,
+                    streams,
+                ))
+            }
+            _ => {
+                let value = rms_norm(&self.value, weight, epsilon)?;
+                self.count(5, &[&self.value], &value);
+                Ok(self.carry(value))
+            }
+        }
+    }
+
+    /// Attention of queries `[batch, heads, query, width]` over keys and values
+    /// `[batch, groups, key, width]`, this signal being the values.
+    ///
+    /// Under the streams lens the weights are computed from the true values and frozen.
+    pub fn attend(&self, q: &Self, k: &Self, options: &AttentionOptions) -> Result<Self> {
+        match &self.lens {
+            Lens::Streams(_) => {
+                let weights = naive::attention_weights(&q.value, &k.value, options)?;
+                self.mix(&weights)
+            }
+            Lens::Relevance(rules) => {
+                Ok(self.carry(rules.attention(&q.value, &k.value, &self.value, options)?))
+            }
+            _ => {
+                let value = attention(&q.value, &k.value, &self.value, options)?;
+                if let Some(meter) = self.meter() {
+                    count_attention(meter, q, k, self, &value, options);
+                }
+                Ok(self.carry(value))
+            }
+        }
+    }
+
+    /// Mixes this signal's positions by ready weights `[batch, heads, query, key]`.
+    pub fn mix(&self, weights: &Tensor) -> Result<Self> {
+        let heads = tensor(weights.dim(1))?;
+        let spread = tensor(naive::repeat_groups(&self.value, heads)?.contiguous())?;
+        let value = tensor(weights.matmul(&spread))?;
+        if let Some(meter) = self.meter() {
+            let keys = spread.dims()[2] as u64;
+            meter.count(
+                2 * keys * value.elem_count() as u64,
+                bytes_of(weights) + bytes_of(&self.value) + bytes_of(&value),
+            );
+        }
+        Ok(match &self.lens {
+            Lens::Streams(streams) => {
+                Self::carry_streams(value, streams.mix(&self.value, weights)?)
+            }
+            _ => self.carry(value),
+        })
+    }
+
+    /// Softmax over the last dimension. Undefined for streams, which freeze weights instead.
+    pub fn softmax(&self, mask: &SoftmaxMask) -> Result<Self> {
+        if let Lens::Streams(_) = &self.lens {
+            return Err(Error::Undefined {
+                lens: "streams",
+                operation: "softmax",
+                advice: "take the scores with `for_scores`, which freezes them",
+            });
+        }
+        let value = softmax(&self.value, mask)?;
+        self.count(5, &[&self.value], &value);
+        Ok(self.carry(value))
+    }
+
+    /// Rotates pairs of features by position. Feeds scores only, so it has no streams rule of
+    /// its own but the linear one.
+    pub fn rotary(&self, cos: &Tensor, sin: &Tensor, pairs: RotaryPairs) -> Result<Self> {
+        let value = rotary(&self.value, cos, sin, pairs)?;
+        self.count(3, &[&self.value], &value);
+        self.linear_map(value, &|t, _| Ok(rotary(t, cos, sin, pairs)?), |axis| {
+            Some(axis)
+        })
+    }
+
+    /// Recurrence `h_t = a_t h_{t-1} + x_t` along dimension 1, this signal being `x`. Under
+    /// streams and relevance the decay is a constant.
+    pub fn scan(&self, decay: &Self) -> Result<Self> {
+        let frozen = match &self.lens {
+            Lens::Relevance(_) => decay.value.detach(),
+            _ => decay.value.clone(),
+        };
+        let value = linear_scan(&frozen, &self.value, None)?;
+        self.count(2, &[&self.value, &frozen], &value);
+        let scan = |t: &Tensor, shift: usize| -> Result<Tensor> {
+            if shift == 0 {
+                return Ok(linear_scan(&frozen, t, None)?);
+            }
+            let mut streams = Vec::with_capacity(t.dims()[0]);
+            for stream in 0..t.dims()[0] {
+                streams.push(linear_scan(&frozen, &tensor(t.get(stream))?, None)?);
+            }
+            tensor(Tensor::stack(&streams, 0))
+        };
+        self.linear_map(value, &scan, |_| None)
+    }
+
+    /// Causal convolution of each channel with its own short filter:
+    /// `[batch, channels, length]` with `kernel` `[channels, taps]`, then `bias` `[channels]`.
+    pub fn depthwise_convolution(&self, kernel: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
+        let value = fft_convolution(&self.value, kernel)?;
+        self.count(
+            2 * tensor(kernel.dim(1))? as u64,
+            &[&self.value, kernel],
+            &value,
+        );
+        let convolve = |t: &Tensor, shift: usize| -> Result<Tensor> {
+            if shift == 0 {
+                return Ok(fft_convolution(t, kernel)?);
+            }
+            let shape = t.dims().to_vec();
+            let folded = tensor(t.flatten(0, 1))?;
+            tensor(fft_convolution(&folded, kernel)?.reshape(shape))
+        };
+        let y = self.linear_map(value, &convolve, |_| None)?;
+        match bias {
+            Some(bias) => y.add_constant(&tensor(bias.unsqueeze(1))?),
+            None => Ok(y),
+        }
+    }
+
+    /// Contracts the last dimension with a matching constant: `Σ_s x[.., s] c[.., s]`.
+    pub fn contract(&self, constant: &Self) -> Result<Self> {
+        self.gate(constant)?.sum_last()
+    }
+}
+
+/// Both products of attention over the keys each query may see, and the softmax.
+fn count_attention(
+    meter: &Meter,
+    q: &Signal,
+    k: &Signal,
+    v: &Signal,
+    output: &Tensor,
+    options: &AttentionOptions,
+) {
+    let (Ok((batch, heads, queries, width)), Ok((_, _, keys, value_width))) =
+        (q.value.dims4(), v.value.dims4())
+    else {
+        return;
+    };
+    let pairs: u64 = (0..queries)
+        .map(|i| {
+            let position = i + options.query_offset;
+            let first = options
+                .window
+                .map_or(0, |window| (position + 1).saturating_sub(window));
+            let mut end = keys;
+            if options.causal {
+                end = end.min(position + 1);
+            }
+            if let Some(window) = options.window {
+                end = end.min(position + window);
+            }
+            end.saturating_sub(first) as u64
+        })
+        .sum();
+    let pairs = pairs * (batch * heads) as u64;
+    meter.count(
+        pairs * (2 * width as u64 + 2 * value_width as u64 + 5),
+        bytes_of(&q.value) + bytes_of(&k.value) + bytes_of(&v.value) + bytes_of(output),
+    );
+}
