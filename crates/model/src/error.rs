@@ -1,0 +1,21 @@
+//! What can go wrong between a file and a model.
+
+use crate::checkpoint::CheckpointError;
+use crate::files::FileError;
+
+/// An error of this crate: each kind says in one sentence what was wrong and what would be right.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file could not be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// A checkpoint is not what it claims to be.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A kernel refused its arguments.
+    #[error(transparent)]
+    Kernel(#[from] lapidary_kernels::Error),
+}
+
+/// The result of a function of this crate.
+pub type Result<T> = std::result::Result<T, Error>;

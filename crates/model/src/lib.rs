@@ -1,0 +1,8 @@
+//! x
+pub mod checkpoint;
+pub mod files;
+mod limits;
+pub use checkpoint::Checkpoint;
+pub use limits::Limits;
+mod error;
+pub use error::{Error, Result};
