@@ -1,4 +1,5 @@
-"""What `transformers` makes of text and of logits: golden values for tokenizers and sampling.
+"""What `transformers` makes of text, of logits and of an empty config: golden values for
+tokenizers, sampling and the defaults of every family.
 
     python tests/oracles/text.py        write tests/fixtures/text/
 """
@@ -51,6 +52,26 @@ def tokenization() -> dict:
     return cases
 
 
+CONFIGS = [
+    "GPT2", "OPT", "Llama", "Mistral", "Qwen2", "Mixtral", "Olmoe", "Bert", "Roberta", "ViT", "DeiT",
+    "CLIP", "Mamba",
+]  # fmt: skip
+NOT_OF_THE_MODEL = {
+    "transformers_version", "_name_or_path", "return_dict", "output_hidden_states", "output_attentions",
+    "chunk_size_feed_forward", "is_encoder_decoder", "problem_type",
+}  # fmt: skip
+
+
+def config_defaults() -> dict:
+    """The fields of each family's config when config.json says nothing, by model_type."""
+    defaults = {}
+    for name in CONFIGS:
+        fields = getattr(transformers, f"{name}Config")().to_dict()
+        kept = {key: value for key, value in fields.items() if key not in NOT_OF_THE_MODEL}
+        defaults[fields["model_type"]] = kept
+    return defaults
+
+
 def sampling() -> dict:
     """Logits before and after each processor; a removed token is null (minus infinity)."""
     generator = torch.Generator().manual_seed(20)
@@ -84,7 +105,12 @@ def main() -> None:
     directory = FIXTURES / "text"
     directory.mkdir(parents=True, exist_ok=True)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    for name, content in {"tokenization": tokenization(), "sampling": sampling()}.items():
+    contents = {
+        "tokenization": tokenization(),
+        "sampling": sampling(),
+        "config_defaults": config_defaults(),
+    }
+    for name, content in contents.items():
         text = json.dumps({"versions": versions} | content, ensure_ascii=False)
         (directory / f"{name}.json").write_text(text + "\n")
 

@@ -2,6 +2,7 @@
 
 use crate::checkpoint::CheckpointError;
 use crate::files::FileError;
+use crate::huggingface::ConfigError;
 
 /// An error of this crate: each kind says in one sentence what was wrong and what would be right.
 #[derive(Debug, thiserror::Error)]
@@ -12,6 +13,9 @@ pub enum Error {
     /// A checkpoint is not what it claims to be.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A `config.json` asks for something that is unknown or invalid.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// A kernel refused its arguments.
     #[error(transparent)]
     Kernel(#[from] lapidary_kernels::Error),
