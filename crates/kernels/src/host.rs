@@ -1,0 +1,220 @@
+//! The seam between kernels and tensors: reading storage, building results, sharing work.
+//!
+//! A kernel for another device enters here: an operation asks [`fused`] whether the CPU kernel
+//! applies, and otherwise takes the plain composition, which runs wherever Candle does.
+
+use crate::simd::Real;
+use candle_core::{CpuStorage, DType, Device, Layout, NdIter, Storage, StorageRef, Tensor};
+use std::borrow::Cow;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+type Candle<T> = candle_core::Result<T>;
+
+/// Whether the fused CPU kernels can take these tensors: all on the CPU, all `f32` or all `f64`.
+pub(crate) fn fused(tensors: &[&Tensor]) -> bool {
+    let Some(first) = tensors.first() else {
+        return false;
+    };
+    matches!(first.dtype(), DType::F32 | DType::F64)
+        && tensors
+            .iter()
+            .all(|t| matches!(t.device(), Device::Cpu) && t.dtype() == first.dtype())
+}
+
+/// Runs `$body` with `$T` standing for the Rust type of `$dtype`.
+macro_rules! by_dtype {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            other => Err(candle_core::Error::UnsupportedDTypeForOp(
+                other,
+                "fused kernel",
+            )),
+        }
+    };
+}
+pub(crate) use by_dtype;
+
+/// The elements of `storage` in the order of `layout`, borrowed when they lie so already.
+pub(crate) fn ordered<'a, T: candle_core::WithDType>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> Candle<Cow<'a, [T]>> {
+    let all = T::cpu_storage_as_slice(storage)?;
+    if let Some((start, end)) = layout.contiguous_offsets() {
+        return Ok(Cow::Borrowed(&all[start..end]));
+    }
+    let mut copy = Vec::with_capacity(layout.shape().elem_count());
+    let blocks = NdIter::new([layout]);
+    let (length, [stride]) = (blocks.inner_size, blocks.inner_strides);
+    for [start] in blocks {
+        if stride == 1 {
+            copy.extend_from_slice(&all[start..start + length]);
+        } else {
+            copy.extend((0..length).map(|i| all[start + i * stride]));
+        }
+    }
+    Ok(Cow::Owned(copy))
+}
+
+/// A CPU tensor whose storage is locked for reading.
+pub(crate) struct Host<'a> {
+    guard: StorageRef<'a>,
+    pub(crate) layout: &'a Layout,
+}
+
+impl<'a> Host<'a> {
+    pub(crate) fn new(tensor: &'a Tensor) -> Self {
+        let (guard, layout) = tensor.storage_and_layout();
+        Self { guard, layout }
+    }
+
+    pub(crate) fn storage(&self) -> Candle<&CpuStorage> {
+        match &*self.guard {
+            Storage::Cpu(storage) => Ok(storage),
+            _ => candle_core::bail!("a fused CPU kernel was given a tensor of another device"),
+        }
+    }
+
+    /// The elements in order.
+    pub(crate) fn ordered<T: candle_core::WithDType>(&self) -> Candle<Cow<'_, [T]>> {
+        ordered(self.storage()?, self.layout)
+    }
+
+    /// The whole storage, to be read through the layout.
+    pub(crate) fn whole<T: candle_core::WithDType>(&self) -> Candle<&[T]> {
+        T::cpu_storage_as_slice(self.storage()?)
+    }
+}
+
+/// A vector of `n` numbers whose content is arbitrary until a kernel has written it.
+///
+/// Zeroing results that are overwritten anyway would cost a memory pass per operation.
+#[allow(clippy::uninit_vec)]
+pub(crate) fn unwritten<T: Real>(n: usize) -> Vec<T> {
+    let mut v = Vec::with_capacity(n);
+    // SAFETY: the capacity is there, `T` is f32 or f64, for which every bit pattern is a value,
+    // and callers write every element before they read it.
+    unsafe { v.set_len(n) };
+    v
+}
+
+/// Width of the last dimension and the number of rows before it.
+pub(crate) fn rows_and_width(dims: &[usize]) -> (usize, usize) {
+    let width = dims.last().copied().unwrap_or(1);
+    let rows = dims.iter().rev().skip(1).product();
+    (rows, width)
+}
+
+/// Work (roughly, element operations) below which handing it to other threads costs more than
+/// it saves.
+const WORK_PER_TASK: usize = 32 * 1024;
+
+/// Calls `body` on ranges that partition `0..count`, in parallel when `count · work_per_item`
+/// is worth it. The partition does not depend on timing.
+pub(crate) fn share(count: usize, work_per_item: usize, body: impl Fn(Range<usize>) + Sync) {
+    let threads = rayon::current_num_threads();
+    let worth = count.saturating_mul(work_per_item) / WORK_PER_TASK;
+    // A few tasks per thread even out what other programs do to the cores.
+    let tasks = worth.min(4 * threads).min(count);
+    if tasks <= 1 || threads == 1 {
+        if count > 0 {
+            body(0..count);
+        }
+        return;
+    }
+    split(0..count, tasks, &body);
+}
+
+fn split(range: Range<usize>, tasks: usize, body: &(impl Fn(Range<usize>) + Sync)) {
+    if tasks <= 1 {
+        return body(range);
+    }
+    let left = tasks / 2;
+    let middle = range.start + range.len() * left / tasks;
+    rayon::join(
+        || split(range.start..middle, left, body),
+        || split(middle..range.end, tasks - left, body),
+    );
+}
+
+/// A slice that several threads write, each its own part.
+pub(crate) struct Shared<'a, T> {
+    start: *mut T,
+    len: usize,
+    owner: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: the pointer is only reachable through `part`, whose contract keeps parts disjoint.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+unsafe impl<T: Send> Send for Shared<'_, T> {}
+
+impl<'a, T> Shared<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
+        Self {
+            start: slice.as_mut_ptr(),
+            len: slice.len(),
+            owner: PhantomData,
+        }
+    }
+
+    /// Elements `start..start + len`.
+    ///
+    /// # Safety
+    /// No two live parts may overlap.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(start <= self.len && len <= self.len - start);
+        // SAFETY: in bounds by the assertion, disjoint from other parts by the contract.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
+
+/// Calls `body(row, output_row)` for every row of `output`, in parallel, vectorised.
+pub(crate) fn for_rows<T: Real>(
+    output: &mut [T],
+    width: usize,
+    work_per_element: usize,
+    body: impl Fn(usize, &mut [T]) + Sync,
+) {
+    if width == 0 || output.is_empty() {
+        return;
+    }
+    let rows = output.len() / width;
+    let shared = Shared::new(output);
+    share(rows, width * work_per_element, |range| {
+        vectorised_rows(range, |row| {
+            // SAFETY: rows are disjoint and each belongs to one range.
+            body(row, unsafe { shared.part(row * width, width) })
+        })
+    });
+}
+
+#[inline(always)]
+fn vectorised_rows(range: Range<usize>, body: impl Fn(usize)) {
+    crate::simd::vectorised(|| {
+        for row in range {
+            body(row);
+        }
+    });
+}
+
+/// A tensor on the CPU made of `data`.
+pub(crate) fn tensor<T: Real>(data: Vec<T>, dims: &[usize]) -> Candle<Tensor> {
+    Tensor::from_vec(data, dims, &Device::Cpu)
+}
+
+/// The element type of a storage.
+pub(crate) fn dtype(storage: &CpuStorage) -> DType {
+    use candle_core::backend::BackendStorage;
+    storage.dtype()
+}
