@@ -173,9 +173,16 @@ impl<'a, T> Shared<'a, T> {
     #[inline(always)]
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
-        assert!(start <= self.len && len <= self.len - start);
-        // SAFETY: in bounds by the assertion, disjoint from other parts by the contract.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+        // SAFETY: in bounds by the assertion within, disjoint from other parts by the contract.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer(start, len), len) }
+    }
+
+    /// Where elements `start..start + len` lie.
+    #[inline(always)]
+    pub(crate) fn pointer(&self, start: usize, len: usize) -> *mut T {
+        assert!(len == 0 || (start <= self.len && len <= self.len - start));
+        // For an empty part the address is never used.
+        self.start.wrapping_add(start)
     }
 }
 

@@ -13,6 +13,7 @@
 //! `attention_mask` of Hugging Face.
 
 mod activation;
+mod attention;
 pub mod check;
 mod error;
 mod host;
@@ -24,13 +25,14 @@ mod simd;
 mod test_data;
 
 pub use activation::Activation;
+pub use attention::{attention, merged_attention};
 pub use candle_core::backprop::GradStore;
 pub use candle_core::{D, DType, Device, IndexOp, Shape, Tensor, TensorId, Var, WithDType};
 pub use error::{Error, Result};
 pub use linear::linear;
 
 pub use naive::{
-    activate, activation_secant, activation_tangent, attention, cross_entropy, cumulative_product,
+    activate, activation_secant, activation_tangent, cross_entropy, cumulative_product,
     cumulative_sum, fft_convolution, gather, inverse_real_fft, layer_norm, linear_scan,
     log_softmax, real_fft, rms_norm, rotary, scatter_add, softmax, sort, top_k,
 };

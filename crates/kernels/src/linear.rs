@@ -208,14 +208,7 @@ fn backward<T: Real>(
         .transpose()?;
     let dw = weight
         .track_op()
-        .then(|| {
-            product(
-                g_matrix.transposed(),
-                x_flat.matrix(),
-                weight.dims(),
-                input,
-            )
-        })
+        .then(|| product(g_matrix.transposed(), x_flat.matrix(), weight.dims(), input))
         .transpose()?;
     let db = bias
         .filter(|bias| bias.track_op())

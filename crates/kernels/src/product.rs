@@ -78,20 +78,37 @@ pub(crate) fn multiply<T: Real>(
     b: Matrix<T>,
     threads: Threads,
 ) {
+    assert!(extent(a.rows, b.columns, row_stride, 1) <= result.len());
+    let parallel = threads == Threads::All && a.rows * a.columns * b.columns >= PARALLEL_PRODUCT;
+    // SAFETY: `result` is borrowed exclusively and large enough.
+    unsafe { multiply_at(result.as_mut_ptr(), row_stride, into, scale, a, b, parallel) }
+}
+
+/// [`multiply`] into memory that other threads may hold the gaps of.
+///
+/// # Safety
+/// `result` must be valid for `a.rows` rows of `b.columns` elements, `row_stride` apart, that
+/// nobody else reads or writes meanwhile.
+pub(crate) unsafe fn multiply_at<T: Real>(
+    result: *mut T,
+    row_stride: usize,
+    into: Into,
+    scale: T,
+    a: Matrix<T>,
+    b: Matrix<T>,
+    parallel: bool,
+) {
     let (m, k, n) = (a.rows, a.columns, b.columns);
     assert_eq!(k, b.rows, "inner dimensions of a product");
-    assert!(extent(m, n, row_stride, 1) <= result.len());
     assert!(extent(m, k, a.row_stride, a.column_stride) <= a.data.len());
     assert!(extent(k, n, b.row_stride, b.column_stride) <= b.data.len());
-    let parallel = threads == Threads::All && m * k * n >= PARALLEL_PRODUCT;
-    // SAFETY: every element that the product reads or writes was just checked to be in bounds,
-    // and `result` is borrowed exclusively.
+    // SAFETY: reads are in bounds as just checked, writes by contract.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            result.as_mut_ptr(),
+            result,
             1,
             row_stride as isize,
             into == Into::Add,

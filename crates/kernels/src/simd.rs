@@ -124,7 +124,11 @@ impl Real for f32 {
         let first = f32::from_bits((half.wrapping_add(127) as u32) << 23);
         let second = f32::from_bits(((n.wrapping_sub(half)).wrapping_add(127) as u32) << 23);
         let result = series * first * second;
-        let result = if self > 88.722_84 { f32::INFINITY } else { result };
+        let result = if self > 88.722_84 {
+            f32::INFINITY
+        } else {
+            result
+        };
         if self < -87.336_54 { 0.0 } else { result }
     }
 
