@@ -225,3 +225,69 @@ pub(crate) fn dtype(storage: &CpuStorage) -> DType {
     use candle_core::backend::BackendStorage;
     storage.dtype()
 }
+
+/// Where each row of a strided view starts, for views whose last dimension is adjacent.
+pub(crate) struct RowStarts {
+    dims: Vec<usize>,
+    strides: Vec<usize>,
+    offset: usize,
+}
+
+impl RowStarts {
+    /// `None` when the elements of a row are not adjacent.
+    pub(crate) fn new(layout: &Layout) -> Option<Self> {
+        let (last, leading) = layout.stride().split_last()?;
+        let (width, dims) = layout.dims().split_last()?;
+        (*last == 1 || *width <= 1).then(|| Self {
+            dims: dims.to_vec(),
+            strides: leading.to_vec(),
+            offset: layout.start_offset(),
+        })
+    }
+
+    #[inline]
+    pub(crate) fn start(&self, mut row: usize) -> usize {
+        let mut start = self.offset;
+        for (&dim, &stride) in self.dims.iter().zip(&self.strides).rev() {
+            start += row % dim * stride;
+            row /= dim;
+        }
+        start
+    }
+}
+
+/// The rows of a tensor's last dimension, read where they lie if their elements are adjacent.
+pub(crate) struct Rows<'a, T: Clone> {
+    data: Cow<'a, [T]>,
+    starts: RowStarts,
+    width: usize,
+}
+
+impl<'a, T: Real> Rows<'a, T> {
+    pub(crate) fn new(storage: &'a CpuStorage, layout: &Layout) -> Candle<Self> {
+        let width = layout.dims().last().copied().unwrap_or(1);
+        if let Some(starts) = RowStarts::new(layout) {
+            return Ok(Self {
+                data: Cow::Borrowed(T::cpu_storage_as_slice(storage)?),
+                starts,
+                width,
+            });
+        }
+        let (rows, _) = rows_and_width(layout.dims());
+        Ok(Self {
+            data: ordered(storage, layout)?,
+            starts: RowStarts {
+                dims: vec![rows],
+                strides: vec![width],
+                offset: 0,
+            },
+            width,
+        })
+    }
+
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize) -> &[T] {
+        let start = self.starts.start(row);
+        &self.data[start..start + self.width]
+    }
+}

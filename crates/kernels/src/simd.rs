@@ -293,6 +293,14 @@ pub(crate) fn dot<T: Real>(x: &[T], y: &[T]) -> T {
     fold(n, T::zero(), |i| x[i] * y[i], |a, b| a + b)
 }
 
+/// `Σ x_i (y_i - centre)`.
+#[inline(always)]
+pub(crate) fn dot_about<T: Real>(x: &[T], y: &[T], centre: T) -> T {
+    let n = x.len().min(y.len());
+    let (x, y) = (&x[..n], &y[..n]);
+    fold(n, T::zero(), |i| x[i] * (y[i] - centre), |a, b| a + b)
+}
+
 /// `Σ (x_i - centre)²`.
 #[inline(always)]
 pub(crate) fn squares_about<T: Real>(x: &[T], centre: T) -> T {
@@ -330,6 +338,12 @@ pub(crate) fn exponentiate<T: Real>(x: &mut [T], shift: T) -> T {
         total += lane;
     }
     total
+}
+
+/// `Σ e^{x_i - shift}`.
+#[inline(always)]
+pub(crate) fn exponential_sum<T: Real>(x: &[T], shift: T) -> T {
+    fold(x.len(), T::zero(), |i| (x[i] - shift).exp(), |a, b| a + b)
 }
 
 /// `y_i += scale · x_i`.
