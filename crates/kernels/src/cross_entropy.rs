@@ -6,7 +6,7 @@
 use crate::host::{self, Host, Rows, by_dtype, fused};
 use crate::simd::{self, Real};
 use crate::{CrossEntropyOptions, DType, Error, Result, Tensor, naive};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, WithDType};
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape};
 use std::sync::OnceLock;
 
 type Candle<T> = candle_core::Result<T>;

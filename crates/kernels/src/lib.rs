@@ -22,6 +22,7 @@ mod host;
 mod linear;
 pub mod naive;
 mod norm;
+mod optimiser;
 mod product;
 mod rotary;
 mod simd;
@@ -38,6 +39,9 @@ pub use elementwise::{activate, activation_secant, activation_tangent};
 pub use error::{Error, Result};
 pub use linear::linear;
 pub use norm::{layer_norm, rms_norm};
+pub use optimiser::{
+    AdamW, AdamWOptions, OptimiserState, Parameter, Sgd, SgdOptions, global_gradient_norm,
+};
 pub use rotary::{merged_rotary, rotary};
 pub use softmax::{log_softmax, softmax};
 

@@ -8,7 +8,7 @@
 use crate::host::{self, Host, Rows, Shared, by_dtype, fused, rows_and_width};
 use crate::simd::{self, Real};
 use crate::{Error, Result, Tensor, naive};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, WithDType};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape};
 
 type Candle<T> = candle_core::Result<T>;
 

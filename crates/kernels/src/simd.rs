@@ -4,7 +4,7 @@
 //! [`vectorised`], they are compiled once per instruction set (AVX-512, AVX2, baseline) and the
 //! best one that the processor has is chosen at run time.
 
-use candle_core::WithDType;
+use candle_core::{CpuStorage, WithDType};
 use std::ops::Neg;
 
 /// Lanes of an accumulator: one AVX-512 register of `f32`, two of `f64`.
@@ -30,6 +30,8 @@ pub(crate) trait Real: WithDType + Neg<Output = Self> + Default + std::iter::Sum
     fn tanh(self) -> Self;
     fn erf(self) -> Self;
     fn order(&self, other: &Self) -> std::cmp::Ordering;
+    /// The numbers in a storage of this type, to be changed.
+    fn slice_mut(storage: &mut CpuStorage) -> candle_core::Result<&mut [Self]>;
 
     /// `max(self, other)`, `self` when `other` is not a number.
     #[inline(always)]
@@ -77,6 +79,13 @@ const fn leading<const N: usize>(all: [f64; 14]) -> [f64; N] {
 
 impl Real for f32 {
     const NEG_INFINITY: Self = f32::NEG_INFINITY;
+
+    fn slice_mut(storage: &mut CpuStorage) -> candle_core::Result<&mut [Self]> {
+        match storage {
+            CpuStorage::F32(values) => Ok(values),
+            _ => candle_core::bail!("expected a storage of f32"),
+        }
+    }
 
     #[inline(always)]
     fn of(x: f64) -> Self {
@@ -183,6 +192,13 @@ impl Real for f32 {
 
 impl Real for f64 {
     const NEG_INFINITY: Self = f64::NEG_INFINITY;
+
+    fn slice_mut(storage: &mut CpuStorage) -> candle_core::Result<&mut [Self]> {
+        match storage {
+            CpuStorage::F64(values) => Ok(values),
+            _ => candle_core::bail!("expected a storage of f64"),
+        }
+    }
 
     #[inline(always)]
     fn of(x: f64) -> Self {

@@ -6,7 +6,7 @@
 use crate::host::{self, Host, Rows, by_dtype, fused, rows_and_width};
 use crate::simd::{self, Real};
 use crate::{Result, SoftmaxMask, Tensor, naive};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, WithDType};
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape};
 
 type Candle<T> = candle_core::Result<T>;
 
