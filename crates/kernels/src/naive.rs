@@ -129,7 +129,7 @@ pub fn softmax(x: &Tensor, mask: &SoftmaxMask) -> Result<Tensor> {
     let max = x
         .max_keepdim(D::Minus1)?
         .detach()
-        .maximum(-1e300_f64.max(f32::MIN as f64))?;
+        .maximum(f32::MIN as f64)?;
     let e = x.broadcast_sub(&max)?.exp()?;
     let sum = e.sum_keepdim(D::Minus1)?;
     let sum = (&sum + sum.eq(0.0)?.to_dtype(sum.dtype())?)?;
