@@ -41,10 +41,8 @@ pub fn decompx(
     let output = model.forward(input, pass)?;
     let vector = target.vector(&output)?;
     let direction = target.direction(vector.value())?;
-    // [streams, 1, features] · [features] -> [streams]
-    let contributions = engine(vector.contributions()?.squeeze(1))?;
-    let scores =
-        engine(engine(contributions.matmul(&engine(direction.unsqueeze(1))?))?.squeeze(1))?;
+    // [streams, 1]
+    let scores = engine(vector.contributions_along(&direction)?.squeeze(1))?;
     let scores = engine(engine(scores.to_dtype(DType::F64))?.to_vec1::<f64>())?;
     let explained = engine(vector.value().matmul(&engine(direction.unsqueeze(1))?))?;
     let explained =

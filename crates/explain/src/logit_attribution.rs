@@ -63,11 +63,12 @@ pub fn direct_logit_attribution(
     };
     let output = model.forward(input, pass)?;
     let vector = target.vector(&output)?;
-    let direction = engine(target.direction(vector.value())?.unsqueeze(1))?;
-    let contributions = engine(vector.contributions()?.squeeze(1))?;
-    let scores = engine(engine(contributions.matmul(&direction))?.squeeze(1))?;
+    let direction = target.direction(vector.value())?;
+    // [streams, 1]
+    let scores = engine(vector.contributions_along(&direction)?.squeeze(1))?;
     let scores = engine(engine(scores.to_dtype(DType::F64))?.to_vec1::<f64>())?;
-    let explained = engine(engine(vector.value().matmul(&direction))?.flatten_all())?;
+    let explained =
+        engine(engine(vector.value().matmul(&engine(direction.unsqueeze(1))?))?.flatten_all())?;
     let explained = engine(engine(explained.to_dtype(DType::F64))?.to_vec1::<f64>())?;
     let explained = explained.first().copied().unwrap_or(f64::NAN);
     labels.push("biases".to_owned());

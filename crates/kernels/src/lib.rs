@@ -27,6 +27,7 @@ mod product;
 mod rotary;
 mod simd;
 mod softmax;
+mod streams;
 #[cfg(test)]
 mod test_data;
 
@@ -44,6 +45,10 @@ pub use optimiser::{
 };
 pub use rotary::{merged_rotary, rotary};
 pub use softmax::{log_softmax, softmax};
+pub use streams::{
+    StreamAffine, StreamBuffer, stream_affine, stream_dot, stream_mix, stream_mix_own,
+    stream_squares, stream_sum,
+};
 
 pub use naive::{
     cumulative_product, cumulative_sum, embedding, fft_convolution, gather, inverse_real_fft,

@@ -151,7 +151,9 @@ impl Head {
                 if let Some(projection) = projection {
                     x = x.linear(projection)?;
                 }
-                let logits = cx.trace.site(format_args!("logits"), x.linear(output)?)?;
+                let logits = cx
+                    .trace
+                    .site(format_args!("logits"), x.linear_scores(output)?)?;
                 Ok(HeadOutput {
                     pooled: None,
                     logits: Some(logits),
@@ -167,7 +169,10 @@ impl Head {
                 let [one, two] = outputs.as_slice() else {
                     return Err(Error::spec("head.labels", "absent", "a number"));
                 };
-                let logits = first.linear(one)?.add(&second.linear(two)?)?.scale(0.5)?;
+                let logits = first
+                    .linear_scores(one)?
+                    .add(&second.linear_scores(two)?)?
+                    .scale(0.5)?;
                 let logits = cx.trace.site(format_args!("logits"), logits)?;
                 Ok(HeadOutput {
                     pooled: Some(first),
@@ -189,7 +194,7 @@ impl Head {
                 let logits = match outputs.first() {
                     Some(output) => Some(
                         cx.trace
-                            .site(format_args!("logits"), pooled.linear(output)?)?,
+                            .site(format_args!("logits"), pooled.linear_scores(output)?)?,
                     ),
                     None => None,
                 };

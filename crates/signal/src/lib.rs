@@ -34,6 +34,8 @@ pub mod relevance;
 mod shape;
 mod signal;
 pub mod streams;
+#[cfg(test)]
+mod tests;
 mod trace;
 
 pub use error::{Error, Result};

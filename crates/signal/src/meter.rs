@@ -3,7 +3,10 @@
 //! One multiply-add is two floating-point operations. Attention is counted with both of its
 //! products over the keys that a query may see. Bytes moved are what an operation reads and
 //! writes at the least: each operand once, the result once. Live bytes are those of the signals
-//! that exist at the same time.
+//! that exist at the same time; a view holds the memory of what it looks at and no more.
+//!
+//! Elementwise operations count by convention: 1 for each element of an activation, sum, product
+//! or reduction, 3 of a rotation, 5 of a softmax or RMS norm, 8 of a layer norm.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -91,6 +94,11 @@ impl Meter {
             total += *cost;
         }
         total
+    }
+
+    /// Bytes that signals hold now.
+    pub fn live_bytes(&self) -> u64 {
+        self.live.load(Ordering::Relaxed)
     }
 
     /// The most bytes that signals held at one time.

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use crate::error::tensor;
 use crate::meter::{Meter, bytes_of};
 use crate::relevance::AttentionRule;
+use crate::streams::Change;
 use crate::{Error, Lens, Linear, Result, Signal};
 use lapidary_kernels::{
-    Activation, AttentionOptions, RotaryPairs, SoftmaxMask, Tensor, activate, attention,
+    Activation, AttentionOptions, DType, RotaryPairs, SoftmaxMask, Tensor, activate, attention,
     fft_convolution, layer_norm, linear_scan, naive, rms_norm, rotary, softmax,
 };
 
@@ -42,6 +43,28 @@ fn pair<'a>(operation: &'static str, a: &'a Signal, b: &'a Signal) -> Result<Pai
     })
 }
 
+/// The signal whose lens of rules or counts the others follow; none when all are plain. Streams
+/// count as plain.
+fn rules_of<'a>(operation: &'static str, signals: &[&'a Signal]) -> Result<Option<&'a Signal>> {
+    let mut found: Option<&Signal> = None;
+    for signal in signals {
+        match (&signal.lens, found.map(|one| &one.lens)) {
+            (Lens::Plain | Lens::Streams(_), _) => {}
+            (_, None) => found = Some(signal),
+            (Lens::Relevance(_), Some(Lens::Relevance(_)))
+            | (Lens::Meter(..), Some(Lens::Meter(..))) => {}
+            (right, Some(left)) => {
+                return Err(Error::LensMismatch {
+                    operation,
+                    left: left.name(),
+                    right: right.name(),
+                });
+            }
+        }
+    }
+    Ok(found)
+}
+
 impl Signal {
     fn meter(&self) -> Option<&Arc<Meter>> {
         match &self.lens {
@@ -52,7 +75,7 @@ impl Signal {
 
     /// Counts an elementwise-like operation on `inputs` giving `output`, at `per_element`
     /// operations for each element of the output.
-    fn count(&self, per_element: u64, inputs: &[&Tensor], output: &Tensor) {
+    pub(crate) fn count(&self, per_element: u64, inputs: &[&Tensor], output: &Tensor) {
         if let Some(meter) = self.meter() {
             let bytes = inputs.iter().map(|input| bytes_of(input)).sum::<u64>() + bytes_of(output);
             meter.count(per_element * output.elem_count() as u64, bytes);
@@ -78,7 +101,7 @@ impl Signal {
         self.count_linear(layer, &value);
         Ok(match &self.lens {
             Lens::Streams(streams) => {
-                let streams = streams.linear(&self.value, layer, false)?;
+                let streams = streams.linear(&self.value, layer)?;
                 Self::carry_streams(value, streams)
             }
             Lens::Relevance(rules) => self.carry(rules.linear_output(value)?),
@@ -93,7 +116,7 @@ impl Signal {
         match &self.lens {
             Lens::Streams(streams) => {
                 let value = layer.apply(&self.value)?;
-                let streams = streams.linear(&self.value, layer, true)?;
+                let streams = streams.linear_deferred(&self.value, layer)?;
                 Ok(Self::carry_streams(value, streams))
             }
             _ => self.linear(layer),
@@ -106,7 +129,20 @@ impl Signal {
         match &self.lens {
             Lens::Streams(streams) => {
                 let value = layer.apply(&self.value)?;
-                let streams = streams.linear_output(&self.value, layer)?;
+                let streams = streams.linear_output(&self.value, layer, &value)?;
+                Ok(Self::carry_streams(value, streams))
+            }
+            _ => self.linear(layer),
+        }
+    }
+
+    /// As [`Signal::linear`], for a layer whose outputs are scores, each a number of its own:
+    /// under the streams lens the bias of a score is split by the streams of that score alone.
+    pub fn linear_scores(&self, layer: &Linear) -> Result<Self> {
+        match &self.lens {
+            Lens::Streams(streams) => {
+                let value = layer.apply(&self.value)?;
+                let streams = streams.linear_scores(&self.value, layer)?;
                 Ok(Self::carry_streams(value, streams))
             }
             _ => self.linear(layer),
@@ -135,11 +171,11 @@ impl Signal {
                 Ok(one.carry(value))
             }
             Pair::StreamsLeft(streams) => {
-                let streams = streams.add_constant(&self.value, &other.value)?;
+                let streams = streams.add_constant(&self.value, &other.value, value.dims())?;
                 Ok(Self::carry_streams(value, streams))
             }
             Pair::StreamsRight(streams) => {
-                let streams = streams.add_constant(&other.value, &self.value)?;
+                let streams = streams.add_constant(&other.value, &self.value, value.dims())?;
                 Ok(Self::carry_streams(value, streams))
             }
             Pair::Streams(a, b) => match (&a.lens, &b.lens) {
@@ -162,7 +198,10 @@ impl Signal {
         let value = tensor(&self.value * factor)?;
         self.count(1, &[&self.value], &value);
         match &self.lens {
-            Lens::Streams(streams) => Ok(Self::carry_streams(value, streams.scale(factor)?)),
+            Lens::Streams(streams) => {
+                let streams = streams.scale(&self.value, factor)?;
+                Ok(Self::carry_streams(value, streams))
+            }
             _ => Ok(self.carry(value)),
         }
     }
@@ -173,7 +212,7 @@ impl Signal {
         self.count(1, &[&self.value, constant], &value);
         match &self.lens {
             Lens::Streams(streams) => {
-                let streams = streams.multiply_constant(&self.value, constant)?;
+                let streams = streams.multiply_constant(&self.value, constant, value.dims())?;
                 Ok(Self::carry_streams(value, streams))
             }
             _ => Ok(self.carry(value)),
@@ -197,12 +236,14 @@ impl Signal {
                 Ok(one.carry(value))
             }
             Pair::StreamsLeft(streams) => {
-                let streams = streams.multiply_constant(&self.value, &gate.value)?;
-                Ok(Self::carry_streams(plain()?, streams))
+                let value = plain()?;
+                let streams = streams.multiply_constant(&self.value, &gate.value, value.dims())?;
+                Ok(Self::carry_streams(value, streams))
             }
             Pair::StreamsRight(streams) => {
-                let streams = streams.multiply_constant(&gate.value, &self.value)?;
-                Ok(Self::carry_streams(plain()?, streams))
+                let value = plain()?;
+                let streams = streams.multiply_constant(&gate.value, &self.value, value.dims())?;
+                Ok(Self::carry_streams(value, streams))
             }
             Pair::Streams(a, b) => match (&a.lens, &b.lens) {
                 (Lens::Streams(content), Lens::Streams(other)) => {
@@ -285,20 +326,23 @@ impl Signal {
     ///
     /// Under the streams lens the weights are computed from the true values and frozen.
     pub fn attend(&self, q: &Self, k: &Self, options: &AttentionOptions) -> Result<Self> {
-        match &self.lens {
-            Lens::Streams(_) => {
-                let weights = naive::attention_weights(&q.value, &k.value, options)?;
-                self.mix(&weights)
-            }
+        if let Lens::Streams(_) = &self.lens {
+            let weights = naive::attention_weights(&q.value, &k.value, options)?;
+            return self.mix(&weights);
+        }
+        // Streams on queries and keys alone have nothing to say: the weights are frozen.
+        let joined = rules_of("attend", &[self, q, k])?.unwrap_or(self);
+        match &joined.lens {
             Lens::Relevance(rules) => {
-                Ok(self.carry(rules.attention(&q.value, &k.value, &self.value, options)?))
+                let value = rules.attention(&q.value, &k.value, &self.value, options)?;
+                Ok(joined.carry(value))
             }
             _ => {
                 let value = attention(&q.value, &k.value, &self.value, options)?;
-                if let Some(meter) = self.meter() {
-                    count_attention(meter, q, k, self, &value, options);
+                if let Some(meter) = joined.meter() {
+                    count_attention(meter, q, k, self, &value, options)?;
                 }
-                Ok(self.carry(value))
+                Ok(joined.carry(value))
             }
         }
     }
@@ -342,20 +386,31 @@ impl Signal {
     pub fn rotary(&self, cos: &Tensor, sin: &Tensor, pairs: RotaryPairs) -> Result<Self> {
         let value = rotary(&self.value, cos, sin, pairs)?;
         self.count(3, &[&self.value], &value);
-        self.linear_map(value, &|t, _| Ok(rotary(t, cos, sin, pairs)?), |axis| {
-            Some(axis)
-        })
+        // A rotation mixes the features of a head, so streams over positions keep their axis.
+        let rotate = |t: &Tensor, shift: usize| -> Result<Tensor> {
+            if shift == 0 {
+                return Ok(rotary(t, cos, sin, pairs)?);
+            }
+            let shape = t.dims().to_vec();
+            let folded = tensor(t.flatten(0, 1))?;
+            tensor(rotary(&folded, cos, sin, pairs)?.reshape(shape))
+        };
+        self.linear_map(&self.value, value, Change::Other, &rotate, Some)
     }
 
     /// Recurrence `h_t = a_t h_{t-1} + x_t` along dimension 1, this signal being `x`. Under
     /// streams and relevance the decay is a constant.
     pub fn scan(&self, decay: &Self) -> Result<Self> {
-        let frozen = match &self.lens {
+        let joined = match &self.lens {
+            Lens::Streams(_) => self,
+            _ => rules_of("scan", &[self, decay])?.unwrap_or(self),
+        };
+        let frozen = match &joined.lens {
             Lens::Relevance(_) => decay.value.detach(),
             _ => decay.value.clone(),
         };
         let value = linear_scan(&frozen, &self.value, None)?;
-        self.count(2, &[&self.value, &frozen], &value);
+        joined.count(2, &[&self.value, &frozen], &value);
         let scan = |t: &Tensor, shift: usize| -> Result<Tensor> {
             if shift == 0 {
                 return Ok(linear_scan(&frozen, t, None)?);
@@ -366,7 +421,7 @@ impl Signal {
             }
             tensor(Tensor::stack(&streams, 0))
         };
-        self.linear_map(value, &scan, |_| None)
+        joined.linear_map(&self.value, value, Change::Other, &scan, |_| None)
     }
 
     /// Causal convolution of each channel with its own short filter:
@@ -386,7 +441,7 @@ impl Signal {
             let folded = tensor(t.flatten(0, 1))?;
             tensor(fft_convolution(&folded, kernel)?.reshape(shape))
         };
-        let y = self.linear_map(value, &convolve, |_| None)?;
+        let y = self.linear_map(&self.value, value, Change::Other, &convolve, |_| None)?;
         match bias {
             Some(bias) => y.add_constant(&tensor(bias.unsqueeze(1))?),
             None => Ok(y),
@@ -407,31 +462,33 @@ fn count_attention(
     v: &Signal,
     output: &Tensor,
     options: &AttentionOptions,
-) {
-    let (Ok((batch, heads, queries, width)), Ok((_, _, keys, value_width))) =
-        (q.value.dims4(), v.value.dims4())
-    else {
-        return;
+) -> Result<()> {
+    let (batch, heads, queries, width) = tensor(q.value.dims4())?;
+    let (_, _, keys, value_width) = tensor(v.value.dims4())?;
+    let kept = match &options.key_padding {
+        Some(padding) => tensor(tensor(padding.to_dtype(DType::U8))?.to_vec2::<u8>())?,
+        None => vec![vec![1; keys]; batch],
     };
-    let pairs: u64 = (0..queries)
-        .map(|i| {
+    let mut visible = 0;
+    for sequence in &kept {
+        for i in 0..queries {
             let position = i + options.query_offset;
-            let first = options
-                .window
-                .map_or(0, |window| (position + 1).saturating_sub(window));
-            let mut end = keys;
-            if options.causal {
-                end = end.min(position + 1);
-            }
-            if let Some(window) = options.window {
-                end = end.min(position + window);
-            }
-            end.saturating_sub(first) as u64
-        })
-        .sum();
-    let pairs = pairs * (batch * heads) as u64;
+            let sees = |j: usize| {
+                !(options.causal && j > position)
+                    && options
+                        .window
+                        .is_none_or(|window| position.abs_diff(j) < window)
+            };
+            visible += sequence
+                .iter()
+                .enumerate()
+                .filter(|(j, kept)| **kept != 0 && sees(*j))
+                .count() as u64;
+        }
+    }
     meter.count(
-        pairs * (2 * width as u64 + 2 * value_width as u64 + 5),
+        visible * heads as u64 * (2 * width as u64 + 2 * value_width as u64 + 5),
         bytes_of(&q.value) + bytes_of(&k.value) + bytes_of(&v.value) + bytes_of(output),
     );
+    Ok(())
 }

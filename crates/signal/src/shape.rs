@@ -1,31 +1,57 @@
 //! Changes of shape: linear, and the same for every stream.
 
 use crate::error::tensor;
-use crate::{Lens, Result, Signal};
+use crate::meter::bytes_of;
+use crate::streams::{Change, Streams};
+use crate::{Error, Lens, Result, Signal};
 use lapidary_kernels::{D, Tensor};
 
 impl Signal {
-    /// Continues with `value`, whose streams are those of this signal passed through `map`.
+    /// Continues with `value`, made of `x`, whose streams are those of `x` passed through `map`.
     pub(crate) fn linear_map(
         &self,
+        x: &Tensor,
         value: Tensor,
+        change: Change<'_>,
         map: &dyn Fn(&Tensor, usize) -> Result<Tensor>,
         axis: impl Fn(usize) -> Option<usize>,
     ) -> Result<Self> {
         Ok(match &self.lens {
             Lens::Streams(streams) => {
-                Self::carry_streams(value, streams.map(&self.value, map, axis)?)
+                Self::carry_streams(value, streams.map(x, change, map, axis)?)
             }
             _ => self.carry(value),
         })
     }
 
-    fn shaped(
+    /// A result of its own memory; `flops` of each element of this signal and `bytes` moved
+    /// are counted.
+    fn moved(
         &self,
+        flops_per_element: u64,
         map: &dyn Fn(&Tensor, usize) -> Result<Tensor>,
         axis: impl Fn(usize) -> Option<usize>,
     ) -> Result<Self> {
-        self.linear_map(map(&self.value, 0)?, map, axis)
+        let value = map(&self.value, 0)?;
+        if let Lens::Meter(meter, _) = &self.lens {
+            let flops = flops_per_element * self.value.elem_count() as u64;
+            meter.count(flops, bytes_of(&self.value) + bytes_of(&value));
+        }
+        self.linear_map(&self.value, value, Change::Other, map, axis)
+    }
+
+    /// A view: no work, and the memory of this signal.
+    fn viewed(
+        &self,
+        change: Change<'_>,
+        map: &dyn Fn(&Tensor, usize) -> Result<Tensor>,
+        axis: impl Fn(usize) -> Option<usize>,
+    ) -> Result<Self> {
+        let value = map(&self.value, 0)?;
+        match &self.lens {
+            Lens::Streams(_) => self.linear_map(&self.value, value, change, map, axis),
+            _ => Ok(self.carry_view(value)),
+        }
     }
 
     /// The same elements in another shape.
@@ -38,7 +64,7 @@ impl Signal {
         };
         // An axis survives where the same number of elements lies before it and it keeps its
         // length.
-        self.shaped(&map, |axis| {
+        let axis = |axis: usize| {
             let before: usize = from[..axis].iter().product();
             let mut product = 1;
             for (to, size) in shape.iter().enumerate() {
@@ -48,13 +74,18 @@ impl Signal {
                 product *= size;
             }
             None
-        })
+        };
+        // Elements that lie out of order are copied.
+        if self.value.is_contiguous() || matches!(self.lens, Lens::Streams(_)) {
+            return self.viewed(Change::Reshape(shape), &map, axis);
+        }
+        self.moved(0, &map, axis)
     }
 
     /// Swaps two dimensions.
     pub fn transpose(&self, first: usize, second: usize) -> Result<Self> {
         let map = |t: &Tensor, shift: usize| tensor(t.transpose(first + shift, second + shift));
-        self.shaped(&map, |axis| {
+        self.viewed(Change::Transpose(first, second), &map, |axis| {
             Some(match axis {
                 axis if axis == first => second,
                 axis if axis == second => first,
@@ -65,12 +96,17 @@ impl Signal {
 
     /// Lays the elements out in order.
     pub fn contiguous(&self) -> Result<Self> {
-        self.shaped(&|t, _| tensor(t.contiguous()), Some)
+        let map = |t: &Tensor, _: usize| tensor(t.contiguous());
+        if self.value.is_contiguous() || matches!(self.lens, Lens::Streams(_)) {
+            return self.viewed(Change::Contiguous, &map, Some);
+        }
+        self.moved(0, &map, Some)
     }
 
     /// Entries `start..start + length` along `dim`.
     pub fn narrow(&self, dim: usize, start: usize, length: usize) -> Result<Self> {
-        self.shaped(
+        self.viewed(
+            Change::Narrow { dim, start, length },
             &|t, shift| tensor(t.narrow(dim + shift, start, length)),
             |axis| (axis != dim).then_some(axis),
         )
@@ -78,7 +114,8 @@ impl Signal {
 
     /// The entries along `dim` that `indices` (`u32`, one-dimensional) name.
     pub fn select(&self, dim: usize, indices: &Tensor) -> Result<Self> {
-        self.shaped(
+        self.moved(
+            0,
             &|t, shift| tensor(tensor(t.contiguous())?.index_select(indices, dim + shift)),
             |axis| (axis != dim).then_some(axis),
         )
@@ -86,10 +123,17 @@ impl Signal {
 
     /// Zeros of length `length` along `dim`, with this signal's entries added at `indices`.
     pub fn place(&self, dim: usize, indices: &Tensor, length: usize) -> Result<Self> {
-        self.shaped(
+        self.moved(
+            0,
             &|t, shift| {
                 let mut shape = t.dims().to_vec();
-                shape[dim + shift] = length;
+                match shape.get_mut(dim + shift) {
+                    Some(size) => *size = length,
+                    None => {
+                        let expected = format!("below {}", shape.len() - shift);
+                        return Err(Error::invalid("dimension to place along", dim, expected));
+                    }
+                }
                 let zero = tensor(Tensor::zeros(shape, t.dtype(), t.device()))?;
                 tensor(zero.index_add(indices, &tensor(t.contiguous())?, dim + shift))
             },
@@ -99,38 +143,53 @@ impl Signal {
 
     /// A new dimension of length one.
     pub fn unsqueeze(&self, dim: usize) -> Result<Self> {
-        self.shaped(&|t, shift| tensor(t.unsqueeze(dim + shift)), |axis| {
+        let map = |t: &Tensor, shift: usize| tensor(t.unsqueeze(dim + shift));
+        let shape = map(&self.value, 0)?.dims().to_vec();
+        self.viewed(Change::Reshape(&shape), &map, |axis| {
             Some(if axis >= dim { axis + 1 } else { axis })
         })
     }
 
     /// Drops a dimension of length one.
     pub fn squeeze(&self, dim: usize) -> Result<Self> {
-        self.shaped(
-            &|t, shift| tensor(t.squeeze(dim + shift)),
-            |axis| match axis {
-                axis if axis == dim => None,
-                axis if axis > dim => Some(axis - 1),
-                axis => Some(axis),
-            },
-        )
+        let map = |t: &Tensor, shift: usize| tensor(t.squeeze(dim + shift));
+        let shape = map(&self.value, 0)?.dims().to_vec();
+        if shape.len() == self.dims().len() {
+            return Err(Error::invalid(
+                format!("length of dimension {dim}"),
+                self.dims().get(dim),
+                "1 to be dropped",
+            ));
+        }
+        self.viewed(Change::Reshape(&shape), &map, |axis| match axis {
+            axis if axis == dim => None,
+            axis if axis > dim => Some(axis - 1),
+            axis => Some(axis),
+        })
     }
 
-    /// Repeats along dimensions of length one until the shape is `shape`.
+    /// Repeats along dimensions of length one, and new leading ones, until the shape is `shape`.
     pub fn broadcast(&self, shape: &[usize]) -> Result<Self> {
-        self.shaped(
-            &|t, shift| {
-                let mut full = t.dims()[..shift].to_vec();
-                full.extend(shape);
-                tensor(t.broadcast_as(full))
-            },
-            Some,
-        )
+        let value = tensor(self.value.broadcast_as(shape))?;
+        match &self.lens {
+            Lens::Streams(streams) => {
+                let streams = streams.broadcast(&self.value, shape)?;
+                Ok(Self::carry_streams(value, streams))
+            }
+            _ => Ok(self.carry_view(value)),
+        }
     }
 
     /// Mean over `dim`, which goes.
     pub fn mean(&self, dim: usize) -> Result<Self> {
-        self.shaped(&|t, shift| tensor(t.mean(dim + shift)), |axis| {
+        if let (Lens::Streams(streams), [batch, length, _], 1) = (&self.lens, self.dims(), dim) {
+            let each = tensor(Tensor::ones((*batch, *length), self.dtype(), self.device()))?;
+            let weights = tensor(each / *length as f64)?;
+            let value = tensor(self.value.mean(dim))?;
+            let streams = streams.pool(&self.value, &weights)?;
+            return Ok(Self::carry_streams(value, streams));
+        }
+        self.moved(1, &|t, shift| tensor(t.mean(dim + shift)), |axis| {
             (axis != dim).then_some(if axis > dim { axis - 1 } else { axis })
         })
     }
@@ -138,7 +197,7 @@ impl Signal {
     /// Sum over the last dimension, which goes.
     pub fn sum_last(&self) -> Result<Self> {
         let last = self.dims().len().saturating_sub(1);
-        self.shaped(&|t, _| tensor(t.sum(D::Minus1)), |axis| {
+        self.moved(1, &|t, _| tensor(t.sum(D::Minus1)), |axis| {
             (axis != last).then_some(axis)
         })
     }
@@ -146,7 +205,16 @@ impl Signal {
     /// Sum of all entries of `weights ⊙ x` over `dim`, for constant `weights` broadcastable to
     /// the signal.
     pub fn weighted_sum(&self, weights: &Tensor, dim: usize) -> Result<Self> {
-        self.shaped(
+        if let (Lens::Streams(streams), [batch, length, _], 1, [b, l, 1]) =
+            (&self.lens, self.dims(), dim, weights.dims())
+            && (b, l) == (batch, length)
+        {
+            let value = tensor(tensor(self.value.broadcast_mul(weights))?.sum(dim))?;
+            let streams = streams.pool(&self.value, &tensor(weights.squeeze(2))?)?;
+            return Ok(Self::carry_streams(value, streams));
+        }
+        self.moved(
+            2,
             &|t, shift| tensor(tensor(t.broadcast_mul(weights))?.sum(dim + shift)),
             |axis| (axis != dim).then_some(if axis > dim { axis - 1 } else { axis }),
         )
@@ -156,24 +224,43 @@ impl Signal {
     pub fn concatenate(signals: &[Self], dim: usize) -> Result<Self> {
         let values: Vec<&Tensor> = signals.iter().map(|signal| &signal.value).collect();
         let value = tensor(Tensor::cat(&values, dim))?;
-        let Some(like) = signals
-            .iter()
-            .find(|signal| !matches!(signal.lens, Lens::Plain))
-        else {
+        let mut lenses = signals.iter().map(|signal| &signal.lens);
+        let Some(lens) = lenses.find(|lens| !matches!(lens, Lens::Plain)) else {
             return Ok(Self::from(value));
         };
-        let Lens::Streams(space) = &like.lens else {
-            return Ok(like.carry(value));
+        let fits = |other: &Lens| {
+            matches!(other, Lens::Plain)
+                || std::mem::discriminant(other) == std::mem::discriminant(lens)
         };
-        let mut parts = Vec::with_capacity(signals.len());
-        for signal in signals {
-            let streams = match &signal.lens {
-                Lens::Streams(streams) => streams.clone(),
-                _ => space.of_constant(&signal.value)?,
-            };
-            parts.push((&signal.value, streams));
+        if let Some(other) = lenses.find(|other| !fits(other)) {
+            return Err(Error::LensMismatch {
+                operation: "concatenate",
+                left: lens.name(),
+                right: other.name(),
+            });
         }
-        let streams = crate::streams::Streams::concatenate(&parts, dim)?;
-        Ok(Self::carry_streams(value, streams))
+        match lens {
+            Lens::Plain => Ok(Self::from(value)),
+            Lens::Relevance(rules) => Ok(Self {
+                value,
+                lens: Lens::Relevance(rules.clone()),
+            }),
+            Lens::Meter(meter, _) => {
+                meter.count(0, 2 * bytes_of(&value));
+                Ok(Self::from(value).into_metered(meter.clone()))
+            }
+            Lens::Streams(space) => {
+                let mut parts = Vec::with_capacity(signals.len());
+                for signal in signals {
+                    let streams = match &signal.lens {
+                        Lens::Streams(streams) => streams.clone(),
+                        _ => space.of_constant(&signal.value)?,
+                    };
+                    parts.push((&signal.value, streams));
+                }
+                let streams = Streams::concatenate(&parts, dim)?;
+                Ok(Self::carry_streams(value, streams))
+            }
+        }
     }
 }

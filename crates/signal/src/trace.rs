@@ -87,8 +87,8 @@ impl Trace {
         Self::default()
     }
 
-    /// Keeps what is written at sites that match `glob` (`*` stays within one name between dots
-    /// only by convention: it matches any characters).
+    /// Keeps what is written at sites that match `glob`. `*` matches any characters, dots too:
+    /// `blocks.*.out` also names `blocks.0.attention.out`.
     pub fn capture(self, glob: &str) -> Result<Self> {
         self.rule(glob, Action::Capture)
     }
@@ -196,14 +196,19 @@ impl Trace {
     /// The record of one captured or tapped site.
     pub fn record(&self, site: &str) -> Result<SiteRecord> {
         let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        found
-            .records
-            .get(site)
-            .cloned()
-            .ok_or_else(|| Error::NoSuchSite {
-                pattern: site.to_owned(),
-                written: summary(&found.names),
-            })
+        found.records.get(site).cloned().ok_or_else(|| {
+            match found.names.iter().any(|name| name == site) {
+                true => Error::invalid(
+                    format!("record of site {site}"),
+                    "written but not kept",
+                    "captured or tapped before the pass",
+                ),
+                false => Error::NoSuchSite {
+                    pattern: site.to_owned(),
+                    written: summary(&found.names),
+                },
+            }
+        })
     }
 
     /// The signal captured at one site.
