@@ -88,11 +88,6 @@ impl<'a> Host<'a> {
     pub(crate) fn ordered<T: candle_core::WithDType>(&self) -> Candle<Cow<'_, [T]>> {
         ordered(self.storage()?, self.layout)
     }
-
-    /// The whole storage, to be read through the layout.
-    pub(crate) fn whole<T: candle_core::WithDType>(&self) -> Candle<&[T]> {
-        T::cpu_storage_as_slice(self.storage()?)
-    }
 }
 
 /// A vector of `n` numbers whose content is arbitrary until a kernel has written it.

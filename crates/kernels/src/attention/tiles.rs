@@ -221,7 +221,7 @@ pub(super) fn forward<T: Real>(
     let items = p.batch * p.heads * query_blocks;
     let work = QUERIES * p.keys.max(1) * (p.width + p.value_width) / 8;
     host::share(items, work, |range| {
-        let mut tile = vec![T::zero(); QUERIES * KEYS];
+        let mut tile = host::unwritten::<T>(QUERIES * KEYS);
         for item in range {
             let (block, head) = (item % query_blocks, item / query_blocks % p.heads);
             let batch = item / query_blocks / p.heads;
@@ -357,8 +357,8 @@ pub(super) fn backward<T: Real>(
     let heads_per_group = p.heads / p.groups;
     let work = heads_per_group * p.queries * p.keys.max(1) * (p.width + p.value_width) / 4;
     host::share(p.batch * p.groups, work.max(1), |range| {
-        let mut weights = vec![T::zero(); QUERIES * KEYS];
-        let mut slopes = vec![T::zero(); QUERIES * KEYS];
+        let mut weights = host::unwritten::<T>(QUERIES * KEYS);
+        let mut slopes = host::unwritten::<T>(QUERIES * KEYS);
         for item in range {
             let (batch, group) = (item / p.groups, item % p.groups);
             for head in group * heads_per_group..(group + 1) * heads_per_group {
