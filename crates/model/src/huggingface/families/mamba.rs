@@ -21,10 +21,10 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
     let norm = NormSpec::Rms { epsilon: config.layer_norm_epsilon };
     let inner = config.intermediate_size;
     let mixer = MambaSpec {
-        inner,
+        inner: Some(inner),
         state: config.state_size,
         taps: config.conv_kernel,
-        step_rank: config.time_step_rank,
+        step_rank: Some(config.time_step_rank),
         activation: activation(config.hidden_act, "hidden_act")?,
         bias: config.use_bias,
         convolution_bias: config.use_conv_bias,
