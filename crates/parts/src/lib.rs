@@ -19,6 +19,7 @@ pub mod feedforward;
 pub mod norm;
 pub mod parameters;
 pub mod position;
+pub mod recurrent;
 pub mod state;
 
 pub use context::Context;
