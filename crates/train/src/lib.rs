@@ -4,6 +4,7 @@
 //! - [`data`]: text and token files, windows over them, and generated [`data::Task`]s.
 //! - [`Schedule`], [`Gradients`], [`MovingAverage`]: what surrounds an optimiser step.
 //! - [`log`]: JSON lines, TensorBoard event files, and a progress line on a terminal.
+//! - [`state`]: the training state on disk.
 //!
 //! Everything random is drawn from a [`Generator`] that is passed in.
 
@@ -16,6 +17,7 @@ pub mod language;
 pub mod log;
 mod random;
 mod schedule;
+pub mod state;
 
 pub use ema::MovingAverage;
 pub use error::{Error, Result};
