@@ -26,6 +26,7 @@ pub mod naive;
 mod norm;
 mod optimiser;
 mod product;
+mod recompute;
 mod recurrence;
 mod rotary;
 mod simd;
@@ -49,6 +50,7 @@ pub use norm::{layer_norm, rms_norm};
 pub use optimiser::{
     AdamW, AdamWOptions, OptimiserState, Parameter, Sgd, SgdOptions, global_gradient_norm,
 };
+pub use recompute::Recomputation;
 pub use recurrence::{cumulative_product, cumulative_sum, linear_scan};
 pub use rotary::{merged_rotary, rotary};
 pub use softmax::{log_softmax, softmax};

@@ -7,7 +7,6 @@
 //! everything else as the latter.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::{WriteOptions, write_checkpoint};
@@ -272,7 +271,7 @@ impl lapidary_parts::parameters::ParameterSource for CheckpointSource<'_> {
         let wrong = |reason: String| lapidary_parts::Error::Parameter { name: name.to_owned(), reason };
         let tensor = self
             .checkpoint
-            .tensor_of_shape(name, self.options.dtype, shape)
+            .tensor_of_shape(name, shape, self.options.dtype)
             .map_err(|error| wrong(error.to_string()))?;
         Ok(tensor.to_device(&self.options.device).map_err(lapidary_kernels::Error::from)?)
     }

@@ -8,6 +8,9 @@ pub enum Error {
     /// A tensor operation failed.
     #[error(transparent)]
     Kernel(#[from] lapidary_kernels::Error),
+    /// A model could not be made, run or written.
+    #[error(transparent)]
+    Model(#[from] lapidary_model::Error),
     /// A file could not be read or written.
     #[error("cannot {action} {}: {source}", path.display())]
     File {

@@ -144,6 +144,12 @@ impl Tokenizer {
         own::word_level(texts, vocabulary, special)
     }
 
+    /// A tokenizer of a closed vocabulary: words between white space, each its place in `words` as
+    /// id. The first starts every text. A word that is not among them is an error.
+    pub fn of_words(words: &[&str]) -> Result<Self, TokenizerError> {
+        own::of_words(words)
+    }
+
     /// Saves `tokenizer.json` in a directory.
     pub fn save(&self, directory: &Path) -> Result<(), TokenizerError> {
         let path = directory.join(TOKENIZER_FILE);

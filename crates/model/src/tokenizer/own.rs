@@ -70,6 +70,35 @@ pub(super) fn word_level<'text>(
     Tokenizer::from_json(Path::new("word-level tokenizer"), &json.to_string())
 }
 
+pub(super) fn of_words(words: &[&str]) -> Result<Tokenizer, TokenizerError> {
+    let [start, ..] = words else {
+        return Err(TokenizerError::Own {
+            field: "words",
+            found: "none".to_owned(),
+            expected: "at least the one that starts a text".to_owned(),
+        });
+    };
+    let ids: Map<String, Value> =
+        words.iter().zip(0u32..).map(|(word, id)| ((*word).to_owned(), id.into())).collect();
+    let json = json!({
+        "version": "1.0",
+        "added_tokens": added_tokens(0, &[*start]),
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [
+                {"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}},
+            ],
+            "special_tokens": {*start: {"id": start, "ids": [0], "tokens": [start]}},
+        },
+        // A closed vocabulary: this token is in no text, and a word that is unknown is an error.
+        "model": {"type": "WordLevel", "vocab": ids, "unk_token": UNKNOWN},
+    });
+    Tokenizer::from_json(Path::new("tokenizer of a closed vocabulary"), &json.to_string())
+}
+
 /// Every word of the texts, the most frequent first and then in alphabetical order.
 fn frequent_words<'text>(
     texts: impl IntoIterator<Item = &'text str>,

@@ -1,6 +1,6 @@
 //! Mamba (Gu & Dao, arXiv 2312.00752).
 
-use super::{Architecture, Layout, NameTable, Tower, activation};
+use super::{Architecture, NameTable, Tower, activation};
 use crate::huggingface::config::MambaConfig;
 use crate::spec::{AbsolutePosition, HeadSpec, InputSpec, ModelSpec, TokenInput};
 use crate::Result;
@@ -19,9 +19,8 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
         _ => return Err(architecture.wrong("MambaForCausalLM or MambaModel")),
     };
     let norm = NormSpec::Rms { epsilon: config.layer_norm_epsilon };
-    let inner = config.intermediate_size;
     let mixer = MambaSpec {
-        inner: Some(inner),
+        inner: Some(config.intermediate_size),
         state: config.state_size,
         taps: config.conv_kernel,
         step_rank: Some(config.time_step_rank),
@@ -70,11 +69,7 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
             false,
         );
         table.layer(&format!("{key}.in_proj"), &format!("{path}.input"), config.use_bias);
-        table.add(
-            format!("{key}.conv1d.weight"),
-            &[&format!("{path}.convolution.weight")],
-            Layout::Reshaped(vec![inner, 1, config.conv_kernel]),
-        );
+        table.same(&format!("{key}.conv1d.weight"), &format!("{path}.convolution.weight"));
         if config.use_conv_bias {
             table.same(&format!("{key}.conv1d.bias"), &format!("{path}.convolution.bias"));
         }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use crate::checkpoint::CheckpointError;
 use crate::{Checkpoint, Error, Result};
 use lapidary_kernels::{DType, Tensor};
 use lapidary_parts::parameters::{Init, ParameterSource};
@@ -262,6 +261,11 @@ fn missing_tensors(missing: Vec<String>, checkpoint: &Checkpoint) -> Error {
     );
     match report.require_all() {
         Err(error) => Error::Checkpoint(error),
-        Ok(()) => Error::Checkpoint(CheckpointError::from(report)),
+        // A key that only an older spelling lacks.
+        Ok(()) => lapidary_parts::Error::Parameter {
+            name: missing.join(", "),
+            reason: "is missing from the checkpoint".to_owned(),
+        }
+        .into(),
     }
 }
