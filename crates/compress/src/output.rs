@@ -98,11 +98,11 @@ fn trace(sites: &Arc<Mutex<Sites>>, batch: &Batch<'_>) -> Result<Trace> {
 fn changed(original: &Model, other: &Model) -> Result<Sites> {
     let mut sites = Sites::new();
     for linear in original.linears() {
-        let alike = other.linears().iter().find(|candidate| {
+        let alike = other.linears().iter().any(|candidate| {
             candidate.path == linear.path
                 && (candidate.input, candidate.output) == (linear.input, linear.output)
         });
-        if alike.is_none_or(|candidate| candidate.rank == linear.rank && linear.rank.is_none()) {
+        if !alike {
             continue;
         }
         let (Some(before), Some(after)) = (
@@ -113,6 +113,9 @@ fn changed(original: &Model, other: &Model) -> Result<Sites> {
         };
         let transposed = |tensor: &Tensor| engine(engine(tensor.t())?.contiguous());
         let difference = engine(&before - &after)?;
+        if engine(squared_norm(&difference))? == 0.0 {
+            continue;
+        }
         sites
             .entry(linear.input_site.clone())
             .or_default()

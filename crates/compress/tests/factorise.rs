@@ -4,8 +4,8 @@
 mod common;
 
 use common::{
-    ENCODER, all, altered, at_rank, calibrate, classifier, close, distance, labelled, model,
-    scores, values, windows,
+    ENCODER, all, altered, at_rank, calibrate, classifier, close, distance, model, scores, values,
+    windows,
 };
 use lapidary_compress::{
     Budget, Calibration, CalibrationData, CalibrationOptions, Error, Example, Method, Objective,
@@ -163,8 +163,14 @@ fn output_errors_are_measured_and_whitening_has_the_least() {
                 1e-5,
             );
         }
+        // The same for the merged model, and nothing for a model that is the same.
         let dense = export_dense(&whitened.model).unwrap();
-        assert!(output_errors(&model, &dense, &data, 4).unwrap().len() >= 12);
+        let errors = output_errors(&model, &dense, &data, 4).unwrap();
+        assert_eq!(errors.len(), whitened.report.layers.len());
+        for layer in &whitened.report.layers {
+            close(&[errors[&layer.path]], &[layer.output_error.unwrap()], 1e-9);
+        }
+        assert!(output_errors(&model, &model, &data, 4).unwrap().is_empty());
     }
 }
 

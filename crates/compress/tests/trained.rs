@@ -1,4 +1,5 @@
-//! On a trained model, does the Fisher information know which factorisation costs more?
+//! On a trained model, does the Fisher information know which factorisation costs more? It does
+//! where the theory applies: at an optimum of the loss on the very data that it is taken from.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -8,8 +9,8 @@ use std::collections::BTreeMap;
 use common::model;
 use lapidary_compress::quality::accuracy;
 use lapidary_compress::{
-    Calibration, CalibrationData, CalibrationOptions, Change, Example, LayerPlan, Method,
-    Objective, Plan, Requirements, Selection, Statistic,
+    Calibration, CalibrationData, CalibrationOptions, Change, Content, Example, LayerPlan, Method,
+    Objective, Plan, Requirements, Selection, Statistic, Target,
 };
 use lapidary_kernels::{CrossEntropyOptions, DType, Device, Tensor, cross_entropy};
 use lapidary_model::{Input, Model, Pass};
@@ -28,7 +29,7 @@ length = 8
 position = { kind = "learned" }
 norm = { kind = "layer" }
 [[blocks]]
-repeat = 2
+repeat = 1
 wiring = "post-norm"
 attention = { kind = "multi-head", heads = 2 }
 feedforward = { kind = "dense", hidden = 32 }
@@ -49,31 +50,42 @@ fn sample(rng: &mut ChaCha8Rng) -> Example {
     // One token of another class, so that counting matters.
     let position = rng.random_range(0..LENGTH);
     ids[position] = rng.random_range(0..8);
+    // Labels are wrong now and then, so that the optimum has a loss, and a Fisher information.
+    let label = if rng.random_bool(0.2) {
+        rng.random_range(0..LABELS)
+    } else {
+        label
+    };
     Example::labelled(ids, label)
 }
 
-fn batch(rng: &mut ChaCha8Rng, size: usize) -> (Input, Tensor) {
-    let mut ids = Vec::new();
+fn tensors(examples: &[Example]) -> (Input, Tensor) {
+    let mut ids: Vec<u32> = Vec::new();
     let mut labels = Vec::new();
-    for _ in 0..size {
-        let Example {
-            content: lapidary_compress::Content::Tokens { ids: tokens, .. },
-            target: lapidary_compress::Target::Label(label),
-        } = sample(rng)
-        else {
-            continue;
-        };
-        ids.extend(tokens);
-        labels.push(label);
+    for example in examples {
+        if let (Content::Tokens { ids: tokens, .. }, Target::Label(label)) =
+            (&example.content, &example.target)
+        {
+            ids.extend(tokens);
+            labels.push(*label);
+        }
     }
+    let count = labels.len();
     (
-        Input::tokens(Tensor::from_vec(ids, (size, LENGTH), &Device::Cpu).unwrap()),
-        Tensor::from_vec(labels, size, &Device::Cpu).unwrap(),
+        Input::tokens(Tensor::from_vec(ids, (count, LENGTH), &Device::Cpu).unwrap()),
+        Tensor::from_vec(labels, count, &Device::Cpu).unwrap(),
     )
 }
 
-/// Adam, 300 steps.
-fn train(start: &Model, rng: &mut ChaCha8Rng) -> Model {
+fn cross_entropy_of(model: &Model, examples: &[Example]) -> Tensor {
+    let (input, labels) = tensors(examples);
+    let output = model.forward(&input, Pass::default()).unwrap();
+    let logits = output.into_logits().unwrap().into_value();
+    cross_entropy(&logits, &labels, &CrossEntropyOptions::default()).unwrap()
+}
+
+/// Adam to an optimum on the examples: the step goes to zero.
+fn train(start: &Model, examples: &[Example], steps: usize) -> Model {
     let mut parameters = start.parameters().clone();
     let model = Model::trainable(start.spec().clone(), &mut parameters).unwrap();
     let mut moments: BTreeMap<&String, (Tensor, Tensor)> = model
@@ -81,11 +93,10 @@ fn train(start: &Model, rng: &mut ChaCha8Rng) -> Model {
         .iter()
         .map(|(name, v)| (name, (v.zeros_like().unwrap(), v.zeros_like().unwrap())))
         .collect();
-    for step in 1..=300 {
-        let (input, labels) = batch(rng, 32);
-        let logits = model.forward(&input, Pass::default()).unwrap();
-        let logits = logits.into_logits().unwrap().into_value();
-        let loss = cross_entropy(&logits, &labels, &CrossEntropyOptions::default()).unwrap();
+    let batches: Vec<&[Example]> = examples.chunks(50).collect();
+    for step in 0..steps {
+        let rate = 0.01 * (1.0 - step as f64 / steps as f64);
+        let loss = cross_entropy_of(&model, batches[step % batches.len()]);
         let gradients = loss.backward().unwrap();
         for (name, variable) in model.variables() {
             let Some(g) = gradients.get(variable.as_tensor()) else {
@@ -94,10 +105,11 @@ fn train(start: &Model, rng: &mut ChaCha8Rng) -> Model {
             let (m, v) = moments.get_mut(name).unwrap();
             *m = ((&*m * 0.9).unwrap() + (g * 0.1).unwrap()).unwrap();
             *v = ((&*v * 0.99).unwrap() + (g.sqr().unwrap() * 0.01).unwrap()).unwrap();
-            let corrected = (&*m / (1.0 - 0.9f64.powi(step))).unwrap();
-            let scale = (&*v / (1.0 - 0.99f64.powi(step))).unwrap().sqrt().unwrap();
+            let power = step as i32 + 1;
+            let corrected = (&*m / (1.0 - 0.9f64.powi(power))).unwrap();
+            let scale = (&*v / (1.0 - 0.99f64.powi(power))).unwrap().sqrt().unwrap();
             let update = (corrected / (scale + 1e-8).unwrap()).unwrap();
-            let next = (variable.as_tensor() - (update * 0.005).unwrap()).unwrap();
+            let next = (variable.as_tensor() - (update * rate).unwrap()).unwrap();
             variable.set(&next.detach()).unwrap();
         }
     }
@@ -110,24 +122,7 @@ fn train(start: &Model, rng: &mut ChaCha8Rng) -> Model {
 }
 
 fn loss(model: &Model, data: &CalibrationData) -> f64 {
-    let mut ids: Vec<u32> = Vec::new();
-    let mut labels = Vec::new();
-    for example in data.examples() {
-        if let (
-            lapidary_compress::Content::Tokens { ids: tokens, .. },
-            lapidary_compress::Target::Label(label),
-        ) = (&example.content, &example.target)
-        {
-            ids.extend(tokens);
-            labels.push(*label);
-        }
-    }
-    let count = labels.len();
-    let ids = Tensor::from_vec(ids, (count, LENGTH), &Device::Cpu).unwrap();
-    let labels = Tensor::from_vec(labels, count, &Device::Cpu).unwrap();
-    let output = model.forward(&Input::tokens(ids), Pass::default()).unwrap();
-    let logits = output.into_logits().unwrap().into_value();
-    let loss = cross_entropy(&logits, &labels, &CrossEntropyOptions::default()).unwrap();
+    let loss = cross_entropy_of(model, data.examples());
     loss.to_dtype(DType::F64).unwrap().to_scalar().unwrap()
 }
 
@@ -136,9 +131,9 @@ fn predicted_loss_rises_rank_svd_and_fwsvd_as_measured_ones_do() {
     let (mut agreeing, mut compared) = (0, 0);
     for seed in [1, 2] {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let trained = train(&model(SPEC, seed), &mut rng);
-        let data = CalibrationData::new((0..400).map(|_| sample(&mut rng)).collect()).unwrap();
-        assert!(accuracy(&trained, &data, 50).unwrap() > 0.8);
+        let data = CalibrationData::new((0..1000).map(|_| sample(&mut rng)).collect()).unwrap();
+        let trained = train(&model(SPEC, seed), data.examples(), 600);
+        assert!(accuracy(&trained, &data, 50).unwrap() > 0.9);
         let selection = Selection::default();
         let mut requirements: Requirements =
             Method::Fwsvd.requirements(&trained, &selection).unwrap();
