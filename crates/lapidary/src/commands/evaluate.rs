@@ -1,0 +1,51 @@
+//! `lapidary evaluate`: perplexity, with what it was measured on.
+
+use std::time::Instant;
+
+use crate::cli::{Evaluate, Global};
+use crate::{loading, output};
+use anyhow::{Result, ensure};
+use lapidary_compress::quality::perplexity;
+use serde_json::json;
+
+pub fn run(arguments: &Evaluate, global: &Global) -> Result<()> {
+    let package = loading::package(&arguments.model, global)?;
+    let model = package.text_model()?;
+    let length = model.spec().length();
+    let window = arguments.window;
+    let stride = arguments.stride.unwrap_or(window);
+    ensure!(
+        (2..=length).contains(&window),
+        "window is {window}, but must be between 2 and {length}, the length of the model"
+    );
+    ensure!(
+        (1..=window).contains(&stride),
+        "stride is {stride}, but must be between 1 and the window {window}"
+    );
+    let tokens = loading::file_tokens(&package, &arguments.text)?;
+    let started = Instant::now();
+    let measured = perplexity(model, &tokens, window, stride, arguments.limit)?;
+    let seconds = started.elapsed().as_secs_f64();
+    if global.json {
+        return output::print_json(&json!({
+            "model": arguments.model,
+            "text": arguments.text,
+            "perplexity": measured.value,
+            "nats_per_token": measured.value.ln(),
+            "scored_tokens": measured.tokens,
+            "windows": measured.windows,
+            "window": window,
+            "stride": stride,
+            "text_tokens": tokens.len(),
+            "seconds": seconds,
+            "version": env!("CARGO_PKG_VERSION"),
+        }));
+    }
+    output::print(&format!(
+        "perplexity {:.4} over {} scored tokens in {} windows of {window}, stride {stride} ({} tokens of text, {seconds:.1} s)\n",
+        measured.value,
+        output::grouped(measured.tokens),
+        output::grouped(measured.windows),
+        output::grouped(tokens.len()),
+    ))
+}

@@ -1,0 +1,96 @@
+//! From a command line's model argument to a model.
+
+use std::path::Path;
+
+use crate::cli::Global;
+use anyhow::{Context, Result, bail, ensure};
+use lapidary_kernels::{Device, Tensor};
+use lapidary_model::{Model, OpenOptions, Package};
+
+/// The device that `--device` names.
+pub fn device(global: &Global) -> Result<Device> {
+    let index = |rest: &str| -> Result<usize> {
+        match rest.strip_prefix(':') {
+            None if rest.is_empty() => Ok(0),
+            Some(number) => number.parse().with_context(|| format!("device number {number:?}")),
+            None => bail!("device is {:?}, but must be cpu, cuda, cuda:N or metal", global.device),
+        }
+    };
+    match global.device.as_str() {
+        "cpu" => Ok(Device::Cpu),
+        "metal" => Device::new_metal(0).context("device metal: this build or machine has none"),
+        other => match other.strip_prefix("cuda") {
+            Some(rest) => Device::new_cuda(index(rest)?)
+                .context("device cuda: this build or machine has none"),
+            None => bail!("device is {other:?}, but must be cpu, cuda, cuda:N or metal"),
+        },
+    }
+}
+
+/// Sets how many threads compute.
+pub fn set_threads(global: &Global) -> Result<()> {
+    let Some(threads) = global.threads else { return Ok(()) };
+    ensure!(
+        (1..=1024).contains(&threads),
+        "threads is {threads}, but must be between 1 and 1024"
+    );
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .context("the number of threads could not be set")
+}
+
+/// Opens `embedded`, a model directory, or in builds with the `hub` feature a hub id.
+pub fn package(model: &str, global: &Global) -> Result<Package> {
+    let device = device(global)?;
+    if model == "embedded" {
+        return Ok(lapidary::embedded()?);
+    }
+    let path = Path::new(model);
+    let options = OpenOptions { device, ..OpenOptions::default() };
+    if path.is_dir() {
+        let package = Package::open(path, &options)?;
+        if !package.unused.is_empty() {
+            let unused = package.unused.join(", ");
+            tracing::info!("tensors that this model has no use for: {unused}");
+        }
+        return Ok(package);
+    }
+    #[cfg(feature = "hub")]
+    if crate::hub::is_id(model) {
+        return Ok(Package::open(&crate::hub::fetch(model)?, &options)?);
+    }
+    bail!("model {model:?} is not a directory; give a directory with config.json or lapidary.json, or `embedded`")
+}
+
+/// Token ids of `text`, within the model's length.
+pub fn encode(package: &Package, model: &Model, text: &str) -> Result<lapidary_model::tokenizer::Encoding> {
+    ensure!(!text.trim().is_empty(), "the text is empty; give at least one word");
+    let encoding = package.tokenizer()?.encode(text, &Default::default())?;
+    ensure!(!encoding.ids.is_empty(), "the text has no tokens; give at least one word");
+    let length = model.spec().length();
+    ensure!(
+        encoding.ids.len() <= length,
+        "the text has {} tokens, but must have at most {length}, the length of the model",
+        encoding.ids.len()
+    );
+    Ok(encoding)
+}
+
+/// A row of ids as the model takes it, `[1, length]`.
+pub fn row(ids: &[u32], model: &Model) -> Result<Tensor> {
+    Ok(Tensor::from_slice(ids, (1, ids.len()), &model.device())?)
+}
+
+/// The tokens of a text file.
+pub fn file_tokens(package: &Package, path: &Path) -> Result<Vec<u32>> {
+    let text = lapidary_model::files::read_text(path, 1 << 30)?;
+    ensure!(!text.trim().is_empty(), "{} is empty; give a file with text", path.display());
+    let options = lapidary_model::tokenizer::EncodeOptions { special_tokens: false, limit: None };
+    let mut ids = Vec::new();
+    // Line by line, so that memory holds the tokens and not one huge encoding.
+    for line in text.split_inclusive('\n') {
+        ids.extend(package.tokenizer()?.encode(line, &options)?.ids);
+    }
+    Ok(ids)
+}
