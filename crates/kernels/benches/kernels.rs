@@ -1,5 +1,7 @@
 //! Each kernel beside the plain composition of tensor operations that it replaces.
 
+#![allow(clippy::expect_used)] // A bench that cannot run should stop.
+
 use criterion::{Criterion, criterion_group, criterion_main};
 use lapidary_kernels::{
     Activation, AttentionOptions, CrossEntropyOptions, DType, Device, Result, RotaryPairs,

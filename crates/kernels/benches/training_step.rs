@@ -1,6 +1,8 @@
 //! A whole training step of small decoders, and the forward pass of a larger one, composed from
 //! the kernels. `scripts` that time the same work elsewhere should use the same sizes.
 
+#![allow(clippy::expect_used)] // A bench that cannot run should stop.
+
 use criterion::{Criterion, criterion_group, criterion_main};
 use lapidary_kernels::{
     Activation, AdamW, AdamWOptions, AttentionOptions, CrossEntropyOptions, DType, Device, Result,
