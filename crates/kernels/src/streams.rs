@@ -168,7 +168,7 @@ fn normalise<T: Real>(shares: &mut [T]) {
         return;
     }
     for share in shares {
-        *share = *share / total;
+        *share /= total;
     }
 }
 

@@ -140,7 +140,7 @@ fn backward<T: Planned>(
                 let g = spectra.spectrum(&gradient[at..][..length])?;
                 let signal = spectra.spectrum(&x[at..][..length])?;
                 for (total, part) in total.iter_mut().zip(correlation(&g, &signal)) {
-                    *total = *total + part;
+                    *total += part;
                 }
                 // SAFETY: each row belongs to one channel and batch.
                 let dx = unsafe { shared_dx.part(at, length) };
