@@ -1,4 +1,5 @@
 //! What every kind of part must keep, checked on blocks that use each of them.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
 mod common;
 
@@ -11,7 +12,7 @@ use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec, QueryKeyNorm};
 use lapidary_parts::block::{Block, BlockSpec, Wiring};
-use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, MixtureSpec};
+use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, Mixture, MixtureSpec};
 use lapidary_parts::norm::NormSpec;
 use lapidary_parts::position::{PositionSpec, RotaryScaling, RotarySpec};
 use lapidary_parts::recurrent::MambaSpec;
@@ -1174,4 +1175,54 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
         error.to_string().contains("unknown field `head`"),
         "{error}"
     );
+}
+
+/// An expert sees the tokens whose best it is among, and no others.
+#[test]
+fn experts_run_on_the_tokens_sent_to_them_alone() {
+    let spec = MixtureSpec {
+        hidden: 6,
+        experts: 5,
+        active: 2,
+        activation: ActivationSpec::Silu,
+        normalise: true,
+    };
+    let map = draw(8, |p| Mixture::new(&spec, WIDTH, p));
+    let sites = |map: &Map| {
+        let mixture = build(map, |p| Mixture::new(&spec, WIDTH, p)).unwrap();
+        let trace = Trace::new().capture("*").unwrap();
+        let x = Signal::from(tokens());
+        mixture.forward(&x, &Context::new(&trace)).unwrap();
+        trace
+    };
+    let trace = sites(&map);
+    let probabilities = trace.signal(".router").unwrap();
+    assert_eq!(probabilities.dims(), [BATCH, LENGTH, spec.experts]);
+    let probabilities = common::values(probabilities.value());
+    let records = trace.records();
+    for expert in 0..spec.experts {
+        let chosen: Vec<u32> = (0u32..)
+            .zip(probabilities.chunks(spec.experts))
+            .filter(|(_, p)| p.iter().filter(|other| **other > p[expert]).count() < spec.active)
+            .map(|(token, _)| token)
+            .collect();
+        let Some(record) = records.get(&format!("experts.{expert}.in")) else {
+            assert!(chosen.is_empty());
+            continue;
+        };
+        let chosen = Tensor::new(chosen.as_slice(), &Device::Cpu).unwrap();
+        let flat = tokens().reshape((BATCH * LENGTH, WIDTH)).unwrap();
+        let expected = flat.index_select(&chosen, 0).unwrap();
+        assert_near(record.signal.value(), &expected, 0.0, "tokens of an expert");
+    }
+
+    // Where all are equal, the first ones are taken.
+    let mut tied = map;
+    let router = tied["router.weight"].zeros_like().unwrap();
+    tied.insert("router.weight".to_owned(), router);
+    let records = sites(&tied).records();
+    for expert in 0..spec.experts {
+        let ran = records.contains_key(&format!("experts.{expert}.in"));
+        assert_eq!(ran, expert < spec.active);
+    }
 }
