@@ -13,19 +13,47 @@
 //! `attention_mask` of Hugging Face.
 
 mod activation;
+mod attention;
+pub mod check;
+mod cross_entropy;
+mod elementwise;
 mod error;
+mod fourier;
+mod gather;
+mod host;
+mod linear;
 pub mod naive;
+mod norm;
+mod optimiser;
+mod product;
+mod recurrence;
+mod rotary;
+mod simd;
+mod softmax;
+mod sort;
+mod streams;
+#[cfg(test)]
+mod test_data;
 
 pub use activation::Activation;
+pub use attention::{attention, merged_attention};
 pub use candle_core::backprop::GradStore;
 pub use candle_core::{D, DType, Device, IndexOp, Shape, Tensor, TensorId, Var, WithDType};
+pub use cross_entropy::cross_entropy;
+pub use elementwise::{activate, activation_secant, activation_tangent};
 pub use error::{Error, Result};
-
-pub use naive::{
-    activate, activation_secant, activation_tangent, attention, cross_entropy, cumulative_product,
-    cumulative_sum, embedding, fft_convolution, gather, inverse_real_fft, layer_norm, linear,
-    linear_scan, log_softmax, real_fft, rms_norm, rotary, scatter_add, softmax, sort, top_k,
+pub use fourier::{causal_depthwise_convolution, fft_convolution, inverse_real_fft, real_fft};
+pub use gather::{embedding, gather, scatter_add};
+pub use linear::linear;
+pub use norm::{layer_norm, rms_norm};
+pub use optimiser::{
+    AdamW, AdamWOptions, OptimiserState, Parameter, Sgd, SgdOptions, global_gradient_norm,
 };
+pub use recurrence::{cumulative_product, cumulative_sum, linear_scan};
+pub use rotary::{merged_rotary, rotary};
+pub use softmax::{log_softmax, softmax};
+pub use sort::{sort, top_k};
+pub use streams::{BiasRule, layer_norm_streams, mix_streams, rms_norm_streams, split_bias};
 
 /// How a softmax over the last dimension is masked.
 #[derive(Clone, Debug, Default)]

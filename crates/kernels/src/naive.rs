@@ -129,7 +129,7 @@ pub fn softmax(x: &Tensor, mask: &SoftmaxMask) -> Result<Tensor> {
     let max = x
         .max_keepdim(D::Minus1)?
         .detach()
-        .maximum(-1e300_f64.max(f32::MIN as f64))?;
+        .maximum(f32::MIN as f64)?;
     let e = x.broadcast_sub(&max)?.exp()?;
     let sum = e.sum_keepdim(D::Minus1)?;
     let sum = (&sum + sum.eq(0.0)?.to_dtype(sum.dtype())?)?;
@@ -495,9 +495,102 @@ pub fn linear_scan(a: &Tensor, b: &Tensor, initial: Option<&Tensor>) -> Result<T
     Ok(Tensor::stack(&steps, 1)?)
 }
 
-/// Rows of `table` `[rows, width]` at `ids` (`u32`, any shape): `[..shape of ids, width]`.
-pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
-    let mut shape = ids.dims().to_vec();
-    shape.push(table.dim(1)?);
-    Ok(table.index_select(&ids.flatten_all()?, 0)?.reshape(shape)?)
+/// `y[b, c, t] = bias[c] + Σ_j kernel[c, j] x[b, c, t - (taps - 1) + j]`, see
+/// [`causal_depthwise_convolution`](crate::causal_depthwise_convolution).
+pub fn causal_depthwise_convolution(
+    x: &Tensor,
+    kernel: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let (_, _, length) = x.dims3()?;
+    let (channels, taps) = kernel.dims2()?;
+    let mut y = x.zeros_like()?;
+    for j in 0..taps {
+        let delay = taps - 1 - j;
+        if delay < length {
+            let shifted = x
+                .narrow(2, 0, length - delay)?
+                .pad_with_zeros(2, delay, 0)?;
+            y = (y + shifted.broadcast_mul(&kernel.narrow(1, j, 1)?)?)?;
+        }
+    }
+    Ok(match bias {
+        Some(bias) => y.broadcast_add(&bias.reshape((channels, 1))?)?,
+        None => y,
+    })
+}
+
+/// Mixes the positions of each stream by the same weights, head by head, see
+/// [`mix_streams`](crate::mix_streams).
+pub fn mix_streams(weights: &Tensor, streams: &Tensor) -> Result<Tensor> {
+    let (batch, heads, queries, keys) = weights.dims4()?;
+    let (count, _, _, width) = streams.dims4()?;
+    let split = streams
+        .reshape((count, batch, keys, heads, width / heads.max(1)))?
+        .transpose(2, 3)?
+        .contiguous()?;
+    let rows = count * batch * heads;
+    let mixed = weights
+        .unsqueeze(0)?
+        .broadcast_as((count, batch, heads, queries, keys))?
+        .reshape((rows, queries, keys))?
+        .matmul(&split.reshape((rows, keys, width / heads.max(1)))?)?
+        .reshape((count, batch, heads, queries, width / heads.max(1)))?;
+    Ok(mixed
+        .transpose(2, 3)?
+        .reshape((count, batch, queries, width))?)
+}
+
+/// Adds a share of `bias` to every stream, see [`split_bias`](crate::split_bias).
+pub fn split_bias(streams: &Tensor, bias: &Tensor, rule: crate::BiasRule) -> Result<Tensor> {
+    use crate::BiasRule;
+    let count = streams.dim(0)?;
+    let along = streams.broadcast_mul(bias)?.sum_keepdim(D::Minus1)?;
+    let square = streams.sqr()?.sum_keepdim(D::Minus1)?;
+    let alive = square.gt(0.0)?;
+    let score = match rule {
+        BiasRule::AbsoluteDot => along.abs()?,
+        BiasRule::Dot => along,
+        BiasRule::AbsoluteCosine => {
+            let safe = alive.where_cond(&square, &square.ones_like()?)?;
+            along.abs()?.div(&safe.sqrt()?)?
+        }
+        BiasRule::Norm => square.sqrt()?,
+        BiasRule::Equal => alive.to_dtype(streams.dtype())?,
+    };
+    let total = score.sum_keepdim(0)?;
+    let void = total.abs()?.le(1e-12)?;
+    let safe = void.where_cond(&total.ones_like()?, &total)?;
+    let share = score.broadcast_div(&safe)?;
+    let equal = share.zeros_like()?.affine(1.0, 1.0 / count.max(1) as f64)?;
+    let share = void
+        .broadcast_as(share.shape())?
+        .where_cond(&equal, &share)?;
+    Ok((streams + share.broadcast_mul(bias)?)?)
+}
+
+/// Norms every stream by the statistics of the whole, see
+/// [`layer_norm_streams`](crate::layer_norm_streams).
+pub fn layer_norm_streams(
+    streams: &Tensor,
+    value: &Tensor,
+    weight: Option<&Tensor>,
+    epsilon: f64,
+) -> Result<Tensor> {
+    let centred = value.broadcast_sub(&value.mean_keepdim(D::Minus1)?)?;
+    let deviation = (centred.sqr()?.mean_keepdim(D::Minus1)? + epsilon)?.sqrt()?;
+    let streams = streams.broadcast_sub(&streams.mean_keepdim(D::Minus1)?)?;
+    scale_shift(streams.broadcast_div(&deviation)?, weight, None)
+}
+
+/// Scales every stream by the root mean square of the whole, see
+/// [`rms_norm_streams`](crate::rms_norm_streams).
+pub fn rms_norm_streams(
+    streams: &Tensor,
+    value: &Tensor,
+    weight: Option<&Tensor>,
+    epsilon: f64,
+) -> Result<Tensor> {
+    let root = (value.sqr()?.mean_keepdim(D::Minus1)? + epsilon)?.sqrt()?;
+    scale_shift(streams.broadcast_div(&root)?, weight, None)
 }

@@ -1,0 +1,537 @@
+//! The tiled forward and backward passes of attention.
+
+use crate::host::{self, Shared};
+use crate::product::{Into, Matrix, Threads, multiply};
+use crate::simd::{self, Real};
+use candle_core::{CpuStorage, Layout};
+use std::borrow::Cow;
+use std::ops::Range;
+
+type Candle<T> = candle_core::Result<T>;
+
+/// Queries of a tile.
+const QUERIES: usize = 64;
+/// Keys of a tile.
+const KEYS: usize = 128;
+
+/// Sizes and masks of one attention.
+pub(super) struct Problem {
+    pub(super) batch: usize,
+    pub(super) heads: usize,
+    pub(super) groups: usize,
+    pub(super) queries: usize,
+    pub(super) keys: usize,
+    pub(super) width: usize,
+    pub(super) value_width: usize,
+    pub(super) scale: f64,
+    pub(super) causal: bool,
+    pub(super) window: Option<usize>,
+    pub(super) offset: usize,
+    /// `[batch, key]`, 1 = keep.
+    pub(super) key_padding: Option<Vec<u8>>,
+    /// Whether queries, keys and values came with heads side by side.
+    pub(super) merged: bool,
+}
+
+impl Problem {
+    pub(super) fn output_dims(&self) -> [usize; 3] {
+        [self.batch, self.queries, self.heads * self.value_width]
+    }
+
+    pub(super) fn query_dims(&self) -> [usize; 3] {
+        [self.batch, self.heads, self.queries]
+    }
+
+    /// The keys that query `i` may see, padding aside.
+    fn visible(&self, i: usize) -> Range<usize> {
+        let position = i + self.offset;
+        let mut end = self.keys;
+        let mut start = 0;
+        if self.causal {
+            end = end.min(position + 1);
+        }
+        if let Some(window) = self.window {
+            end = end.min(position.saturating_add(window));
+            start = (position + 1).saturating_sub(window);
+        }
+        start.min(end)..end
+    }
+
+    /// The keys that any of `queries` may see. Both ends of [`Self::visible`] grow with `i`.
+    fn visible_to_any(&self, queries: &Range<usize>) -> Range<usize> {
+        if queries.is_empty() {
+            return 0..0;
+        }
+        let start = self.visible(queries.start).start;
+        start..self.visible(queries.end - 1).end.max(start)
+    }
+
+    fn keeps(&self, batch: usize) -> Option<&[u8]> {
+        self.key_padding
+            .as_ref()
+            .map(|keep| &keep[batch * self.keys..(batch + 1) * self.keys])
+    }
+}
+
+/// A `[batch, heads, length, width]` view with adjacent features.
+pub(super) struct Heads<'a, T: Clone> {
+    data: Cow<'a, [T]>,
+    /// Steps of batch, head and row.
+    strides: [usize; 3],
+    offset: usize,
+}
+
+impl<'a, T: Real> Heads<'a, T> {
+    /// A view of a `[batch, heads, length, width]` tensor or of a merged
+    /// `[batch, length, heads · width]` one.
+    pub(super) fn new(storage: &'a CpuStorage, layout: &Layout, heads: usize) -> Candle<Self> {
+        let dims = layout.dims();
+        let last = dims.len() - 1;
+        let adjacent = layout.stride()[last] == 1 || dims[last] <= 1;
+        let packed;
+        let (data, layout) = if adjacent {
+            (Cow::Borrowed(T::cpu_storage_as_slice(storage)?), layout)
+        } else {
+            packed = Layout::contiguous(layout.shape());
+            (host::ordered(storage, layout)?, &packed)
+        };
+        let stride = layout.stride();
+        let strides = match *stride {
+            [batch, head, row, _] => [batch, head, row],
+            [batch, row, _] => [batch, dims[2] / heads.max(1), row],
+            _ => candle_core::bail!("attention: rank {}", dims.len()),
+        };
+        Ok(Self {
+            data,
+            strides,
+            offset: layout.start_offset(),
+        })
+    }
+
+    /// The bias, broadcast over batch and heads.
+    pub(super) fn bias(p: &Problem, storage: &'a CpuStorage, layout: &Layout) -> Candle<Self> {
+        let full = layout.broadcast_as((p.batch, p.heads, p.queries, p.keys))?;
+        Self::new(storage, &full, p.heads)
+    }
+
+    /// Queries, keys and values that lie one after the other.
+    pub(super) fn unpack(p: &Problem, flat: &'a [T]) -> [Self; 3] {
+        let q = p.batch * p.heads * p.queries * p.width;
+        let k = p.batch * p.groups * p.keys * p.width;
+        let view = |offset, heads, length, width| Self {
+            data: Cow::Borrowed(flat),
+            strides: packed_strides(heads, length, width, p.merged),
+            offset,
+        };
+        [
+            view(0, p.heads, p.queries, p.width),
+            view(q, p.groups, p.keys, p.width),
+            view(q + k, p.groups, p.keys, p.value_width),
+        ]
+    }
+
+    fn rows(&self, batch: usize, head: usize, rows: &Range<usize>, width: usize) -> Matrix<'_, T> {
+        let start = self.offset
+            + batch * self.strides[0]
+            + head * self.strides[1]
+            + rows.start * self.strides[2];
+        let data = if rows.is_empty() || width == 0 {
+            &[]
+        } else {
+            &self.data[start..]
+        };
+        Matrix::spaced(data, rows.len(), width, self.strides[2])
+    }
+}
+
+/// Steps of batch, head and row in a packed tensor.
+fn packed_strides(heads: usize, length: usize, width: usize, merged: bool) -> [usize; 3] {
+    if merged {
+        [length * heads * width, width, heads * width]
+    } else {
+        [heads * length * width, length * width, width]
+    }
+}
+
+fn blocks(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range
+        .step_by(size)
+        .map(move |start| start..end.min(start + size))
+}
+
+/// A tile of scores, `[queries, keys]`, with everything masked at `-∞`.
+fn score_tile<T: Real>(
+    p: &Problem,
+    tile: &mut [T],
+    (batch, head): (usize, usize),
+    (queries, keys): (&Range<usize>, &Range<usize>),
+    (q, k): (Matrix<T>, Matrix<T>),
+    bias: Option<&Heads<T>>,
+) {
+    let columns = keys.len();
+    multiply(
+        tile,
+        columns,
+        Into::Replace,
+        T::of(p.scale),
+        q,
+        k.transposed(),
+        Threads::One,
+    );
+    let keep = p.keeps(batch);
+    for (row, i) in tile.chunks_exact_mut(columns).zip(queries.clone()) {
+        if let Some(bias) = bias {
+            let values = bias.rows(batch, head, &(i..i + 1), p.keys).data;
+            simd::vectorised(|| {
+                for (score, &b) in row.iter_mut().zip(&values[keys.clone()]) {
+                    *score += b;
+                }
+            });
+        }
+        let visible = p.visible(i);
+        let first = visible.start.clamp(keys.start, keys.end) - keys.start;
+        let end = visible.end.clamp(keys.start, keys.end) - keys.start;
+        row[..first].fill(T::NEG_INFINITY);
+        row[end.max(first)..].fill(T::NEG_INFINITY);
+        if let Some(keep) = keep {
+            for (score, &keep) in row.iter_mut().zip(&keep[keys.clone()]) {
+                if keep == 0 {
+                    *score = T::NEG_INFINITY;
+                }
+            }
+        }
+    }
+}
+
+/// The merged output `[batch, query, heads · value_width]` and `L` `[batch, heads, query]`.
+pub(super) fn forward<T: Real>(
+    p: &Problem,
+    q: &Heads<T>,
+    k: &Heads<T>,
+    v: &Heads<T>,
+    bias: Option<&Heads<T>>,
+) -> (Vec<T>, Vec<T>) {
+    let mut output = vec![T::zero(); p.output_dims().iter().product()];
+    let mut log_sums = vec![T::NEG_INFINITY; p.query_dims().iter().product()];
+    let query_blocks = p.queries.div_ceil(QUERIES);
+    let step = p.heads * p.value_width;
+    let shared = SharedRows::new(&mut output);
+    let shared_sums = Shared::new(&mut log_sums);
+    let items = p.batch * p.heads * query_blocks;
+    let work = QUERIES * p.keys.max(1) * (p.width + p.value_width) / 8;
+    host::share(items, work, |range| {
+        let mut tile = host::unwritten::<T>(QUERIES * KEYS);
+        for item in range {
+            let (block, head) = (item % query_blocks, item / query_blocks % p.heads);
+            let batch = item / query_blocks / p.heads;
+            let group = head / (p.heads / p.groups);
+            let start = block * QUERIES;
+            let queries = start..p.queries.min(start + QUERIES);
+            // SAFETY: each (batch, head, query block) owns its rows and sums.
+            let out = unsafe {
+                shared.rows(
+                    (batch * p.queries + start) * step + head * p.value_width,
+                    queries.len(),
+                    step,
+                    p.value_width,
+                )
+            };
+            let sums = unsafe {
+                shared_sums.part((batch * p.heads + head) * p.queries + start, queries.len())
+            };
+            let q_tile = q.rows(batch, head, &queries, p.width);
+            let mut maxima = [T::NEG_INFINITY; QUERIES];
+            let mut totals = [T::zero(); QUERIES];
+            for keys in blocks(p.visible_to_any(&queries), KEYS) {
+                let columns = keys.len();
+                let tile = &mut tile[..queries.len() * columns];
+                let k_tile = k.rows(batch, group, &keys, p.width);
+                score_tile(
+                    p,
+                    tile,
+                    (batch, head),
+                    (&queries, &keys),
+                    (q_tile, k_tile),
+                    bias,
+                );
+                simd::vectorised(|| {
+                    online_softmax(tile, columns, &mut maxima, &mut totals, |row, factor| {
+                        for o in out.row(row) {
+                            *o *= factor;
+                        }
+                    });
+                });
+                out.add_product(
+                    Matrix::packed(tile, queries.len(), columns),
+                    v.rows(batch, group, &keys, p.value_width),
+                );
+            }
+            simd::vectorised(|| {
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    if totals[row] > T::zero() {
+                        *sum = maxima[row] + totals[row].ln();
+                        let inverse = T::one() / totals[row];
+                        for o in out.row(row) {
+                            *o *= inverse;
+                        }
+                    }
+                }
+            });
+        }
+    });
+    (output, log_sums)
+}
+
+/// Turns a tile of scores into weights relative to the running maximum of each row, and tells
+/// `rescale` by how much the earlier part of a row shrinks.
+#[inline(always)]
+fn online_softmax<T: Real>(
+    tile: &mut [T],
+    columns: usize,
+    maxima: &mut [T; QUERIES],
+    totals: &mut [T; QUERIES],
+    rescale: impl Fn(usize, T),
+) {
+    for (row, scores) in tile.chunks_exact_mut(columns).enumerate() {
+        let maximum = maxima[row].larger(simd::maximum(scores));
+        if maximum == T::NEG_INFINITY {
+            scores.fill(T::zero());
+            continue;
+        }
+        if maximum > maxima[row] && totals[row] > T::zero() {
+            let factor = (maxima[row] - maximum).exp();
+            totals[row] *= factor;
+            rescale(row, factor);
+        }
+        maxima[row] = maximum;
+        totals[row] += simd::exponentiate(scores, maximum);
+    }
+}
+
+/// What the backward pass takes over from the forward one.
+pub(super) struct Saved<T> {
+    pub(super) log_sums: Vec<T>,
+    /// Merged, like the gradient with respect to it.
+    pub(super) output: Vec<T>,
+    pub(super) gradient: Vec<T>,
+}
+
+/// Gradients, packed in the order of the arguments; `bias` is `[batch, heads, query, key]`, or
+/// empty.
+pub(super) struct Gradients<T> {
+    pub(super) q: Vec<T>,
+    pub(super) k: Vec<T>,
+    pub(super) v: Vec<T>,
+    pub(super) bias: Vec<T>,
+}
+
+pub(super) fn backward<T: Real>(
+    p: &Problem,
+    q: &Heads<T>,
+    k: &Heads<T>,
+    v: &Heads<T>,
+    bias: Option<&Heads<T>>,
+    saved: &Saved<T>,
+    bias_gradient: bool,
+) -> Gradients<T> {
+    let zeros = |heads, length, width| vec![T::zero(); p.batch * heads * length * width];
+    let mut gradients = Gradients {
+        q: zeros(p.heads, p.queries, p.width),
+        k: zeros(p.groups, p.keys, p.width),
+        v: zeros(p.groups, p.keys, p.value_width),
+        bias: if bias_gradient {
+            zeros(p.heads, p.queries, p.keys)
+        } else {
+            Vec::new()
+        },
+    };
+    let q_strides = packed_strides(p.heads, p.queries, p.width, p.merged);
+    let k_strides = packed_strides(p.groups, p.keys, p.width, p.merged);
+    let v_strides = packed_strides(p.groups, p.keys, p.value_width, p.merged);
+    let dq = SharedRows::new(&mut gradients.q);
+    let dk = SharedRows::new(&mut gradients.k);
+    let dv = SharedRows::new(&mut gradients.v);
+    let d_bias = Shared::new(&mut gradients.bias);
+    let step = p.heads * p.value_width;
+    let heads_per_group = p.heads / p.groups;
+    let work = heads_per_group * p.queries * p.keys.max(1) * (p.width + p.value_width) / 4;
+    host::share(p.batch * p.groups, work.max(1), |range| {
+        let mut weights = host::unwritten::<T>(QUERIES * KEYS);
+        let mut slopes = host::unwritten::<T>(QUERIES * KEYS);
+        for item in range {
+            let (batch, group) = (item / p.groups, item % p.groups);
+            for head in group * heads_per_group..(group + 1) * heads_per_group {
+                for queries in blocks(0..p.queries, QUERIES) {
+                    let first = (batch * p.queries + queries.start) * step + head * p.value_width;
+                    let output_row = |row: usize| first + row * step;
+                    let log_sums = &saved.log_sums
+                        [(batch * p.heads + head) * p.queries + queries.start..][..queries.len()];
+                    let mut deltas = [T::zero(); QUERIES];
+                    simd::vectorised(|| {
+                        for (row, delta) in deltas[..queries.len()].iter_mut().enumerate() {
+                            let at = output_row(row)..output_row(row) + p.value_width;
+                            *delta = simd::dot(&saved.output[at.clone()], &saved.gradient[at]);
+                        }
+                    });
+                    let q_tile = q.rows(batch, head, &queries, p.width);
+                    let d_output = Matrix::spaced(
+                        &saved.gradient[first.min(saved.gradient.len())..],
+                        queries.len(),
+                        p.value_width,
+                        step,
+                    );
+                    // SAFETY: a task owns all heads of its (batch, group), and with them these rows
+                    // of every gradient.
+                    let dq_tile = unsafe {
+                        let at = batch * q_strides[0] + head * q_strides[1];
+                        let start = at + queries.start * q_strides[2];
+                        dq.rows(start, queries.len(), q_strides[2], p.width)
+                    };
+                    for keys in blocks(p.visible_to_any(&queries), KEYS) {
+                        let columns = keys.len();
+                        let weights = &mut weights[..queries.len() * columns];
+                        let slopes = &mut slopes[..queries.len() * columns];
+                        let k_tile = k.rows(batch, group, &keys, p.width);
+                        let v_tile = v.rows(batch, group, &keys, p.value_width);
+                        score_tile(
+                            p,
+                            weights,
+                            (batch, head),
+                            (&queries, &keys),
+                            (q_tile, k_tile),
+                            bias,
+                        );
+                        multiply(
+                            slopes,
+                            columns,
+                            Into::Replace,
+                            T::one(),
+                            d_output,
+                            v_tile.transposed(),
+                            Threads::One,
+                        );
+                        simd::vectorised(|| {
+                            weights_and_slopes(weights, slopes, columns, log_sums, &deltas)
+                        });
+                        if bias_gradient {
+                            for (row, i) in slopes.chunks_exact(columns).zip(queries.clone()) {
+                                let at = ((batch * p.heads + head) * p.queries + i) * p.keys;
+                                // SAFETY: as above.
+                                unsafe { d_bias.part(at + keys.start, columns) }
+                                    .copy_from_slice(row);
+                            }
+                        }
+                        let weights = Matrix::packed(weights, queries.len(), columns);
+                        let slopes = Matrix::packed(slopes, queries.len(), columns);
+                        // SAFETY: as above.
+                        let dk_tile = unsafe {
+                            let at = batch * k_strides[0] + group * k_strides[1];
+                            dk.rows(
+                                at + keys.start * k_strides[2],
+                                columns,
+                                k_strides[2],
+                                p.width,
+                            )
+                        };
+                        // SAFETY: as above.
+                        let dv_tile = unsafe {
+                            let at = batch * v_strides[0] + group * v_strides[1];
+                            let start = at + keys.start * v_strides[2];
+                            dv.rows(start, columns, v_strides[2], p.value_width)
+                        };
+                        dv_tile.add_product(weights.transposed(), d_output);
+                        dq_tile.add_scaled_product(T::of(p.scale), slopes, k_tile);
+                        dk_tile.add_scaled_product(T::of(p.scale), slopes.transposed(), q_tile);
+                    }
+                }
+            }
+        }
+    });
+    gradients
+}
+
+/// Scores become weights `P = e^{S-L}`, and `∂P` becomes `∂S = P ∘ (∂P - δ)`.
+#[inline(always)]
+fn weights_and_slopes<T: Real>(
+    weights: &mut [T],
+    slopes: &mut [T],
+    columns: usize,
+    log_sums: &[T],
+    deltas: &[T],
+) {
+    let rows = weights
+        .chunks_exact_mut(columns)
+        .zip(slopes.chunks_exact_mut(columns));
+    for ((weights, slopes), (&log_sum, &delta)) in rows.zip(log_sums.iter().zip(deltas)) {
+        if log_sum == T::NEG_INFINITY {
+            weights.fill(T::zero());
+            slopes.fill(T::zero());
+            continue;
+        }
+        for (weight, slope) in weights.iter_mut().zip(slopes) {
+            *weight = (*weight - log_sum).exp();
+            *slope = *weight * (*slope - delta);
+        }
+    }
+}
+
+/// A buffer in which several threads write rows of their own, `step` apart.
+struct SharedRows<'a, T> {
+    buffer: Shared<'a, T>,
+}
+
+/// Some rows of a [`SharedRows`].
+struct Rows<'a, T> {
+    start: *mut T,
+    count: usize,
+    step: usize,
+    width: usize,
+    owner: std::marker::PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T: Real> SharedRows<'a, T> {
+    fn new(slice: &'a mut [T]) -> Self {
+        Self {
+            buffer: Shared::new(slice),
+        }
+    }
+
+    /// # Safety
+    /// No two live sets of rows may have an element in common.
+    unsafe fn rows(&self, start: usize, count: usize, step: usize, width: usize) -> Rows<'_, T> {
+        let extent = if count == 0 || width == 0 {
+            0
+        } else {
+            (count - 1) * step + width
+        };
+        Rows {
+            start: self.buffer.pointer(start, extent),
+            count,
+            step,
+            width,
+            owner: std::marker::PhantomData,
+        }
+    }
+}
+
+impl<T: Real> Rows<'_, T> {
+    /// One row. The caller holds no other reference into the same row.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref)]
+    fn row(&self, row: usize) -> &mut [T] {
+        assert!(row < self.count);
+        // SAFETY: in bounds by construction; rows of one set are only used one at a time.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.step), self.width) }
+    }
+
+    fn add_product(&self, a: Matrix<T>, b: Matrix<T>) {
+        self.add_scaled_product(T::one(), a, b);
+    }
+
+    fn add_scaled_product(&self, scale: T, a: Matrix<T>, b: Matrix<T>) {
+        assert!(a.rows == self.count && b.columns == self.width);
+        // SAFETY: the rows are in bounds and belong to this task alone.
+        unsafe { crate::product::multiply_at(self.start, self.step, Into::Add, scale, a, b, false) }
+    }
+}
