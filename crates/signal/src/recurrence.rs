@@ -168,3 +168,163 @@ impl Signal {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::relevance::RelevanceRules;
+    use crate::streams::{Partition, StreamRules};
+    use lapidary_kernels::{Device, Var};
+
+    const BATCH: usize = 2;
+    /// Two whole chunks and part of a third.
+    const LENGTH: usize = 2 * CHUNK + 5;
+    const CHANNELS: usize = 3;
+    const STATES: usize = 2;
+
+    fn wave(shape: &[usize], frequency: f64) -> Tensor {
+        let count: usize = shape.iter().product();
+        let values: Vec<f64> = (0..count).map(|i| (i as f64 * frequency).sin()).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    fn example(initial: bool) -> (Tensor, SelectiveScan) {
+        let scan = SelectiveScan {
+            step: (wave(&[BATCH, LENGTH, CHANNELS], 0.7).abs().unwrap() * 0.1).unwrap(),
+            rate: (wave(&[CHANNELS, STATES], 1.3).abs().unwrap() * -1.0).unwrap(),
+            entry: wave(&[BATCH, LENGTH, STATES], 0.9),
+            exit: wave(&[BATCH, LENGTH, STATES], 0.4),
+            initial: initial.then(|| wave(&[BATCH, CHANNELS, STATES], 2.1)),
+        };
+        (wave(&[BATCH, LENGTH, CHANNELS], 0.31), scan)
+    }
+
+    /// The two equations, one number at a time.
+    fn by_loops(x: &Tensor, scan: &SelectiveScan) -> Vec<f64> {
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let (x, step, rate) = (flat(x), flat(&scan.step), flat(&scan.rate));
+        let (entry, exit) = (flat(&scan.entry), flat(&scan.exit));
+        let initial = scan.initial.as_ref().map(flat);
+        let mut y = vec![0.0; x.len()];
+        for b in 0..BATCH {
+            for c in 0..CHANNELS {
+                for s in 0..STATES {
+                    let index = (b * CHANNELS + c) * STATES + s;
+                    let mut h = initial.as_ref().map_or(0.0, |initial| initial[index]);
+                    for t in 0..LENGTH {
+                        let at = (b * LENGTH + t) * CHANNELS + c;
+                        let weight = (b * LENGTH + t) * STATES + s;
+                        h = (step[at] * rate[c * STATES + s]).exp() * h
+                            + step[at] * x[at] * entry[weight];
+                        y[at] += h * exit[weight];
+                    }
+                }
+            }
+        }
+        y
+    }
+
+    fn assert_near(found: &Tensor, expected: &[f64]) {
+        let found = found.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-12, "{found} {expected}");
+        }
+    }
+
+    #[test]
+    fn chunks_equal_the_recurrence_number_by_number() {
+        for initial in [false, true] {
+            let (x, scan) = example(initial);
+            let (y, _) = Signal::from(x.clone()).selective_scan(&scan).unwrap();
+            assert_near(y.value(), &by_loops(&x, &scan));
+        }
+    }
+
+    #[test]
+    fn the_last_state_continues_the_recurrence() {
+        let (x, scan) = example(true);
+        let expected = by_loops(&x, &scan);
+        let part = |t: &Tensor, start, count| t.narrow(1, start, count).unwrap();
+        let cut = |start, count, initial| SelectiveScan {
+            step: part(&scan.step, start, count),
+            rate: scan.rate.clone(),
+            entry: part(&scan.entry, start, count),
+            exit: part(&scan.exit, start, count),
+            initial,
+        };
+        let first = Signal::from(part(&x, 0, 70));
+        let (a, state) = first
+            .selective_scan(&cut(0, 70, scan.initial.clone()))
+            .unwrap();
+        let second = Signal::from(part(&x, 70, LENGTH - 70));
+        let (b, _) = second
+            .selective_scan(&cut(70, LENGTH - 70, Some(state)))
+            .unwrap();
+        let whole = Tensor::cat(&[a.value(), b.value()], 1).unwrap();
+        assert_near(&whole, &expected);
+    }
+
+    #[test]
+    fn streams_sum_to_the_value_with_a_state_before_the_first_token() {
+        for initial in [false, true] {
+            let (x, scan) = example(initial);
+            let streams = Signal::from(x.clone())
+                .into_streams(Partition::positions(LENGTH), StreamRules::default())
+                .unwrap();
+            let (y, state) = streams.selective_scan(&scan).unwrap();
+            let (plain, plain_state) = Signal::from(x).selective_scan(&scan).unwrap();
+            let expected = plain.value().flatten_all().unwrap().to_vec1().unwrap();
+            assert_near(&y.contributions().unwrap().sum(0).unwrap(), &expected);
+            let expected = plain_state.flatten_all().unwrap().to_vec1().unwrap();
+            assert_near(&state, &expected);
+        }
+    }
+
+    /// The recurrence is linear in `x`, so `x ⊙ ∂y` sums to `y` where it starts from zero.
+    #[test]
+    fn the_gradient_reaches_back_over_chunks() {
+        let (x, scan) = example(false);
+        let x = Var::from_tensor(&x).unwrap();
+        let signal = Signal::from(x.as_tensor().clone());
+        let (y, _) = signal.selective_scan(&scan).unwrap();
+        let last = y.value().narrow(1, LENGTH - 1, 1).unwrap();
+        let last = last.sum_all().unwrap();
+        let gradients = last.backward().unwrap();
+        let gradient = gradients.get(x.as_tensor()).unwrap();
+        let first = gradient.get(0).unwrap().get(0).unwrap(); // of each channel's first token
+        assert!(first.to_vec1::<f64>().unwrap()[1] != 0.0);
+        let sum = (gradient * x.as_tensor()).unwrap().sum_all().unwrap();
+        let (sum, last) = (
+            sum.to_scalar::<f64>().unwrap(),
+            last.to_scalar::<f64>().unwrap(),
+        );
+        assert!((sum - last).abs() < 1e-12, "{sum} {last}");
+    }
+
+    #[test]
+    fn selection_is_fixed_but_for_the_gradients_own_rules() {
+        let leaf_moves = |rules| {
+            let (signal, leaf) = Signal::from(wave(&[1, 2, 2], 1.0))
+                .into_relevance(rules)
+                .unwrap();
+            let selected = signal.for_selection();
+            let gradients = selected.value().sum_all().unwrap().backward().unwrap();
+            gradients.get(leaf.as_tensor()).is_some()
+        };
+        assert!(!leaf_moves(RelevanceRules::value_only()));
+        assert!(!leaf_moves(RelevanceRules::attention_aware()));
+        assert!(leaf_moves(RelevanceRules::gradient_times_input()));
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_refused() {
+        let (x, mut scan) = example(false);
+        scan.entry = wave(&[BATCH, LENGTH, STATES + 1], 0.9);
+        let error = Signal::from(x).selective_scan(&scan).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "shape of the recurrence's entry is [2, 133, 3], but must be [2, 133, 2]"
+        );
+    }
+}

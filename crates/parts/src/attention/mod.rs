@@ -52,9 +52,9 @@ impl MixerSpec {
 #[derive(Debug)]
 pub enum Mixer {
     /// Softmax attention.
-    MultiHead(MultiHeadAttention),
+    MultiHead(Box<MultiHeadAttention>),
     /// A selective recurrence.
-    Mamba(Mamba),
+    Mamba(Box<Mamba>),
 }
 
 impl Mixer {
@@ -62,9 +62,10 @@ impl Mixer {
     pub fn new(spec: &MixerSpec, width: usize, parameters: Parameters<'_>) -> Result<Self> {
         Ok(match spec {
             MixerSpec::MultiHead(spec) => {
-                Self::MultiHead(MultiHeadAttention::new(spec, width, parameters)?)
+                let attention = MultiHeadAttention::new(spec, width, parameters)?;
+                Self::MultiHead(Box::new(attention))
             }
-            MixerSpec::Mamba(spec) => Self::Mamba(Mamba::new(spec, width, parameters)?),
+            MixerSpec::Mamba(spec) => Self::Mamba(Box::new(Mamba::new(spec, width, parameters)?)),
         })
     }
 

@@ -204,7 +204,7 @@ impl Mamba {
         &self,
         x: &Signal,
         cx: &Context<'_>,
-        mut memory: Option<&mut MixerState>,
+        memory: Option<&mut MixerState>,
     ) -> Result<Signal> {
         let site = |name: &str, signal: Signal| {
             cx.trace.site(format_args!("{}.{name}", self.path), signal)
@@ -232,7 +232,7 @@ impl Mamba {
             initial: earlier.map(|(_, state)| state),
         };
         let (scanned, state) = content.selective_scan(&scan)?;
-        if let Some(memory) = memory.as_deref_mut() {
+        if let Some(memory) = memory {
             *memory = MixerState::Recurrent {
                 window,
                 state: state.detach(),
