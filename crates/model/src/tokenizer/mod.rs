@@ -110,6 +110,7 @@ impl Tokenizer {
             path: path.to_path_buf(),
             found,
         };
+        serde_json::from_str::<Syntax>(json).map_err(|error| invalid(error.to_string()))?;
         let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(json)).map_err(invalid)?;
         let truncation = inner.get_truncation().cloned();
         let padding = inner.get_padding().cloned();
@@ -325,8 +326,16 @@ impl Encoding {
     }
 }
 
-/// Runs a call into the `tokenizers` crate, which panics on some invalid vocabularies where it
-/// should return an error.
+/// Read before the `tokenizers` crate reads the file: where that one meets a syntax error inside
+/// the decoder, it panics.
+#[derive(serde::Deserialize)]
+struct Syntax {
+    #[serde(rename = "decoder")]
+    _decoder: Option<serde_json::Value>,
+}
+
+/// Runs a call into the `tokenizers` crate, so that a panic in it on an invalid file or an unusual
+/// text is an error like any other.
 fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(result) => result.map_err(|error| error.to_string()),
