@@ -33,14 +33,23 @@ impl Recomputation {
         part: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
     ) -> Result<Tensor> {
         let y = part(&x.detach())?.detach().contiguous()?;
-        let op = Recomputed { part: Arc::new(part), value: y, gradients: self.gradients.clone() };
+        let op = Recomputed {
+            part: Arc::new(part),
+            value: y,
+            gradients: self.gradients.clone(),
+        };
         Ok(x.apply_op1(op)?)
     }
 
     /// Adds the gradients of the parameters inside recomputed parts to those of the backward
     /// pass that has just been done.
     pub fn add_to(&self, gradients: &mut GradStore) -> Result<()> {
-        let inside = std::mem::take(&mut *self.gradients.lock().unwrap_or_else(PoisonError::into_inner));
+        let inside = std::mem::take(
+            &mut *self
+                .gradients
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
         for store in inside {
             gradients.extend(store)?;
         }
@@ -73,16 +82,26 @@ impl CustomOp1 for Recomputed {
             Storage::Cpu(cpu) if layout.start_offset() == 0 => {
                 Ok((cpu.clone(), self.value.shape().clone()))
             }
-            _ => Err(candle_core::Error::Msg("recompute: the part's value is not on the CPU".into())),
+            _ => Err(candle_core::Error::Msg(
+                "recompute: the part's value is not on the CPU".into(),
+            )),
         }
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> candle_core::Result<Option<Tensor>> {
         let x = Var::from_tensor(&x.detach())?;
         let y = (self.part)(x.as_tensor()).map_err(engine)?;
         let mut gradients = (y * gradient.detach())?.sum_all()?.backward()?;
         let of_input = gradients.remove(x.as_tensor());
-        self.gradients.lock().unwrap_or_else(PoisonError::into_inner).push(gradients);
+        self.gradients
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(gradients);
         Ok(of_input)
     }
 }
@@ -103,15 +122,28 @@ mod tests {
             let w = w.as_tensor().clone();
             move |x: &Tensor| activate(&linear(x, &w, None)?, Activation::Tanh)
         };
-        let plain = part(x.as_tensor()).unwrap().sqr().unwrap().sum_all().unwrap();
+        let plain = part(x.as_tensor())
+            .unwrap()
+            .sqr()
+            .unwrap()
+            .sum_all()
+            .unwrap();
         let plain = plain.backward().unwrap();
         let recomputation = Recomputation::new();
         let y = recomputation.run(x.as_tensor(), part).unwrap();
         let mut again = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
         recomputation.add_to(&mut again).unwrap();
         for variable in [&x, &w] {
-            let expected = plain.get(variable.as_tensor()).unwrap().to_vec2::<f64>().unwrap();
-            let found = again.get(variable.as_tensor()).unwrap().to_vec2::<f64>().unwrap();
+            let expected = plain
+                .get(variable.as_tensor())
+                .unwrap()
+                .to_vec2::<f64>()
+                .unwrap();
+            let found = again
+                .get(variable.as_tensor())
+                .unwrap()
+                .to_vec2::<f64>()
+                .unwrap();
             assert_eq!(expected, found);
         }
     }

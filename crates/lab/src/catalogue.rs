@@ -5,10 +5,12 @@
 
 use std::time::Instant;
 
-use crate::error::engine;
 use crate::Result;
+use crate::error::engine;
 use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_model::{AbsolutePosition, HeadSpec, Input, InputSpec, Model, ModelSpec, Pass, TokenInput};
+use lapidary_model::{
+    AbsolutePosition, HeadSpec, Input, InputSpec, Model, ModelSpec, Pass, TokenInput,
+};
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, MixtureSpec};
@@ -52,11 +54,17 @@ struct Candidate {
 
 /// Measures every part at `width` and `length`, with heads of 64 where the width allows.
 pub fn catalogue(width: usize, length: usize) -> Result<Vec<Entry>> {
-    candidates(width).into_iter().map(|candidate| measure(candidate, width, length)).collect()
+    candidates(width)
+        .into_iter()
+        .map(|candidate| measure(candidate, width, length))
+        .collect()
 }
 
 fn heads(width: usize) -> usize {
-    (1..=(width / 64).max(1)).rev().find(|heads| width.is_multiple_of(*heads)).unwrap_or(1)
+    (1..=(width / 64).max(1))
+        .rev()
+        .find(|heads| width.is_multiple_of(*heads))
+        .unwrap_or(1)
 }
 
 /// A block whose only part is the mixer, so that what is measured is the mixer's.
@@ -74,38 +82,203 @@ fn mixer_block(attention: MixerSpec) -> BlockSpec {
 
 fn candidates(width: usize) -> Vec<Candidate> {
     let heads = heads(width);
-    let base = MultiHeadSpec { causal: true, ..MultiHeadSpec::new(heads) };
+    let base = MultiHeadSpec {
+        causal: true,
+        ..MultiHeadSpec::new(heads)
+    };
     let attention = |spec: MultiHeadSpec| mixer_block(MixerSpec::MultiHead(spec));
-    let positioned = |position| attention(MultiHeadSpec { position, ..base.clone() });
-    let with = |feedforward| BlockSpec { feedforward: Some(feedforward), ..attention(base.clone()) };
-    let norm = |norm| BlockSpec { norm, ..attention(base.clone()) };
-    let dense = || FeedforwardSpec::Dense(DenseSpec { hidden: 4 * width, activation: Default::default(), bias: true });
-    let wired = |wiring| BlockSpec { wiring, norm: NormSpec::default(), ..with(dense()) };
-    let learned = AbsolutePosition::Learned { offset: 0, skip_padding: false };
+    let positioned = |position| {
+        attention(MultiHeadSpec {
+            position,
+            ..base.clone()
+        })
+    };
+    let with = |feedforward| BlockSpec {
+        feedforward: Some(feedforward),
+        ..attention(base.clone())
+    };
+    let norm = |norm| BlockSpec {
+        norm,
+        ..attention(base.clone())
+    };
+    let dense = || {
+        FeedforwardSpec::Dense(DenseSpec {
+            hidden: 4 * width,
+            activation: Default::default(),
+            bias: true,
+        })
+    };
+    let wired = |wiring| BlockSpec {
+        wiring,
+        norm: NormSpec::default(),
+        ..with(dense())
+    };
+    let learned = AbsolutePosition::Learned {
+        offset: 0,
+        skip_padding: false,
+    };
     let none = AbsolutePosition::None;
     let silu = lapidary_parts::activation::ActivationSpec::Silu;
     let hidden = (8 * width / 3).max(1);
-    let grouped = (1..=heads).find(|groups| heads.is_multiple_of(*groups)).unwrap_or(1);
-    let entry = |family, kind, description, position, block| Candidate { family, kind, description, position, block };
+    let grouped = (1..=heads)
+        .find(|groups| heads.is_multiple_of(*groups))
+        .unwrap_or(1);
+    let entry = |family, kind, description, position, block| Candidate {
+        family,
+        kind,
+        description,
+        position,
+        block,
+    };
     vec![
-        entry("attention", "multi-head", "softmax attention, bidirectional (Vaswani et al., 2017)", none, attention(MultiHeadSpec { causal: false, ..base.clone() })),
-        entry("attention", "multi-head, causal", "a token sees itself and earlier ones", none, attention(base.clone())),
-        entry("attention", "multi-head, grouped", "heads share keys and values (Ainslie et al., 2023)", none, attention(MultiHeadSpec { groups: Some(grouped), ..base.clone() })),
-        entry("attention", "multi-head, window 64", "a token sees the nearest 64 (Beltagy et al., 2020)", none, attention(MultiHeadSpec { window: Some(64), ..base.clone() })),
-        entry("attention", "mamba", "selective state-space recurrence (Gu & Dao, 2023)", none, mixer_block(MixerSpec::Mamba(MambaSpec::default()))),
-        entry("feedforward", "dense", "two linear layers around GELU (Vaswani et al., 2017)", none, with(dense())),
-        entry("feedforward", "gated", "gated linear unit (Shazeer, 2020)", none, with(FeedforwardSpec::Gated(GatedSpec { hidden, activation: silu, bias: false }))),
-        entry("feedforward", "mixture", "two of eight gated experts for each token (Jiang et al., 2024)", none, with(FeedforwardSpec::Mixture(MixtureSpec { hidden, experts: 8, active: 2, activation: silu, normalise: true }))),
-        entry("norm", "layer", "layer norm (Ba et al., 2016)", none, norm(NormSpec::default())),
-        entry("norm", "rms", "root-mean-square norm (Zhang & Sennrich, 2019)", none, norm(NormSpec::Rms { epsilon: 1e-6 })),
-        entry("position", "learned", "a table added to the embeddings", learned, attention(base.clone())),
-        entry("position", "sinusoidal", "sines added to the embeddings (Vaswani et al., 2017)", AbsolutePosition::Sinusoidal, attention(base.clone())),
-        entry("position", "rotary", "queries and keys rotated by position (Su et al., 2021)", none, positioned(PositionSpec::Rotary(RotarySpec::default()))),
-        entry("position", "alibi", "a penalty proportional to distance (Press et al., 2021)", none, positioned(PositionSpec::Alibi)),
-        entry("position", "relative-buckets", "a learned bias per distance bucket (Raffel et al., 2019)", none, positioned(PositionSpec::RelativeBuckets { buckets: 32, max_distance: 128 })),
-        entry("wiring", "pre-norm", "norms before the parts (Xiong et al., 2020)", none, wired(Wiring::PreNorm)),
-        entry("wiring", "post-norm", "norms after the residual sums (Vaswani et al., 2017)", none, wired(Wiring::PostNorm)),
-        entry("wiring", "parallel", "both parts read the same input (Wang & Komatsuzaki, 2021)", none, wired(Wiring::Parallel)),
+        entry(
+            "attention",
+            "multi-head",
+            "softmax attention, bidirectional (Vaswani et al., 2017)",
+            none,
+            attention(MultiHeadSpec {
+                causal: false,
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "multi-head, causal",
+            "a token sees itself and earlier ones",
+            none,
+            attention(base.clone()),
+        ),
+        entry(
+            "attention",
+            "multi-head, grouped",
+            "heads share keys and values (Ainslie et al., 2023)",
+            none,
+            attention(MultiHeadSpec {
+                groups: Some(grouped),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "multi-head, window 64",
+            "a token sees the nearest 64 (Beltagy et al., 2020)",
+            none,
+            attention(MultiHeadSpec {
+                window: Some(64),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "mamba",
+            "selective state-space recurrence (Gu & Dao, 2023)",
+            none,
+            mixer_block(MixerSpec::Mamba(MambaSpec::default())),
+        ),
+        entry(
+            "feedforward",
+            "dense",
+            "two linear layers around GELU (Vaswani et al., 2017)",
+            none,
+            with(dense()),
+        ),
+        entry(
+            "feedforward",
+            "gated",
+            "gated linear unit (Shazeer, 2020)",
+            none,
+            with(FeedforwardSpec::Gated(GatedSpec {
+                hidden,
+                activation: silu,
+                bias: false,
+            })),
+        ),
+        entry(
+            "feedforward",
+            "mixture",
+            "two of eight gated experts for each token (Jiang et al., 2024)",
+            none,
+            with(FeedforwardSpec::Mixture(MixtureSpec {
+                hidden,
+                experts: 8,
+                active: 2,
+                activation: silu,
+                normalise: true,
+            })),
+        ),
+        entry(
+            "norm",
+            "layer",
+            "layer norm (Ba et al., 2016)",
+            none,
+            norm(NormSpec::default()),
+        ),
+        entry(
+            "norm",
+            "rms",
+            "root-mean-square norm (Zhang & Sennrich, 2019)",
+            none,
+            norm(NormSpec::Rms { epsilon: 1e-6 }),
+        ),
+        entry(
+            "position",
+            "learned",
+            "a table added to the embeddings",
+            learned,
+            attention(base.clone()),
+        ),
+        entry(
+            "position",
+            "sinusoidal",
+            "sines added to the embeddings (Vaswani et al., 2017)",
+            AbsolutePosition::Sinusoidal,
+            attention(base.clone()),
+        ),
+        entry(
+            "position",
+            "rotary",
+            "queries and keys rotated by position (Su et al., 2021)",
+            none,
+            positioned(PositionSpec::Rotary(RotarySpec::default())),
+        ),
+        entry(
+            "position",
+            "alibi",
+            "a penalty proportional to distance (Press et al., 2021)",
+            none,
+            positioned(PositionSpec::Alibi),
+        ),
+        entry(
+            "position",
+            "relative-buckets",
+            "a learned bias per distance bucket (Raffel et al., 2019)",
+            none,
+            positioned(PositionSpec::RelativeBuckets {
+                buckets: 32,
+                max_distance: 128,
+            }),
+        ),
+        entry(
+            "wiring",
+            "pre-norm",
+            "norms before the parts (Xiong et al., 2020)",
+            none,
+            wired(Wiring::PreNorm),
+        ),
+        entry(
+            "wiring",
+            "post-norm",
+            "norms after the residual sums (Vaswani et al., 2017)",
+            none,
+            wired(Wiring::PostNorm),
+        ),
+        entry(
+            "wiring",
+            "parallel",
+            "both parts read the same input (Wang & Komatsuzaki, 2021)",
+            none,
+            wired(Wiring::Parallel),
+        ),
     ]
 }
 
@@ -156,13 +329,25 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
 
 fn tokens(length: usize) -> Result<Input> {
     let ids: Vec<u32> = (0..length).map(|i| (i * 7 % VOCABULARY) as u32).collect();
-    Ok(Input::tokens(engine(Tensor::from_vec(ids, (1, length), &Device::Cpu))?))
+    Ok(Input::tokens(engine(Tensor::from_vec(
+        ids,
+        (1, length),
+        &Device::Cpu,
+    ))?))
 }
 
 fn metered(model: &Model, length: usize) -> Result<std::sync::Arc<Meter>> {
     let meter = Meter::new();
     let start = meter.clone();
-    let trace = Trace::new().replace("embeddings", move |_, signal| Ok(signal.into_metered(start.clone())))?;
-    model.forward(&tokens(length)?, Pass { trace: Some(&trace), ..Pass::default() })?;
+    let trace = Trace::new().replace("embeddings", move |_, signal| {
+        Ok(signal.into_metered(start.clone()))
+    })?;
+    model.forward(
+        &tokens(length)?,
+        Pass {
+            trace: Some(&trace),
+            ..Pass::default()
+        },
+    )?;
     Ok(meter)
 }

@@ -41,7 +41,10 @@ impl Plot {
     /// The figure as an SVG document.
     pub fn to_svg(&self) -> Result<String> {
         let mut svg = String::new();
-        self.draw(&mut svg).map_err(|reason| Error::Plot { title: self.title.clone(), reason })?;
+        self.draw(&mut svg).map_err(|reason| Error::Plot {
+            title: self.title.clone(),
+            reason,
+        })?;
         Ok(svg)
     }
 
@@ -82,12 +85,18 @@ impl Plot {
             .draw()
             .map_err(said)?;
         for (series, colour) in self.series.iter().zip(COLOURS.iter().cycle()) {
-            let finite = series.points.iter().copied().filter(|p| p.0.is_finite() && p.1.is_finite());
+            let finite = series
+                .points
+                .iter()
+                .copied()
+                .filter(|p| p.0.is_finite() && p.1.is_finite());
             chart
                 .draw_series(LineSeries::new(finite.clone(), colour.stroke_width(2)))
                 .map_err(said)?
                 .label(&series.name)
-                .legend(|(x, y)| PathElement::new(vec![(x, y), (x + 18, y)], colour.stroke_width(2)));
+                .legend(|(x, y)| {
+                    PathElement::new(vec![(x, y), (x + 18, y)], colour.stroke_width(2))
+                });
             chart
                 .draw_series(finite.map(|point| Circle::new(point, 3, colour.filled())))
                 .map_err(said)?;

@@ -44,7 +44,11 @@ pub enum Verdict {
 impl Verdict {
     /// [`Verdict::Holds`] or [`Verdict::DoesNotHold`].
     pub fn of(holds: bool) -> Self {
-        if holds { Self::Holds } else { Self::DoesNotHold }
+        if holds {
+            Self::Holds
+        } else {
+            Self::DoesNotHold
+        }
     }
 }
 

@@ -133,7 +133,7 @@ pub struct Explain {
 pub struct Compress {
     /// A model directory, or `embedded`
     pub model: String,
-    /// svd, fwsvd, activation, row-column, generalised or whitened
+    /// svd, fwsvd, activation-weighted, row-column-fisher, generalised-fisher or whitened
     #[arg(long, default_value = "whitened")]
     pub method: String,
     /// Share of the linear layers' parameters to remove, between 0 and 1
@@ -166,7 +166,8 @@ pub struct Evaluate {
     /// Tokens that the model sees at a time
     #[arg(long, default_value_t = 128)]
     pub window: usize,
-    /// Tokens between the starts of windows; each window scores what the one before did not
+    /// Tokens between the starts of windows, half a window when absent; each window scores what
+    /// the one before did not
     #[arg(long)]
     pub stride: Option<usize>,
     /// Most windows; all of the text when absent

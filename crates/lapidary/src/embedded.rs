@@ -36,8 +36,11 @@ impl ParameterSource for Source {
         shape: &[usize],
         _: Init,
     ) -> lapidary_parts::Result<lapidary_kernels::Tensor> {
-        self.0.tensor_of_shape(name, shape, DType::F32).map_err(|error| {
-            lapidary_parts::Error::Parameter { name: name.to_owned(), reason: error.to_string() }
-        })
+        self.0
+            .tensor_of_shape(name, shape, DType::F32)
+            .map_err(|error| lapidary_parts::Error::Parameter {
+                name: name.to_owned(),
+                reason: error.to_string(),
+            })
     }
 }

@@ -10,8 +10,7 @@
 //! let package = lapidary::embedded()?;
 //! let text = "the farmer near the rivers";
 //! let encoding = package.tokenizer()?.encode(text, &Default::default())?;
-//! let ids = lapidary::kernels::Tensor::new(&[encoding.ids.as_slice()], &Default::default());
-//! # let ids = lapidary::kernels::Tensor::from_slice(&encoding.ids, (1, encoding.ids.len()), &lapidary::kernels::Device::Cpu);
+//! let ids = lapidary::kernels::Tensor::from_slice(&encoding.ids, (1, encoding.ids.len()), &lapidary::kernels::Device::Cpu);
 //! let input = model::Input::tokens(ids?);
 //! let scores = explain::decompx(
 //!     package.single_model()?,
@@ -35,4 +34,4 @@ pub use lapidary_train as train;
 
 mod embedded;
 
-pub use embedded::embedded;
+pub use embedded::{EMBEDDED_TRAINING, embedded};

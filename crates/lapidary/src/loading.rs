@@ -6,14 +6,20 @@ use crate::cli::Global;
 use anyhow::{Context, Result, bail, ensure};
 use lapidary_kernels::{Device, Tensor};
 use lapidary_model::{Model, OpenOptions, Package};
+use lapidary_train::language::{Corpus, Language, Mixture, Split};
 
 /// The device that `--device` names.
 pub fn device(global: &Global) -> Result<Device> {
     let index = |rest: &str| -> Result<usize> {
         match rest.strip_prefix(':') {
             None if rest.is_empty() => Ok(0),
-            Some(number) => number.parse().with_context(|| format!("device number {number:?}")),
-            None => bail!("device is {:?}, but must be cpu, cuda, cuda:N or metal", global.device),
+            Some(number) => number
+                .parse()
+                .with_context(|| format!("device number {number:?}")),
+            None => bail!(
+                "device is {:?}, but must be cpu, cuda, cuda:N or metal",
+                global.device
+            ),
         }
     };
     match global.device.as_str() {
@@ -29,7 +35,9 @@ pub fn device(global: &Global) -> Result<Device> {
 
 /// Sets how many threads compute.
 pub fn set_threads(global: &Global) -> Result<()> {
-    let Some(threads) = global.threads else { return Ok(()) };
+    let Some(threads) = global.threads else {
+        return Ok(());
+    };
     ensure!(
         (1..=1024).contains(&threads),
         "threads is {threads}, but must be between 1 and 1024"
@@ -47,7 +55,10 @@ pub fn package(model: &str, global: &Global) -> Result<Package> {
         return Ok(lapidary::embedded()?);
     }
     let path = Path::new(model);
-    let options = OpenOptions { device, ..OpenOptions::default() };
+    let options = OpenOptions {
+        device,
+        ..OpenOptions::default()
+    };
     if path.is_dir() {
         let package = Package::open(path, &options)?;
         if !package.unused.is_empty() {
@@ -60,14 +71,26 @@ pub fn package(model: &str, global: &Global) -> Result<Package> {
     if crate::hub::is_id(model) {
         return Ok(Package::open(&crate::hub::fetch(model)?, &options)?);
     }
-    bail!("model {model:?} is not a directory; give a directory with config.json or lapidary.json, or `embedded`")
+    bail!(
+        "model {model:?} is not a directory; give a directory with config.json or lapidary.json, or `embedded`"
+    )
 }
 
 /// Token ids of `text`, within the model's length.
-pub fn encode(package: &Package, model: &Model, text: &str) -> Result<lapidary_model::tokenizer::Encoding> {
-    ensure!(!text.trim().is_empty(), "the text is empty; give at least one word");
+pub fn encode(
+    package: &Package,
+    model: &Model,
+    text: &str,
+) -> Result<lapidary_model::tokenizer::Encoding> {
+    ensure!(
+        !text.trim().is_empty(),
+        "the text is empty; give at least one word"
+    );
     let encoding = package.tokenizer()?.encode(text, &Default::default())?;
-    ensure!(!encoding.ids.is_empty(), "the text has no tokens; give at least one word");
+    ensure!(
+        !encoding.ids.is_empty(),
+        "the text has no tokens; give at least one word"
+    );
     let length = model.spec().length();
     ensure!(
         encoding.ids.len() <= length,
@@ -85,12 +108,44 @@ pub fn row(ids: &[u32], model: &Model) -> Result<Tensor> {
 /// The tokens of a text file.
 pub fn file_tokens(package: &Package, path: &Path) -> Result<Vec<u32>> {
     let text = lapidary_model::files::read_text(path, 1 << 30)?;
-    ensure!(!text.trim().is_empty(), "{} is empty; give a file with text", path.display());
-    let options = lapidary_model::tokenizer::EncodeOptions { special_tokens: false, limit: None };
+    ensure!(
+        !text.trim().is_empty(),
+        "{} is empty; give a file with text",
+        path.display()
+    );
+    let options = lapidary_model::tokenizer::EncodeOptions {
+        special_tokens: false,
+        limit: None,
+    };
     let mut ids = Vec::new();
     // Line by line, so that memory holds the tokens and not one huge encoding.
     for line in text.split_inclusive('\n') {
         ids.extend(package.tokenizer()?.encode(line, &options)?.ids);
     }
     Ok(ids)
+}
+
+/// Windows of the embedded model's language, as it was trained on.
+pub fn embedded_windows(count: usize, length: usize) -> Result<lapidary_compress::CalibrationData> {
+    let corpus = language_corpus(Split::Training)?;
+    let windows = (0..count as u64).map(|index| corpus.window(CALIBRATION_START + index, length));
+    let windows: Vec<Vec<u32>> = windows.collect::<lapidary_train::Result<_>>()?;
+    Ok(lapidary_compress::CalibrationData::windows(windows)?)
+}
+
+/// Windows from here on were not read while the embedded model was trained.
+const CALIBRATION_START: u64 = 1 << 32;
+
+/// Seed of the embedded model's language, as its training spec has it.
+pub const LANGUAGE_SEED: u64 = 7;
+
+/// The language that the embedded model was trained on.
+pub fn language_corpus(split: Split) -> Result<Corpus> {
+    let language = Language::new(LANGUAGE_SEED);
+    Ok(Corpus::new(
+        language,
+        split,
+        Mixture::default(),
+        LANGUAGE_SEED,
+    )?)
 }

@@ -2,6 +2,8 @@
 
 mod cli;
 mod commands;
+#[cfg(feature = "hub")]
+mod hub;
 mod loading;
 mod output;
 mod report;

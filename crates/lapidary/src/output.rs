@@ -67,7 +67,9 @@ pub fn is_coloured() -> bool {
 /// Writes a text file whole or not at all.
 pub fn write_text(path: &Path, text: &str) -> Result<()> {
     write_beside::<FileError>(path, |writer| {
-        writer.write_all(text.as_bytes()).map_err(FileError::io("write", path))
+        writer
+            .write_all(text.as_bytes())
+            .map_err(FileError::io("write", path))
     })
     .with_context(|| format!("{} was not written", path.display()))
 }
@@ -84,7 +86,11 @@ pub fn check_writable(path: &Path) -> Result<()> {
         path.display(),
         parent.display()
     );
-    anyhow::ensure!(!path.is_dir(), "{} cannot be written: it is a directory", path.display());
+    anyhow::ensure!(
+        !path.is_dir(),
+        "{} cannot be written: it is a directory",
+        path.display()
+    );
     tempfile::NamedTempFile::new_in(parent)
         .with_context(|| format!("{} cannot be written", path.display()))?;
     Ok(())

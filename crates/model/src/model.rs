@@ -97,7 +97,11 @@ impl Model {
         let embedding = Embedding::new(&spec.input, width, root.at("embeddings"))?;
         let mut blocks = Vec::new();
         for (index, block) in spec.expanded_blocks().iter().enumerate() {
-            blocks.push(Arc::new(Block::new(block, width, root.at("blocks").at(index))?));
+            blocks.push(Arc::new(Block::new(
+                block,
+                width,
+                root.at("blocks").at(index),
+            )?));
         }
         let final_norm = match &spec.final_norm {
             Some(norm) => Norm::new(norm, width, root.at("final_norm"))?,

@@ -32,7 +32,11 @@ pub struct OpenOptions {
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { limits: Limits::default(), dtype: DType::F32, device: Device::Cpu }
+        Self {
+            limits: Limits::default(),
+            dtype: DType::F32,
+            device: Device::Cpu,
+        }
     }
 }
 
@@ -80,7 +84,10 @@ impl Package {
     /// A package of a model made here.
     pub fn new(model: Model, tokenizer: Option<Tokenizer>) -> Self {
         Self {
-            towers: vec![TowerModel { name: String::new(), model }],
+            towers: vec![TowerModel {
+                name: String::new(),
+                model,
+            }],
             tokenizer,
             origin: Origin::Lapidary,
             labels: Vec::new(),
@@ -112,11 +119,17 @@ impl Package {
         })?;
         spec.validate()?;
         let checkpoint = Checkpoint::open(directory, &options.limits)?;
-        let mut source = CheckpointSource { checkpoint: &checkpoint, options };
+        let mut source = CheckpointSource {
+            checkpoint: &checkpoint,
+            options,
+        };
         let model = Model::new(spec, &mut source)?;
         let report = checkpoint.compare_keys(model.parameters().keys().map(String::as_str));
         report.require_exact()?;
-        Ok(Self { tokenizer: open_tokenizer(directory, &options.limits)?, ..Self::new(model, None) })
+        Ok(Self {
+            tokenizer: open_tokenizer(directory, &options.limits)?,
+            ..Self::new(model, None)
+        })
     }
 
     fn open_huggingface(directory: &Path, options: &OpenOptions) -> Result<Self> {
@@ -129,15 +142,23 @@ impl Package {
             tower.spec.validate()?;
             let mut parameters = tower.table.read(&checkpoint, options.dtype, &mut used)?;
             for tensor in parameters.values_mut() {
-                *tensor = tensor.to_device(&options.device).map_err(lapidary_kernels::Error::from)?;
+                *tensor = tensor
+                    .to_device(&options.device)
+                    .map_err(lapidary_kernels::Error::from)?;
             }
             let model = Model::new(tower.spec, &mut parameters)?;
-            models.push(TowerModel { name: tower.name.to_owned(), model });
+            models.push(TowerModel {
+                name: tower.name.to_owned(),
+                model,
+            });
             tables.push(tower.table);
         }
         let mut extra = BTreeMap::new();
         let mut unused = Vec::new();
-        for name in checkpoint.names().filter(|name| !used.iter().any(|used| used == name)) {
+        for name in checkpoint
+            .names()
+            .filter(|name| !used.iter().any(|used| used == name))
+        {
             if name == "logit_scale" {
                 extra.insert(name.to_owned(), checkpoint.tensor(name, options.dtype)?);
             } else if is_no_parameter(name) {
@@ -151,7 +172,11 @@ impl Package {
         Ok(Self {
             towers: models,
             tokenizer: open_tokenizer(directory, &options.limits)?,
-            origin: Origin::HuggingFace { config: Box::new(config), tables, extra },
+            origin: Origin::HuggingFace {
+                config: Box::new(config),
+                tables,
+                extra,
+            },
             labels,
             unused,
         })
@@ -167,7 +192,8 @@ impl Package {
             .map(|tower| &tower.model)
             .find(|model| model.spec().vocabulary().is_some())
             .ok_or_else(|| {
-                lapidary_parts::Error::spec("model", "one that reads images", "one that reads text").into()
+                lapidary_parts::Error::spec("model", "one that reads images", "one that reads text")
+                    .into()
             })
     }
 
@@ -192,7 +218,13 @@ impl Package {
 
     /// The same package with another model in place of its single one.
     pub fn with_model(self, model: Model) -> Self {
-        Self { towers: vec![TowerModel { name: String::new(), model }], ..self }
+        Self {
+            towers: vec![TowerModel {
+                name: String::new(),
+                model,
+            }],
+            ..self
+        }
     }
 
     /// Writes the package to `directory`, which must not exist or be empty: as a Hugging Face
@@ -200,7 +232,10 @@ impl Package {
     /// `dtype` converts the parameters. Says which of the two it wrote.
     pub fn save(&self, directory: &Path, dtype: Option<DType>) -> Result<SavedAs> {
         let staged = StagedDirectory::new(directory)?;
-        let options = WriteOptions { dtype, ..WriteOptions::default() };
+        let options = WriteOptions {
+            dtype,
+            ..WriteOptions::default()
+        };
         let saved = match self.as_huggingface()? {
             Some((config, tensors)) => {
                 let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
@@ -210,10 +245,14 @@ impl Package {
             }
             None => {
                 let model = self.single_model()?;
-                let tensors = model.parameters().iter().map(|(name, tensor)| (name.as_str(), tensor));
+                let tensors = model
+                    .parameters()
+                    .iter()
+                    .map(|(name, tensor)| (name.as_str(), tensor));
                 write_checkpoint(staged.path(), tensors, &options)?;
-                let spec = serde_json::to_string_pretty(model.spec())
-                    .map_err(|error| lapidary_parts::Error::spec("spec", error.to_string(), "one that serialises"))?;
+                let spec = serde_json::to_string_pretty(model.spec()).map_err(|error| {
+                    lapidary_parts::Error::spec("spec", error.to_string(), "one that serialises")
+                })?;
                 write_text(&staged.path().join(SPEC_FILE), &(spec + "\n"))?;
                 SavedAs::Lapidary
             }
@@ -229,7 +268,14 @@ impl Package {
     /// config describes.
     #[allow(clippy::type_complexity, reason = "a config beside its tensors")]
     fn as_huggingface(&self) -> Result<Option<(&Config, Vec<(String, Tensor)>)>> {
-        let Origin::HuggingFace { config, tables, extra } = &self.origin else { return Ok(None) };
+        let Origin::HuggingFace {
+            config,
+            tables,
+            extra,
+        } = &self.origin
+        else {
+            return Ok(None);
+        };
         let mut tensors = Vec::new();
         for (tower, table) in self.towers.iter().zip(tables) {
             let model = &tower.model;
@@ -242,7 +288,11 @@ impl Package {
             }
             tensors.extend(table.write(model.parameters())?);
         }
-        tensors.extend(extra.iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
+        tensors.extend(
+            extra
+                .iter()
+                .map(|(name, tensor)| (name.clone(), tensor.clone())),
+        );
         Ok(Some((config, tensors)))
     }
 }
@@ -268,12 +318,17 @@ impl lapidary_parts::parameters::ParameterSource for CheckpointSource<'_> {
         shape: &[usize],
         _: lapidary_parts::parameters::Init,
     ) -> lapidary_parts::Result<Tensor> {
-        let wrong = |reason: String| lapidary_parts::Error::Parameter { name: name.to_owned(), reason };
+        let wrong = |reason: String| lapidary_parts::Error::Parameter {
+            name: name.to_owned(),
+            reason,
+        };
         let tensor = self
             .checkpoint
             .tensor_of_shape(name, shape, self.options.dtype)
             .map_err(|error| wrong(error.to_string()))?;
-        Ok(tensor.to_device(&self.options.device).map_err(lapidary_kernels::Error::from)?)
+        Ok(tensor
+            .to_device(&self.options.device)
+            .map_err(lapidary_kernels::Error::from)?)
     }
 }
 
@@ -297,11 +352,16 @@ fn is_no_parameter(name: &str) -> bool {
 /// pre-training head beside a classifier); more of them than were used says that the config is
 /// not that of the checkpoint.
 fn refuse_other_model(directory: &Path, unused: &[String], used: usize) -> Result<()> {
-    let blocks = unused.iter().find(|name| name.contains(".layer.") || name.contains("layers.") || name.contains("h."));
+    let blocks = unused
+        .iter()
+        .find(|name| name.contains(".layer.") || name.contains("layers.") || name.contains("h."));
     match blocks {
         Some(name) => Err(lapidary_parts::Error::spec(
             format!("tensors of {}", directory.display()),
-            format!("{} that the config does not describe, such as {name}", unused.len()),
+            format!(
+                "{} that the config does not describe, such as {name}",
+                unused.len()
+            ),
             format!("the {used} that it does"),
         )
         .into()),
@@ -319,7 +379,9 @@ fn open_tokenizer(directory: &Path, limits: &Limits) -> Result<Option<Tokenizer>
 
 fn write_text(path: &PathBuf, text: &str) -> Result<()> {
     write_beside::<Error>(path, |writer| {
-        writer.write_all(text.as_bytes()).map_err(FileError::io("write", path))?;
+        writer
+            .write_all(text.as_bytes())
+            .map_err(FileError::io("write", path))?;
         Ok(())
     })
 }

@@ -342,7 +342,8 @@ impl ModelSpec {
                 if *labels == Some(0) {
                     return Err(Error::spec("head.labels", 0, "at least 1"));
                 }
-                if matches!(pool, Pool::HighestId | Pool::AtToken(_)) && self.vocabulary().is_none() {
+                if matches!(pool, Pool::HighestId | Pool::AtToken(_)) && self.vocabulary().is_none()
+                {
                     return Err(Error::spec("head.pool", pool, "first or mean for patches"));
                 }
                 if *pool == Pool::FirstTwo && labels.is_none() {

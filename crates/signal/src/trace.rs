@@ -194,7 +194,10 @@ impl Trace {
         if names.iter().any(|name| matcher.is_match(name)) {
             return Ok(());
         }
-        Err(Error::NoSuchSite { pattern: glob.to_owned(), written: summary(&names) })
+        Err(Error::NoSuchSite {
+            pattern: glob.to_owned(),
+            written: summary(&names),
+        })
     }
 
     /// The record of one captured or tapped site.

@@ -99,7 +99,8 @@ pub fn run(spec: &TrainSpec, directory: &Path, resume: bool, device: &Device) ->
     let model = trainer.finished()?;
     if model_directory.exists() {
         // Left by this very run: it is made again from the state that was resumed.
-        std::fs::remove_dir_all(&model_directory).map_err(Error::file("replace", &model_directory))?;
+        std::fs::remove_dir_all(&model_directory)
+            .map_err(Error::file("replace", &model_directory))?;
     }
     Package::new(model, sources.tokenizer).save(&model_directory, None)?;
     Ok(Finished {
@@ -112,14 +113,23 @@ pub fn run(spec: &TrainSpec, directory: &Path, resume: bool, device: &Device) ->
 }
 
 fn values(step: &Step) -> Vec<(&'static str, f64)> {
-    vec![("loss", step.loss), ("gradient_norm", step.gradient_norm), ("rate", step.rate)]
+    vec![
+        ("loss", step.loss),
+        ("gradient_norm", step.gradient_norm),
+        ("rate", step.rate),
+    ]
 }
 
 fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
     Ok(match &spec.data {
         DataSpec::Language { seed, mixture } => {
             let corpus = |split, stream: u64| {
-                Corpus::new(Language::new(*seed), split, *mixture, seed.wrapping_add(stream))
+                Corpus::new(
+                    Language::new(*seed),
+                    split,
+                    *mixture,
+                    seed.wrapping_add(stream),
+                )
             };
             let training = corpus(Split::Training, 0)?;
             let words = training.language().vocabulary().words().to_vec();
@@ -129,7 +139,11 @@ fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
                 tokenizer: Some(Tokenizer::of_words(&words).map_err(lapidary_model::Error::from)?),
             }
         }
-        DataSpec::Text { file, tokenizer, order } => {
+        DataSpec::Text {
+            file,
+            tokenizer,
+            order,
+        } => {
             let Some(text) = file else {
                 return Err(Error::Setting {
                     name: "data.file",
@@ -140,16 +154,30 @@ fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
             let tokenizer = text_tokenizer(text, tokenizer)?;
             let tokens = directory.join("data.tokens");
             let vocabulary = tokenizer.vocabulary_size() as u32;
-            let options = lapidary_model::tokenizer::EncodeOptions { special_tokens: false, limit: None };
+            let options = lapidary_model::tokenizer::EncodeOptions {
+                special_tokens: false,
+                limit: None,
+            };
             write_text(text, &tokens, vocabulary, |piece| {
-                Ok(tokenizer.encode(piece, &options).map_err(lapidary_model::Error::from)?.ids)
+                Ok(tokenizer
+                    .encode(piece, &options)
+                    .map_err(lapidary_model::Error::from)?
+                    .ids)
             })?;
             let (training, validation) = windows(spec, &tokens, *order)?;
-            Sources { training, validation, tokenizer: Some(tokenizer) }
+            Sources {
+                training,
+                validation,
+                tokenizer: Some(tokenizer),
+            }
         }
         DataSpec::Tokens { file, order } => {
             let (training, validation) = windows(spec, file, *order)?;
-            Sources { training, validation, tokenizer: None }
+            Sources {
+                training,
+                validation,
+                tokenizer: None,
+            }
         }
         DataSpec::Copying { symbols } => generated(|| Copying::new(*symbols))?,
         DataSpec::Recall { keys, values } => generated(|| AssociativeRecall::new(*keys, *values))?,
@@ -158,7 +186,11 @@ fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
 }
 
 fn generated<T: Task + 'static>(make: impl Fn() -> Result<T>) -> Result<Sources> {
-    Ok(Sources { training: Box::new(make()?), validation: Box::new(make()?), tokenizer: None })
+    Ok(Sources {
+        training: Box::new(make()?),
+        validation: Box::new(make()?),
+        tokenizer: None,
+    })
 }
 
 type TrainingAndValidation = (Box<dyn Task>, Box<dyn Task>);

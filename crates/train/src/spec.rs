@@ -123,7 +123,12 @@ fn epsilon() -> f64 {
 
 impl Default for OptimiserSpec {
     fn default() -> Self {
-        Self::Adamw { beta1: beta1(), beta2: beta2(), epsilon: epsilon(), weight_decay: 0.0 }
+        Self::Adamw {
+            beta1: beta1(),
+            beta2: beta2(),
+            epsilon: epsilon(),
+            weight_decay: 0.0,
+        }
     }
 }
 
@@ -136,18 +141,34 @@ impl OptimiserSpec {
 
     pub(crate) fn adamw(&self, learning_rate: f64) -> Option<AdamWOptions> {
         match *self {
-            Self::Adamw { beta1, beta2, epsilon, weight_decay } => {
-                Some(AdamWOptions { learning_rate, beta1, beta2, epsilon, weight_decay })
-            }
+            Self::Adamw {
+                beta1,
+                beta2,
+                epsilon,
+                weight_decay,
+            } => Some(AdamWOptions {
+                learning_rate,
+                beta1,
+                beta2,
+                epsilon,
+                weight_decay,
+            }),
             Self::Sgd { .. } => None,
         }
     }
 
     pub(crate) fn sgd(&self, learning_rate: f64) -> Option<SgdOptions> {
         match *self {
-            Self::Sgd { momentum, nesterov, weight_decay } => {
-                Some(SgdOptions { learning_rate, momentum, nesterov, weight_decay })
-            }
+            Self::Sgd {
+                momentum,
+                nesterov,
+                weight_decay,
+            } => Some(SgdOptions {
+                learning_rate,
+                momentum,
+                nesterov,
+                weight_decay,
+            }),
             Self::Adamw { .. } => None,
         }
     }
@@ -185,7 +206,11 @@ pub struct ValidationSpec {
 
 impl Default for ValidationSpec {
     fn default() -> Self {
-        Self { every: 0, batches: 8, fraction: 0.05 }
+        Self {
+            every: 0,
+            batches: 8,
+            fraction: 0.05,
+        }
     }
 }
 
@@ -277,23 +302,48 @@ fn shuffled() -> Order {
 impl TrainSpec {
     /// The schedule over the run's steps.
     pub fn schedule(&self) -> Schedule {
-        let ScheduleSpec { peak, floor, warm_up, decay } = self.schedule;
-        Schedule { peak, floor, warm_up: warm_up.min(self.steps), steps: self.steps, decay }
+        let ScheduleSpec {
+            peak,
+            floor,
+            warm_up,
+            decay,
+        } = self.schedule;
+        Schedule {
+            peak,
+            floor,
+            warm_up: warm_up.min(self.steps),
+            steps: self.steps,
+            decay,
+        }
     }
 
     /// Refuses settings that cannot be trained with.
     pub fn validate(&self) -> Result<()> {
-        let wrong = |name, found: String, expected| Err(Error::Setting { name, found, expected });
+        let wrong = |name, found: String, expected| {
+            Err(Error::Setting {
+                name,
+                found,
+                expected,
+            })
+        };
         self.schedule().validate()?;
         self.model.validate().map_err(lapidary_model::Error::from)?;
         if self.batch == 0 {
             return wrong("batch", "0".into(), "at least 1");
         }
         if self.length == 0 || self.length > self.model.length() {
-            return wrong("length", self.length.to_string(), "at least 1 and at most the model's length");
+            return wrong(
+                "length",
+                self.length.to_string(),
+                "at least 1 and at most the model's length",
+            );
         }
         if self.accumulate == 0 || !self.batch.is_multiple_of(self.accumulate) {
-            return wrong("accumulate", self.accumulate.to_string(), "a divisor of the batch");
+            return wrong(
+                "accumulate",
+                self.accumulate.to_string(),
+                "a divisor of the batch",
+            );
         }
         if let Some(clip) = self.clip.filter(|clip| !(clip.is_finite() && *clip > 0.0)) {
             return wrong("clip", clip.to_string(), "a positive number");
@@ -301,7 +351,10 @@ impl TrainSpec {
         if self.validation.batches == 0 {
             return wrong("validation.batches", "0".into(), "at least 1");
         }
-        if !matches!(self.model.head, lapidary_model::HeadSpec::LanguageModel { .. }) {
+        if !matches!(
+            self.model.head,
+            lapidary_model::HeadSpec::LanguageModel { .. }
+        ) {
             return wrong("model.head", "no language model".into(), "a language model");
         }
         Ok(())

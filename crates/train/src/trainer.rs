@@ -101,15 +101,25 @@ impl Trainer {
                 });
             }
         }
-        let model = Model::trainable(spec.model.clone(), source).map_err(lapidary_model::Error::from)?;
-        let (names, variables): (Vec<String>, Vec<Var>) =
-            model.variables().iter().map(|(name, variable)| (name.clone(), variable.clone())).unzip();
+        let model =
+            Model::trainable(spec.model.clone(), source).map_err(lapidary_model::Error::from)?;
+        let (names, variables): (Vec<String>, Vec<Var>) = model
+            .variables()
+            .iter()
+            .map(|(name, variable)| (name.clone(), variable.clone()))
+            .unzip();
         let parameters = parameters(&spec, &names, &variables);
         let peak = spec.schedule.peak;
         let optimiser = match (spec.optimiser.adamw(peak), spec.optimiser.sgd(peak)) {
             (Some(options), _) => Optimiser::AdamW(AdamW::new(parameters, options)?),
             (None, Some(options)) => Optimiser::Sgd(Sgd::new(parameters, options)?),
-            (None, None) => return Err(Error::Setting { name: "optimiser", found: "none".into(), expected: "adamw or sgd" }),
+            (None, None) => {
+                return Err(Error::Setting {
+                    name: "optimiser",
+                    found: "none".into(),
+                    expected: "adamw or sgd",
+                });
+            }
         };
         let average = match spec.average {
             Some(decay) => Some(MovingAverage::new(&variables, decay, true)?),
@@ -156,7 +166,9 @@ impl Trainer {
         let (mut loss, mut tokens, mut store) = (0.0, 0, None);
         let mut sum = Gradients::default();
         for part in 0..self.spec.accumulate {
-            let batch = self.training.batch(&mut self.generator, rows, self.spec.length)?;
+            let batch = self
+                .training
+                .batch(&mut self.generator, rows, self.spec.length)?;
             tokens += (batch.rows * batch.length) as u64;
             let recomputation = self.spec.recompute.then(Recomputation::new);
             let pass = Pass {
@@ -175,7 +187,11 @@ impl Trainer {
             }
             store = Some(gradients);
         }
-        let mut store = store.ok_or(Error::Setting { name: "accumulate", found: "0".into(), expected: "at least 1" })?;
+        let mut store = store.ok_or(Error::Setting {
+            name: "accumulate",
+            found: "0".into(),
+            expected: "at least 1",
+        })?;
         if self.spec.accumulate > 1 {
             for (variable, gradient) in self.variables.iter().zip(sum.tensors()) {
                 if let Some(gradient) = gradient {
@@ -185,8 +201,11 @@ impl Trainer {
         }
         let mut scale = 1.0 / self.spec.accumulate as f64;
         let norm = {
-            let gradients: Vec<&Tensor> =
-                self.variables.iter().filter_map(|variable| store.get(variable.as_tensor())).collect();
+            let gradients: Vec<&Tensor> = self
+                .variables
+                .iter()
+                .filter_map(|variable| store.get(variable.as_tensor()))
+                .collect();
             scale * lapidary_kernels::global_gradient_norm(&gradients)?
         };
         if !loss.is_finite() || !norm.is_finite() {
@@ -207,7 +226,13 @@ impl Trainer {
             average.update(&self.variables)?;
         }
         self.step += 1;
-        Ok(Step { step: self.step, loss, gradient_norm: norm, rate, tokens })
+        Ok(Step {
+            step: self.step,
+            loss,
+            gradient_norm: norm,
+            rate,
+            tokens,
+        })
     }
 
     /// Mean loss on the validation task, in nats, always on the same batches; with a moving
@@ -225,7 +250,9 @@ impl Trainer {
         let (mut sum, mut counted) = (0.0, 0);
         for _ in 0..self.spec.validation.batches {
             let rows = self.spec.batch / self.spec.accumulate;
-            let batch = self.validation.batch(&mut generator, rows, self.spec.length)?;
+            let batch = self
+                .validation
+                .batch(&mut generator, rows, self.spec.length)?;
             let loss = number(&batch_loss(&self.model, &batch, Pass::default())?.detach())?;
             sum += loss * batch.counted() as f64;
             counted += batch.counted();
@@ -246,11 +273,15 @@ impl Trainer {
         self.swap_average()?;
         let mut parameters = BTreeMap::new();
         for (name, variable) in self.names.iter().zip(&self.variables) {
-            let copy = variable.as_tensor().copy().map_err(lapidary_kernels::Error::from)?;
+            let copy = variable
+                .as_tensor()
+                .copy()
+                .map_err(lapidary_kernels::Error::from)?;
             parameters.insert(name.clone(), copy.detach());
         }
         self.swap_average()?;
-        Ok(Model::new(self.spec.model.clone(), &mut parameters).map_err(lapidary_model::Error::from)?)
+        Ok(Model::new(self.spec.model.clone(), &mut parameters)
+            .map_err(lapidary_model::Error::from)?)
     }
 
     /// Everything that is needed to go on from here bit for bit.
@@ -277,7 +308,10 @@ impl Trainer {
         }
         Ok(TrainingState {
             step: self.step,
-            generators: BTreeMap::from([("training".to_owned(), GeneratorState::of(&self.generator))]),
+            generators: BTreeMap::from([(
+                "training".to_owned(),
+                GeneratorState::of(&self.generator),
+            )]),
             positions,
             settings: self.settings()?,
             tensors,
@@ -322,24 +356,39 @@ impl Trainer {
         };
         let mut moments = Vec::with_capacity(self.names.len());
         for name in &self.names {
-            let all: Result<Vec<Tensor>> =
-                (0..moments_of).map(|index| take(format!("moment.{index}.{name}"))).collect();
+            let all: Result<Vec<Tensor>> = (0..moments_of)
+                .map(|index| take(format!("moment.{index}.{name}")))
+                .collect();
             moments.push(all?);
         }
-        let step = state.positions.get("optimiser").copied().unwrap_or(state.step);
-        self.optimiser.load_state(&OptimiserState { step, moments })?;
+        let step = state
+            .positions
+            .get("optimiser")
+            .copied()
+            .unwrap_or(state.step);
+        self.optimiser
+            .load_state(&OptimiserState { step, moments })?;
         if let Some(average) = &mut self.average {
-            let shadow: Result<Vec<Tensor>> =
-                self.names.iter().map(|name| take(format!("average.{name}"))).collect();
-            average.resume(shadow?, state.positions.get("average").copied().unwrap_or(0))?;
+            let shadow: Result<Vec<Tensor>> = self
+                .names
+                .iter()
+                .map(|name| take(format!("average.{name}")))
+                .collect();
+            average.resume(
+                shadow?,
+                state.positions.get("average").copied().unwrap_or(0),
+            )?;
         }
         for (name, variable) in self.names.iter().zip(&self.variables) {
-            variable.set(&take(format!("parameter.{name}"))?).map_err(lapidary_kernels::Error::from)?;
+            variable
+                .set(&take(format!("parameter.{name}"))?)
+                .map_err(lapidary_kernels::Error::from)?;
         }
         if let Some(generator) = state.generators.get("training") {
             self.generator = generator.restore();
         }
-        self.training.seek(state.positions.get("training").copied().unwrap_or(0));
+        self.training
+            .seek(state.positions.get("training").copied().unwrap_or(0));
         self.step = state.step;
         Ok(())
     }
@@ -354,8 +403,15 @@ fn parameters(spec: &TrainSpec, names: &[String], variables: &[Var]) -> Vec<Para
         .iter()
         .zip(variables)
         .map(|(name, variable)| {
-            let group = spec.groups.iter().find(|group| name.starts_with(&group.path));
-            let usual = if variable.rank() < 2 { 0.0 } else { spec.optimiser.weight_decay() };
+            let group = spec
+                .groups
+                .iter()
+                .find(|group| name.starts_with(&group.path));
+            let usual = if variable.rank() < 2 {
+                0.0
+            } else {
+                spec.optimiser.weight_decay()
+            };
             Parameter {
                 variable: variable.clone(),
                 weight_decay: Some(group.and_then(|group| group.weight_decay).unwrap_or(usual)),
@@ -368,16 +424,30 @@ fn parameters(spec: &TrainSpec, names: &[String], variables: &[Var]) -> Vec<Para
 /// Mean cross-entropy of the next tokens of a batch, in nats.
 pub fn batch_loss(model: &Model, batch: &Batch, pass: Pass<'_>) -> Result<Tensor> {
     let (inputs, targets) = batch.tensors(&model.device())?;
-    let output = model.forward(&Input::tokens(inputs), pass).map_err(lapidary_model::Error::from)?;
-    let logits = output.into_logits().map_err(lapidary_model::Error::from)?.into_value();
+    let output = model
+        .forward(&Input::tokens(inputs), pass)
+        .map_err(lapidary_model::Error::from)?;
+    let logits = output
+        .into_logits()
+        .map_err(lapidary_model::Error::from)?
+        .into_value();
     let classes = logits.dims().last().copied().unwrap_or(0);
-    let logits = logits.reshape(((), classes)).map_err(lapidary_kernels::Error::from)?;
-    let targets = targets.flatten_all().map_err(lapidary_kernels::Error::from)?;
-    let options = CrossEntropyOptions { ignore_index: Some(IGNORE), ..CrossEntropyOptions::default() };
+    let logits = logits
+        .reshape(((), classes))
+        .map_err(lapidary_kernels::Error::from)?;
+    let targets = targets
+        .flatten_all()
+        .map_err(lapidary_kernels::Error::from)?;
+    let options = CrossEntropyOptions {
+        ignore_index: Some(IGNORE),
+        ..CrossEntropyOptions::default()
+    };
     Ok(cross_entropy(&logits, &targets, &options)?)
 }
 
 fn number(scalar: &Tensor) -> Result<f64> {
-    let scalar = scalar.to_dtype(DType::F64).and_then(|scalar| scalar.to_scalar::<f64>());
+    let scalar = scalar
+        .to_dtype(DType::F64)
+        .and_then(|scalar| scalar.to_scalar::<f64>());
     Ok(scalar.map_err(lapidary_kernels::Error::from)?)
 }

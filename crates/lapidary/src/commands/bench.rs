@@ -23,7 +23,11 @@ const WORKS: &str = "forward, step, explain or generate";
 
 pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
     ensure!(arguments.repeat >= 1, "repeat is 0, but must be at least 1");
-    ensure!(arguments.vocabulary >= 4, "vocabulary is {}, but must be at least 4", arguments.vocabulary);
+    ensure!(
+        arguments.vocabulary >= 4,
+        "vocabulary is {}, but must be at least 4",
+        arguments.vocabulary
+    );
     let mut times = match arguments.work.as_str() {
         "step" => step(arguments, global)?,
         "forward" => forward(arguments, global)?,
@@ -33,7 +37,10 @@ pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
     };
     times.sort_by(f64::total_cmp);
     let median = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
-    let (least, most) = (times.first().copied().unwrap_or(median), times.last().copied().unwrap_or(median));
+    let (least, most) = (
+        times.first().copied().unwrap_or(median),
+        times.last().copied().unwrap_or(median),
+    );
     let peak = peak_memory();
     if global.json {
         return output::print_json(&json!({
@@ -64,7 +71,10 @@ fn spec(arguments: &Bench) -> ModelSpec {
         repeat: arguments.blocks,
         wiring: Wiring::PreNorm,
         norm: NormSpec::default(),
-        attention: MixerSpec::MultiHead(MultiHeadSpec { causal: true, ..MultiHeadSpec::new(arguments.heads) }),
+        attention: MixerSpec::MultiHead(MultiHeadSpec {
+            causal: true,
+            ..MultiHeadSpec::new(arguments.heads)
+        }),
         cross_attention: None,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * arguments.width,
@@ -78,7 +88,10 @@ fn spec(arguments: &Bench) -> ModelSpec {
         input: InputSpec::Tokens(TokenInput {
             vocabulary: arguments.vocabulary,
             length: 2 * arguments.length,
-            position: AbsolutePosition::Learned { offset: 0, skip_padding: false },
+            position: AbsolutePosition::Learned {
+                offset: 0,
+                skip_padding: false,
+            },
             token_types: 0,
             norm: None,
             embedding_width: None,
@@ -86,7 +99,11 @@ fn spec(arguments: &Bench) -> ModelSpec {
         }),
         blocks: vec![block],
         final_norm: Some(NormSpec::default()),
-        head: HeadSpec::LanguageModel { tied: false, bias: false, transform: None },
+        head: HeadSpec::LanguageModel {
+            tied: false,
+            bias: false,
+            transform: None,
+        },
         low_rank: Default::default(),
     }
 }
@@ -99,13 +116,25 @@ fn model(arguments: &Bench, global: &Global) -> Result<Model> {
             let model = package.towers.into_iter().next().map(|tower| tower.model);
             model.ok_or_else(|| anyhow::anyhow!("the package holds no model"))
         }
-        None => Ok(Model::initialised(spec(arguments), global.seed, DType::F32, &loading::device(global)?)?),
+        None => Ok(Model::initialised(
+            spec(arguments),
+            global.seed,
+            DType::F32,
+            &loading::device(global)?,
+        )?),
     }
 }
 
 fn ids(model: &Model, batch: usize, length: usize) -> Result<Tensor> {
-    let vocabulary = model.spec().vocabulary().unwrap_or(4).saturating_sub(1).max(1);
-    let ids: Vec<u32> = (0..batch * length).map(|i| (i * 7919 % vocabulary) as u32).collect();
+    let vocabulary = model
+        .spec()
+        .vocabulary()
+        .unwrap_or(4)
+        .saturating_sub(1)
+        .max(1);
+    let ids: Vec<u32> = (0..batch * length)
+        .map(|i| (i * 7919 % vocabulary) as u32)
+        .collect();
     Ok(Tensor::from_vec(ids, (batch, length), &model.device())?)
 }
 
@@ -131,12 +160,19 @@ fn step(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
         clip: Some(1.0),
         average: None,
         recompute: false,
-        schedule: ScheduleSpec { peak: 1e-3, floor: 1e-3, warm_up: 0, decay: lapidary_train::Decay::Constant },
+        schedule: ScheduleSpec {
+            peak: 1e-3,
+            floor: 1e-3,
+            warm_up: 0,
+            decay: lapidary_train::Decay::Constant,
+        },
         optimiser: OptimiserSpec::default(),
         groups: Vec::new(),
         validation: ValidationSpec::default(),
         checkpoint: CheckpointSpec::default(),
-        data: DataSpec::Copying { symbols: arguments.vocabulary - 1 },
+        data: DataSpec::Copying {
+            symbols: arguments.vocabulary - 1,
+        },
         model: spec(arguments),
     };
     let task = || Copying::new(arguments.vocabulary - 1).map(Box::new);
@@ -171,12 +207,20 @@ fn explain(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
 
 fn generate(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
     let model = model(arguments, global)?;
-    let prompt = ids(&model, 1, arguments.length)?.flatten_all()?.to_vec1::<u32>()?;
-    let options = lapidary_model::generation::GenerationOptions { new_tokens: 32, ..Default::default() };
+    let prompt = ids(&model, 1, arguments.length)?
+        .flatten_all()?
+        .to_vec1::<u32>()?;
+    let options = lapidary_model::generation::GenerationOptions {
+        new_tokens: 32,
+        ..Default::default()
+    };
     timed(arguments, || {
-        lapidary_model::generation::generate(&model, std::slice::from_ref(&prompt), &options, |_, _| {
-            std::ops::ControlFlow::Continue(())
-        })?;
+        lapidary_model::generation::generate(
+            &model,
+            std::slice::from_ref(&prompt),
+            &options,
+            |_, _| std::ops::ControlFlow::Continue(()),
+        )?;
         Ok(())
     })
 }

@@ -51,7 +51,13 @@ pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
         }
         (None, Some(ids)) => {
             ensure!(!ids.is_empty(), "no token ids were given");
-            let name = |id: &u32| package.tokenizer.as_ref().and_then(|t| t.token_of(*id)).unwrap_or_else(|| format!("[{id}]"));
+            let name = |id: &u32| {
+                package
+                    .tokenizer
+                    .as_ref()
+                    .and_then(|t| t.token_of(*id))
+                    .unwrap_or_else(|| format!("[{id}]"))
+            };
             (ids.clone(), ids.iter().map(name).collect(), None)
         }
         (None, None) => bail!("give --text or --tokens"),
@@ -61,22 +67,39 @@ pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
         Some(types) if takes_types(model) => Some(loading::row(&types, model)?),
         _ => None,
     };
-    let input = Input::Tokens { ids: row, token_types };
+    let input = Input::Tokens {
+        ids: row,
+        token_types,
+    };
     let predictions = predictions(&package, model, &input, arguments.position)?;
     let (target, target_name, foil_name) = target(arguments, &package, model, &predictions)?;
     let started = Instant::now();
-    let explanation = explain(arguments.method, model, &input, target, bias, arguments.steps)?;
+    let explanation = explain(
+        arguments.method,
+        model,
+        &input,
+        target,
+        bias,
+        arguments.steps,
+    )?;
     let seconds = started.elapsed().as_secs_f64();
     let explained = Explained {
         tokens: tokens.iter().map(|token| readable(token)).collect(),
         target: target_name,
         foil: foil_name,
-        predictions: predictions.into_iter().map(|(_, prediction)| prediction).take(5).collect(),
+        predictions: predictions
+            .into_iter()
+            .map(|(_, prediction)| prediction)
+            .take(5)
+            .collect(),
         explanation,
         seconds,
     };
     if let Some(html) = &arguments.html {
-        output::write_text(html, &report::explanation_page(&arguments.model, &explained))?;
+        output::write_text(
+            html,
+            &report::explanation_page(&arguments.model, &explained),
+        )?;
     }
     if global.json {
         return output::print_json(&explained);
@@ -93,8 +116,14 @@ pub fn explain(
     bias: BiasSplit,
     steps: usize,
 ) -> Result<Explanation> {
-    let rules = StreamRules { bias, ..StreamRules::default() };
-    let named = |name: &str, explanation: Explanation| Explanation { method: name.to_owned(), ..explanation };
+    let rules = StreamRules {
+        bias,
+        ..StreamRules::default()
+    };
+    let named = |name: &str, explanation: Explanation| Explanation {
+        method: name.to_owned(),
+        ..explanation
+    };
     Ok(match method {
         Method::Decompx => decompx(model, input, None, target, rules)?,
         Method::LogitAttribution => direct_logit_attribution(model, input, None, target)?,
@@ -129,13 +158,18 @@ pub fn predictions(
     position: Option<usize>,
 ) -> Result<Vec<(usize, Prediction)>> {
     let output = model.forward(input, Pass::default())?;
-    let Some(logits) = output.logits else { return Ok(Vec::new()) };
+    let Some(logits) = output.logits else {
+        return Ok(Vec::new());
+    };
     let logits = logits.into_value().get(0)?;
     let logits = match logits.rank() {
         2 => {
             let length = logits.dim(0)?;
             let position = position.unwrap_or(length - 1);
-            ensure!(position < length, "position is {position}, but must be below {length}");
+            ensure!(
+                position < length,
+                "position is {position}, but must be below {length}"
+            );
             logits.get(position)?
         }
         _ => logits,
@@ -145,7 +179,10 @@ pub fn predictions(
     let total: f64 = scores.iter().map(|score| (score - largest).exp()).sum();
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
-    let is_language_model = matches!(model.spec().head, lapidary_model::HeadSpec::LanguageModel { .. });
+    let is_language_model = matches!(
+        model.spec().head,
+        lapidary_model::HeadSpec::LanguageModel { .. }
+    );
     Ok(order
         .into_iter()
         .map(|index| {
@@ -156,7 +193,14 @@ pub fn predictions(
             };
             let name = name.map_or_else(|| index.to_string(), |name| readable(&name));
             let score = scores[index];
-            (index, Prediction { name, probability: (score - largest).exp() / total, score })
+            (
+                index,
+                Prediction {
+                    name,
+                    probability: (score - largest).exp() / total,
+                    score,
+                },
+            )
         })
         .collect())
 }
@@ -175,22 +219,39 @@ fn target(
         );
         return Ok((Target::Representation, "representation".to_owned(), None));
     };
-    let is_language_model = matches!(model.spec().head, lapidary_model::HeadSpec::LanguageModel { .. });
+    let is_language_model = matches!(
+        model.spec().head,
+        lapidary_model::HeadSpec::LanguageModel { .. }
+    );
     let find = |what: &str, name: &str| -> Result<(usize, String)> {
         let count = predictions.len();
         if let Ok(number) = name.parse::<usize>() {
-            ensure!(number < count, "{what} is {number}, but must be below {count}");
+            ensure!(
+                number < count,
+                "{what} is {number}, but must be below {count}"
+            );
             let found = predictions.iter().find(|(index, _)| *index == number);
-            return Ok((number, found.map_or_else(|| number.to_string(), |(_, p)| p.name.clone())));
+            return Ok((
+                number,
+                found.map_or_else(|| number.to_string(), |(_, p)| p.name.clone()),
+            ));
         }
         if !is_language_model {
             let index = package.labels.iter().position(|label| label == name);
-            let index = index.with_context(|| format!("{what} {name:?} is not a class; the classes are {}", package.labels.join(", ")))?;
+            let index = index.with_context(|| {
+                format!(
+                    "{what} {name:?} is not a class; the classes are {}",
+                    package.labels.join(", ")
+                )
+            })?;
             return Ok((index, name.to_owned()));
         }
         let tokenizer = package.tokenizer()?;
         let single = |text: &str| -> Result<Option<u32>> {
-            let options = lapidary_model::tokenizer::EncodeOptions { special_tokens: false, limit: None };
+            let options = lapidary_model::tokenizer::EncodeOptions {
+                special_tokens: false,
+                limit: None,
+            };
             Ok(match tokenizer.encode(text, &options)?.ids.as_slice() {
                 [only] => Some(*only),
                 _ => None,
@@ -201,7 +262,11 @@ fn target(
             Some(id) => Some(id),
             None => single(name)?,
         };
-        let id = id.with_context(|| format!("{what} {name:?} is not one token of this model; give a word that is, or a token id"))?;
+        let id = id.with_context(|| {
+            format!(
+                "{what} {name:?} is not one token of this model; give a word that is, or a token id"
+            )
+        })?;
         Ok((id as usize, name.to_owned()))
     };
     let (class, name) = match &arguments.target {
@@ -215,7 +280,15 @@ fn target(
         }
         None => (None, None),
     };
-    Ok((Target::Score { class, foil, position: arguments.position }, name, foil_name))
+    Ok((
+        Target::Score {
+            class,
+            foil,
+            position: arguments.position,
+        },
+        name,
+        foil_name,
+    ))
 }
 
 /// A token as people read it: byte-level and sentence-piece marks for a space become a space.
@@ -229,7 +302,11 @@ fn in_terminal(explained: &Explained) -> String {
     if !explained.predictions.is_empty() {
         text += "predictions ";
         for prediction in &explained.predictions {
-            text += &format!(" {} {:.1}%", prediction.name.trim(), 100.0 * prediction.probability);
+            text += &format!(
+                " {} {:.1}%",
+                prediction.name.trim(),
+                100.0 * prediction.probability
+            );
         }
         text += "\n";
     }
@@ -242,7 +319,11 @@ fn in_terminal(explained: &Explained) -> String {
         let coloured = Coloured::new(&explained.tokens, &explanation.scores);
         text += &format!("{}\n\n", coloured.in_terminal(output::is_coloured()));
     }
-    let names = if explanation.labels.is_empty() { &explained.tokens } else { &explanation.labels };
+    let names = if explanation.labels.is_empty() {
+        &explained.tokens
+    } else {
+        &explanation.labels
+    };
     text += &bars(names, &explanation.scores);
     text += &format!("\n{}", account(explanation));
     text
@@ -251,12 +332,23 @@ fn in_terminal(explained: &Explained) -> String {
 /// Every score as a line with a bar.
 fn bars(names: &[String], scores: &[f64]) -> String {
     const WIDTH: f64 = 24.0;
-    let largest = scores.iter().fold(0.0f64, |largest, score| largest.max(score.abs()));
-    let wide = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).clamp(5, 32);
+    let largest = scores
+        .iter()
+        .fold(0.0f64, |largest, score| largest.max(score.abs()));
+    let wide = names
+        .iter()
+        .map(|name| name.chars().count())
+        .max()
+        .unwrap_or(0)
+        .clamp(5, 32);
     let mut text = String::new();
     for (index, score) in scores.iter().enumerate() {
         let name = names.get(index).map_or("bias", String::as_str).trim();
-        let length = if largest > 0.0 { (score.abs() / largest * WIDTH).round() as usize } else { 0 };
+        let length = if largest > 0.0 {
+            (score.abs() / largest * WIDTH).round() as usize
+        } else {
+            0
+        };
         let bar = if *score >= 0.0 { "█" } else { "░" }.repeat(length);
         text += &format!("{name:>wide$} {score:+10.4} {bar}\n");
     }

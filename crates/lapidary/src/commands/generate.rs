@@ -34,7 +34,11 @@ pub fn run(arguments: &Generate, global: &Global) -> Result<()> {
     let mut streams = Vec::new();
     for prompt in &prompts {
         let stops = StopStrings::new(arguments.stop.clone())?;
-        streams.push((TextStream::new(tokenizer, prompt, true)?, stops, String::new()));
+        streams.push((
+            TextStream::new(tokenizer, prompt, true)?,
+            stops,
+            String::new(),
+        ));
     }
     // A single prompt on a terminal is shown as it grows.
     let live = prompts.len() == 1 && !global.json && std::io::stdout().is_terminal();
@@ -52,7 +56,10 @@ pub fn run(arguments: &Generate, global: &Global) -> Result<()> {
                 let fresh = stops.push(&fresh);
                 if live {
                     let mut out = std::io::stdout().lock();
-                    failure = out.write_all(fresh.as_bytes()).and_then(|()| out.flush()).err();
+                    failure = out
+                        .write_all(fresh.as_bytes())
+                        .and_then(|()| out.flush())
+                        .err();
                 }
                 text.push_str(&fresh);
                 match stops.is_stopped() || failure.is_some() {
@@ -82,7 +89,9 @@ pub fn run(arguments: &Generate, global: &Global) -> Result<()> {
         } else if !global.json {
             output::print(&format!("{prompt}{text}\n"))?;
         }
-        results.push(json!({ "prompt": prompt, "text": text, "tokens": ids, "stopped": stops.is_stopped() }));
+        results.push(
+            json!({ "prompt": prompt, "text": text, "tokens": ids, "stopped": stops.is_stopped() }),
+        );
     }
     let tokens: usize = continued.iter().map(Vec::len).sum();
     if global.json {
@@ -92,6 +101,9 @@ pub fn run(arguments: &Generate, global: &Global) -> Result<()> {
             "seed": global.seed,
         }));
     }
-    eprintln!("{tokens} tokens in {seconds:.2} s ({:.1} tokens/s)", tokens as f64 / seconds);
+    eprintln!(
+        "{tokens} tokens in {seconds:.2} s ({:.1} tokens/s)",
+        tokens as f64 / seconds
+    );
     Ok(())
 }

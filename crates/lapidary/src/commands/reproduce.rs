@@ -57,16 +57,27 @@ fn list(global: &Global) -> Result<()> {
         return output::print_json(&systems());
     }
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(["slug", "year", "arXiv", "title"]);
+    table
+        .load_style(presets::NOTHING)
+        .set_header(["slug", "year", "arXiv", "title"]);
     for system in systems() {
         let year = system.year.to_string();
-        table.add_row([system.slug, &year, system.arxiv.unwrap_or("–"), system.title]);
+        table.add_row([
+            system.slug,
+            &year,
+            system.arxiv.unwrap_or("–"),
+            system.title,
+        ]);
     }
     output::print(&format!("{table}\n"))
 }
 
 fn write(directory: &Path, reproduction: &Reproduction) -> Result<()> {
-    let stem = format!("{}-{}", reproduction.slug, format!("{:?}", reproduction.scale).to_lowercase());
+    let stem = format!(
+        "{}-{}",
+        reproduction.slug,
+        format!("{:?}", reproduction.scale).to_lowercase()
+    );
     let json = serde_json::to_string_pretty(reproduction)? + "\n";
     output::write_text(&directory.join(format!("{stem}.json")), &json)?;
     for (index, plot) in reproduction.plots.iter().enumerate() {
@@ -87,7 +98,7 @@ fn verdict(verdict: Verdict) -> &'static str {
 fn in_terminal(reproduction: &Reproduction) -> String {
     let mut table = Table::new();
     table
-        .load_preset(presets::UTF8_HORIZONTAL_ONLY)
+        .load_style(presets::UTF8_HORIZONTAL_ONLY)
         .set_content_arrangement(ContentArrangement::Dynamic)
         .set_header(["claim", "published", "measured here", "holds?", "note"]);
     for claim in &reproduction.claims {

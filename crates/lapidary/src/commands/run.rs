@@ -23,20 +23,45 @@ pub fn run(arguments: &Run, global: &Global) -> Result<()> {
     let mut results = Map::new();
     for tower in &package.towers {
         let input = match (tower.model.spec().vocabulary(), &tensors) {
-            (Some(_), Tensors { ids: Some(ids), token_types, .. }) => {
-                Input::Tokens { ids: ids.clone(), token_types: token_types.clone() }
+            (
+                Some(_),
+                Tensors {
+                    ids: Some(ids),
+                    token_types,
+                    ..
+                },
+            ) => Input::Tokens {
+                ids: ids.clone(),
+                token_types: token_types.clone(),
+            },
+            (
+                None,
+                Tensors {
+                    pixels: Some(pixels),
+                    ..
+                },
+            ) => Input::Pixels(pixels.clone()),
+            (Some(_), _) if package.towers.len() == 1 => {
+                bail!("input_ids is missing from {}", path.display())
             }
-            (None, Tensors { pixels: Some(pixels), .. }) => Input::Pixels(pixels.clone()),
-            (Some(_), _) if package.towers.len() == 1 => bail!("input_ids is missing from {}", path.display()),
-            (None, _) if package.towers.len() == 1 => bail!("pixel_values is missing from {}", path.display()),
+            (None, _) if package.towers.len() == 1 => {
+                bail!("pixel_values is missing from {}", path.display())
+            }
             _ => continue,
         };
         let mut trace = Trace::new();
         for glob in &arguments.sites {
             trace = trace.capture(glob)?;
         }
-        let padding = tensors.padding.as_ref().filter(|_| matches!(input, Input::Tokens { .. }));
-        let pass = Pass { padding, trace: Some(&trace), ..Pass::default() };
+        let padding = tensors
+            .padding
+            .as_ref()
+            .filter(|_| matches!(input, Input::Tokens { .. }));
+        let pass = Pass {
+            padding,
+            trace: Some(&trace),
+            ..Pass::default()
+        };
         let out = tower.model.forward(&input, pass)?;
         let mut result = Map::new();
         result.insert("hidden".to_owned(), tensor_json(out.hidden.value())?);
@@ -57,10 +82,18 @@ pub fn run(arguments: &Run, global: &Global) -> Result<()> {
         if !arguments.sites.is_empty() {
             result.insert("sites".to_owned(), Value::Object(sites));
         }
-        let name = if tower.name.is_empty() { "model" } else { &tower.name };
+        let name = if tower.name.is_empty() {
+            "model"
+        } else {
+            &tower.name
+        };
         results.insert(name.to_owned(), Value::Object(result));
     }
-    ensure!(!results.is_empty(), "{} holds neither input_ids nor pixel_values", path.display());
+    ensure!(
+        !results.is_empty(),
+        "{} holds neither input_ids nor pixel_values",
+        path.display()
+    );
     let document = match results.remove("model") {
         Some(only) => only,
         None => Value::Object(results),
@@ -80,15 +113,31 @@ struct Tensors {
 
 impl Tensors {
     fn new(inputs: &BTreeMap<String, Value>, device: &Device) -> Result<Self> {
-        const KNOWN: [&str; 4] = ["input_ids", "attention_mask", "token_type_ids", "pixel_values"];
+        const KNOWN: [&str; 4] = [
+            "input_ids",
+            "attention_mask",
+            "token_type_ids",
+            "pixel_values",
+        ];
         if let Some(unknown) = inputs.keys().find(|name| !KNOWN.contains(&name.as_str())) {
-            bail!("input {unknown:?} is unknown, but must be one of {}", KNOWN.join(", "));
+            bail!(
+                "input {unknown:?} is unknown, but must be one of {}",
+                KNOWN.join(", ")
+            );
         }
         let whole = |name: &str| -> Result<Option<Tensor>> {
-            let Some(value) = inputs.get(name) else { return Ok(None) };
+            let Some(value) = inputs.get(name) else {
+                return Ok(None);
+            };
             let tensor = parse(name, value, device)?;
-            let (shape, values) = (tensor.dims().to_vec(), tensor.flatten_all()?.to_vec1::<f64>()?);
-            ensure!(shape.len() == 2, "{name} has shape {shape:?}, but must be [batch, length]");
+            let (shape, values) = (
+                tensor.dims().to_vec(),
+                tensor.flatten_all()?.to_vec1::<f64>()?,
+            );
+            ensure!(
+                shape.len() == 2,
+                "{name} has shape {shape:?}, but must be [batch, length]"
+            );
             let valid = |v: &f64| *v >= 0.0 && v.fract() == 0.0 && *v < f64::from(u32::MAX);
             if let Some(wrong) = values.iter().find(|value| !valid(value)) {
                 bail!("{name} holds {wrong}, but must hold whole numbers of at least 0");
@@ -98,7 +147,10 @@ impl Tensors {
         };
         let ids = whole("input_ids")?;
         let padding = whole("attention_mask")?;
-        for (name, other) in [("attention_mask", &padding), ("token_type_ids", &whole("token_type_ids")?)] {
+        for (name, other) in [
+            ("attention_mask", &padding),
+            ("token_type_ids", &whole("token_type_ids")?),
+        ] {
             if let (Some(ids), Some(other)) = (&ids, other) {
                 ensure!(
                     ids.dims() == other.dims(),
@@ -146,10 +198,16 @@ fn flatten(name: &str, value: &Value, shape: &[usize], values: &mut Vec<f64>) ->
                 "{name} is ragged: one list has {} entries and another {length}",
                 items.len()
             );
-            items.iter().try_for_each(|item| flatten(name, item, rest, values))
+            items
+                .iter()
+                .try_for_each(|item| flatten(name, item, rest, values))
         }
         (Value::Number(number), []) => {
-            values.push(number.as_f64().with_context(|| format!("{name} holds {number}"))?);
+            values.push(
+                number
+                    .as_f64()
+                    .with_context(|| format!("{name} holds {number}"))?,
+            );
             Ok(())
         }
         (other, _) => bail!("{name} holds {other}, but must be a list of numbers, nested evenly"),
@@ -159,7 +217,10 @@ fn flatten(name: &str, value: &Value, shape: &[usize], values: &mut Vec<f64>) ->
 /// A tensor as nested lists, at full precision.
 fn tensor_json(tensor: &Tensor) -> Result<Value> {
     // f32 values print as themselves, not as the f64 they widen to.
-    let flat = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let flat = tensor
+        .to_dtype(DType::F32)?
+        .flatten_all()?
+        .to_vec1::<f32>()?;
     let mut values: Vec<Value> = flat.into_iter().map(|value| json!(value)).collect();
     for size in tensor.dims().iter().skip(1).rev() {
         let mut grouped = Vec::with_capacity(values.len() / (*size).max(1));
@@ -173,13 +234,19 @@ fn tensor_json(tensor: &Tensor) -> Result<Value> {
         }
         values = grouped;
     }
-    Ok(if tensor.rank() == 0 { values.pop().unwrap_or(Value::Null) } else { Value::Array(values) })
+    Ok(if tensor.rank() == 0 {
+        values.pop().unwrap_or(Value::Null)
+    } else {
+        Value::Array(values)
+    })
 }
 
 /// Each tensor's shape and first numbers.
 fn summary(document: &Value, prefix: &str) -> String {
     let mut text = String::new();
-    let Value::Object(entries) = document else { return text };
+    let Value::Object(entries) = document else {
+        return text;
+    };
     for (name, value) in entries {
         match value {
             Value::Object(_) => text += &summary(value, &format!("{prefix}{name} ")),
@@ -197,7 +264,11 @@ fn summary(document: &Value, prefix: &str) -> String {
                     first = items.first().unwrap_or(&Value::Null);
                 }
                 let shown: Vec<String> = match first {
-                    Value::Array(items) => items.iter().take(6).map(|item| format!("{:.5}", item.as_f64().unwrap_or(f64::NAN))).collect(),
+                    Value::Array(items) => items
+                        .iter()
+                        .take(6)
+                        .map(|item| format!("{:.5}", item.as_f64().unwrap_or(f64::NAN)))
+                        .collect(),
                     other => vec![other.to_string()],
                 };
                 text += &format!("{prefix}{name} {shape:?}: {} …\n", shown.join(" "));

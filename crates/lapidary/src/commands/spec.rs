@@ -19,7 +19,10 @@ pub fn run(arguments: &Spec, global: &Global) -> Result<()> {
     }
     let mut towers = Map::new();
     for tower in &package.towers {
-        towers.insert(tower.name.clone(), serde_json::to_value(tower.model.spec())?);
+        towers.insert(
+            tower.name.clone(),
+            serde_json::to_value(tower.model.spec())?,
+        );
     }
     output::print_json(&Value::Object(towers))
 }

@@ -12,10 +12,16 @@ pub struct Coloured<'a> {
 impl<'a> Coloured<'a> {
     /// Scales by the largest score; tokens beyond the scores are left plain.
     pub fn new(tokens: &'a [String], scores: &'a [f64]) -> Self {
-        let largest = scores.iter().fold(0.0f64, |largest, score| largest.max(score.abs()));
+        let largest = scores
+            .iter()
+            .fold(0.0f64, |largest, score| largest.max(score.abs()));
         let scale = if largest > 0.0 { largest } else { 1.0 };
         let strengths = scores.iter().map(|score| score / scale).collect();
-        Self { tokens, strengths, scores }
+        Self {
+            tokens,
+            strengths,
+            scores,
+        }
     }
 
     /// The text on coloured ground; without colours plain.
@@ -27,7 +33,8 @@ impl<'a> Coloured<'a> {
             if !coloured {
                 text += token;
             } else {
-                let level = |weak: f64, strong: f64| (weak + (strong - weak) * strength.abs()) as u8;
+                let level =
+                    |weak: f64, strong: f64| (weak + (strong - weak) * strength.abs()) as u8;
                 let (red, green, blue) = if strength >= 0.0 {
                     (level(245.0, 60.0), level(245.0, 130.0), level(245.0, 220.0))
                 } else {

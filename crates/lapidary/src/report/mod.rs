@@ -33,12 +33,20 @@ pub fn explanation_page(model: &str, explained: &Explained) -> String {
             (explanation(&explained.tokens, &explained.explanation))
         }
     };
-    page(&format!("Explanation of {model}"), &explained.explanation.method, body)
+    page(
+        &format!("Explanation of {model}"),
+        &explained.explanation.method,
+        body,
+    )
 }
 
 /// Coloured tokens, bars, and the account.
 pub fn explanation(tokens: &[String], explanation: &Explanation) -> Markup {
-    let names = if explanation.labels.is_empty() { tokens } else { &explanation.labels };
+    let names = if explanation.labels.is_empty() {
+        tokens
+    } else {
+        &explanation.labels
+    };
     html! {
         @if explanation.unit == Unit::Token {
             (Coloured::new(tokens, &explanation.scores).as_html())

@@ -66,10 +66,16 @@ pub fn bar_chart(names: &[String], values: &[f64], what: &str) -> Markup {
     const ROW: f64 = 24.0;
     const NAMES: f64 = 170.0;
     const BARS: f64 = 460.0;
-    let largest = values.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
+    let largest = values
+        .iter()
+        .fold(0.0f64, |largest, value| largest.max(value.abs()));
     let scale = if largest > 0.0 { largest } else { 1.0 };
     let has_negative = values.iter().any(|value| *value < 0.0);
-    let axis = if has_negative { NAMES + BARS / 2.0 } else { NAMES };
+    let axis = if has_negative {
+        NAMES + BARS / 2.0
+    } else {
+        NAMES
+    };
     let reach = if has_negative { BARS / 2.0 } else { BARS };
     let height = ROW * values.len() as f64 + 4.0;
     html! {

@@ -23,7 +23,12 @@ pub struct GenerationOptions {
 
 impl Default for GenerationOptions {
     fn default() -> Self {
-        Self { new_tokens: 64, sampling: SamplingOptions::greedy(), stop_ids: Vec::new(), cache: true }
+        Self {
+            new_tokens: 64,
+            sampling: SamplingOptions::greedy(),
+            stop_ids: Vec::new(),
+            cache: true,
+        }
     }
 }
 
@@ -49,7 +54,9 @@ pub fn generate(
     let mut groups: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
     for (index, prompt) in prompts.iter().enumerate() {
         if prompt.is_empty() {
-            return Err(lapidary_parts::Error::spec("prompt", "empty", "at least one token").into());
+            return Err(
+                lapidary_parts::Error::spec("prompt", "empty", "at least one token").into(),
+            );
         }
         groups.entry(prompt.len()).or_default().push(index);
     }
@@ -93,7 +100,10 @@ fn decode(
     let mut state = model.decode_state();
     // A sequence that has ended keeps its place in the batch and repeats its last token, which
     // nobody hears of.
-    let mut fresh: Vec<Vec<u32>> = batch.iter().map(|sequence| sequence.tokens.clone()).collect();
+    let mut fresh: Vec<Vec<u32>> = batch
+        .iter()
+        .map(|sequence| sequence.tokens.clone())
+        .collect();
     let mut length = fresh.first().map_or(0, Vec::len);
     for _ in 0..options.new_tokens {
         if length > model.spec().length() {
@@ -106,15 +116,21 @@ fn decode(
             ..Pass::default()
         };
         let logits = model.forward(&Input::tokens(ids), pass)?.into_logits()?;
-        let logits = logits.value().squeeze(1).and_then(|logits| logits.to_dtype(DType::F32));
+        let logits = logits
+            .value()
+            .squeeze(1)
+            .and_then(|logits| logits.to_dtype(DType::F32));
         let logits = logits.map_err(lapidary_kernels::Error::from)?;
-        let logits = logits.to_vec2::<f32>().map_err(lapidary_kernels::Error::from)?;
+        let logits = logits
+            .to_vec2::<f32>()
+            .map_err(lapidary_kernels::Error::from)?;
         for ((sequence, fresh), logits) in batch.iter_mut().zip(&mut fresh).zip(&logits) {
             let mut next = sequence.tokens.last().copied().unwrap_or(0);
             if !sequence.ended {
                 next = sequence.sampler.next(logits, &sequence.tokens)?;
                 sequence.tokens.push(next);
-                sequence.ended = on_token(sequence.index, next).is_break() || options.stop_ids.contains(&next);
+                sequence.ended =
+                    on_token(sequence.index, next).is_break() || options.stop_ids.contains(&next);
             }
             if options.cache {
                 fresh.clear();

@@ -78,8 +78,11 @@ pub(super) fn of_words(words: &[&str]) -> Result<Tokenizer, TokenizerError> {
             expected: "at least the one that starts a text".to_owned(),
         });
     };
-    let ids: Map<String, Value> =
-        words.iter().zip(0u32..).map(|(word, id)| ((*word).to_owned(), id.into())).collect();
+    let ids: Map<String, Value> = words
+        .iter()
+        .zip(0u32..)
+        .map(|(word, id)| ((*word).to_owned(), id.into()))
+        .collect();
     let json = json!({
         "version": "1.0",
         "added_tokens": added_tokens(0, &[*start]),
@@ -96,7 +99,10 @@ pub(super) fn of_words(words: &[&str]) -> Result<Tokenizer, TokenizerError> {
         // A closed vocabulary: this token is in no text, and a word that is unknown is an error.
         "model": {"type": "WordLevel", "vocab": ids, "unk_token": UNKNOWN},
     });
-    Tokenizer::from_json(Path::new("tokenizer of a closed vocabulary"), &json.to_string())
+    Tokenizer::from_json(
+        Path::new("tokenizer of a closed vocabulary"),
+        &json.to_string(),
+    )
 }
 
 /// Every word of the texts, the most frequent first and then in alphabetical order.

@@ -2,11 +2,11 @@
 //! differ in how they count positions and name their heads.
 
 use super::{Architecture, NameTable, Tower, activation};
+use crate::Result;
 use crate::huggingface::config::{BertConfig, BertKind};
 use crate::spec::{
     AbsolutePosition, HeadSpec, HeadTransform, InputSpec, ModelSpec, Pool, TokenInput,
 };
-use crate::Result;
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{BlockSpec, Wiring};
@@ -21,14 +21,20 @@ enum Kind {
 
 pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Result<Tower> {
     let kind = match architecture.name {
-        "BertModel" | "RobertaModel" | "" => {
-            Kind::Bare { pooler: architecture.holds("pooler.dense.weight") }
+        "BertModel" | "RobertaModel" | "" => Kind::Bare {
+            pooler: architecture.holds("pooler.dense.weight"),
+        },
+        "BertForMaskedLM" | "RobertaForMaskedLM" | "BertForPreTraining" => {
+            Kind::MaskedLanguageModel
         }
-        "BertForMaskedLM" | "RobertaForMaskedLM" | "BertForPreTraining" => Kind::MaskedLanguageModel,
         "BertForSequenceClassification" | "RobertaForSequenceClassification" => Kind::Classifier,
-        _ => return Err(architecture.wrong("a bare model, ForMaskedLM or ForSequenceClassification")),
+        _ => {
+            return Err(architecture.wrong("a bare model, ForMaskedLM or ForSequenceClassification"));
+        }
     };
-    let norm = NormSpec::Layer { epsilon: config.layer_norm_eps };
+    let norm = NormSpec::Layer {
+        epsilon: config.layer_norm_eps,
+    };
     let act = activation(config.hidden_act, "hidden_act")?;
     let block = BlockSpec {
         repeat: config.num_hidden_layers,
@@ -58,7 +64,11 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
             tied: config.tie_word_embeddings,
             bias: true,
             transform: Some(HeadTransform {
-                activation: if config.kind == BertKind::Roberta { ActivationSpec::Gelu } else { act },
+                activation: if config.kind == BertKind::Roberta {
+                    ActivationSpec::Gelu
+                } else {
+                    act
+                },
                 norm,
             }),
         },
@@ -90,7 +100,11 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
         head,
         low_rank: Default::default(),
     };
-    Ok(Tower { name: "", table: names(config, &kind), spec })
+    Ok(Tower {
+        name: "",
+        table: names(config, &kind),
+        spec,
+    })
 }
 
 fn names(config: &BertConfig, kind: &Kind) -> NameTable {
@@ -101,15 +115,24 @@ fn names(config: &BertConfig, kind: &Kind) -> NameTable {
     let prefix = if bare { "" } else { base };
     let mut table = NameTable::new(&[base]);
     let embeddings = format!("{prefix}embeddings");
-    table.same(&format!("{embeddings}.word_embeddings.weight"), "embeddings.tokens.weight");
-    table.same(&format!("{embeddings}.position_embeddings.weight"), "embeddings.positions.weight");
+    table.same(
+        &format!("{embeddings}.word_embeddings.weight"),
+        "embeddings.tokens.weight",
+    );
+    table.same(
+        &format!("{embeddings}.position_embeddings.weight"),
+        "embeddings.positions.weight",
+    );
     if config.type_vocab_size > 0 {
         let stored = format!("{embeddings}.token_type_embeddings.weight");
         table.same(&stored, "embeddings.token_types.weight");
     }
     table.layer(&format!("{embeddings}.LayerNorm"), "embeddings.norm", true);
     for index in 0..config.num_hidden_layers {
-        let (key, path) = (format!("{prefix}encoder.layer.{index}"), format!("blocks.{index}"));
+        let (key, path) = (
+            format!("{prefix}encoder.layer.{index}"),
+            format!("blocks.{index}"),
+        );
         for (stored, part) in [
             ("attention.self.query", "attention.query"),
             ("attention.self.key", "attention.key"),

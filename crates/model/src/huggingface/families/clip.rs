@@ -2,9 +2,9 @@
 //! projection to the same space.
 
 use super::{Layout, NameTable, Tower, activation};
+use crate::Result;
 use crate::huggingface::config::{ClipConfig, ClipTextConfig, ClipVisionConfig};
 use crate::spec::{AbsolutePosition, HeadSpec, InputSpec, ModelSpec, PatchInput, Pool, TokenInput};
-use crate::Result;
 use lapidary_kernels::Activation;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{BlockSpec, Wiring};
@@ -30,7 +30,10 @@ fn block(
         repeat: layers,
         wiring: Wiring::PreNorm,
         norm,
-        attention: MixerSpec::MultiHead(MultiHeadSpec { causal, ..MultiHeadSpec::new(heads) }),
+        attention: MixerSpec::MultiHead(MultiHeadSpec {
+            causal,
+            ..MultiHeadSpec::new(heads)
+        }),
         cross_attention: None,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden,
@@ -43,7 +46,10 @@ fn block(
 
 fn block_names(table: &mut NameTable, prefix: &str, layers: usize) {
     for index in 0..layers {
-        let (key, path) = (format!("{prefix}encoder.layers.{index}"), format!("blocks.{index}"));
+        let (key, path) = (
+            format!("{prefix}encoder.layers.{index}"),
+            format!("blocks.{index}"),
+        );
         for (stored, part) in [
             ("self_attn.q_proj", "attention.query"),
             ("self_attn.k_proj", "attention.key"),
@@ -60,13 +66,18 @@ fn block_names(table: &mut NameTable, prefix: &str, layers: usize) {
 }
 
 fn text(config: &ClipTextConfig, projection: usize) -> Result<Tower> {
-    let norm = NormSpec::Layer { epsilon: config.layer_norm_eps };
+    let norm = NormSpec::Layer {
+        epsilon: config.layer_norm_eps,
+    };
     let spec = ModelSpec {
         width: config.hidden_size,
         input: InputSpec::Tokens(TokenInput {
             vocabulary: config.vocab_size,
             length: config.max_position_embeddings,
-            position: AbsolutePosition::Learned { offset: 0, skip_padding: false },
+            position: AbsolutePosition::Learned {
+                offset: 0,
+                skip_padding: false,
+            },
             token_types: 0,
             norm: None,
             embedding_width: None,
@@ -96,20 +107,34 @@ fn text(config: &ClipTextConfig, projection: usize) -> Result<Tower> {
         low_rank: Default::default(),
     };
     let mut table = NameTable::new(&[]);
-    table.same("text_model.embeddings.token_embedding.weight", "embeddings.tokens.weight");
-    table.same("text_model.embeddings.position_embedding.weight", "embeddings.positions.weight");
+    table.same(
+        "text_model.embeddings.token_embedding.weight",
+        "embeddings.tokens.weight",
+    );
+    table.same(
+        "text_model.embeddings.position_embedding.weight",
+        "embeddings.positions.weight",
+    );
     block_names(&mut table, "text_model.", config.num_hidden_layers);
     table.layer("text_model.final_layer_norm", "final_norm", true);
     table.same("text_projection.weight", "head.output.weight");
-    Ok(Tower { name: "text", spec, table })
+    Ok(Tower {
+        name: "text",
+        spec,
+        table,
+    })
 }
 
 fn vision(config: &ClipVisionConfig, projection: usize) -> Result<Tower> {
-    let norm = NormSpec::Layer { epsilon: config.layer_norm_eps };
+    let norm = NormSpec::Layer {
+        epsilon: config.layer_norm_eps,
+    };
     let [patch, patch_width] = config.patch_size.sides();
     if patch != patch_width {
         let expected = "square patches";
-        return Err(lapidary_parts::Error::spec("patch_size", [patch, patch_width], expected).into());
+        return Err(
+            lapidary_parts::Error::spec("patch_size", [patch, patch_width], expected).into(),
+        );
     }
     let width = config.hidden_size;
     let channels = config.num_channels;
@@ -145,17 +170,28 @@ fn vision(config: &ClipVisionConfig, projection: usize) -> Result<Tower> {
     table.add(
         "vision_model.embeddings.class_embedding",
         &["embeddings.class_tokens"],
-        Layout::Row { row: 0, rows: 1, shape: vec![width] },
+        Layout::Row {
+            row: 0,
+            rows: 1,
+            shape: vec![width],
+        },
     );
     table.add(
         "vision_model.embeddings.patch_embedding.weight",
         &["embeddings.patches.weight"],
         Layout::Reshaped(vec![width, channels, patch, patch]),
     );
-    table.same("vision_model.embeddings.position_embedding.weight", "embeddings.positions.weight");
+    table.same(
+        "vision_model.embeddings.position_embedding.weight",
+        "embeddings.positions.weight",
+    );
     table.layer("vision_model.pre_layrnorm", "embeddings.norm", true);
     block_names(&mut table, "vision_model.", config.num_hidden_layers);
     table.layer("vision_model.post_layernorm", "head.norm", true);
     table.same("visual_projection.weight", "head.output.weight");
-    Ok(Tower { name: "vision", spec, table })
+    Ok(Tower {
+        name: "vision",
+        spec,
+        table,
+    })
 }

@@ -12,7 +12,9 @@ use lapidary_parts::norm::NormSpec;
 
 pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Result<Tower> {
     let width = config.n_embd;
-    let norm = NormSpec::Layer { epsilon: config.layer_norm_epsilon };
+    let norm = NormSpec::Layer {
+        epsilon: config.layer_norm_epsilon,
+    };
     let language_model = match architecture.name {
         "GPT2LMHeadModel" | "" => true,
         "GPT2Model" => false,
@@ -22,9 +24,15 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
     let head_width = width / config.n_head;
     let blocks = (0..config.n_layer)
         .map(|index| {
-            let mut attention = MultiHeadSpec { causal: true, ..MultiHeadSpec::new(config.n_head) };
-            let scale =
-                if config.scale_attn_weights { 1.0 / (head_width as f64).sqrt() } else { 1.0 };
+            let mut attention = MultiHeadSpec {
+                causal: true,
+                ..MultiHeadSpec::new(config.n_head)
+            };
+            let scale = if config.scale_attn_weights {
+                1.0 / (head_width as f64).sqrt()
+            } else {
+                1.0
+            };
             if config.scale_attn_by_inverse_layer_idx {
                 attention.scale = Some(scale / (index + 1) as f64);
             } else if !config.scale_attn_weights {
@@ -46,7 +54,11 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
         })
         .collect::<Result<Vec<_>>>()?;
     let head = if language_model {
-        HeadSpec::LanguageModel { tied: config.tie_word_embeddings, bias: false, transform: None }
+        HeadSpec::LanguageModel {
+            tied: config.tie_word_embeddings,
+            bias: false,
+            transform: None,
+        }
     } else {
         HeadSpec::None
     };
@@ -55,7 +67,10 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
         input: InputSpec::Tokens(TokenInput {
             vocabulary: config.vocab_size,
             length: config.n_positions,
-            position: AbsolutePosition::Learned { offset: 0, skip_padding: false },
+            position: AbsolutePosition::Learned {
+                offset: 0,
+                skip_padding: false,
+            },
             token_types: 0,
             norm: None,
             embedding_width: None,
@@ -69,11 +84,22 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
     let prefix = if language_model { "transformer." } else { "" };
     let mut table = NameTable::new(&["transformer."]);
     table.same(&format!("{prefix}wte.weight"), "embeddings.tokens.weight");
-    table.same(&format!("{prefix}wpe.weight"), "embeddings.positions.weight");
+    table.same(
+        &format!("{prefix}wpe.weight"),
+        "embeddings.positions.weight",
+    );
     for index in 0..config.n_layer {
         let (key, path) = (format!("{prefix}h.{index}"), format!("blocks.{index}"));
-        table.layer(&format!("{key}.ln_1"), &format!("{path}.attention_norm"), true);
-        table.layer(&format!("{key}.ln_2"), &format!("{path}.feedforward_norm"), true);
+        table.layer(
+            &format!("{key}.ln_1"),
+            &format!("{path}.attention_norm"),
+            true,
+        );
+        table.layer(
+            &format!("{key}.ln_2"),
+            &format!("{path}.feedforward_norm"),
+            true,
+        );
         let weights = ["query", "key", "value"].map(|n| format!("{path}.attention.{n}.weight"));
         let biases = ["query", "key", "value"].map(|n| format!("{path}.attention.{n}.bias"));
         table.add(
@@ -92,13 +118,24 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
             ("mlp.c_proj", "feedforward.down"),
         ] {
             let weight = format!("{path}.{part}.weight");
-            table.add(format!("{key}.{stored}.weight"), &[&weight], Layout::Transposed);
-            table.same(&format!("{key}.{stored}.bias"), &format!("{path}.{part}.bias"));
+            table.add(
+                format!("{key}.{stored}.weight"),
+                &[&weight],
+                Layout::Transposed,
+            );
+            table.same(
+                &format!("{key}.{stored}.bias"),
+                &format!("{path}.{part}.bias"),
+            );
         }
     }
     table.layer(&format!("{prefix}ln_f"), "final_norm", true);
     if language_model && !config.tie_word_embeddings {
         table.same("lm_head.weight", "head.output.weight");
     }
-    Ok(Tower { name: "", spec, table })
+    Ok(Tower {
+        name: "",
+        spec,
+        table,
+    })
 }

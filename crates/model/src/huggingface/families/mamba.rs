@@ -1,9 +1,9 @@
 //! Mamba (Gu & Dao, arXiv 2312.00752).
 
 use super::{Architecture, NameTable, Tower, activation};
+use crate::Result;
 use crate::huggingface::config::MambaConfig;
 use crate::spec::{AbsolutePosition, HeadSpec, InputSpec, ModelSpec, TokenInput};
-use crate::Result;
 use lapidary_parts::attention::MixerSpec;
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::norm::NormSpec;
@@ -18,7 +18,9 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
         "MambaModel" => false,
         _ => return Err(architecture.wrong("MambaForCausalLM or MambaModel")),
     };
-    let norm = NormSpec::Rms { epsilon: config.layer_norm_epsilon };
+    let norm = NormSpec::Rms {
+        epsilon: config.layer_norm_epsilon,
+    };
     let mixer = MambaSpec {
         inner: Some(config.intermediate_size),
         state: config.state_size,
@@ -51,7 +53,11 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
         blocks: vec![block],
         final_norm: Some(norm),
         head: if language_model {
-            HeadSpec::LanguageModel { tied: config.tie_word_embeddings, bias: false, transform: None }
+            HeadSpec::LanguageModel {
+                tied: config.tie_word_embeddings,
+                bias: false,
+                transform: None,
+            }
         } else {
             HeadSpec::None
         },
@@ -59,29 +65,56 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
     };
     let prefix = if language_model { "backbone." } else { "" };
     let mut table = NameTable::new(&["backbone."]);
-    table.same(&format!("{prefix}embeddings.weight"), "embeddings.tokens.weight");
+    table.same(
+        &format!("{prefix}embeddings.weight"),
+        "embeddings.tokens.weight",
+    );
     for index in 0..config.num_hidden_layers {
-        let (key, path) =
-            (format!("{prefix}layers.{index}.mixer"), format!("blocks.{index}.attention"));
+        let (key, path) = (
+            format!("{prefix}layers.{index}.mixer"),
+            format!("blocks.{index}.attention"),
+        );
         table.layer(
             &format!("{prefix}layers.{index}.norm"),
             &format!("blocks.{index}.attention_norm"),
             false,
         );
-        table.layer(&format!("{key}.in_proj"), &format!("{path}.input"), config.use_bias);
-        table.same(&format!("{key}.conv1d.weight"), &format!("{path}.convolution.weight"));
+        table.layer(
+            &format!("{key}.in_proj"),
+            &format!("{path}.input"),
+            config.use_bias,
+        );
+        table.same(
+            &format!("{key}.conv1d.weight"),
+            &format!("{path}.convolution.weight"),
+        );
         if config.use_conv_bias {
-            table.same(&format!("{key}.conv1d.bias"), &format!("{path}.convolution.bias"));
+            table.same(
+                &format!("{key}.conv1d.bias"),
+                &format!("{path}.convolution.bias"),
+            );
         }
-        table.layer(&format!("{key}.x_proj"), &format!("{path}.selection"), false);
+        table.layer(
+            &format!("{key}.x_proj"),
+            &format!("{path}.selection"),
+            false,
+        );
         table.layer(&format!("{key}.dt_proj"), &format!("{path}.step"), true);
         table.same(&format!("{key}.A_log"), &format!("{path}.decay_log"));
         table.same(&format!("{key}.D"), &format!("{path}.skip"));
-        table.layer(&format!("{key}.out_proj"), &format!("{path}.output"), config.use_bias);
+        table.layer(
+            &format!("{key}.out_proj"),
+            &format!("{path}.output"),
+            config.use_bias,
+        );
     }
     table.layer(&format!("{prefix}norm_f"), "final_norm", false);
     if language_model && !config.tie_word_embeddings {
         table.same("lm_head.weight", "head.output.weight");
     }
-    Ok(Tower { name: "", spec, table })
+    Ok(Tower {
+        name: "",
+        spec,
+        table,
+    })
 }

@@ -16,10 +16,10 @@ mod vit;
 pub use table::{Layout, NameTable, StoredTensor};
 
 use super::config::{Config, Family};
+use crate::spec::ModelSpec;
 use crate::{Checkpoint, Error, Result};
 use lapidary_kernels::Activation;
 use lapidary_parts::activation::ActivationSpec;
-use crate::spec::ModelSpec;
 
 /// One model of a checkpoint: nearly always the only one; CLIP has two.
 #[derive(Clone, Debug)]
@@ -57,7 +57,11 @@ struct Architecture<'a> {
 impl<'a> Architecture<'a> {
     fn new(config: &'a Config, checkpoint: &'a Checkpoint) -> Self {
         let name = config.architectures.first().map_or("", String::as_str);
-        Self { config, checkpoint, name }
+        Self {
+            config,
+            checkpoint,
+            name,
+        }
     }
 
     /// Whether some tensor's name ends with `suffix`.
@@ -69,14 +73,22 @@ impl<'a> Architecture<'a> {
     /// has.
     fn rows(&self, suffix: &str) -> Result<usize> {
         let missing = || self.wrong(&format!("one whose checkpoint has a tensor {suffix}"));
-        let name = self.checkpoint.names().find(|name| name.ends_with(suffix)).ok_or_else(missing)?;
+        let name = self
+            .checkpoint
+            .names()
+            .find(|name| name.ends_with(suffix))
+            .ok_or_else(missing)?;
         let info = self.checkpoint.info(name)?;
         info.shape.first().copied().ok_or_else(missing)
     }
 
     fn wrong(&self, expected: &str) -> Error {
-        lapidary_parts::Error::spec("architectures of config.json", &self.config.architectures, expected)
-            .into()
+        lapidary_parts::Error::spec(
+            "architectures of config.json",
+            &self.config.architectures,
+            expected,
+        )
+        .into()
     }
 }
 

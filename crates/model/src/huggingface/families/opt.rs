@@ -1,9 +1,9 @@
 //! OPT (Zhang et al., arXiv 2205.01068). Positions skip padding and start at row 2.
 
 use super::{Architecture, NameTable, Tower, activation};
+use crate::Result;
 use crate::huggingface::config::OptConfig;
 use crate::spec::{AbsolutePosition, HeadSpec, InputSpec, ModelSpec, TokenInput};
-use crate::Result;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
@@ -17,13 +17,19 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
     };
     if !config.layer_norm_elementwise_affine {
         let expected = "true: norms without parameters are not stored by any published OPT";
-        return Err(lapidary_parts::Error::spec("layer_norm_elementwise_affine", false, expected).into());
+        return Err(
+            lapidary_parts::Error::spec("layer_norm_elementwise_affine", false, expected).into(),
+        );
     }
     let norm = NormSpec::Layer { epsilon: 1e-5 };
     let bias = config.enable_bias;
     let block = BlockSpec {
         repeat: config.num_hidden_layers,
-        wiring: if config.do_layer_norm_before { Wiring::PreNorm } else { Wiring::PostNorm },
+        wiring: if config.do_layer_norm_before {
+            Wiring::PreNorm
+        } else {
+            Wiring::PostNorm
+        },
         norm,
         attention: MixerSpec::MultiHead(MultiHeadSpec {
             causal: true,
@@ -41,7 +47,11 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
     let final_norm = config.do_layer_norm_before && !config.remove_final_layer_norm;
     let projected = config.word_embed_proj_dim != config.hidden_size;
     let head = if language_model {
-        HeadSpec::LanguageModel { tied: config.tie_word_embeddings, bias: false, transform: None }
+        HeadSpec::LanguageModel {
+            tied: config.tie_word_embeddings,
+            bias: false,
+            transform: None,
+        }
     } else {
         HeadSpec::None
     };
@@ -50,7 +60,10 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
         input: InputSpec::Tokens(TokenInput {
             vocabulary: config.vocab_size,
             length: config.max_position_embeddings,
-            position: AbsolutePosition::Learned { offset: 2, skip_padding: true },
+            position: AbsolutePosition::Learned {
+                offset: 2,
+                skip_padding: true,
+            },
             token_types: 0,
             norm: None,
             embedding_width: projected.then_some(config.word_embed_proj_dim),
@@ -61,14 +74,30 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
         head,
         low_rank: Default::default(),
     };
-    let prefix = if language_model { "model.decoder." } else { "decoder." };
+    let prefix = if language_model {
+        "model.decoder."
+    } else {
+        "decoder."
+    };
     let mut table = NameTable::new(&["model.", "model.decoder."]);
-    table.same(&format!("{prefix}embed_tokens.weight"), "embeddings.tokens.weight");
-    table.same(&format!("{prefix}embed_positions.weight"), "embeddings.positions.weight");
+    table.same(
+        &format!("{prefix}embed_tokens.weight"),
+        "embeddings.tokens.weight",
+    );
+    table.same(
+        &format!("{prefix}embed_positions.weight"),
+        "embeddings.positions.weight",
+    );
     if projected {
-        table.same(&format!("{prefix}project_in.weight"), "embeddings.projection.weight");
+        table.same(
+            &format!("{prefix}project_in.weight"),
+            "embeddings.projection.weight",
+        );
         if language_model {
-            table.same(&format!("{prefix}project_out.weight"), "head.projection.weight");
+            table.same(
+                &format!("{prefix}project_out.weight"),
+                "head.projection.weight",
+            );
         }
     }
     for index in 0..config.num_hidden_layers {
@@ -83,8 +112,16 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
         ] {
             table.layer(&format!("{key}.{stored}"), &format!("{path}.{part}"), bias);
         }
-        table.layer(&format!("{key}.self_attn_layer_norm"), &format!("{path}.attention_norm"), true);
-        table.layer(&format!("{key}.final_layer_norm"), &format!("{path}.feedforward_norm"), true);
+        table.layer(
+            &format!("{key}.self_attn_layer_norm"),
+            &format!("{path}.attention_norm"),
+            true,
+        );
+        table.layer(
+            &format!("{key}.final_layer_norm"),
+            &format!("{path}.feedforward_norm"),
+            true,
+        );
     }
     if final_norm {
         table.layer(&format!("{prefix}final_layer_norm"), "final_norm", true);
@@ -92,5 +129,9 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
     if language_model && !config.tie_word_embeddings {
         table.same("lm_head.weight", "head.output.weight");
     }
-    Ok(Tower { name: "", spec, table })
+    Ok(Tower {
+        name: "",
+        spec,
+        table,
+    })
 }

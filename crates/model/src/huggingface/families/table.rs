@@ -51,12 +51,19 @@ pub struct NameTable {
 
 impl NameTable {
     pub(super) fn new(prefixes: &[&'static str]) -> Self {
-        Self { tensors: Vec::new(), prefixes: prefixes.to_vec() }
+        Self {
+            tensors: Vec::new(),
+            prefixes: prefixes.to_vec(),
+        }
     }
 
     pub(super) fn add(&mut self, key: impl Into<String>, parameters: &[&str], layout: Layout) {
         let parameters = parameters.iter().map(|name| (*name).to_owned()).collect();
-        self.tensors.push(StoredTensor { key: key.into(), parameters, layout });
+        self.tensors.push(StoredTensor {
+            key: key.into(),
+            parameters,
+            layout,
+        });
     }
 
     /// `key` holds `parameter` as it is.
@@ -79,7 +86,9 @@ impl NameTable {
 
     /// The name under which `checkpoint` has `key`, trying the older spellings too.
     fn resolve(&self, key: &str, checkpoint: &Checkpoint) -> Option<String> {
-        spellings(key, &self.prefixes).into_iter().find(|name| checkpoint.info(name).is_ok())
+        spellings(key, &self.prefixes)
+            .into_iter()
+            .find(|name| checkpoint.info(name).is_ok())
     }
 
     /// Reads the stored tensors, converted to `dtype`, into parameters by name. Names of
@@ -101,17 +110,23 @@ impl NameTable {
             let tensor = checkpoint.tensor(&name, dtype)?;
             used.push(name.clone());
             match &stored.layout {
-                Layout::Row { row, rows: count, .. } => {
+                Layout::Row {
+                    row, rows: count, ..
+                } => {
                     let tensor = engine(tensor.flatten_all())?;
-                    let Some(parameter) = stored.parameters.first() else { continue };
+                    let Some(parameter) = stored.parameters.first() else {
+                        continue;
+                    };
                     let all = rows.entry(parameter).or_insert_with(|| vec![None; *count]);
                     if let Some(slot) = all.get_mut(*row) {
                         *slot = Some(tensor);
                     }
                 }
                 layout => {
-                    for (parameter, tensor) in
-                        stored.parameters.iter().zip(take_apart(&name, tensor, layout)?)
+                    for (parameter, tensor) in stored
+                        .parameters
+                        .iter()
+                        .zip(take_apart(&name, tensor, layout)?)
                     {
                         parameters.insert(parameter.clone(), tensor);
                     }
@@ -134,10 +149,13 @@ impl NameTable {
         for stored in &self.tensors {
             let mut parts = Vec::with_capacity(stored.parameters.len());
             for name in &stored.parameters {
-                let tensor = parameters.get(name).ok_or_else(|| lapidary_parts::Error::Parameter {
-                    name: name.clone(),
-                    reason: "is not in the model, but its family stores it".to_owned(),
-                })?;
+                let tensor =
+                    parameters
+                        .get(name)
+                        .ok_or_else(|| lapidary_parts::Error::Parameter {
+                            name: name.clone(),
+                            reason: "is not in the model, but its family stores it".to_owned(),
+                        })?;
                 parts.push(tensor.clone());
             }
             tensors.push((stored.key.clone(), put_together(&parts, &stored.layout)?));
@@ -173,7 +191,8 @@ fn spellings(key: &str, prefixes: &[&'static str]) -> Vec<String> {
         .iter()
         .filter(|name| name.contains("LayerNorm."))
         .map(|name| {
-            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            name.replace("LayerNorm.weight", "LayerNorm.gamma")
+                .replace("LayerNorm.bias", "LayerNorm.beta")
         })
         .collect();
     names.extend(older);
@@ -227,7 +246,10 @@ fn check_shape(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<()> {
     if tensor.dims() != shape {
         return Err(lapidary_parts::Error::Parameter {
             name: name.to_owned(),
-            reason: format!("has shape {:?}, but the config needs {shape:?}", tensor.dims()),
+            reason: format!(
+                "has shape {:?}, but the config needs {shape:?}",
+                tensor.dims()
+            ),
         }
         .into());
     }
@@ -235,10 +257,12 @@ fn check_shape(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<()> {
 }
 
 fn put_together(parts: &[Tensor], layout: &Layout) -> Result<Tensor> {
-    let first = parts.first().ok_or_else(|| lapidary_parts::Error::Parameter {
-        name: "of a stored tensor".to_owned(),
-        reason: "is not named".to_owned(),
-    })?;
+    let first = parts
+        .first()
+        .ok_or_else(|| lapidary_parts::Error::Parameter {
+            name: "of a stored tensor".to_owned(),
+            reason: "is not named".to_owned(),
+        })?;
     match layout {
         Layout::Same => engine(first.contiguous()),
         Layout::Transposed => engine(engine(first.t())?.contiguous()),

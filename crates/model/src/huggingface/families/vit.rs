@@ -2,9 +2,9 @@
 //! has a distillation token beside the class token.
 
 use super::{Architecture, Layout, NameTable, Tower, activation};
+use crate::Result;
 use crate::huggingface::config::{VitConfig, VitKind};
 use crate::spec::{HeadSpec, InputSpec, ModelSpec, PatchInput, Pool};
-use crate::Result;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
@@ -18,9 +18,9 @@ enum Kind {
 
 pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Result<Tower> {
     let kind = match architecture.name {
-        "ViTModel" | "DeiTModel" | "" => {
-            Kind::Bare { pooler: architecture.holds("pooler.dense.weight") }
-        }
+        "ViTModel" | "DeiTModel" | "" => Kind::Bare {
+            pooler: architecture.holds("pooler.dense.weight"),
+        },
         "ViTForImageClassification" | "DeiTForImageClassification" => Kind::Classifier,
         "DeiTForImageClassificationWithTeacher" => Kind::WithTeacher,
         _ => return Err(architecture.wrong("a bare model or ForImageClassification")),
@@ -29,9 +29,13 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
     let [patch, patch_width] = config.patch_size.sides();
     if patch != patch_width {
         let expected = "square patches";
-        return Err(lapidary_parts::Error::spec("patch_size", [patch, patch_width], expected).into());
+        return Err(
+            lapidary_parts::Error::spec("patch_size", [patch, patch_width], expected).into(),
+        );
     }
-    let norm = NormSpec::Layer { epsilon: config.layer_norm_eps };
+    let norm = NormSpec::Layer {
+        epsilon: config.layer_norm_eps,
+    };
     let block = BlockSpec {
         repeat: config.num_hidden_layers,
         wiring: Wiring::PreNorm,
@@ -90,7 +94,11 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
         head,
         low_rank: Default::default(),
     };
-    Ok(Tower { name: "", spec, table })
+    Ok(Tower {
+        name: "",
+        spec,
+        table,
+    })
 }
 
 fn names(config: &VitConfig, kind: &Kind, input: &PatchInput) -> NameTable {
@@ -98,7 +106,11 @@ fn names(config: &VitConfig, kind: &Kind, input: &PatchInput) -> NameTable {
         VitKind::Vit => "vit.",
         VitKind::Deit => "deit.",
     };
-    let prefix = if matches!(kind, Kind::Bare { .. }) { "" } else { base };
+    let prefix = if matches!(kind, Kind::Bare { .. }) {
+        ""
+    } else {
+        base
+    };
     let width = config.hidden_size;
     let mut table = NameTable::new(&[base]);
     let embeddings = format!("{prefix}embeddings");
@@ -107,7 +119,11 @@ fn names(config: &VitConfig, kind: &Kind, input: &PatchInput) -> NameTable {
         table.add(
             format!("{embeddings}.{stored}"),
             &["embeddings.class_tokens"],
-            Layout::Row { row, rows: input.class_tokens, shape: vec![1, 1, width] },
+            Layout::Row {
+                row,
+                rows: input.class_tokens,
+                shape: vec![1, 1, width],
+            },
         );
     }
     table.add(
@@ -115,18 +131,32 @@ fn names(config: &VitConfig, kind: &Kind, input: &PatchInput) -> NameTable {
         &["embeddings.patches.weight"],
         Layout::Reshaped(vec![width, input.channels, input.patch, input.patch]),
     );
-    table.same(&format!("{embeddings}.patch_embeddings.projection.bias"), "embeddings.patches.bias");
+    table.same(
+        &format!("{embeddings}.patch_embeddings.projection.bias"),
+        "embeddings.patches.bias",
+    );
     table.add(
         format!("{embeddings}.position_embeddings"),
         &["embeddings.positions.weight"],
         Layout::Reshaped(vec![1, input.patches() + input.class_tokens, width]),
     );
     for index in 0..config.num_hidden_layers {
-        let (key, path) = (format!("{prefix}encoder.layer.{index}"), format!("blocks.{index}"));
+        let (key, path) = (
+            format!("{prefix}encoder.layer.{index}"),
+            format!("blocks.{index}"),
+        );
         for (stored, part, bias) in [
-            ("attention.attention.query", "attention.query", config.qkv_bias),
+            (
+                "attention.attention.query",
+                "attention.query",
+                config.qkv_bias,
+            ),
             ("attention.attention.key", "attention.key", config.qkv_bias),
-            ("attention.attention.value", "attention.value", config.qkv_bias),
+            (
+                "attention.attention.value",
+                "attention.value",
+                config.qkv_bias,
+            ),
             ("attention.output.dense", "attention.output", true),
             ("layernorm_before", "attention_norm", true),
             ("layernorm_after", "feedforward_norm", true),
@@ -139,7 +169,9 @@ fn names(config: &VitConfig, kind: &Kind, input: &PatchInput) -> NameTable {
     table.layer(&format!("{prefix}layernorm"), "final_norm", true);
     match kind {
         Kind::Bare { pooler: false } => {}
-        Kind::Bare { pooler: true } => table.layer(&format!("{prefix}pooler.dense"), "head.hidden", true),
+        Kind::Bare { pooler: true } => {
+            table.layer(&format!("{prefix}pooler.dense"), "head.hidden", true)
+        }
         Kind::Classifier => table.layer("classifier", "head.output", true),
         Kind::WithTeacher => {
             table.layer("cls_classifier", "head.output", true);
