@@ -113,31 +113,43 @@ impl Picks {
     fn gather<T: Real>(&self, x: &[T]) -> Vec<T> {
         let mut y = host::unwritten::<T>(self.indices.len());
         let block = self.to * self.inner;
-        host::for_rows(&mut y, block, 1, |outer, y| {
-            let x = &x[outer * self.from * self.inner..][..self.from * self.inner];
-            let indices = &self.indices[outer * block..][..block];
-            if self.inner == 1 {
-                for (y, &index) in y.iter_mut().zip(indices) {
-                    *y = x[index as usize];
+        host::for_rows(
+            &mut y,
+            block,
+            1,
+            #[inline(always)]
+            |outer, y| {
+                let x = &x[outer * self.from * self.inner..][..self.from * self.inner];
+                let indices = &self.indices[outer * block..][..block];
+                if self.inner == 1 {
+                    for (y, &index) in y.iter_mut().zip(indices) {
+                        *y = x[index as usize];
+                    }
+                    return;
                 }
-                return;
-            }
-            for (position, (y, &index)) in y.iter_mut().zip(indices).enumerate() {
-                *y = x[index as usize * self.inner + position % self.inner];
-            }
-        });
+                for (position, (y, &index)) in y.iter_mut().zip(indices).enumerate() {
+                    *y = x[index as usize * self.inner + position % self.inner];
+                }
+            },
+        );
         y
     }
 
     fn scatter_add<T: Real>(&self, into: &mut [T], source: &[T]) {
         let block = self.to * self.inner;
-        host::for_rows(into, self.from * self.inner, 1, |outer, into| {
-            let indices = &self.indices[outer * block..][..block];
-            let source = &source[outer * block..][..block];
-            for (position, (&value, &index)) in source.iter().zip(indices).enumerate() {
-                into[index as usize * self.inner + position % self.inner] += value;
-            }
-        });
+        host::for_rows(
+            into,
+            self.from * self.inner,
+            1,
+            #[inline(always)]
+            |outer, into| {
+                let indices = &self.indices[outer * block..][..block];
+                let source = &source[outer * block..][..block];
+                for (position, (&value, &index)) in source.iter().zip(indices).enumerate() {
+                    into[index as usize * self.inner + position % self.inner] += value;
+                }
+            },
+        );
     }
 }
 
@@ -243,7 +255,7 @@ impl CustomOp1 for Embedding {
         let y = by_dtype!(host::dtype(table), T => {
             let rows = host::Rows::<T>::new(table, layout)?;
             let mut y = host::unwritten::<T>(self.ids.len() * width);
-            host::for_rows(&mut y, width, 1, |position, y| {
+            host::for_rows(&mut y, width, 1, #[inline(always)] |position, y| {
                 y.copy_from_slice(rows.row(self.ids[position] as usize));
             });
             Ok(T::to_cpu_storage_owned(y))

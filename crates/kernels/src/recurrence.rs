@@ -38,12 +38,15 @@ impl Sequences {
         let blocks = self.inner.div_ceil(BLOCK);
         let work = self.length * self.inner.min(BLOCK) * 2;
         host::share(self.outer * blocks, work, |items| {
-            crate::simd::vectorised(|| {
-                for item in items {
-                    let start = item % blocks * BLOCK;
-                    body(item / blocks, start..self.inner.min(start + BLOCK));
-                }
-            });
+            crate::simd::vectorised(
+                #[inline(always)]
+                || {
+                    for item in items {
+                        let start = item % blocks * BLOCK;
+                        body(item / blocks, start..self.inner.min(start + BLOCK));
+                    }
+                },
+            );
         });
     }
 

@@ -111,7 +111,7 @@ pub fn split_bias(streams: &Tensor, bias: &Tensor, rule: BiasRule) -> Result<Ten
         let mut y = host::unwritten::<T>(s.len());
         let shared = Shared::new(&mut y);
         host::share(positions, count * width * 3, |range| {
-            simd::vectorised(|| {
+            simd::vectorised(#[inline(always)] || {
                 let mut shares = vec![0.0; count];
                 for position in range {
                     let at = |stream: usize| (stream * positions + position) * width;
@@ -238,7 +238,7 @@ fn norm_streams(
         let (s, v) = (s_host.ordered::<T>()?, v_host.ordered::<T>()?);
         let scales = reciprocal_roots(&v, width, centred, epsilon as T);
         let mut y = host::unwritten::<T>(s.len());
-        host::for_rows(&mut y, width, 2, |row, y| {
+        host::for_rows(&mut y, width, 2, #[inline(always)] |row, y| {
             let s = &s[row * width..][..width];
             let centre = if centred { simd::sum(s) / width as T } else { 0.0 };
             let scale = scales[row % positions];
@@ -255,11 +255,17 @@ fn norm_streams(
 fn reciprocal_roots<T: Real>(value: &[T], width: usize, centred: bool, epsilon: T) -> Vec<T> {
     let n = T::of(width as f64);
     let mut scales = vec![T::zero(); value.len() / width.max(1)];
-    host::for_rows(&mut scales, 1, width * 2, |row, scale| {
-        let v = &value[row * width..][..width];
-        let centre = if centred { simd::sum(v) / n } else { T::zero() };
-        scale[0] = T::one() / (simd::squares_about(v, centre) / n + epsilon).sqrt();
-    });
+    host::for_rows(
+        &mut scales,
+        1,
+        width * 2,
+        #[inline(always)]
+        |row, scale| {
+            let v = &value[row * width..][..width];
+            let centre = if centred { simd::sum(v) / n } else { T::zero() };
+            scale[0] = T::one() / (simd::squares_about(v, centre) / n + epsilon).sqrt();
+        },
+    );
     scales
 }
 

@@ -254,17 +254,23 @@ fn direct_forward<T: Real>(
         None => vec![T::default(); channels],
     };
     let mut y = host::unwritten::<T>(x.1.shape().elem_count());
-    host::for_rows(&mut y, length, taps, |row, y| {
-        let channel = row % channels;
-        y.fill(bias[channel]);
-        let x = rows.row(row);
-        for (j, &k) in kernel[channel * taps..][..taps].iter().enumerate() {
-            let delay = taps - 1 - j;
-            if delay < length {
-                simd::add_scaled(&mut y[delay..], &x[..length - delay], k);
+    host::for_rows(
+        &mut y,
+        length,
+        taps,
+        #[inline(always)]
+        |row, y| {
+            let channel = row % channels;
+            y.fill(bias[channel]);
+            let x = rows.row(row);
+            for (j, &k) in kernel[channel * taps..][..taps].iter().enumerate() {
+                let delay = taps - 1 - j;
+                if delay < length {
+                    simd::add_scaled(&mut y[delay..], &x[..length - delay], k);
+                }
             }
-        }
-    });
+        },
+    );
     Ok((T::to_cpu_storage_owned(y), x.1.shape().clone()))
 }
 
@@ -285,26 +291,30 @@ fn direct_backward<T: Real>(x: &Tensor, kernel: &Tensor, gradient: &Tensor) -> C
             Shared::new(&mut db),
         );
         host::share(channels, batch * length * taps * 2, |range| {
-            simd::vectorised(|| {
-                for channel in range {
-                    // SAFETY: everything of a channel belongs to one task.
-                    let (dk, db) = unsafe { (dk.part(channel * taps, taps), db.part(channel, 1)) };
-                    for row in (0..batch).map(|b| b * channels + channel) {
-                        let (x, g) = (x_rows.row(row), g_rows.row(row));
-                        // SAFETY: as above.
-                        let dx = unsafe { dx.part(row * length, length) };
-                        db[0] += simd::sum(g);
-                        for j in 0..taps {
-                            let delay = taps - 1 - j;
-                            if delay < length {
-                                let k = kernel_values[channel * taps + j];
-                                simd::add_scaled(&mut dx[..length - delay], &g[delay..], k);
-                                dk[j] += simd::dot(&g[delay..], &x[..length - delay]);
+            simd::vectorised(
+                #[inline(always)]
+                || {
+                    for channel in range {
+                        // SAFETY: everything of a channel belongs to one task.
+                        let (dk, db) =
+                            unsafe { (dk.part(channel * taps, taps), db.part(channel, 1)) };
+                        for row in (0..batch).map(|b| b * channels + channel) {
+                            let (x, g) = (x_rows.row(row), g_rows.row(row));
+                            // SAFETY: as above.
+                            let dx = unsafe { dx.part(row * length, length) };
+                            db[0] += simd::sum(g);
+                            for j in 0..taps {
+                                let delay = taps - 1 - j;
+                                if delay < length {
+                                    let k = kernel_values[channel * taps + j];
+                                    simd::add_scaled(&mut dx[..length - delay], &g[delay..], k);
+                                    dk[j] += simd::dot(&g[delay..], &x[..length - delay]);
+                                }
                             }
                         }
                     }
-                }
-            });
+                },
+            );
         });
     }
     Ok([

@@ -29,7 +29,9 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
         }
         "BertForSequenceClassification" | "RobertaForSequenceClassification" => Kind::Classifier,
         _ => {
-            return Err(architecture.wrong("a bare model, ForMaskedLM or ForSequenceClassification"));
+            return Err(
+                architecture.wrong("a bare model, ForMaskedLM or ForSequenceClassification")
+            );
         }
     };
     let norm = NormSpec::Layer {
