@@ -1,5 +1,6 @@
 //! Every system, once.
 
+use crate::experiments;
 use crate::{Error, Reproduction, Result, Setting};
 use serde::Serialize;
 
@@ -50,7 +51,48 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 0] = [];
+static SYSTEMS: [System; 4] = [
+    System {
+        slug: "decompx",
+        title: "DecompX: Explaining Transformers Decisions by Propagating Token Decomposition",
+        authors: "Modarressi, Fayyaz, Aghazadeh, Yaghoobzadeh, Pilehvar",
+        year: 2023,
+        arxiv: Some("2306.02873"),
+        kind: Kind::Explanation,
+        parts: &["signal::streams", "explain::decompx"],
+        experiment: experiments::decompx::run,
+    },
+    System {
+        slug: "fwsvd",
+        title: "Language model compression with weighted low-rank factorization",
+        authors: "Hsu, Hua, Chang, Lou, Shen, Jin",
+        year: 2022,
+        arxiv: Some("2207.00112"),
+        kind: Kind::Compression,
+        parts: &["factor::weighted", "compress::fwsvd"],
+        experiment: experiments::fwsvd::run,
+    },
+    System {
+        slug: "introduction-to-transformers",
+        title: "An Introduction to Transformers",
+        authors: "Turner",
+        year: 2023,
+        arxiv: Some("2304.10557"),
+        kind: Kind::Tutorial,
+        parts: &["parts::attention::multi_head", "parts::block"],
+        experiment: experiments::introduction::run,
+    },
+    System {
+        slug: "logit-attribution",
+        title: "A Mathematical Framework for Transformer Circuits: direct logit attribution",
+        authors: "Elhage, Nanda, Olsson, Henighan, Joseph, Mann, Askell, et al.",
+        year: 2021,
+        arxiv: None,
+        kind: Kind::Explanation,
+        parts: &["signal::streams", "explain::logit_attribution"],
+        experiment: experiments::logit_attribution::run,
+    },
+];
 
 /// Every system.
 pub fn systems() -> &'static [System] {

@@ -322,6 +322,17 @@ impl Streams {
         }
     }
 
+    /// Streams of zeros beside `value`.
+    pub(crate) fn zeros(&self, value: &Tensor) -> Result<Self> {
+        let mut shape = vec![self.count()];
+        shape.extend(value.dims());
+        Ok(self.with_dense(tensor(Tensor::zeros(
+            shape,
+            value.dtype(),
+            value.device(),
+        ))?))
+    }
+
     /// Splits a pending bias over the streams now.
     pub(crate) fn resolve(&self, value: &Tensor) -> Result<Self> {
         match &self.pending {
