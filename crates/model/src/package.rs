@@ -7,7 +7,7 @@
 //! everything else as the latter.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::checkpoint::{WriteOptions, write_checkpoint};
 use crate::files::{FileError, StagedDirectory, read_text, write_beside};
@@ -377,7 +377,7 @@ fn open_tokenizer(directory: &Path, limits: &Limits) -> Result<Option<Tokenizer>
     Ok(None)
 }
 
-fn write_text(path: &PathBuf, text: &str) -> Result<()> {
+fn write_text(path: &Path, text: &str) -> Result<()> {
     write_beside::<Error>(path, |writer| {
         writer
             .write_all(text.as_bytes())

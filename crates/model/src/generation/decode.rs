@@ -104,8 +104,8 @@ fn decode(
         .iter()
         .map(|sequence| sequence.tokens.clone())
         .collect();
-    let mut length = fresh.first().map_or(0, Vec::len);
-    for _ in 0..options.new_tokens {
+    let prompt = fresh.first().map_or(0, Vec::len);
+    for length in prompt..prompt.saturating_add(options.new_tokens) {
         if length > model.spec().length() {
             break;
         }
@@ -137,7 +137,6 @@ fn decode(
             }
             fresh.push(next);
         }
-        length += 1;
         if batch.iter().all(|sequence| sequence.ended) {
             break;
         }
