@@ -27,22 +27,40 @@ pub enum Error {
     Part(#[from] lapidary_parts::Error),
     /// A model failed.
     #[error(transparent)]
-    Model(#[from] lapidary_model::Error),
+    Model(Box<lapidary_model::Error>),
     /// An explanation failed.
     #[error(transparent)]
-    Explain(#[from] lapidary_explain::Error),
+    Explain(Box<lapidary_explain::Error>),
     /// A compression failed.
     #[error(transparent)]
-    Compress(#[from] lapidary_compress::Error),
+    Compress(Box<lapidary_compress::Error>),
     /// Training failed.
     #[error(transparent)]
-    Train(#[from] lapidary_train::Error),
+    Train(Box<lapidary_train::Error>),
     /// A signal's operation failed.
     #[error(transparent)]
     Signal(#[from] lapidary_signal::Error),
     /// A kernel failed.
     #[error(transparent)]
     Kernel(#[from] lapidary_kernels::Error),
+}
+
+// The errors of whole rooms are large; boxed, they do not weigh on every result.
+macro_rules! boxed {
+    ($($variant:ident: $error:ty),*) => {
+        $(impl From<$error> for Error {
+            fn from(error: $error) -> Self {
+                Self::$variant(Box::new(error))
+            }
+        })*
+    };
+}
+
+boxed! {
+    Model: lapidary_model::Error,
+    Explain: lapidary_explain::Error,
+    Compress: lapidary_compress::Error,
+    Train: lapidary_train::Error
 }
 
 /// The result of an experiment.

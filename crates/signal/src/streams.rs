@@ -326,11 +326,7 @@ impl Streams {
     pub(crate) fn zeros(&self, value: &Tensor) -> Result<Self> {
         let mut shape = vec![self.count()];
         shape.extend(value.dims());
-        Ok(self.with_dense(tensor(Tensor::zeros(
-            shape,
-            value.dtype(),
-            value.device(),
-        ))?))
+        Ok(self.with_dense(tensor(Tensor::zeros(shape, value.dtype(), value.device()))?))
     }
 
     /// Splits a pending bias over the streams now.

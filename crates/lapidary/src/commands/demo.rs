@@ -327,7 +327,7 @@ fn in_terminal(shown: &Shown) -> String {
         .filter_map(|index| shown.tokens.get(index));
     let best: Vec<&str> = best.map(String::as_str).collect();
     format!(
-        "  {} {}\n    next: {}   because of: {}   (rather than {})\n\n",
+        "  {}{}\n    next: {}   because of: {}   (rather than {})\n\n",
         coloured.in_terminal(output::is_coloured()),
         shown.sentence.target_word(),
         predictions.join(", "),
