@@ -1,4 +1,5 @@
 //! Every system runs at the smallest scale, and what is exact at any scale holds there.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use lapidary_lab::{Reproduction, Scale, Setting, Verdict, find, systems};
 

@@ -8,7 +8,7 @@
 //! use lapidary::{explain, model};
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let package = lapidary::embedded()?;
-//! let text = "the farmer near the rivers";
+//! let text = "the farmer near the dogs";
 //! let encoding = package.tokenizer()?.encode(text, &Default::default())?;
 //! let ids = lapidary::kernels::Tensor::from_slice(&encoding.ids, (1, encoding.ids.len()), &lapidary::kernels::Device::Cpu);
 //! let input = model::Input::tokens(ids?);

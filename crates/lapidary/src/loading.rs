@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::cli::Global;
 use anyhow::{Context, Result, bail, ensure};
 use lapidary_kernels::{Device, Tensor};
-use lapidary_model::{Model, OpenOptions, Package};
+use lapidary_model::{Model, OpenOptions, Package, Tokenizer};
 use lapidary_train::language::{Corpus, Language, Mixture, Split};
 
 /// The device that `--device` names.
@@ -76,6 +76,18 @@ pub fn package(model: &str, global: &Global) -> Result<Package> {
     )
 }
 
+/// The error that names the word of `text` which a closed vocabulary lacks, if that is why it
+/// cannot be encoded.
+fn closed_vocabulary(tokenizer: &Tokenizer, text: &str) -> Option<anyhow::Error> {
+    let unknown = text
+        .split_whitespace()
+        .find(|word| tokenizer.id_of(word).is_none())?;
+    Some(anyhow::anyhow!(
+        "the word {unknown:?} is not among the {} of this model's closed vocabulary",
+        tokenizer.vocabulary_size()
+    ))
+}
+
 /// Token ids of `text`, within the model's length.
 pub fn encode(
     package: &Package,
@@ -86,7 +98,10 @@ pub fn encode(
         !text.trim().is_empty(),
         "the text is empty; give at least one word"
     );
-    let encoding = package.tokenizer()?.encode(text, &Default::default())?;
+    let tokenizer = package.tokenizer()?;
+    let encoding = tokenizer
+        .encode(text, &Default::default())
+        .map_err(|error| closed_vocabulary(tokenizer, text).unwrap_or_else(|| error.into()))?;
     ensure!(
         !encoding.ids.is_empty(),
         "the text has no tokens; give at least one word"

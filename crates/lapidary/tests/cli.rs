@@ -125,7 +125,8 @@ fn runs_on_tensors_at_full_precision() {
         "--json",
     ]);
     assert_eq!(document["logits"].as_array().unwrap().len(), 2);
-    assert_eq!(document["sites"].as_object().unwrap().len(), 2);
+    // What each of two blocks gives, and the attention and feed-forward part in it.
+    assert_eq!(document["sites"].as_object().unwrap().len(), 6);
     let pixels: Vec<Vec<Vec<f32>>> = vec![vec![vec![0.5; 16]; 16]; 3];
     let pixels = serde_json::to_vec(&serde_json::json!({ "pixel_values": [pixels] })).unwrap();
     let input = write(&directory, "pixels.json", &pixels);
@@ -308,6 +309,10 @@ fn wrong_input_gets_one_sentence() {
         &["/no/such/model", "not a directory"],
     );
     refused(&["explain", "embedded", "--text", "  "], &["empty"]);
+    refused(
+        &["explain", "embedded", "--text", "the zebra sings"],
+        &["zebra", "vocabulary"],
+    );
     refused(
         &[
             "explain",
