@@ -82,28 +82,31 @@ impl CrossEntropy {
         let shared = host::Shared::new(&mut log_sums);
         let shared_losses = host::Shared::new(&mut losses);
         host::share(self.targets.len(), classes * 4, |range| {
-            simd::vectorised(|| {
-                for row in range {
-                    let Some(target) = self.targets[row] else {
-                        continue;
-                    };
-                    let x = x_rows.row(row);
-                    let maximum = simd::maximum(x);
-                    let log_sum =
-                        maximum.to_f64() + simd::exponential_sum(x, maximum).to_f64().ln();
-                    let smoothed = if self.smoothing > 0.0 {
-                        self.smoothing * simd::sum(x).to_f64() / classes as f64
-                    } else {
-                        0.0
-                    };
-                    let picked = (1.0 - self.smoothing) * x[target as usize].to_f64();
-                    // SAFETY: each row is handled once.
-                    unsafe {
-                        shared.part(row, 1)[0] = log_sum;
-                        shared_losses.part(row, 1)[0] = log_sum - picked - smoothed;
+            simd::vectorised(
+                #[inline(always)]
+                || {
+                    for row in range {
+                        let Some(target) = self.targets[row] else {
+                            continue;
+                        };
+                        let x = x_rows.row(row);
+                        let maximum = simd::maximum(x);
+                        let log_sum =
+                            maximum.to_f64() + simd::exponential_sum(x, maximum).to_f64().ln();
+                        let smoothed = if self.smoothing > 0.0 {
+                            self.smoothing * simd::sum(x).to_f64() / classes as f64
+                        } else {
+                            0.0
+                        };
+                        let picked = (1.0 - self.smoothing) * x[target as usize].to_f64();
+                        // SAFETY: each row is handled once.
+                        unsafe {
+                            shared.part(row, 1)[0] = log_sum;
+                            shared_losses.part(row, 1)[0] = log_sum - picked - smoothed;
+                        }
                     }
-                }
-            });
+                },
+            );
         });
         let mean = losses.iter().sum::<f64>() / self.count as f64;
         let _ = self.log_sums.set(log_sums);
@@ -120,17 +123,23 @@ impl CrossEntropy {
         let scale = T::of(gradient.to_dtype(DType::F64)?.to_scalar::<f64>()? / self.count as f64);
         let uniform = T::of(self.smoothing / classes.max(1) as f64);
         let mut dx = host::unwritten::<T>(rows * classes);
-        host::for_rows(&mut dx, classes, 4, |row, dx| {
-            let Some(target) = self.targets[row] else {
-                dx.fill(T::zero());
-                return;
-            };
-            let log_sum = T::of(log_sums[row]);
-            for (dx, &x) in dx.iter_mut().zip(x_rows.row(row)) {
-                *dx = ((x - log_sum).exp() - uniform) * scale;
-            }
-            dx[target as usize] -= T::of(1.0 - self.smoothing) * scale;
-        });
+        host::for_rows(
+            &mut dx,
+            classes,
+            4,
+            #[inline(always)]
+            |row, dx| {
+                let Some(target) = self.targets[row] else {
+                    dx.fill(T::zero());
+                    return;
+                };
+                let log_sum = T::of(log_sums[row]);
+                for (dx, &x) in dx.iter_mut().zip(x_rows.row(row)) {
+                    *dx = ((x - log_sum).exp() - uniform) * scale;
+                }
+                dx[target as usize] -= T::of(1.0 - self.smoothing) * scale;
+            },
+        );
         host::tensor(dx, logits.dims())
     }
 }

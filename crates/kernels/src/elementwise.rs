@@ -101,9 +101,9 @@ impl CustomOp1 for Pointwise {
         let y = by_dtype!(host::dtype(storage), T => {
             let x = host::ordered::<T>(storage, layout)?;
             let y = with_constant!(self.activation, A => match self.what {
-                What::Value => map(&x, |x| value(A, x)),
-                What::Tangent => map(&x, |x| tangent(A, x)),
-                What::Secant => map(&x, |x| secant(A, x)),
+                What::Value => map(&x, #[inline(always)] |x| value(A, x)),
+                What::Tangent => map(&x, #[inline(always)] |x| tangent(A, x)),
+                What::Secant => map(&x, #[inline(always)] |x| secant(A, x)),
             });
             Ok(T::to_cpu_storage_owned(y))
         })?;
@@ -114,7 +114,7 @@ impl CustomOp1 for Pointwise {
         let (x_host, g_host) = (Host::new(x), Host::new(gradient));
         by_dtype!(x.dtype(), T => {
             let (values, g) = (x_host.ordered::<T>()?, g_host.ordered::<T>()?);
-            let dx = with_constant!(self.activation, A => zip(&values, &g, |x, g| {
+            let dx = with_constant!(self.activation, A => zip(&values, &g, #[inline(always)] |x, g| {
                 g * tangent(A, x)
             }));
             host::tensor(dx, x.dims()).map(Some)
@@ -128,7 +128,12 @@ const CHUNK: usize = 4096;
 const WORK: usize = 4;
 
 fn map<T: Real>(x: &[T], f: impl Fn(T) -> T + Sync) -> Vec<T> {
-    zip(x, x, |x, _| f(x))
+    zip(
+        x,
+        x,
+        #[inline(always)]
+        |x, _| f(x),
+    )
 }
 
 fn zip<T: Real>(x: &[T], g: &[T], f: impl Fn(T, T) -> T + Sync) -> Vec<T> {
@@ -139,11 +144,14 @@ fn zip<T: Real>(x: &[T], g: &[T], f: impl Fn(T, T) -> T + Sync) -> Vec<T> {
         // SAFETY: chunks are disjoint.
         let y = unsafe { shared.part(range.start, range.len()) };
         let (x, g) = (&x[range.clone()], &g[range]);
-        simd::vectorised(|| {
-            for ((y, &x), &g) in y.iter_mut().zip(x).zip(g) {
-                *y = f(x, g);
-            }
-        });
+        simd::vectorised(
+            #[inline(always)]
+            || {
+                for ((y, &x), &g) in y.iter_mut().zip(x).zip(g) {
+                    *y = f(x, g);
+                }
+            },
+        );
     });
     y
 }

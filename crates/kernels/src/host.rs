@@ -88,11 +88,6 @@ impl<'a> Host<'a> {
     pub(crate) fn ordered<T: candle_core::WithDType>(&self) -> Candle<Cow<'_, [T]>> {
         ordered(self.storage()?, self.layout)
     }
-
-    /// The whole storage, to be read through the layout.
-    pub(crate) fn whole<T: candle_core::WithDType>(&self) -> Candle<&[T]> {
-        T::cpu_storage_as_slice(self.storage()?)
-    }
 }
 
 /// A vector of `n` numbers whose content is arbitrary until a kernel has written it.
@@ -199,20 +194,27 @@ pub(crate) fn for_rows<T: Real>(
     let rows = output.len() / width;
     let shared = Shared::new(output);
     share(rows, width * work_per_element, |range| {
-        vectorised_rows(range, |row| {
-            // SAFETY: rows are disjoint and each belongs to one range.
-            body(row, unsafe { shared.part(row * width, width) })
-        })
+        vectorised_rows(
+            range,
+            #[inline(always)]
+            |row| {
+                // SAFETY: rows are disjoint and each belongs to one range.
+                body(row, unsafe { shared.part(row * width, width) })
+            },
+        )
     });
 }
 
 #[inline(always)]
 fn vectorised_rows(range: Range<usize>, body: impl Fn(usize)) {
-    crate::simd::vectorised(|| {
-        for row in range {
-            body(row);
-        }
-    });
+    crate::simd::vectorised(
+        #[inline(always)]
+        || {
+            for row in range {
+                body(row);
+            }
+        },
+    );
 }
 
 /// A tensor on the CPU made of `data`.

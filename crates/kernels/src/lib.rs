@@ -18,15 +18,20 @@ pub mod check;
 mod cross_entropy;
 mod elementwise;
 mod error;
+mod fourier;
+mod gather;
 mod host;
 mod linear;
 pub mod naive;
 mod norm;
 mod optimiser;
 mod product;
+mod recompute;
+mod recurrence;
 mod rotary;
 mod simd;
 mod softmax;
+mod sort;
 mod streams;
 #[cfg(test)]
 mod test_data;
@@ -38,21 +43,21 @@ pub use candle_core::{D, DType, Device, IndexOp, Shape, Tensor, TensorId, Var, W
 pub use cross_entropy::cross_entropy;
 pub use elementwise::{activate, activation_secant, activation_tangent};
 pub use error::{Error, Result};
+pub use fourier::{causal_depthwise_convolution, fft_convolution, inverse_real_fft, real_fft};
+pub use gather::{embedding, gather, scatter_add};
 pub use linear::linear;
 pub use norm::{layer_norm, rms_norm};
 pub use optimiser::{
     AdamW, AdamWOptions, OptimiserState, Parameter, Sgd, SgdOptions, global_gradient_norm,
 };
+pub use recompute::Recomputation;
+pub use recurrence::{cumulative_product, cumulative_sum, linear_scan};
 pub use rotary::{merged_rotary, rotary};
 pub use softmax::{log_softmax, softmax};
+pub use sort::{sort, top_k};
 pub use streams::{
     StreamAffine, StreamBuffer, stream_affine, stream_dot, stream_mix, stream_mix_own,
     stream_squares, stream_sum,
-};
-
-pub use naive::{
-    cumulative_product, cumulative_sum, embedding, fft_convolution, gather, inverse_real_fft,
-    linear_scan, real_fft, scatter_add, sort, top_k,
 };
 
 /// How a softmax over the last dimension is masked.

@@ -150,29 +150,32 @@ fn sum_rows<T: Real>(matrix: &[T], columns: usize) -> Vec<T> {
     // Columns are shared out in blocks, so that no sum depends on the number of threads.
     const BLOCK: usize = 64;
     host::share(columns.div_ceil(BLOCK), rows * BLOCK, |blocks| {
-        simd::vectorised(|| {
-            for block in blocks {
-                let start = block * BLOCK;
-                let width = BLOCK.min(columns - start);
-                // SAFETY: column blocks are disjoint.
-                let part = unsafe { shared.part(start, width) };
-                if width == BLOCK {
-                    let mut sums = [T::zero(); BLOCK];
-                    for row in matrix.chunks_exact(columns) {
-                        for (s, &v) in sums.iter_mut().zip(&row[start..start + BLOCK]) {
-                            *s += v;
+        simd::vectorised(
+            #[inline(always)]
+            || {
+                for block in blocks {
+                    let start = block * BLOCK;
+                    let width = BLOCK.min(columns - start);
+                    // SAFETY: column blocks are disjoint.
+                    let part = unsafe { shared.part(start, width) };
+                    if width == BLOCK {
+                        let mut sums = [T::zero(); BLOCK];
+                        for row in matrix.chunks_exact(columns) {
+                            for (s, &v) in sums.iter_mut().zip(&row[start..start + BLOCK]) {
+                                *s += v;
+                            }
                         }
-                    }
-                    part.copy_from_slice(&sums);
-                } else {
-                    for row in matrix.chunks_exact(columns) {
-                        for (s, &v) in part.iter_mut().zip(&row[start..start + width]) {
-                            *s += v;
+                        part.copy_from_slice(&sums);
+                    } else {
+                        for row in matrix.chunks_exact(columns) {
+                            for (s, &v) in part.iter_mut().zip(&row[start..start + width]) {
+                                *s += v;
+                            }
                         }
                     }
                 }
-            }
-        })
+            },
+        )
     });
     total
 }

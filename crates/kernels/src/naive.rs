@@ -495,9 +495,27 @@ pub fn linear_scan(a: &Tensor, b: &Tensor, initial: Option<&Tensor>) -> Result<T
     Ok(Tensor::stack(&steps, 1)?)
 }
 
-/// Rows of `table` `[rows, width]` at `ids` (`u32`, any shape): `[..shape of ids, width]`.
-pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
-    let mut shape = ids.dims().to_vec();
-    shape.push(table.dim(1)?);
-    Ok(table.index_select(&ids.flatten_all()?, 0)?.reshape(shape)?)
+/// `y[b, c, t] = bias[c] + Σ_j kernel[c, j] x[b, c, t - (taps - 1) + j]`, see
+/// [`causal_depthwise_convolution`](crate::causal_depthwise_convolution).
+pub fn causal_depthwise_convolution(
+    x: &Tensor,
+    kernel: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let (_, _, length) = x.dims3()?;
+    let (channels, taps) = kernel.dims2()?;
+    let mut y = x.zeros_like()?;
+    for j in 0..taps {
+        let delay = taps - 1 - j;
+        if delay < length {
+            let shifted = x
+                .narrow(2, 0, length - delay)?
+                .pad_with_zeros(2, delay, 0)?;
+            y = (y + shifted.broadcast_mul(&kernel.narrow(1, j, 1)?)?)?;
+        }
+    }
+    Ok(match bias {
+        Some(bias) => y.broadcast_add(&bias.reshape((channels, 1))?)?,
+        None => y,
+    })
 }

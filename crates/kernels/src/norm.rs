@@ -110,13 +110,19 @@ impl Norm {
         };
         let (weight, bias) = (vector(weight, T::one())?, vector(bias, T::zero())?);
         let mut y = host::unwritten::<T>(rows * width);
-        host::for_rows(&mut y, width, 2, |row, y| {
-            let x = x_rows.row(row);
-            let (centre, scale) = self.statistics(x);
-            for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(&weight).zip(&bias) {
-                *y = ((x - centre) * scale).mul_add(w, b);
-            }
-        });
+        host::for_rows(
+            &mut y,
+            width,
+            2,
+            #[inline(always)]
+            |row, y| {
+                let x = x_rows.row(row);
+                let (centre, scale) = self.statistics(x);
+                for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(&weight).zip(&bias) {
+                    *y = ((x - centre) * scale).mul_add(w, b);
+                }
+            },
+        );
         Ok((T::to_cpu_storage_owned(y), x.1.shape().clone()))
     }
 
@@ -143,26 +149,29 @@ impl Norm {
             let shared_dx = Shared::new(&mut dx);
             let shared_partial = Shared::new(&mut partial);
             host::share(blocks, ROWS_PER_BLOCK * width * 4, |range| {
-                simd::vectorised(|| {
-                    for block in range {
-                        // SAFETY: each block is handled once.
-                        let sums = unsafe { shared_partial.part(block * 2 * width, 2 * width) };
-                        let (dw, db) = sums.split_at_mut(width);
-                        let end = rows.min((block + 1) * ROWS_PER_BLOCK);
-                        for row in block * ROWS_PER_BLOCK..end {
-                            // SAFETY: each row belongs to one block.
-                            let dx = unsafe { shared_dx.part(row * width, width) };
-                            self.backward_row(
-                                x_rows.row(row),
-                                g_rows.row(row),
-                                &weight,
-                                dx,
-                                dw,
-                                db,
-                            );
+                simd::vectorised(
+                    #[inline(always)]
+                    || {
+                        for block in range {
+                            // SAFETY: each block is handled once.
+                            let sums = unsafe { shared_partial.part(block * 2 * width, 2 * width) };
+                            let (dw, db) = sums.split_at_mut(width);
+                            let end = rows.min((block + 1) * ROWS_PER_BLOCK);
+                            for row in block * ROWS_PER_BLOCK..end {
+                                // SAFETY: each row belongs to one block.
+                                let dx = unsafe { shared_dx.part(row * width, width) };
+                                self.backward_row(
+                                    x_rows.row(row),
+                                    g_rows.row(row),
+                                    &weight,
+                                    dx,
+                                    dw,
+                                    db,
+                                );
+                            }
                         }
-                    }
-                });
+                    },
+                );
             });
         }
         let mut sums = vec![T::zero(); 2 * width];

@@ -178,7 +178,10 @@ fn update<T: Real, const N: usize>(
                         moments.each_ref().map(|m| m.part(start, len)),
                     )
                 };
-                simd::vectorised(|| body(parameters, moments, &gradients[start..start + len]));
+                simd::vectorised(
+                    #[inline(always)]
+                    || body(parameters, moments, &gradients[start..start + len]),
+                );
             });
         }),
         element: std::marker::PhantomData,
@@ -242,21 +245,24 @@ fn sum_of_squares<T: Real>(x: &[T]) -> f64 {
     let mut sums = vec![0f64; x.len().div_ceil(CHUNK)];
     let shared = Shared::new(&mut sums);
     host::share(x.len().div_ceil(CHUNK), CHUNK, |chunks| {
-        simd::vectorised(|| {
-            for chunk in chunks {
-                let part = &x[chunk * CHUNK..x.len().min((chunk + 1) * CHUNK)];
-                // Squares in f64: those of large f32 gradients would overflow.
-                let mut lanes = [0f64; simd::LANES];
-                for values in part.chunks(simd::LANES) {
-                    for (lane, &v) in lanes.iter_mut().zip(values) {
-                        let v = v.to_f64();
-                        *lane += v * v;
+        simd::vectorised(
+            #[inline(always)]
+            || {
+                for chunk in chunks {
+                    let part = &x[chunk * CHUNK..x.len().min((chunk + 1) * CHUNK)];
+                    // Squares in f64: those of large f32 gradients would overflow.
+                    let mut lanes = [0f64; simd::LANES];
+                    for values in part.chunks(simd::LANES) {
+                        for (lane, &v) in lanes.iter_mut().zip(values) {
+                            let v = v.to_f64();
+                            *lane += v * v;
+                        }
                     }
+                    // SAFETY: each chunk has a sum of its own.
+                    unsafe { shared.part(chunk, 1)[0] = lanes.iter().sum() };
                 }
-                // SAFETY: each chunk has a sum of its own.
-                unsafe { shared.part(chunk, 1)[0] = lanes.iter().sum() };
-            }
-        });
+            },
+        );
     });
     sums.iter().sum()
 }

@@ -101,33 +101,39 @@ impl Rotary {
         let width = layout.dims().last().copied().unwrap_or(0);
         let sign = if back { -T::one() } else { T::one() };
         let mut y = host::unwritten::<T>(layout.shape().elem_count());
-        host::for_rows(&mut y, width, 2, |row, y| {
-            let position = row / self.rows_per_position % length;
-            let cos = &cos[position * half..][..half];
-            let sin = &sin[position * half..][..half];
-            let x = rows.row(row);
-            let (turning, rest) = y.split_at_mut(2 * half);
-            rest.copy_from_slice(&x[2 * half..]);
-            match self.pairs {
-                RotaryPairs::Halves => {
-                    let (first, second) = turning.split_at_mut(half);
-                    let (a, b) = x[..2 * half].split_at(half);
-                    for i in 0..half {
-                        let s = sign * sin[i];
-                        first[i] = a[i] * cos[i] - b[i] * s;
-                        second[i] = b[i] * cos[i] + a[i] * s;
+        host::for_rows(
+            &mut y,
+            width,
+            2,
+            #[inline(always)]
+            |row, y| {
+                let position = row / self.rows_per_position % length;
+                let cos = &cos[position * half..][..half];
+                let sin = &sin[position * half..][..half];
+                let x = rows.row(row);
+                let (turning, rest) = y.split_at_mut(2 * half);
+                rest.copy_from_slice(&x[2 * half..]);
+                match self.pairs {
+                    RotaryPairs::Halves => {
+                        let (first, second) = turning.split_at_mut(half);
+                        let (a, b) = x[..2 * half].split_at(half);
+                        for i in 0..half {
+                            let s = sign * sin[i];
+                            first[i] = a[i] * cos[i] - b[i] * s;
+                            second[i] = b[i] * cos[i] + a[i] * s;
+                        }
+                    }
+                    RotaryPairs::Interleaved => {
+                        let pairs = turning.chunks_exact_mut(2).zip(x.chunks_exact(2));
+                        for ((y, x), (&c, &s)) in pairs.zip(cos.iter().zip(sin)) {
+                            let s = sign * s;
+                            y[0] = x[0] * c - x[1] * s;
+                            y[1] = x[1] * c + x[0] * s;
+                        }
                     }
                 }
-                RotaryPairs::Interleaved => {
-                    let pairs = turning.chunks_exact_mut(2).zip(x.chunks_exact(2));
-                    for ((y, x), (&c, &s)) in pairs.zip(cos.iter().zip(sin)) {
-                        let s = sign * s;
-                        y[0] = x[0] * c - x[1] * s;
-                        y[1] = x[1] * c + x[0] * s;
-                    }
-                }
-            }
-        });
+            },
+        );
         Ok(y)
     }
 }

@@ -11,6 +11,10 @@ use std::ops::Neg;
 pub(crate) const LANES: usize = 16;
 
 /// Runs `body` compiled for the best instruction set of this processor.
+///
+/// `body`, and every closure that it calls, must be marked `#[inline(always)]`: what is not
+/// inlined here is compiled for the oldest processor, without vectors, and there a fused
+/// multiply-add is a call into the mathematics library.
 #[inline(always)]
 pub(crate) fn vectorised<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
@@ -49,8 +53,11 @@ pub(crate) trait Real: WithDType + Neg<Output = Self> + Default + std::iter::Sum
     #[inline(always)]
     fn polynomial<const N: usize>(self, coefficients: [f64; N]) -> Self {
         let mut sum = Self::zero();
-        for c in coefficients.into_iter().rev() {
-            sum = sum.mul_add(self, Self::of(c));
+        let mut k = N;
+        // A counted loop unrolls at every level of optimisation, which an iterator does not.
+        while k > 0 {
+            k -= 1;
+            sum = sum.mul_add(self, Self::of(coefficients[k]));
         }
         sum
     }

@@ -79,27 +79,33 @@ impl Softmax {
             .map(|host| Rows::<T>::new(host.storage()?, host.layout))
             .transpose()?;
         let mut y = host::unwritten::<T>(rows * width);
-        host::for_rows(&mut y, width, 4, |row, y| {
-            y.copy_from_slice(x.row(row));
-            if let Some(mask) = &mask {
-                for (y, &m) in y.iter_mut().zip(mask.row(row)) {
-                    *y += m;
+        host::for_rows(
+            &mut y,
+            width,
+            4,
+            #[inline(always)]
+            |row, y| {
+                y.copy_from_slice(x.row(row));
+                if let Some(mask) = &mask {
+                    for (y, &m) in y.iter_mut().zip(mask.row(row)) {
+                        *y += m;
+                    }
                 }
-            }
-            let kept = match self.causal {
-                Some(offset) => (row % lines + offset + 1).min(width),
-                None => width,
-            };
-            let (y, hidden) = y.split_at_mut(kept);
-            let maximum = simd::maximum(y);
-            if self.logarithm {
-                hidden.fill(T::NEG_INFINITY);
-                log_softmax_row(y, maximum);
-            } else {
-                hidden.fill(T::zero());
-                softmax_row(y, maximum);
-            }
-        });
+                let kept = match self.causal {
+                    Some(offset) => (row % lines + offset + 1).min(width),
+                    None => width,
+                };
+                let (y, hidden) = y.split_at_mut(kept);
+                let maximum = simd::maximum(y);
+                if self.logarithm {
+                    hidden.fill(T::NEG_INFINITY);
+                    log_softmax_row(y, maximum);
+                } else {
+                    hidden.fill(T::zero());
+                    softmax_row(y, maximum);
+                }
+            },
+        );
         Ok(T::to_cpu_storage_owned(y))
     }
 
@@ -109,20 +115,26 @@ impl Softmax {
         let g_rows = Rows::<T>::new(g_host.storage()?, g_host.layout)?;
         let (rows, width) = rows_and_width(y.dims());
         let mut dx = host::unwritten::<T>(rows * width);
-        host::for_rows(&mut dx, width, 2, |row, dx| {
-            let (y, g) = (y_rows.row(row), g_rows.row(row));
-            if self.logarithm {
-                let total = simd::sum(g);
-                for ((dx, &y), &g) in dx.iter_mut().zip(y).zip(g) {
-                    *dx = g - y.exp() * total;
+        host::for_rows(
+            &mut dx,
+            width,
+            2,
+            #[inline(always)]
+            |row, dx| {
+                let (y, g) = (y_rows.row(row), g_rows.row(row));
+                if self.logarithm {
+                    let total = simd::sum(g);
+                    for ((dx, &y), &g) in dx.iter_mut().zip(y).zip(g) {
+                        *dx = g - y.exp() * total;
+                    }
+                } else {
+                    let inner = simd::dot(y, g);
+                    for ((dx, &y), &g) in dx.iter_mut().zip(y).zip(g) {
+                        *dx = y * (g - inner);
+                    }
                 }
-            } else {
-                let inner = simd::dot(y, g);
-                for ((dx, &y), &g) in dx.iter_mut().zip(y).zip(g) {
-                    *dx = y * (g - inner);
-                }
-            }
-        });
+            },
+        );
         host::tensor(dx, y.dims())
     }
 }

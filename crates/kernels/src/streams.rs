@@ -7,7 +7,7 @@
 
 use crate::host::{self, Host, Shared, by_dtype, for_rows, fused, share};
 use crate::product::{Into, Matrix, multiply_at};
-use crate::simd::{LANES, Real};
+use crate::simd::{self, Real};
 use crate::{D, DType, Error, Result, Tensor};
 
 /// `Σ_w streams[k, r, w] · field[r, w]`, `[streams, rows]`.
@@ -21,9 +21,9 @@ pub fn stream_dot(streams: &Tensor, field: &Tensor) -> Result<Tensor> {
         let (streams, field) = (streams.ordered::<T>()?, field.ordered::<T>()?);
         let step = if field.len() == width { 0 } else { width };
         let mut out = host::unwritten::<T>(k * rows);
-        for_each(&mut out, width, |i, out| {
+        for_each(&mut out, width, #[inline(always)] |i, out| {
             let row = i % rows.max(1) * step;
-            *out = dot(&streams[i * width..][..width], &field[row..][..width]);
+            *out = simd::dot(&streams[i * width..][..width], &field[row..][..width]);
         });
         host::tensor(out, &[k, rows])
     })?)
@@ -39,9 +39,9 @@ pub fn stream_squares(streams: &Tensor) -> Result<Tensor> {
         let streams = Host::new(streams);
         let streams = streams.ordered::<T>()?;
         let mut out = host::unwritten::<T>(k * rows);
-        for_each(&mut out, width, |i, out| {
+        for_each(&mut out, width, #[inline(always)] |i, out| {
             let row = &streams[i * width..][..width];
-            *out = dot(row, row);
+            *out = simd::dot(row, row);
         });
         host::tensor(out, &[k, rows])
     })?)
@@ -57,7 +57,7 @@ pub fn stream_sum(streams: &Tensor) -> Result<Tensor> {
         let streams = Host::new(streams);
         let streams = streams.ordered::<T>()?;
         let mut out = vec![T::default(); rows * width];
-        for_rows(&mut out, width, k, |row, out| {
+        for_rows(&mut out, width, k, #[inline(always)] |row, out| {
             for stream in 0..k {
                 let from = &streams[(stream * rows + row) * width..][..width];
                 for (out, from) in out.iter_mut().zip(from) {
@@ -117,10 +117,10 @@ pub fn stream_affine(streams: &Tensor, map: StreamAffine<'_>) -> Result<Tensor> 
         // A field of one row is read again for each.
         let step = |length: usize| if length == width { 0 } else { width };
         let mut out = host::unwritten::<T>(k * rows * width);
-        for_rows(&mut out, width, 2, |i, out| {
+        for_rows(&mut out, width, 2, #[inline(always)] |i, out| {
             let x = &streams[i * width..][..width];
             let row = i % rows.max(1);
-            let mean = if map.centre { sum(x) / T::of(width as f64) } else { T::default() };
+            let mean = if map.centre { simd::sum(x) / T::of(width as f64) } else { T::default() };
             match &slope {
                 Some(slope) => {
                     let slope = &slope[row * step(slope.len())..][..width];
@@ -278,7 +278,7 @@ pub fn stream_mix_own(
         let (weights, value) = (weights.ordered::<T>()?, value.ordered::<T>()?);
         let width = heads * head;
         let mut out = vec![T::default(); count * batch * queries * width];
-        for_rows(&mut out, width, 2, |i, out| {
+        for_rows(&mut out, width, 2, #[inline(always)] |i, out| {
             let (query, block) = (i % queries, i / queries);
             let (example, stream) = (block % batch, block / batch);
             for key in &keys_of[stream] {
@@ -415,44 +415,17 @@ fn check_field(
 
 /// Calls `body(i, &mut out[i])` for every element, each worth `work`, in parallel, vectorised.
 fn for_each<T: Real>(out: &mut [T], work: usize, body: impl Fn(usize, &mut T) + Sync) {
-    for_rows(out, 1, work, |i, out| {
-        if let Some(out) = out.first_mut() {
-            body(i, out);
-        }
-    });
-}
-
-#[inline(always)]
-fn dot<T: Real>(a: &[T], b: &[T]) -> T {
-    let mut lanes = [T::zero(); LANES];
-    let (a_blocks, b_blocks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let rest = a_blocks.remainder().iter().zip(b_blocks.remainder());
-    let mut total = rest.map(|(a, b)| *a * *b).sum::<T>();
-    for (a, b) in a_blocks.zip(b_blocks) {
-        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane = a.mul_add(*b, *lane);
-        }
-    }
-    for lane in lanes {
-        total += lane;
-    }
-    total
-}
-
-#[inline(always)]
-fn sum<T: Real>(a: &[T]) -> T {
-    let mut lanes = [T::zero(); LANES];
-    let blocks = a.chunks_exact(LANES);
-    let mut total = blocks.remainder().iter().copied().sum::<T>();
-    for block in blocks {
-        for (lane, a) in lanes.iter_mut().zip(block) {
-            *lane += *a;
-        }
-    }
-    for lane in lanes {
-        total += lane;
-    }
-    total
+    for_rows(
+        out,
+        1,
+        work,
+        #[inline(always)]
+        |i, out| {
+            if let Some(out) = out.first_mut() {
+                body(i, out);
+            }
+        },
+    );
 }
 
 #[cfg(test)]

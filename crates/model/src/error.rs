@@ -2,7 +2,9 @@
 
 use crate::checkpoint::CheckpointError;
 use crate::files::FileError;
+use crate::generation::GenerationError;
 use crate::huggingface::ConfigError;
+use crate::tokenizer::TokenizerError;
 
 /// An error of this crate: each kind says in one sentence what was wrong and what would be right.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +21,12 @@ pub enum Error {
     /// A spec is impossible, or a part failed.
     #[error(transparent)]
     Part(#[from] lapidary_parts::Error),
+    /// A tokenizer is missing or refused its input.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// Generation was asked for something invalid.
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
     /// A kernel refused its arguments.
     #[error(transparent)]
     Kernel(#[from] lapidary_kernels::Error),

@@ -4,9 +4,11 @@
 //! directory that must appear whole, such as a checkpoint with its config and tokenizer, is built
 //! in a [`StagedDirectory`] next to its target and renamed when complete.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 /// A file that could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -49,13 +51,44 @@ pub enum FileError {
 
 impl FileError {
     /// For use with `map_err`: adds what was tried, on which file.
-    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+    pub fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| Self::Io {
             action,
             path,
             source,
         }
+    }
+}
+
+/// Temporary files and directories of writes under way.
+static UNFINISHED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+/// Keeps a temporary path known for as long as its write is under way.
+#[derive(Debug)]
+struct Unfinished(PathBuf);
+
+impl Unfinished {
+    fn new(path: &Path) -> Self {
+        let mut all = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
+        all.insert(path.to_path_buf());
+        Self(path.to_path_buf())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        let mut all = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
+        all.remove(&self.0);
+    }
+}
+
+/// Removes the temporary files and directories of writes under way: for a program that is about
+/// to be ended by an interrupt, when nothing is dropped any more.
+pub fn remove_unfinished() {
+    for path in &*UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner) {
+        // Whatever is gone already was finished in between.
+        let _ = fs::remove_dir_all(path).or_else(|_| fs::remove_file(path));
     }
 }
 
@@ -103,6 +136,7 @@ pub fn write_beside<E: From<FileError>>(
 pub struct StagedFile {
     temporary: tempfile::TempPath,
     target: PathBuf,
+    _unfinished: Unfinished,
 }
 
 /// Writes and synchronises a temporary file beside `path`, without renaming it yet.
@@ -113,6 +147,7 @@ pub fn stage_beside<E: From<FileError>>(
     let mut temporary = temporary_builder(0o666)
         .tempfile_in(parent(path))
         .map_err(FileError::io("write", path))?;
+    let unfinished = Unfinished::new(temporary.path());
     let mut writer = BufWriter::with_capacity(1 << 20, temporary.as_file_mut());
     content(&mut writer)?;
     writer.flush().map_err(FileError::io("write", path))?;
@@ -122,13 +157,18 @@ pub fn stage_beside<E: From<FileError>>(
     Ok(StagedFile {
         temporary: temporary.into_temp_path(),
         target: path.to_path_buf(),
+        _unfinished: unfinished,
     })
 }
 
 impl StagedFile {
     /// Renames the file to its target.
     pub fn publish(self) -> Result<(), FileError> {
-        let Self { temporary, target } = self;
+        let Self {
+            temporary,
+            target,
+            _unfinished,
+        } = self;
         temporary.persist(&target).map_err(|error| FileError::Io {
             action: "write",
             path: target.clone(),
@@ -158,6 +198,7 @@ impl StagedFile {
 pub struct StagedDirectory {
     temporary: tempfile::TempDir,
     target: PathBuf,
+    _unfinished: Unfinished,
 }
 
 impl StagedDirectory {
@@ -173,9 +214,11 @@ impl StagedDirectory {
         let temporary = temporary_builder(0o777)
             .tempdir_in(parent)
             .map_err(FileError::io("write", target))?;
+        let unfinished = Unfinished::new(temporary.path());
         Ok(Self {
             temporary,
             target: target.to_path_buf(),
+            _unfinished: unfinished,
         })
     }
 

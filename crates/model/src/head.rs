@@ -237,6 +237,14 @@ fn pool_tokens(pool: Pool, hidden: &Signal, input: &Input, cx: &Context<'_>) -> 
             .iter()
             .map(|row| row.iter().rposition(|kept| *kept != 0).unwrap_or(0))
             .collect(),
+        Pool::AtToken(id) => {
+            let Input::Tokens { ids, .. } = input else {
+                return Err(Error::spec("head.pool", pool, "first or mean for pixels"));
+            };
+            let rows = engine(ids.to_vec2::<u32>())?;
+            let first = |row: &Vec<u32>| row.iter().position(|token| *token == id).unwrap_or(0);
+            rows.iter().map(first).collect()
+        }
         Pool::HighestId => {
             let Input::Tokens { ids, .. } = input else {
                 return Err(Error::spec(

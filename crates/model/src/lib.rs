@@ -1,26 +1,40 @@
 //! A spec becomes a model, a directory becomes a model, and back.
 //!
-//! * [`ModelSpec`] and [`Model`]: a model as data, and the modules built from it;
-//! * [`checkpoint`]: named tensors in safetensors files, which may lie;
-//! * [`huggingface`]: `config.json` and the names of the families that load as they are.
+//! A file from a stranger is hostile until it is proven otherwise. Every reader here checks what
+//! a file claims against [`Limits`] before it allocates, and answers with an error of one
+//! sentence that names the file, the thing in it, what was found and what would be valid. A
+//! writer writes beside its target and renames, so that no reader ever meets half a file.
+//!
+//! - [`ModelSpec`] and [`Model`]: a model as data, and the modules built from it.
+//! - [`Package`]: a directory with a model and its tokenizer.
+//! - [`checkpoint`]: safetensors files, sharded or not, memory-mapped; and writing them.
+//! - [`huggingface`]: `config.json` and tensor names of the families that load as they are.
+//! - [`tokenizer`]: text to token ids and back.
+//! - [`generation`]: from a model to text.
 
 pub mod checkpoint;
 mod error;
 pub mod files;
+pub mod generation;
 mod head;
 pub mod huggingface;
 mod input;
 mod limits;
 mod model;
+mod package;
 mod source;
 mod spec;
+pub mod tokenizer;
 
 pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};
+pub use huggingface::Config;
 pub use input::Input;
 pub use limits::Limits;
 pub use model::{Model, Output, Pass};
+pub use package::{OpenOptions, Origin, Package, SPEC_FILE, SavedAs, TowerModel};
 pub use source::Initialiser;
 pub use spec::{
     AbsolutePosition, HeadSpec, HeadTransform, InputSpec, ModelSpec, PatchInput, Pool, TokenInput,
 };
+pub use tokenizer::Tokenizer;

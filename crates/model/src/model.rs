@@ -1,12 +1,13 @@
 //! A spec with its parameters: something that runs.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::head::Head;
 use crate::input::{Embedding, Input};
 use crate::source::{Initialiser, Recorder};
 use crate::spec::ModelSpec;
-use lapidary_kernels::{DType, Device, Tensor, Var};
+use lapidary_kernels::{DType, Device, Recomputation, Tensor, Var};
 use lapidary_parts::block::Block;
 use lapidary_parts::norm::Norm;
 use lapidary_parts::parameters::{LinearInfo, ParameterSource, Parameters};
@@ -25,7 +26,7 @@ pub struct Model {
     variables: BTreeMap<String, Var>,
     linears: Vec<LinearInfo>,
     embedding: Embedding,
-    blocks: Vec<Block>,
+    blocks: Vec<Arc<Block>>,
     final_norm: Norm,
     head: Head,
 }
@@ -46,6 +47,9 @@ pub struct Pass<'a> {
     pub only_last: bool,
     /// What cross-attention reads, and its padding.
     pub memory: Option<(&'a Signal, Option<&'a Tensor>)>,
+    /// Remember only what flows between blocks, and recompute the rest in the backward pass. For
+    /// training: not together with a trace, a decode state or a memory.
+    pub recomputation: Option<&'a Recomputation>,
 }
 
 /// What a model gives.
@@ -93,7 +97,11 @@ impl Model {
         let embedding = Embedding::new(&spec.input, width, root.at("embeddings"))?;
         let mut blocks = Vec::new();
         for (index, block) in spec.expanded_blocks().iter().enumerate() {
-            blocks.push(Block::new(block, width, root.at("blocks").at(index))?);
+            blocks.push(Arc::new(Block::new(
+                block,
+                width,
+                root.at("blocks").at(index),
+            )?));
         }
         let final_norm = match &spec.final_norm {
             Some(norm) => Norm::new(norm, width, root.at("final_norm"))?,
@@ -188,6 +196,10 @@ impl Model {
         let length = x.dims().get(1).copied().unwrap_or(0);
         let mut x = cx.trace.site(format_args!("embeddings"), x)?;
         for (index, block) in self.blocks.iter().enumerate() {
+            if let Some(recomputation) = pass.recomputation {
+                x = recompute(recomputation, block, x, &cx)?;
+                continue;
+            }
             let mixer = state
                 .as_deref_mut()
                 .and_then(|state| state.mixers.get_mut(index));
@@ -211,4 +223,36 @@ impl Model {
             logits: output.logits,
         })
     }
+}
+
+/// One block whose intermediates are not remembered.
+fn recompute(
+    recomputation: &Recomputation,
+    block: &Arc<Block>,
+    x: Signal,
+    cx: &Context<'_>,
+) -> Result<Signal> {
+    let block = block.clone();
+    let padding = cx.key_padding.cloned();
+    let (offset, dropout_seed) = (cx.offset, cx.dropout_seed);
+    let part = move |x: &Tensor| {
+        let trace = Trace::new();
+        let cx = Context {
+            key_padding: padding.as_ref(),
+            offset,
+            dropout_seed,
+            ..Context::new(&trace)
+        };
+        match block.forward(Signal::from(x.clone()), &cx, None) {
+            Ok(y) => Ok(y.into_value()),
+            Err(Error::Kernel(error)) => Err(error),
+            Err(other) => Err(lapidary_kernels::Error::argument(
+                "recompute",
+                "block",
+                other.to_string(),
+                "one that runs",
+            )),
+        }
+    };
+    Ok(Signal::from(recomputation.run(x.value(), part)?))
 }

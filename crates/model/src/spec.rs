@@ -216,8 +216,10 @@ pub enum Pool {
     Mean,
     /// The last real token.
     Last,
-    /// The token with the highest id: CLIP's end of text.
+    /// The token with the highest id: the end of text in CLIP's first checkpoints.
     HighestId,
+    /// The first token with this id, such as an end of text.
+    AtToken(u32),
     /// The mean of the scores of two heads, one on the first and one on the second token
     /// (DeiT's class and distillation token).
     FirstTwo,
@@ -340,7 +342,8 @@ impl ModelSpec {
                 if *labels == Some(0) {
                     return Err(Error::spec("head.labels", 0, "at least 1"));
                 }
-                if *pool == Pool::HighestId && self.vocabulary().is_none() {
+                if matches!(pool, Pool::HighestId | Pool::AtToken(_)) && self.vocabulary().is_none()
+                {
                     return Err(Error::spec("head.pool", pool, "first or mean for patches"));
                 }
                 if *pool == Pool::FirstTwo && labels.is_none() {

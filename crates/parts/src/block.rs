@@ -1,7 +1,13 @@
-//! A block: a mixer and a feed-forward part, wired around a residual stream.
+//! A block: a mixer and a feed-forward part, wired around a residual stream
+//! `x` `[batch, length, width]` that each part reads through a norm and writes back to by
+//! addition (He et al., arXiv 1512.03385, for the residual; Turner, An Introduction to
+//! Transformers, 2023, arXiv 2304.10557, for the block in its plainest form).
+//!
+//! Its cost is that of its parts and `2 width` operations per token for two residual sums.
 
 use crate::attention::{Mixer, MixerSpec, MultiHeadAttention, MultiHeadSpec};
 use crate::dropout::dropout;
+use crate::error::bounded;
 use crate::feedforward::{Feedforward, FeedforwardSpec};
 use crate::norm::{Norm, NormSpec};
 use crate::parameters::Parameters;
@@ -10,6 +16,8 @@ use crate::{Context, Error, Result};
 use lapidary_signal::Signal;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+const MAX_REPEAT: usize = 1 << 12;
 
 /// Where the norms stand.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -20,7 +28,8 @@ pub enum Wiring {
     PreNorm,
     /// `y = N₁(x + A x); z = N₂(y + F y)` (Vaswani et al., arXiv 1706.03762).
     PostNorm,
-    /// `z = x + A(N₁ x) + F(N₂ x)` (Wang & Komatsuzaki, GPT-J, 2021).
+    /// `z = x + A(N₁ x) + F(N₂ x)` (Wang & Komatsuzaki, GPT-J, 2021, whose norms are one and the
+    /// same; with two, Black et al., GPT-NeoX, arXiv 2204.06745).
     Parallel,
 }
 
@@ -65,11 +74,12 @@ fn is_one(repeat: &usize) -> bool {
 impl BlockSpec {
     /// Refuses what cannot be built for tokens of `width`.
     pub fn validate(&self, width: usize, field: &str) -> Result<()> {
+        bounded(format!("{field}.repeat"), self.repeat, 1..=MAX_REPEAT)?;
         self.norm.validate(&format!("{field}.norm"))?;
         self.attention
             .validate(width, &format!("{field}.attention"))?;
         if let Some(cross) = &self.cross_attention {
-            cross.validate(width, &format!("{field}.cross_attention"))?;
+            cross.validate_cross(width, &format!("{field}.cross_attention"))?;
             if self.wiring == Wiring::Parallel {
                 return Err(Error::spec(
                     format!("{field}.wiring"),
@@ -114,7 +124,7 @@ impl Block {
             None => None,
             Some(cross) => Some((
                 Norm::new(&spec.norm, width, parameters.at("cross_attention_norm"))?,
-                MultiHeadAttention::new(cross, width, parameters.at("cross_attention"))?,
+                MultiHeadAttention::over_memory(cross, width, parameters.at("cross_attention"))?,
             )),
         };
         let feedforward = match &spec.feedforward {

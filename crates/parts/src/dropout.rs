@@ -1,7 +1,5 @@
 //! Dropout whose mask is a function of seed and site (Srivastava et al., JMLR 15, 2014).
 
-use std::hash::{DefaultHasher, Hash, Hasher};
-
 use crate::error::tensor;
 use crate::{Context, Result};
 use lapidary_kernels::Tensor;
@@ -20,9 +18,7 @@ pub(crate) fn dropout(
     let Some(seed) = cx.dropout_seed.filter(|_| probability > 0.0) else {
         return Ok(x.clone());
     };
-    let mut hasher = DefaultHasher::new();
-    (seed, site.to_string()).hash(&mut hasher);
-    let mut rng = ChaCha8Rng::seed_from_u64(hasher.finish());
+    let mut rng = ChaCha8Rng::seed_from_u64(seed_of_site(seed, &site.to_string()));
     let keep = (1.0 / (1.0 - probability)) as f32;
     let threshold = (probability * f64::from(u32::MAX)) as u32;
     let mask: Vec<f32> = (0..x.value().elem_count())
@@ -36,4 +32,12 @@ pub(crate) fn dropout(
         .collect();
     let mask = tensor(Tensor::from_vec(mask, x.dims(), x.device()))?;
     Ok(x.multiply_constant(&tensor(mask.to_dtype(x.dtype()))?)?)
+}
+
+/// FNV-1a, so that the masks of a run are the same whichever compiler built the program.
+fn seed_of_site(seed: u64, site: &str) -> u64 {
+    let bytes = seed.to_le_bytes().into_iter().chain(site.bytes());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }

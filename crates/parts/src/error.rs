@@ -53,3 +53,16 @@ pub(crate) fn tensor<T, E: Into<lapidary_kernels::Error>>(
 ) -> Result<T> {
     result.map_err(|error| Error::Kernel(error.into()))
 }
+
+/// Refuses a number outside `range`.
+pub(crate) fn bounded(
+    field: impl Into<String>,
+    value: usize,
+    range: std::ops::RangeInclusive<usize>,
+) -> Result<()> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let expected = format!("between {} and {}", range.start(), range.end());
+    Err(Error::spec(field, value, expected))
+}

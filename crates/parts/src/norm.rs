@@ -1,5 +1,11 @@
-//! Normalisation: layer norm (Ba et al., arXiv 1607.06450), RMS norm (Zhang & Sennrich, arXiv
-//! 1910.07467), or none.
+//! Normalisation of each token over its features.
+//!
+//! * Layer norm (Ba et al., Layer Normalization, 2016, arXiv 1607.06450):
+//!   `γ (x − mean x) / √(var x + ε) + β`, biased variance. `2 width` parameters, 8 operations
+//!   per number.
+//! * RMS norm (Zhang & Sennrich, 2019, arXiv 1910.07467): `γ x / √(mean(x²) + ε)`, which
+//!   neither centres nor shifts. `width` parameters, 5 operations per number.
+//! * None.
 
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
@@ -45,7 +51,7 @@ impl Default for NormSpec {
 }
 
 impl NormSpec {
-    /// Refuses an epsilon that is not a positive number.
+    /// Refuses an epsilon that is negative or not a number.
     pub fn validate(&self, field: &str) -> Result<()> {
         match self {
             Self::Layer { epsilon } | Self::Rms { epsilon }

@@ -136,26 +136,39 @@ impl<'a> Parameters<'a> {
         output: usize,
         bias: bool,
     ) -> Result<Linear> {
+        let weight = Init::Normal { deviation: 0.02 };
+        let bias = bias.then_some(Init::Zeros);
+        self.linear_starting(name, input_site, [output, input], weight, bias)
+    }
+
+    /// As [`Parameters::linear`], with other initial values: a layer of `[output, input]` whose
+    /// `bias` starts as given, or that has none.
+    pub fn linear_starting(
+        &mut self,
+        name: &str,
+        input_site: &str,
+        [output, input]: [usize; 2],
+        weight: Init,
+        bias: Option<Init>,
+    ) -> Result<Linear> {
         let path = self.join(name);
         let input_site = self.join(input_site);
         let rank = self.ranks.get(&path).copied();
-        let init = Init::Normal { deviation: 0.02 };
         let mut here = self.at(name);
-        let weight = match rank {
-            None => Weight::Dense(here.tensor("weight", &[output, input], init)?),
+        let matrix = match rank {
+            None => Weight::Dense(here.tensor("weight", &[output, input], weight)?),
             Some(rank) if rank >= 1 && rank <= input.min(output) => Weight::LowRank {
-                down: here.tensor("down", &[rank, input], init)?,
-                up: here.tensor("up", &[output, rank], init)?,
+                down: here.tensor("down", &[rank, input], weight)?,
+                up: here.tensor("up", &[output, rank], weight)?,
             },
             Some(rank) => {
                 let expected = format!("between 1 and {}", input.min(output));
                 return Err(Error::spec(format!("low_rank.{path}"), rank, expected));
             }
         };
-        let bias_tensor = if bias {
-            Some(here.tensor("bias", &[output], Init::Zeros)?)
-        } else {
-            None
+        let offset = match bias {
+            Some(init) => Some(here.tensor("bias", &[output], init)?),
+            None => None,
         };
         self.linears.push(LinearInfo {
             path,
@@ -163,8 +176,8 @@ impl<'a> Parameters<'a> {
             input,
             output,
             rank,
-            bias,
+            bias: bias.is_some(),
         });
-        Ok(Linear::from_weight(weight, bias_tensor)?)
+        Ok(Linear::from_weight(matrix, offset)?)
     }
 }

@@ -1,4 +1,14 @@
-//! Positions inside attention: rotary, ALiBi and T5's relative buckets.
+//! Positions inside attention.
+//!
+//! * Rotary (Su et al., RoFormer, 2021, arXiv 2104.09864): the pair of features `i` of a query
+//!   or key at position `t` turns by `t θ^(−2 i / width)`, so that their product knows the
+//!   distance alone. No parameters; `3 n · heads · head_width` operations.
+//! * ALiBi (Press et al., 2021, arXiv 2108.12409): head `h` adds `−m_h |i − j|` to the scores.
+//!   No parameters.
+//! * T5's relative buckets (Raffel et al., 2019, arXiv 1910.10683): head `h` adds
+//!   `table[bucket(j − i), h]`. `buckets · heads` parameters.
+//!
+//! Biases are `[1, heads, query, key]` and held whole.
 //!
 //! Positions that are added to the embeddings (learned, sinusoidal) belong to the model's input.
 
@@ -33,6 +43,18 @@ pub enum PositionSpec {
         #[serde(default = "default_max_distance")]
         max_distance: usize,
     },
+}
+
+impl PositionSpec {
+    /// The kind's name in a spec.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Rotary(_) => "rotary",
+            Self::Alibi => "alibi",
+            Self::RelativeBuckets { .. } => "relative-buckets",
+        }
+    }
 }
 
 fn default_buckets() -> usize {
@@ -129,6 +151,35 @@ impl RotarySpec {
                 factor,
                 "a positive number",
             ));
+        }
+        if let RotaryScaling::Llama3 {
+            low_frequency_factor: low,
+            high_frequency_factor: high,
+            original_length,
+            ..
+        } = self.scaling
+        {
+            if !(low.is_finite() && low > 0.0) {
+                return Err(Error::spec(
+                    format!("{field}.scaling.low_frequency_factor"),
+                    low,
+                    "a positive number",
+                ));
+            }
+            if !(high.is_finite() && high > low) {
+                return Err(Error::spec(
+                    format!("{field}.scaling.high_frequency_factor"),
+                    high,
+                    format!("above the low_frequency_factor {low}"),
+                ));
+            }
+            if original_length == 0 {
+                return Err(Error::spec(
+                    format!("{field}.scaling.original_length"),
+                    original_length,
+                    "at least 1",
+                ));
+            }
         }
         Ok(())
     }
@@ -295,9 +346,11 @@ fn bucket(distance: i64, buckets: usize, max_distance: usize, causal: bool) -> u
     if distance < exact {
         return base + distance;
     }
-    let scale = (max_distance as f64 / exact.max(1) as f64).ln();
-    let log = (distance as f64 / exact.max(1) as f64).ln() / scale;
-    base + (exact + (log * (buckets - exact) as f64) as usize).min(buckets - 1)
+    // In f32, as the published code does: where the logarithm falls on a whole number, rounding
+    // decides the bucket.
+    let scale = (max_distance as f64 / exact.max(1) as f64).ln() as f32;
+    let log = (distance as f32 / exact.max(1) as f32).ln() / scale;
+    base + (exact + (log * (buckets - exact) as f32) as usize).min(buckets - 1)
 }
 
 /// Rotary tables.
@@ -324,9 +377,9 @@ impl Rotary {
     ) -> Result<(Tensor, Tensor)> {
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
         let end = offset + length;
-        let ready = tables
-            .as_ref()
-            .is_some_and(|(cos, _)| cos.dims()[0] >= end && cos.dtype() == dtype);
+        let ready = tables.as_ref().is_some_and(|(cos, _)| {
+            cos.dims()[0] >= end && cos.dtype() == dtype && cos.device().same_device(device)
+        });
         if !ready {
             let rows = end.next_power_of_two();
             let angles = (0..rows).flat_map(|t| self.frequencies.iter().map(move |f| t as f64 * f));

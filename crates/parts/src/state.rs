@@ -63,9 +63,16 @@ impl KeyValueCache {
 
     /// Appends and gives all keys and values so far.
     pub fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (_, _, added, _) = tensor(keys.dims4())?;
+        let (batch, groups, added, width) = tensor(keys.dims4())?;
         let length = self.length + added;
-        let (_, _, capacity, _) = tensor(self.keys.dims4())?;
+        let (known_batch, known_groups, capacity, known_width) = tensor(self.keys.dims4())?;
+        if (batch, groups, width) != (known_batch, known_groups, known_width) {
+            return Err(Error::spec(
+                "batch, groups and head width of the decode state",
+                (known_batch, known_groups, known_width),
+                format!("{:?}, as in this pass", (batch, groups, width)),
+            ));
+        }
         if length > capacity {
             let capacity = length.next_power_of_two();
             self.keys = grow(&tensor(self.keys.narrow(2, 0, self.length))?, capacity)?;

@@ -30,6 +30,7 @@ mod error;
 mod linear;
 pub mod meter;
 mod operations;
+mod recurrence;
 pub mod relevance;
 mod shape;
 mod signal;
@@ -40,5 +41,6 @@ mod trace;
 
 pub use error::{Error, Result};
 pub use linear::{Linear, Weight};
+pub use recurrence::SelectiveScan;
 pub use signal::{Lens, Signal};
 pub use trace::{SiteRecord, Trace};

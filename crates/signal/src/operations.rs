@@ -347,6 +347,20 @@ impl Signal {
         }
     }
 
+    /// Queries, keys and values as [`Signal::attend`] would use them, this signal being the
+    /// values: for those who compute the weights themselves and then [`Signal::mix`]. Under
+    /// relevance each has its share of the gradient; otherwise they are as they were.
+    pub fn share_attention(&self, q: &Self, k: &Self) -> Result<(Self, Self, Self)> {
+        match &self.lens {
+            Lens::Relevance(rules) => {
+                let (q_shared, k_shared, v_shared) =
+                    rules.share_attention(&q.value, &k.value, &self.value)?;
+                Ok((q.carry(q_shared), k.carry(k_shared), self.carry(v_shared)))
+            }
+            _ => Ok((q.clone(), k.clone(), self.clone())),
+        }
+    }
+
     /// Mixes this signal's positions by ready weights `[batch, heads, query, key]`.
     pub fn mix(&self, weights: &Tensor) -> Result<Self> {
         let heads = tensor(weights.dim(1))?;

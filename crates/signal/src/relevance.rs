@@ -173,16 +173,32 @@ impl RelevanceRules {
                 let v = tensor(naive::repeat_groups(v, tensor(q.dim(1))?)?.contiguous())?;
                 tensor(weights.matmul(&v))
             }
-            // R(A V): half to A, half to V. R(A) reaches the scores by the softmax's gradient,
-            // and of each score half goes to the query and half to the key.
-            AttentionRule::Uniform => Ok(attention(
-                &scale_gradient_by(q, 0.25)?,
-                &scale_gradient_by(k, 0.25)?,
-                &scale_gradient_by(v, 0.5)?,
-                options,
-            )?),
+            AttentionRule::Uniform => {
+                let (q, k, v) = self.share_attention(q, k, v)?;
+                Ok(attention(&q, &k, &v, options)?)
+            }
             AttentionRule::Gradient => Ok(attention(q, k, v, options)?),
         }
+    }
+
+    /// Queries, keys and values with the part of the gradient that the rule gives each.
+    pub(crate) fn share_attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<(Tensor, Tensor, Tensor)> {
+        Ok(match self.attention {
+            AttentionRule::Detach => (q.detach(), k.detach(), v.clone()),
+            // R(A V): half to A, half to V. R(A) reaches the scores by the softmax's gradient,
+            // and of each score half goes to the query and half to the key.
+            AttentionRule::Uniform => (
+                scale_gradient_by(q, 0.25)?,
+                scale_gradient_by(k, 0.25)?,
+                scale_gradient_by(v, 0.5)?,
+            ),
+            AttentionRule::Gradient => (q.clone(), k.clone(), v.clone()),
+        })
     }
 
     pub(crate) fn product(&self, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {

@@ -117,6 +117,19 @@ impl Signal {
         })
     }
 
+    /// The value with streams that are all zero: what is written here is followed no further,
+    /// while whatever depends on the true value stays as it is. Without the streams lens, the
+    /// signal itself.
+    pub fn unfollowed(self) -> Result<Self> {
+        match &self.lens {
+            Lens::Streams(streams) => {
+                let streams = streams.zeros(&self.value)?;
+                Ok(Self::carry_streams(self.value, streams))
+            }
+            _ => Ok(self),
+        }
+    }
+
     /// Puts the relevance lens on. The value becomes a leaf whose gradient, times the value, is
     /// its relevance; it is given back beside the signal.
     ///

@@ -114,13 +114,7 @@ impl Trace {
     }
 
     fn rule(mut self, glob: &str, action: Action) -> Result<Self> {
-        let matcher = Glob::new(glob)
-            .map_err(|error| Error::Pattern {
-                pattern: glob.to_owned(),
-                reason: error.to_string(),
-            })?
-            .compile_matcher();
-        self.rules.push((matcher, action));
+        self.rules.push((compile(glob)?, action));
         Ok(self)
     }
 
@@ -193,6 +187,19 @@ impl Trace {
             .clone()
     }
 
+    /// An error when no site that was written matches `glob`.
+    pub fn check_matched(&self, glob: &str) -> Result<()> {
+        let names = self.names();
+        let matcher = compile(glob)?;
+        if names.iter().any(|name| matcher.is_match(name)) {
+            return Ok(());
+        }
+        Err(Error::NoSuchSite {
+            pattern: glob.to_owned(),
+            written: summary(&names),
+        })
+    }
+
     /// The record of one captured or tapped site.
     pub fn record(&self, site: &str) -> Result<SiteRecord> {
         let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
@@ -233,6 +240,14 @@ impl Trace {
             .conservation
             .clone()
     }
+}
+
+fn compile(glob: &str) -> Result<GlobMatcher> {
+    let pattern = Glob::new(glob).map_err(|error| Error::Pattern {
+        pattern: glob.to_owned(),
+        reason: error.to_string(),
+    })?;
+    Ok(pattern.compile_matcher())
 }
 
 fn summary(names: &[String]) -> String {

@@ -1,5 +1,6 @@
 //! Small models in f64 whose every parameter matters.
 #![allow(dead_code, reason = "each test file uses a part of these")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Initialiser, Input, Model, ModelSpec};

@@ -183,11 +183,14 @@ fn score_tile<T: Real>(
     for (row, i) in tile.chunks_exact_mut(columns).zip(queries.clone()) {
         if let Some(bias) = bias {
             let values = bias.rows(batch, head, &(i..i + 1), p.keys).data;
-            simd::vectorised(|| {
-                for (score, &b) in row.iter_mut().zip(&values[keys.clone()]) {
-                    *score += b;
-                }
-            });
+            simd::vectorised(
+                #[inline(always)]
+                || {
+                    for (score, &b) in row.iter_mut().zip(&values[keys.clone()]) {
+                        *score += b;
+                    }
+                },
+            );
         }
         let visible = p.visible(i);
         let first = visible.start.clamp(keys.start, keys.end) - keys.start;
@@ -221,7 +224,7 @@ pub(super) fn forward<T: Real>(
     let items = p.batch * p.heads * query_blocks;
     let work = QUERIES * p.keys.max(1) * (p.width + p.value_width) / 8;
     host::share(items, work, |range| {
-        let mut tile = vec![T::zero(); QUERIES * KEYS];
+        let mut tile = host::unwritten::<T>(QUERIES * KEYS);
         for item in range {
             let (block, head) = (item % query_blocks, item / query_blocks % p.heads);
             let batch = item / query_blocks / p.heads;
@@ -255,29 +258,35 @@ pub(super) fn forward<T: Real>(
                     (q_tile, k_tile),
                     bias,
                 );
-                simd::vectorised(|| {
-                    online_softmax(tile, columns, &mut maxima, &mut totals, |row, factor| {
-                        for o in out.row(row) {
-                            *o *= factor;
-                        }
-                    });
-                });
+                simd::vectorised(
+                    #[inline(always)]
+                    || {
+                        online_softmax(tile, columns, &mut maxima, &mut totals, |row, factor| {
+                            for o in out.row(row) {
+                                *o *= factor;
+                            }
+                        });
+                    },
+                );
                 out.add_product(
                     Matrix::packed(tile, queries.len(), columns),
                     v.rows(batch, group, &keys, p.value_width),
                 );
             }
-            simd::vectorised(|| {
-                for (row, sum) in sums.iter_mut().enumerate() {
-                    if totals[row] > T::zero() {
-                        *sum = maxima[row] + totals[row].ln();
-                        let inverse = T::one() / totals[row];
-                        for o in out.row(row) {
-                            *o *= inverse;
+            simd::vectorised(
+                #[inline(always)]
+                || {
+                    for (row, sum) in sums.iter_mut().enumerate() {
+                        if totals[row] > T::zero() {
+                            *sum = maxima[row] + totals[row].ln();
+                            let inverse = T::one() / totals[row];
+                            for o in out.row(row) {
+                                *o *= inverse;
+                            }
                         }
                     }
-                }
-            });
+                },
+            );
         }
     });
     (output, log_sums)
@@ -357,8 +366,8 @@ pub(super) fn backward<T: Real>(
     let heads_per_group = p.heads / p.groups;
     let work = heads_per_group * p.queries * p.keys.max(1) * (p.width + p.value_width) / 4;
     host::share(p.batch * p.groups, work.max(1), |range| {
-        let mut weights = vec![T::zero(); QUERIES * KEYS];
-        let mut slopes = vec![T::zero(); QUERIES * KEYS];
+        let mut weights = host::unwritten::<T>(QUERIES * KEYS);
+        let mut slopes = host::unwritten::<T>(QUERIES * KEYS);
         for item in range {
             let (batch, group) = (item / p.groups, item % p.groups);
             for head in group * heads_per_group..(group + 1) * heads_per_group {
@@ -368,12 +377,15 @@ pub(super) fn backward<T: Real>(
                     let log_sums = &saved.log_sums
                         [(batch * p.heads + head) * p.queries + queries.start..][..queries.len()];
                     let mut deltas = [T::zero(); QUERIES];
-                    simd::vectorised(|| {
-                        for (row, delta) in deltas[..queries.len()].iter_mut().enumerate() {
-                            let at = output_row(row)..output_row(row) + p.value_width;
-                            *delta = simd::dot(&saved.output[at.clone()], &saved.gradient[at]);
-                        }
-                    });
+                    simd::vectorised(
+                        #[inline(always)]
+                        || {
+                            for (row, delta) in deltas[..queries.len()].iter_mut().enumerate() {
+                                let at = output_row(row)..output_row(row) + p.value_width;
+                                *delta = simd::dot(&saved.output[at.clone()], &saved.gradient[at]);
+                            }
+                        },
+                    );
                     let q_tile = q.rows(batch, head, &queries, p.width);
                     let d_output = Matrix::spaced(
                         &saved.gradient[first.min(saved.gradient.len())..],
@@ -411,9 +423,10 @@ pub(super) fn backward<T: Real>(
                             v_tile.transposed(),
                             Threads::One,
                         );
-                        simd::vectorised(|| {
-                            weights_and_slopes(weights, slopes, columns, log_sums, &deltas)
-                        });
+                        simd::vectorised(
+                            #[inline(always)]
+                            || weights_and_slopes(weights, slopes, columns, log_sums, &deltas),
+                        );
                         if bias_gradient {
                             for (row, i) in slopes.chunks_exact(columns).zip(queries.clone()) {
                                 let at = ((batch * p.heads + head) * p.queries + i) * p.keys;

@@ -92,12 +92,20 @@ impl AdamW {
             );
             let variable = &parameter.variable;
             match &mut slot.moments {
-                Moments::F32(moments) => {
-                    update(variable, moments, gradient, |w, m, g| rule.apply(w, m, g))?
-                }
-                Moments::F64(moments) => {
-                    update(variable, moments, gradient, |w, m, g| rule.apply(w, m, g))?
-                }
+                Moments::F32(moments) => update(
+                    variable,
+                    moments,
+                    gradient,
+                    #[inline(always)]
+                    |w, m, g| rule.apply(w, m, g),
+                )?,
+                Moments::F64(moments) => update(
+                    variable,
+                    moments,
+                    gradient,
+                    #[inline(always)]
+                    |w, m, g| rule.apply(w, m, g),
+                )?,
             }
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! Checkpoints: named tensors in safetensors files, one or sharded, memory-mapped.
 //!
-//! [`Checkpoint::open`] believes nothing that it has not checked against [`Limits`](crate::Limits)
-//! and the file's size (see [`header`]). Tensors are converted to the asked type one at a time, so
+//! [`Checkpoint::open`] believes nothing that it has not checked against [`Limits`]
+//! and the file's size. Tensors are converted to the asked type one at a time, so
 //! that memory holds what was asked for and not the file. [`write_checkpoint`] is the way back.
 
 mod convert;

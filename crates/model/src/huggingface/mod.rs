@@ -1,5 +1,6 @@
 //! What Lapidary knows of Hugging Face model directories.
 
 pub mod config;
+pub mod families;
 
 pub use config::{Config, ConfigError, Family};

@@ -5,6 +5,7 @@ mod multi_head;
 pub use multi_head::{MultiHeadAttention, MultiHeadSpec, QueryKeyNorm};
 
 use crate::parameters::Parameters;
+use crate::recurrent::{Mamba, MambaSpec};
 use crate::state::MixerState;
 use crate::{Context, Result};
 use lapidary_signal::Signal;
@@ -17,6 +18,8 @@ use serde::{Deserialize, Serialize};
 pub enum MixerSpec {
     /// Softmax attention with several heads (Vaswani et al., arXiv 1706.03762).
     MultiHead(MultiHeadSpec),
+    /// A selective state-space recurrence (Gu & Dao, arXiv 2312.00752).
+    Mamba(MambaSpec),
 }
 
 impl MixerSpec {
@@ -24,6 +27,7 @@ impl MixerSpec {
     pub fn validate(&self, width: usize, field: &str) -> Result<()> {
         match self {
             Self::MultiHead(spec) => spec.validate(width, field),
+            Self::Mamba(spec) => spec.validate(width, field),
         }
     }
 
@@ -31,6 +35,7 @@ impl MixerSpec {
     pub fn is_causal(&self) -> bool {
         match self {
             Self::MultiHead(spec) => spec.causal,
+            Self::Mamba(_) => true,
         }
     }
 
@@ -38,6 +43,7 @@ impl MixerSpec {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::MultiHead(_) => "multi-head",
+            Self::Mamba(_) => "mamba",
         }
     }
 }
@@ -46,7 +52,9 @@ impl MixerSpec {
 #[derive(Debug)]
 pub enum Mixer {
     /// Softmax attention.
-    MultiHead(MultiHeadAttention),
+    MultiHead(Box<MultiHeadAttention>),
+    /// A selective recurrence.
+    Mamba(Box<Mamba>),
 }
 
 impl Mixer {
@@ -54,8 +62,10 @@ impl Mixer {
     pub fn new(spec: &MixerSpec, width: usize, parameters: Parameters<'_>) -> Result<Self> {
         Ok(match spec {
             MixerSpec::MultiHead(spec) => {
-                Self::MultiHead(MultiHeadAttention::new(spec, width, parameters)?)
+                let attention = MultiHeadAttention::new(spec, width, parameters)?;
+                Self::MultiHead(Box::new(attention))
             }
+            MixerSpec::Mamba(spec) => Self::Mamba(Box::new(Mamba::new(spec, width, parameters)?)),
         })
     }
 
@@ -68,6 +78,7 @@ impl Mixer {
     ) -> Result<Signal> {
         match self {
             Self::MultiHead(attention) => attention.forward(x, cx, state),
+            Self::Mamba(mamba) => mamba.forward(x, cx, state),
         }
     }
 }

@@ -2,19 +2,32 @@
 //! with grouped keys and values (Ainslie et al., arXiv 2305.13245), sliding windows, and the
 //! positions of [`crate::position`].
 //!
-//! `y = concat_h( softmax(scale · Q_h K_hᵀ + bias) V_h ) W_Oᵀ + b_O`
+//! ```text
+//! Q = x W_Qᵀ + b_Q                    [batch, heads, query, head_width]
+//! K, V = s W_Kᵀ + b_K, s W_Vᵀ + b_V   [batch, groups, key, head_width], s = x or the memory
+//! y = concat_h( softmax(scale · Q_h K_gᵀ + bias) V_g ) W_Oᵀ + b_O,   g = h · groups / heads
+//! ```
+//!
+//! Cost for `n` queries over the `p` query-key pairs that masks leave: products
+//! `4 n width · head_width · (heads + groups)` with as many keys as queries, and
+//! `p · heads · (4 head_width + 5)` for scores, softmax and mixing; a decoding step pays for its
+//! own row. Memory of the state: `2 · groups · head_width` numbers per token. Parameters:
+//! `2 width · head_width · (heads + groups)` and the biases.
 
 use crate::dropout::dropout;
-use crate::error::tensor;
+use crate::error::{bounded, tensor};
 use crate::norm::{Norm, NormSpec};
 use crate::parameters::Parameters;
 use crate::position::{Position, PositionSpec};
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
 use lapidary_kernels::{AttentionOptions, Tensor, naive};
-use lapidary_signal::{Lens, Linear, Signal, relevance::AttentionRule};
+use lapidary_signal::{Lens, Linear, Signal};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+const MAX_INNER: usize = 1 << 20;
+const MAX_BUCKETS: usize = 1 << 12;
 
 /// Multi-head attention.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -114,8 +127,9 @@ impl MultiHeadSpec {
                 format!("a divisor of the width {width}, or head_width must be given"),
             ));
         }
-        if self.head_width == Some(0) {
-            return Err(Error::spec(at("head_width"), 0, "at least 1"));
+        if let Some(head_width) = self.head_width {
+            let widest = MAX_INNER / self.heads;
+            bounded(at("head_width"), head_width, 1..=widest.max(1))?;
         }
         let groups = self.groups();
         if groups == 0 || !self.heads.is_multiple_of(groups) {
@@ -135,6 +149,12 @@ impl MultiHeadSpec {
                 "at least 0 and below 1",
             ));
         }
+        if let Some(scale) = self.scale.filter(|scale| !scale.is_finite()) {
+            return Err(Error::spec(at("scale"), scale, "a finite number"));
+        }
+        if let Some(QueryKeyNorm { norm, .. }) = &self.query_key_norm {
+            norm.validate(&at("query_key_norm.norm"))?;
+        }
         match &self.position {
             PositionSpec::Rotary(rotary) => {
                 rotary.validate(self.head_width(width), &at("position"))
@@ -143,18 +163,47 @@ impl MultiHeadSpec {
                 buckets,
                 max_distance,
             } => {
-                let half = if self.causal { *buckets } else { buckets / 2 };
-                if half < 2 || *max_distance <= half / 2 {
+                let least = if self.causal { 2 } else { 4 };
+                bounded(at("position.buckets"), *buckets, least..=MAX_BUCKETS)?;
+                let exact = if self.causal {
+                    buckets / 2
+                } else {
+                    buckets / 4
+                };
+                if *max_distance <= exact {
                     return Err(Error::spec(
-                        at("position.buckets"),
-                        buckets,
-                        "at least 4, and max_distance above half of them",
+                        at("position.max_distance"),
+                        max_distance,
+                        format!("above {exact}, the distances that have a bucket of their own"),
                     ));
                 }
                 Ok(())
             }
             PositionSpec::None | PositionSpec::Alibi => Ok(()),
         }
+    }
+
+    /// As [`MultiHeadSpec::validate`], for attention over a memory, whose positions have nothing
+    /// to do with those of the queries.
+    pub fn validate_cross(&self, width: usize, field: &str) -> Result<()> {
+        self.validate(width, field)?;
+        let refuse = |name: &str, found: &str, expected: &str| {
+            Err(Error::spec(
+                format!("{field}.{name}"),
+                found,
+                format!("{expected} in cross-attention"),
+            ))
+        };
+        if self.causal {
+            return refuse("causal", "true", "false");
+        }
+        if self.window.is_some() {
+            return refuse("window", "given", "absent");
+        }
+        if self.position != PositionSpec::None {
+            return refuse("position.kind", self.position.kind(), "none");
+        }
+        Ok(())
     }
 }
 
@@ -175,8 +224,27 @@ pub struct MultiHeadAttention {
 }
 
 impl MultiHeadAttention {
-    /// Builds the module for tokens of `width`.
-    pub fn new(spec: &MultiHeadSpec, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
+    /// Builds self-attention for tokens of `width`.
+    pub fn new(spec: &MultiHeadSpec, width: usize, parameters: Parameters<'_>) -> Result<Self> {
+        Self::reading("in", spec, width, parameters)
+    }
+
+    /// Builds attention of tokens of `width` over a memory of the same width.
+    pub fn over_memory(
+        spec: &MultiHeadSpec,
+        width: usize,
+        parameters: Parameters<'_>,
+    ) -> Result<Self> {
+        Self::reading("memory", spec, width, parameters)
+    }
+
+    /// `source` is the site that keys and values are computed from.
+    fn reading(
+        source: &str,
+        spec: &MultiHeadSpec,
+        width: usize,
+        mut parameters: Parameters<'_>,
+    ) -> Result<Self> {
         let head_width = spec.head_width(width);
         let (heads, groups) = (spec.heads, spec.groups());
         let query_width = heads * head_width;
@@ -198,8 +266,8 @@ impl MultiHeadAttention {
             path: parameters.path().to_owned(),
             head_width,
             query: parameters.linear("query", "in", width, query_width, spec.bias)?,
-            key: parameters.linear("key", "in", width, key_width, spec.bias)?,
-            value: parameters.linear("value", "in", width, key_width, spec.bias)?,
+            key: parameters.linear("key", source, width, key_width, spec.bias)?,
+            value: parameters.linear("value", source, width, key_width, spec.bias)?,
             output: parameters.linear(
                 "output",
                 "mixed",
@@ -240,7 +308,10 @@ impl MultiHeadAttention {
         cx: &Context<'_>,
     ) -> Result<Signal> {
         let x = cx.trace.site(format_args!("{}.in", self.path), x.clone())?;
-        self.attend(&x, memory, memory_padding, false, cx, None)
+        let memory = cx
+            .trace
+            .site(format_args!("{}.memory", self.path), memory.clone())?;
+        self.attend(&x, &memory, memory_padding, false, cx, None)
     }
 
     fn attend(
@@ -269,14 +340,11 @@ impl MultiHeadAttention {
         let v = self.split_heads(&v, self.spec.groups())?;
         let q = normalise(&q, &self.query_norm, !self.whole_norm())?;
         let k = normalise(&k, &self.key_norm, !self.whole_norm())?;
-        let (q, mut k) = self.rotate(q, k, cx.offset)?;
-        let mut v = v;
-        if let Some(state) = state {
-            let (keys, values) = state.cache(k.value(), v.value())?;
-            if keys.dims() != k.dims() {
-                (k, v) = (Signal::from(keys), Signal::from(values));
-            }
-        }
+        let (q, k) = self.rotate(q, k, cx.offset)?;
+        let (k, v) = match state {
+            Some(state) => recall(state, k, v)?,
+            None => (k, v),
+        };
         let (queries, keys) = (q.dims()[2], k.dims()[2]);
         let options = AttentionOptions {
             scale: self
@@ -316,17 +384,15 @@ impl MultiHeadAttention {
         if !wanted && !drops {
             return Ok(v.attend(q, k, options)?);
         }
+        let (q, k, v) = v.share_attention(q, k)?;
         let weights = Signal::from(naive::attention_weights(q.value(), k.value(), options)?);
-        let weights = cx
-            .trace
-            .site(format_args!("{}.weights", self.path), weights)?;
-        if let Lens::Relevance(rules) = v.lens()
-            && rules.attention != AttentionRule::Gradient
-        {
-            return Ok(v.attend(q, k, options)?);
-        }
         let site = format_args!("{}.weights", self.path);
+        let weights = cx.trace.site(site, weights)?;
         let weights = dropout(&weights, self.spec.dropout, site, cx)?;
+        if let Lens::Meter(..) = v.lens() {
+            // Counted as if fused, so that looking at the weights doesn't change the cost.
+            return Ok(v.attend(&q, &k, options)?);
+        }
         Ok(v.mix(weights.value())?)
     }
 
@@ -353,6 +419,24 @@ impl MultiHeadAttention {
         let pairs = rotary.pairs();
         Ok((q.rotary(&cos, &sin, pairs)?, k.rotary(&cos, &sin, pairs)?))
     }
+}
+
+/// Keys and values of every token so far. Those of earlier tokens are constants to any lens.
+fn recall(state: &mut MixerState, k: Signal, v: Signal) -> Result<(Signal, Signal)> {
+    let new = k.dims()[2];
+    let (keys, values) = state.cache(k.value(), v.value())?;
+    let earlier = keys.dims()[2] - new;
+    let with_lens = |all: Tensor, latest: Signal| -> Result<Signal> {
+        if earlier == 0 {
+            return Ok(latest);
+        }
+        if matches!(latest.lens(), Lens::Plain) {
+            return Ok(Signal::from(all));
+        }
+        let past = Signal::from(tensor(all.narrow(2, 0, earlier))?);
+        Ok(Signal::concatenate(&[past, latest], 2)?)
+    };
+    Ok((with_lens(keys, k)?, with_lens(values, v)?))
 }
 
 fn normalise(x: &Signal, norm: &Option<Norm>, now: bool) -> Result<Signal> {

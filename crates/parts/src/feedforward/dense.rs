@@ -1,5 +1,10 @@
-//! The two-layer feed-forward part (Vaswani et al., 2017, arXiv 1706.03762):
-//! `y = f(x W₁ᵀ + b₁) W₂ᵀ + b₂`.
+//! The two-layer feed-forward part (Vaswani et al., Attention Is All You Need, 2017, arXiv
+//! 1706.03762), the same for every token:
+//!
+//! `y = f(x W_upᵀ + b_up) W_downᵀ + b_down`, `x, y` `[.., width]`, hidden `[.., hidden]`
+//!
+//! Cost per token: `4 width · hidden` and the activation. Parameters: `2 width · hidden`, and
+//! `hidden + width` for the biases.
 
 use crate::activation::ActivationSpec;
 use crate::parameters::Parameters;

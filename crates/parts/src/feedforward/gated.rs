@@ -1,5 +1,11 @@
 //! The gated feed-forward part (Shazeer, GLU Variants Improve Transformer, 2020, arXiv
-//! 2002.05202): `y = (f(x W_gᵀ) ⊙ x W_uᵀ) W_dᵀ`.
+//! 2002.05202): a second projection decides how much of each hidden feature passes.
+//!
+//! `y = (f(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ`, `x, y` `[.., width]`, hidden `[.., hidden]`
+//!
+//! Cost per token: `6 width · hidden`, the activation and the product. Parameters:
+//! `3 width · hidden`, and `2 hidden + width` for biases. With `f = sigmoid` the GLU of Dauphin
+//! et al. (arXiv 1612.08083), with SiLU Llama's.
 
 use crate::activation::ActivationSpec;
 use crate::parameters::Parameters;

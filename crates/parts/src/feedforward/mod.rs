@@ -2,15 +2,20 @@
 
 mod dense;
 mod gated;
+mod mixture;
 
 pub use dense::{Dense, DenseSpec};
 pub use gated::{Gated, GatedSpec};
+pub use mixture::{Mixture, MixtureSpec};
 
+use crate::error::bounded;
 use crate::parameters::Parameters;
 use crate::{Context, Result};
 use lapidary_signal::Signal;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+const MAX_HIDDEN: usize = 1 << 20;
 
 /// Which feed-forward part, and how it is set up.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -20,22 +25,26 @@ pub enum FeedforwardSpec {
     Dense(DenseSpec),
     /// A gated linear unit (Shazeer, arXiv 2002.05202).
     Gated(GatedSpec),
+    /// A sparse mixture of gated experts (Jiang et al., arXiv 2401.04088).
+    Mixture(MixtureSpec),
 }
 
 impl FeedforwardSpec {
     /// Refuses what cannot be built.
     pub fn validate(&self, field: &str) -> Result<()> {
+        bounded(format!("{field}.hidden"), self.hidden(), 1..=MAX_HIDDEN)?;
         match self {
-            Self::Dense(spec) => positive(spec.hidden, &format!("{field}.hidden")),
-            Self::Gated(spec) => positive(spec.hidden, &format!("{field}.hidden")),
+            Self::Dense(_) | Self::Gated(_) => Ok(()),
+            Self::Mixture(spec) => spec.validate(field),
         }
     }
 
-    /// Width between the layers.
+    /// Width between the layers, of each expert in a mixture.
     pub fn hidden(&self) -> usize {
         match self {
             Self::Dense(spec) => spec.hidden,
             Self::Gated(spec) => spec.hidden,
+            Self::Mixture(spec) => spec.hidden,
         }
     }
 
@@ -44,15 +53,9 @@ impl FeedforwardSpec {
         match self {
             Self::Dense(_) => "dense",
             Self::Gated(_) => "gated",
+            Self::Mixture(_) => "mixture",
         }
     }
-}
-
-fn positive(value: usize, field: &str) -> Result<()> {
-    if value == 0 {
-        return Err(crate::Error::spec(field, value, "at least 1"));
-    }
-    Ok(())
 }
 
 /// A feed-forward part with its parameters.
@@ -62,6 +65,8 @@ pub enum Feedforward {
     Dense(Dense),
     /// Gated.
     Gated(Gated),
+    /// A mixture of experts.
+    Mixture(Mixture),
 }
 
 impl Feedforward {
@@ -70,6 +75,7 @@ impl Feedforward {
         Ok(match spec {
             FeedforwardSpec::Dense(spec) => Self::Dense(Dense::new(spec, width, parameters)?),
             FeedforwardSpec::Gated(spec) => Self::Gated(Gated::new(spec, width, parameters)?),
+            FeedforwardSpec::Mixture(spec) => Self::Mixture(Mixture::new(spec, width, parameters)?),
         })
     }
 
@@ -78,6 +84,7 @@ impl Feedforward {
         match self {
             Self::Dense(part) => part.forward(x, cx),
             Self::Gated(part) => part.forward(x, cx),
+            Self::Mixture(part) => part.forward(x, cx),
         }
     }
 }

@@ -629,6 +629,14 @@ impl Streams {
         })
     }
 
+    /// Streams of zeros beside `value`.
+    pub(crate) fn zeros(&self, value: &Tensor) -> Result<Self> {
+        let mut shape = vec![self.count()];
+        shape.extend(value.dims());
+        let zero = tensor(Tensor::zeros(shape, value.dtype(), value.device()))?;
+        Ok(self.mixed(Expression::stored(&zero)?))
+    }
+
     /// Joins streamed values along `dim` of the value.
     pub(crate) fn concatenate(parts: &[(&Tensor, Self)], dim: usize) -> Result<Self> {
         let [(_, first), rest @ ..] = parts else {
@@ -656,12 +664,9 @@ impl Streams {
 
     /// Streams of a value that belongs to none: zero everywhere, the value pending.
     pub(crate) fn of_constant(&self, value: &Tensor) -> Result<Self> {
-        let mut shape = vec![self.count()];
-        shape.extend(value.dims());
-        let zero = tensor(Tensor::zeros(shape, value.dtype(), value.device()))?;
         Ok(Self {
             pending: Some(value.clone()),
-            ..self.mixed(Expression::stored(&zero)?)
+            ..self.zeros(value)?
         })
     }
 

@@ -1,7 +1,7 @@
 //! `config.json` of the families that load.
 //!
 //! A field that the file leaves out has the value that `transformers` gives it: each family's
-//! defaults are a value of its struct ([`overlay`]), and the file's fields are laid over them.
+//! defaults are a value of its struct (`overlay`), and the file's fields are laid over them.
 //! Fields that do not change what the model computes (dropout, initialisation) are kept as they
 //! are in [`Config::fields`] and not interpreted.
 

@@ -206,7 +206,7 @@ fn what_is_wrong_is_named_with_what_would_be_right() {
         ),
         (
             json!({"model_type": "mamba", "expand": 1e300}),
-            "intermediate_size is",
+            "expand times hidden_size is",
         ),
         (
             json!({"model_type": "mamba", "time_step_rank": "some"}),

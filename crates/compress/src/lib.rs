@@ -1,0 +1,71 @@
+//! Decompositions of a checkpoint: the same model with fewer parameters, and what that cost.
+//!
+//! Every method goes the same way:
+//!
+//! 1. [`Method::requirements`] says which statistics it needs. Requirements unite.
+//! 2. [`Calibration::collect`] finds them all in one pass over [`CalibrationData`].
+//! 3. [`Plan::new`] gives each layer its share of a [`Budget`]; nothing is cut yet.
+//! 4. [`Plan::apply`] makes the [`Compressed`] model with a [`Report`], and refuses statistics
+//!    that belong to other weights.
+//! 5. [`quality`] measures what is left; [`Compressed::trainable`] is where fine-tuning starts;
+//!    [`export_dense`] multiplies the factors out again.
+//!
+//! ```
+//! use lapidary_compress::{
+//!     Budget, Calibration, CalibrationData, CalibrationOptions, Method, Plan, Selection,
+//! };
+//! use lapidary_kernels::{DType, Device};
+//! use lapidary_model::{Model, ModelSpec};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let spec: ModelSpec = toml::from_str(r#"
+//!     width = 16
+//!     input = { kind = "tokens", vocabulary = 32, length = 8 }
+//!     head = { kind = "language-model" }
+//!     [[blocks]]
+//!     attention = { kind = "multi-head", heads = 2, causal = true }
+//!     feedforward = { kind = "dense", hidden = 64 }
+//! "#)?;
+//! let model = Model::initialised(spec, 1, DType::F32, &Device::Cpu)?;
+//! let data = CalibrationData::windows([vec![1, 5, 2, 7], vec![3, 3, 9, 4]])?;
+//!
+//! let (method, selection) = (Method::Fwsvd, Selection::default());
+//! let requirements = method.requirements(&model, &selection)?;
+//! let calibration =
+//!     Calibration::collect(&model, &data, &requirements, CalibrationOptions::default())?;
+//! let plan = Plan::new(&model, method, &selection, &Budget::Keep(0.5))?;
+//! let compressed = plan.apply(&model, Some(&calibration))?;
+//! assert!(compressed.report.after.parameters < compressed.report.before.parameters);
+//! # Ok(()) }
+//! ```
+
+mod calibration;
+mod data;
+mod error;
+mod export;
+mod factorise;
+mod fingerprint;
+pub mod fisher;
+pub mod fwsvd;
+mod objective;
+mod output;
+mod plan;
+pub mod quality;
+mod report;
+mod requirements;
+mod selection;
+mod sites;
+
+pub use calibration::{Calibration, CalibrationOptions};
+pub use data::{CalibrationData, Content, Example, Target};
+pub use error::{Error, Result};
+pub use export::{export_dense, two_layer_parameters};
+pub use factorise::Compressed;
+pub use fingerprint::Fingerprint;
+pub use fwsvd::Method;
+pub use objective::Objective;
+pub use output::output_errors;
+pub use plan::{Budget, Change, LayerPlan, Plan};
+pub use report::{LayerErrors, LayerReport, Report, Size};
+pub use requirements::{Requirements, Statistic};
+pub use selection::{Layer, Selection};

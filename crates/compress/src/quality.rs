@@ -1,0 +1,216 @@
+//! What a model is worth, and how far another one is from it.
+
+use lapidary_kernels::{D, DType, SoftmaxMask, Tensor, gather, log_softmax};
+use lapidary_model::{HeadSpec, Model};
+use serde::Serialize;
+
+use crate::calibration::forward;
+use crate::data::{Batch, Target, real_rows};
+use crate::error::engine;
+use crate::{CalibrationData, Error, Example, Result};
+
+/// A stretch of text, of which the last tokens are scored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// The tokens.
+    pub tokens: Vec<u32>,
+    /// The first of these many tokens are only read. At least 1: the first token of a window
+    /// has nothing that predicts it.
+    pub context: usize,
+}
+
+/// Cuts a text into windows of at most `length` tokens that start `stride` apart. Each token but
+/// the first is scored exactly once, in the first window that holds it.
+///
+/// ```
+/// use lapidary_compress::quality::sliding_windows;
+/// let windows = sliding_windows(&[1, 2, 3, 4, 5], 4, 2)?;
+/// let cut: Vec<_> = windows.iter().map(|w| (w.tokens.as_slice(), w.context)).collect();
+/// assert_eq!(cut, [(&[1, 2, 3, 4][..], 1), (&[3, 4, 5][..], 2)]);
+/// # Ok::<(), lapidary_compress::Error>(())
+/// ```
+pub fn sliding_windows(tokens: &[u32], length: usize, stride: usize) -> Result<Vec<Window>> {
+    if length < 2 {
+        return Err(Error::invalid("window", length, "at least 2 tokens"));
+    }
+    if stride == 0 || stride >= length {
+        return Err(Error::invalid(
+            "stride",
+            stride,
+            format!("between 1 and {}, below the window", length - 1),
+        ));
+    }
+    if tokens.len() < 2 {
+        return Err(Error::invalid(
+            "length of the text",
+            tokens.len(),
+            "at least 2 tokens",
+        ));
+    }
+    let mut windows = Vec::new();
+    let (mut start, mut scored) = (0, 1);
+    loop {
+        let end = (start + length).min(tokens.len());
+        windows.push(Window {
+            tokens: tokens.get(start..end).unwrap_or_default().to_vec(),
+            context: scored - start,
+        });
+        if end == tokens.len() {
+            return Ok(windows);
+        }
+        scored = end;
+        start += stride;
+    }
+}
+
+/// The exponential of the mean negative log-likelihood of tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Perplexity {
+    /// The perplexity.
+    pub value: f64,
+    /// Tokens that were scored.
+    pub tokens: usize,
+    /// Windows they were in.
+    pub windows: usize,
+}
+
+/// The perplexity of a causal language model on windows, `batch` at a time.
+pub fn perplexity(model: &Model, windows: &[Window], batch: usize) -> Result<Perplexity> {
+    if !model.spec().is_causal() || !matches!(model.spec().head, HeadSpec::LanguageModel { .. }) {
+        return Err(Error::invalid(
+            "model",
+            "not a causal language model",
+            "one: perplexity is defined by predicting each next token",
+        ));
+    }
+    let device = model.device();
+    let (mut sum, mut tokens) = (0.0, 0);
+    for chunk in windows.chunks(batch.max(1)) {
+        let examples: Vec<Example> = chunk
+            .iter()
+            .map(|window| Example::window(window.tokens.clone()))
+            .collect();
+        let data = CalibrationData::new(examples)?;
+        let batch = Batch::new(data.examples(), &device)?;
+        let logits = forward(model, &batch, None)?.into_logits()?.into_value();
+        for (row, window) in chunk.iter().enumerate() {
+            let first = window.context.max(1);
+            let Some(targets) = window.tokens.get(first..).filter(|rest| !rest.is_empty()) else {
+                continue;
+            };
+            let count = targets.len();
+            let scores = scores_of(&logits, row, first - 1, count)?;
+            sum += negative_log_likelihood(&scores, targets)?;
+            tokens += count;
+        }
+    }
+    if tokens == 0 {
+        return Err(Error::invalid("tokens to score", 0, "at least 1"));
+    }
+    Ok(Perplexity {
+        value: (sum / tokens as f64).exp(),
+        tokens,
+        windows: windows.len(),
+    })
+}
+
+/// `[count, vocabulary]` of `[batch, length, vocabulary]`: one sequence from `start` on.
+fn scores_of(
+    logits: &Tensor,
+    row: usize,
+    start: usize,
+    count: usize,
+) -> lapidary_kernels::Result<Tensor> {
+    let sequence = logits.narrow(0, row, 1)?.squeeze(0)?;
+    Ok(sequence.narrow(0, start, count)?)
+}
+
+/// `−Σ log p(target)` for `scores` `[targets, vocabulary]`.
+fn negative_log_likelihood(scores: &Tensor, targets: &[u32]) -> Result<f64> {
+    let targets = engine(Tensor::from_slice(
+        targets,
+        (targets.len(), 1),
+        scores.device(),
+    ))?;
+    let log_probability = log_softmax(scores, &SoftmaxMask::default())?;
+    let picked = gather(&log_probability, &targets, 1)?;
+    let sum = engine(engine(picked.to_dtype(DType::F64))?.sum_all())?;
+    Ok(-engine(sum.to_scalar::<f64>())?)
+}
+
+/// How much two models say the same.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Agreement {
+    /// Mean `KL(original ‖ other)` of the predicted distributions, in nats.
+    pub divergence: f64,
+    /// Share of predictions with the same most likely answer.
+    pub top1: f64,
+    /// Predictions compared: one per token for a language model, one per example for a
+    /// classifier.
+    pub predictions: usize,
+}
+
+/// Compares the predictions of two models on the same examples, `batch` at a time.
+pub fn agreement(
+    original: &Model,
+    other: &Model,
+    data: &CalibrationData,
+    batch: usize,
+) -> Result<Agreement> {
+    let device = original.device();
+    let (mut divergence, mut same, mut predictions) = (0.0, 0.0, 0);
+    for batch in data.batches(batch, &device) {
+        let batch = batch?;
+        let rows = |model: &Model| -> Result<Tensor> {
+            let logits = forward(model, &batch, None)?.into_logits()?;
+            Ok(real_rows(logits.value(), batch.real.as_ref())?)
+        };
+        let (p, q) = (rows(original)?, rows(other)?);
+        if p.dims() != q.dims() {
+            return Err(Error::invalid(
+                "scores of the other model",
+                format!("{:?}", q.dims()),
+                format!("{:?}, as of the original", p.dims()),
+            ));
+        }
+        let log_p = log_softmax(&p, &SoftmaxMask::default())?;
+        let log_q = log_softmax(&q, &SoftmaxMask::default())?;
+        // Σ p (log p − log q)
+        let terms = engine(engine(log_p.exp())? * engine(&log_p - &log_q)?)?;
+        let per_row = engine(engine(terms.sum(D::Minus1))?.to_dtype(DType::F64))?;
+        divergence += engine(engine(per_row.sum_all())?.to_scalar::<f64>())?;
+        let equal = engine(engine(p.argmax(D::Minus1))?.eq(&engine(q.argmax(D::Minus1))?))?;
+        let equal = engine(engine(equal.to_dtype(DType::F64))?.sum_all())?;
+        same += engine(equal.to_scalar::<f64>())?;
+        predictions += engine(p.dim(0))?;
+    }
+    Ok(Agreement {
+        divergence: divergence / predictions.max(1) as f64,
+        top1: same / predictions.max(1) as f64,
+        predictions,
+    })
+}
+
+/// The share of labelled examples that a classifier gets right.
+pub fn accuracy(model: &Model, data: &CalibrationData, batch: usize) -> Result<f64> {
+    let mut right = 0usize;
+    for batch in data.batches(batch, &model.device()) {
+        let batch = batch?;
+        let logits = forward(model, &batch, None)?.into_logits()?.into_value();
+        if logits.rank() != 2 {
+            return Err(Error::invalid(
+                "scores",
+                format!("{:?}", logits.dims()),
+                "one row per example: accuracy needs a classifier",
+            ));
+        }
+        let said = engine(engine(logits.argmax(D::Minus1))?.to_vec1::<u32>())?;
+        for (example, said) in batch.examples.iter().zip(said) {
+            match example.target {
+                Target::Label(label) => right += usize::from(label == said),
+                _ => return Err(Error::invalid("target", "absent", "a label")),
+            }
+        }
+    }
+    Ok(right as f64 / data.len() as f64)
+}

@@ -1,0 +1,148 @@
+//! Sums over the activations at sites, taken while the model runs: no activation outlives the
+//! operation after it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_model::Input;
+use lapidary_signal::Trace;
+
+use crate::data::{Batch, real_rows};
+use crate::error::engine;
+use crate::requirements::Statistic;
+use crate::{Error, Result};
+
+/// Where each token id counts as a vector with a single one: the input of the embedding table.
+pub(crate) const TOKEN_IDS: &str = "input_ids";
+
+/// `Σ x_i²` and `Σ x xᵀ` at one site, in `f64`.
+#[derive(Debug, Default)]
+struct Sums {
+    wants_covariance: bool,
+    wants_squares: bool,
+    rows: u64,
+    squares: Option<Tensor>,
+    covariance: Option<Tensor>,
+}
+
+impl Sums {
+    fn add(&mut self, x: &Tensor, real: Option<&Tensor>) -> lapidary_kernels::Result<()> {
+        let x = real_rows(&x.detach(), real)?.to_dtype(DType::F64)?;
+        self.rows += x.dim(0)? as u64;
+        if self.wants_squares {
+            self.squares = Some(sum(self.squares.take(), x.sqr()?.sum(0)?)?);
+        }
+        if self.wants_covariance {
+            self.covariance = Some(sum(self.covariance.take(), x.t()?.matmul(&x)?)?);
+        }
+        Ok(())
+    }
+}
+
+fn sum(total: Option<Tensor>, term: Tensor) -> lapidary_kernels::Result<Tensor> {
+    match total {
+        Some(total) => Ok((total + term)?),
+        None => Ok(term),
+    }
+}
+
+/// The sums at every site that is asked for.
+#[derive(Debug, Default)]
+pub(crate) struct SiteSums {
+    sites: Arc<Mutex<BTreeMap<String, Sums>>>,
+    vocabulary: usize,
+}
+
+impl SiteSums {
+    pub(crate) fn new(statistics: &BTreeSet<Statistic>, vocabulary: usize) -> Self {
+        let mut sites: BTreeMap<String, Sums> = BTreeMap::new();
+        for statistic in statistics {
+            match statistic {
+                Statistic::InputSquares { site } => {
+                    sites.entry(site.clone()).or_default().wants_squares = true;
+                }
+                Statistic::Covariance { site } => {
+                    sites.entry(site.clone()).or_default().wants_covariance = true;
+                }
+                _ => {}
+            }
+        }
+        Self {
+            sites: Arc::new(Mutex::new(sites)),
+            vocabulary,
+        }
+    }
+
+    /// A trace that adds one batch to the sums as it passes.
+    pub(crate) fn trace(&self, batch: &Batch<'_>) -> Result<Trace> {
+        let names: Vec<String> = lock(&self.sites).keys().cloned().collect();
+        let mut trace = Trace::new();
+        for name in names.iter().filter(|name| *name != TOKEN_IDS) {
+            let sites = self.sites.clone();
+            let real = batch.real.clone();
+            trace = trace.replace(name, move |site, signal| {
+                if let Some(sums) = lock(&sites).get_mut(site) {
+                    sums.add(signal.value(), real.as_ref())?;
+                }
+                Ok(signal)
+            })?;
+        }
+        self.count_tokens(batch)?;
+        Ok(trace)
+    }
+
+    /// The squares of vectors with a single one are the counts of token ids.
+    fn count_tokens(&self, batch: &Batch<'_>) -> Result<()> {
+        let mut sites = lock(&self.sites);
+        let (Some(sums), Input::Tokens { ids, .. }) = (sites.get_mut(TOKEN_IDS), &batch.input)
+        else {
+            return Ok(());
+        };
+        let mut ids = engine(ids.flatten_all())?;
+        if let Some(real) = &batch.real {
+            ids = engine(ids.index_select(real, 0))?;
+        }
+        let ids = engine(ids.to_vec1::<u32>())?;
+        let mut counts = vec![0f64; self.vocabulary];
+        for id in &ids {
+            if let Some(count) = counts.get_mut(*id as usize) {
+                *count += 1.0;
+            }
+        }
+        let counts = engine(Tensor::from_vec(counts, self.vocabulary, &Device::Cpu))?;
+        sums.rows += ids.len() as u64;
+        sums.squares = Some(sum(sums.squares.take(), counts)?);
+        Ok(())
+    }
+
+    /// The means, by statistic. A site that the model never wrote is an error.
+    pub(crate) fn finish(self) -> Result<BTreeMap<Statistic, Tensor>> {
+        let mut means = BTreeMap::new();
+        for (site, sums) in std::mem::take(&mut *lock(&self.sites)) {
+            if sums.rows == 0 {
+                return Err(Error::invalid(
+                    format!("site {site}"),
+                    "written by no module",
+                    "one that the model writes: choose other layers, or a method that needs no \
+                     activations",
+                ));
+            }
+            let scale = 1.0 / sums.rows as f64;
+            if let Some(squares) = sums.squares {
+                let statistic = Statistic::InputSquares { site: site.clone() };
+                means.insert(statistic, engine(squares.affine(scale, 0.0))?);
+            }
+            if let Some(covariance) = sums.covariance {
+                let statistic = Statistic::Covariance { site };
+                means.insert(statistic, engine(covariance.affine(scale, 0.0))?);
+            }
+        }
+        Ok(means)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // A panic elsewhere leaves plain sums behind, whose calibration is then never finished.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,213 @@
+//! The classical decompositions, in `f64`.
+
+use faer::Side;
+
+use crate::{Error, Matrix, MatrixView, Result};
+
+/// A symmetric matrix may differ from its transpose by this much of its largest entry, which is
+/// what accumulating it in `f32` can cost.
+const SYMMETRY_TOLERANCE: f64 = 1e-4;
+
+/// An eigenvalue this far below zero, relative to the largest, is rounding and counts as zero.
+const NEGATIVE_TOLERANCE: f64 = 1e-6;
+
+/// A thin singular value decomposition `A = U diag(s) Vᵀ`.
+#[derive(Clone, Debug)]
+pub struct Svd {
+    /// Left singular vectors, `[rows, size]` with `size = min(rows, columns)`.
+    pub u: Matrix,
+    /// Singular values, largest first.
+    pub s: Vec<f64>,
+    /// Right singular vectors, transposed: `[size, columns]`.
+    pub vt: Matrix,
+}
+
+impl Svd {
+    /// `U_r diag(s_r) V_rᵀ`, the nearest matrix of rank `rank` in every unitarily invariant norm.
+    /// A rank beyond the number of singular values keeps them all.
+    pub fn truncated_product(&self, rank: usize) -> Matrix {
+        let rank = rank.min(self.s.len());
+        let scaled = Matrix::from_fn(self.u.nrows(), rank, |i, k| self.u[(i, k)] * self.s[k]);
+        scaled * self.vt.as_ref().subrows(0, rank)
+    }
+
+    /// `Σ_{k > rank} s_k²`: the squared Frobenius norm of what truncation discards.
+    pub fn discarded_energy(&self, rank: usize) -> f64 {
+        // Smallest first, so that the small ones are not lost in the sum.
+        self.s.iter().skip(rank).rev().map(|s| s * s).sum()
+    }
+}
+
+/// The thin singular value decomposition of a matrix.
+pub fn thin_svd(matrix: MatrixView<'_>) -> Result<Svd> {
+    let svd = matrix.thin_svd().map_err(|_| Error::NoConvergence {
+        what: "singular value decomposition",
+        rows: matrix.nrows(),
+        columns: matrix.ncols(),
+    })?;
+    Ok(Svd {
+        u: svd.U().to_owned(),
+        s: svd.S().column_vector().iter().copied().collect(),
+        vt: svd.V().transpose().to_owned(),
+    })
+}
+
+/// A thin QR decomposition `A = Q R`.
+#[derive(Clone, Debug)]
+pub struct Qr {
+    /// Orthonormal columns, `[rows, size]` with `size = min(rows, columns)`.
+    pub q: Matrix,
+    /// Upper triangular (or trapezoidal), `[size, columns]`.
+    pub r: Matrix,
+}
+
+/// The thin QR decomposition of a matrix, by Householder reflections.
+pub fn qr(matrix: MatrixView<'_>) -> Qr {
+    let decomposition = matrix.qr();
+    Qr {
+        q: decomposition.compute_thin_Q(),
+        r: decomposition.thin_R().to_owned(),
+    }
+}
+
+/// The eigendecomposition `A = V diag(values) Vᵀ` of a symmetric matrix.
+#[derive(Clone, Debug)]
+pub struct SymmetricEigen {
+    /// Eigenvalues, smallest first.
+    pub values: Vec<f64>,
+    /// One orthonormal eigenvector per column.
+    pub vectors: Matrix,
+}
+
+impl SymmetricEigen {
+    /// `V diag(f(values)) Vᵀ`.
+    pub fn map(&self, f: impl Fn(f64) -> f64) -> Matrix {
+        let scaled = Matrix::from_fn(self.vectors.nrows(), self.values.len(), |i, k| {
+            self.vectors[(i, k)] * f(self.values[k])
+        });
+        scaled * self.vectors.transpose()
+    }
+}
+
+/// The eigendecomposition of a symmetric matrix, called `name` in errors.
+pub fn symmetric_eigen(name: &'static str, matrix: MatrixView<'_>) -> Result<SymmetricEigen> {
+    let symmetric = symmetrised(name, matrix)?;
+    let eigen = symmetric
+        .self_adjoint_eigen(Side::Lower)
+        .map_err(|_| Error::NoConvergence {
+            what: "eigendecomposition",
+            rows: matrix.nrows(),
+            columns: matrix.ncols(),
+        })?;
+    Ok(SymmetricEigen {
+        values: eigen.S().column_vector().iter().copied().collect(),
+        vectors: eigen.U().to_owned(),
+    })
+}
+
+/// A Cholesky decomposition `A + jitter I = L Lᵀ`.
+#[derive(Clone, Debug)]
+pub struct Cholesky {
+    /// Lower triangular.
+    pub lower: Matrix,
+    /// What had to be added to the diagonal; zero when the matrix was positive definite.
+    pub jitter: f64,
+}
+
+/// The Cholesky decomposition of a symmetric positive semi-definite matrix.
+///
+/// A matrix that is singular to working precision gets the smallest of 1e-12, 1e-11, … 1e-6 times
+/// its mean diagonal added to the diagonal, and the result says how much. One that needs more
+/// is refused.
+pub fn cholesky(name: &'static str, matrix: MatrixView<'_>) -> Result<Cholesky> {
+    let symmetric = symmetrised(name, matrix)?;
+    let size = symmetric.nrows();
+    let mean_diagonal = (0..size).map(|i| symmetric[(i, i)]).sum::<f64>() / size as f64;
+    if mean_diagonal <= 0.0 {
+        return Err(Error::NotPositive {
+            name,
+            detail: format!("its mean diagonal entry is {mean_diagonal:e}"),
+        });
+    }
+    let attempts = std::iter::once(0.0).chain((-12..=-6).map(|power| 10f64.powi(power)));
+    for relative in attempts {
+        let jitter = relative * mean_diagonal;
+        let mut shifted = symmetric.clone();
+        for i in 0..size {
+            shifted[(i, i)] += jitter;
+        }
+        if let Ok(decomposition) = shifted.llt(Side::Lower) {
+            return Ok(Cholesky {
+                lower: decomposition.L().to_owned(),
+                jitter,
+            });
+        }
+    }
+    Err(Error::NotPositive {
+        name,
+        detail: format!(
+            "Cholesky fails even with {:e} added to its diagonal",
+            1e-6 * mean_diagonal
+        ),
+    })
+}
+
+/// The symmetric square root of a positive semi-definite matrix.
+pub fn square_root(name: &'static str, matrix: MatrixView<'_>) -> Result<Matrix> {
+    Ok(positive_eigen(name, matrix)?.map(|value| value.max(0.0).sqrt()))
+}
+
+/// The symmetric inverse square root of a positive semi-definite matrix whose eigenvalues are
+/// raised to at least `floor` times the largest of them.
+pub fn inverse_square_root(
+    name: &'static str,
+    matrix: MatrixView<'_>,
+    floor: f64,
+) -> Result<Matrix> {
+    let eigen = positive_eigen(name, matrix)?;
+    let least = eigen.values.last().copied().unwrap_or(0.0) * floor;
+    if least <= 0.0 && eigen.values.first().is_none_or(|&value| value <= 0.0) {
+        return Err(Error::NotPositive {
+            name,
+            detail: "it is singular and the floor is zero, so it has no inverse".into(),
+        });
+    }
+    Ok(eigen.map(|value| value.max(least).sqrt().recip()))
+}
+
+/// Eigenvalues that are not negative beyond rounding.
+pub(crate) fn positive_eigen(name: &'static str, matrix: MatrixView<'_>) -> Result<SymmetricEigen> {
+    let eigen = symmetric_eigen(name, matrix)?;
+    let smallest = eigen.values.first().copied().unwrap_or(0.0);
+    let largest = eigen.values.last().copied().unwrap_or(0.0);
+    if smallest < -NEGATIVE_TOLERANCE * largest.abs().max(smallest.abs()) {
+        return Err(Error::NotPositive {
+            name,
+            detail: format!("it has the eigenvalue {smallest:e} (the largest is {largest:e})"),
+        });
+    }
+    Ok(eigen)
+}
+
+/// The mean of a matrix and its transpose, once they have been seen to agree.
+fn symmetrised(name: &'static str, matrix: MatrixView<'_>) -> Result<Matrix> {
+    let size = matrix.nrows();
+    if matrix.ncols() != size {
+        return Err(Error::Shape {
+            name,
+            found: vec![size, matrix.ncols()],
+            expected: vec![size, size],
+        });
+    }
+    let difference = (matrix - matrix.transpose()).norm_max();
+    let largest = matrix.norm_max();
+    if difference > SYMMETRY_TOLERANCE * largest {
+        return Err(Error::NotSymmetric {
+            name,
+            difference: difference / largest,
+        });
+    }
+    Ok(Matrix::from_fn(size, size, |i, j| {
+        0.5 * (matrix[(i, j)] + matrix[(j, i)])
+    }))
+}

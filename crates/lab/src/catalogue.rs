@@ -1,0 +1,353 @@
+//! The catalogue of parts, with costs that are measured and not looked up.
+//!
+//! Each entry is one block, or one norm or position inside a block, built and run under the
+//! meter at two lengths; the growth exponent is the slope between them on logarithmic axes.
+
+use std::time::Instant;
+
+use crate::Result;
+use crate::error::engine;
+use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_model::{
+    AbsolutePosition, HeadSpec, Input, InputSpec, Model, ModelSpec, Pass, TokenInput,
+};
+use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
+use lapidary_parts::block::{BlockSpec, Wiring};
+use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, MixtureSpec};
+use lapidary_parts::norm::NormSpec;
+use lapidary_parts::position::{PositionSpec, RotarySpec};
+use lapidary_parts::recurrent::MambaSpec;
+use lapidary_signal::Trace;
+use lapidary_signal::meter::Meter;
+use serde::Serialize;
+
+/// One part, measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct Entry {
+    /// The family: attention, feedforward, norm, position or wiring.
+    pub family: &'static str,
+    /// The kind's name in a spec.
+    pub kind: &'static str,
+    /// What it is, and the paper it is from.
+    pub description: &'static str,
+    /// Parameters of the block that holds it.
+    pub parameters: usize,
+    /// Floating-point operations of one sequence of the given length.
+    pub flops: u64,
+    /// Bytes read and written.
+    pub bytes: u64,
+    /// Most bytes alive at one time.
+    pub peak_bytes: u64,
+    /// Exponent with which operations grow with the length.
+    pub growth: f64,
+    /// Median milliseconds of a forward pass.
+    pub milliseconds: f64,
+}
+
+struct Candidate {
+    family: &'static str,
+    kind: &'static str,
+    description: &'static str,
+    position: AbsolutePosition,
+    block: BlockSpec,
+}
+
+/// Measures every part at `width` and `length`, with heads of 64 where the width allows.
+pub fn catalogue(width: usize, length: usize) -> Result<Vec<Entry>> {
+    candidates(width)
+        .into_iter()
+        .map(|candidate| measure(candidate, width, length))
+        .collect()
+}
+
+fn heads(width: usize) -> usize {
+    (1..=(width / 64).max(1))
+        .rev()
+        .find(|heads| width.is_multiple_of(*heads))
+        .unwrap_or(1)
+}
+
+/// A block whose only part is the mixer, so that what is measured is the mixer's.
+fn mixer_block(attention: MixerSpec) -> BlockSpec {
+    BlockSpec {
+        repeat: 1,
+        wiring: Wiring::PreNorm,
+        norm: NormSpec::None,
+        attention,
+        cross_attention: None,
+        feedforward: None,
+        dropout: 0.0,
+    }
+}
+
+fn candidates(width: usize) -> Vec<Candidate> {
+    let heads = heads(width);
+    let base = MultiHeadSpec {
+        causal: true,
+        ..MultiHeadSpec::new(heads)
+    };
+    let attention = |spec: MultiHeadSpec| mixer_block(MixerSpec::MultiHead(spec));
+    let positioned = |position| {
+        attention(MultiHeadSpec {
+            position,
+            ..base.clone()
+        })
+    };
+    let with = |feedforward| BlockSpec {
+        feedforward: Some(feedforward),
+        ..attention(base.clone())
+    };
+    let norm = |norm| BlockSpec {
+        norm,
+        ..attention(base.clone())
+    };
+    let dense = || {
+        FeedforwardSpec::Dense(DenseSpec {
+            hidden: 4 * width,
+            activation: Default::default(),
+            bias: true,
+        })
+    };
+    let wired = |wiring| BlockSpec {
+        wiring,
+        norm: NormSpec::default(),
+        ..with(dense())
+    };
+    let learned = AbsolutePosition::Learned {
+        offset: 0,
+        skip_padding: false,
+    };
+    let none = AbsolutePosition::None;
+    let silu = lapidary_parts::activation::ActivationSpec::Silu;
+    let hidden = (8 * width / 3).max(1);
+    let grouped = (1..=heads)
+        .find(|groups| heads.is_multiple_of(*groups))
+        .unwrap_or(1);
+    let entry = |family, kind, description, position, block| Candidate {
+        family,
+        kind,
+        description,
+        position,
+        block,
+    };
+    vec![
+        entry(
+            "attention",
+            "multi-head",
+            "softmax attention, bidirectional (Vaswani et al., 2017)",
+            none,
+            attention(MultiHeadSpec {
+                causal: false,
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "multi-head, causal",
+            "a token sees itself and earlier ones",
+            none,
+            attention(base.clone()),
+        ),
+        entry(
+            "attention",
+            "multi-head, grouped",
+            "heads share keys and values (Ainslie et al., 2023)",
+            none,
+            attention(MultiHeadSpec {
+                groups: Some(grouped),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "multi-head, window 64",
+            "a token sees the nearest 64 (Beltagy et al., 2020)",
+            none,
+            attention(MultiHeadSpec {
+                window: Some(64),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "mamba",
+            "selective state-space recurrence (Gu & Dao, 2023)",
+            none,
+            mixer_block(MixerSpec::Mamba(MambaSpec::default())),
+        ),
+        entry(
+            "feedforward",
+            "dense",
+            "two linear layers around GELU (Vaswani et al., 2017)",
+            none,
+            with(dense()),
+        ),
+        entry(
+            "feedforward",
+            "gated",
+            "gated linear unit (Shazeer, 2020)",
+            none,
+            with(FeedforwardSpec::Gated(GatedSpec {
+                hidden,
+                activation: silu,
+                bias: false,
+            })),
+        ),
+        entry(
+            "feedforward",
+            "mixture",
+            "two of eight gated experts for each token (Jiang et al., 2024)",
+            none,
+            with(FeedforwardSpec::Mixture(MixtureSpec {
+                hidden,
+                experts: 8,
+                active: 2,
+                activation: silu,
+                normalise: true,
+            })),
+        ),
+        entry(
+            "norm",
+            "layer",
+            "layer norm (Ba et al., 2016)",
+            none,
+            norm(NormSpec::default()),
+        ),
+        entry(
+            "norm",
+            "rms",
+            "root-mean-square norm (Zhang & Sennrich, 2019)",
+            none,
+            norm(NormSpec::Rms { epsilon: 1e-6 }),
+        ),
+        entry(
+            "position",
+            "learned",
+            "a table added to the embeddings",
+            learned,
+            attention(base.clone()),
+        ),
+        entry(
+            "position",
+            "sinusoidal",
+            "sines added to the embeddings (Vaswani et al., 2017)",
+            AbsolutePosition::Sinusoidal,
+            attention(base.clone()),
+        ),
+        entry(
+            "position",
+            "rotary",
+            "queries and keys rotated by position (Su et al., 2021)",
+            none,
+            positioned(PositionSpec::Rotary(RotarySpec::default())),
+        ),
+        entry(
+            "position",
+            "alibi",
+            "a penalty proportional to distance (Press et al., 2021)",
+            none,
+            positioned(PositionSpec::Alibi),
+        ),
+        entry(
+            "position",
+            "relative-buckets",
+            "a learned bias per distance bucket (Raffel et al., 2019)",
+            none,
+            positioned(PositionSpec::RelativeBuckets {
+                buckets: 32,
+                max_distance: 128,
+            }),
+        ),
+        entry(
+            "wiring",
+            "pre-norm",
+            "norms before the parts (Xiong et al., 2020)",
+            none,
+            wired(Wiring::PreNorm),
+        ),
+        entry(
+            "wiring",
+            "post-norm",
+            "norms after the residual sums (Vaswani et al., 2017)",
+            none,
+            wired(Wiring::PostNorm),
+        ),
+        entry(
+            "wiring",
+            "parallel",
+            "both parts read the same input (Wang & Komatsuzaki, 2021)",
+            none,
+            wired(Wiring::Parallel),
+        ),
+    ]
+}
+
+const VOCABULARY: usize = 64;
+
+fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
+    let spec = ModelSpec {
+        width,
+        input: InputSpec::Tokens(TokenInput {
+            vocabulary: VOCABULARY,
+            length: 2 * length,
+            position: candidate.position,
+            token_types: 0,
+            norm: None,
+            embedding_width: None,
+            dropout: 0.0,
+        }),
+        blocks: vec![candidate.block],
+        final_norm: None,
+        head: HeadSpec::None,
+        low_rank: Default::default(),
+    };
+    let model = Model::initialised(spec, 0, DType::F32, &Device::Cpu)?;
+    let short = metered(&model, length)?;
+    let long = metered(&model, 2 * length)?;
+    let input = tokens(length)?;
+    let mut times: Vec<f64> = (0..5)
+        .map(|_| {
+            let started = Instant::now();
+            model.forward(&input, Pass::default())?;
+            Ok(started.elapsed().as_secs_f64() * 1e3)
+        })
+        .collect::<Result<_>>()?;
+    times.sort_by(f64::total_cmp);
+    let embedding = VOCABULARY * width;
+    Ok(Entry {
+        family: candidate.family,
+        kind: candidate.kind,
+        description: candidate.description,
+        parameters: model.parameter_count().saturating_sub(embedding),
+        flops: short.total().flops,
+        bytes: short.total().bytes,
+        peak_bytes: short.peak_live_bytes(),
+        growth: (long.total().flops as f64 / short.total().flops.max(1) as f64).log2(),
+        milliseconds: times.get(times.len() / 2).copied().unwrap_or(f64::NAN),
+    })
+}
+
+fn tokens(length: usize) -> Result<Input> {
+    let ids: Vec<u32> = (0..length).map(|i| (i * 7 % VOCABULARY) as u32).collect();
+    Ok(Input::tokens(engine(Tensor::from_vec(
+        ids,
+        (1, length),
+        &Device::Cpu,
+    ))?))
+}
+
+fn metered(model: &Model, length: usize) -> Result<std::sync::Arc<Meter>> {
+    let meter = Meter::new();
+    let start = meter.clone();
+    let trace = Trace::new().replace("embeddings", move |_, signal| {
+        Ok(signal.into_metered(start.clone()))
+    })?;
+    model.forward(
+        &tokens(length)?,
+        Pass {
+            trace: Some(&trace),
+            ..Pass::default()
+        },
+    )?;
+    Ok(meter)
+}

@@ -1,0 +1,138 @@
+//! A small decoder trained on the generated language.
+
+use crate::Result;
+use lapidary_kernels::Device;
+use lapidary_model::{AbsolutePosition, HeadSpec, InputSpec, Model, ModelSpec, TokenInput};
+use lapidary_parts::activation::ActivationSpec;
+use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
+use lapidary_parts::block::{BlockSpec, Wiring};
+use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
+use lapidary_parts::norm::NormSpec;
+use lapidary_train::data::{LanguageTask, Task};
+use lapidary_train::language::{Corpus, Language, Mixture, Split};
+use lapidary_train::spec::{DataSpec, OptimiserSpec, ScheduleSpec, ValidationSpec};
+use lapidary_train::{Decay, TrainSpec, Trainer};
+use std::collections::BTreeMap;
+
+/// Tokens of a sequence.
+pub const LENGTH: usize = 64;
+/// Sequences of a step.
+pub const BATCH: usize = 16;
+
+/// A decoder as GPT-2 with heads of 16 and the output tied to the embeddings.
+pub fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
+    ModelSpec {
+        width,
+        input: InputSpec::Tokens(TokenInput {
+            vocabulary,
+            length: 2 * LENGTH,
+            position: AbsolutePosition::Learned {
+                offset: 0,
+                skip_padding: false,
+            },
+            token_types: 0,
+            norm: None,
+            embedding_width: None,
+            dropout: 0.0,
+        }),
+        blocks: vec![BlockSpec {
+            repeat: blocks,
+            wiring: Wiring::PreNorm,
+            norm: NormSpec::default(),
+            attention: MixerSpec::MultiHead(MultiHeadSpec {
+                causal: true,
+                ..MultiHeadSpec::new((width / 16).max(1))
+            }),
+            cross_attention: None,
+            feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
+                hidden: 4 * width,
+                activation: ActivationSpec::Gelu,
+                bias: true,
+            })),
+            dropout: 0.0,
+        }],
+        final_norm: Some(NormSpec::default()),
+        head: HeadSpec::LanguageModel {
+            tied: true,
+            bias: false,
+            transform: None,
+        },
+        low_rank: BTreeMap::new(),
+    }
+}
+
+/// One side of the language's split, for a seed.
+pub fn corpus(split: Split, seed: u64) -> Result<Corpus> {
+    Ok(Corpus::new(
+        Language::new(seed),
+        split,
+        Mixture::default(),
+        seed,
+    )?)
+}
+
+/// Trains `model` on `task` for `steps`.
+pub fn train(model: ModelSpec, task: Box<dyn Task>, steps: u64, seed: u64) -> Result<Model> {
+    let spec = TrainSpec {
+        seed,
+        steps,
+        batch: BATCH,
+        length: LENGTH,
+        accumulate: 1,
+        clip: Some(1.0),
+        average: None,
+        recompute: false,
+        schedule: ScheduleSpec {
+            peak: 3e-3,
+            floor: 3e-5,
+            warm_up: steps / 10,
+            decay: Decay::Cosine,
+        },
+        optimiser: OptimiserSpec::Adamw {
+            beta1: 0.9,
+            beta2: 0.99,
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+        },
+        groups: Vec::new(),
+        validation: ValidationSpec::default(),
+        checkpoint: Default::default(),
+        data: DataSpec::Language {
+            seed,
+            mixture: Mixture::default(),
+        },
+        model,
+    };
+    // The trainer wants a validation task; what is measured here is measured outside of it.
+    let validation = Box::new(Nothing(task.vocabulary()));
+    let mut trainer = Trainer::new(spec, task, validation, &Device::Cpu)?;
+    for _ in 0..steps {
+        trainer.step()?;
+    }
+    Ok(trainer.finished()?)
+}
+
+/// Trains a decoder of the language's vocabulary on its training side.
+pub fn train_on_language(width: usize, blocks: usize, steps: u64, seed: u64) -> Result<Model> {
+    let corpus = corpus(Split::Training, seed)?;
+    let spec = spec(corpus.language().vocabulary().size(), width, blocks);
+    train(spec, Box::new(LanguageTask::new(corpus)), steps, seed)
+}
+
+/// A task without any data.
+struct Nothing(usize);
+
+impl Task for Nothing {
+    fn vocabulary(&self) -> usize {
+        self.0
+    }
+
+    fn batch(
+        &mut self,
+        _generator: &mut lapidary_train::Generator,
+        _rows: usize,
+        length: usize,
+    ) -> lapidary_train::Result<lapidary_train::data::Batch> {
+        Ok(lapidary_train::data::Batch::with_capacity(0, length))
+    }
+}

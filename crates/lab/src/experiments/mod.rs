@@ -1,0 +1,83 @@
+//! The experiments, one file for each system, and what several of them use.
+
+pub mod bigram;
+pub mod classifier;
+pub mod decoder;
+pub mod decompx;
+pub mod fwsvd;
+pub mod introduction;
+pub mod logit_attribution;
+pub mod masking;
+pub mod polarity;
+pub mod topics;
+
+use crate::error::engine;
+use crate::{Claim, Result, Scale, Verdict};
+use lapidary_kernels::{DType, Tensor};
+
+impl Claim {
+    /// A claim, the published figure, the measured one, and whether the claim holds.
+    pub(crate) fn new(
+        claim: &str,
+        published: &str,
+        measured: impl Into<String>,
+        verdict: Verdict,
+    ) -> Self {
+        Self {
+            claim: claim.to_owned(),
+            published: published.to_owned(),
+            measured: measured.into(),
+            verdict,
+            note: String::new(),
+        }
+    }
+
+    /// The same with a note.
+    pub(crate) fn noted(mut self, note: impl Into<String>) -> Self {
+        self.note = note.into();
+        self
+    }
+}
+
+/// Whether a claim about a trained model holds; a smoke run, which hardly trains, cannot tell.
+pub(crate) fn after_training(scale: Scale, holds: bool) -> Verdict {
+    match scale {
+        Scale::Smoke => Verdict::NotMeasured,
+        Scale::Small | Scale::Full => Verdict::of(holds),
+    }
+}
+
+/// The mean; zero of nothing.
+pub(crate) fn mean(values: impl IntoIterator<Item = f64>) -> f64 {
+    let (sum, count) = values
+        .into_iter()
+        .fold((0.0, 0usize), |(sum, count), value| {
+            (sum + value, count + 1)
+        });
+    sum / count.max(1) as f64
+}
+
+/// Every element, in order.
+pub(crate) fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
+    let flat = engine(engine(tensor.detach().to_dtype(DType::F64))?.flatten_all())?;
+    engine(flat.to_vec1::<f64>())
+}
+
+/// A tensor of one element as a number.
+pub(crate) fn number(tensor: &Tensor) -> Result<f64> {
+    Ok(numbers(tensor)?.first().copied().unwrap_or(f64::NAN))
+}
+
+/// The largest `|a − b|`, relative to the largest `|b|`; not a number when the lengths differ.
+pub(crate) fn difference(a: &Tensor, b: &Tensor) -> Result<f64> {
+    let (a, b) = (numbers(a)?, numbers(b)?);
+    if a.len() != b.len() {
+        return Ok(f64::NAN);
+    }
+    let scale = b.iter().fold(f64::MIN_POSITIVE, |m, v| m.max(v.abs()));
+    let largest = a
+        .iter()
+        .zip(&b)
+        .fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
+    Ok(largest / scale)
+}

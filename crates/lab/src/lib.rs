@@ -1,0 +1,17 @@
+//! Systems from papers, each with its reproduction, and the catalogue of parts.
+//!
+//! A [`System`] registers what it is and an experiment. [`System::reproduce`] runs the
+//! experiment at a [`Scale`] and gives a [`Reproduction`]: each published claim beside what is
+//! measured here and whether it holds. A claim that does not hold is shown as such.
+
+pub mod catalogue;
+mod error;
+pub mod experiments;
+mod plot;
+mod registry;
+mod reproduction;
+
+pub use error::{Error, Result};
+pub use plot::{Plot, Series};
+pub use registry::{Kind, System, find, systems};
+pub use reproduction::{Claim, Reproduction, Scale, Setting, Verdict};

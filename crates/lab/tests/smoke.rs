@@ -1,0 +1,91 @@
+//! Every system runs at the smallest scale, and what is exact at any scale holds there.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
+use lapidary_lab::{Reproduction, Scale, Setting, Verdict, find, systems};
+
+fn smoke(slug: &str) -> Reproduction {
+    let setting = Setting {
+        scale: Scale::Smoke,
+        seed: 1,
+        data: None,
+    };
+    find(slug).unwrap().reproduce(&setting).unwrap()
+}
+
+/// It has claims, none fails (those that need training say so), figures can be drawn.
+fn check(slug: &str) -> Reproduction {
+    let reproduction = smoke(slug);
+    assert_eq!(reproduction.slug, slug);
+    assert!(!reproduction.setting.is_empty());
+    assert!(!reproduction.claims.is_empty());
+    assert!(
+        reproduction
+            .claims
+            .iter()
+            .any(|claim| claim.verdict == Verdict::Holds)
+    );
+    for claim in &reproduction.claims {
+        assert_ne!(claim.verdict, Verdict::DoesNotHold, "{claim:?}");
+        assert!(
+            !claim.measured.is_empty() && !claim.published.is_empty(),
+            "{claim:?}"
+        );
+    }
+    for plot in &reproduction.plots {
+        assert!(plot.to_svg().unwrap().contains("<svg"));
+    }
+    reproduction
+}
+
+#[test]
+fn decompx() {
+    check("decompx");
+}
+
+#[test]
+fn fwsvd() {
+    check("fwsvd");
+}
+
+#[test]
+fn introduction_to_transformers() {
+    let reproduction = check("introduction-to-transformers");
+    let holds = reproduction
+        .claims
+        .iter()
+        .filter(|claim| claim.verdict == Verdict::Holds);
+    assert_eq!(holds.count(), 10, "every property of the block");
+}
+
+#[test]
+fn logit_attribution() {
+    let first = check("logit-attribution");
+    let again = smoke("logit-attribution");
+    let measured = |found: &Reproduction| -> Vec<String> {
+        found
+            .claims
+            .iter()
+            .map(|claim| claim.measured.clone())
+            .collect()
+    };
+    assert_eq!(
+        measured(&first),
+        measured(&again),
+        "the same seed, another result"
+    );
+}
+
+#[test]
+fn every_system_is_tested_here() {
+    let slugs: Vec<&str> = systems().iter().map(|system| system.slug).collect();
+    assert_eq!(
+        slugs,
+        [
+            "decompx",
+            "fwsvd",
+            "introduction-to-transformers",
+            "logit-attribution"
+        ]
+    );
+    assert!(find("decompy").unwrap_err().to_string().contains("decompx"));
+}

@@ -1,0 +1,305 @@
+//! The command line, as types.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Takes Transformers apart: explains a prediction by decomposing it, cuts a checkpoint down,
+/// builds and trains models from published parts.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Options of every verb.
+#[derive(Args, Debug, Clone)]
+pub struct Global {
+    /// Where tensors live: `cpu`, or `cuda[:N]` / `metal` in builds that have them
+    #[arg(long, global = true, default_value = "cpu")]
+    pub device: String,
+    /// Seed of everything random
+    #[arg(long, global = true, default_value_t = 0)]
+    pub seed: u64,
+    /// Threads to compute with; all cores when absent
+    #[arg(long, global = true)]
+    pub threads: Option<usize>,
+    /// Print one JSON document instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say more about what is done, on standard error; twice for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Show the whole journey on the embedded model, offline, in under a minute
+    Demo(Demo),
+    /// Run a model on tensors and print its outputs at full precision
+    Run(Run),
+    /// Explain a prediction by decomposing it
+    Explain(Explain),
+    /// Cut a checkpoint down
+    Compress(Compress),
+    /// Measure a language model's perplexity on a text
+    Evaluate(Evaluate),
+    /// Continue a text
+    Generate(Generate),
+    /// Train a model from a spec
+    Train(Train),
+    /// List the parts that models are built from, with measured costs
+    Parts(Parts),
+    /// Reproduce a system's published claims, at a scale of your choice
+    Reproduce(Reproduce),
+    /// Time this machine on the operations that matter
+    Bench(Bench),
+    /// Print the JSON schema of model specs, or one model's spec
+    Spec(Spec),
+}
+
+#[derive(Args, Debug)]
+pub struct Demo {
+    /// Where the report goes
+    #[arg(long, default_value = "report.html")]
+    pub out: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub struct Run {
+    /// A model directory, or `embedded`
+    pub model: String,
+    /// JSON file with `input_ids`, `attention_mask`, `token_type_ids` or `pixel_values`
+    #[arg(long, value_name = "FILE")]
+    pub input: PathBuf,
+    /// Also print what is written at these sites (`blocks.*.attention.out`)
+    #[arg(long, value_name = "GLOB")]
+    pub sites: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Method {
+    /// Token streams through every module (DecompX)
+    Decompx,
+    /// Which modules write the logit
+    LogitAttribution,
+    /// Relevance through attention weights too (AttnLRP)
+    Attnlrp,
+    /// Relevance with attention weights held fixed (CP-LRP)
+    CpLrp,
+    /// Gradient times input
+    GradientXInput,
+    /// Gradients along the way from the zero embedding
+    IntegratedGradients,
+}
+
+#[derive(Args, Debug)]
+pub struct Explain {
+    /// A model directory, or `embedded`
+    pub model: String,
+    /// Text to explain
+    #[arg(long, required_unless_present = "tokens", conflicts_with = "tokens")]
+    pub text: Option<String>,
+    /// Token ids to explain, separated by commas
+    #[arg(long, value_delimiter = ',')]
+    pub tokens: Option<Vec<u32>>,
+    /// A class or token, by name or number; what the model predicts when absent
+    #[arg(long)]
+    pub target: Option<String>,
+    /// What the target is contrasted with
+    #[arg(long)]
+    pub foil: Option<String>,
+    /// Position of a language model's scores; the last when absent
+    #[arg(long)]
+    pub position: Option<usize>,
+    /// How to explain
+    #[arg(long, value_enum, default_value = "decompx")]
+    pub method: Method,
+    /// DecompX: how biases are shared (absdot, abssim, norm, equal, cls, dot, none, token)
+    #[arg(long, default_value = "absdot")]
+    pub bias: String,
+    /// Steps of integrated gradients
+    #[arg(long, default_value_t = 32)]
+    pub steps: usize,
+    /// Also write a page that a browser shows without a network
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub struct Compress {
+    /// A model directory, or `embedded`
+    pub model: String,
+    /// svd, fwsvd, activation-weighted, row-column-fisher, generalised-fisher or whitened
+    #[arg(long, default_value = "whitened")]
+    pub method: String,
+    /// Share of the linear layers' parameters to remove, between 0 and 1
+    #[arg(long)]
+    pub ratio: f64,
+    /// Text to calibrate on
+    #[arg(long, value_name = "FILE")]
+    pub calibrate: Option<PathBuf>,
+    /// Windows of text to calibrate on
+    #[arg(long, default_value_t = 32)]
+    pub windows: usize,
+    /// Tokens in a window
+    #[arg(long, default_value_t = 128)]
+    pub window: usize,
+    /// Directory to write; it must not exist or be empty
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Multiply the factors out, so that the result has the original architecture and size
+    #[arg(long)]
+    pub dense: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct Evaluate {
+    /// A model directory, or `embedded`
+    pub model: String,
+    /// Text to measure on
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Tokens that the model sees at a time
+    #[arg(long, default_value_t = 128)]
+    pub window: usize,
+    /// Tokens between the starts of windows, half a window when absent; each window scores what
+    /// the one before did not
+    #[arg(long)]
+    pub stride: Option<usize>,
+    /// Most windows; all of the text when absent
+    #[arg(long)]
+    pub limit: Option<usize>,
+}
+
+#[derive(Args, Debug)]
+pub struct Generate {
+    /// A model directory, or `embedded`
+    pub model: String,
+    /// Text to continue; may be given several times
+    #[arg(long, required = true)]
+    pub prompt: Vec<String>,
+    /// Most tokens to add
+    #[arg(long, default_value_t = 40)]
+    pub tokens: usize,
+    /// 0 takes the most probable token
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Keep only so many of the most probable tokens
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// Keep the most probable tokens that together have this probability
+    #[arg(long)]
+    pub top_p: Option<f32>,
+    /// Above 1: tokens that occurred already become less probable
+    #[arg(long, default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+    /// Stop at this text; may be given several times
+    #[arg(long)]
+    pub stop: Vec<String>,
+    /// Run the whole sequence again at each step, which gives the same tokens
+    #[arg(long)]
+    pub no_cache: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct Train {
+    /// Training spec: model, data, optimiser (TOML)
+    pub spec: PathBuf,
+    /// Text file to train on, in place of what the spec names
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// Directory of the run: checkpoints, logs and the model
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Continue the run in that directory
+    #[arg(long)]
+    pub resume: bool,
+    /// Steps, in place of the spec's
+    #[arg(long)]
+    pub steps: Option<usize>,
+}
+
+#[derive(Args, Debug)]
+pub struct Parts {
+    /// Only kinds whose name contains this
+    pub filter: Option<String>,
+    /// Width of the tokens that costs are measured at
+    #[arg(long, default_value_t = 256)]
+    pub width: usize,
+    /// Length that costs are measured at
+    #[arg(long, default_value_t = 256)]
+    pub length: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Scale {
+    /// Seconds: it runs
+    Smoke,
+    /// Minutes on two cores
+    Small,
+    /// As published; wants a GPU and the real data
+    Full,
+}
+
+#[derive(Args, Debug)]
+pub struct Reproduce {
+    /// The system; see --list
+    #[arg(required_unless_present_any = ["list", "all"])]
+    pub slug: Option<String>,
+    /// List every system
+    #[arg(long)]
+    pub list: bool,
+    /// Reproduce every system, and write REPRODUCTIONS.md
+    #[arg(long, conflicts_with = "slug")]
+    pub all: bool,
+    /// How much to do
+    #[arg(long, value_enum, default_value = "small")]
+    pub scale: Scale,
+    /// Directory with data sets, for those that want one
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Directory for JSON and plots
+    #[arg(long, value_name = "DIR", default_value = "reproductions")]
+    pub out: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub struct Bench {
+    /// forward, step, explain, generate or start
+    #[arg(default_value = "step")]
+    pub work: String,
+    /// Model directory for the works that need one
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Width of the tokens
+    #[arg(long, default_value_t = 256)]
+    pub width: usize,
+    /// Blocks
+    #[arg(long, default_value_t = 4)]
+    pub blocks: usize,
+    /// Heads
+    #[arg(long, default_value_t = 4)]
+    pub heads: usize,
+    /// Tokens in a sequence
+    #[arg(long, default_value_t = 256)]
+    pub length: usize,
+    /// Sequences at a time
+    #[arg(long, default_value_t = 8)]
+    pub batch: usize,
+    /// Vocabulary
+    #[arg(long, default_value_t = 512)]
+    pub vocabulary: usize,
+    /// Timed repetitions, after one that is not counted
+    #[arg(long, default_value_t = 10)]
+    pub repeat: usize,
+}
+
+#[derive(Args, Debug)]
+pub struct Spec {
+    /// A model directory, or `embedded`; the JSON schema of specs when absent
+    pub model: Option<String>,
+}

@@ -1,0 +1,372 @@
+//! `lapidary explain`: a prediction, decomposed.
+
+use std::time::Instant;
+
+use crate::cli::{Explain, Global, Method};
+use crate::report::{self, Coloured};
+use crate::{loading, output};
+use anyhow::{Context, Result, bail, ensure};
+use lapidary_explain::{
+    Explanation, Target, Unit, decompx, direct_logit_attribution, gradient_times_input,
+    integrated_gradients, relevance,
+};
+use lapidary_kernels::DType;
+use lapidary_model::{Input, Model, Package, Pass};
+use lapidary_signal::relevance::RelevanceRules;
+use lapidary_signal::streams::{BiasSplit, StreamRules};
+use serde::Serialize;
+
+/// An explanation with what it is about.
+#[derive(Serialize)]
+pub struct Explained {
+    pub tokens: Vec<String>,
+    pub target: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub foil: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub predictions: Vec<Prediction>,
+    pub explanation: Explanation,
+    pub seconds: f64,
+}
+
+/// One of the most probable answers.
+#[derive(Clone, Serialize)]
+pub struct Prediction {
+    pub name: String,
+    pub probability: f64,
+    pub score: f64,
+}
+
+pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
+    if let Some(html) = &arguments.html {
+        output::check_writable(html)?;
+    }
+    let bias = BiasSplit::from_name(&arguments.bias)?;
+    let package = loading::package(&arguments.model, global)?;
+    let model = package.text_model()?;
+    let (ids, tokens, types) = match (&arguments.text, &arguments.tokens) {
+        (Some(text), _) => {
+            let encoding = loading::encode(&package, model, text)?;
+            (encoding.ids, encoding.tokens, Some(encoding.type_ids))
+        }
+        (None, Some(ids)) => {
+            ensure!(!ids.is_empty(), "no token ids were given");
+            let name = |id: &u32| {
+                package
+                    .tokenizer
+                    .as_ref()
+                    .and_then(|t| t.token_of(*id))
+                    .unwrap_or_else(|| format!("[{id}]"))
+            };
+            (ids.clone(), ids.iter().map(name).collect(), None)
+        }
+        (None, None) => bail!("give --text or --tokens"),
+    };
+    let row = loading::row(&ids, model)?;
+    let token_types = match types {
+        Some(types) if takes_types(model) => Some(loading::row(&types, model)?),
+        _ => None,
+    };
+    let input = Input::Tokens {
+        ids: row,
+        token_types,
+    };
+    let predictions = predictions(&package, model, &input, arguments.position)?;
+    let (target, target_name, foil_name) = target(arguments, &package, model, &predictions)?;
+    let started = Instant::now();
+    let explanation = explain(
+        arguments.method,
+        model,
+        &input,
+        target,
+        bias,
+        arguments.steps,
+    )?;
+    let seconds = started.elapsed().as_secs_f64();
+    let explained = Explained {
+        tokens: tokens.iter().map(|token| readable(token)).collect(),
+        target: target_name,
+        foil: foil_name,
+        predictions: predictions
+            .into_iter()
+            .map(|(_, prediction)| prediction)
+            .take(5)
+            .collect(),
+        explanation,
+        seconds,
+    };
+    if let Some(html) = &arguments.html {
+        output::write_text(
+            html,
+            &report::explanation_page(&arguments.model, &explained),
+        )?;
+    }
+    if global.json {
+        return output::print_json(&explained);
+    }
+    output::print(&in_terminal(&explained))
+}
+
+/// Explains by any method.
+pub fn explain(
+    method: Method,
+    model: &Model,
+    input: &Input,
+    target: Target,
+    bias: BiasSplit,
+    steps: usize,
+) -> Result<Explanation> {
+    let rules = StreamRules {
+        bias,
+        ..StreamRules::default()
+    };
+    let named = |name: &str, explanation: Explanation| Explanation {
+        method: name.to_owned(),
+        ..explanation
+    };
+    Ok(match method {
+        Method::Decompx => decompx(model, input, None, target, rules)?,
+        Method::LogitAttribution => direct_logit_attribution(model, input, None, target)?,
+        Method::Attnlrp => {
+            let rules = RelevanceRules::attention_aware();
+            named("attnlrp", relevance(model, input, None, target, rules)?)
+        }
+        Method::CpLrp => {
+            let rules = RelevanceRules::value_only();
+            named("cp-lrp", relevance(model, input, None, target, rules)?)
+        }
+        Method::GradientXInput => gradient_times_input(model, input, None, target)?,
+        Method::IntegratedGradients => {
+            ensure!(steps >= 1, "steps is {steps}, but must be at least 1");
+            integrated_gradients(model, input, None, target, steps)?
+        }
+    })
+}
+
+fn takes_types(model: &Model) -> bool {
+    match &model.spec().input {
+        lapidary_model::InputSpec::Tokens(tokens) => tokens.token_types > 0,
+        lapidary_model::InputSpec::Patches(_) => false,
+    }
+}
+
+/// The scores by descending probability, with their indices; none for a model without scores.
+pub fn predictions(
+    package: &Package,
+    model: &Model,
+    input: &Input,
+    position: Option<usize>,
+) -> Result<Vec<(usize, Prediction)>> {
+    let output = model.forward(input, Pass::default())?;
+    let Some(logits) = output.logits else {
+        return Ok(Vec::new());
+    };
+    let logits = logits.into_value().get(0)?;
+    let logits = match logits.rank() {
+        2 => {
+            let length = logits.dim(0)?;
+            let position = position.unwrap_or(length - 1);
+            ensure!(
+                position < length,
+                "position is {position}, but must be below {length}"
+            );
+            logits.get(position)?
+        }
+        _ => logits,
+    };
+    let scores = logits.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let total: f64 = scores.iter().map(|score| (score - largest).exp()).sum();
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+    let is_language_model = matches!(
+        model.spec().head,
+        lapidary_model::HeadSpec::LanguageModel { .. }
+    );
+    Ok(order
+        .into_iter()
+        .map(|index| {
+            let name = match (is_language_model, &package.tokenizer) {
+                (true, Some(tokenizer)) => tokenizer.token_of(index as u32),
+                (false, _) => package.labels.get(index).cloned(),
+                _ => None,
+            };
+            let name = name.map_or_else(|| index.to_string(), |name| readable(&name));
+            let score = scores[index];
+            (
+                index,
+                Prediction {
+                    name,
+                    probability: (score - largest).exp() / total,
+                    score,
+                },
+            )
+        })
+        .collect())
+}
+
+/// What is explained, and how it is called.
+fn target(
+    arguments: &Explain,
+    package: &Package,
+    model: &Model,
+    predictions: &[(usize, Prediction)],
+) -> Result<(Target, String, Option<String>)> {
+    let Some((best, prediction)) = predictions.first() else {
+        ensure!(
+            arguments.target.is_none() && arguments.foil.is_none(),
+            "this model has no scores; leave --target and --foil out to explain its representation"
+        );
+        return Ok((Target::Representation, "representation".to_owned(), None));
+    };
+    let is_language_model = matches!(
+        model.spec().head,
+        lapidary_model::HeadSpec::LanguageModel { .. }
+    );
+    let find = |what: &str, name: &str| -> Result<(usize, String)> {
+        let count = predictions.len();
+        if let Ok(number) = name.parse::<usize>() {
+            ensure!(
+                number < count,
+                "{what} is {number}, but must be below {count}"
+            );
+            let found = predictions.iter().find(|(index, _)| *index == number);
+            return Ok((
+                number,
+                found.map_or_else(|| number.to_string(), |(_, p)| p.name.clone()),
+            ));
+        }
+        if !is_language_model {
+            let index = package.labels.iter().position(|label| label == name);
+            let index = index.with_context(|| {
+                format!(
+                    "{what} {name:?} is not a class; the classes are {}",
+                    package.labels.join(", ")
+                )
+            })?;
+            return Ok((index, name.to_owned()));
+        }
+        let tokenizer = package.tokenizer()?;
+        let single = |text: &str| -> Result<Option<u32>> {
+            let options = lapidary_model::tokenizer::EncodeOptions {
+                special_tokens: false,
+                limit: None,
+            };
+            Ok(match tokenizer.encode(text, &options)?.ids.as_slice() {
+                [only] => Some(*only),
+                _ => None,
+            })
+        };
+        // A word inside a sentence is a token of its own only with the space before it.
+        let id = match single(&format!(" {name}"))? {
+            Some(id) => Some(id),
+            None => single(name)?,
+        };
+        let id = id.with_context(|| {
+            format!(
+                "{what} {name:?} is not one token of this model; give a word that is, or a token id"
+            )
+        })?;
+        Ok((id as usize, name.to_owned()))
+    };
+    let (class, name) = match &arguments.target {
+        Some(target) => find("target", target)?,
+        None => (*best, prediction.name.clone()),
+    };
+    let (foil, foil_name) = match &arguments.foil {
+        Some(foil) => {
+            let (index, name) = find("foil", foil)?;
+            (Some(index), Some(name))
+        }
+        None => (None, None),
+    };
+    Ok((
+        Target::Score {
+            class,
+            foil,
+            position: arguments.position,
+        },
+        name,
+        foil_name,
+    ))
+}
+
+/// A token as people read it: byte-level and sentence-piece marks for a space become a space.
+pub fn readable(token: &str) -> String {
+    token.replace(['Ġ', '▁'], " ").replace('Ċ', "⏎")
+}
+
+fn in_terminal(explained: &Explained) -> String {
+    let explanation = &explained.explanation;
+    let mut text = String::new();
+    if !explained.predictions.is_empty() {
+        text += "predictions ";
+        for prediction in &explained.predictions {
+            text += &format!(
+                " {} {:.1}%",
+                prediction.name.trim(),
+                100.0 * prediction.probability
+            );
+        }
+        text += "\n";
+    }
+    text += &format!("explained    {}", explained.target.trim());
+    if let Some(foil) = &explained.foil {
+        text += &format!(" rather than {}", foil.trim());
+    }
+    text += &format!(" by {}, {:.3} s\n\n", explanation.method, explained.seconds);
+    if explanation.unit == Unit::Token {
+        let coloured = Coloured::new(&explained.tokens, &explanation.scores);
+        text += &format!("{}\n\n", coloured.in_terminal(output::is_coloured()));
+    }
+    let names = if explanation.labels.is_empty() {
+        &explained.tokens
+    } else {
+        &explanation.labels
+    };
+    text += &bars(names, &explanation.scores);
+    text += &format!("\n{}", account(explanation));
+    text
+}
+
+/// Every score as a line with a bar.
+fn bars(names: &[String], scores: &[f64]) -> String {
+    const WIDTH: f64 = 24.0;
+    let largest = scores
+        .iter()
+        .fold(0.0f64, |largest, score| largest.max(score.abs()));
+    let wide = names
+        .iter()
+        .map(|name| name.chars().count())
+        .max()
+        .unwrap_or(0)
+        .clamp(5, 32);
+    let mut text = String::new();
+    for (index, score) in scores.iter().enumerate() {
+        let name = names.get(index).map_or("bias", String::as_str).trim();
+        let length = if largest > 0.0 {
+            (score.abs() / largest * WIDTH).round() as usize
+        } else {
+            0
+        };
+        let bar = if *score >= 0.0 { "█" } else { "░" }.repeat(length);
+        text += &format!("{name:>wide$} {score:+10.4} {bar}\n");
+    }
+    text
+}
+
+/// What adds up, and what is left out.
+pub fn account(explanation: &Explanation) -> String {
+    let account = &explanation.account;
+    let mut text = format!(
+        "score {:.4} = attributed {:.4} + left out {:.2e}\n",
+        account.explained, account.attributed, account.unattributed
+    );
+    if let Some(error) = account.largest_site_error {
+        text += &format!("largest conservation error at any site {error:.1e}\n");
+    }
+    if !account.left_out.is_empty() {
+        text += &format!("left out by this method: {}\n", account.left_out.join("; "));
+    }
+    text
+}

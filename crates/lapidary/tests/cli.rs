@@ -1,0 +1,461 @@
+//! The program as a user runs it: real arguments, real files, and wrong ones on purpose.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use serde_json::Value;
+
+fn lapidary(arguments: &[&str]) -> Command {
+    let mut command = Command::cargo_bin("lapidary").unwrap();
+    command
+        .args(arguments)
+        .env("NO_COLOR", "1")
+        .env_remove("RUST_LOG");
+    command
+}
+
+fn output(arguments: &[&str]) -> String {
+    let done = lapidary(arguments).assert().success();
+    String::from_utf8(done.get_output().stdout.clone()).unwrap()
+}
+
+fn json(arguments: &[&str]) -> Value {
+    serde_json::from_str(&output(arguments)).unwrap()
+}
+
+/// Fails with status 1 and one line that contains every one of `words`.
+fn refused(arguments: &[&str], words: &[&str]) {
+    let done = lapidary(arguments).assert().failure().code(1);
+    let error = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+    assert!(error.starts_with("error: "), "{error}");
+    assert_eq!(error.trim_end().lines().count(), 1, "{error}");
+    for word in words {
+        assert!(error.contains(word), "{word:?} is not in {error}");
+    }
+}
+
+fn family(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/fixtures/families")
+        .join(name);
+    path.to_str().unwrap().to_owned()
+}
+
+fn write(directory: &tempfile::TempDir, name: &str, content: &[u8]) -> String {
+    let path: PathBuf = directory.path().join(name);
+    std::fs::write(&path, content).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn explains_the_embedded_model_by_every_method() {
+    let text = "the farmer near the dogs";
+    for method in [
+        "decompx",
+        "attnlrp",
+        "cp-lrp",
+        "gradient-x-input",
+        "integrated-gradients",
+    ] {
+        let document = json(&[
+            "explain", "embedded", "--text", text, "--target", "sings", "--foil", "sing",
+            "--method", method, "--json",
+        ]);
+        assert_eq!(document["tokens"].as_array().unwrap().len(), 6, "{method}");
+        assert_eq!(
+            document["explanation"]["scores"].as_array().unwrap().len(),
+            6,
+            "{method}"
+        );
+        assert_eq!(document["target"], "sings");
+    }
+    let document = json(&[
+        "explain", "embedded", "--text", text, "--method", "decompx", "--json",
+    ]);
+    let account = &document["explanation"]["account"];
+    assert!(account["unattributed"].as_f64().unwrap().abs() < 1e-3);
+    assert!(account["largest_site_error"].as_f64().unwrap() < 1e-4);
+}
+
+#[test]
+fn explains_every_family_that_reads_text() {
+    for name in [
+        "gpt2",
+        "opt",
+        "llama",
+        "bert",
+        "bert-classifier",
+        "roberta-classifier",
+        "mamba",
+        "mixtral",
+        "clip",
+    ] {
+        for method in ["decompx", "attnlrp", "logit-attribution"] {
+            let model = family(name);
+            let document = json(&[
+                "explain", &model, "--tokens", "5,9,3,17", "--method", method, "--json",
+            ]);
+            let account = &document["explanation"]["account"];
+            if method != "attnlrp" {
+                let left = account["unattributed"].as_f64().unwrap();
+                let scale = account["explained"].as_f64().unwrap().abs().max(1.0);
+                assert!(left.abs() < 1e-3 * scale, "{name} {method}: {account}");
+            }
+        }
+    }
+}
+
+#[test]
+fn runs_on_tensors_at_full_precision() {
+    let directory = tempfile::tempdir().unwrap();
+    let input = write(
+        &directory,
+        "in.json",
+        br#"{"input_ids": [[3, 4, 5], [6, 7, 1]], "attention_mask": [[1, 1, 1], [1, 1, 0]]}"#,
+    );
+    let model = family("bert-classifier");
+    let document = json(&[
+        "run",
+        &model,
+        "--input",
+        &input,
+        "--sites",
+        "blocks.*.out",
+        "--json",
+    ]);
+    assert_eq!(document["logits"].as_array().unwrap().len(), 2);
+    // What each of two blocks gives, and the attention and feed-forward part in it.
+    assert_eq!(document["sites"].as_object().unwrap().len(), 6);
+    let pixels: Vec<Vec<Vec<f32>>> = vec![vec![vec![0.5; 16]; 16]; 3];
+    let pixels = serde_json::to_vec(&serde_json::json!({ "pixel_values": [pixels] })).unwrap();
+    let input = write(&directory, "pixels.json", &pixels);
+    assert_eq!(
+        json(&["run", &family("vit"), "--input", &input, "--json"])["logits"][0]
+            .as_array()
+            .unwrap()
+            .len(),
+        5
+    );
+}
+
+#[test]
+fn generation_is_the_same_with_and_without_a_cache() {
+    let common = [
+        "generate",
+        "embedded",
+        "--prompt",
+        "the capital of",
+        "--prompt",
+        "the king",
+        "--tokens",
+        "8",
+        "--json",
+    ];
+    let cached = json(&common);
+    let fresh = json(&[&common[..], &["--no-cache"]].concat());
+    assert_eq!(cached["sequences"], fresh["sequences"]);
+    let sampled = |seed: &str| {
+        json(&[&common[..], &["--temperature", "1", "--seed", seed]].concat())["sequences"].clone()
+    };
+    assert_eq!(sampled("3"), sampled("3"));
+    assert_ne!(sampled("3"), sampled("4"));
+}
+
+#[test]
+fn compresses_saves_loads_and_explains_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("cut");
+    let out = out.to_str().unwrap();
+    let report = json(&[
+        "compress",
+        "embedded",
+        "--method",
+        "whitened",
+        "--ratio",
+        "0.3",
+        "--windows",
+        "4",
+        "--window",
+        "32",
+        "--out",
+        out,
+        "--json",
+    ]);
+    assert!(report["kept"].as_f64().unwrap() < 0.8);
+    assert_eq!(report["saved_as"], "lapidary");
+    let explained = json(&["explain", out, "--text", "the farmer", "--json"]);
+    assert!(
+        explained["explanation"]["account"]["largest_site_error"]
+            .as_f64()
+            .unwrap()
+            < 1e-4
+    );
+    refused(
+        &["compress", "embedded", "--ratio", "0.3", "--out", out],
+        &["empty directory"],
+    );
+    let dense = directory.path().join("dense");
+    let model = family("gpt2");
+    let report = json(&[
+        "compress",
+        &model,
+        "--method",
+        "svd",
+        "--ratio",
+        "0.5",
+        "--dense",
+        "--out",
+        dense.to_str().unwrap(),
+        "--json",
+    ]);
+    assert_eq!(report["saved_as"], "hugging-face");
+    assert!(dense.join("config.json").is_file());
+}
+
+#[test]
+fn trains_and_resumes_to_the_same_weights() {
+    let directory = tempfile::tempdir().unwrap();
+    let spec = write(
+        &directory,
+        "spec.toml",
+        br#"
+steps = 6
+batch = 4
+length = 16
+[schedule]
+peak = 1e-2
+[checkpoint]
+every = 3
+[data]
+kind = "copying"
+symbols = 7
+[model]
+width = 16
+[model.input]
+kind = "tokens"
+vocabulary = 8
+length = 16
+[[model.blocks]]
+attention = { kind = "multi-head", heads = 2, causal = true, dropout = 0.1 }
+feedforward = { kind = "dense", hidden = 32 }
+dropout = 0.1
+[model.head]
+kind = "language-model"
+"#,
+    );
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (whole, parts) = (at("whole"), at("parts"));
+    output(&["train", &spec, "--out", &whole]);
+    // A run that died after its third step leaves a state, and no model.
+    output(&["train", &spec, "--out", &parts]);
+    std::fs::remove_dir_all(Path::new(&parts).join("model")).unwrap();
+    std::fs::remove_dir_all(Path::new(&parts).join("states/step-0000000006")).unwrap();
+    output(&["train", &spec, "--out", &parts, "--resume"]);
+    let weights =
+        |run: &str| std::fs::read(Path::new(run).join("model/model.safetensors")).unwrap();
+    assert!(
+        weights(&whole) == weights(&parts),
+        "the resumed run ends with other weights"
+    );
+    refused(
+        &["train", &spec, "--out", &whole],
+        &["holds a run", "--resume"],
+    );
+}
+
+#[test]
+fn evaluates_with_token_and_window_counts() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = "the farmer near the dogs sings . the king praised himself . ".repeat(20);
+    let file = write(&directory, "text.txt", text.as_bytes());
+    let document = json(&[
+        "evaluate", "embedded", "--text", &file, "--window", "32", "--stride", "16", "--json",
+    ]);
+    assert_eq!(
+        document["scored_tokens"].as_u64().unwrap() + 1,
+        document["text_tokens"].as_u64().unwrap()
+    );
+    assert!(document["perplexity"].as_f64().unwrap() > 1.0);
+    refused(
+        &["evaluate", "embedded", "--text", &file, "--window", "1000"],
+        &["window is 1000", "128"],
+    );
+    let empty = write(&directory, "empty.txt", b"  \n");
+    refused(&["evaluate", "embedded", "--text", &empty], &["empty"]);
+}
+
+#[test]
+fn the_catalogue_measures_every_part() {
+    let entries = json(&["parts", "--width", "16", "--length", "8", "--json"]);
+    let entries = entries.as_array().unwrap();
+    assert!(entries.len() >= 18);
+    assert!(
+        entries
+            .iter()
+            .all(|entry| entry["flops"].as_u64().unwrap() > 0)
+    );
+    refused(
+        &["parts", "nonsense", "--width", "16", "--length", "8"],
+        &["nonsense"],
+    );
+}
+
+#[test]
+fn wrong_input_gets_one_sentence() {
+    let directory = tempfile::tempdir().unwrap();
+    refused(
+        &["explain", "/no/such/model", "--text", "a"],
+        &["/no/such/model", "not a directory"],
+    );
+    refused(&["explain", "embedded", "--text", "  "], &["empty"]);
+    refused(
+        &["explain", "embedded", "--text", "the zebra sings"],
+        &["zebra", "vocabulary"],
+    );
+    refused(
+        &[
+            "explain",
+            "embedded",
+            "--text",
+            "the farmer",
+            "--target",
+            "9999",
+        ],
+        &["9999", "403"],
+    );
+    refused(
+        &[
+            "explain",
+            "embedded",
+            "--text",
+            "the farmer",
+            "--bias",
+            "all",
+        ],
+        &["absdot"],
+    );
+    refused(
+        &["explain", "embedded", "--tokens", "1,2,99999"],
+        &["99999", "403"],
+    );
+    let long = vec!["1"; 200].join(",");
+    refused(&["explain", "embedded", "--tokens", &long], &["200", "128"]);
+    refused(
+        &[
+            "explain",
+            "embedded",
+            "--text",
+            "the farmer",
+            "--html",
+            "/no/such/dir/x.html",
+        ],
+        &["/no/such/dir"],
+    );
+    refused(
+        &["explain", &family("vit"), "--text", "a"],
+        &["reads images"],
+    );
+    let input = write(
+        &directory,
+        "ragged.json",
+        br#"{"input_ids": [[1, 2], [3]]}"#,
+    );
+    refused(&["run", &family("gpt2"), "--input", &input], &["ragged"]);
+    let input = write(&directory, "other.json", br#"{"inputs": [[1, 2]]}"#);
+    refused(
+        &["run", &family("gpt2"), "--input", &input],
+        &["inputs", "input_ids"],
+    );
+    let input = write(&directory, "not.json", b"{");
+    refused(&["run", &family("gpt2"), "--input", &input], &["not.json"]);
+    let input = write(&directory, "ids.json", br#"{"input_ids": [[1, 2]]}"#);
+    refused(
+        &[
+            "run",
+            &family("gpt2"),
+            "--input",
+            &input,
+            "--sites",
+            "nothing.*",
+        ],
+        &["nothing.*"],
+    );
+    refused(
+        &["compress", "embedded", "--ratio", "1.5", "--out", "x"],
+        &["1.5"],
+    );
+    refused(
+        &["generate", &family("bert-masked-lm"), "--prompt", "a"],
+        &[],
+    );
+    lapidary(&["explain", "embedded"]).assert().code(2);
+    lapidary(&["frobnicate"]).assert().code(2);
+}
+
+#[test]
+fn broken_checkpoints_are_refused_by_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let copy = |name: &str| {
+        let to = directory.path().join(name);
+        std::fs::create_dir_all(&to).unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            std::fs::copy(
+                Path::new(&family("bert-classifier")).join(file),
+                to.join(file),
+            )
+            .unwrap();
+        }
+        to
+    };
+    let input = write(&directory, "ids.json", br#"{"input_ids": [[1, 2]]}"#);
+    let run = |model: &Path, words: &[&str]| {
+        refused(&["run", model.to_str().unwrap(), "--input", &input], words)
+    };
+
+    let cut = copy("truncated");
+    let bytes = std::fs::read(cut.join("model.safetensors")).unwrap();
+    std::fs::write(cut.join("model.safetensors"), &bytes[..bytes.len() / 2]).unwrap();
+    run(&cut, &["model.safetensors"]);
+
+    let lying = copy("lying");
+    let mut bytes = std::fs::read(lying.join("model.safetensors")).unwrap();
+    bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    std::fs::write(lying.join("model.safetensors"), bytes).unwrap();
+    run(&lying, &["model.safetensors"]);
+
+    let absurd = copy("absurd");
+    let config = std::fs::read_to_string(absurd.join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["hidden_size"] = 1_000_000_000_000u64.into();
+    std::fs::write(absurd.join("config.json"), config.to_string()).unwrap();
+    run(&absurd, &["hidden_size"]);
+    config["hidden_size"] = 48.into();
+    std::fs::write(absurd.join("config.json"), config.to_string()).unwrap();
+    run(&absurd, &["shape"]);
+    config["model_type"] = "perceiver".into();
+    std::fs::write(absurd.join("config.json"), config.to_string()).unwrap();
+    run(&absurd, &["perceiver", "bert"]);
+
+    let untokenised = copy("untokenised");
+    refused(
+        &["explain", untokenised.to_str().unwrap(), "--text", "a"],
+        &["tokenizer"],
+    );
+}
+
+#[test]
+fn the_demo_writes_a_report_without_network_references() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("report.html");
+    let text = output(&["demo", "--out", out.to_str().unwrap()]);
+    assert!(text.contains("conservation error"));
+    let page = std::fs::read_to_string(out).unwrap();
+    assert!(page.starts_with("<!DOCTYPE html>"));
+    assert!(!page.contains("http://") && !page.contains("https://") && !page.contains("<script"));
+}
+
+#[test]
+fn help_lists_every_verb() {
+    insta::assert_snapshot!(output(&["--help"]));
+}

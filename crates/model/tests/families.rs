@@ -1,0 +1,280 @@
+//! Every family against `transformers`: small random checkpoints made by
+//! `tests/oracles/families.py`, with the outputs that library computes.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail by panicking"
+)]
+
+use std::path::{Path, PathBuf};
+
+use lapidary_kernels::{D, DType, Device, Tensor};
+use lapidary_model::{Checkpoint, Input, Limits, Model, OpenOptions, Package, Pass, SavedAs};
+use lapidary_signal::Trace;
+
+const FAMILIES: [&str; 21] = [
+    "bert",
+    "bert-classifier",
+    "bert-masked-lm",
+    "bert-masked-lm-old-names",
+    "clip",
+    "deit",
+    "gpt2",
+    "gpt2-old-names",
+    "llama",
+    "llama-tied",
+    "mamba",
+    "mistral",
+    "mixtral",
+    "olmoe",
+    "opt",
+    "opt-projected",
+    "opt-projected-pre-norm",
+    "qwen2",
+    "roberta-classifier",
+    "roberta-masked-lm",
+    "vit",
+];
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/fixtures/families")
+        .join(name)
+}
+
+struct Case(Checkpoint);
+
+impl Case {
+    fn open(name: &str) -> Self {
+        let path = fixture(name).join("case.safetensors");
+        Self(Checkpoint::open_file(&path, &Limits::default()).unwrap())
+    }
+
+    fn get(&self, name: &str) -> Option<Tensor> {
+        self.0
+            .contains(name)
+            .then(|| self.0.tensor(name, DType::F32).unwrap())
+    }
+
+    fn integers(&self, name: &str) -> Option<Tensor> {
+        self.get(name)
+            .map(|tensor| tensor.to_dtype(DType::U32).unwrap())
+    }
+}
+
+/// Largest difference at real tokens, relative to the largest expected value.
+fn difference(found: &Tensor, expected: &Tensor, padding: Option<&Tensor>) -> f64 {
+    assert_eq!(found.dims(), expected.dims());
+    let mut gap = (found - expected).unwrap().abs().unwrap();
+    if let (Some(padding), 3) = (padding, gap.rank()) {
+        let keep = padding
+            .to_dtype(DType::F32)
+            .unwrap()
+            .unsqueeze(D::Minus1)
+            .unwrap();
+        gap = gap.broadcast_mul(&keep).unwrap();
+    }
+    let max = |t: &Tensor| {
+        t.flatten_all()
+            .unwrap()
+            .max(0)
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap()
+    };
+    f64::from(max(&gap) / max(&expected.abs().unwrap()))
+}
+
+fn check(name: &str, model: &Model, case: &Case, input: &Input, prefix: &str) {
+    let padding = case
+        .integers("attention_mask")
+        .map(|mask| mask.to_dtype(DType::U8).unwrap());
+    let padding = padding.filter(|_| matches!(input, Input::Tokens { .. }));
+    let trace = Trace::new().capture("*").unwrap();
+    let pass = Pass {
+        padding: padding.as_ref(),
+        trace: Some(&trace),
+        ..Pass::default()
+    };
+    let output = model.forward(input, pass).unwrap();
+    let mut compared = 0;
+    let mut compare = |what: &str, found: &Tensor| {
+        if let Some(expected) = case.get(&format!("{prefix}{what}")) {
+            let gap = difference(found, &expected, padding.as_ref());
+            assert!(gap < 1e-4, "{name}: {what} differs by {gap}");
+            compared += 1;
+        }
+    };
+    for block in 0..2 {
+        // Of a Mamba the library lists what blocks give, of everything else what they get.
+        let site = format!(
+            "blocks.{block}.{}",
+            if name == "mamba" { "out" } else { "in" }
+        );
+        compare(
+            &format!("hidden_states.{block}"),
+            trace.signal(&site).unwrap().value(),
+        );
+        let site = format!("blocks.{block}.attention.weights");
+        if let Ok(weights) = trace.signal(&site) {
+            let keep = padding
+                .as_ref()
+                .map(|p| p.unsqueeze(1).unwrap().unsqueeze(3).unwrap());
+            let expected = case.get(&format!("{prefix}attentions.{block}"));
+            if let Some(expected) = expected {
+                let mut gap = (weights.value() - expected).unwrap().abs().unwrap();
+                if let Some(keep) = keep {
+                    gap = gap
+                        .broadcast_mul(&keep.to_dtype(DType::F32).unwrap())
+                        .unwrap();
+                }
+                let gap = gap
+                    .flatten_all()
+                    .unwrap()
+                    .max(0)
+                    .unwrap()
+                    .to_scalar::<f32>()
+                    .unwrap();
+                assert!(
+                    gap < 1e-4,
+                    "{name}: attention weights of block {block} differ by {gap}"
+                );
+            }
+        }
+    }
+    // The library's last hidden states are those after the final norm, but for vision models; and
+    // those of a projected OPT are projected.
+    if matches!(input, Input::Pixels(_)) {
+        compare(
+            "hidden_states.2",
+            trace.signal("blocks.1.out").unwrap().value(),
+        );
+    } else if !name.starts_with("opt-projected") && prefix == "expected." {
+        compare("hidden_states.2", output.hidden.value());
+    }
+    compare("last_hidden_state", output.hidden.value());
+    if let Some(pooled) = &output.pooled {
+        compare("pooler_output", pooled.value());
+    }
+    if let Some(logits) = &output.logits {
+        compare("logits", logits.value());
+    }
+    assert!(
+        compared >= 3,
+        "{name}: only {compared} outputs were compared"
+    );
+}
+
+fn check_package(name: &str, package: &Package) {
+    let case = Case::open(name);
+    let ids = case.integers("input_ids");
+    let pixels = case.get("pixel_values");
+    for tower in &package.towers {
+        let text = tower.model.spec().vocabulary().is_some();
+        let input = if text {
+            Input::Tokens {
+                ids: ids.clone().unwrap(),
+                token_types: case.integers("token_type_ids"),
+            }
+        } else {
+            Input::Pixels(pixels.clone().unwrap())
+        };
+        let prefix = match tower.name.as_str() {
+            "" => "expected.".to_owned(),
+            tower => format!("expected.{tower}_model_output."),
+        };
+        check(name, &tower.model, &case, &input, &prefix);
+    }
+}
+
+#[test]
+fn every_family_gives_what_transformers_gives() {
+    for name in FAMILIES {
+        let package = Package::open(&fixture(name), &OpenOptions::default())
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
+        check_package(name, &package);
+    }
+}
+
+#[test]
+fn clip_embeddings_agree_after_projection() {
+    let package = Package::open(&fixture("clip"), &OpenOptions::default()).unwrap();
+    let case = Case::open("clip");
+    let embed = |tower: usize, input: &Input| {
+        let output = package.towers[tower]
+            .model
+            .forward(input, Pass::default())
+            .unwrap();
+        let embedding = output.into_logits().unwrap().into_value();
+        let norm = embedding
+            .sqr()
+            .unwrap()
+            .sum_keepdim(1)
+            .unwrap()
+            .sqrt()
+            .unwrap();
+        embedding.broadcast_div(&norm).unwrap()
+    };
+    let text = embed(0, &Input::tokens(case.integers("input_ids").unwrap()));
+    let image = embed(1, &Input::Pixels(case.get("pixel_values").unwrap()));
+    assert!(difference(&text, &case.get("expected.text_embeds").unwrap(), None) < 1e-4);
+    assert!(difference(&image, &case.get("expected.image_embeds").unwrap(), None) < 1e-4);
+}
+
+#[test]
+fn what_is_saved_loads_again_bit_for_bit() {
+    for name in FAMILIES {
+        let package = Package::open(&fixture(name), &OpenOptions::default()).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("saved");
+        assert_eq!(
+            package.save(&target, None).unwrap(),
+            SavedAs::HuggingFace,
+            "{name}"
+        );
+        let again = Package::open(&target, &OpenOptions::default()).unwrap();
+        assert_eq!(again.towers.len(), package.towers.len());
+        for (before, after) in package.towers.iter().zip(&again.towers) {
+            assert_eq!(before.model.spec(), after.model.spec(), "{name}");
+            for (parameter, tensor) in before.model.parameters() {
+                let other = &after.model.parameters()[parameter];
+                let same = tensor.eq(other).unwrap().to_dtype(DType::F32).unwrap();
+                let same = same
+                    .flatten_all()
+                    .unwrap()
+                    .min(0)
+                    .unwrap()
+                    .to_scalar::<f32>()
+                    .unwrap();
+                assert_eq!(same, 1.0, "{name}: {parameter}");
+            }
+        }
+        check_package(name, &again);
+    }
+}
+
+#[test]
+fn a_changed_model_saves_as_a_spec_and_loads_again() {
+    let package = Package::open(&fixture("bert-classifier"), &OpenOptions::default()).unwrap();
+    let model = package.single_model().unwrap();
+    let mut spec = model.spec().clone();
+    spec.low_rank
+        .insert("blocks.0.feedforward.up".to_owned(), 3);
+    let mut parameters = model.parameters().clone();
+    parameters.remove("blocks.0.feedforward.up.weight");
+    let device = Device::Cpu;
+    let factor = |shape: (usize, usize)| Tensor::rand(-1f32, 1f32, shape, &device).unwrap();
+    parameters.insert("blocks.0.feedforward.up.down".to_owned(), factor((3, 32)));
+    parameters.insert("blocks.0.feedforward.up.up".to_owned(), factor((48, 3)));
+    let changed = Model::new(spec, &mut parameters).unwrap();
+    let package = package.with_model(changed);
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("saved");
+    assert_eq!(package.save(&target, None).unwrap(), SavedAs::Lapidary);
+    let again = Package::open(&target, &OpenOptions::default()).unwrap();
+    assert_eq!(
+        again.single_model().unwrap().spec(),
+        package.single_model().unwrap().spec()
+    );
+}

@@ -1,0 +1,328 @@
+//! The selective state-space mixer (Gu & Dao, Mamba: Linear-Time Sequence Modeling with
+//! Selective State Spaces, 2023, arXiv 2312.00752).
+//!
+//! A token is mixed with earlier ones by a short convolution and by a recurrence whose step
+//! size, entry and read-out are computed from the token, so that the state can keep one token
+//! and ignore another:
+//!
+//! ```text
+//! [u, z] = x W_inᵀ                        u, z: [batch, length, inner]
+//! u      = SiLU(causal depthwise convolution of u with `taps` taps)
+//! [δ, B, C] = u W_selᵀ                    δ: step_rank;  B, C: state
+//! Δ      = softplus(δ W_Δᵀ + b_Δ)         [batch, length, inner]
+//! h_t    = exp(Δ_t A) ⊙ h_{t−1} + Δ_t u_t B_t,   A = −exp(decay_log)   [inner, state]
+//! y      = ((h · C) + D ⊙ u) ⊙ SiLU(z)
+//! out    = y W_outᵀ
+//! ```
+//!
+//! Cost per token: `2 (3 width · inner + inner (2 step_rank + 2 state) + inner · taps)` for the
+//! products and `7 inner · state` for the recurrence; a decoding step needs no more, and the
+//! memory is `inner (taps − 1 + state)` numbers however long the text. Parameters:
+//! `inner (3 width + taps + 2 step_rank + 3 state + 2)`, and `inner` for the convolution's bias.
+//!
+//! Where padding is given, padded tokens are zeroed before the input projection and again after
+//! the convolution, as `transformers` does; with `bias` a token after left padding therefore
+//! still sees that bias through the convolution. Names and shapes of the parameters are those
+//! of its checkpoints one for one: `in_proj` is `input`, `conv1d` is `convolution` (weight
+//! `[inner, 1, taps]`, oldest tap first), `x_proj` is `selection`, `dt_proj` is `step`, `A_log`
+//! is `decay_log`, `D` is `skip`, `out_proj` is `output`.
+//!
+//! Under streams and relevance `Δ`, `B`, `C` and the decay are held fixed, `u` is followed, and
+//! the gate obeys the product rule.
+
+use crate::activation::ActivationSpec;
+use crate::error::{bounded, tensor};
+use crate::parameters::{Init, Parameters};
+use crate::state::MixerState;
+use crate::{Context, Error, Result};
+use lapidary_kernels::{Activation, Tensor, activate};
+use lapidary_signal::{Linear, SelectiveScan, Signal};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+const MAX_INNER: usize = 1 << 20;
+const MAX_STATE: usize = 1 << 12;
+const MAX_TAPS: usize = 1 << 10;
+
+/// A selective state-space mixer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MambaSpec {
+    /// Channels of the recurrence; twice the width when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inner: Option<usize>,
+    /// Numbers that each channel remembers.
+    #[serde(default = "default_state")]
+    pub state: usize,
+    /// Positions that the convolution sees.
+    #[serde(default = "default_taps")]
+    pub taps: usize,
+    /// Rank of the step sizes' projection; a sixteenth of the width, rounded up, when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step_rank: Option<usize>,
+    /// What follows the convolution. The gate's is always SiLU.
+    #[serde(default = "silu")]
+    pub activation: ActivationSpec,
+    /// Whether the input and output projections have biases.
+    #[serde(default)]
+    pub bias: bool,
+    /// Whether the convolution has a bias.
+    #[serde(default = "yes")]
+    pub convolution_bias: bool,
+}
+
+fn default_state() -> usize {
+    16
+}
+
+fn default_taps() -> usize {
+    4
+}
+
+fn silu() -> ActivationSpec {
+    ActivationSpec::Silu
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Default for MambaSpec {
+    fn default() -> Self {
+        Self {
+            inner: None,
+            state: default_state(),
+            taps: default_taps(),
+            step_rank: None,
+            activation: silu(),
+            bias: false,
+            convolution_bias: yes(),
+        }
+    }
+}
+
+impl MambaSpec {
+    /// Channels of the recurrence.
+    pub fn inner(&self, width: usize) -> usize {
+        self.inner.unwrap_or_else(|| width.saturating_mul(2))
+    }
+
+    /// Rank of the step sizes' projection.
+    pub fn step_rank(&self, width: usize) -> usize {
+        self.step_rank.unwrap_or_else(|| width.div_ceil(16))
+    }
+
+    /// Refuses what cannot be built for tokens of `width`.
+    pub fn validate(&self, width: usize, field: &str) -> Result<()> {
+        let inner = self.inner(width);
+        bounded(format!("{field}.inner"), inner, 1..=MAX_INNER)?;
+        bounded(format!("{field}.state"), self.state, 1..=MAX_STATE)?;
+        bounded(format!("{field}.taps"), self.taps, 1..=MAX_TAPS)?;
+        let rank = self.step_rank(width);
+        bounded(format!("{field}.step_rank"), rank, 1..=inner)
+    }
+}
+
+/// A selective state-space mixer with its parameters.
+#[derive(Debug)]
+pub struct Mamba {
+    path: String,
+    inner: usize,
+    state: usize,
+    taps: usize,
+    step_rank: usize,
+    activation: Activation,
+    input: Linear,
+    /// `[inner, 1, taps]`, oldest tap first.
+    kernel: Tensor,
+    kernel_bias: Option<Tensor>,
+    selection: Linear,
+    step: Linear,
+    /// `ln(−A)`, `[inner, state]`.
+    decay_log: Tensor,
+    /// `D`, `[inner]`.
+    skip: Tensor,
+    output: Linear,
+}
+
+impl Mamba {
+    /// Builds the module for tokens of `width`.
+    pub fn new(spec: &MambaSpec, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
+        let (inner, state, taps) = (spec.inner(width), spec.state, spec.taps);
+        let step_rank = spec.step_rank(width);
+        // Deviations of the uniform distributions that the published code draws from.
+        let tap_deviation = (1.0 / (3.0 * taps as f64)).sqrt();
+        let step_deviation = (1.0 / (3.0 * step_rank as f64)).sqrt();
+        let input = parameters.linear("input", "in", width, 2 * inner, spec.bias)?;
+        let mut convolution = parameters.at("convolution");
+        let kernel = convolution.tensor(
+            "weight",
+            &[inner, 1, taps],
+            Init::Normal {
+                deviation: tap_deviation,
+            },
+        )?;
+        let kernel_bias = if spec.convolution_bias {
+            Some(convolution.tensor("bias", &[inner], Init::Zeros)?)
+        } else {
+            None
+        };
+        let selected = step_rank + 2 * state;
+        let selection = parameters.linear("selection", "convolved", inner, selected, false)?;
+        let step = parameters.linear_starting(
+            "step",
+            "step_in",
+            [inner, step_rank],
+            Init::Normal {
+                deviation: step_deviation,
+            },
+            Some(Init::InverseSoftplusLogUniform {
+                low: 1e-3,
+                high: 1e-1,
+            }),
+        )?;
+        Ok(Self {
+            path: parameters.path().to_owned(),
+            inner,
+            state,
+            taps,
+            step_rank,
+            activation: spec.activation.into(),
+            input,
+            kernel,
+            kernel_bias,
+            selection,
+            step,
+            decay_log: parameters.tensor("decay_log", &[inner, state], Init::LogRange)?,
+            skip: parameters.tensor("skip", &[inner], Init::Ones)?,
+            output: parameters.linear("output", "mixed", inner, width, spec.bias)?,
+        })
+    }
+
+    /// Mixes the tokens of `x` `[batch, length, width]`; `memory` holds what earlier ones left.
+    pub fn forward(
+        &self,
+        x: &Signal,
+        cx: &Context<'_>,
+        memory: Option<&mut MixerState>,
+    ) -> Result<Signal> {
+        let site = |name: &str, signal: Signal| {
+            cx.trace.site(format_args!("{}.{name}", self.path), signal)
+        };
+        let real = self.real_tokens(x, cx)?;
+        let earlier = self.recall(x, memory.as_deref())?;
+
+        let x = site("in", masked(x, real.as_ref())?)?;
+        let projected = x.linear(&self.input)?;
+        let content = projected.narrow(2, 0, self.inner)?;
+        let gate = projected.narrow(2, self.inner, self.inner)?;
+
+        let (content, window) = self.convolve(&content, earlier.as_ref().map(|(w, _)| w))?;
+        let content = site("convolved", masked(&content, real.as_ref())?)?;
+        let selected = content.for_selection().linear(&self.selection)?;
+        let step = site("step_in", selected.narrow(2, 0, self.step_rank)?)?;
+        let step = step.linear(&self.step)?.activate(Activation::Softplus)?;
+        let scan = SelectiveScan {
+            step: site("step_size", step)?.into_value(),
+            rate: tensor(activate(&self.decay_log, Activation::Exp)?.neg())?,
+            entry: selected.narrow(2, self.step_rank, self.state)?.into_value(),
+            exit: selected
+                .narrow(2, self.step_rank + self.state, self.state)?
+                .into_value(),
+            initial: earlier.map(|(_, state)| state),
+        };
+        let (scanned, state) = content.selective_scan(&scan)?;
+        if let Some(memory) = memory {
+            *memory = MixerState::Recurrent {
+                window,
+                state: state.detach(),
+            };
+        }
+        let mixed = scanned
+            .add(&content.multiply_constant(&self.skip)?)?
+            .gate(&gate.activate(Activation::Silu)?)?;
+        let mixed = site("mixed", mixed)?;
+        Ok(site("out", mixed.linear(&self.output)?)?)
+    }
+
+    /// `[batch, length, 1]`, 1 = a real token, for the tokens of this pass.
+    fn real_tokens(&self, x: &Signal, cx: &Context<'_>) -> Result<Option<Tensor>> {
+        let Some(padding) = cx.key_padding else {
+            return Ok(None);
+        };
+        let (batch, length, _) = tensor(x.value().dims3())?;
+        let expected = [batch, cx.offset + length];
+        if padding.dims() != expected {
+            return Err(Error::spec(
+                format!("shape of the padding at {}", self.path),
+                padding.dims(),
+                format!("{expected:?}: the earlier tokens and these"),
+            ));
+        }
+        let here = tensor(padding.narrow(1, cx.offset, length))?;
+        let here = tensor(tensor(here.unsqueeze(2))?.to_dtype(x.dtype()))?;
+        Ok(Some(here))
+    }
+
+    /// What earlier tokens left: the convolution's window and the state.
+    fn recall(&self, x: &Signal, memory: Option<&MixerState>) -> Result<Option<(Tensor, Tensor)>> {
+        let (window, state) = match memory {
+            None | Some(MixerState::Empty) => return Ok(None),
+            Some(MixerState::Recurrent { window, state }) => (window, state),
+            Some(MixerState::Cache(_)) => {
+                return Err(Error::spec(
+                    format!("decode state at {}", self.path),
+                    "a key/value cache",
+                    "that of a recurrence",
+                ));
+            }
+        };
+        let (batch, _, _) = tensor(x.value().dims3())?;
+        let expected = [batch, self.inner, self.taps - 1];
+        if window.dims() != expected {
+            return Err(Error::spec(
+                format!("shape of the decode state at {}", self.path),
+                window.dims(),
+                format!("{expected:?}"),
+            ));
+        }
+        Ok(Some((window.clone(), state.clone())))
+    }
+
+    /// The activated convolution of `u` `[batch, length, inner]`, and the last `taps − 1` inputs
+    /// `[batch, inner, taps − 1]` for the tokens to come.
+    fn convolve(&self, u: &Signal, window: Option<&Tensor>) -> Result<(Signal, Tensor)> {
+        let (batch, length, inner) = tensor(u.value().dims3())?;
+        let before = self.taps - 1;
+        let mut u = u.transpose(1, 2)?;
+        let mut skipped = 0;
+        if let Some(window) = window.filter(|_| before > 0) {
+            u = Signal::concatenate(&[Signal::from(window.clone()), u], 2)?;
+            skipped = before;
+        }
+        let seen = skipped + length;
+        let past = u.value().detach();
+        let past = if seen < before {
+            let shape = (batch, inner, before - seen);
+            let zeros = tensor(Tensor::zeros(shape, past.dtype(), past.device()))?;
+            tensor(Tensor::cat(&[&zeros, &past], 2))?
+        } else {
+            tensor(tensor(past.narrow(2, seen - before, before))?.force_contiguous())?
+        };
+        // The convolution's first tap belongs to the present, a checkpoint's last one does.
+        let kernel = tensor(tensor(self.kernel.squeeze(1))?.flip(&[1]))?;
+        let convolved = u
+            .contiguous()?
+            .depthwise_convolution(&kernel, self.kernel_bias.as_ref())?
+            .narrow(2, skipped, length)?
+            .transpose(1, 2)?;
+        Ok((convolved.activate(self.activation)?, past))
+    }
+}
+
+fn masked(x: &Signal, real: Option<&Tensor>) -> Result<Signal> {
+    match real {
+        Some(real) => Ok(x.multiply_constant(real)?),
+        None => Ok(x.clone()),
+    }
+}

@@ -1,0 +1,1230 @@
+//! What every kind of part must keep, checked on blocks that use each of them.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use common::{
+    Map, assert_near, build, contracted, difference, draw, gradient_error, is_finite, random,
+};
+use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_parts::activation::ActivationSpec;
+use lapidary_parts::attention::{MixerSpec, MultiHeadSpec, QueryKeyNorm};
+use lapidary_parts::block::{Block, BlockSpec, Wiring};
+use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, Mixture, MixtureSpec};
+use lapidary_parts::norm::NormSpec;
+use lapidary_parts::position::{PositionSpec, RotaryScaling, RotarySpec};
+use lapidary_parts::recurrent::MambaSpec;
+use lapidary_parts::state::MixerState;
+use lapidary_parts::{Context, Result};
+use lapidary_signal::meter::Meter;
+use lapidary_signal::relevance::{RelevanceRules, relevance_of};
+use lapidary_signal::streams::{BiasSplit, Partition, ProductSplit, Slope, StreamRules};
+use lapidary_signal::{Signal, Trace};
+
+const WIDTH: usize = 8;
+const BATCH: usize = 2;
+const LENGTH: usize = 6;
+const MEMORY: usize = 4;
+
+/// Names the variants of a spec. A new variant doesn't compile until it is named here, and then
+/// fails `every_kind_has_a_case` until a case below uses it.
+macro_rules! kinds {
+    ($name:ident, $all:ident, $spec:ident: $($variant:ident),+) => {
+        const $all: &[&str] = &[$(concat!(stringify!($spec), "::", stringify!($variant))),+];
+
+        fn $name(spec: &$spec) -> &'static str {
+            match spec {
+                $($spec::$variant { .. } => {
+                    concat!(stringify!($spec), "::", stringify!($variant))
+                })+
+            }
+        }
+    };
+}
+
+kinds!(mixer, MIXERS, MixerSpec: MultiHead, Mamba);
+kinds!(feedforward, FEEDFORWARDS, FeedforwardSpec: Dense, Gated, Mixture);
+kinds!(norm, NORMS, NormSpec: Layer, Rms, None);
+kinds!(position, POSITIONS, PositionSpec: None, Rotary, Alibi, RelativeBuckets);
+kinds!(scaling, SCALINGS, RotaryScaling: None, Linear, Llama3);
+kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel);
+kinds!(activation, ACTIVATIONS, ActivationSpec:
+    Identity, Relu, Gelu, GeluTanh, QuickGelu, Silu, Tanh, Sigmoid);
+
+fn block(wiring: Wiring, norm: NormSpec, attention: MixerSpec) -> BlockSpec {
+    BlockSpec {
+        repeat: 1,
+        wiring,
+        norm,
+        attention,
+        cross_attention: None,
+        feedforward: None,
+        dropout: 0.0,
+    }
+}
+
+fn dense(activation: ActivationSpec, bias: bool) -> Option<FeedforwardSpec> {
+    Some(FeedforwardSpec::Dense(DenseSpec {
+        hidden: 12,
+        activation,
+        bias,
+    }))
+}
+
+fn gated(activation: ActivationSpec, bias: bool) -> Option<FeedforwardSpec> {
+    Some(FeedforwardSpec::Gated(GatedSpec {
+        hidden: 10,
+        activation,
+        bias,
+    }))
+}
+
+fn mixture(activation: ActivationSpec, normalise: bool) -> Option<FeedforwardSpec> {
+    Some(FeedforwardSpec::Mixture(MixtureSpec {
+        hidden: 6,
+        experts: 5,
+        active: 2,
+        activation,
+        normalise,
+    }))
+}
+
+const LAYER: NormSpec = NormSpec::Layer { epsilon: 1e-5 };
+const RMS: NormSpec = NormSpec::Rms { epsilon: 1e-6 };
+
+fn rotary(interleaved: bool, width: Option<usize>, scaling: RotaryScaling) -> PositionSpec {
+    PositionSpec::Rotary(RotarySpec {
+        theta: 100.0,
+        width,
+        interleaved,
+        scaling,
+    })
+}
+
+/// Blocks that together use every kind.
+fn cases() -> Vec<(&'static str, BlockSpec)> {
+    use ActivationSpec::{Gelu, GeluTanh, Identity, QuickGelu, Relu, Sigmoid, Silu, Tanh};
+    use Wiring::{Parallel, PostNorm, PreNorm};
+    let heads = MultiHeadSpec::new(2);
+    let llama3 = RotaryScaling::Llama3 {
+        factor: 4.0,
+        low_frequency_factor: 1.0,
+        high_frequency_factor: 4.0,
+        original_length: 64,
+    };
+    let buckets = PositionSpec::RelativeBuckets {
+        buckets: 6,
+        max_distance: 5,
+    };
+    let per_head = |norm, per_head| Some(QueryKeyNorm { norm, per_head });
+    let multi_head = MixerSpec::MultiHead;
+    let mamba = MambaSpec {
+        inner: Some(10),
+        state: 3,
+        step_rank: Some(2),
+        ..MambaSpec::default()
+    };
+    vec![
+        (
+            "plain bidirectional",
+            BlockSpec {
+                feedforward: dense(Gelu, true),
+                ..block(PreNorm, LAYER, multi_head(heads.clone()))
+            },
+        ),
+        (
+            "causal grouped rotary",
+            BlockSpec {
+                feedforward: gated(Silu, false),
+                ..block(
+                    PreNorm,
+                    RMS,
+                    multi_head(MultiHeadSpec {
+                        groups: Some(1),
+                        causal: true,
+                        bias: false,
+                        position: rotary(false, None, llama3),
+                        ..heads.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "post-norm alibi",
+            BlockSpec {
+                feedforward: dense(Relu, true),
+                ..block(
+                    PostNorm,
+                    LAYER,
+                    multi_head(MultiHeadSpec {
+                        causal: true,
+                        position: PositionSpec::Alibi,
+                        ..heads.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "parallel without norms, interleaved partial rotary",
+            BlockSpec {
+                feedforward: dense(Tanh, true),
+                ..block(
+                    Parallel,
+                    NormSpec::None,
+                    multi_head(MultiHeadSpec {
+                        head_width: Some(6),
+                        causal: true,
+                        output_bias: Some(false),
+                        position: rotary(true, Some(4), RotaryScaling::Linear { factor: 2.0 }),
+                        scale: Some(0.3),
+                        ..heads.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "causal window, buckets, norm of each head, mixture",
+            BlockSpec {
+                feedforward: mixture(Silu, true),
+                ..block(
+                    PreNorm,
+                    RMS,
+                    multi_head(MultiHeadSpec {
+                        causal: true,
+                        window: Some(3),
+                        position: buckets.clone(),
+                        query_key_norm: per_head(RMS, true),
+                        ..heads.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "bidirectional buckets, norm of all heads, mixture without normalising",
+            BlockSpec {
+                feedforward: mixture(GeluTanh, false),
+                ..block(
+                    PostNorm,
+                    RMS,
+                    multi_head(MultiHeadSpec {
+                        position: buckets,
+                        query_key_norm: per_head(LAYER, false),
+                        ..heads.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "cross-attention over a memory",
+            BlockSpec {
+                cross_attention: Some(MultiHeadSpec {
+                    groups: Some(1),
+                    ..heads.clone()
+                }),
+                feedforward: gated(Sigmoid, true),
+                ..block(
+                    PreNorm,
+                    LAYER,
+                    multi_head(MultiHeadSpec {
+                        causal: true,
+                        position: rotary(false, None, RotaryScaling::None),
+                        ..heads
+                    }),
+                )
+            },
+        ),
+        (
+            "mamba alone",
+            block(PreNorm, RMS, MixerSpec::Mamba(mamba.clone())),
+        ),
+        (
+            "mamba with biases and one tap",
+            BlockSpec {
+                feedforward: gated(QuickGelu, true),
+                ..block(
+                    PostNorm,
+                    LAYER,
+                    MixerSpec::Mamba(MambaSpec {
+                        taps: 1,
+                        bias: true,
+                        activation: Identity,
+                        ..mamba.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "mamba beside a feed-forward part",
+            BlockSpec {
+                feedforward: dense(Silu, false),
+                ..block(
+                    Parallel,
+                    RMS,
+                    MixerSpec::Mamba(MambaSpec {
+                        taps: 3,
+                        convolution_bias: false,
+                        ..mamba
+                    }),
+                )
+            },
+        ),
+    ]
+}
+
+#[test]
+fn every_kind_has_a_case() {
+    let mut used = BTreeSet::new();
+    for (_, spec) in cases() {
+        used.insert(wiring(&spec.wiring));
+        used.insert(norm(&spec.norm));
+        used.insert(mixer(&spec.attention));
+        if let MixerSpec::MultiHead(heads) = &spec.attention {
+            used.insert(position(&heads.position));
+            if let PositionSpec::Rotary(rotary) = &heads.position {
+                used.insert(scaling(&rotary.scaling));
+            }
+        }
+        if let Some(part) = &spec.feedforward {
+            used.insert(feedforward(part));
+            used.insert(activation(match part {
+                FeedforwardSpec::Dense(dense) => &dense.activation,
+                FeedforwardSpec::Gated(gated) => &gated.activation,
+                FeedforwardSpec::Mixture(mixture) => &mixture.activation,
+            }));
+        }
+        if let MixerSpec::Mamba(mamba) = &spec.attention {
+            used.insert(activation(&mamba.activation));
+        }
+    }
+    let all = [
+        MIXERS,
+        FEEDFORWARDS,
+        NORMS,
+        POSITIONS,
+        SCALINGS,
+        WIRINGS,
+        ACTIVATIONS,
+    ];
+    for kind in all.into_iter().flatten() {
+        assert!(used.contains(kind), "no case uses {kind}");
+    }
+}
+
+/// A case with drawn parameters.
+struct Case {
+    name: &'static str,
+    spec: BlockSpec,
+    map: Map,
+}
+
+/// What a pass is given beside the tokens.
+#[derive(Clone, Copy, Default)]
+struct Given<'a> {
+    padding: Option<&'a Tensor>,
+    offset: usize,
+    dropout_seed: Option<u64>,
+    memory: Option<&'a Tensor>,
+    memory_padding: Option<&'a Tensor>,
+}
+
+impl Case {
+    fn all() -> Vec<Self> {
+        cases()
+            .into_iter()
+            .map(|(name, spec)| {
+                spec.validate(WIDTH, "block").unwrap();
+                let map = draw(5, |p| Block::new(&spec, WIDTH, p));
+                Self { name, spec, map }
+            })
+            .collect()
+    }
+
+    fn block(&self, map: &Map) -> Block {
+        build(map, |p| Block::new(&self.spec, WIDTH, p)).unwrap()
+    }
+
+    /// One pass of `x` through the block, with a memory where one is needed.
+    fn pass(
+        &self,
+        block: &Block,
+        x: Signal,
+        given: Given<'_>,
+        trace: &Trace,
+        state: Option<&mut MixerState>,
+    ) -> Result<Signal> {
+        let dtype = x.dtype();
+        let memory = match given.memory {
+            Some(memory) => memory.clone(),
+            None => default_memory(x.dims()[0]),
+        };
+        let memory = Signal::from(memory.to_dtype(dtype).unwrap());
+        let cx = Context {
+            trace,
+            key_padding: given.padding,
+            offset: given.offset,
+            dropout_seed: given.dropout_seed,
+            memory: Some((&memory, given.memory_padding)),
+        };
+        block.forward(x, &cx, state)
+    }
+
+    fn run(&self, x: &Tensor) -> Tensor {
+        self.run_given(x, Given::default())
+    }
+
+    fn run_given(&self, x: &Tensor, given: Given<'_>) -> Tensor {
+        let block = self.block(&self.map);
+        let x = Signal::from(x.clone());
+        let y = self.pass(&block, x, given, &Trace::new(), None).unwrap();
+        y.into_value()
+    }
+
+    fn is_mamba_with_bias(&self) -> bool {
+        matches!(&self.spec.attention, MixerSpec::Mamba(mamba) if mamba.bias && mamba.taps > 1)
+    }
+}
+
+fn default_memory(batch: usize) -> Tensor {
+    let one = random(&[1, MEMORY, WIDTH], 9);
+    one.broadcast_as((batch, MEMORY, WIDTH))
+        .unwrap()
+        .contiguous()
+        .unwrap()
+}
+
+fn tokens() -> Tensor {
+    random(&[BATCH, LENGTH, WIDTH], 1)
+}
+
+fn rows(x: &Tensor, start: usize, count: usize) -> Tensor {
+    x.narrow(1, start, count).unwrap()
+}
+
+fn mask(rows: &[&[u8]]) -> Tensor {
+    let shape = (rows.len(), rows[0].len());
+    Tensor::from_vec(rows.concat(), shape, &Device::Cpu).unwrap()
+}
+
+#[test]
+fn outputs_are_finite_and_single_precision_agrees() {
+    for case in Case::all() {
+        let y = case.run(&tokens());
+        assert_eq!(y.dims(), [BATCH, LENGTH, WIDTH]);
+        assert!(is_finite(&y), "{}", case.name);
+        let single: Map = case
+            .map
+            .iter()
+            .map(|(name, t)| (name.clone(), t.to_dtype(DType::F32).unwrap()))
+            .collect();
+        let x = Signal::from(tokens().to_dtype(DType::F32).unwrap());
+        let block = case.block(&single);
+        let in_single = case.pass(&block, x, Given::default(), &Trace::new(), None);
+        let in_single = in_single.unwrap().into_value().to_dtype(DType::F64);
+        assert_near(&in_single.unwrap(), &y, 1e-4, case.name);
+    }
+}
+
+#[test]
+fn gradients_equal_central_differences() {
+    for case in Case::all() {
+        let mut inputs = case.map.clone();
+        inputs.insert("x".to_owned(), tokens());
+        inputs.insert("memory".to_owned(), default_memory(BATCH));
+        let error = gradient_error(&inputs, 6, |inputs| {
+            let block = case.block(inputs);
+            let given = Given {
+                memory: Some(&inputs["memory"]),
+                ..Given::default()
+            };
+            let x = Signal::from(inputs["x"].clone());
+            let y = case.pass(&block, x, given, &Trace::new(), None).unwrap();
+            contracted(y.value())
+        });
+        assert!(error < 1e-6, "{}: {error:e}", case.name);
+    }
+}
+
+#[test]
+fn causal_kinds_do_not_see_the_future_and_others_do() {
+    for case in Case::all() {
+        let x = tokens();
+        let kept = 3;
+        let later = random(&[BATCH, LENGTH - kept, WIDTH], 2);
+        let other = Tensor::cat(&[&rows(&x, 0, kept), &later], 1).unwrap();
+        let before = rows(&case.run(&x), 0, kept);
+        let after = rows(&case.run(&other), 0, kept);
+        let found = difference(&before, &after);
+        if case.spec.attention.is_causal() {
+            // Not exactly zero: kernels work in blocks that span the present and the future, and a
+            // sum's rounding depends on where its block begins.
+            assert!(found < 1e-12, "{}: {found:e}", case.name);
+        } else {
+            assert!(found > 1e-3, "{}", case.name);
+        }
+    }
+}
+
+#[test]
+fn padding_changes_nothing_for_real_tokens() {
+    for case in Case::all() {
+        let short = random(&[1, 4, WIDTH], 3);
+        let long = rows(&random(&[1, LENGTH, WIDTH], 4), 0, LENGTH);
+        let junk = random(&[1, 2, WIDTH], 6);
+        let alone = case.run(&short);
+        let right = Tensor::cat(&[&short, &junk], 1).unwrap();
+        let batch = Tensor::cat(&[&right, &long], 0).unwrap();
+        let keep = mask(&[&[1, 1, 1, 1, 0, 0], &[1; 6]]);
+        let given = Given {
+            padding: Some(&keep),
+            ..Given::default()
+        };
+        let y = case.run_given(&batch, given);
+        let padded = rows(&y.narrow(0, 0, 1).unwrap(), 0, 4);
+        assert_near(&padded, &alone, 1e-12, case.name);
+        let whole = y.narrow(0, 1, 1).unwrap();
+        assert_near(&whole, &case.run(&long), 1e-12, case.name);
+
+        // To the left too, since every kind of position is relative. As in transformers, Mamba's
+        // input bias reaches the first tokens through the convolution.
+        if case.is_mamba_with_bias() {
+            continue;
+        }
+        let left = Tensor::cat(&[&junk, &short], 1).unwrap();
+        let keep = mask(&[&[0, 0, 1, 1, 1, 1]]);
+        let given = Given {
+            padding: Some(&keep),
+            ..Given::default()
+        };
+        let padded = rows(&case.run_given(&left, given), 2, 4);
+        assert_near(&padded, &alone, 1e-12, case.name);
+    }
+}
+
+#[test]
+fn padding_of_the_memory_changes_nothing() {
+    for case in Case::all() {
+        let x = tokens();
+        let memory = default_memory(BATCH);
+        let junk = random(&[BATCH, 1, WIDTH], 7);
+        let longer = Tensor::cat(&[&memory, &junk], 1).unwrap();
+        let keep = mask(&[[1, 1, 1, 1, 0].as_slice(); BATCH]);
+        let padded = case.run_given(
+            &x,
+            Given {
+                memory: Some(&longer),
+                memory_padding: Some(&keep),
+                ..Given::default()
+            },
+        );
+        assert_near(&padded, &case.run(&x), 1e-12, case.name);
+    }
+}
+
+#[test]
+fn sequences_of_a_batch_do_not_see_each_other() {
+    for case in Case::all() {
+        let x = tokens();
+        let together = case.run(&x);
+        for row in 0..BATCH {
+            let alone = case.run(&x.narrow(0, row, 1).unwrap());
+            let found = together.narrow(0, row, 1).unwrap();
+            assert_near(&found, &alone, 1e-12, case.name);
+        }
+    }
+}
+
+#[test]
+fn decoding_equals_the_whole_pass() {
+    let x = tokens();
+    let keep = mask(&[&[0, 0, 1, 1, 1, 1], &[1; 6]]);
+    for case in Case::all().iter().filter(|c| c.spec.attention.is_causal()) {
+        let block = case.block(&case.map);
+        for padding in [None, Some(&keep)] {
+            let whole = case.run_given(
+                &x,
+                Given {
+                    padding,
+                    ..Given::default()
+                },
+            );
+            for chunks in [[1; LENGTH].as_slice(), &[2, 1, 3], &[5, 1], &[LENGTH]] {
+                let mut state = MixerState::Empty;
+                let mut offset = 0;
+                let mut outputs = Vec::new();
+                for &count in chunks {
+                    let so_far = padding.map(|keep| rows(keep, 0, offset + count));
+                    let given = Given {
+                        padding: so_far.as_ref(),
+                        offset,
+                        ..Given::default()
+                    };
+                    let here = Signal::from(rows(&x, offset, count));
+                    let y = case.pass(&block, here, given, &Trace::new(), Some(&mut state));
+                    outputs.push(y.unwrap().into_value());
+                    offset += count;
+                }
+                let stepped = Tensor::cat(&outputs, 1).unwrap();
+                let what = format!("{} in chunks of {chunks:?}", case.name);
+                assert_near(&stepped, &whole, 1e-10, &what);
+            }
+        }
+    }
+}
+
+/// What is given to a chunk under a lens is what the whole pass gives its tokens, earlier ones
+/// being constants.
+#[test]
+fn decoding_keeps_the_lens() {
+    let x = tokens();
+    for case in Case::all().iter().filter(|c| c.spec.attention.is_causal()) {
+        let block = case.block(&case.map);
+        let trace = Trace::new();
+        let mut state = MixerState::Empty;
+        let first = Signal::from(rows(&x, 0, 4));
+        case.pass(&block, first, Given::default(), &trace, Some(&mut state))
+            .unwrap();
+        let rest = Signal::from(rows(&x, 4, 2))
+            .into_streams(Partition::positions(2), StreamRules::default())
+            .unwrap();
+        let given = Given {
+            offset: 4,
+            ..Given::default()
+        };
+        let y = case
+            .pass(&block, rest, given, &trace, Some(&mut state))
+            .unwrap();
+        assert_near(y.value(), &rows(&case.run(&x), 4, 2), 1e-10, case.name);
+        let error = y.conservation_error().unwrap().unwrap();
+        assert!(error < 1e-10, "{}: {error:e}", case.name);
+    }
+}
+
+#[test]
+fn streams_sum_to_the_value_under_every_complete_rule() {
+    let rules = [
+        StreamRules::default(),
+        StreamRules {
+            bias: BiasSplit::Norm,
+            activation: Slope::Tangent,
+            product: ProductSplit::FreezeGate,
+            ..StreamRules::default()
+        },
+        StreamRules {
+            bias: BiasSplit::Extra,
+            ..StreamRules::default()
+        },
+    ];
+    for case in Case::all() {
+        let block = case.block(&case.map);
+        for rules in rules {
+            let trace = Trace::new().follow_conservation();
+            let x = Signal::from(tokens())
+                .into_streams(Partition::positions(LENGTH), rules)
+                .unwrap();
+            let y = case
+                .pass(&block, x, Given::default(), &trace, None)
+                .unwrap();
+            assert!(is_finite(&y.contributions().unwrap()), "{}", case.name);
+            assert_near(y.value(), &case.run(&tokens()), 1e-10, case.name);
+            let conservation = trace.conservation();
+            assert!(!conservation.is_empty());
+            for (site, error) in conservation {
+                assert!(error < 1e-10, "{} at {site}: {error:e}", case.name);
+            }
+        }
+    }
+}
+
+/// Streams without biases and value-only relevance are the forward and the backward way to the
+/// same numbers.
+#[test]
+fn relevance_equals_streams_without_biases() {
+    for case in Case::all() {
+        let block = case.block(&case.map);
+        let rules = StreamRules {
+            bias: BiasSplit::Drop,
+            ..StreamRules::default()
+        };
+        let trace = Trace::new();
+        let streamed = Signal::from(tokens())
+            .into_streams(Partition::positions(LENGTH), rules)
+            .unwrap();
+        let streamed = case
+            .pass(&block, streamed, Given::default(), &trace, None)
+            .unwrap();
+        let contributions = streamed.contributions().unwrap();
+
+        let (x, leaf) = Signal::from(tokens())
+            .into_relevance(RelevanceRules::value_only())
+            .unwrap();
+        let y = case
+            .pass(&block, x, Given::default(), &trace, None)
+            .unwrap();
+        assert_near(y.value(), &case.run(&tokens()), 1e-10, case.name);
+        for (token, feature) in [(0, 1), (LENGTH - 1, WIDTH - 1)] {
+            let pick = |t: &Tensor| -> Tensor {
+                let t = t.narrow(t.rank() - 1, feature, 1).unwrap();
+                let t = t.narrow(t.rank() - 2, token, 1).unwrap();
+                t.squeeze(t.rank() - 1)
+                    .unwrap()
+                    .squeeze(t.rank() - 2)
+                    .unwrap()
+            };
+            let gradients = pick(y.value()).sum_all().unwrap().backward().unwrap();
+            let relevance = relevance_of(leaf.as_tensor(), &gradients).unwrap();
+            let relevance = relevance.sum(2).unwrap().t().unwrap(); // [position, batch]
+            assert!(is_finite(&relevance), "{}", case.name);
+            assert_near(&relevance, &pick(&contributions), 1e-10, case.name);
+        }
+    }
+}
+
+/// With the gradient's rules, the relevance lens is the plain gradient.
+#[test]
+fn gradient_rules_give_the_gradient() {
+    for case in Case::all() {
+        let block = case.block(&case.map);
+        let gradient = |signal: Signal, leaf: &Tensor| -> Tensor {
+            let y = case
+                .pass(&block, signal, Given::default(), &Trace::new(), None)
+                .unwrap();
+            let gradients = contracted(y.value()).backward().unwrap();
+            gradients.get(leaf).unwrap().clone()
+        };
+        let plain = lapidary_kernels::Var::from_tensor(&tokens()).unwrap();
+        let plain = plain.as_tensor();
+        let expected = gradient(Signal::from(plain.clone()), plain);
+        let (x, leaf) = Signal::from(tokens())
+            .into_relevance(RelevanceRules::gradient_times_input())
+            .unwrap();
+        assert_near(&gradient(x, leaf.as_tensor()), &expected, 1e-10, case.name);
+    }
+}
+
+/// Laying the weights out for a site doesn't change what a lens finds.
+#[test]
+fn looking_at_attention_weights_changes_nothing() {
+    for case in Case::all() {
+        let MixerSpec::MultiHead(_) = case.spec.attention else {
+            continue;
+        };
+        let block = build(&case.map, |p| Block::new(&case.spec, WIDTH, p)).unwrap();
+        for rules in [
+            RelevanceRules::attention_aware(),
+            RelevanceRules::value_only(),
+            RelevanceRules::gradient_times_input(),
+        ] {
+            let relevance = |trace: &Trace| -> Tensor {
+                let (x, leaf) = Signal::from(tokens()).into_relevance(rules).unwrap();
+                let y = case.pass(&block, x, Given::default(), trace, None).unwrap();
+                let gradients = contracted(y.value()).backward().unwrap();
+                relevance_of(leaf.as_tensor(), &gradients).unwrap()
+            };
+            let fused = relevance(&Trace::new());
+            let looked = relevance(&Trace::new().capture("*attention.weights").unwrap());
+            assert_near(&looked, &fused, 1e-10, case.name);
+        }
+    }
+}
+
+#[test]
+fn specs_survive_json_and_toml() {
+    for case in Case::all() {
+        let json = serde_json::to_string(&case.spec).unwrap();
+        let back: BlockSpec = serde_json::from_str(&json).unwrap();
+        assert_eq!(back, case.spec, "{json}");
+        let toml = toml::to_string(&case.spec).unwrap();
+        let back: BlockSpec = toml::from_str(&toml).unwrap();
+        assert_eq!(back, case.spec, "{toml}");
+    }
+}
+
+/// `(parameters, floating-point operations)` by the formulas of the parts' documentation, in
+/// full: biases, activations and softmaxes too.
+fn formulas(spec: &BlockSpec) -> (usize, usize) {
+    let n = BATCH * LENGTH;
+    let linear = |input: usize, output: usize, bias: bool, rows: usize| {
+        let bias = if bias { output } else { 0 };
+        (input * output + bias, rows * (2 * input * output + bias))
+    };
+    let norm = |spec: &NormSpec, width: usize, rows: usize| match spec {
+        NormSpec::Layer { .. } => (2 * width, 8 * width * rows),
+        NormSpec::Rms { .. } => (width, 5 * width * rows),
+        NormSpec::None => (0, 0),
+    };
+    let mut parts: Vec<(usize, usize)> = Vec::new();
+    match &spec.attention {
+        MixerSpec::MultiHead(heads) => {
+            let pairs = (0..LENGTH)
+                .map(|i| {
+                    let sees = |j: &usize| {
+                        (!heads.causal || *j <= i)
+                            && heads.window.is_none_or(|window| i.abs_diff(*j) < window)
+                    };
+                    (0..LENGTH).filter(sees).count()
+                })
+                .sum();
+            parts.extend(attention_formulas(heads, pairs, LENGTH));
+        }
+        MixerSpec::Mamba(mamba) => {
+            let (inner, state) = (mamba.inner(WIDTH), mamba.state);
+            let rank = mamba.step_rank(WIDTH);
+            let bias = usize::from(mamba.convolution_bias);
+            parts.push(linear(WIDTH, 2 * inner, mamba.bias, n));
+            parts.push((
+                inner * (mamba.taps + bias),
+                n * inner * (2 * mamba.taps + bias + 1),
+            ));
+            parts.push(linear(inner, rank + 2 * state, false, n));
+            parts.push(linear(rank, inner, true, n));
+            // Softplus; the recurrence; D ⊙ u and its sum; the gate's SiLU and product.
+            parts.push((0, n * inner * (1 + (1 + 7 * state) + 2 + 2)));
+            parts.push((inner * (state + 1), 0));
+            parts.push(linear(inner, WIDTH, mamba.bias, n));
+        }
+    }
+    parts.push(norm(&spec.norm, WIDTH, n));
+    parts.push((0, n * WIDTH));
+    if let Some(cross) = &spec.cross_attention {
+        parts.extend(attention_formulas(cross, LENGTH * MEMORY, MEMORY));
+        parts.push(norm(&spec.norm, WIDTH, n));
+        parts.push((0, n * WIDTH));
+    }
+    if let Some(feedforward) = &spec.feedforward {
+        match feedforward {
+            FeedforwardSpec::Dense(dense) => {
+                parts.push(linear(WIDTH, dense.hidden, dense.bias, n));
+                parts.push((0, n * dense.hidden));
+                parts.push(linear(dense.hidden, WIDTH, dense.bias, n));
+            }
+            FeedforwardSpec::Gated(gated) => {
+                parts.push(linear(WIDTH, gated.hidden, gated.bias, n));
+                parts.push(linear(WIDTH, gated.hidden, gated.bias, n));
+                parts.push((0, 2 * n * gated.hidden));
+                parts.push(linear(gated.hidden, WIDTH, gated.bias, n));
+            }
+            FeedforwardSpec::Mixture(mixture) => {
+                let (hidden, experts) = (mixture.hidden, mixture.experts);
+                parts.push(linear(WIDTH, experts, false, n));
+                parts.push((0, 5 * n * experts));
+                let run = n * mixture.active;
+                parts.push((
+                    experts * 3 * WIDTH * hidden,
+                    run * (6 * WIDTH * hidden + 2 * hidden + WIDTH),
+                ));
+            }
+        }
+        parts.push(norm(&spec.norm, WIDTH, n));
+        parts.push((0, n * WIDTH));
+    }
+    parts
+        .into_iter()
+        .fold((0, 0), |(a, b), (c, d)| (a + c, b + d))
+}
+
+fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(usize, usize)> {
+    let (heads, groups, width) = (spec.heads, spec.groups(), spec.head_width(WIDTH));
+    let (queries, keys) = (BATCH * LENGTH, BATCH * keys);
+    let linear = |input: usize, output: usize, bias: bool, rows: usize| {
+        let bias = if bias { output } else { 0 };
+        (input * output + bias, rows * (2 * input * output + bias))
+    };
+    let mut parts = vec![
+        linear(WIDTH, heads * width, spec.bias, queries),
+        linear(WIDTH, groups * width, spec.bias, keys),
+        linear(WIDTH, groups * width, spec.bias, keys),
+        linear(
+            heads * width,
+            WIDTH,
+            spec.output_bias.unwrap_or(spec.bias),
+            queries,
+        ),
+        (0, BATCH * heads * pairs * (4 * width + 5)),
+    ];
+    if let Some(QueryKeyNorm { norm, per_head }) = &spec.query_key_norm {
+        let (parameters, operations) = match norm {
+            NormSpec::Layer { .. } => (2, 8),
+            NormSpec::Rms { .. } => (1, 5),
+            NormSpec::None => (0, 0),
+        };
+        for count in [heads, groups] {
+            let features = if *per_head { width } else { count * width };
+            parts.push((parameters * features, operations * queries * count * width));
+        }
+    }
+    match &spec.position {
+        PositionSpec::None | PositionSpec::Alibi => {}
+        PositionSpec::Rotary(_) => parts.push((0, 3 * queries * (heads + groups) * width)),
+        PositionSpec::RelativeBuckets { buckets, .. } => parts.push((buckets * heads, 0)),
+    }
+    parts
+}
+
+#[test]
+fn counted_work_and_parameters_equal_the_formulas() {
+    for case in Case::all() {
+        let (parameters, operations) = formulas(&case.spec);
+        let counted: usize = case.map.values().map(Tensor::elem_count).sum();
+        assert_eq!(counted, parameters, "parameters of {}", case.name);
+
+        for sites in ["none", "*"] {
+            let meter = Meter::new();
+            let block = case.block(&case.map);
+            let trace = Trace::new().capture(sites).unwrap();
+            let memory = Signal::from(default_memory(BATCH)).into_metered(meter.clone());
+            let cx = Context {
+                memory: Some((&memory, None)),
+                ..Context::new(&trace)
+            };
+            let x = Signal::from(tokens()).into_metered(meter.clone());
+            block.forward(x, &cx, None).unwrap();
+            let total = meter.total().flops as usize;
+            assert_eq!(total, operations, "operations of {}", case.name);
+        }
+    }
+}
+
+#[test]
+fn linears_are_listed_with_the_sites_they_read() {
+    for case in Case::all() {
+        let mut map = case.map.clone();
+        let (ranks, mut linears) = (BTreeMap::new(), Vec::new());
+        let parameters =
+            lapidary_parts::parameters::Parameters::new(&mut map, &ranks, &mut linears);
+        let block = Block::new(&case.spec, WIDTH, parameters).unwrap();
+        let trace = Trace::new().capture("*").unwrap();
+        let x = Signal::from(tokens());
+        case.pass(&block, x, Given::default(), &trace, None)
+            .unwrap();
+        let records = trace.records();
+        assert!(!linears.is_empty());
+        for linear in linears {
+            // An expert that no token was sent to writes nothing.
+            let Some(record) = records.get(&linear.input_site) else {
+                assert!(linear.path.contains("experts"), "{linear:?}");
+                continue;
+            };
+            assert_eq!(
+                record.signal.dims().last(),
+                Some(&linear.input),
+                "{linear:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn dropout_is_seeded_and_keeps_the_expectation() {
+    let spec = BlockSpec {
+        dropout: 0.2,
+        ..block(
+            Wiring::PreNorm,
+            LAYER,
+            MixerSpec::MultiHead(MultiHeadSpec {
+                dropout: 0.3,
+                ..MultiHeadSpec::new(2)
+            }),
+        )
+    };
+    // What follows the masks is linear, so the mean over masks is the pass without any.
+    let case = Case {
+        name: "dropout",
+        map: draw(5, |p| Block::new(&spec, WIDTH, p)),
+        spec,
+    };
+    let x = random(&[1, 3, WIDTH], 1);
+    let with = |seed| {
+        let given = Given {
+            dropout_seed: Some(seed),
+            ..Given::default()
+        };
+        case.run_given(&x, given)
+    };
+    let evaluated = case.run(&x);
+    assert_eq!(difference(&with(1), &with(1)), 0.0);
+    assert!(difference(&with(1), &with(2)) > 1e-3);
+    assert!(difference(&with(1), &evaluated) > 1e-3);
+    let runs = 4000;
+    let mut sum = evaluated.zeros_like().unwrap();
+    let mut squares = evaluated.zeros_like().unwrap();
+    for seed in 0..runs {
+        let y = with(seed);
+        squares = (squares + (&y - &evaluated).unwrap().sqr().unwrap()).unwrap();
+        sum = (sum + y).unwrap();
+    }
+    let mean = (sum / runs as f64).unwrap();
+    let deviation = common::values(&(squares / runs as f64).unwrap());
+    let errors = common::values(&(mean - &evaluated).unwrap());
+    for (error, variance) in errors.into_iter().zip(deviation) {
+        // Five standard errors.
+        assert!(
+            error.abs() < 5.0 * (variance / runs as f64).sqrt(),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
+    let heads = MultiHeadSpec::new(2);
+    let with_heads =
+        |heads: MultiHeadSpec| block(Wiring::PreNorm, LAYER, MixerSpec::MultiHead(heads));
+    let with_feedforward = |part: Option<FeedforwardSpec>| BlockSpec {
+        feedforward: part,
+        ..with_heads(MultiHeadSpec::new(2))
+    };
+    let with_mamba = |mamba: MambaSpec| block(Wiring::PreNorm, LAYER, MixerSpec::Mamba(mamba));
+    let with_position = |position: PositionSpec| {
+        with_heads(MultiHeadSpec {
+            position,
+            ..MultiHeadSpec::new(2)
+        })
+    };
+    let with_cross = |cross: MultiHeadSpec| BlockSpec {
+        cross_attention: Some(cross),
+        ..with_heads(MultiHeadSpec::new(2))
+    };
+    let llama3 = |low: f64, high: f64, original_length: usize| {
+        with_position(rotary(
+            false,
+            None,
+            RotaryScaling::Llama3 {
+                factor: 8.0,
+                low_frequency_factor: low,
+                high_frequency_factor: high,
+                original_length,
+            },
+        ))
+    };
+    let buckets = |buckets, max_distance| {
+        with_position(PositionSpec::RelativeBuckets {
+            buckets,
+            max_distance,
+        })
+    };
+    let refused = [
+        (
+            with_heads(MultiHeadSpec::new(0)),
+            "b.attention.heads is 0, but must be between 1 and the width 8",
+        ),
+        (
+            with_heads(MultiHeadSpec::new(3)),
+            "b.attention.heads is 3, but must be a divisor of the width 8, or head_width must be given",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                groups: Some(3),
+                ..heads.clone()
+            }),
+            "b.attention.groups is 3, but must be a divisor of 2 heads",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                head_width: Some(usize::MAX),
+                ..heads.clone()
+            }),
+            "b.attention.head_width is 18446744073709551615, but must be between 1 and 524288",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                window: Some(0),
+                ..heads.clone()
+            }),
+            "b.attention.window is 0, but must be at least 1",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                dropout: 1.0,
+                ..heads.clone()
+            }),
+            "b.attention.dropout is 1.0, but must be at least 0 and below 1",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                scale: Some(f64::NAN),
+                ..heads.clone()
+            }),
+            "b.attention.scale is NaN, but must be a finite number",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                query_key_norm: Some(QueryKeyNorm {
+                    norm: NormSpec::Rms { epsilon: -1.0 },
+                    per_head: true,
+                }),
+                ..heads.clone()
+            }),
+            "b.attention.query_key_norm.norm.epsilon is -1.0, but must be a number of at least 0",
+        ),
+        (
+            with_position(rotary(false, Some(3), RotaryScaling::None)),
+            "b.attention.position.width is 3, but must be an even number of at most 4, the width of a head",
+        ),
+        (
+            with_position(rotary(false, None, RotaryScaling::Linear { factor: 0.0 })),
+            "b.attention.position.scaling.factor is 0.0, but must be a positive number",
+        ),
+        (
+            llama3(0.0, 4.0, 64),
+            "b.attention.position.scaling.low_frequency_factor is 0.0, but must be a positive number",
+        ),
+        (
+            llama3(4.0, 4.0, 64),
+            "b.attention.position.scaling.high_frequency_factor is 4.0, but must be above the low_frequency_factor 4",
+        ),
+        (
+            llama3(1.0, 4.0, 0),
+            "b.attention.position.scaling.original_length is 0, but must be at least 1",
+        ),
+        (
+            buckets(2, 100),
+            "b.attention.position.buckets is 2, but must be between 4 and 4096",
+        ),
+        (
+            buckets(32, 8),
+            "b.attention.position.max_distance is 8, but must be above 8, the distances that have a bucket of their own",
+        ),
+        (
+            with_mamba(MambaSpec {
+                inner: Some(0),
+                ..MambaSpec::default()
+            }),
+            "b.attention.inner is 0, but must be between 1 and 1048576",
+        ),
+        (
+            with_mamba(MambaSpec {
+                state: 0,
+                ..MambaSpec::default()
+            }),
+            "b.attention.state is 0, but must be between 1 and 4096",
+        ),
+        (
+            with_mamba(MambaSpec {
+                taps: 0,
+                ..MambaSpec::default()
+            }),
+            "b.attention.taps is 0, but must be between 1 and 1024",
+        ),
+        (
+            with_mamba(MambaSpec {
+                step_rank: Some(17),
+                ..MambaSpec::default()
+            }),
+            "b.attention.step_rank is 17, but must be between 1 and 16",
+        ),
+        (
+            with_feedforward(Some(FeedforwardSpec::Dense(DenseSpec {
+                hidden: 0,
+                activation: ActivationSpec::Gelu,
+                bias: true,
+            }))),
+            "b.feedforward.hidden is 0, but must be between 1 and 1048576",
+        ),
+        (
+            with_feedforward(Some(FeedforwardSpec::Mixture(MixtureSpec {
+                hidden: 4,
+                experts: 2,
+                active: 3,
+                activation: ActivationSpec::Silu,
+                normalise: true,
+            }))),
+            "b.feedforward.active is 3, but must be between 1 and 2",
+        ),
+        (
+            with_cross(MultiHeadSpec {
+                causal: true,
+                ..heads.clone()
+            }),
+            "b.cross_attention.causal is \"true\", but must be false in cross-attention",
+        ),
+        (
+            with_cross(MultiHeadSpec {
+                position: PositionSpec::Alibi,
+                ..heads
+            }),
+            "b.cross_attention.position.kind is \"alibi\", but must be none in cross-attention",
+        ),
+        (
+            BlockSpec {
+                wiring: Wiring::Parallel,
+                ..with_cross(MultiHeadSpec::new(2))
+            },
+            "b.wiring is \"parallel\", but must be pre-norm or post-norm in a block with cross-attention",
+        ),
+        (
+            BlockSpec {
+                repeat: 0,
+                ..with_heads(MultiHeadSpec::new(2))
+            },
+            "b.repeat is 0, but must be between 1 and 4096",
+        ),
+        (
+            BlockSpec {
+                dropout: -0.1,
+                ..with_heads(MultiHeadSpec::new(2))
+            },
+            "b.dropout is -0.1, but must be at least 0 and below 1",
+        ),
+    ];
+    for (spec, message) in refused {
+        assert_eq!(spec.validate(WIDTH, "b").unwrap_err().to_string(), message);
+    }
+    let unknown = r#"{"attention": {"kind": "multi-head", "heads": 2, "head": 3}}"#;
+    let error = serde_json::from_str::<BlockSpec>(unknown).unwrap_err();
+    assert!(
+        error.to_string().contains("unknown field `head`"),
+        "{error}"
+    );
+}
+
+/// An expert sees the tokens whose best it is among, and no others.
+#[test]
+fn experts_run_on_the_tokens_sent_to_them_alone() {
+    let spec = MixtureSpec {
+        hidden: 6,
+        experts: 5,
+        active: 2,
+        activation: ActivationSpec::Silu,
+        normalise: true,
+    };
+    let map = draw(8, |p| Mixture::new(&spec, WIDTH, p));
+    let sites = |map: &Map| {
+        let mixture = build(map, |p| Mixture::new(&spec, WIDTH, p)).unwrap();
+        let trace = Trace::new().capture("*").unwrap();
+        let x = Signal::from(tokens());
+        mixture.forward(&x, &Context::new(&trace)).unwrap();
+        trace
+    };
+    let trace = sites(&map);
+    let probabilities = trace.signal(".router").unwrap();
+    assert_eq!(probabilities.dims(), [BATCH, LENGTH, spec.experts]);
+    let probabilities = common::values(probabilities.value());
+    let records = trace.records();
+    for expert in 0..spec.experts {
+        let chosen: Vec<u32> = (0u32..)
+            .zip(probabilities.chunks(spec.experts))
+            .filter(|(_, p)| p.iter().filter(|other| **other > p[expert]).count() < spec.active)
+            .map(|(token, _)| token)
+            .collect();
+        let Some(record) = records.get(&format!("experts.{expert}.in")) else {
+            assert!(chosen.is_empty());
+            continue;
+        };
+        let chosen = Tensor::new(chosen.as_slice(), &Device::Cpu).unwrap();
+        let flat = tokens().reshape((BATCH * LENGTH, WIDTH)).unwrap();
+        let expected = flat.index_select(&chosen, 0).unwrap();
+        assert_near(record.signal.value(), &expected, 0.0, "tokens of an expert");
+    }
+
+    // Where all are equal, the first ones are taken.
+    let mut tied = map;
+    let router = tied["router.weight"].zeros_like().unwrap();
+    tied.insert("router.weight".to_owned(), router);
+    let records = sites(&tied).records();
+    for expert in 0..spec.experts {
+        let ran = records.contains_key(&format!("experts.{expert}.in"));
+        assert_eq!(ran, expert < spec.active);
+    }
+}

@@ -1,0 +1,15 @@
+//! Data to train on: token files, windows over them, and tasks that generate it.
+
+mod batch;
+mod language;
+mod synthetic;
+mod text;
+mod token_file;
+mod windows;
+
+pub use batch::{Batch, IGNORE, Task};
+pub use language::LanguageTask;
+pub use synthetic::{AssociativeRecall, Copying, Induction};
+pub use text::{BYTE_VOCABULARY, bytes, words, write_text};
+pub use token_file::{TokenFile, TokenWriter};
+pub use windows::{Order, Windows, split};

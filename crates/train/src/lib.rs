@@ -1,0 +1,33 @@
+//! Training: data, schedules, gradients, logs and a state that resumes bit for bit.
+//!
+//! - [`language`]: a small English-like language with known evidence for every prediction.
+//! - [`data`]: text and token files, windows over them, and generated [`data::Task`]s.
+//! - [`Schedule`], [`Gradients`], [`MovingAverage`]: what surrounds an optimiser step.
+//! - [`log`]: JSON lines, TensorBoard event files, and a progress line on a terminal.
+//! - [`TrainSpec`], [`Trainer`], [`run`]: a run as data, a step at a time, and in a directory.
+//! - [`state`]: the training state on disk.
+//!
+//! Everything random is drawn from a [`Generator`] that is passed in.
+
+pub mod data;
+mod ema;
+mod error;
+mod files;
+mod gradients;
+pub mod language;
+pub mod log;
+mod random;
+mod run;
+mod schedule;
+pub mod spec;
+pub mod state;
+mod trainer;
+
+pub use ema::MovingAverage;
+pub use error::{Error, Result};
+pub use gradients::Gradients;
+pub use random::{Generator, GeneratorState, generator};
+pub use run::{Finished, run};
+pub use schedule::{Decay, Schedule};
+pub use spec::TrainSpec;
+pub use trainer::{Step, Trainer, batch_loss};

@@ -1,0 +1,217 @@
+//! A run in a directory: data, states, logs, and in the end a model.
+//!
+//! ```text
+//! RUN/spec.toml       what the run was told
+//! RUN/data.tokens     the text as tokens, when the data is a text
+//! RUN/states/         what it resumes from
+//! RUN/log.jsonl       one line for each step; RUN/events… the same for TensorBoard
+//! RUN/model/          the trained model with its tokenizer
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use lapidary_kernels::Device;
+use lapidary_model::{Limits, Package, Tokenizer};
+
+use crate::data::{
+    AssociativeRecall, Copying, Induction, LanguageTask, Order, Task, TokenFile, Windows, split,
+    write_text,
+};
+use crate::language::{Corpus, Language, Split};
+use crate::log::{EventFile, JsonLines, Progress};
+use crate::spec::{DataSpec, TokenizerSpec};
+use crate::{Error, Result, Step, TrainSpec, Trainer, state};
+
+/// What a finished run left.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// The last step's loss on its batch.
+    pub loss: Option<f64>,
+    /// Mean loss on the validation batches, in nats.
+    pub validation_loss: f64,
+    /// Steps done in all.
+    pub steps: u64,
+    /// The directory of the trained model.
+    pub model: PathBuf,
+    /// Tokens per second over the steps done now.
+    pub tokens_per_second: f64,
+}
+
+/// Training and validation data, and the tokenizer of the model to be.
+struct Sources {
+    training: Box<dyn Task>,
+    validation: Box<dyn Task>,
+    tokenizer: Option<Tokenizer>,
+}
+
+/// Runs `spec` in `directory`; with `resume`, from the newest state there.
+///
+/// # Errors
+/// When the directory holds a run and `resume` is false, or a run of another spec; and whatever
+/// the spec, the data or the disk give cause for.
+pub fn run(spec: &TrainSpec, directory: &Path, resume: bool, device: &Device) -> Result<Finished> {
+    spec.validate()?;
+    let states = directory.join("states");
+    let latest = state::latest(&states)?;
+    let model_directory = directory.join("model");
+    if !resume && (latest.is_some() || model_directory.exists()) {
+        return Err(Error::Setting {
+            name: "directory of the run",
+            found: format!("{}, which holds a run", directory.display()),
+            expected: "a new one, or --resume to go on",
+        });
+    }
+    std::fs::create_dir_all(directory).map_err(Error::file("create", directory))?;
+    let sources = sources(spec, directory)?;
+    let mut trainer = Trainer::new(spec.clone(), sources.training, sources.validation, device)?;
+    if let Some(latest) = latest {
+        trainer.resume(&state::load(&latest, device, &state::Limits::default())?)?;
+    }
+    let start = trainer.steps_done();
+    let mut log = JsonLines::open(&directory.join("log.jsonl"), start + 1)?;
+    let mut events = EventFile::create(directory)?;
+    let mut progress = Progress::new(start, spec.steps);
+    let started = std::time::Instant::now();
+    let (mut last, mut tokens) = (None, 0);
+    let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
+    while trainer.steps_done() < spec.steps {
+        let step = trainer.step()?;
+        tokens += step.tokens;
+        progress.step(step.step, step.loss, step.tokens);
+        let mut values = values(&step);
+        if due(spec.validation.every, step.step) && step.step < spec.steps {
+            values.push(("validation_loss", trainer.validate()?));
+        }
+        log.write(step.step, &values)?;
+        events.write(step.step, &values)?;
+        if due(spec.checkpoint.every, step.step) {
+            state::save(&states, &trainer.state()?, spec.checkpoint.keep)?;
+        }
+        last = Some(step.loss);
+    }
+    progress.finish();
+    let seconds = started.elapsed().as_secs_f64();
+    let validation_loss = trainer.validate()?;
+    if last.is_some() {
+        state::save(&states, &trainer.state()?, spec.checkpoint.keep)?;
+    }
+    let model = trainer.finished()?;
+    if model_directory.exists() {
+        // Left by this very run: it is made again from the state that was resumed.
+        std::fs::remove_dir_all(&model_directory)
+            .map_err(Error::file("replace", &model_directory))?;
+    }
+    Package::new(model, sources.tokenizer).save(&model_directory, None)?;
+    Ok(Finished {
+        loss: last,
+        validation_loss,
+        steps: trainer.steps_done(),
+        model: model_directory,
+        tokens_per_second: tokens as f64 / seconds.max(f64::MIN_POSITIVE),
+    })
+}
+
+fn values(step: &Step) -> Vec<(&'static str, f64)> {
+    vec![
+        ("loss", step.loss),
+        ("gradient_norm", step.gradient_norm),
+        ("rate", step.rate),
+    ]
+}
+
+fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
+    Ok(match &spec.data {
+        DataSpec::Language { seed, mixture } => {
+            let corpus = |split, stream: u64| {
+                Corpus::new(
+                    Language::new(*seed),
+                    split,
+                    *mixture,
+                    seed.wrapping_add(stream),
+                )
+            };
+            let training = corpus(Split::Training, 0)?;
+            let words = training.language().vocabulary().words().to_vec();
+            Sources {
+                training: Box::new(LanguageTask::new(training)),
+                validation: Box::new(LanguageTask::new(corpus(Split::HeldOut, 1)?)),
+                tokenizer: Some(Tokenizer::of_words(&words).map_err(lapidary_model::Error::from)?),
+            }
+        }
+        DataSpec::Text {
+            file,
+            tokenizer,
+            order,
+        } => {
+            let Some(text) = file else {
+                return Err(Error::Setting {
+                    name: "data.file",
+                    found: "absent".into(),
+                    expected: "a text file, in the spec or on the command line",
+                });
+            };
+            let tokenizer = text_tokenizer(text, tokenizer)?;
+            let tokens = directory.join("data.tokens");
+            let vocabulary = tokenizer.vocabulary_size() as u32;
+            let options = lapidary_model::tokenizer::EncodeOptions {
+                special_tokens: false,
+                limit: None,
+            };
+            write_text(text, &tokens, vocabulary, |piece| {
+                Ok(tokenizer
+                    .encode(piece, &options)
+                    .map_err(lapidary_model::Error::from)?
+                    .ids)
+            })?;
+            let (training, validation) = windows(spec, &tokens, *order)?;
+            Sources {
+                training,
+                validation,
+                tokenizer: Some(tokenizer),
+            }
+        }
+        DataSpec::Tokens { file, order } => {
+            let (training, validation) = windows(spec, file, *order)?;
+            Sources {
+                training,
+                validation,
+                tokenizer: None,
+            }
+        }
+        DataSpec::Copying { symbols } => generated(|| Copying::new(*symbols))?,
+        DataSpec::Recall { keys, values } => generated(|| AssociativeRecall::new(*keys, *values))?,
+        DataSpec::Induction { symbols } => generated(|| Induction::new(*symbols))?,
+    })
+}
+
+fn generated<T: Task + 'static>(make: impl Fn() -> Result<T>) -> Result<Sources> {
+    Ok(Sources {
+        training: Box::new(make()?),
+        validation: Box::new(make()?),
+        tokenizer: None,
+    })
+}
+
+type TrainingAndValidation = (Box<dyn Task>, Box<dyn Task>);
+
+fn windows(spec: &TrainSpec, file: &Path, order: Order) -> Result<TrainingAndValidation> {
+    let tokens = Arc::new(TokenFile::open(file)?);
+    let (training, validation) = split(tokens.len(), spec.validation.fraction)?;
+    let training = Windows::new(tokens.clone(), training, order)?;
+    let validation = Windows::new(tokens, validation, Order::Sequential)?;
+    Ok((Box::new(training), Box::new(validation)))
+}
+
+fn text_tokenizer(text: &Path, spec: &TokenizerSpec) -> Result<Tokenizer> {
+    let tokenizer = match spec {
+        TokenizerSpec::Bytes => Tokenizer::byte_level(&[]),
+        TokenizerSpec::Words(count) => {
+            let text = lapidary_model::files::read_text(text, Limits::default().text_file_bytes)
+                .map_err(lapidary_model::Error::from)?;
+            Tokenizer::word_level(text.lines(), *count, &[])
+        }
+        TokenizerSpec::Directory(directory) => Tokenizer::open(directory, &Limits::default()),
+    };
+    Ok(tokenizer.map_err(lapidary_model::Error::from)?)
+}

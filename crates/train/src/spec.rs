@@ -1,0 +1,362 @@
+//! A training run as data.
+
+use std::path::PathBuf;
+
+use lapidary_kernels::{AdamWOptions, SgdOptions};
+use lapidary_model::ModelSpec;
+use serde::{Deserialize, Serialize};
+
+use crate::data::Order;
+use crate::language::Mixture;
+use crate::{Decay, Error, Result, Schedule};
+
+/// Everything that decides what a run computes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainSpec {
+    /// Seed of initial values, data order and dropout.
+    #[serde(default)]
+    pub seed: u64,
+    /// Steps in all.
+    pub steps: u64,
+    /// Sequences in a step, all micro-batches together.
+    pub batch: usize,
+    /// Tokens of a sequence.
+    pub length: usize,
+    /// Micro-batches that a step is divided into.
+    #[serde(default = "one")]
+    pub accumulate: usize,
+    /// Largest norm of a step's gradient.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clip: Option<f64>,
+    /// Decay of a moving average of the parameters, which is then what is validated and saved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub average: Option<f64>,
+    /// Recompute blocks in the backward pass instead of remembering their intermediates.
+    #[serde(default)]
+    pub recompute: bool,
+    /// The learning rate over the steps.
+    pub schedule: ScheduleSpec,
+    /// The optimiser.
+    #[serde(default)]
+    pub optimiser: OptimiserSpec,
+    /// Parameters that are trained otherwise than the rest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<GroupSpec>,
+    /// When to validate, and on how much.
+    #[serde(default)]
+    pub validation: ValidationSpec,
+    /// When the state is saved.
+    #[serde(default)]
+    pub checkpoint: CheckpointSpec,
+    /// What is read.
+    pub data: DataSpec,
+    /// What is trained.
+    pub model: ModelSpec,
+}
+
+fn one() -> usize {
+    1
+}
+
+/// The learning rate over the run's steps.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScheduleSpec {
+    /// The highest rate.
+    pub peak: f64,
+    /// The rate at the end.
+    #[serde(default)]
+    pub floor: f64,
+    /// Steps until the peak.
+    #[serde(default)]
+    pub warm_up: u64,
+    /// The shape of the decay.
+    #[serde(default)]
+    pub decay: Decay,
+}
+
+/// Which optimiser.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum OptimiserSpec {
+    /// Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101).
+    Adamw {
+        /// Decay of the mean gradient.
+        #[serde(default = "beta1")]
+        beta1: f64,
+        /// Decay of the mean squared gradient.
+        #[serde(default = "beta2")]
+        beta2: f64,
+        /// Added to the root of the latter.
+        #[serde(default = "epsilon")]
+        epsilon: f64,
+        /// Decay of matrices; norms and biases are never decayed.
+        #[serde(default)]
+        weight_decay: f64,
+    },
+    /// Gradient descent with momentum.
+    Sgd {
+        /// Share of the last step that goes into the next.
+        #[serde(default)]
+        momentum: f64,
+        /// Whether the gradient is taken ahead of the step (Nesterov).
+        #[serde(default)]
+        nesterov: bool,
+        /// Decay of matrices; norms and biases are never decayed.
+        #[serde(default)]
+        weight_decay: f64,
+    },
+}
+
+fn beta1() -> f64 {
+    AdamWOptions::default().beta1
+}
+
+fn beta2() -> f64 {
+    AdamWOptions::default().beta2
+}
+
+fn epsilon() -> f64 {
+    AdamWOptions::default().epsilon
+}
+
+impl Default for OptimiserSpec {
+    fn default() -> Self {
+        Self::Adamw {
+            beta1: beta1(),
+            beta2: beta2(),
+            epsilon: epsilon(),
+            weight_decay: 0.0,
+        }
+    }
+}
+
+impl OptimiserSpec {
+    pub(crate) fn weight_decay(&self) -> f64 {
+        match self {
+            Self::Adamw { weight_decay, .. } | Self::Sgd { weight_decay, .. } => *weight_decay,
+        }
+    }
+
+    pub(crate) fn adamw(&self, learning_rate: f64) -> Option<AdamWOptions> {
+        match *self {
+            Self::Adamw {
+                beta1,
+                beta2,
+                epsilon,
+                weight_decay,
+            } => Some(AdamWOptions {
+                learning_rate,
+                beta1,
+                beta2,
+                epsilon,
+                weight_decay,
+            }),
+            Self::Sgd { .. } => None,
+        }
+    }
+
+    pub(crate) fn sgd(&self, learning_rate: f64) -> Option<SgdOptions> {
+        match *self {
+            Self::Sgd {
+                momentum,
+                nesterov,
+                weight_decay,
+            } => Some(SgdOptions {
+                learning_rate,
+                momentum,
+                nesterov,
+                weight_decay,
+            }),
+            Self::Adamw { .. } => None,
+        }
+    }
+}
+
+/// Parameters whose name begins with a path, trained otherwise than the rest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupSpec {
+    /// Beginning of the parameters' names (`embeddings.`).
+    pub path: String,
+    /// Multiplies the learning rate; 0 freezes.
+    #[serde(default = "unit")]
+    pub rate_factor: f64,
+    /// Their weight decay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight_decay: Option<f64>,
+}
+
+fn unit() -> f64 {
+    1.0
+}
+
+/// When to validate, and on how much.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ValidationSpec {
+    /// Steps between validations; 0 for the end only.
+    pub every: u64,
+    /// Batches in each.
+    pub batches: usize,
+    /// Share of a text that is kept for validation.
+    pub fraction: f64,
+}
+
+impl Default for ValidationSpec {
+    fn default() -> Self {
+        Self {
+            every: 0,
+            batches: 8,
+            fraction: 0.05,
+        }
+    }
+}
+
+/// When the state is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckpointSpec {
+    /// Steps between states; 0 for the end only.
+    pub every: u64,
+    /// States that are kept.
+    pub keep: usize,
+}
+
+impl Default for CheckpointSpec {
+    fn default() -> Self {
+        Self { every: 0, keep: 2 }
+    }
+}
+
+/// How a text becomes tokens.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TokenizerSpec {
+    /// One token for each byte.
+    #[default]
+    Bytes,
+    /// The most frequent words of the text, up to so many.
+    Words(usize),
+    /// The tokenizer of a model directory.
+    Directory(PathBuf),
+}
+
+/// What is read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum DataSpec {
+    /// The small English-like language.
+    Language {
+        /// Decides its facts and the order of its sentences.
+        #[serde(default)]
+        seed: u64,
+        /// How often each kind of sentence occurs.
+        #[serde(default)]
+        mixture: Mixture,
+    },
+    /// A text file.
+    Text {
+        /// The file; may be given on the command line instead.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        file: Option<PathBuf>,
+        /// How it becomes tokens.
+        #[serde(default)]
+        tokenizer: TokenizerSpec,
+        /// In which order its windows are read.
+        #[serde(default = "shuffled")]
+        order: Order,
+    },
+    /// A token file, as this crate writes it.
+    Tokens {
+        /// The file.
+        file: PathBuf,
+        /// In which order its windows are read.
+        #[serde(default = "shuffled")]
+        order: Order,
+    },
+    /// A random word, to be said again.
+    Copying {
+        /// Different symbols.
+        symbols: usize,
+    },
+    /// Pairs of keys and values, and the value of a key.
+    Recall {
+        /// Different keys.
+        keys: usize,
+        /// Different values.
+        values: usize,
+    },
+    /// What followed the last symbol when it occurred before.
+    Induction {
+        /// Different symbols.
+        symbols: usize,
+    },
+}
+
+fn shuffled() -> Order {
+    Order::Shuffled { seed: 0 }
+}
+
+impl TrainSpec {
+    /// The schedule over the run's steps.
+    pub fn schedule(&self) -> Schedule {
+        let ScheduleSpec {
+            peak,
+            floor,
+            warm_up,
+            decay,
+        } = self.schedule;
+        Schedule {
+            peak,
+            floor,
+            warm_up: warm_up.min(self.steps),
+            steps: self.steps,
+            decay,
+        }
+    }
+
+    /// Refuses settings that cannot be trained with.
+    pub fn validate(&self) -> Result<()> {
+        let wrong = |name, found: String, expected| {
+            Err(Error::Setting {
+                name,
+                found,
+                expected,
+            })
+        };
+        self.schedule().validate()?;
+        self.model.validate().map_err(lapidary_model::Error::from)?;
+        if self.batch == 0 {
+            return wrong("batch", "0".into(), "at least 1");
+        }
+        if self.length == 0 || self.length > self.model.length() {
+            return wrong(
+                "length",
+                self.length.to_string(),
+                "at least 1 and at most the model's length",
+            );
+        }
+        if self.accumulate == 0 || !self.batch.is_multiple_of(self.accumulate) {
+            return wrong(
+                "accumulate",
+                self.accumulate.to_string(),
+                "a divisor of the batch",
+            );
+        }
+        if let Some(clip) = self.clip.filter(|clip| !(clip.is_finite() && *clip > 0.0)) {
+            return wrong("clip", clip.to_string(), "a positive number");
+        }
+        if self.validation.batches == 0 {
+            return wrong("validation.batches", "0".into(), "at least 1");
+        }
+        if !matches!(
+            self.model.head,
+            lapidary_model::HeadSpec::LanguageModel { .. }
+        ) {
+            return wrong("model.head", "no language model".into(), "a language model");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,453 @@
+//! The training loop, a step at a time.
+
+use std::collections::BTreeMap;
+
+use lapidary_kernels::{
+    AdamW, CrossEntropyOptions, DType, Device, OptimiserState, Parameter, Recomputation, Sgd,
+    Tensor, Var, cross_entropy,
+};
+use lapidary_model::{Initialiser, Input, Model, Pass};
+use lapidary_parts::parameters::ParameterSource;
+use rand::Rng;
+
+use crate::data::{Batch, IGNORE, Task};
+use crate::state::TrainingState;
+use crate::{
+    Error, Generator, GeneratorState, Gradients, MovingAverage, Result, Schedule, TrainSpec,
+    generator,
+};
+
+/// What one step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Step {
+    /// Steps done, this one included.
+    pub step: u64,
+    /// Mean loss over the step's counted tokens, in nats.
+    pub loss: f64,
+    /// Norm of the gradient before clipping.
+    pub gradient_norm: f64,
+    /// Learning rate.
+    pub rate: f64,
+    /// Tokens read.
+    pub tokens: u64,
+}
+
+enum Optimiser {
+    AdamW(AdamW),
+    Sgd(Sgd),
+}
+
+impl Optimiser {
+    fn state(&self) -> lapidary_kernels::Result<OptimiserState> {
+        match self {
+            Self::AdamW(optimiser) => optimiser.state(),
+            Self::Sgd(optimiser) => optimiser.state(),
+        }
+    }
+
+    fn load_state(&mut self, state: &OptimiserState) -> lapidary_kernels::Result<()> {
+        match self {
+            Self::AdamW(optimiser) => optimiser.load_state(state),
+            Self::Sgd(optimiser) => optimiser.load_state(state),
+        }
+    }
+}
+
+/// A model under training.
+pub struct Trainer {
+    spec: TrainSpec,
+    schedule: Schedule,
+    model: Model,
+    names: Vec<String>,
+    variables: Vec<Var>,
+    optimiser: Optimiser,
+    average: Option<MovingAverage>,
+    training: Box<dyn Task>,
+    validation: Box<dyn Task>,
+    generator: Generator,
+    step: u64,
+}
+
+impl Trainer {
+    /// A new model, with initial values from the spec's seed.
+    ///
+    /// # Errors
+    /// When the spec is invalid or the tasks have tokens that the model does not.
+    pub fn new(
+        spec: TrainSpec,
+        training: Box<dyn Task>,
+        validation: Box<dyn Task>,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut source = Initialiser::new(spec.seed, DType::F32, device.clone());
+        Self::with_source(spec, &mut source, training, validation)
+    }
+
+    /// A model whose training starts from the parameters that `source` gives.
+    pub fn with_source(
+        spec: TrainSpec,
+        source: &mut dyn ParameterSource,
+        training: Box<dyn Task>,
+        validation: Box<dyn Task>,
+    ) -> Result<Self> {
+        spec.validate()?;
+        let vocabulary = spec.model.vocabulary().unwrap_or(0);
+        for task in [&training, &validation] {
+            if task.vocabulary() > vocabulary {
+                return Err(Error::Setting {
+                    name: "vocabulary of the model",
+                    found: vocabulary.to_string(),
+                    expected: "at least that of the data",
+                });
+            }
+        }
+        let model =
+            Model::trainable(spec.model.clone(), source).map_err(lapidary_model::Error::from)?;
+        let (names, variables): (Vec<String>, Vec<Var>) = model
+            .variables()
+            .iter()
+            .map(|(name, variable)| (name.clone(), variable.clone()))
+            .unzip();
+        let parameters = parameters(&spec, &names, &variables);
+        let peak = spec.schedule.peak;
+        let optimiser = match (spec.optimiser.adamw(peak), spec.optimiser.sgd(peak)) {
+            (Some(options), _) => Optimiser::AdamW(AdamW::new(parameters, options)?),
+            (None, Some(options)) => Optimiser::Sgd(Sgd::new(parameters, options)?),
+            (None, None) => {
+                return Err(Error::Setting {
+                    name: "optimiser",
+                    found: "none".into(),
+                    expected: "adamw or sgd",
+                });
+            }
+        };
+        let average = match spec.average {
+            Some(decay) => Some(MovingAverage::new(&variables, decay, true)?),
+            None => None,
+        };
+        Ok(Self {
+            schedule: spec.schedule(),
+            generator: generator(spec.seed),
+            spec,
+            model,
+            names,
+            variables,
+            optimiser,
+            average,
+            training,
+            validation,
+            step: 0,
+        })
+    }
+
+    /// The model as it is; with a moving average, the parameters of the last step.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Steps done.
+    pub fn steps_done(&self) -> u64 {
+        self.step
+    }
+
+    /// What the run was told.
+    pub fn spec(&self) -> &TrainSpec {
+        &self.spec
+    }
+
+    /// Does one step.
+    ///
+    /// # Errors
+    /// When the loss is not a number: the parameters are then those before the step.
+    pub fn step(&mut self) -> Result<Step> {
+        let rate = self.schedule.rate(self.step);
+        let rows = self.spec.batch / self.spec.accumulate;
+        let dropout_seed = self.generator.next_u64();
+        let (mut loss, mut tokens, mut store) = (0.0, 0, None);
+        let mut sum = Gradients::default();
+        for part in 0..self.spec.accumulate {
+            let batch = self
+                .training
+                .batch(&mut self.generator, rows, self.spec.length)?;
+            tokens += (batch.rows * batch.length) as u64;
+            let recomputation = self.spec.recompute.then(Recomputation::new);
+            let pass = Pass {
+                dropout_seed: Some(dropout_seed.wrapping_add(part as u64)),
+                recomputation: recomputation.as_ref(),
+                ..Pass::default()
+            };
+            let value = batch_loss(&self.model, &batch, pass)?;
+            loss += number(&value)? / self.spec.accumulate as f64;
+            let mut gradients = value.backward().map_err(lapidary_kernels::Error::from)?;
+            if let Some(recomputation) = &recomputation {
+                recomputation.add_to(&mut gradients)?;
+            }
+            if self.spec.accumulate > 1 {
+                sum.accumulate(Gradients::take(&mut gradients, &self.variables))?;
+            }
+            store = Some(gradients);
+        }
+        let mut store = store.ok_or(Error::Setting {
+            name: "accumulate",
+            found: "0".into(),
+            expected: "at least 1",
+        })?;
+        if self.spec.accumulate > 1 {
+            for (variable, gradient) in self.variables.iter().zip(sum.tensors()) {
+                if let Some(gradient) = gradient {
+                    store.insert(variable.as_tensor(), gradient.clone());
+                }
+            }
+        }
+        let mut scale = 1.0 / self.spec.accumulate as f64;
+        let norm = {
+            let gradients: Vec<&Tensor> = self
+                .variables
+                .iter()
+                .filter_map(|variable| store.get(variable.as_tensor()))
+                .collect();
+            scale * lapidary_kernels::global_gradient_norm(&gradients)?
+        };
+        if !loss.is_finite() || !norm.is_finite() {
+            return Err(Error::Setting {
+                name: "loss or gradient",
+                found: format!("{loss} (norm {norm}) at step {}", self.step + 1),
+                expected: "finite; lower the learning rate, or clip",
+            });
+        }
+        if let Some(limit) = self.spec.clip.filter(|limit| norm > *limit) {
+            scale *= limit / norm;
+        }
+        match &mut self.optimiser {
+            Optimiser::AdamW(optimiser) => optimiser.step(&store, rate, scale)?,
+            Optimiser::Sgd(optimiser) => optimiser.step(&store, rate, scale)?,
+        }
+        if let Some(average) = &mut self.average {
+            average.update(&self.variables)?;
+        }
+        self.step += 1;
+        Ok(Step {
+            step: self.step,
+            loss,
+            gradient_norm: norm,
+            rate,
+            tokens,
+        })
+    }
+
+    /// Mean loss on the validation task, in nats, always on the same batches; with a moving
+    /// average, that of the averaged parameters.
+    pub fn validate(&mut self) -> Result<f64> {
+        self.swap_average()?;
+        let result = self.validation_loss();
+        self.swap_average()?;
+        result
+    }
+
+    fn validation_loss(&mut self) -> Result<f64> {
+        let mut generator = generator(self.spec.seed ^ VALIDATION_SEED);
+        self.validation.seek(0);
+        let (mut sum, mut counted) = (0.0, 0);
+        for _ in 0..self.spec.validation.batches {
+            let rows = self.spec.batch / self.spec.accumulate;
+            let batch = self
+                .validation
+                .batch(&mut generator, rows, self.spec.length)?;
+            let loss = number(&batch_loss(&self.model, &batch, Pass::default())?.detach())?;
+            sum += loss * batch.counted() as f64;
+            counted += batch.counted();
+        }
+        Ok(sum / counted.max(1) as f64)
+    }
+
+    fn swap_average(&mut self) -> Result<()> {
+        if let Some(average) = &mut self.average {
+            average.swap(&self.variables)?;
+        }
+        Ok(())
+    }
+
+    /// The trained parameters, averaged where the spec says so, as a model that is no longer
+    /// trainable.
+    pub fn finished(&mut self) -> Result<Model> {
+        self.swap_average()?;
+        let mut parameters = BTreeMap::new();
+        for (name, variable) in self.names.iter().zip(&self.variables) {
+            let copy = variable
+                .as_tensor()
+                .copy()
+                .map_err(lapidary_kernels::Error::from)?;
+            parameters.insert(name.clone(), copy.detach());
+        }
+        self.swap_average()?;
+        Ok(Model::new(self.spec.model.clone(), &mut parameters)
+            .map_err(lapidary_model::Error::from)?)
+    }
+
+    /// Everything that is needed to go on from here bit for bit.
+    pub fn state(&self) -> Result<TrainingState> {
+        let mut tensors = BTreeMap::new();
+        for (name, variable) in self.names.iter().zip(&self.variables) {
+            tensors.insert(format!("parameter.{name}"), variable.as_tensor().detach());
+        }
+        let optimiser = self.optimiser.state()?;
+        for (name, moments) in self.names.iter().zip(optimiser.moments) {
+            for (index, moment) in moments.into_iter().enumerate() {
+                tensors.insert(format!("moment.{index}.{name}"), moment);
+            }
+        }
+        let mut positions = BTreeMap::from([
+            ("training".to_owned(), self.training.position()),
+            ("optimiser".to_owned(), optimiser.step),
+        ]);
+        if let Some(average) = &self.average {
+            positions.insert("average".to_owned(), average.updates());
+            for (name, shadow) in self.names.iter().zip(average.shadow()) {
+                tensors.insert(format!("average.{name}"), shadow.clone());
+            }
+        }
+        Ok(TrainingState {
+            step: self.step,
+            generators: BTreeMap::from([(
+                "training".to_owned(),
+                GeneratorState::of(&self.generator),
+            )]),
+            positions,
+            settings: self.settings()?,
+            tensors,
+        })
+    }
+
+    /// The settings that a resumed run must share: all but how long it goes and how often it
+    /// looks up.
+    fn settings(&self) -> Result<serde_json::Value> {
+        let mut spec = self.spec.clone();
+        spec.checkpoint = Default::default();
+        spec.validation.every = 0;
+        serde_json::to_value(&spec).map_err(|error| Error::Setting {
+            name: "training spec",
+            found: error.to_string(),
+            expected: "one that serialises",
+        })
+    }
+
+    /// Goes on from a state of the same run.
+    ///
+    /// # Errors
+    /// When the state is of a run with other settings, or does not fit the model.
+    pub fn resume(&mut self, state: &TrainingState) -> Result<()> {
+        if state.settings != self.settings()? {
+            return Err(Error::Setting {
+                name: "the saved run's spec",
+                found: "another".into(),
+                expected: "the same as now; start a new run in another directory",
+            });
+        }
+        let take = |key: String| {
+            state.tensors.get(&key).cloned().ok_or(Error::Setting {
+                name: "tensor of the saved run",
+                found: format!("no {key}"),
+                expected: "one for each parameter",
+            })
+        };
+        let moments_of = match self.optimiser {
+            Optimiser::AdamW(_) => 2,
+            Optimiser::Sgd(_) => 1,
+        };
+        let mut moments = Vec::with_capacity(self.names.len());
+        for name in &self.names {
+            let all: Result<Vec<Tensor>> = (0..moments_of)
+                .map(|index| take(format!("moment.{index}.{name}")))
+                .collect();
+            moments.push(all?);
+        }
+        let step = state
+            .positions
+            .get("optimiser")
+            .copied()
+            .unwrap_or(state.step);
+        self.optimiser
+            .load_state(&OptimiserState { step, moments })?;
+        if let Some(average) = &mut self.average {
+            let shadow: Result<Vec<Tensor>> = self
+                .names
+                .iter()
+                .map(|name| take(format!("average.{name}")))
+                .collect();
+            average.resume(
+                shadow?,
+                state.positions.get("average").copied().unwrap_or(0),
+            )?;
+        }
+        for (name, variable) in self.names.iter().zip(&self.variables) {
+            variable
+                .set(&take(format!("parameter.{name}"))?)
+                .map_err(lapidary_kernels::Error::from)?;
+        }
+        if let Some(generator) = state.generators.get("training") {
+            self.generator = generator.restore();
+        }
+        self.training
+            .seek(state.positions.get("training").copied().unwrap_or(0));
+        self.step = state.step;
+        Ok(())
+    }
+}
+
+/// Keeps the draws of validation apart from those of training.
+const VALIDATION_SEED: u64 = 0x5eed_0f7a_11da_7e00;
+
+/// Every variable with its group's settings; norms and biases without decay.
+fn parameters(spec: &TrainSpec, names: &[String], variables: &[Var]) -> Vec<Parameter> {
+    names
+        .iter()
+        .zip(variables)
+        .map(|(name, variable)| {
+            let group = spec
+                .groups
+                .iter()
+                .find(|group| name.starts_with(&group.path));
+            let usual = if variable.rank() < 2 {
+                0.0
+            } else {
+                spec.optimiser.weight_decay()
+            };
+            Parameter {
+                variable: variable.clone(),
+                weight_decay: Some(group.and_then(|group| group.weight_decay).unwrap_or(usual)),
+                rate_factor: group.map_or(1.0, |group| group.rate_factor),
+            }
+        })
+        .collect()
+}
+
+/// Mean cross-entropy of the next tokens of a batch, in nats.
+pub fn batch_loss(model: &Model, batch: &Batch, pass: Pass<'_>) -> Result<Tensor> {
+    let (inputs, targets) = batch.tensors(&model.device())?;
+    let output = model
+        .forward(&Input::tokens(inputs), pass)
+        .map_err(lapidary_model::Error::from)?;
+    let logits = output
+        .into_logits()
+        .map_err(lapidary_model::Error::from)?
+        .into_value();
+    let classes = logits.dims().last().copied().unwrap_or(0);
+    let logits = logits
+        .reshape(((), classes))
+        .map_err(lapidary_kernels::Error::from)?;
+    let targets = targets
+        .flatten_all()
+        .map_err(lapidary_kernels::Error::from)?;
+    let options = CrossEntropyOptions {
+        ignore_index: Some(IGNORE),
+        ..CrossEntropyOptions::default()
+    };
+    Ok(cross_entropy(&logits, &targets, &options)?)
+}
+
+fn number(scalar: &Tensor) -> Result<f64> {
+    let scalar = scalar
+        .to_dtype(DType::F64)
+        .and_then(|scalar| scalar.to_scalar::<f64>());
+    Ok(scalar.map_err(lapidary_kernels::Error::from)?)
+}

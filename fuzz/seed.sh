@@ -1,0 +1,20 @@
+#!/bin/sh
+# Fills the corpora with the test fixtures.
+set -eu
+cd "$(dirname "$0")"
+for target in safetensors_reader config_reader tokenizer_reader tokenizer_input; do
+    mkdir -p "corpus/$target"
+done
+for family in ../tests/fixtures/families/*/; do
+    name=$(basename "$family")
+    cp "$family/config.json" "corpus/config_reader/$name"
+    # Headers matter, not weights: the first kilobytes will do, and a small whole file.
+    head -c 6000 "$family/case.safetensors" >"corpus/safetensors_reader/$name"
+    if [ -f "$family/tokenizer.json" ]; then
+        cp "$family/tokenizer.json" "corpus/tokenizer_reader/$name"
+    fi
+done
+# "w", an F32 tensor of shape [1], whole.
+header='{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}  '
+printf '\070\000\000\000\000\000\000\000%s\000\000\200\077' "$header" >corpus/safetensors_reader/whole
+printf 'the cat sees the dogs 123! na\303\257ve \360\237\230\200' >corpus/tokenizer_input/text
