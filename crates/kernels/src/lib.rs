@@ -56,7 +56,7 @@ pub use rotary::{merged_rotary, rotary};
 pub use softmax::{log_softmax, softmax};
 pub use sort::{sort, top_k};
 pub use streams::{
-    StreamAffine, StreamBuffer, stream_affine, stream_dot, stream_mix, stream_mix_own,
+    StreamAffine, StreamBuffer, StreamShare, stream_affine, stream_dot, stream_mix, stream_mix_own,
     stream_squares, stream_sum,
 };
 

@@ -9,6 +9,7 @@ use crate::host::{self, Host, Shared, by_dtype, for_rows, fused, share};
 use crate::product::{Into, Matrix, multiply_at};
 use crate::simd::{self, Real};
 use crate::{D, DType, Error, Result, Tensor};
+use std::borrow::Cow;
 
 /// `Σ_w streams[k, r, w] · field[r, w]`, `[streams, rows]`.
 pub fn stream_dot(streams: &Tensor, field: &Tensor) -> Result<Tensor> {
@@ -69,36 +70,40 @@ pub fn stream_sum(streams: &Tensor) -> Result<Tensor> {
     })?)
 }
 
-/// What [`stream_affine`] does to each stream.
+/// Weights `[streams, rows]` and a field: `weights[k, r] · field[r]` is a stream's share of it.
+pub type StreamShare = (Tensor, Tensor);
+
+/// What [`stream_affine`] does to each stream, in this order.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StreamAffine<'a> {
-    /// Whether each stream's own mean over the width is subtracted first.
+    /// Other streams `[streams, rows, width]`, added.
+    pub add: Option<&'a Tensor>,
+    /// Shares that are added first.
+    pub before: &'a [StreamShare],
+    /// Whether each stream's own mean over the width is subtracted.
     pub centre: bool,
     /// A field that multiplies.
     pub slope: Option<&'a Tensor>,
-    /// Weights `[streams, rows]` and a field: `weights[k, r] · field[r]` is added last.
-    pub share: Option<(&'a Tensor, &'a Tensor)>,
+    /// Shares that are added last.
+    pub after: &'a [StreamShare],
 }
 
-/// `slope[r] ⊙ (streams[k, r] − mean) + weights[k, r] · constant[r]` in one pass.
+/// `slope[r] ⊙ (t − mean t) + Σ_after w[k, r] c[r]` with
+/// `t = streams[k, r] + add[k, r] + Σ_before w[k, r] c[r]`, in one pass.
 pub fn stream_affine(streams: &Tensor, map: StreamAffine<'_>) -> Result<Tensor> {
     let (k, rows, width) = streams.dims3()?;
     let mut operands = vec![streams];
+    if let Some(add) = map.add {
+        same_shape("add", add, streams.dims())?;
+        operands.push(add);
+    }
     if let Some(slope) = map.slope {
         check_field("stream_affine", streams, slope)?;
         operands.push(slope);
     }
-    if let Some((weights, constant)) = map.share {
+    for (weights, constant) in map.before.iter().chain(map.after) {
         check_field("stream_affine", streams, constant)?;
-        if weights.dims() != [k, rows] {
-            let expected = format!("[{k}, {rows}]");
-            return Err(Error::argument(
-                "stream_affine",
-                "weights",
-                weights.dims(),
-                expected,
-            ));
-        }
+        same_shape("weights", weights, &[k, rows])?;
         operands.extend([weights, constant]);
     }
     if !fused(&operands) {
@@ -107,60 +112,109 @@ pub fn stream_affine(streams: &Tensor, map: StreamAffine<'_>) -> Result<Tensor> 
     Ok(by_dtype!(streams.dtype(), T => {
         let streams = Host::new(streams);
         let streams = streams.ordered::<T>()?;
-        let slope = map.slope.map(Host::new);
+        let [add, slope] = [map.add, map.slope].map(|operand| operand.map(Host::new));
+        let add = add.as_ref().map(Host::ordered::<T>).transpose()?;
         let slope = slope.as_ref().map(Host::ordered::<T>).transpose()?;
-        let shared = map.share.map(|(weights, constant)| (Host::new(weights), Host::new(constant)));
-        let shared = match &shared {
-            Some((weights, constant)) => Some((weights.ordered::<T>()?, constant.ordered::<T>()?)),
-            None => None,
-        };
-        // A field of one row is read again for each.
-        let step = |length: usize| if length == width { 0 } else { width };
+        let before = hosts(map.before);
+        let before = ordered_pairs::<T>(&before)?;
+        let after = hosts(map.after);
+        let after = ordered_pairs::<T>(&after)?;
         let mut out = host::unwritten::<T>(k * rows * width);
         for_rows(&mut out, width, 2, #[inline(always)] |i, out| {
-            let x = &streams[i * width..][..width];
             let row = i % rows.max(1);
-            let mean = if map.centre { simd::sum(x) / T::of(width as f64) } else { T::default() };
-            match &slope {
-                Some(slope) => {
-                    let slope = &slope[row * step(slope.len())..][..width];
-                    for ((out, x), slope) in out.iter_mut().zip(x).zip(slope) {
-                        *out = (*x - mean) * *slope;
+            let x = &streams[i * width..][..width];
+            match &add {
+                Some(add) => {
+                    for ((out, x), add) in out.iter_mut().zip(x).zip(&add[i * width..]) {
+                        *out = *x + *add;
                     }
                 }
-                None => {
-                    for (out, x) in out.iter_mut().zip(x) {
-                        *out = *x - mean;
-                    }
+                None => out.copy_from_slice(x),
+            }
+            add_shares(out, &before, i, row);
+            if map.centre {
+                let mean = simd::sum(out) / T::of(width as f64);
+                for out in out.iter_mut() {
+                    *out -= mean;
                 }
             }
-            if let Some((weights, constant)) = &shared {
-                let weight = weights[i];
-                let constant = &constant[row * step(constant.len())..][..width];
-                for (out, constant) in out.iter_mut().zip(constant) {
-                    *out = constant.mul_add(weight, *out);
+            if let Some(slope) = &slope {
+                for (out, slope) in out.iter_mut().zip(field_row(slope, row, width)) {
+                    *out *= *slope;
                 }
             }
+            add_shares(out, &after, i, row);
         });
         host::tensor(out, &[k, rows, width])
     })?)
 }
 
+/// The row of a field; a field of one row is read again for each.
+#[inline(always)]
+fn field_row<T>(field: &[T], row: usize, width: usize) -> &[T] {
+    let start = if field.len() == width { 0 } else { row * width };
+    &field[start..][..width]
+}
+
+type Pairs<'a, T> = Vec<(Cow<'a, [T]>, Cow<'a, [T]>)>;
+
+fn hosts(shares: &[StreamShare]) -> Vec<(Host<'_>, Host<'_>)> {
+    let host = |(weights, constant)| (Host::new(weights), Host::new(constant));
+    shares.iter().map(|(w, c)| host((w, c))).collect()
+}
+
+fn ordered_pairs<'a, T: Real>(
+    hosts: &'a [(Host<'_>, Host<'_>)],
+) -> candle_core::Result<Pairs<'a, T>> {
+    let pair = |(w, c): &'a (Host<'_>, Host<'_>)| Ok((w.ordered::<T>()?, c.ordered::<T>()?));
+    hosts.iter().map(pair).collect()
+}
+
+#[inline(always)]
+fn add_shares<T: Real>(out: &mut [T], shares: &Pairs<'_, T>, i: usize, row: usize) {
+    for (weights, constant) in shares {
+        let weight = weights[i];
+        let constant = field_row(constant, row, out.len());
+        for (out, constant) in out.iter_mut().zip(constant) {
+            *out = constant.mul_add(weight, *out);
+        }
+    }
+}
+
 fn naive_affine(streams: &Tensor, map: StreamAffine<'_>) -> Result<Tensor> {
+    let share = |out: Tensor, shares: &[StreamShare]| -> Result<Tensor> {
+        shares.iter().try_fold(out, |out, (weights, constant)| {
+            let share = weights
+                .unsqueeze(2)?
+                .broadcast_mul(&constant.unsqueeze(0)?)?;
+            Ok((out + share)?)
+        })
+    };
     let mut out = streams.clone();
+    if let Some(add) = map.add {
+        out = (out + add)?;
+    }
+    out = share(out, map.before)?;
     if map.centre {
         out = out.broadcast_sub(&out.mean_keepdim(D::Minus1)?)?;
     }
     if let Some(slope) = map.slope {
         out = out.broadcast_mul(slope)?;
     }
-    if let Some((weights, constant)) = map.share {
-        let share = weights
-            .unsqueeze(2)?
-            .broadcast_mul(&constant.unsqueeze(0)?)?;
-        out = (out + share)?;
+    share(out, map.after)
+}
+
+fn same_shape(argument: &'static str, found: &Tensor, expected: &[usize]) -> Result<()> {
+    if found.dims() == expected {
+        return Ok(());
     }
-    Ok(out)
+    let expected = format!("{expected:?}");
+    Err(Error::argument(
+        "stream_affine",
+        argument,
+        found.dims(),
+        expected,
+    ))
 }
 
 /// Mixes the positions of every stream by attention weights `[batch, heads, query, key]`:
@@ -462,18 +516,25 @@ mod tests {
         #[test]
         fn the_affine_pass_equals_its_composition(
             k in 1usize..6, rows in 1usize..5, width in 1usize..40,
-            centre: bool, slope: bool, share: bool, same: bool,
+            add: bool, centre: bool, slope: bool, same: bool, before in 0usize..3, after in 0usize..3,
         ) {
             let field_rows = if same { 1 } else { rows };
             compare(1e-5, |dtype| {
                 let s = streams(k, rows, width, dtype);
+                let other = arange(&[k, rows, width], 5.0, dtype);
                 let field = arange(&[field_rows, width], 2.0, dtype);
-                let constant = arange(&[rows, width], 3.0, dtype);
-                let weights = arange(&[k, rows], 4.0, dtype);
+                let share = |phase: usize| {
+                    let weights = arange(&[k, rows], phase as f64, dtype);
+                    (weights, arange(&[field_rows, width], phase as f64 + 0.5, dtype))
+                };
+                let before: Vec<_> = (0..before).map(share).collect();
+                let after: Vec<_> = (3..3 + after).map(share).collect();
                 let map = StreamAffine {
+                    add: add.then_some(&other),
+                    before: &before,
                     centre,
                     slope: slope.then_some(&field),
-                    share: share.then_some((&weights, &constant)),
+                    after: &after,
                 };
                 (stream_affine(&s, map).unwrap(), naive_affine(&s, map).unwrap())
             });

@@ -23,8 +23,8 @@ use super::share::Share;
 use crate::error::tensor;
 use crate::{Error, Linear, Result, Weight};
 use lapidary_kernels::{
-    D, DType, StreamAffine, StreamBuffer, Tensor, linear, stream_affine, stream_dot, stream_mix,
-    stream_mix_own, stream_squares, stream_sum,
+    D, DType, StreamAffine, StreamBuffer, StreamShare, Tensor, linear, stream_affine, stream_dot,
+    stream_mix, stream_mix_own, stream_squares, stream_sum,
 };
 
 /// Numbers of the widest intermediate that are held while multiplying out.
@@ -367,10 +367,6 @@ impl Expression {
             Kind::Linear(x, layer) => {
                 layer.apply_without_bias(&x.evaluate(range.clone(), memo)?)?
             }
-            Kind::Sum(a, b) => {
-                let a = a.evaluate(range.clone(), memo)?;
-                tensor(a + b.evaluate(range.clone(), memo)?)?
-            }
             Kind::Reshape(x) => flat(x.evaluate(range.clone(), memo)?)?,
             Kind::Mix {
                 source,
@@ -403,51 +399,93 @@ impl Expression {
                 let before = x.evaluate(range.clone(), memo)?;
                 tensor(before + share.features(&x, range.clone())?)?
             }
-            kind @ (Kind::Share(..) | Kind::Scale(..) | Kind::Centre(_)) => {
-                self.affine(kind, range.clone(), memo)?
+            Kind::Share(..) | Kind::Scale(..) | Kind::Centre(_) | Kind::Sum(..) => {
+                self.affine(range.clone(), memo)?
             }
         };
-        // Signals outside may hold the node too; then keeping it costs a block and no more.
-        if Arc::strong_count(&self.0) > 2 {
+        if self.has_other_readers() {
             memo.insert(self.0.id, value.clone());
         }
         Ok(value)
     }
 
-    /// A share of a slope of a centred value, or as much of that as there is, in one pass.
-    fn affine(
-        &self,
-        kind: Kind,
-        range: Range<usize>,
-        memo: &mut HashMap<u64, Tensor>,
-    ) -> Result<Tensor> {
-        let (mut input, mut kind) = (self.clone(), kind);
-        let (mut share, mut slope, mut centre) = (None, None, false);
-        if let Kind::Share(x, of) = kind {
-            let weights = tensor(of.weights(&x)?.narrow(0, range.start, range.len()))?;
-            share = Some((weights, of.constant().clone()));
-            kind = x.kind();
-            input = x;
+    /// Whether more read this node than the one that has just cloned it from its operands.
+    /// Signals outside count too; then keeping the node's value costs a block and no more.
+    fn has_other_readers(&self) -> bool {
+        Arc::strong_count(&self.0) > 2
+    }
+
+    /// Shares, a slope, a mean taken off, shares and a sum, or as much of that as there is from
+    /// here down: in one pass.
+    fn affine(&self, range: Range<usize>, memo: &mut HashMap<u64, Tensor>) -> Result<Tensor> {
+        let share_of = |x: &Self, share: &Share| -> Result<StreamShare> {
+            let weights = tensor(share.weights(x)?.narrow(0, range.start, range.len()))?;
+            Ok((weights, share.constant().clone()))
+        };
+        let (mut before, mut after) = (Vec::new(), Vec::new());
+        let (mut slope, mut centre) = (None, false);
+        let mut node = self.clone();
+        let mut operands = Vec::new();
+        while operands.is_empty() {
+            let next = match node.kind() {
+                Kind::Share(x, share) if !share.is_by_feature() => {
+                    let list = match centre || slope.is_some() {
+                        true => &mut before,
+                        false => &mut after,
+                    };
+                    list.push(share_of(&x, &share)?);
+                    x
+                }
+                Kind::Scale(x, by) if !centre && slope.is_none() && before.is_empty() => {
+                    slope = Some(by);
+                    x
+                }
+                Kind::Centre(x) if !centre && before.is_empty() => {
+                    centre = true;
+                    x
+                }
+                Kind::Sum(a, b) => {
+                    operands.extend([a, b]);
+                    continue;
+                }
+                _ => {
+                    operands.push(node.clone());
+                    continue;
+                }
+            };
+            node = next;
+            if node.has_other_readers() {
+                operands.push(node.clone());
+            }
         }
-        if let Kind::Scale(x, by) = &kind {
-            slope = Some(by.clone());
-            let x = x.clone();
-            kind = x.kind();
-            input = x;
+        // What is shared in one operand of a sum is shared in the sum.
+        for operand in &mut operands {
+            while let Kind::Share(x, share) = operand.kind()
+                && !share.is_by_feature()
+                && !operand.has_other_readers()
+            {
+                before.push(share_of(&x, &share)?);
+                *operand = x;
+            }
         }
-        if let Kind::Centre(x) = kind {
-            centre = true;
-            input = x;
+        if slope.is_none() && !centre {
+            before.append(&mut after);
         }
-        let input = input.evaluate(range, memo)?;
+        let mut values = Vec::with_capacity(operands.len());
+        for operand in operands {
+            values.push(operand.evaluate(range.clone(), memo)?);
+        }
         let map = StreamAffine {
+            add: values.get(1),
+            before: &before,
             centre,
             slope: slope.as_ref(),
-            share: share
-                .as_ref()
-                .map(|(weights, constant)| (weights, constant)),
+            after: &after,
         };
-        Ok(stream_affine(&input, map)?)
+        match values.first() {
+            Some(first) => Ok(stream_affine(first, map)?),
+            None => Err(Error::invalid("operands of a sum", 0, "at least one")),
+        }
     }
 
     /// Multiplies out, and forgets what it was made of.
