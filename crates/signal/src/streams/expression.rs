@@ -28,7 +28,7 @@ use lapidary_kernels::{
 };
 
 /// Numbers of the widest intermediate that are held while multiplying out.
-const BLOCK: usize = 1 << 20;
+const BLOCK: usize = 1 << 21;
 
 /// Numbers up to which an expression that is asked for its norms is stored rather than
 /// evaluated again later.
