@@ -345,9 +345,30 @@ impl Expression {
         if let Some(known) = memo.get(&self.0.id) {
             return Ok(known.clone());
         }
+        let value = match self.is_affine() {
+            true => self.affine(range, memo)?,
+            false => self.other(range, memo)?,
+        };
+        if self.has_other_readers() {
+            memo.insert(self.0.id, value.clone());
+        }
+        Ok(value)
+    }
+
+    /// Whether [`Expression::affine`] evaluates this node.
+    fn is_affine(&self) -> bool {
+        match &*self.0.kind.read().unwrap_or_else(PoisonError::into_inner) {
+            Kind::Share(_, share) => !share.is_by_feature(),
+            Kind::Scale(..) | Kind::Centre(_) | Kind::Sum(..) => true,
+            _ => false,
+        }
+    }
+
+    /// Evaluates everything else.
+    fn other(&self, range: Range<usize>, memo: &mut HashMap<u64, Tensor>) -> Result<Tensor> {
         let (rows, width) = rows_and_width(&self.0.shape);
         let flat = |t: Tensor| tensor(t.reshape((range.len(), rows, width)));
-        let value = match self.kind() {
+        Ok(match self.kind() {
             Kind::Dense(dense) => flat(tensor(dense.narrow(0, range.start, range.len()))?)?,
             Kind::Own {
                 value,
@@ -400,13 +421,9 @@ impl Expression {
                 tensor(before + share.features(&x, range.clone())?)?
             }
             Kind::Share(..) | Kind::Scale(..) | Kind::Centre(_) | Kind::Sum(..) => {
-                self.affine(range.clone(), memo)?
+                self.affine(range, memo)?
             }
-        };
-        if self.has_other_readers() {
-            memo.insert(self.0.id, value.clone());
-        }
-        Ok(value)
+        })
     }
 
     /// Whether more read this node than the one that has just cloned it from its operands.
