@@ -3,6 +3,10 @@
 //! `scripts/bench_decompx.py` times a straightforward PyTorch version of the same work. With the
 //! argument `once N` the program explains one input of `N` tokens three times and prints the
 //! seconds and its own peak memory as JSON, so that the memory is that of this work alone.
+#![allow(
+    clippy::expect_used,
+    reason = "a benchmark that cannot start should stop"
+)]
 
 use criterion::{BenchmarkId, Criterion};
 use lapidary_explain::{Target, decompx};

@@ -1,4 +1,5 @@
 //! DecompX against loops over tokens, streams and features, one number at a time.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! The exact properties of DecompX and of direct logit attribution.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod common;
 
@@ -235,7 +236,7 @@ fn streaming(partition: Partition, rules: StreamRules, sites: &str) -> Trace {
         .unwrap()
 }
 
-fn pass<'a>(model: &Model, trace: &'a Trace) {
+fn pass(model: &Model, trace: &Trace) {
     let pass = Pass {
         trace: Some(trace),
         ..Pass::default()

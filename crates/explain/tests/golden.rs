@@ -1,4 +1,5 @@
 //! DecompX against an independent PyTorch implementation, `tests/oracles/decompx.py`.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use lapidary_explain::{Target, decompx};
 use lapidary_kernels::{DType, Device, Tensor};
