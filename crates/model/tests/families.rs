@@ -1,7 +1,11 @@
 //! Every family against `transformers`: small random checkpoints made by
 //! `tests/oracles/families.py`, with the outputs that library computes.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail by panicking"
+)]
 
 use std::path::{Path, PathBuf};
 
