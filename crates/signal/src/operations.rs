@@ -8,7 +8,7 @@ use crate::relevance::AttentionRule;
 use crate::{Error, Lens, Linear, Result, Signal};
 use lapidary_kernels::{
     Activation, AttentionOptions, RotaryPairs, SoftmaxMask, Tensor, activate, attention,
-    fft_convolution, layer_norm, linear_scan, naive, rms_norm, rotary, softmax,
+    causal_depthwise_convolution, layer_norm, linear_scan, naive, rms_norm, rotary, softmax,
 };
 
 /// Which lens a result of two signals is under, when at most one of them has one.
@@ -383,22 +383,20 @@ impl Signal {
         self.linear_map(value, &scan, |_| None)
     }
 
-    /// Causal convolution of each channel with its own short filter:
-    /// `[batch, channels, length]` with `kernel` `[channels, taps]`, then `bias` `[channels]`.
+    /// Causal convolution of each channel with its own short filter, whose last tap meets the
+    /// present: `[batch, channels, length]` with `kernel` `[channels, taps]`, then `bias`
+    /// `[channels]`.
     pub fn depthwise_convolution(&self, kernel: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
-        let value = fft_convolution(&self.value, kernel)?;
-        self.count(
-            2 * tensor(kernel.dim(1))? as u64,
-            &[&self.value, kernel],
-            &value,
-        );
+        let value = causal_depthwise_convolution(&self.value, kernel, None)?;
+        let taps = tensor(kernel.dim(1))? as u64;
+        self.count(2 * taps, &[&self.value, kernel], &value);
         let convolve = |t: &Tensor, shift: usize| -> Result<Tensor> {
             if shift == 0 {
-                return Ok(fft_convolution(t, kernel)?);
+                return Ok(causal_depthwise_convolution(t, kernel, None)?);
             }
-            let shape = t.dims().to_vec();
             let folded = tensor(t.flatten(0, 1))?;
-            tensor(fft_convolution(&folded, kernel)?.reshape(shape))
+            let convolved = causal_depthwise_convolution(&folded, kernel, None)?;
+            tensor(convolved.reshape(t.shape()))
         };
         let y = self.linear_map(value, &convolve, |_| None)?;
         match bias {
