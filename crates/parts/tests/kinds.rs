@@ -457,9 +457,7 @@ fn causal_kinds_do_not_see_the_future_and_others_do() {
         let after = rows(&case.run(&other), 0, kept);
         let found = difference(&before, &after);
         if case.spec.attention.is_causal() {
-            // Not exactly zero: kernels work in blocks that span the present and the future, and a
-            // sum's rounding depends on where its block begins.
-            assert!(found < 1e-12, "{}: {found:e}", case.name);
+            assert_eq!(found, 0.0, "{}", case.name);
         } else {
             assert!(found > 1e-3, "{}", case.name);
         }

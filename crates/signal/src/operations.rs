@@ -9,7 +9,7 @@ use crate::streams::Change;
 use crate::{Error, Lens, Linear, Result, Signal};
 use lapidary_kernels::{
     Activation, AttentionOptions, DType, RotaryPairs, SoftmaxMask, Tensor, activate, attention,
-    fft_convolution, layer_norm, linear_scan, naive, rms_norm, rotary, softmax,
+    causal_depthwise_convolution, layer_norm, linear_scan, naive, rms_norm, rotary, softmax,
 };
 
 /// Which lens a result of two signals is under, when at most one of them has one.
@@ -351,13 +351,19 @@ impl Signal {
     /// values: for those who compute the weights themselves and then [`Signal::mix`]. Under
     /// relevance each has its share of the gradient; otherwise they are as they were.
     pub fn share_attention(&self, q: &Self, k: &Self) -> Result<(Self, Self, Self)> {
-        match &self.lens {
-            Lens::Relevance(rules) => {
-                let (q_shared, k_shared, v_shared) =
-                    rules.share_attention(&q.value, &k.value, &self.value)?;
-                Ok((q.carry(q_shared), k.carry(k_shared), self.carry(v_shared)))
-            }
-            _ => Ok((q.clone(), k.clone(), self.clone())),
+        let unchanged = || (q.clone(), k.clone(), self.clone());
+        if let Lens::Streams(_) = &self.lens {
+            return Ok(unchanged());
+        }
+        match rules_of("share_attention", &[self, q, k])? {
+            Some(joined) => match &joined.lens {
+                Lens::Relevance(rules) => {
+                    let (q, k, v) = rules.share_attention(&q.value, &k.value, &self.value)?;
+                    Ok((joined.carry(q), joined.carry(k), joined.carry(v)))
+                }
+                _ => Ok(unchanged()),
+            },
+            None => Ok(unchanged()),
         }
     }
 
@@ -438,22 +444,20 @@ impl Signal {
         joined.linear_map(&self.value, value, Change::Other, &scan, |_| None)
     }
 
-    /// Causal convolution of each channel with its own short filter:
-    /// `[batch, channels, length]` with `kernel` `[channels, taps]`, then `bias` `[channels]`.
+    /// Causal convolution of each channel with its own short filter, whose last tap meets the
+    /// present: `[batch, channels, length]` with `kernel` `[channels, taps]`, then `bias`
+    /// `[channels]`.
     pub fn depthwise_convolution(&self, kernel: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
-        let value = fft_convolution(&self.value, kernel)?;
-        self.count(
-            2 * tensor(kernel.dim(1))? as u64,
-            &[&self.value, kernel],
-            &value,
-        );
+        let value = causal_depthwise_convolution(&self.value, kernel, None)?;
+        let taps = tensor(kernel.dim(1))? as u64;
+        self.count(2 * taps, &[&self.value, kernel], &value);
         let convolve = |t: &Tensor, shift: usize| -> Result<Tensor> {
             if shift == 0 {
-                return Ok(fft_convolution(t, kernel)?);
+                return Ok(causal_depthwise_convolution(t, kernel, None)?);
             }
-            let shape = t.dims().to_vec();
             let folded = tensor(t.flatten(0, 1))?;
-            tensor(fft_convolution(&folded, kernel)?.reshape(shape))
+            let convolved = causal_depthwise_convolution(&folded, kernel, None)?;
+            tensor(convolved.reshape(t.shape()))
         };
         let y = self.linear_map(&self.value, value, Change::Other, &convolve, |_| None)?;
         match bias {

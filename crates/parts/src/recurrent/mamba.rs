@@ -309,8 +309,7 @@ impl Mamba {
         } else {
             tensor(tensor(past.narrow(2, seen - before, before))?.force_contiguous())?
         };
-        // The convolution's first tap belongs to the present, a checkpoint's last one does.
-        let kernel = tensor(tensor(self.kernel.squeeze(1))?.flip(&[1]))?;
+        let kernel = tensor(self.kernel.squeeze(1))?;
         let convolved = u
             .contiguous()?
             .depthwise_convolution(&kernel, self.kernel_bias.as_ref())?
