@@ -8,7 +8,7 @@ use crate::tensors::Tensors;
 use crate::{loading, output};
 use anyhow::{Context, Result, bail, ensure};
 use comfy_table::{Table, presets};
-use lapidary_compress::quality::{agreement, perplexity, sliding_windows};
+use lapidary_compress::quality::{agreement, likeness, perplexity, sliding_windows};
 use lapidary_compress::{
     Budget, Calibration, CalibrationData, CalibrationOptions, Change, Content, Example, Method,
     Plan, Selection, export_dense,
@@ -71,9 +71,13 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
         }
     }
     let compressed = plan.apply(model, calibration.as_ref())?;
-    let measured = match &data {
-        Some(data) => Some(agreement(model, &compressed.model, data, BATCH)?),
-        None => None,
+    let scores = match &data {
+        Some(data) if has_scores(model) => Some(agreement(model, &compressed.model, data, BATCH)?),
+        _ => None,
+    };
+    let vectors = match &data {
+        Some(data) if !has_scores(model) => Some(likeness(model, &compressed.model, data, BATCH)?),
+        _ => None,
     };
     let perplexities = match &data {
         Some(data) if is_language_model(model) => {
@@ -129,7 +133,8 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
         return output::print_json(&json!({
             "report": document,
             "kept": kept,
-            "agreement_on_calibration": measured,
+            "agreement_on_calibration": scores,
+            "likeness_on_calibration": vectors,
             "perplexity_on_calibration": perplexities.map(|(before, after)| json!({ "before": before, "after": after })),
             "saved_as": match saved { SavedAs::HuggingFace => "hugging-face", SavedAs::Lapidary => "lapidary" },
             "directory": out,
@@ -167,12 +172,20 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
             before.windows
         );
     }
-    if let Some(measured) = measured {
+    if let Some(measured) = scores {
         text += &format!(
             "agreement   KL {:.4} nats, same first answer {:.1} % of {} predictions\n",
             measured.divergence,
             100.0 * measured.top1,
             output::grouped(measured.predictions)
+        );
+    }
+    if let Some(measured) = vectors {
+        text += &format!(
+            "likeness    cosine {:.4}, relative error {:.4} over {} last hidden vectors\n",
+            measured.cosine,
+            measured.relative_error,
+            output::grouped(measured.vectors)
         );
     }
     text += &format!(
@@ -220,6 +233,14 @@ fn calibration_data(
         })
     });
     Ok(CalibrationData::new(examples.collect::<Result<_>>()?)?)
+}
+
+fn has_scores(model: &Model) -> bool {
+    match &model.spec().head {
+        HeadSpec::LanguageModel { .. } => true,
+        HeadSpec::Pooled { labels, .. } => labels.is_some(),
+        HeadSpec::None => false,
+    }
 }
 
 /// Calibration windows from the beginning of a text.
