@@ -97,12 +97,8 @@ pub fn run(spec: &TrainSpec, directory: &Path, resume: bool, device: &Device) ->
         state::save(&states, &trainer.state()?, spec.checkpoint.keep)?;
     }
     let model = trainer.finished()?;
-    if model_directory.exists() {
-        // Left by this very run: it is made again from the state that was resumed.
-        std::fs::remove_dir_all(&model_directory)
-            .map_err(Error::file("replace", &model_directory))?;
-    }
-    Package::new(model, sources.tokenizer).save(&model_directory, None)?;
+    // A model that is there was left by this very run: it is made again from the resumed state.
+    Package::new(model, sources.tokenizer).replace(&model_directory, None)?;
     Ok(Finished {
         loss: last,
         validation_loss,
