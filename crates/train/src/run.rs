@@ -150,15 +150,8 @@ fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
             let tokenizer = text_tokenizer(text, tokenizer)?;
             let tokens = directory.join("data.tokens");
             let vocabulary = tokenizer.vocabulary_size() as u32;
-            let options = lapidary_model::tokenizer::EncodeOptions {
-                special_tokens: false,
-                limit: None,
-            };
             write_text(text, &tokens, vocabulary, |piece| {
-                Ok(tokenizer
-                    .encode(piece, &options)
-                    .map_err(lapidary_model::Error::from)?
-                    .ids)
+                Ok(tokenizer.ids(piece).map_err(lapidary_model::Error::from)?)
             })?;
             let (training, validation) = windows(spec, &tokens, *order)?;
             Sources {
