@@ -128,16 +128,10 @@ pub fn file_tokens(package: &Package, path: &Path) -> Result<Vec<u32>> {
         "{} is empty; give a file with text",
         path.display()
     );
-    let options = lapidary_model::tokenizer::EncodeOptions {
-        special_tokens: false,
-        limit: None,
-    };
-    let mut ids = Vec::new();
-    // Line by line, so that memory holds the tokens and not one huge encoding.
-    for line in text.split_inclusive('\n') {
-        ids.extend(package.tokenizer()?.encode(line, &options)?.ids);
-    }
-    Ok(ids)
+    let tokenizer = package.tokenizer()?;
+    tokenizer
+        .ids(&text)
+        .map_err(|error| closed_vocabulary(tokenizer, &text).unwrap_or_else(|| error.into()))
 }
 
 /// Windows of the embedded model's language, as it was trained on.

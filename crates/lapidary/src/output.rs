@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use lapidary_model::files::{FileError, write_beside};
+use lapidary_model::files::{FileBeside, FileError, write_beside};
 use serde::Serialize;
 
 /// Sends the library's notes to standard error: warnings, with `-v` more.
@@ -86,13 +86,7 @@ pub fn check_writable(path: &Path) -> Result<()> {
         path.display(),
         parent.display()
     );
-    anyhow::ensure!(
-        !path.is_dir(),
-        "{} cannot be written: it is a directory",
-        path.display()
-    );
-    tempfile::NamedTempFile::new_in(parent)
-        .with_context(|| format!("{} cannot be written", path.display()))?;
+    FileBeside::create(path).with_context(|| format!("{} cannot be written", path.display()))?;
     Ok(())
 }
 

@@ -149,6 +149,14 @@ fn flatten(name: &str, value: &Value, shape: &[usize], values: &mut Vec<f64>) ->
             );
             Ok(())
         }
-        (other, _) => bail!("{name} holds {other}, but must be a list of numbers, nested evenly"),
+        (other, _) => {
+            let found = match other {
+                Value::Array(_) => "a list in the place of a number".to_owned(),
+                Value::Object(_) => "an object".to_owned(),
+                Value::String(_) => "a text".to_owned(),
+                short => short.to_string(),
+            };
+            bail!("{name} holds {found}, but must be a list of numbers, nested evenly")
+        }
     }
 }

@@ -541,3 +541,127 @@ fn padding_gets_nothing_and_changes_nothing() {
         }
     }
 }
+
+#[test]
+fn hostile_tensors_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let deep = format!("{}1{}", "[".repeat(100), "]".repeat(100));
+    let too_deep = format!("{}1{}", "[".repeat(100_000), "]".repeat(100_000));
+    let long = vec!["[1, [2, 3]]"; 5_000].join(",");
+    let cases = [
+        ("gpt2", r#"{"input_ids": [[1e999]]}"#.to_owned(), "number"),
+        ("gpt2", r#"{"input_ids": [[NaN]]}"#.to_owned(), "expected"),
+        ("gpt2", r#"{"input_ids": [[-1]]}"#.to_owned(), "-1"),
+        ("gpt2", r#"{"input_ids": [[1.5]]}"#.to_owned(), "1.5"),
+        (
+            "gpt2",
+            r#"{"input_ids": [[18446744073709551616]]}"#.to_owned(),
+            "whole numbers",
+        ),
+        (
+            "gpt2",
+            r#"{"input_ids": [[4294967295]]}"#.to_owned(),
+            "whole numbers",
+        ),
+        (
+            "gpt2",
+            r#"{"input_ids": [[4294967294]]}"#.to_owned(),
+            "below 128",
+        ),
+        (
+            "gpt2",
+            r#"{"input_ids": [["a"]]}"#.to_owned(),
+            "list of numbers",
+        ),
+        (
+            "gpt2",
+            r#"{"input_ids": [[true]]}"#.to_owned(),
+            "list of numbers",
+        ),
+        (
+            "gpt2",
+            r#"{"input_ids": [[null]]}"#.to_owned(),
+            "list of numbers",
+        ),
+        (
+            "gpt2",
+            r#"{"input_ids": {"0": 1}}"#.to_owned(),
+            "list of numbers",
+        ),
+        ("gpt2", r#"{"input_ids": 5}"#.to_owned(), "[batch, length]"),
+        (
+            "gpt2",
+            r#"{"input_ids": [1, 2]}"#.to_owned(),
+            "[batch, length]",
+        ),
+        ("gpt2", r#"{"input_ids": []}"#.to_owned(), "empty list"),
+        (
+            "gpt2",
+            r#"{"input_ids": [[], []]}"#.to_owned(),
+            "empty list",
+        ),
+        (
+            "gpt2",
+            r#"{"input_ids": [[1], 2]}"#.to_owned(),
+            "nested evenly",
+        ),
+        (
+            "gpt2",
+            format!(r#"{{"input_ids": [{long}]}}"#),
+            "nested evenly",
+        ),
+        ("gpt2", format!(r#"{{"input_ids": {deep}}}"#), "deeper"),
+        (
+            "gpt2",
+            format!(r#"{{"input_ids": {too_deep}}}"#),
+            "recursion",
+        ),
+        (
+            "gpt2",
+            format!(r#"{{"input_ids": [[{}]]}}"#, vec!["1"; 65].join(",")),
+            "64",
+        ),
+        (
+            "gpt2",
+            r#"{"input_ids": [[1, 2]], "attention_mask": [[1]]}"#.to_owned(),
+            "attention_mask",
+        ),
+        (
+            "gpt2",
+            r#"{"input_ids": [[1]], "token_type_ids": [[0]]}"#.to_owned(),
+            "token_type_ids",
+        ),
+        (
+            "bert",
+            r#"{"input_ids": [[1]], "token_type_ids": [[9]]}"#.to_owned(),
+            "token_type_ids",
+        ),
+        (
+            "gpt2",
+            r#"{"pixel_values": [[[[1]]]]}"#.to_owned(),
+            "input_ids",
+        ),
+        ("vit", r#"{"input_ids": [[1]]}"#.to_owned(), "pixel_values"),
+        ("vit", r#"{"pixel_values": [[[[1]]]]}"#.to_owned(), "16"),
+        ("vit", r#"{"pixel_values": 1}"#.to_owned(), "pixel_values"),
+        ("gpt2", r#"[1]"#.to_owned(), "map"),
+        ("gpt2", r#"{}"#.to_owned(), "input_ids"),
+    ];
+    for (model, json, word) in cases {
+        let input = write(&directory, "hostile.json", json.as_bytes());
+        let done = lapidary(&["run", &family(model), "--input", &input])
+            .assert()
+            .failure()
+            .code(1);
+        let error = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+        let shown = json.get(..80).unwrap_or(&json);
+        assert!(
+            error.starts_with("error: ") && error.contains(word),
+            "{shown}: {error}"
+        );
+        assert!(
+            error.lines().count() == 1 && error.len() < 500,
+            "{shown}: {error}"
+        );
+    }
+}

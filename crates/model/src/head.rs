@@ -12,6 +12,13 @@ fn engine<T, E: Into<lapidary_kernels::Error>>(result: std::result::Result<T, E>
     result.map_err(|error| Error::Kernel(error.into()))
 }
 
+/// Sites of a language model's head, written where it has such a layer.
+const TRANSFORMED: &str = "transformed";
+const PROJECTED: &str = "projected";
+
+/// The site of the second pooled vector, for [`Pool::FirstTwo`].
+const SECOND: &str = "head.second";
+
 /// The last layer of a model.
 #[derive(Debug)]
 pub(crate) enum Head {
@@ -41,7 +48,7 @@ impl Head {
         spec: &HeadSpec,
         width: usize,
         table: Option<&Tensor>,
-        mut parameters: Parameters<'_>,
+        mut root: Parameters<'_>,
     ) -> Result<Self> {
         match spec {
             HeadSpec::None => Ok(Self::None),
@@ -54,18 +61,27 @@ impl Head {
                     Error::spec("head.kind", "language-model", "a head for patches")
                 })?;
                 let (vocabulary, table_width) = engine(table.dims2())?;
+                let mut parameters = root.at("head");
+                let mut site = "in";
                 let transform = match transform {
                     None => None,
-                    Some(HeadTransform { activation, norm }) => Some((
-                        parameters.linear("transform", "in", width, width, true)?,
-                        (*activation).into(),
-                        Norm::new(norm, width, parameters.at("norm"))?,
-                    )),
+                    Some(HeadTransform { activation, norm }) => {
+                        let dense = parameters.linear("transform", site, width, width, true)?;
+                        site = TRANSFORMED;
+                        Some((
+                            dense,
+                            (*activation).into(),
+                            Norm::new(norm, width, parameters.at("norm"))?,
+                        ))
+                    }
                 };
                 let projection = if table_width == width {
                     None
                 } else {
-                    Some(parameters.linear("projection", "in", width, table_width, false)?)
+                    let linear =
+                        parameters.linear("projection", site, width, table_width, false)?;
+                    site = PROJECTED;
+                    Some(linear)
                 };
                 let output = if *tied {
                     let bias = match bias {
@@ -78,7 +94,7 @@ impl Head {
                     };
                     Linear::from_weight(Weight::Dense(table.clone()), bias)?
                 } else {
-                    parameters.linear("output", "in", table_width, vocabulary, *bias)?
+                    parameters.linear("output", site, table_width, vocabulary, *bias)?
                 };
                 Ok(Self::LanguageModel {
                     transform,
@@ -93,6 +109,7 @@ impl Head {
                 labels,
                 bias,
             } => {
+                let mut parameters = root.at("head");
                 let norm = match norm {
                     Some(norm) => Norm::new(norm, width, parameters.at("norm"))?,
                     None => Norm::None,
@@ -105,16 +122,12 @@ impl Head {
                     None => None,
                 };
                 let mut outputs = Vec::new();
-                if let Some(labels) = labels {
-                    outputs.push(parameters.linear("output", "pooled", width, *labels, *bias)?);
+                if let Some(labels) = *labels {
+                    // Named from the root, where the pooled vector's site is.
+                    outputs.push(root.linear("head.output", "pooled", width, labels, *bias)?);
                     if *pool == Pool::FirstTwo {
-                        outputs.push(parameters.linear(
-                            "second_output",
-                            "pooled",
-                            width,
-                            *labels,
-                            *bias,
-                        )?);
+                        let second = "head.second_output";
+                        outputs.push(root.linear(second, SECOND, width, labels, *bias)?);
                     }
                 }
                 Ok(Self::Pooled {
@@ -147,9 +160,11 @@ impl Head {
                 let mut x = cx.trace.site(format_args!("head.in"), hidden.clone())?;
                 if let Some((dense, activation, norm)) = transform {
                     x = norm.forward(&x.linear(dense)?.activate(*activation)?)?;
+                    x = cx.trace.site(format_args!("head.{TRANSFORMED}"), x)?;
                 }
                 if let Some(projection) = projection {
                     x = x.linear(projection)?;
+                    x = cx.trace.site(format_args!("head.{PROJECTED}"), x)?;
                 }
                 let logits = cx
                     .trace
@@ -164,8 +179,9 @@ impl Head {
                 outputs,
                 ..
             } => {
-                let first = hidden.narrow(1, 0, 1)?.squeeze(1)?;
-                let second = hidden.narrow(1, 1, 1)?.squeeze(1)?;
+                let at = |index| -> Result<Signal> { Ok(hidden.narrow(1, index, 1)?.squeeze(1)?) };
+                let first = cx.trace.site(format_args!("pooled"), at(0)?)?;
+                let second = cx.trace.site(format_args!("{SECOND}"), at(1)?)?;
                 let [one, two] = outputs.as_slice() else {
                     return Err(Error::spec("head.labels", "absent", "a number"));
                 };

@@ -158,6 +158,7 @@ impl TokenEmbedding {
         check_ids("input_ids", ids, self.spec.vocabulary)?;
         let mut x = Signal::from(look_up(&self.tokens, ids)?);
         if let Some(projection) = &self.projection {
+            x = cx.trace.site(format_args!("embeddings.tokens"), x)?;
             x = x.linear(projection)?;
         }
         if let Some(table) = &self.token_types {
@@ -312,7 +313,7 @@ impl PatchEmbedding {
         })
     }
 
-    fn forward(&self, pixels: &Tensor, _cx: &Context<'_>) -> Result<Signal> {
+    fn forward(&self, pixels: &Tensor, cx: &Context<'_>) -> Result<Signal> {
         let [height, width] = self.spec.image;
         let (channels, patch) = (self.spec.channels, self.spec.patch);
         let batch = match pixels.dims() {
@@ -328,7 +329,9 @@ impl PatchEmbedding {
         let cut = engine(pixels.reshape(vec![batch, channels, rows, patch, columns, patch]))?;
         let cut = engine(cut.permute(vec![0, 2, 4, 1, 3, 5]))?;
         let cut = engine(cut.reshape((batch, rows * columns, channels * patch * patch)))?;
-        let mut x = Signal::from(cut).linear(&self.projection)?;
+        let cut = Signal::from(cut);
+        let cut = cx.trace.site(format_args!("embeddings.pixels"), cut)?;
+        let mut x = cut.linear(&self.projection)?;
         if let Some(tokens) = &self.class_tokens {
             let (count, features) = engine(tokens.dims2())?;
             let tokens =

@@ -22,6 +22,7 @@ mod input;
 mod limits;
 mod model;
 mod package;
+mod size;
 mod source;
 mod spec;
 pub mod tokenizer;

@@ -1,6 +1,6 @@
 //! A spec with its parameters: something that runs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::head::Head;
@@ -83,7 +83,12 @@ impl Model {
     }
 
     /// Builds a model with initial values from a seed.
+    ///
+    /// # Errors
+    /// When the spec is invalid, or has more parameters than are made for anybody
+    /// ([`ModelSpec::check_can_be_made`]).
     pub fn initialised(spec: ModelSpec, seed: u64, dtype: DType, device: &Device) -> Result<Self> {
+        spec.check_can_be_made()?;
         Self::new(spec, &mut Initialiser::new(seed, dtype, device.clone()))
     }
 
@@ -107,11 +112,9 @@ impl Model {
             Some(norm) => Norm::new(norm, width, root.at("final_norm"))?,
             None => Norm::None,
         };
-        let head = Head::new(&spec.head, width, embedding.table(), root.at("head"))?;
-        if let Some(unknown) = ranks
-            .keys()
-            .find(|path| !linears.iter().any(|l| l.path == **path))
-        {
+        let head = Head::new(&spec.head, width, embedding.table(), root)?;
+        let known: BTreeSet<&str> = linears.iter().map(|linear| linear.path.as_str()).collect();
+        if let Some(unknown) = ranks.keys().find(|path| !known.contains(path.as_str())) {
             return Err(Error::spec(
                 format!("low_rank.{unknown}"),
                 "no such layer",

@@ -231,7 +231,15 @@ impl Package {
     /// directory when its family can express every tower, else as a Lapidary directory.
     /// `dtype` converts the parameters. Says which of the two it wrote.
     pub fn save(&self, directory: &Path, dtype: Option<DType>) -> Result<SavedAs> {
-        let staged = StagedDirectory::new(directory)?;
+        self.save_in(StagedDirectory::new(directory)?, dtype)
+    }
+
+    /// As [`Package::save`], in place of the directory that may be there.
+    pub fn replace(&self, directory: &Path, dtype: Option<DType>) -> Result<SavedAs> {
+        self.save_in(StagedDirectory::replacing(directory)?, dtype)
+    }
+
+    fn save_in(&self, staged: StagedDirectory, dtype: Option<DType>) -> Result<SavedAs> {
         let options = WriteOptions {
             dtype,
             ..WriteOptions::default()

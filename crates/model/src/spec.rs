@@ -37,6 +37,7 @@ const MAX_BLOCKS: usize = 4096;
 const MAX_VOCABULARY: usize = 1 << 24;
 const MAX_LENGTH: usize = 1 << 24;
 const MAX_HIDDEN: usize = 1 << 20;
+const MAX_LABELS: usize = 1 << 24;
 
 /// A model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -152,7 +153,8 @@ fn yes() -> bool {
 impl PatchInput {
     /// Number of patches.
     pub fn patches(&self) -> usize {
-        (self.image[0] / self.patch.max(1)) * (self.image[1] / self.patch.max(1))
+        let side = |pixels: usize| pixels / self.patch.max(1);
+        side(self.image[0]).saturating_mul(side(self.image[1]))
     }
 }
 
@@ -249,7 +251,7 @@ impl ModelSpec {
     pub fn length(&self) -> usize {
         match &self.input {
             InputSpec::Tokens(tokens) => tokens.length,
-            InputSpec::Patches(patches) => patches.patches() + patches.class_tokens,
+            InputSpec::Patches(patches) => patches.patches().saturating_add(patches.class_tokens),
         }
     }
 
@@ -310,6 +312,7 @@ impl ModelSpec {
                         "at least 0 and below 1",
                     ));
                 }
+                validate_norm(&tokens.norm, "input.norm")?;
             }
             InputSpec::Patches(patches) => validate_patches(patches)?,
         }
@@ -323,10 +326,9 @@ impl ModelSpec {
                 )?;
             }
         }
-        if let Some(norm) = &self.final_norm {
-            norm.validate("final_norm")?;
-        }
-        self.validate_head()
+        validate_norm(&self.final_norm, "final_norm")?;
+        self.validate_head()?;
+        self.validate_size()
     }
 
     fn validate_head(&self) -> Result<()> {
@@ -337,10 +339,16 @@ impl ModelSpec {
                 "language-model",
                 "pooled or none for a model that reads patches",
             )),
-            HeadSpec::LanguageModel { .. } => Ok(()),
-            HeadSpec::Pooled { pool, labels, .. } => {
-                if *labels == Some(0) {
-                    return Err(Error::spec("head.labels", 0, "at least 1"));
+            HeadSpec::LanguageModel { transform, .. } => validate_norm(
+                &transform.map(|transform| transform.norm),
+                "head.transform.norm",
+            ),
+            HeadSpec::Pooled {
+                pool, labels, norm, ..
+            } => {
+                validate_norm(norm, "head.norm")?;
+                if let Some(labels) = *labels {
+                    bounded("head.labels", labels, MAX_LABELS)?;
                 }
                 if matches!(pool, Pool::HighestId | Pool::AtToken(_)) && self.vocabulary().is_none()
                 {
@@ -357,6 +365,10 @@ impl ModelSpec {
             }
         }
     }
+}
+
+fn validate_norm(norm: &Option<NormSpec>, field: &str) -> Result<()> {
+    norm.as_ref().map_or(Ok(()), |norm| norm.validate(field))
 }
 
 fn validate_patches(patches: &PatchInput) -> Result<()> {
@@ -379,7 +391,7 @@ fn validate_patches(patches: &PatchInput) -> Result<()> {
             "at most 1024",
         ));
     }
-    Ok(())
+    validate_norm(&patches.norm, "input.norm")
 }
 
 fn bounded(field: &str, value: usize, most: usize) -> Result<()> {

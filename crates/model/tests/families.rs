@@ -166,20 +166,21 @@ fn check(name: &str, model: &Model, case: &Case, input: &Input, prefix: &str) {
     );
 }
 
+/// What the case gives a model to read.
+fn input_of(case: &Case, model: &Model) -> Input {
+    match model.spec().vocabulary() {
+        Some(_) => Input::Tokens {
+            ids: case.integers("input_ids").unwrap(),
+            token_types: case.integers("token_type_ids"),
+        },
+        None => Input::Pixels(case.get("pixel_values").unwrap()),
+    }
+}
+
 fn check_package(name: &str, package: &Package) {
     let case = Case::open(name);
-    let ids = case.integers("input_ids");
-    let pixels = case.get("pixel_values");
     for tower in &package.towers {
-        let text = tower.model.spec().vocabulary().is_some();
-        let input = if text {
-            Input::Tokens {
-                ids: ids.clone().unwrap(),
-                token_types: case.integers("token_type_ids"),
-            }
-        } else {
-            Input::Pixels(pixels.clone().unwrap())
-        };
+        let input = input_of(&case, &tower.model);
         let prefix = match tower.name.as_str() {
             "" => "expected.".to_owned(),
             tower => format!("expected.{tower}_model_output."),
@@ -276,5 +277,68 @@ fn a_changed_model_saves_as_a_spec_and_loads_again() {
     assert_eq!(
         again.single_model().unwrap().spec(),
         package.single_model().unwrap().spec()
+    );
+}
+
+/// The site that holds what a linear layer gives, where there is one: most layers are followed by
+/// an activation, a norm or a sum before the next site.
+fn output_site(path: &str) -> Option<String> {
+    let (module, layer) = path.rsplit_once('.')?;
+    match (module, layer) {
+        ("head", "output") => Some("logits".to_owned()),
+        ("head", "projection") => Some("head.projected".to_owned()),
+        (_, "query" | "key" | "value") => Some(path.to_owned()),
+        (_, "output" | "down") => Some(format!("{module}.out")),
+        _ => None,
+    }
+}
+
+#[test]
+fn every_linear_reads_what_its_site_shows() {
+    let (mut shown, mut reproduced) = (0, 0);
+    for name in FAMILIES {
+        let package = Package::open(&fixture(name), &OpenOptions::default()).unwrap();
+        for tower in &package.towers {
+            let model = &tower.model;
+            let trace = Trace::new().capture("*").unwrap();
+            let pass = Pass {
+                trace: Some(&trace),
+                ..Pass::default()
+            };
+            model
+                .forward(&input_of(&Case::open(name), model), pass)
+                .unwrap();
+            let sites = trace.records();
+            let averaged = model.linears().iter().any(|l| l.path.contains("second"));
+            for linear in model.linears() {
+                let Some(site) = sites.get(&linear.input_site) else {
+                    // An expert that no token was sent to writes nothing.
+                    assert!(linear.path.contains(".experts."), "{name}: {linear:?}");
+                    continue;
+                };
+                let x = site.signal.value();
+                assert_eq!(x.dims().last(), Some(&linear.input), "{name}: {linear:?}");
+                shown += 1;
+                let output = output_site(&linear.path).and_then(|site| sites.get(&site));
+                let Some(output) = output.filter(|_| !averaged || !linear.path.contains("head"))
+                else {
+                    continue;
+                };
+                let parameter =
+                    |kind| model.parameters()[&format!("{}.{kind}", linear.path)].clone();
+                let weight = parameter("weight").t().unwrap();
+                let mut y = x.broadcast_matmul(&weight).unwrap();
+                if linear.bias {
+                    y = y.broadcast_add(&parameter("bias")).unwrap();
+                }
+                let gap = difference(&y, output.signal.value(), None);
+                assert!(gap < 1e-5, "{name}: {} differs by {gap}", linear.path);
+                reproduced += 1;
+            }
+        }
+    }
+    assert!(
+        shown > 300 && reproduced > 200,
+        "{shown} shown, {reproduced} reproduced"
     );
 }

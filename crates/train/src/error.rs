@@ -78,6 +78,12 @@ pub enum Error {
 /// The result of something in training.
 pub type Result<T> = std::result::Result<T, Error>;
 
+impl From<lapidary_model::files::FileError> for Error {
+    fn from(error: lapidary_model::files::FileError) -> Self {
+        Self::Model(error.into())
+    }
+}
+
 impl Error {
     /// For `map_err` on an operation of the file system.
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {

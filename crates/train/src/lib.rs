@@ -12,7 +12,6 @@
 pub mod data;
 mod ema;
 mod error;
-mod files;
 mod gradients;
 pub mod language;
 pub mod log;

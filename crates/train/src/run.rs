@@ -97,12 +97,8 @@ pub fn run(spec: &TrainSpec, directory: &Path, resume: bool, device: &Device) ->
         state::save(&states, &trainer.state()?, spec.checkpoint.keep)?;
     }
     let model = trainer.finished()?;
-    if model_directory.exists() {
-        // Left by this very run: it is made again from the state that was resumed.
-        std::fs::remove_dir_all(&model_directory)
-            .map_err(Error::file("replace", &model_directory))?;
-    }
-    Package::new(model, sources.tokenizer).save(&model_directory, None)?;
+    // A model that is there was left by this very run: it is made again from the resumed state.
+    Package::new(model, sources.tokenizer).replace(&model_directory, None)?;
     Ok(Finished {
         loss: last,
         validation_loss,
@@ -154,15 +150,8 @@ fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
             let tokenizer = text_tokenizer(text, tokenizer)?;
             let tokens = directory.join("data.tokens");
             let vocabulary = tokenizer.vocabulary_size() as u32;
-            let options = lapidary_model::tokenizer::EncodeOptions {
-                special_tokens: false,
-                limit: None,
-            };
             write_text(text, &tokens, vocabulary, |piece| {
-                Ok(tokenizer
-                    .encode(piece, &options)
-                    .map_err(lapidary_model::Error::from)?
-                    .ids)
+                Ok(tokenizer.ids(piece).map_err(lapidary_model::Error::from)?)
             })?;
             let (training, validation) = windows(spec, &tokens, *order)?;
             Sources {

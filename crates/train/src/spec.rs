@@ -132,7 +132,51 @@ impl Default for OptimiserSpec {
     }
 }
 
+/// Tokens of a step.
+const MAX_TOKENS: usize = 1 << 26;
+
+const BELOW_ONE: &str = "at least 0 and below 1";
+const NOT_NEGATIVE: &str = "a number of at least 0";
+
 impl OptimiserSpec {
+    fn validate(&self) -> Result<()> {
+        let (below_one, not_negative) = match *self {
+            Self::Adamw {
+                beta1,
+                beta2,
+                epsilon,
+                weight_decay,
+            } => (
+                vec![("optimiser.beta1", beta1), ("optimiser.beta2", beta2)],
+                vec![
+                    ("optimiser.epsilon", epsilon),
+                    ("optimiser.weight_decay", weight_decay),
+                ],
+            ),
+            Self::Sgd {
+                momentum,
+                weight_decay,
+                ..
+            } => (
+                vec![("optimiser.momentum", momentum)],
+                vec![("optimiser.weight_decay", weight_decay)],
+            ),
+        };
+        let wrong = |(name, found): (&'static str, f64), expected| Error::Setting {
+            name,
+            found: found.to_string(),
+            expected,
+        };
+        if let Some(found) = below_one.into_iter().find(|(_, x)| !(0.0..1.0).contains(x)) {
+            return Err(wrong(found, BELOW_ONE));
+        }
+        let is_negative = |x: f64| !(x.is_finite() && x >= 0.0);
+        match not_negative.into_iter().find(|(_, x)| is_negative(*x)) {
+            Some(found) => Err(wrong(found, NOT_NEGATIVE)),
+            None => Ok(()),
+        }
+    }
+
     pub(crate) fn weight_decay(&self) -> f64 {
         match self {
             Self::Adamw { weight_decay, .. } | Self::Sgd { weight_decay, .. } => *weight_decay,
@@ -327,9 +371,36 @@ impl TrainSpec {
             })
         };
         self.schedule().validate()?;
-        self.model.validate().map_err(lapidary_model::Error::from)?;
-        if self.batch == 0 {
-            return wrong("batch", "0".into(), "at least 1");
+        self.model
+            .check_can_be_made()
+            .map_err(lapidary_model::Error::from)?;
+        if self.batch == 0 || self.batch.saturating_mul(self.length) > MAX_TOKENS {
+            return wrong(
+                "batch",
+                self.batch.to_string(),
+                "at least 1, and at most 67 108 864 tokens in all",
+            );
+        }
+        self.optimiser.validate()?;
+        let groups = self.groups.iter();
+        for (name, factor) in groups.flat_map(|group| {
+            let decay = group
+                .weight_decay
+                .map(|decay| ("groups.weight_decay", decay));
+            [("groups.rate_factor", group.rate_factor)]
+                .into_iter()
+                .chain(decay)
+        }) {
+            if !(factor.is_finite() && factor >= 0.0) {
+                return wrong(name, factor.to_string(), NOT_NEGATIVE);
+            }
+        }
+        if let Some(decay) = self.average.filter(|decay| !(0.0..1.0).contains(decay)) {
+            return wrong("average", decay.to_string(), BELOW_ONE);
+        }
+        let fraction = self.validation.fraction;
+        if !(0.0..1.0).contains(&fraction) {
+            return wrong("validation.fraction", fraction.to_string(), BELOW_ONE);
         }
         if self.length == 0 || self.length > self.model.length() {
             return wrong(

@@ -17,11 +17,11 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_model::files::{REPLACED_PREFIX, StagedDirectory, TEMPORARY_PREFIX, remove_directory};
 use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors, View};
+use safetensors::{Dtype, SafeTensorError, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 
-use crate::files::sync_directory;
 use crate::{Error, GeneratorState, Result};
 
 const FORMAT: &str = "lapidary training state 1";
@@ -29,8 +29,6 @@ const WHAT: &str = "training state";
 const JSON_FILE: &str = "state.json";
 const TENSOR_FILE: &str = "tensors.safetensors";
 const STEP_PREFIX: &str = "step-";
-const PARTIAL_PREFIX: &str = ".partial-state-";
-const REPLACED_PREFIX: &str = ".replaced-state-";
 
 /// Everything a run needs to go on as if it had never stopped.
 #[derive(Clone, Debug, Default)]
@@ -83,13 +81,11 @@ struct Header {
 /// One process writes to a root at a time; what an earlier one left unfinished there is removed.
 pub fn save(root: &Path, state: &TrainingState, keep: usize) -> Result<PathBuf> {
     std::fs::create_dir_all(root).map_err(Error::file("create", root))?;
-    remove_with_prefix(root, PARTIAL_PREFIX)?;
-    let partial = tempfile::Builder::new()
-        .prefix(PARTIAL_PREFIX)
-        .tempdir_in(root)
-        .map_err(Error::file("write", root))?;
+    remove_with_prefix(root, TEMPORARY_PREFIX)?;
+    let destination = root.join(format!("{STEP_PREFIX}{:010}", state.step));
+    let staged = StagedDirectory::replacing(&destination)?;
 
-    let tensor_path = partial.path().join(TENSOR_FILE);
+    let tensor_path = staged.path().join(TENSOR_FILE);
     write_tensors(&tensor_path, &state.tensors)?;
     let (tensor_bytes, tensor_crc32c) = {
         let map = map_file(&tensor_path, u64::MAX)?;
@@ -104,23 +100,12 @@ pub fn save(root: &Path, state: &TrainingState, keep: usize) -> Result<PathBuf> 
         tensor_bytes,
         tensor_crc32c,
     };
-    write_json(&partial.path().join(JSON_FILE), &header)?;
-    sync_directory(partial.path())?;
-
-    let destination = root.join(format!("{STEP_PREFIX}{:010}", state.step));
-    if destination.exists() {
-        // A directory cannot be renamed over another one. Between the two renames below, `list`
-        // finds the old state under its other name.
-        remove_with_prefix(root, REPLACED_PREFIX)?;
-        let replaced = root.join(format!("{REPLACED_PREFIX}{:010}", state.step));
-        std::fs::rename(&destination, replaced).map_err(Error::file("replace", &destination))?;
-    }
-    std::fs::rename(partial.path(), &destination).map_err(Error::file("write", &destination))?;
-    sync_directory(root)?;
+    write_json(&staged.path().join(JSON_FILE), &header)?;
+    staged.commit()?;
     remove_with_prefix(root, REPLACED_PREFIX)?;
     let states = list(root)?;
     for (_, old) in states.iter().rev().skip(keep.max(1)) {
-        std::fs::remove_dir_all(old).map_err(Error::file("remove", old))?;
+        remove_directory(old)?;
     }
     Ok(destination)
 }
@@ -184,10 +169,8 @@ fn list(root: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut states: Vec<(u64, PathBuf)> = entries(root)?
         .into_iter()
         .filter_map(|(name, path)| {
-            let step = name
-                .strip_prefix(STEP_PREFIX)
-                .or_else(|| name.strip_prefix(REPLACED_PREFIX))?;
-            let step = step.parse().ok()?;
+            let own = name.strip_prefix(REPLACED_PREFIX).unwrap_or(&name);
+            let step = own.strip_prefix(STEP_PREFIX)?.parse().ok()?;
             path.is_dir().then_some((step, path))
         })
         .collect();
@@ -306,8 +289,10 @@ fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> 
         };
         views.push((name.as_str(), view));
     }
-    safetensors::serialize_to_file(views, None, path)
-        .map_err(|error| Error::format(WHAT, path, error.to_string()))?;
+    safetensors::serialize_to_file(views, None, path).map_err(|error| match error {
+        SafeTensorError::IoError(source) => Error::file("write", path)(source),
+        other => Error::format(WHAT, path, other.to_string()),
+    })?;
     if let Some(error) = error.take() {
         return Err(error.into());
     }

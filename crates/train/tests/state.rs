@@ -144,7 +144,7 @@ fn a_step_saved_again_replaces_the_old_one() {
 fn what_a_killed_writer_left_is_passed_over_and_cleaned_up() {
     let root = tempfile::tempdir().unwrap();
     save(root.path(), &state(7), 2).unwrap();
-    let partial = root.path().join(".partial-state-abc123");
+    let partial = root.path().join(".writing-step-0000000008-abc123");
     std::fs::create_dir(&partial).unwrap();
     std::fs::write(partial.join("tensors.safetensors"), b"half a fi").unwrap();
     let found = latest(root.path()).unwrap().unwrap();
@@ -157,7 +157,7 @@ fn what_a_killed_writer_left_is_passed_over_and_cleaned_up() {
 fn a_writer_killed_between_its_two_renames_loses_nothing() {
     let root = tempfile::tempdir().unwrap();
     let path = save(root.path(), &state(7), 1).unwrap();
-    let replaced = root.path().join(".replaced-state-0000000007");
+    let replaced = root.path().join(".replaced-step-0000000007");
     std::fs::rename(&path, &replaced).unwrap();
     let found = latest(root.path()).unwrap().unwrap();
     assert_same(&state(7), &read(&found).unwrap());

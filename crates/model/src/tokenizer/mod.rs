@@ -4,6 +4,7 @@
 //! directory, or the older vocabulary files that stand for one, or makes one of its own. What a
 //! model cannot see is never dropped in silence: [`Encoding::dropped`] counts it.
 
+mod chunks;
 mod error;
 mod files;
 mod own;
@@ -23,6 +24,10 @@ use crate::files::{FileError, read_text, write_beside};
 
 /// The file that a tokenizer is read from and saved to.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
+
+/// Bytes of a part of a long text.
+const CHUNK: usize = 1 << 14;
+const CHUNKS_AT_A_TIME: usize = 256;
 
 /// Splits text into the tokens of a model.
 ///
@@ -234,6 +239,29 @@ impl Tokenizer {
         options: &EncodeOptions,
     ) -> Result<Encoding, TokenizerError> {
         self.encode_both(first, Some(second), options)
+    }
+
+    /// The ids of a text alone, nothing added: those of [`Tokenizer::encode`] without special
+    /// tokens, found several times faster, and none where the text has no token.
+    ///
+    /// A long text is cut where that provably changes no token, and its parts are encoded by all
+    /// threads.
+    pub fn ids(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.ids_in_chunks(text, CHUNK)
+    }
+
+    fn ids_in_chunks(&self, text: &str, size: usize) -> Result<Vec<u32>, TokenizerError> {
+        let parts = chunks::chunks(text, chunks::cuts(&self.inner, text), size);
+        let mut ids = Vec::new();
+        // Some at a time: an encoding is many times larger than its ids.
+        for some in parts.chunks(CHUNKS_AT_A_TIME) {
+            let encodings = guarded(|| self.inner.encode_batch_fast(some.to_vec(), false))
+                .map_err(encoding_failed)?;
+            for encoding in &encodings {
+                ids.extend_from_slice(encoding.get_ids());
+            }
+        }
+        Ok(ids)
     }
 
     /// The text of ids. Ids beyond the vocabulary have no text: a model may have more rows than

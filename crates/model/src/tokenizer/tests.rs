@@ -313,3 +313,89 @@ proptest! {
         }
     }
 }
+
+/// Pieces that meet each other in every way: blank lines, spaces at both ends of lines, added
+/// tokens and what looks like them, letters of many scripts.
+fn difficult_text() -> impl Strategy<Value = String> {
+    const PIECES: [&str; 22] = [
+        "the",
+        " cat",
+        "\n",
+        "\n\n",
+        " ",
+        "  ",
+        "\t",
+        "\r\n",
+        ".",
+        ",",
+        "'s",
+        "42",
+        "dogs",
+        "na\u{ef}ve",
+        "e\u{301}",
+        "\u{4e2d}\u{6587}",
+        "\u{1f600}",
+        "<mask>",
+        "<end>",
+        "[MASK]",
+        "</s>",
+        "\u{a0}",
+    ];
+    proptest::collection::vec(proptest::sample::select(&PIECES[..]), 0..60)
+        .prop_map(|pieces| pieces.concat())
+}
+
+fn all_tokenizers() -> Vec<(String, Tokenizer, chunks::Cut)> {
+    use chunks::Cut::{Anywhere, BeforeLineEnd};
+    let mut all = vec![
+        (
+            "bytes".to_string(),
+            Tokenizer::byte_level(&["<end>"]).unwrap(),
+            Anywhere,
+        ),
+        (
+            "words".to_string(),
+            Tokenizer::word_level(["the cat . dogs"], 20, &["<end>"]).unwrap(),
+            BeforeLineEnd,
+        ),
+    ];
+    let mut families: Vec<String> = fs::read_dir(fixtures().join("families"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    families.sort();
+    for name in families {
+        let directory = fixtures().join("families").join(&name);
+        let has = |file: &str| directory.join(file).exists();
+        if has("tokenizer.json") || has("vocab.json") || has("vocab.txt") {
+            all.push((name.clone(), open(&name), BeforeLineEnd));
+        }
+    }
+    assert!(all.len() > 4);
+    all
+}
+
+#[test]
+fn a_long_text_is_cut_where_it_may_be() {
+    let text = "the cat sees\nthe dogs .\n\n and more\n".repeat(20);
+    for (name, tokenizer, expected) in all_tokenizers() {
+        let cut = chunks::cuts(&tokenizer.inner, &text);
+        assert_eq!(cut, expected, "{name}");
+        let parts = chunks::chunks(&text, cut, 16);
+        assert!(parts.len() > 10, "{name}: {}", parts.len());
+        assert_eq!(parts.concat(), text);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn ids_are_those_of_the_whole_text(text in difficult_text(), size in 1usize..24) {
+        for (name, tokenizer, _) in all_tokenizers() {
+            let slow = tokenizer.encode_bare(&text).unwrap();
+            let fast = tokenizer.ids_in_chunks(&text, size).unwrap();
+            prop_assert_eq!(slow.get_ids(), fast, "{}: {:?}", name, text);
+        }
+    }
+}

@@ -12,6 +12,8 @@
 //! is multiplied out where its numbers are asked for, and only as far as they are.
 
 mod expression;
+#[cfg(test)]
+mod for_tests;
 mod rules;
 mod share;
 
@@ -667,33 +669,6 @@ impl Streams {
         Ok(Self {
             pending: Some(value.clone()),
             ..self.zeros(value)?
-        })
-    }
-
-    /// The same streams, multiplied out: what the lazy forms are compared with.
-    #[cfg(test)]
-    pub(crate) fn stored(&self, value: &Tensor) -> Result<Self> {
-        let form = Form::Mixed(Expression::stored(&self.dense(value)?)?);
-        Ok(Self {
-            space: self.space.clone(),
-            form,
-            pending: self.pending.clone(),
-        })
-    }
-
-    #[cfg(test)]
-    pub(crate) fn is_unmixed_for_tests(&self) -> bool {
-        !self.is_mixed()
-    }
-
-    /// Any streams `[streams, ..]`, for tests.
-    #[cfg(test)]
-    pub(crate) fn of_dense(space: Arc<StreamSpace>, dense: &Tensor) -> Result<Self> {
-        let form = Form::Mixed(Expression::stored(dense)?);
-        Ok(Self {
-            space,
-            form,
-            pending: None,
         })
     }
 

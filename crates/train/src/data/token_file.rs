@@ -12,9 +12,9 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use lapidary_model::files::FileBeside;
 use memmap2::Mmap;
 
-use crate::files::Beside;
 use crate::{Error, Result};
 
 const MAGIC: &[u8; 8] = b"LAPTOK1\n";
@@ -39,7 +39,7 @@ fn header(vocabulary: u32, count: u64) -> [u8; HEADER] {
 /// Writes a token file of any length, a piece at a time. The file appears under its name in
 /// [`TokenWriter::finish`], whole.
 pub struct TokenWriter {
-    file: Beside,
+    file: FileBeside,
     vocabulary: u32,
     count: u64,
     bytes: Vec<u8>,
@@ -48,7 +48,7 @@ pub struct TokenWriter {
 impl TokenWriter {
     /// Starts a file for tokens below `vocabulary`.
     pub fn create(path: &Path, vocabulary: u32) -> Result<Self> {
-        let mut file = Beside::create(path)?;
+        let mut file = FileBeside::create(path)?;
         file.write(&header(vocabulary, 0))?;
         Ok(Self {
             file,
@@ -79,10 +79,11 @@ impl TokenWriter {
     /// Completes the file and returns its number of tokens.
     pub fn finish(self) -> Result<u64> {
         let header = header(self.vocabulary, self.count);
-        self.file.finish(|file| {
+        let staged = self.file.stage(|file| {
             file.seek(SeekFrom::Start(0))?;
             file.write_all(&header)
         })?;
+        staged.publish()?;
         Ok(self.count)
     }
 }

@@ -4,9 +4,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
+use lapidary_model::files::FileBeside;
 use serde_json::{Map, Value};
 
-use crate::files::Beside;
 use crate::{Error, Result};
 
 /// A line longer than this is not one of ours.
@@ -56,7 +56,7 @@ impl JsonLines {
 
 fn keep_before(path: &Path, step: u64) -> Result<()> {
     let mut reader = BufReader::new(File::open(path).map_err(Error::file("open", path))?);
-    let mut kept = Beside::create(path)?;
+    let mut kept = FileBeside::create(path)?;
     let mut line = Vec::new();
     loop {
         line.clear();
@@ -68,7 +68,7 @@ fn keep_before(path: &Path, step: u64) -> Result<()> {
             if line.len() == LONGEST_LINE {
                 return Err(Error::format("log", path, "it has a line above 1 MiB"));
             }
-            return kept.finish(|_| Ok(()));
+            return Ok(kept.stage(|_| Ok(()))?.publish()?);
         }
         let record: Value = serde_json::from_slice(&line)
             .map_err(|error| Error::format("log", path, error.to_string()))?;

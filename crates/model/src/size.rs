@@ -1,0 +1,109 @@
+//! How large a model a spec asks for, known before any of it is made.
+
+use std::collections::BTreeMap;
+
+use crate::head::Head;
+use crate::input::Embedding;
+use crate::spec::ModelSpec;
+use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_parts::block::{Block, BlockSpec};
+use lapidary_parts::feedforward::FeedforwardSpec;
+use lapidary_parts::norm::Norm;
+use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
+use lapidary_parts::{Error, Result};
+
+/// Parameters of any model, wherever they come from: above every published one.
+const MAX_PARAMETERS: u64 = 1 << 41;
+
+/// Linear layers of any model: above every published mixture of experts.
+const MAX_LINEARS: usize = 1 << 18;
+
+/// Parameters that are given initial values: 16 GiB of them, and training needs four times that.
+const MAX_MADE: u64 = 1 << 32;
+
+/// Counts what it is asked for. Each tensor is a single number, seen as often as its shape says.
+#[derive(Default)]
+struct Counter(u64);
+
+impl ParameterSource for Counter {
+    fn parameter(&mut self, _: &str, shape: &[usize], _: Init) -> Result<Tensor> {
+        let count = shape
+            .iter()
+            .fold(1, |count: u64, side| count.saturating_mul(*side as u64));
+        self.0 = self.0.saturating_add(count);
+        let number = Tensor::zeros((), DType::F32, &Device::Cpu);
+        let tensor = number.and_then(|number| number.broadcast_as(shape));
+        Ok(tensor.map_err(lapidary_kernels::Error::from)?)
+    }
+}
+
+/// The number of parameters that `build` asks for.
+fn counted(build: impl FnOnce(Parameters<'_>) -> Result<()>) -> Result<u64> {
+    let mut counter = Counter::default();
+    let (ranks, mut linears) = (BTreeMap::new(), Vec::new());
+    build(Parameters::new(&mut counter, &ranks, &mut linears))?;
+    Ok(counter.0)
+}
+
+/// At least as many linear layers as the block has.
+fn linears(block: &BlockSpec) -> usize {
+    const WITHOUT_EXPERTS: usize = 12;
+    match &block.feedforward {
+        Some(FeedforwardSpec::Mixture(mixture)) => mixture
+            .experts
+            .saturating_mul(3)
+            .saturating_add(WITHOUT_EXPERTS),
+        _ => WITHOUT_EXPERTS,
+    }
+}
+
+impl ModelSpec {
+    /// Parameters of the model with every layer dense, tied ones counted once. Nothing of their
+    /// size is allocated.
+    pub fn parameter_count(&self) -> Result<u64> {
+        let width = self.width;
+        let mut total = counted(|mut root| {
+            let embedding = Embedding::new(&self.input, width, root.at("embeddings"))?;
+            if let Some(norm) = &self.final_norm {
+                Norm::new(norm, width, root.at("final_norm"))?;
+            }
+            Head::new(&self.head, width, embedding.table(), root).map(|_| ())
+        })?;
+        for block in &self.blocks {
+            let one = counted(|root| Block::new(block, width, root).map(|_| ()))?;
+            total = total.saturating_add(one.saturating_mul(block.repeat as u64));
+        }
+        Ok(total)
+    }
+
+    /// Refuses what no machine could hold. The fields have been checked one by one.
+    pub(crate) fn validate_size(&self) -> Result<()> {
+        let layers = self.blocks.iter().fold(0, |sum: usize, block| {
+            sum.saturating_add(block.repeat.saturating_mul(linears(block)))
+        });
+        if layers > MAX_LINEARS {
+            let expected = format!("blocks of at most {MAX_LINEARS} linear layers");
+            return Err(Error::spec("number of linear layers", layers, expected));
+        }
+        self.refuse_more_than(MAX_PARAMETERS)
+    }
+
+    /// Refuses an invalid spec, and one with more parameters than are given initial values
+    /// (4 294 967 296).
+    pub fn check_can_be_made(&self) -> Result<()> {
+        self.validate()?;
+        self.refuse_more_than(MAX_MADE)
+    }
+
+    fn refuse_more_than(&self, most: u64) -> Result<()> {
+        let parameters = self.parameter_count()?;
+        if parameters > most {
+            return Err(Error::spec(
+                "number of parameters",
+                parameters,
+                format!("at most {most}"),
+            ));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,514 @@
+//! Specs that ask for the impossible are refused, and no spec makes the program panic or allocate
+//! what it has no right to.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_model::{
+    AbsolutePosition, HeadSpec, HeadTransform, Input, InputSpec, Model, ModelSpec, Pass,
+    PatchInput, Pool, TokenInput,
+};
+use lapidary_parts::activation::ActivationSpec;
+use lapidary_parts::attention::{MixerSpec, MultiHeadSpec, QueryKeyNorm};
+use lapidary_parts::block::{BlockSpec, Wiring};
+use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, MixtureSpec};
+use lapidary_parts::norm::NormSpec;
+use lapidary_parts::position::{PositionSpec, RotaryScaling, RotarySpec};
+use lapidary_parts::recurrent::MambaSpec;
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+
+/// The system's allocator, and the largest piece that was asked of it.
+struct Watching;
+
+static LARGEST: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is passed on as it is.
+unsafe impl GlobalAlloc for Watching {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        LARGEST.fetch_max(size, Ordering::Relaxed);
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Watching = Watching;
+
+/// Models above this are not built by these tests.
+const PARAMETERS: u64 = 1 << 18;
+/// No piece of memory is larger: the parameters in `f64`, with room for what is computed.
+const BYTES: usize = 16 << 20;
+
+/// Mostly a number that makes sense, now and then one that overflows what it is multiplied with.
+fn size() -> impl Strategy<Value = usize> {
+    prop_oneof![
+        24 => prop_oneof![Just(1usize), Just(2), Just(4), Just(8), Just(16)],
+        2 => 0usize..40,
+        1 => prop_oneof![
+            Just(1usize << 17), Just(1 << 20), Just(1 << 24), Just(1 << 32), Just(1 << 63),
+            Just(usize::MAX / 2), Just(usize::MAX - 1), Just(usize::MAX)
+        ],
+    ]
+}
+
+fn number() -> impl Strategy<Value = f64> {
+    prop_oneof![
+        20 => prop_oneof![Just(0.0), Just(0.1), Just(1e-5)],
+        2 => prop_oneof![Just(1.0), Just(4.0), Just(10_000.0)],
+        1 => prop_oneof![
+            Just(f64::NAN), Just(f64::INFINITY), Just(-1.0), Just(-0.0), Just(f64::MAX),
+            Just(f64::MIN_POSITIVE)
+        ],
+    ]
+}
+
+fn positive() -> impl Strategy<Value = f64> {
+    prop_oneof![12 => prop_oneof![Just(1.0), Just(8.0), Just(10_000.0)], 1 => number()]
+}
+
+fn norm() -> BoxedStrategy<NormSpec> {
+    prop_oneof![
+        number().prop_map(|epsilon| NormSpec::Layer { epsilon }),
+        number().prop_map(|epsilon| NormSpec::Rms { epsilon }),
+        Just(NormSpec::None),
+    ]
+    .boxed()
+}
+
+fn activation() -> impl Strategy<Value = ActivationSpec> {
+    prop_oneof![Just(ActivationSpec::Gelu), Just(ActivationSpec::Silu)]
+}
+
+fn position() -> BoxedStrategy<PositionSpec> {
+    let scaling = prop_oneof![
+        3 => Just(RotaryScaling::None),
+        1 => positive().prop_map(|factor| RotaryScaling::Linear { factor }),
+        1 => (positive(), positive(), positive(), size()).prop_map(
+            |(factor, low_frequency_factor, high_frequency_factor, original_length)| {
+                RotaryScaling::Llama3 {
+                    factor,
+                    low_frequency_factor,
+                    high_frequency_factor,
+                    original_length,
+                }
+            }
+        ),
+    ];
+    let rotary = (
+        positive(),
+        proptest::option::weighted(0.2, size()),
+        any::<bool>(),
+        scaling,
+    );
+    prop_oneof![
+        Just(PositionSpec::None),
+        Just(PositionSpec::Alibi),
+        rotary.prop_map(|(theta, width, interleaved, scaling)| {
+            PositionSpec::Rotary(RotarySpec {
+                theta,
+                width,
+                interleaved,
+                scaling,
+            })
+        }),
+        (size(), size()).prop_map(|(buckets, distance)| PositionSpec::RelativeBuckets {
+            buckets,
+            max_distance: distance.saturating_mul(8),
+        }),
+    ]
+    .boxed()
+}
+
+fn attention() -> BoxedStrategy<MultiHeadSpec> {
+    let seldom = || proptest::option::weighted(0.3, size());
+    let query_key_norm = proptest::option::weighted(0.2, (norm(), any::<bool>()));
+    let numbers = (proptest::option::weighted(0.2, number()), number());
+    (
+        size(),
+        seldom(),
+        seldom(),
+        seldom(),
+        any::<[bool; 2]>(),
+        position(),
+        query_key_norm,
+        numbers,
+    )
+        .prop_map(
+            |(heads, groups, head_width, window, [causal, bias], position, norm, numbers)| {
+                MultiHeadSpec {
+                    groups,
+                    head_width,
+                    causal,
+                    window,
+                    bias,
+                    position,
+                    query_key_norm: norm.map(|(norm, per_head)| QueryKeyNorm { norm, per_head }),
+                    scale: numbers.0,
+                    dropout: numbers.1,
+                    ..MultiHeadSpec::new(heads)
+                }
+            },
+        )
+        .boxed()
+}
+
+fn mixer() -> BoxedStrategy<MixerSpec> {
+    let seldom = || proptest::option::weighted(0.5, size());
+    prop_oneof![
+        3 => attention().prop_map(MixerSpec::MultiHead),
+        1 => (seldom(), size(), size(), seldom()).prop_map(|(inner, state, taps, step_rank)| {
+            MixerSpec::Mamba(MambaSpec { inner, state, taps, step_rank, ..MambaSpec::default() })
+        }),
+    ]
+    .boxed()
+}
+
+fn feedforward() -> BoxedStrategy<FeedforwardSpec> {
+    let (bias, normalise) = (true, true);
+    prop_oneof![
+        (size(), activation()).prop_map(move |(hidden, activation)| {
+            FeedforwardSpec::Dense(DenseSpec {
+                hidden,
+                activation,
+                bias,
+            })
+        }),
+        (size(), activation()).prop_map(move |(hidden, activation)| {
+            FeedforwardSpec::Gated(GatedSpec {
+                hidden,
+                activation,
+                bias,
+            })
+        }),
+        (size(), size(), size(), activation()).prop_map(
+            move |(hidden, experts, active, activation)| {
+                FeedforwardSpec::Mixture(MixtureSpec {
+                    hidden,
+                    experts,
+                    active,
+                    activation,
+                    normalise,
+                })
+            }
+        ),
+    ]
+    .boxed()
+}
+
+fn block() -> BoxedStrategy<BlockSpec> {
+    let wiring = prop_oneof![
+        Just(Wiring::PreNorm),
+        Just(Wiring::PostNorm),
+        Just(Wiring::Parallel)
+    ];
+    let part = proptest::option::weighted(0.8, feedforward());
+    (size(), wiring, norm(), mixer(), part, number())
+        .prop_map(
+            |(repeat, wiring, norm, attention, feedforward, dropout)| BlockSpec {
+                repeat,
+                wiring,
+                norm,
+                attention,
+                cross_attention: None,
+                feedforward,
+                dropout,
+            },
+        )
+        .boxed()
+}
+
+fn input() -> BoxedStrategy<InputSpec> {
+    let position = prop_oneof![
+        Just(AbsolutePosition::None),
+        Just(AbsolutePosition::Sinusoidal),
+        (size(), any::<bool>()).prop_map(|(offset, skip_padding)| AbsolutePosition::Learned {
+            offset,
+            skip_padding
+        }),
+    ];
+    let norm = || proptest::option::weighted(0.2, norm());
+    let embedding_width = proptest::option::weighted(0.2, size());
+    prop_oneof![
+        3 => (size(), size(), position, size(), norm(), embedding_width, number()).prop_map(
+            |(vocabulary, length, position, token_types, norm, embedding_width, dropout)| {
+                InputSpec::Tokens(TokenInput {
+                    vocabulary,
+                    length,
+                    position,
+                    token_types,
+                    norm,
+                    embedding_width,
+                    dropout,
+                })
+            }
+        ),
+        1 => (size(), size(), size(), size(), size(), norm()).prop_map(
+            |(height, width, patch, channels, class_tokens, norm)| {
+                InputSpec::Patches(PatchInput {
+                    image: [height, width],
+                    patch,
+                    channels,
+                    class_tokens,
+                    bias: true,
+                    norm,
+                })
+            }
+        ),
+    ]
+    .boxed()
+}
+
+fn head() -> BoxedStrategy<HeadSpec> {
+    let transform =
+        (activation(), norm()).prop_map(|(activation, norm)| HeadTransform { activation, norm });
+    let pool = prop_oneof![
+        Just(Pool::First),
+        Just(Pool::Mean),
+        Just(Pool::Last),
+        Just(Pool::HighestId),
+        Just(Pool::AtToken(u32::MAX)),
+        Just(Pool::FirstTwo),
+    ];
+    let seldom = || proptest::option::weighted(0.3, activation());
+    prop_oneof![
+        Just(HeadSpec::None),
+        (any::<[bool; 2]>(), proptest::option::of(transform)).prop_map(
+            |([tied, bias], transform)| HeadSpec::LanguageModel {
+                tied,
+                bias,
+                transform
+            }
+        ),
+        (
+            pool,
+            proptest::option::of(norm()),
+            seldom(),
+            proptest::option::of(size())
+        )
+            .prop_map(|(pool, norm, hidden, labels)| HeadSpec::Pooled {
+                pool,
+                norm,
+                hidden,
+                labels,
+                bias: true
+            }),
+    ]
+    .boxed()
+}
+
+fn spec() -> impl Strategy<Value = ModelSpec> {
+    let ranks = proptest::collection::btree_map(
+        prop_oneof![
+            Just("blocks.0.attention.query".to_owned()),
+            Just("blocks.0.feedforward.up".to_owned()),
+            Just("head.output".to_owned())
+        ],
+        size(),
+        0..2,
+    );
+    let blocks = proptest::collection::vec(block(), 0..3);
+    let final_norm = proptest::option::of(norm());
+    (size(), input(), blocks, final_norm, head(), ranks).prop_map(
+        |(width, input, blocks, final_norm, head, low_rank)| ModelSpec {
+            width,
+            input,
+            blocks,
+            final_norm,
+            head,
+            low_rank,
+        },
+    )
+}
+
+/// Two sequences that the model takes, as long as it can but no longer than four tokens.
+fn something_to_read(spec: &ModelSpec) -> Input {
+    match &spec.input {
+        InputSpec::Tokens(tokens) => {
+            let length = tokens.length.min(4);
+            Input::tokens(Tensor::zeros((2, length), DType::U32, &Device::Cpu).unwrap())
+        }
+        InputSpec::Patches(patches) => {
+            let [height, width] = patches.image;
+            let shape = (2, patches.channels, height, width);
+            Input::Pixels(Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap())
+        }
+    }
+}
+
+/// What a spec comes to: refused, too large for this test, or run.
+#[derive(Debug, PartialEq)]
+enum Outcome {
+    Refused,
+    Large,
+    Ran,
+}
+
+fn outcome(spec: &ModelSpec) -> Outcome {
+    // Whether valid or not, these must not fail.
+    let _ = (spec.length(), spec.vocabulary(), spec.is_causal());
+    if spec.validate().is_err() {
+        return Outcome::Refused;
+    }
+    let pixels = match &spec.input {
+        InputSpec::Patches(patches) => patches.image[0] * patches.image[1] * patches.channels,
+        InputSpec::Tokens(_) => 0,
+    };
+    if spec.parameter_count().unwrap() > PARAMETERS || pixels as u64 > PARAMETERS {
+        return Outcome::Large;
+    }
+    let Ok(model) = Model::initialised(spec.clone(), 1, DType::F32, &Device::Cpu) else {
+        // A rank is compared with its layer, and layers are known when the model is built.
+        assert!(!spec.low_rank.is_empty(), "valid, but not built: {spec:?}");
+        return Outcome::Refused;
+    };
+    if spec.low_rank.is_empty() {
+        assert_eq!(
+            model.parameter_count() as u64,
+            spec.parameter_count().unwrap()
+        );
+    }
+    let run = model.forward(&something_to_read(spec), Pass::default());
+    // DeiT's head wants two tokens.
+    let short = matches!(
+        &spec.head,
+        HeadSpec::Pooled {
+            pool: Pool::FirstTwo,
+            ..
+        }
+    );
+    assert!(run.is_ok() || short, "{}: {spec:?}", run.unwrap_err());
+    Outcome::Ran
+}
+
+#[test]
+fn no_spec_panics_or_allocates_beyond_its_parameters() {
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    let (strategy, mut ran, mut refused) = (spec(), 0, 0);
+    for _ in 0..6_000 {
+        let spec = strategy.new_tree(&mut runner).unwrap().current();
+        LARGEST.store(0, Ordering::Relaxed);
+        match std::panic::catch_unwind(|| outcome(&spec)) {
+            Ok(outcome) => {
+                ran += usize::from(outcome == Outcome::Ran);
+                refused += usize::from(outcome == Outcome::Refused);
+            }
+            Err(_) => panic!("panicked on {spec:?}"),
+        }
+        let largest = LARGEST.load(Ordering::Relaxed);
+        assert!(largest <= BYTES, "{largest} bytes at once for {spec:?}");
+    }
+    println!("{ran} ran, {refused} were refused");
+    assert!(
+        ran > 300 && refused > 300,
+        "{ran} ran, {refused} were refused"
+    );
+}
+
+fn small() -> ModelSpec {
+    toml::from_str(
+        r#"
+width = 8
+input = { kind = "tokens", vocabulary = 16, length = 8 }
+head = { kind = "language-model" }
+[[blocks]]
+attention = { kind = "multi-head", heads = 2, causal = true }
+feedforward = { kind = "dense", hidden = 16 }
+"#,
+    )
+    .unwrap()
+}
+
+/// The error names the field, what it holds and what would be valid.
+fn assert_refused(change: impl FnOnce(&mut ModelSpec), field: &str) {
+    let mut spec = small();
+    change(&mut spec);
+    let message = spec.check_can_be_made().unwrap_err().to_string();
+    assert!(
+        message.starts_with(field) && message.contains("must be"),
+        "{message}"
+    );
+}
+
+#[test]
+fn sums_beyond_all_bounds_are_refused_by_name() {
+    let block = |repeat| BlockSpec {
+        repeat,
+        ..small().blocks[0].clone()
+    };
+    assert_refused(
+        |spec| spec.blocks = vec![block(usize::MAX), block(usize::MAX)],
+        "blocks",
+    );
+    assert_refused(
+        |spec| spec.blocks = vec![block(4_000), block(4_000)],
+        "blocks",
+    );
+    let experts = FeedforwardSpec::Mixture(MixtureSpec {
+        hidden: 1,
+        experts: 4_096,
+        active: 1,
+        activation: ActivationSpec::Silu,
+        normalise: true,
+    });
+    assert_refused(
+        |spec| {
+            spec.blocks = vec![BlockSpec {
+                feedforward: Some(experts),
+                ..block(100)
+            }];
+        },
+        "number of linear layers",
+    );
+    assert_refused(
+        |spec| {
+            spec.width = 1 << 17;
+            spec.input = InputSpec::Tokens(TokenInput {
+                vocabulary: 1 << 24,
+                length: 8,
+                position: AbsolutePosition::None,
+                token_types: 0,
+                norm: None,
+                embedding_width: None,
+                dropout: 0.0,
+            });
+        },
+        "number of parameters",
+    );
+    assert_refused(
+        |spec| {
+            spec.head = HeadSpec::Pooled {
+                pool: Pool::First,
+                norm: None,
+                hidden: None,
+                labels: Some(usize::MAX),
+                bias: true,
+            };
+        },
+        "head.labels",
+    );
+    assert_refused(
+        |spec| {
+            spec.head = HeadSpec::LanguageModel {
+                tied: true,
+                bias: false,
+                transform: Some(HeadTransform {
+                    activation: ActivationSpec::Gelu,
+                    norm: NormSpec::Layer { epsilon: f64::NAN },
+                }),
+            };
+        },
+        "head.transform.norm.epsilon",
+    );
+}
