@@ -287,15 +287,12 @@ fn windows(
     );
     let sees_both_sides =
         !model.spec().is_causal() && matches!(model.spec().head, HeadSpec::LanguageModel { .. });
-    let data = match &package.tokenizer {
-        Some(tokenizer) if sees_both_sides => {
-            let mask = MASKS.iter().find_map(|name| tokenizer.id_of(name));
-            let mask = mask.with_context(|| {
-                format!(
-                    "the tokenizer has no mask token; looked for {}",
-                    MASKS.join(" and ")
-                )
-            })?;
+    let mask = package.tokenizer.as_ref().and_then(|tokenizer| {
+        let mask = MASKS.iter().find_map(|name| tokenizer.id_of(name))?;
+        Some((tokenizer, mask))
+    });
+    let data = match mask {
+        Some((tokenizer, mask)) if sees_both_sides => {
             let mut generator = lapidary_train::generator(seed);
             let may_hide = |id| !tokenizer.is_special(id);
             CalibrationData::masked(windows, mask, MASKED, may_hide, &mut generator)
