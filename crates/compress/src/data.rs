@@ -2,6 +2,7 @@
 
 use lapidary_kernels::{Device, Tensor};
 use lapidary_model::Input;
+use rand::{Rng, RngExt};
 
 use crate::error::engine;
 use crate::{Error, Result};
@@ -112,6 +113,53 @@ impl CalibrationData {
     /// Windows of text without labels.
     pub fn windows(windows: impl IntoIterator<Item = Vec<u32>>) -> Result<Self> {
         Self::new(windows.into_iter().map(Example::window).collect())
+    }
+
+    /// Windows of text for a language model that sees both sides: each token that `may_hide`
+    /// allows is hidden behind the token `mask` with probability `share`, and is then a target
+    /// (masked language modelling; Devlin et al., arXiv 1810.04805, with 0.15). A window in which
+    /// none was drawn hides one, so that every window has a target.
+    ///
+    /// # Errors
+    /// A share outside 0 to 1, or a window in which nothing may be hidden.
+    pub fn masked(
+        windows: impl IntoIterator<Item = Vec<u32>>,
+        mask: u32,
+        share: f64,
+        may_hide: impl Fn(u32) -> bool,
+        generator: &mut impl Rng,
+    ) -> Result<Self> {
+        if !(0.0..=1.0).contains(&share) {
+            return Err(Error::invalid("share of masked tokens", share, "0 to 1"));
+        }
+        let mut hide = |index: usize, mut ids: Vec<u32>| {
+            let candidates: Vec<usize> = (0..ids.len())
+                .filter(|at| ids.get(*at).is_some_and(|id| may_hide(*id)))
+                .collect();
+            if candidates.is_empty() {
+                let what = format!("tokens of window {index} that may be masked");
+                return Err(Error::invalid(what, 0, "at least 1"));
+            }
+            let drawn = candidates.iter().copied();
+            let mut hidden: Vec<usize> = drawn.filter(|_| generator.random_bool(share)).collect();
+            if hidden.is_empty() {
+                let one = generator.random_range(0..candidates.len());
+                hidden.extend(candidates.get(one));
+            }
+            let mut targets = vec![None; ids.len()];
+            for at in hidden {
+                if let (Some(id), Some(target)) = (ids.get_mut(at), targets.get_mut(at)) {
+                    *target = Some(std::mem::replace(id, mask));
+                }
+            }
+            Ok(Example {
+                target: Target::Tokens(targets),
+                ..Example::window(ids)
+            })
+        };
+        let windows = windows.into_iter().enumerate();
+        let examples: Result<Vec<_>> = windows.map(|(index, ids)| hide(index, ids)).collect();
+        Self::new(examples?)
     }
 
     /// The examples.
@@ -285,5 +333,56 @@ pub(crate) fn real_rows(x: &Tensor, real: Option<&Tensor>) -> lapidary_kernels::
             }
         }
         _ => Ok(x.clone()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+
+    #[test]
+    fn masked_windows_hide_what_may_be_hidden_and_remember_it() {
+        let windows: Vec<Vec<u32>> = (0..40)
+            .map(|seed| {
+                std::iter::once(2)
+                    .chain((0..30).map(|i| 5 + (i * 7 + seed) % 20))
+                    .collect()
+            })
+            .collect();
+        let data = |share| {
+            let mut generator = ChaCha8Rng::seed_from_u64(3);
+            CalibrationData::masked(windows.clone(), 4, share, |id| id != 2, &mut generator)
+        };
+        let mut hidden = 0;
+        for (example, window) in data(0.15).unwrap().examples().iter().zip(&windows) {
+            let (Content::Tokens { ids, .. }, Target::Tokens(targets)) =
+                (&example.content, &example.target)
+            else {
+                panic!("{example:?}");
+            };
+            assert!(targets.iter().any(Option::is_some));
+            assert_eq!((ids[0], targets[0]), (2, None));
+            for ((id, target), original) in ids.iter().zip(targets).zip(window) {
+                match target {
+                    Some(target) => assert_eq!((*id, target), (4, original)),
+                    None => assert_eq!(id, original),
+                }
+                hidden += usize::from(target.is_some());
+            }
+        }
+        // 1200 draws with probability 0.15: 180, give or take 12.
+        assert!((120..240).contains(&hidden), "{hidden}");
+        let none = data(0.0).unwrap();
+        assert!(none.examples().iter().all(|example| match &example.target {
+            Target::Tokens(targets) => targets.iter().flatten().count() == 1,
+            _ => false,
+        }));
+        assert!(data(1.5).is_err());
+        let mut generator = ChaCha8Rng::seed_from_u64(3);
+        assert!(
+            CalibrationData::masked([vec![2, 2]], 4, 0.5, |id| id != 2, &mut generator).is_err()
+        );
     }
 }

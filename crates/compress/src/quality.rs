@@ -191,6 +191,58 @@ pub fn agreement(
     })
 }
 
+/// How alike two models' representations are.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Likeness {
+    /// Mean cosine of the two last hidden vectors of a token.
+    pub cosine: f64,
+    /// `√(Σ ‖a − b‖² / Σ ‖a‖²)` over all tokens, `a` the original's vector.
+    pub relative_error: f64,
+    /// Vectors compared, one per token.
+    pub vectors: usize,
+}
+
+/// Compares the last hidden vectors of two models on the same examples, `batch` at a time: for
+/// models without scores.
+pub fn likeness(
+    original: &Model,
+    other: &Model,
+    data: &CalibrationData,
+    batch: usize,
+) -> Result<Likeness> {
+    let device = original.device();
+    let (mut cosine, mut error, mut size, mut vectors) = (0.0, 0.0, 0.0, 0);
+    for batch in data.batches(batch, &device) {
+        let batch = batch?;
+        let rows = |model: &Model| -> Result<Tensor> {
+            let hidden = forward(model, &batch, None)?.hidden.into_value();
+            let rows = real_rows(&hidden, batch.real.as_ref())?;
+            engine(rows.to_dtype(DType::F64))
+        };
+        let (a, b) = (rows(original)?, rows(other)?);
+        let total = |t: &Tensor| engine(engine(t.sum_all())?.to_scalar::<f64>());
+        let dot = |x: &Tensor, y: &Tensor| engine(engine(x * y)?.sum(D::Minus1));
+        let (squares_a, squares_b) = (dot(&a, &a)?, dot(&b, &b)?);
+        // A zero vector has no direction: its cosine counts as 0.
+        let lengths = engine(engine(&squares_a * &squares_b)?.sqrt())?;
+        let lengths = engine(lengths.maximum(f64::MIN_POSITIVE))?;
+        cosine += total(&engine(dot(&a, &b)? / lengths)?)?;
+        let difference = engine(&a - &b)?;
+        error += total(&dot(&difference, &difference)?)?;
+        size += total(&squares_a)?;
+        vectors += engine(a.dim(0))?;
+    }
+    Ok(Likeness {
+        cosine: cosine / vectors.max(1) as f64,
+        relative_error: if error == 0.0 {
+            0.0
+        } else {
+            (error / size.max(f64::MIN_POSITIVE)).sqrt()
+        },
+        vectors,
+    })
+}
+
 /// The share of labelled examples that a classifier gets right.
 pub fn accuracy(model: &Model, data: &CalibrationData, batch: usize) -> Result<f64> {
     let mut right = 0usize;

@@ -4,7 +4,9 @@
 mod common;
 
 use common::{DECODER, all, close, labelled, model, scores, windows};
-use lapidary_compress::quality::{Window, accuracy, agreement, perplexity, sliding_windows};
+use lapidary_compress::quality::{
+    Window, accuracy, agreement, likeness, perplexity, sliding_windows,
+};
 use lapidary_compress::{Content, Target};
 
 /// `log p` of every token but the first, from the scores of one window.
@@ -121,4 +123,49 @@ fn accuracy_counts_what_is_right() {
     assert!(accuracy(&model, &windows(2, 1), 2).is_err());
     let error = perplexity(&model, &[], 2).unwrap_err();
     assert!(error.to_string().contains("causal"));
+}
+
+#[test]
+fn likeness_is_that_of_the_hidden_vectors_token_by_token() {
+    let (one, other) = (model(DECODER, 3), model(DECODER, 4));
+    let data = windows(5, 3);
+    let hidden = |model: &lapidary_model::Model| -> Vec<Vec<f64>> {
+        let mut rows = Vec::new();
+        for example in data.examples() {
+            let Content::Tokens { ids, .. } = &example.content else {
+                continue;
+            };
+            let device = lapidary_kernels::Device::Cpu;
+            let ids = lapidary_kernels::Tensor::from_slice(ids, (1, ids.len()), &device).unwrap();
+            let input = lapidary_model::Input::tokens(ids);
+            let output = model.forward(&input, Default::default()).unwrap();
+            rows.extend(
+                output
+                    .hidden
+                    .value()
+                    .get(0)
+                    .unwrap()
+                    .to_vec2::<f64>()
+                    .unwrap(),
+            );
+        }
+        rows
+    };
+    let (mut cosine, mut error, mut size) = (0.0, 0.0, 0.0);
+    let (a, b) = (hidden(&one), hidden(&other));
+    for (a, b) in a.iter().zip(&b) {
+        let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+        cosine += dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
+        error += a.iter().zip(b).map(|(x, y)| (x - y).powi(2)).sum::<f64>();
+        size += dot(a, a);
+    }
+    for batch in [1, 2, 5] {
+        let found = likeness(&one, &other, &data, batch).unwrap();
+        assert_eq!(found.vectors, a.len());
+        close(&[found.cosine], &[cosine / a.len() as f64], 1e-12);
+        close(&[found.relative_error], &[(error / size).sqrt()], 1e-12);
+        let same = likeness(&one, &one, &data, batch).unwrap();
+        close(&[same.cosine], &[1.0], 1e-12);
+        assert_eq!(same.relative_error, 0.0);
+    }
 }

@@ -19,19 +19,29 @@ pub struct Cli {
 #[derive(Args, Debug, Clone)]
 pub struct Global {
     /// Where tensors live: `cpu`, or `cuda[:N]` / `metal` in builds that have them
-    #[arg(long, global = true, default_value = "cpu")]
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Options of every verb",
+        default_value = "cpu"
+    )]
     pub device: String,
     /// Seed of everything random
-    #[arg(long, global = true, default_value_t = 0)]
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Options of every verb",
+        default_value_t = 0
+    )]
     pub seed: u64,
     /// Threads to compute with; all cores when absent
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Options of every verb")]
     pub threads: Option<usize>,
     /// Print one JSON document instead of text
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Options of every verb")]
     pub json: bool,
     /// Say more about what is done, on standard error; twice for everything
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, help_heading = "Options of every verb", action = clap::ArgAction::Count)]
     pub verbose: u8,
 }
 
@@ -101,11 +111,15 @@ pub struct Explain {
     /// A model directory, or `embedded`
     pub model: String,
     /// Text to explain
-    #[arg(long, required_unless_present = "tokens", conflicts_with = "tokens")]
+    #[arg(long, required_unless_present_any = ["tokens", "input"], conflicts_with_all = ["tokens", "input"])]
     pub text: Option<String>,
     /// Token ids to explain, separated by commas
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',', conflicts_with = "input")]
     pub tokens: Option<Vec<u32>>,
+    /// JSON file with one example as tensors: `input_ids`, `attention_mask`, `token_type_ids` or
+    /// `pixel_values`
+    #[arg(long, value_name = "FILE")]
+    pub input: Option<PathBuf>,
     /// A class or token, by name or number; what the model predicts when absent
     #[arg(long)]
     pub target: Option<String>,

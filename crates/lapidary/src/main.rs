@@ -7,6 +7,8 @@ mod hub;
 mod loading;
 mod output;
 mod report;
+mod subject;
+mod tensors;
 
 use std::process::ExitCode;
 

@@ -460,6 +460,88 @@ fn help_lists_every_verb() {
     insta::assert_snapshot!(output(&["--help"]));
 }
 
+/// Images `[count, 3, size, size]` as JSON, no two alike.
+fn images(count: usize, size: usize) -> Vec<u8> {
+    let value = |i: usize| ((i * 7919) % 1000) as f64 / 500.0 - 1.0;
+    let mut index = 0;
+    let mut image = || -> Value {
+        let mut row = || -> Value {
+            (0..size)
+                .map(|_| {
+                    index += 1;
+                    Value::from(value(index))
+                })
+                .collect()
+        };
+        (0..3)
+            .map(|_| (0..size).map(|_| row()).collect::<Value>())
+            .collect()
+    };
+    let pixels: Value = (0..count).map(|_| image()).collect();
+    serde_json::to_vec(&serde_json::json!({ "pixel_values": pixels })).unwrap()
+}
+
+#[test]
+fn explains_and_compresses_what_reads_images() {
+    let directory = tempfile::tempdir().unwrap();
+    let one = write(&directory, "one.json", &images(1, 16));
+    let many = write(&directory, "many.json", &images(8, 16));
+    for name in ["vit", "deit", "clip"] {
+        let document = json(&["explain", &family(name), "--input", &one, "--json"]);
+        let tokens = document["tokens"].as_array().unwrap();
+        assert_eq!(tokens[0], "[class]", "{name}");
+        assert_eq!(tokens.last().unwrap(), "row 3 column 3", "{name}");
+        let explanation = &document["explanation"];
+        let scores = explanation["scores"].as_array().unwrap();
+        assert_eq!(scores.len(), tokens.len(), "{name}");
+        let left_out = explanation["account"]["unattributed"].as_f64().unwrap();
+        assert!(left_out.abs() < 1e-4, "{name}: {left_out}");
+    }
+    let vit = family("vit");
+    refused(&["explain", &vit, "--input", &many], &["8", "one example"]);
+    refused(
+        &["explain", &family("gpt2"), "--input", &one],
+        &["input_ids"],
+    );
+    let out = directory.path().join("out");
+    let out = out.to_str().unwrap();
+    let arguments = ["--method", "fwsvd", "--ratio", "0.2", "--out", out];
+    refused(
+        &[&["compress", &vit], &arguments[..]].concat(),
+        &["pixel_values"],
+    );
+    let calibrated = ["compress", &vit, "--calibrate", &many, "--json"];
+    let document = json(&[&calibrated[..], &arguments[..]].concat());
+    assert_eq!(document["agreement_on_calibration"]["predictions"], 8);
+    json(&["explain", out, "--input", &one, "--json"]);
+}
+
+#[test]
+fn padding_gets_nothing_and_changes_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let padded =
+        br#"{"input_ids": [[2, 5, 6, 7, 3, 0, 0]], "attention_mask": [[1, 1, 1, 1, 1, 0, 0]]}"#;
+    let padded = write(&directory, "padded.json", padded);
+    for name in ["bert-classifier", "gpt2"] {
+        let model = family(name);
+        let alone = json(&["explain", &model, "--tokens", "2,5,6,7,3", "--json"]);
+        let document = json(&["explain", &model, "--input", &padded, "--json"]);
+        assert_eq!(document["target"], alone["target"], "{name}");
+        let scores = |document: &Value| -> Vec<f64> {
+            let scores = document["explanation"]["scores"].as_array().unwrap();
+            scores.iter().map(|score| score.as_f64().unwrap()).collect()
+        };
+        let (found, expected) = (scores(&document), scores(&alone));
+        assert_eq!(&found[5..], [0.0, 0.0], "{name}");
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!(
+                (found - expected).abs() < 1e-4,
+                "{name}: {found} {expected}"
+            );
+        }
+    }
+}
+
 #[test]
 fn hostile_tensors_are_refused() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,15 +1,17 @@
 //! `lapidary compress`: fewer parameters, and what that cost.
 
+use std::path::Path;
 use std::time::Instant;
 
 use crate::cli::{Compress, Global};
+use crate::tensors::Tensors;
 use crate::{loading, output};
 use anyhow::{Context, Result, bail, ensure};
 use comfy_table::{Table, presets};
-use lapidary_compress::quality::{agreement, perplexity, sliding_windows};
+use lapidary_compress::quality::{agreement, likeness, perplexity, sliding_windows};
 use lapidary_compress::{
-    Budget, Calibration, CalibrationData, CalibrationOptions, Change, Method, Plan, Selection,
-    export_dense,
+    Budget, Calibration, CalibrationData, CalibrationOptions, Change, Content, Example, Method,
+    Plan, Selection, export_dense,
 };
 use lapidary_model::{HeadSpec, Model, Package, SavedAs};
 use serde_json::json;
@@ -39,18 +41,17 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
     let selection = Selection::default();
     let requirements = method.requirements(model, &selection)?;
     let data = match (&arguments.calibrate, requirements.is_empty()) {
-        (Some(path), _) => Some(windows(
-            &package,
-            model,
-            &loading::file_tokens(&package, path)?,
-            arguments,
-        )?),
+        (Some(path), _) => Some(calibration_data(&package, model, path, arguments, global)?),
         (None, false) if arguments.model == "embedded" => Some(loading::embedded_windows(
             arguments.windows,
             arguments.window,
         )?),
         (None, false) => bail!(
-            "method {method} needs --calibrate FILE with text like what the model is for; svd needs none"
+            "method {method} needs --calibrate FILE with {} like what the model is for; svd needs none",
+            match model.spec().vocabulary() {
+                Some(_) => "text",
+                None => "images (JSON of pixel_values)",
+            }
         ),
         (None, true) => None,
     };
@@ -70,9 +71,13 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
         }
     }
     let compressed = plan.apply(model, calibration.as_ref())?;
-    let measured = match &data {
-        Some(data) => Some(agreement(model, &compressed.model, data, BATCH)?),
-        None => None,
+    let scores = match &data {
+        Some(data) if has_scores(model) => Some(agreement(model, &compressed.model, data, BATCH)?),
+        _ => None,
+    };
+    let vectors = match &data {
+        Some(data) if !has_scores(model) => Some(likeness(model, &compressed.model, data, BATCH)?),
+        _ => None,
     };
     let perplexities = match &data {
         Some(data) if is_language_model(model) => {
@@ -128,7 +133,8 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
         return output::print_json(&json!({
             "report": document,
             "kept": kept,
-            "agreement_on_calibration": measured,
+            "agreement_on_calibration": scores,
+            "likeness_on_calibration": vectors,
             "perplexity_on_calibration": perplexities.map(|(before, after)| json!({ "before": before, "after": after })),
             "saved_as": match saved { SavedAs::HuggingFace => "hugging-face", SavedAs::Lapidary => "lapidary" },
             "directory": out,
@@ -166,12 +172,20 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
             before.windows
         );
     }
-    if let Some(measured) = measured {
+    if let Some(measured) = scores {
         text += &format!(
             "agreement   KL {:.4} nats, same first answer {:.1} % of {} predictions\n",
             measured.divergence,
             100.0 * measured.top1,
             output::grouped(measured.predictions)
+        );
+    }
+    if let Some(measured) = vectors {
+        text += &format!(
+            "likeness    cosine {:.4}, relative error {:.4} over {} last hidden vectors\n",
+            measured.cosine,
+            measured.relative_error,
+            output::grouped(measured.vectors)
         );
     }
     text += &format!(
@@ -196,12 +210,46 @@ fn is_language_model(model: &Model) -> bool {
     model.spec().is_causal() && matches!(model.spec().head, HeadSpec::LanguageModel { .. })
 }
 
+/// What a file shows the model: windows of its text, or its images.
+fn calibration_data(
+    package: &Package,
+    model: &Model,
+    path: &Path,
+    arguments: &Compress,
+    global: &Global,
+) -> Result<CalibrationData> {
+    if model.spec().vocabulary().is_some() {
+        let tokens = loading::file_tokens(package, path)?;
+        return windows(package, model, &tokens, arguments, global.seed);
+    }
+    let tensors = Tensors::read(path, &loading::device(global)?)?;
+    let pixels = tensors
+        .pixels
+        .with_context(|| format!("pixel_values is missing from {}", path.display()))?;
+    let examples = (0..pixels.dim(0)?).take(arguments.windows).map(|index| {
+        Ok(Example {
+            content: Content::Pixels(pixels.get(index)?),
+            target: Default::default(),
+        })
+    });
+    Ok(CalibrationData::new(examples.collect::<Result<_>>()?)?)
+}
+
+fn has_scores(model: &Model) -> bool {
+    match &model.spec().head {
+        HeadSpec::LanguageModel { .. } => true,
+        HeadSpec::Pooled { labels, .. } => labels.is_some(),
+        HeadSpec::None => false,
+    }
+}
+
 /// Calibration windows from the beginning of a text.
 fn windows(
     package: &Package,
     model: &Model,
     tokens: &[u32],
     arguments: &Compress,
+    seed: u64,
 ) -> Result<CalibrationData> {
     let length = arguments.window.min(model.spec().length());
     let special = package
@@ -237,13 +285,36 @@ fn windows(
         "the calibration text has {} tokens, but must have at least {room}, one window",
         tokens.len()
     );
-    CalibrationData::windows(windows).context("the calibration text cannot be used")
+    let sees_both_sides =
+        !model.spec().is_causal() && matches!(model.spec().head, HeadSpec::LanguageModel { .. });
+    let data = match &package.tokenizer {
+        Some(tokenizer) if sees_both_sides => {
+            let mask = MASKS.iter().find_map(|name| tokenizer.id_of(name));
+            let mask = mask.with_context(|| {
+                format!(
+                    "the tokenizer has no mask token; looked for {}",
+                    MASKS.join(" and ")
+                )
+            })?;
+            let mut generator = lapidary_train::generator(seed);
+            let may_hide = |id| !tokenizer.is_special(id);
+            CalibrationData::masked(windows, mask, MASKED, may_hide, &mut generator)
+        }
+        _ => CalibrationData::windows(windows),
+    };
+    data.context("the calibration text cannot be used")
 }
+
+/// What mask tokens are called.
+const MASKS: [&str; 2] = ["[MASK]", "<mask>"];
+
+/// Share of the tokens that a masked language model is asked for, as in its training.
+const MASKED: f64 = 0.15;
 
 fn data_windows(data: &CalibrationData) -> Result<Vec<lapidary_compress::quality::Window>> {
     let mut all = Vec::new();
     for example in data.examples() {
-        if let lapidary_compress::Content::Tokens { ids, .. } = &example.content {
+        if let Content::Tokens { ids, .. } = &example.content {
             all.extend(sliding_windows(ids, ids.len(), ids.len() - 1)?);
         }
     }

@@ -4,13 +4,14 @@ use std::time::Instant;
 
 use crate::cli::{Explain, Global, Method};
 use crate::report::{self, Coloured};
+use crate::subject::Subject;
 use crate::{loading, output};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use lapidary_explain::{
     Explanation, Target, Unit, decompx, direct_logit_attribution, gradient_times_input,
     integrated_gradients, relevance,
 };
-use lapidary_kernels::DType;
+use lapidary_kernels::{DType, Tensor};
 use lapidary_model::{Input, Model, Package, Pass};
 use lapidary_signal::relevance::RelevanceRules;
 use lapidary_signal::streams::{BiasSplit, StreamRules};
@@ -27,6 +28,9 @@ pub struct Explained {
     pub predictions: Vec<Prediction>,
     pub explanation: Explanation,
     pub seconds: f64,
+    /// Whether the positions are patches of an image.
+    #[serde(skip)]
+    pub image: bool,
 }
 
 /// One of the most probable answers.
@@ -43,48 +47,27 @@ pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
     }
     let bias = BiasSplit::from_name(&arguments.bias)?;
     let package = loading::package(&arguments.model, global)?;
-    let model = package.text_model()?;
-    let (ids, tokens, types) = match (&arguments.text, &arguments.tokens) {
-        (Some(text), _) => {
-            let encoding = loading::encode(&package, model, text)?;
-            (encoding.ids, encoding.tokens, Some(encoding.type_ids))
-        }
-        (None, Some(ids)) => {
-            ensure!(!ids.is_empty(), "no token ids were given");
-            let name = |id: &u32| {
-                package
-                    .tokenizer
-                    .as_ref()
-                    .and_then(|t| t.token_of(*id))
-                    .unwrap_or_else(|| format!("[{id}]"))
-            };
-            (ids.clone(), ids.iter().map(name).collect(), None)
-        }
-        (None, None) => bail!("give --text or --tokens"),
+    let subject = Subject::new(arguments, &package, global)?;
+    let position = match arguments.position {
+        Some(position) => position,
+        None => subject.last()?,
     };
-    let row = loading::row(&ids, model)?;
-    let token_types = match types {
-        Some(types) if takes_types(model) => Some(loading::row(&types, model)?),
-        _ => None,
-    };
-    let input = Input::Tokens {
-        ids: row,
-        token_types,
-    };
-    let predictions = predictions(&package, model, &input, arguments.position)?;
-    let (target, target_name, foil_name) = target(arguments, &package, model, &predictions)?;
+    let predictions = predictions(&package, &subject, position)?;
+    let (target, target_name, foil_name) =
+        target(arguments, &package, subject.model, position, &predictions)?;
     let started = Instant::now();
     let explanation = explain(
         arguments.method,
-        model,
-        &input,
+        subject.model,
+        &subject.input,
+        subject.padding.as_ref(),
         target,
         bias,
         arguments.steps,
     )?;
     let seconds = started.elapsed().as_secs_f64();
     let explained = Explained {
-        tokens: tokens.iter().map(|token| readable(token)).collect(),
+        tokens: subject.names.iter().map(|token| readable(token)).collect(),
         target: target_name,
         foil: foil_name,
         predictions: predictions
@@ -94,6 +77,7 @@ pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
             .collect(),
         explanation,
         seconds,
+        image: matches!(subject.input, Input::Pixels(_)),
     };
     if let Some(html) = &arguments.html {
         output::write_text(
@@ -112,6 +96,7 @@ pub fn explain(
     method: Method,
     model: &Model,
     input: &Input,
+    padding: Option<&Tensor>,
     target: Target,
     bias: BiasSplit,
     steps: usize,
@@ -125,39 +110,36 @@ pub fn explain(
         ..explanation
     };
     Ok(match method {
-        Method::Decompx => decompx(model, input, None, target, rules)?,
-        Method::LogitAttribution => direct_logit_attribution(model, input, None, target)?,
+        Method::Decompx => decompx(model, input, padding, target, rules)?,
+        Method::LogitAttribution => direct_logit_attribution(model, input, padding, target)?,
         Method::Attnlrp => {
             let rules = RelevanceRules::attention_aware();
-            named("attnlrp", relevance(model, input, None, target, rules)?)
+            named("attnlrp", relevance(model, input, padding, target, rules)?)
         }
         Method::CpLrp => {
             let rules = RelevanceRules::value_only();
-            named("cp-lrp", relevance(model, input, None, target, rules)?)
+            named("cp-lrp", relevance(model, input, padding, target, rules)?)
         }
-        Method::GradientXInput => gradient_times_input(model, input, None, target)?,
+        Method::GradientXInput => gradient_times_input(model, input, padding, target)?,
         Method::IntegratedGradients => {
             ensure!(steps >= 1, "steps is {steps}, but must be at least 1");
-            integrated_gradients(model, input, None, target, steps)?
+            integrated_gradients(model, input, padding, target, steps)?
         }
     })
-}
-
-fn takes_types(model: &Model) -> bool {
-    match &model.spec().input {
-        lapidary_model::InputSpec::Tokens(tokens) => tokens.token_types > 0,
-        lapidary_model::InputSpec::Patches(_) => false,
-    }
 }
 
 /// The scores by descending probability, with their indices; none for a model without scores.
 pub fn predictions(
     package: &Package,
-    model: &Model,
-    input: &Input,
-    position: Option<usize>,
+    subject: &Subject<'_>,
+    position: usize,
 ) -> Result<Vec<(usize, Prediction)>> {
-    let output = model.forward(input, Pass::default())?;
+    let model = subject.model;
+    let pass = Pass {
+        padding: subject.padding.as_ref(),
+        ..Pass::default()
+    };
+    let output = model.forward(&subject.input, pass)?;
     let Some(logits) = output.logits else {
         return Ok(Vec::new());
     };
@@ -165,7 +147,6 @@ pub fn predictions(
     let logits = match logits.rank() {
         2 => {
             let length = logits.dim(0)?;
-            let position = position.unwrap_or(length - 1);
             ensure!(
                 position < length,
                 "position is {position}, but must be below {length}"
@@ -210,6 +191,7 @@ fn target(
     arguments: &Explain,
     package: &Package,
     model: &Model,
+    position: usize,
     predictions: &[(usize, Prediction)],
 ) -> Result<(Target, String, Option<String>)> {
     let Some((best, prediction)) = predictions.first() else {
@@ -284,7 +266,7 @@ fn target(
         Target::Score {
             class,
             foil,
-            position: arguments.position,
+            position: Some(position),
         },
         name,
         foil_name,
@@ -315,7 +297,8 @@ fn in_terminal(explained: &Explained) -> String {
         text += &format!(" rather than {}", foil.trim());
     }
     text += &format!(" by {}, {:.3} s\n\n", explanation.method, explained.seconds);
-    if explanation.unit == Unit::Token {
+    // Patches do not read as a line of text.
+    if explanation.unit == Unit::Token && !explained.image {
         let coloured = Coloured::new(&explained.tokens, &explanation.scores);
         text += &format!("{}\n\n", coloured.in_terminal(output::is_coloured()));
     }

@@ -1,53 +1,28 @@
 //! `lapidary run`: tensors in, tensors out.
 
-use std::collections::BTreeMap;
-
 use crate::cli::{Global, Run};
+use crate::tensors::Tensors;
 use crate::{loading, output};
-use anyhow::{Context, Result, bail, ensure};
-use lapidary_kernels::{DType, Device, Tensor};
+use anyhow::{Result, ensure};
+use lapidary_kernels::{DType, Tensor};
 use lapidary_model::{Input, Pass};
 use lapidary_signal::Trace;
 use serde_json::{Map, Value, json};
 
-/// Largest input file.
-const INPUT_BYTES: u64 = 1 << 30;
-
 pub fn run(arguments: &Run, global: &Global) -> Result<()> {
     let package = loading::package(&arguments.model, global)?;
     let path = &arguments.input;
-    let text = lapidary_model::files::read_text(path, INPUT_BYTES)?;
-    let inputs: BTreeMap<String, Value> = serde_json::from_str(&text)
-        .with_context(|| format!("{} is not a JSON object of tensors", path.display()))?;
-    let tensors = Tensors::new(&inputs, &loading::device(global)?)?;
+    let tensors = Tensors::read(path, &loading::device(global)?)?;
     let mut results = Map::new();
     for tower in &package.towers {
-        let input = match (tower.model.spec().vocabulary(), &tensors) {
-            (
-                Some(_),
-                Tensors {
-                    ids: Some(ids),
-                    token_types,
-                    ..
-                },
-            ) => Input::Tokens {
-                ids: ids.clone(),
-                token_types: token_types.clone(),
-            },
-            (
-                None,
-                Tensors {
-                    pixels: Some(pixels),
-                    ..
-                },
-            ) => Input::Pixels(pixels.clone()),
-            (Some(_), _) if package.towers.len() == 1 => {
-                bail!("input_ids is missing from {}", path.display())
-            }
-            (None, _) if package.towers.len() == 1 => {
-                bail!("pixel_values is missing from {}", path.display())
-            }
-            _ => continue,
+        let Some(input) = tensors.input(&tower.model) else {
+            ensure!(
+                package.towers.len() > 1,
+                "{} is missing from {}",
+                Tensors::wanted(&tower.model),
+                path.display()
+            );
+            continue;
         };
         let mut trace = Trace::new();
         for glob in &arguments.sites {
@@ -102,124 +77,6 @@ pub fn run(arguments: &Run, global: &Global) -> Result<()> {
         return output::print_json(&document);
     }
     output::print(&summary(&document, ""))
-}
-
-struct Tensors {
-    ids: Option<Tensor>,
-    token_types: Option<Tensor>,
-    padding: Option<Tensor>,
-    pixels: Option<Tensor>,
-}
-
-impl Tensors {
-    fn new(inputs: &BTreeMap<String, Value>, device: &Device) -> Result<Self> {
-        const KNOWN: [&str; 4] = [
-            "input_ids",
-            "attention_mask",
-            "token_type_ids",
-            "pixel_values",
-        ];
-        if let Some(unknown) = inputs.keys().find(|name| !KNOWN.contains(&name.as_str())) {
-            bail!(
-                "input {unknown:?} is unknown, but must be one of {}",
-                KNOWN.join(", ")
-            );
-        }
-        let whole = |name: &str| -> Result<Option<Tensor>> {
-            let Some(value) = inputs.get(name) else {
-                return Ok(None);
-            };
-            let tensor = parse(name, value, device)?;
-            let (shape, values) = (
-                tensor.dims().to_vec(),
-                tensor.flatten_all()?.to_vec1::<f64>()?,
-            );
-            ensure!(
-                shape.len() == 2,
-                "{name} has shape {shape:?}, but must be [batch, length]"
-            );
-            let valid = |v: &f64| *v >= 0.0 && v.fract() == 0.0 && *v < f64::from(u32::MAX);
-            if let Some(wrong) = values.iter().find(|value| !valid(value)) {
-                bail!("{name} holds {wrong}, but must hold whole numbers of at least 0");
-            }
-            let values: Vec<u32> = values.into_iter().map(|value| value as u32).collect();
-            Ok(Some(Tensor::from_vec(values, shape, device)?))
-        };
-        let ids = whole("input_ids")?;
-        let padding = whole("attention_mask")?;
-        for (name, other) in [
-            ("attention_mask", &padding),
-            ("token_type_ids", &whole("token_type_ids")?),
-        ] {
-            if let (Some(ids), Some(other)) = (&ids, other) {
-                ensure!(
-                    ids.dims() == other.dims(),
-                    "{name} has shape {:?}, but must have that of input_ids, {:?}",
-                    other.dims(),
-                    ids.dims()
-                );
-            }
-        }
-        let pixels = match inputs.get("pixel_values") {
-            Some(value) => Some(parse("pixel_values", value, device)?.to_dtype(DType::F32)?),
-            None => None,
-        };
-        Ok(Self {
-            ids,
-            token_types: whole("token_type_ids")?,
-            padding: padding.map(|mask| mask.ne(0u32)).transpose()?,
-            pixels,
-        })
-    }
-}
-
-/// A nested list of numbers as a tensor of `f64`.
-fn parse(name: &str, value: &Value, device: &Device) -> Result<Tensor> {
-    let mut shape = Vec::new();
-    let mut level = value;
-    while let Value::Array(items) = level {
-        ensure!(shape.len() < 8, "{name} is nested deeper than 8 lists");
-        shape.push(items.len());
-        match items.first() {
-            Some(first) => level = first,
-            None => bail!("{name} holds an empty list; give at least one number"),
-        }
-    }
-    let mut values = Vec::new();
-    flatten(name, value, &shape, &mut values)?;
-    Ok(Tensor::from_vec(values, shape, device)?)
-}
-
-fn flatten(name: &str, value: &Value, shape: &[usize], values: &mut Vec<f64>) -> Result<()> {
-    match (value, shape) {
-        (Value::Array(items), [length, rest @ ..]) => {
-            ensure!(
-                items.len() == *length,
-                "{name} is ragged: one list has {} entries and another {length}",
-                items.len()
-            );
-            items
-                .iter()
-                .try_for_each(|item| flatten(name, item, rest, values))
-        }
-        (Value::Number(number), []) => {
-            values.push(
-                number
-                    .as_f64()
-                    .with_context(|| format!("{name} holds {number}"))?,
-            );
-            Ok(())
-        }
-        (other, _) => {
-            let found = match other {
-                Value::Array(_) => "a list in the place of a number".to_owned(),
-                Value::Object(_) => "an object".to_owned(),
-                Value::String(_) => "a text".to_owned(),
-                short => short.to_string(),
-            };
-            bail!("{name} holds {found}, but must be a list of numbers, nested evenly")
-        }
-    }
 }
 
 /// A tensor as nested lists, at full precision.
