@@ -5,6 +5,10 @@
     python tests/oracles/families.py gpt2 llama           only these
     python tests/oracles/families.py --verify DIR         does transformers load DIR, and agree?
     python tests/oracles/families.py --verify DIR --case tests/fixtures/families/gpt2/case.safetensors
+    python tests/oracles/families.py --round-trip target/debug/examples/copy
+
+The last one has every fixture loaded and saved by Lapidary (`cargo build -p lapidary-model --example
+copy`) and loads what was saved with transformers.
 
 Each fixture is a Hugging Face directory (`config.json`, `model.safetensors` or shards, tokenizer
 files) beside `case.safetensors`, which holds inputs under their Hugging Face names and the f32
@@ -22,7 +26,9 @@ The fixtures are kept in the repository, so that no test needs Python.
 import argparse
 import json
 import shutil
+import subprocess
 import sys
+import tempfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -459,23 +465,46 @@ def write_versions() -> None:
     (ROOT / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
-def verify(directory: Path, case: Path) -> None:
-    """Loads a directory with transformers and compares its outputs with a stored case."""
+def compare(directory: Path, case: Path) -> dict[str, float]:
+    """Loads a directory with transformers; how far each output is from that of a stored case."""
     stored = load_file(case)
     inputs = {name: value for name, value in stored.items() if not name.startswith("expected.")}
     routers = any(name.startswith("expected.router_logits") for name in stored)
     found = outputs(load_model(directory), inputs, MOE_OUTPUTS if routers else [])
-    worst = 0.0
+    differences = {}
     for name, expected in sorted(stored.items()):
         if name.startswith("expected."):
             if name not in found:
                 sys.exit(f"{directory}: transformers computes no {name}")
-            difference = (found[name] - expected).abs().max().item()
-            worst = max(worst, difference)
-            print(f"{difference:12.3e}  {name} {list(expected.shape)}")
+            differences[name] = (found[name] - expected).abs().max().item()
+    return differences
+
+
+def verify(directory: Path, case: Path) -> None:
+    """Prints how far the outputs of a directory are from those of a case, and fails if too far."""
+    differences = compare(directory, case)
+    for name, difference in differences.items():
+        print(f"{difference:12.3e}  {name}")
+    worst = max(differences.values())
     print(f"largest difference {worst:.3e}, tolerance {TOLERANCE:.0e}")
     if not worst <= TOLERANCE:
         sys.exit(1)
+
+
+def round_trip(copy: Path, names: list[str]) -> None:
+    """Has each fixture loaded and saved by `copy FROM TO`, and loads that with transformers."""
+    failed = False
+    print(f"{'fixture':28} {'outputs':>7} {'largest difference':>20}")
+    for name in names:
+        with tempfile.TemporaryDirectory() as parent:
+            saved = Path(parent) / "saved"
+            subprocess.run([copy, ROOT / name, saved], check=True, stdout=subprocess.DEVNULL)
+            differences = compare(saved, ROOT / name / "case.safetensors")
+        worst = max(differences.values())
+        failed |= not worst <= TOLERANCE
+        print(f"{name:28} {len(differences):7} {worst:20.3e}")
+    if failed:
+        sys.exit(f"some are further than {TOLERANCE:.0e}")
 
 
 def main() -> None:
@@ -483,6 +512,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="fixtures to write (all)")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="a directory to load and compare")
     parser.add_argument("--case", type=Path, help="the case to compare with (DIR/case.safetensors)")
+    parser.add_argument("--round-trip", type=Path, metavar="COPY", help="a program that loads and saves")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -493,7 +523,11 @@ def main() -> None:
     unknown = set(arguments.names) - set(FAMILIES)
     if unknown:
         parser.error(f"unknown {sorted(unknown)}; there are {', '.join(FAMILIES)}")
-    for name in arguments.names or FAMILIES:
+    names = arguments.names or list(FAMILIES)
+    if arguments.round_trip:
+        round_trip(arguments.round_trip, names)
+        return
+    for name in names:
         make(name)
     write_versions()
 
