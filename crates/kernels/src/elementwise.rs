@@ -100,11 +100,15 @@ impl CustomOp1 for Pointwise {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Candle<(CpuStorage, Shape)> {
         let y = by_dtype!(host::dtype(storage), T => {
             let x = host::ordered::<T>(storage, layout)?;
-            let y = with_constant!(self.activation, A => match self.what {
-                What::Value => map(&x, #[inline(always)] |x| value(A, x)),
-                What::Tangent => map(&x, #[inline(always)] |x| tangent(A, x)),
-                What::Secant => map(&x, #[inline(always)] |x| secant(A, x)),
-            });
+            let y = match self.what {
+                What::Value => values(self.activation, &x),
+                What::Tangent => with_constant!(self.activation, A => {
+                    map(&x, #[inline(always)] |x| tangent(A, x))
+                }),
+                What::Secant => with_constant!(self.activation, A => {
+                    map(&x, #[inline(always)] |x| secant(A, x))
+                }),
+            };
             Ok(T::to_cpu_storage_owned(y))
         })?;
         Ok((y, layout.shape().clone()))
@@ -113,13 +117,20 @@ impl CustomOp1 for Pointwise {
     fn bwd(&self, x: &Tensor, _: &Tensor, gradient: &Tensor) -> Candle<Option<Tensor>> {
         let (x_host, g_host) = (Host::new(x), Host::new(gradient));
         by_dtype!(x.dtype(), T => {
-            let (values, g) = (x_host.ordered::<T>()?, g_host.ordered::<T>()?);
-            let dx = with_constant!(self.activation, A => zip(&values, &g, #[inline(always)] |x, g| {
-                g * tangent(A, x)
-            }));
+            let dx = chain(self.activation, &x_host.ordered::<T>()?, &g_host.ordered::<T>()?);
             host::tensor(dx, x.dims()).map(Some)
         })
     }
+}
+
+/// `f(x)` of each element.
+pub(crate) fn values<T: Real>(activation: Activation, x: &[T]) -> Vec<T> {
+    with_constant!(activation, A => map(x, #[inline(always)] |x| value(A, x)))
+}
+
+/// The chain rule, `g f'(x)` of each element.
+pub(crate) fn chain<T: Real>(activation: Activation, x: &[T], g: &[T]) -> Vec<T> {
+    with_constant!(activation, A => zip(x, g, #[inline(always)] |x, g| g * tangent(A, x)))
 }
 
 /// Elements that one parallel task handles at a time.

@@ -13,6 +13,7 @@
 //! `attention_mask` of Hugging Face.
 
 mod activation;
+mod add;
 mod attention;
 pub mod check;
 mod cross_entropy;
@@ -37,6 +38,7 @@ mod streams;
 mod test_data;
 
 pub use activation::Activation;
+pub use add::add;
 pub use attention::{attention, merged_attention};
 pub use candle_core::backprop::GradStore;
 pub use candle_core::{D, DType, Device, IndexOp, Shape, Tensor, TensorId, Var, WithDType};
@@ -45,7 +47,7 @@ pub use elementwise::{activate, activation_secant, activation_tangent};
 pub use error::{Error, Result};
 pub use fourier::{causal_depthwise_convolution, fft_convolution, inverse_real_fft, real_fft};
 pub use gather::{embedding, gather, scatter_add};
-pub use linear::linear;
+pub use linear::{linear, linear_activation};
 pub use norm::{layer_norm, rms_norm};
 pub use optimiser::{
     AdamW, AdamWOptions, OptimiserState, Parameter, Sgd, SgdOptions, global_gradient_norm,

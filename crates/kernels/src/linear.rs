@@ -1,14 +1,17 @@
-//! The affine map `y = x Wᵀ + b`.
+//! The affine map `z = x Wᵀ + b`, and `y = f(z)` where an activation follows.
 //!
 //! The bias is written into the result first and the product accumulates on it. The backward
-//! pass is `∂x = ∂y W`, `∂W = ∂yᵀ x`, `∂b = Σ_rows ∂y`.
+//! pass is `∂z = ∂y f'(z)`, `∂x = ∂z W`, `∂W = ∂zᵀ x`, `∂b = Σ_rows ∂z`. With the activation in the
+//! same operation, `z` and `∂z` are not tensors of the graph, whose every gradient costs passes of
+//! its own.
 
 use crate::host::{self, Host, Shared, by_dtype, fused, rows_and_width};
 use crate::product::{Into, Matrix, Threads, multiply};
 use crate::simd::{self, Real};
-use crate::{Error, Result, Tensor, naive};
+use crate::{Activation, Error, Result, Tensor, elementwise, naive};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape};
 use std::borrow::Cow;
+use std::sync::OnceLock;
 
 type Candle<T> = candle_core::Result<T>;
 
@@ -19,6 +22,19 @@ type Candle<T> = candle_core::Result<T>;
 /// # Errors
 /// When the shapes do not fit each other.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    linear_activation(x, weight, bias, Activation::Identity)
+}
+
+/// `f(x Wᵀ + b)`, with shapes as in [`linear`].
+///
+/// # Errors
+/// When the shapes do not fit each other.
+pub fn linear_activation(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    activation: Activation,
+) -> Result<Tensor> {
     let (output, input) = weight.dims2()?;
     if x.dims().last() != Some(&input) {
         return Err(Error::argument(
@@ -28,6 +44,10 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             format!("[.., {input}]"),
         ));
     }
+    let op = Linear {
+        activation,
+        preactivation: OnceLock::new(),
+    };
     match bias {
         Some(bias) if bias.dims() != [output] => Err(Error::argument(
             "linear",
@@ -35,13 +55,17 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             bias.dims(),
             format!("[{output}]"),
         )),
-        Some(bias) if fused(&[x, weight, bias]) => Ok(x.apply_op3(weight, bias, Linear)?),
-        None if fused(&[x, weight]) => Ok(x.apply_op2(weight, Linear)?),
-        _ => naive::linear(x, weight, bias),
+        Some(bias) if fused(&[x, weight, bias]) => Ok(x.apply_op3(weight, bias, op)?),
+        None if fused(&[x, weight]) => Ok(x.apply_op2(weight, op)?),
+        _ => naive::activate(&naive::linear(x, weight, bias)?, activation),
     }
 }
 
-struct Linear;
+struct Linear {
+    activation: Activation,
+    /// `z`, where an activation follows it.
+    preactivation: OnceLock<Tensor>,
+}
 
 /// A tensor seen as a matrix of its last dimension, copied only where no stride describes it.
 struct Flat<'a, T: Clone> {
@@ -104,43 +128,101 @@ fn uniform_row_stride(layout: &Layout) -> Option<usize> {
     Some(uniform.unwrap_or(dims[leading]))
 }
 
-fn forward<T: Real>(
-    x: (&CpuStorage, &Layout),
-    weight: (&CpuStorage, &Layout),
-    bias: Option<(&CpuStorage, &Layout)>,
-) -> Candle<(CpuStorage, Shape)> {
-    let x_flat = Flat::<T>::new(x.0, x.1)?;
-    let w = Flat::<T>::new(weight.0, weight.1)?;
-    let (rows, output) = (x_flat.rows, w.rows);
-    let mut y = host::unwritten(rows * output);
-    let into = match bias {
-        Some((storage, layout)) => {
-            let bias = host::ordered::<T>(storage, layout)?;
-            for row in y.chunks_exact_mut(output.max(1)) {
-                row.copy_from_slice(&bias);
+impl Linear {
+    fn forward<T: Real>(
+        &self,
+        x: (&CpuStorage, &Layout),
+        weight: (&CpuStorage, &Layout),
+        bias: Option<(&CpuStorage, &Layout)>,
+    ) -> Candle<(CpuStorage, Shape)> {
+        let x_flat = Flat::<T>::new(x.0, x.1)?;
+        let w = Flat::<T>::new(weight.0, weight.1)?;
+        let (rows, output) = (x_flat.rows, w.rows);
+        let mut y = host::unwritten(rows * output);
+        let into = match bias {
+            Some((storage, layout)) => {
+                let bias = host::ordered::<T>(storage, layout)?;
+                for row in y.chunks_exact_mut(output.max(1)) {
+                    row.copy_from_slice(&bias);
+                }
+                Into::Add
             }
-            Into::Add
+            None => Into::Replace,
+        };
+        multiply(
+            &mut y,
+            output,
+            into,
+            T::one(),
+            x_flat.matrix(),
+            w.matrix().transposed(),
+            Threads::All,
+        );
+        let mut dims = x.1.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = output;
         }
-        None => Into::Replace,
-    };
-    multiply(
-        &mut y,
-        output,
-        into,
-        T::one(),
-        x_flat.matrix(),
-        w.matrix().transposed(),
-        Threads::All,
-    );
-    let mut dims = x.1.dims().to_vec();
-    if let Some(last) = dims.last_mut() {
-        *last = output;
+        if self.activation != Activation::Identity {
+            let z = std::mem::take(&mut y);
+            y = elementwise::values(self.activation, &z);
+            // A second forward of the same operation would give the same numbers.
+            let _ = self.preactivation.set(host::tensor(z, &dims[..])?);
+        }
+        Ok((T::to_cpu_storage_owned(y), Shape::from(dims)))
     }
-    Ok((T::to_cpu_storage_owned(y), Shape::from(dims)))
+
+    fn backward<T: Real>(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        gradient: &Tensor,
+    ) -> Candle<[Option<Tensor>; 3]> {
+        let (x_host, w_host, g_host) = (Host::new(x), Host::new(weight), Host::new(gradient));
+        let x_flat = Flat::<T>::new(x_host.storage()?, x_host.layout)?;
+        let w = Flat::<T>::new(w_host.storage()?, w_host.layout)?;
+        let g = match self.preactivation.get() {
+            Some(z) => {
+                let z = Host::new(z);
+                let slope =
+                    elementwise::chain(self.activation, &z.ordered::<T>()?, &g_host.ordered()?);
+                Cow::Owned(slope)
+            }
+            None => g_host.ordered::<T>()?,
+        };
+        let (rows, input, output) = (x_flat.rows, w.columns, w.rows);
+        let g_matrix = Matrix::packed(&g, rows, output);
+        let product = |a, b, dims: &[usize], width: usize| {
+            let mut result = host::unwritten::<T>(dims.iter().product());
+            multiply(
+                &mut result,
+                width,
+                Into::Replace,
+                T::one(),
+                a,
+                b,
+                Threads::All,
+            );
+            host::tensor(result, dims)
+        };
+        let dx = x
+            .track_op()
+            .then(|| product(g_matrix, w.matrix(), x.dims(), input))
+            .transpose()?;
+        let dw = weight
+            .track_op()
+            .then(|| product(g_matrix.transposed(), x_flat.matrix(), weight.dims(), input))
+            .transpose()?;
+        let db = bias
+            .filter(|bias| bias.track_op())
+            .map(|bias| host::tensor(sum_rows(&g, output), bias.dims()))
+            .transpose()?;
+        Ok([dx, dw, db])
+    }
 }
 
 /// Sum of the rows of a matrix, in a fixed order.
-fn sum_rows<T: Real>(matrix: &[T], columns: usize) -> Vec<T> {
+pub(crate) fn sum_rows<T: Real>(matrix: &[T], columns: usize) -> Vec<T> {
     let mut total = vec![T::zero(); columns];
     if columns == 0 || matrix.is_empty() {
         return total;
@@ -180,46 +262,6 @@ fn sum_rows<T: Real>(matrix: &[T], columns: usize) -> Vec<T> {
     total
 }
 
-fn backward<T: Real>(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    gradient: &Tensor,
-) -> Candle<[Option<Tensor>; 3]> {
-    let (x_host, w_host, g_host) = (Host::new(x), Host::new(weight), Host::new(gradient));
-    let x_flat = Flat::<T>::new(x_host.storage()?, x_host.layout)?;
-    let w = Flat::<T>::new(w_host.storage()?, w_host.layout)?;
-    let g = g_host.ordered::<T>()?;
-    let (rows, input, output) = (x_flat.rows, w.columns, w.rows);
-    let g_matrix = Matrix::packed(&g, rows, output);
-    let product = |a, b, dims: &[usize], width: usize| {
-        let mut result = host::unwritten::<T>(dims.iter().product());
-        multiply(
-            &mut result,
-            width,
-            Into::Replace,
-            T::one(),
-            a,
-            b,
-            Threads::All,
-        );
-        host::tensor(result, dims)
-    };
-    let dx = x
-        .track_op()
-        .then(|| product(g_matrix, w.matrix(), x.dims(), input))
-        .transpose()?;
-    let dw = weight
-        .track_op()
-        .then(|| product(g_matrix.transposed(), x_flat.matrix(), weight.dims(), input))
-        .transpose()?;
-    let db = bias
-        .filter(|bias| bias.track_op())
-        .map(|bias| host::tensor(sum_rows(&g, output), bias.dims()))
-        .transpose()?;
-    Ok([dx, dw, db])
-}
-
 impl CustomOp2 for Linear {
     fn name(&self) -> &'static str {
         "linear"
@@ -232,7 +274,7 @@ impl CustomOp2 for Linear {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Candle<(CpuStorage, Shape)> {
-        by_dtype!(host::dtype(x), T => forward::<T>((x, x_layout), (weight, weight_layout), None))
+        by_dtype!(host::dtype(x), T => self.forward::<T>((x, x_layout), (weight, weight_layout), None))
     }
 
     fn bwd(
@@ -242,7 +284,7 @@ impl CustomOp2 for Linear {
         _: &Tensor,
         gradient: &Tensor,
     ) -> Candle<(Option<Tensor>, Option<Tensor>)> {
-        let [dx, dw, _] = by_dtype!(x.dtype(), T => backward::<T>(x, weight, None, gradient))?;
+        let [dx, dw, _] = by_dtype!(x.dtype(), T => self.backward::<T>(x, weight, None, gradient))?;
         Ok((dx, dw))
     }
 }
@@ -261,7 +303,7 @@ impl CustomOp3 for Linear {
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> Candle<(CpuStorage, Shape)> {
-        by_dtype!(host::dtype(x), T => forward::<T>(
+        by_dtype!(host::dtype(x), T => self.forward::<T>(
             (x, x_layout),
             (weight, weight_layout),
             Some((bias, bias_layout)),
@@ -277,7 +319,7 @@ impl CustomOp3 for Linear {
         gradient: &Tensor,
     ) -> Candle<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let [dx, dw, db] =
-            by_dtype!(x.dtype(), T => backward::<T>(x, weight, Some(bias), gradient))?;
+            by_dtype!(x.dtype(), T => self.backward::<T>(x, weight, Some(bias), gradient))?;
         Ok((dx, dw, db))
     }
 }
@@ -305,6 +347,22 @@ mod tests {
                     )
                 });
             }
+        }
+    }
+
+    #[test]
+    fn an_activation_after_it_equals_the_composition() {
+        for activation in Activation::ALL {
+            compare(1e-5, |dtype| {
+                let x = arange(&[2, 3, 17], 1.0, dtype);
+                let w = arange(&[33, 17], 2.0, dtype);
+                let b = arange(&[33], 3.0, dtype);
+                let plain = naive::linear(&x, &w, Some(&b)).unwrap();
+                (
+                    linear_activation(&x, &w, Some(&b), activation).unwrap(),
+                    naive::activate(&plain, activation).unwrap(),
+                )
+            });
         }
     }
 
@@ -339,7 +397,13 @@ mod tests {
         let w = arange(&[4, 5], 2.0, f64);
         let b = arange(&[4], 3.0, f64);
         let with_bias = |a: &[Tensor]| linear(&a[0], &a[1], Some(&a[2]));
-        assert!(gradient_error(with_bias, &[x.clone(), w.clone(), b]).unwrap() < 1e-8);
+        assert!(gradient_error(with_bias, &[x.clone(), w.clone(), b.clone()]).unwrap() < 1e-8);
+        for activation in [Activation::Gelu, Activation::Silu, Activation::Tanh] {
+            let f = |a: &[Tensor]| linear_activation(&a[0], &a[1], Some(&a[2]), activation);
+            assert!(gradient_error(f, &[x.clone(), w.clone(), b.clone()]).unwrap() < 1e-8);
+            let f = |a: &[Tensor]| linear_activation(&a[0], &a[1], None, activation);
+            assert!(gradient_error(f, &[x.clone(), w.clone()]).unwrap() < 1e-8);
+        }
         let transposed = |a: &[Tensor]| {
             let x = a[0].transpose(0, 1)?;
             linear(&x, &a[1].t()?, None)

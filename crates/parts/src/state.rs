@@ -40,7 +40,7 @@ impl DecodeState {
     }
 }
 
-/// Keys and values `[batch, groups, length, width]` in buffers that grow by doubling, so that
+/// Keys and values `[batch, length, groups · head_width]` in buffers that grow by doubling, so that
 /// appending a token copies one token.
 #[derive(Debug)]
 pub struct KeyValueCache {
@@ -52,7 +52,7 @@ pub struct KeyValueCache {
 impl KeyValueCache {
     /// A cache that holds `keys` and `values`.
     pub fn new(keys: &Tensor, values: &Tensor) -> Result<Self> {
-        let (_, _, length, _) = tensor(keys.dims4())?;
+        let (_, length, _) = tensor(keys.dims3())?;
         let capacity = (length + 1).next_power_of_two().max(16);
         Ok(Self {
             keys: grow(keys, capacity)?,
@@ -63,45 +63,45 @@ impl KeyValueCache {
 
     /// Appends and gives all keys and values so far.
     pub fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (batch, groups, added, width) = tensor(keys.dims4())?;
+        let (batch, added, width) = tensor(keys.dims3())?;
         let length = self.length + added;
-        let (known_batch, known_groups, capacity, known_width) = tensor(self.keys.dims4())?;
-        if (batch, groups, width) != (known_batch, known_groups, known_width) {
+        let (known_batch, capacity, known_width) = tensor(self.keys.dims3())?;
+        if (batch, width) != (known_batch, known_width) {
             return Err(Error::spec(
-                "batch, groups and head width of the decode state",
-                (known_batch, known_groups, known_width),
-                format!("{:?}, as in this pass", (batch, groups, width)),
+                "batch and width of the decode state",
+                (known_batch, known_width),
+                format!("{:?}, as in this pass", (batch, width)),
             ));
         }
         if length > capacity {
             let capacity = length.next_power_of_two();
-            self.keys = grow(&tensor(self.keys.narrow(2, 0, self.length))?, capacity)?;
-            self.values = grow(&tensor(self.values.narrow(2, 0, self.length))?, capacity)?;
+            self.keys = grow(&tensor(self.keys.narrow(1, 0, self.length))?, capacity)?;
+            self.values = grow(&tensor(self.values.narrow(1, 0, self.length))?, capacity)?;
         }
         tensor(
             self.keys
-                .slice_set(&tensor(keys.contiguous())?, 2, self.length),
+                .slice_set(&tensor(keys.contiguous())?, 1, self.length),
         )?;
         tensor(
             self.values
-                .slice_set(&tensor(values.contiguous())?, 2, self.length),
+                .slice_set(&tensor(values.contiguous())?, 1, self.length),
         )?;
         self.length = length;
         Ok((
-            tensor(self.keys.narrow(2, 0, length))?,
-            tensor(self.values.narrow(2, 0, length))?,
+            tensor(self.keys.narrow(1, 0, length))?,
+            tensor(self.values.narrow(1, 0, length))?,
         ))
     }
 }
 
 fn grow(x: &Tensor, capacity: usize) -> Result<Tensor> {
-    let (batch, groups, length, width) = tensor(x.dims4())?;
+    let (batch, length, width) = tensor(x.dims3())?;
     let buffer = tensor(Tensor::zeros(
-        (batch, groups, capacity, width),
+        (batch, capacity, width),
         x.dtype(),
         x.device(),
     ))?;
-    tensor(buffer.slice_set(&tensor(x.detach().contiguous())?, 2, 0))?;
+    tensor(buffer.slice_set(&tensor(x.detach().contiguous())?, 1, 0))?;
     debug_assert!(length <= capacity);
     Ok(buffer)
 }

@@ -1,7 +1,7 @@
 //! A linear layer's weights, dense or factorised.
 
 use crate::{Error, Result};
-use lapidary_kernels::{Tensor, linear};
+use lapidary_kernels::{Activation, Tensor, linear, linear_activation};
 
 /// The matrix of a linear layer.
 #[derive(Clone, Debug)]
@@ -103,18 +103,30 @@ impl Linear {
 
     /// Applies the layer to `x` `[.., input]`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        self.apply_with(x, self.bias.as_ref())
+        self.apply_activated(x, Activation::Identity)
+    }
+
+    /// Applies the layer, and an activation to what it gives.
+    pub fn apply_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        self.apply_with(x, self.bias.as_ref(), activation)
     }
 
     /// Applies the matrix alone.
     pub fn apply_without_bias(&self, x: &Tensor) -> Result<Tensor> {
-        self.apply_with(x, None)
+        self.apply_with(x, None, Activation::Identity)
     }
 
-    fn apply_with(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    fn apply_with(
+        &self,
+        x: &Tensor,
+        bias: Option<&Tensor>,
+        activation: Activation,
+    ) -> Result<Tensor> {
         Ok(match &self.weight {
-            Weight::Dense(weight) => linear(x, weight, bias)?,
-            Weight::LowRank { down, up } => linear(&linear(x, down, None)?, up, bias)?,
+            Weight::Dense(weight) => linear_activation(x, weight, bias, activation)?,
+            Weight::LowRank { down, up } => {
+                linear_activation(&linear(x, down, None)?, up, bias, activation)?
+            }
         })
     }
 }

@@ -8,8 +8,9 @@ use crate::relevance::AttentionRule;
 use crate::streams::Change;
 use crate::{Error, Lens, Linear, Result, Signal};
 use lapidary_kernels::{
-    Activation, AttentionOptions, DType, RotaryPairs, SoftmaxMask, Tensor, activate, attention,
-    causal_depthwise_convolution, layer_norm, linear_scan, naive, rms_norm, rotary, softmax,
+    Activation, AttentionOptions, DType, RotaryPairs, SoftmaxMask, Tensor, activate, add,
+    attention, causal_depthwise_convolution, layer_norm, linear_scan, merged_attention,
+    merged_rotary, naive, rms_norm, softmax,
 };
 
 /// Which lens a result of two signals is under, when at most one of them has one.
@@ -149,6 +150,14 @@ impl Signal {
         }
     }
 
+    /// [`Signal::linear`] and then [`Signal::activate`], one pass where no lens looks between.
+    pub fn linear_activate(&self, layer: &Linear, activation: Activation) -> Result<Self> {
+        match &self.lens {
+            Lens::Plain => Ok(Self::from(layer.apply_activated(&self.value, activation)?)),
+            _ => self.linear(layer)?.activate(activation),
+        }
+    }
+
     /// What feeds attention scores only. Streams are frozen there, so it is the value alone;
     /// under value-only relevance it is detached; otherwise the signal itself.
     pub fn for_scores(&self) -> Self {
@@ -163,7 +172,7 @@ impl Signal {
 
     /// Sum; shapes broadcast.
     pub fn add(&self, other: &Self) -> Result<Self> {
-        let value = tensor(self.value.broadcast_add(&other.value))?;
+        let value = add(&self.value, &other.value)?;
         match pair("add", self, other)? {
             Pair::Plain => Ok(Self::from(value)),
             Pair::Rules(one) => {
@@ -340,11 +349,36 @@ impl Signal {
             _ => {
                 let value = attention(&q.value, &k.value, &self.value, options)?;
                 if let Some(meter) = joined.meter() {
-                    count_attention(meter, q, k, self, &value, options)?;
+                    let heads = tensor(q.value.dim(1))?;
+                    count_attention(meter, heads, q, k, self, &value, options)?;
                 }
                 Ok(joined.carry(value))
             }
         }
+    }
+
+    /// [`Signal::attend`] with the heads side by side, as projections leave them: queries
+    /// `[batch, query, heads · width]` over keys and values `[batch, key, groups · width]`,
+    /// giving `[batch, query, heads · width]`. Heads are split only for a lens that looks at each.
+    pub fn attend_merged(
+        &self,
+        q: &Self,
+        k: &Self,
+        heads: usize,
+        groups: usize,
+        options: &AttentionOptions,
+    ) -> Result<Self> {
+        let joined = rules_of("attend_merged", &[self, q, k])?.unwrap_or(self);
+        if matches!(self.lens, Lens::Streams(_)) || matches!(joined.lens, Lens::Relevance(_)) {
+            let (q, k) = (q.split_heads(heads)?, k.split_heads(groups)?);
+            let mixed = self.split_heads(groups)?.attend(&q, &k, options)?;
+            return mixed.merge_heads();
+        }
+        let value = merged_attention(&q.value, &k.value, &self.value, heads, groups, options)?;
+        if let Some(meter) = joined.meter() {
+            count_attention(meter, heads, q, k, self, &value, options)?;
+        }
+        Ok(joined.carry(value))
     }
 
     /// Queries, keys and values as [`Signal::attend`] would use them, this signal being the
@@ -401,19 +435,25 @@ impl Signal {
         Ok(self.carry(value))
     }
 
-    /// Rotates pairs of features by position. Feeds scores only, so it has no streams rule of
-    /// its own but the linear one.
-    pub fn rotary(&self, cos: &Tensor, sin: &Tensor, pairs: RotaryPairs) -> Result<Self> {
-        let value = rotary(&self.value, cos, sin, pairs)?;
+    /// Rotates pairs of features of heads that lie side by side, `[batch, length, heads · width]`,
+    /// by position. Feeds scores only, so it has no streams rule of its own but the linear one.
+    pub fn rotary(
+        &self,
+        heads: usize,
+        cos: &Tensor,
+        sin: &Tensor,
+        pairs: RotaryPairs,
+    ) -> Result<Self> {
+        let value = merged_rotary(&self.value, heads, cos, sin, pairs)?;
         self.count(3, &[&self.value], &value);
         // A rotation mixes the features of a head, so streams over positions keep their axis.
         let rotate = |t: &Tensor, shift: usize| -> Result<Tensor> {
             if shift == 0 {
-                return Ok(rotary(t, cos, sin, pairs)?);
+                return Ok(merged_rotary(t, heads, cos, sin, pairs)?);
             }
             let shape = t.dims().to_vec();
             let folded = tensor(t.flatten(0, 1))?;
-            tensor(rotary(&folded, cos, sin, pairs)?.reshape(shape))
+            tensor(merged_rotary(&folded, heads, cos, sin, pairs)?.reshape(shape))
         };
         self.linear_map(&self.value, value, Change::Other, &rotate, Some)
     }
@@ -472,17 +512,22 @@ impl Signal {
     }
 }
 
-/// Both products of attention over the keys each query may see, and the softmax.
+/// Both products of attention over the keys each query may see, and the softmax. Whether heads
+/// are split or merged makes no difference to the sizes.
 fn count_attention(
     meter: &Meter,
+    heads: usize,
     q: &Signal,
     k: &Signal,
     v: &Signal,
     output: &Tensor,
     options: &AttentionOptions,
 ) -> Result<()> {
-    let (batch, heads, queries, width) = tensor(q.value.dims4())?;
-    let (_, _, keys, value_width) = tensor(v.value.dims4())?;
+    let batch = tensor(q.value.dim(0))?;
+    let length = |x: &Signal| tensor(x.value.dim(x.value.rank() - 2));
+    let (queries, keys) = (length(q)?, length(k)?);
+    let rows = (batch * heads * queries).max(1);
+    let (width, value_width) = (q.value.elem_count() / rows, output.elem_count() / rows);
     let kept = match &options.key_padding {
         Some(padding) => tensor(tensor(padding.to_dtype(DType::U8))?.to_vec2::<u8>())?,
         None => vec![vec![1; keys]; batch],

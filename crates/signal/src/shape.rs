@@ -94,6 +94,20 @@ impl Signal {
         })
     }
 
+    /// `[batch, length, heads · width] -> [batch, heads, length, width]`.
+    pub fn split_heads(&self, heads: usize) -> Result<Self> {
+        let (batch, length, width) = tensor(self.value.dims3())?;
+        self.reshape(&[batch, length, heads, width / heads.max(1)])?
+            .transpose(1, 2)
+    }
+
+    /// `[batch, heads, length, width] -> [batch, length, heads · width]`.
+    pub fn merge_heads(&self) -> Result<Self> {
+        let (batch, heads, length, width) = tensor(self.value.dims4())?;
+        self.transpose(1, 2)?
+            .reshape(&[batch, length, heads * width])
+    }
+
     /// Lays the elements out in order.
     pub fn contiguous(&self) -> Result<Self> {
         let map = |t: &Tensor, _: usize| tensor(t.contiguous());

@@ -3,8 +3,8 @@
 //! positions of [`crate::position`].
 //!
 //! ```text
-//! Q = x W_Qᵀ + b_Q                    [batch, heads, query, head_width]
-//! K, V = s W_Kᵀ + b_K, s W_Vᵀ + b_V   [batch, groups, key, head_width], s = x or the memory
+//! Q = x W_Qᵀ + b_Q                    [batch, query, heads · head_width]
+//! K, V = s W_Kᵀ + b_K, s W_Vᵀ + b_V   [batch, key, groups · head_width], s = x or the memory
 //! y = concat_h( softmax(scale · Q_h K_gᵀ + bias) V_g ) W_Oᵀ + b_O,   g = h · groups / heads
 //! ```
 //!
@@ -329,23 +329,14 @@ impl MultiHeadAttention {
         let q = site("query", x.for_scores().linear(&self.query)?)?;
         let k = site("key", source.for_scores().linear(&self.key)?)?;
         let v = site("value", source.linear_values(&self.value)?)?;
-        let q = self.split_heads(
-            &normalise(&q, &self.query_norm, self.whole_norm())?,
-            self.spec.heads,
-        )?;
-        let k = self.split_heads(
-            &normalise(&k, &self.key_norm, self.whole_norm())?,
-            self.spec.groups(),
-        )?;
-        let v = self.split_heads(&v, self.spec.groups())?;
-        let q = normalise(&q, &self.query_norm, !self.whole_norm())?;
-        let k = normalise(&k, &self.key_norm, !self.whole_norm())?;
+        let q = self.normalise(&q, &self.query_norm)?;
+        let k = self.normalise(&k, &self.key_norm)?;
         let (q, k) = self.rotate(q, k, cx.offset)?;
         let (k, v) = match state {
             Some(state) => recall(state, k, v)?,
             None => (k, v),
         };
-        let (queries, keys) = (q.dims()[2], k.dims()[2]);
+        let (queries, keys) = (q.dims()[1], k.dims()[1]);
         let options = AttentionOptions {
             scale: self
                 .spec
@@ -359,13 +350,7 @@ impl MultiHeadAttention {
                 .position
                 .bias(queries, keys, cx.offset, q.dtype(), q.device())?,
         };
-        let mixed = self.mix(&q, &k, &v, &options, cx)?;
-        let (batch, length) = (q.dims()[0], queries);
-        let mixed =
-            mixed
-                .transpose(1, 2)?
-                .reshape(&[batch, length, self.spec.heads * self.head_width])?;
-        let mixed = site("mixed", mixed)?;
+        let mixed = site("mixed", self.mix(&q, &k, &v, &options, cx)?)?;
         Ok(site("out", mixed.linear_output(&self.output)?)?)
     }
 
@@ -381,51 +366,56 @@ impl MultiHeadAttention {
     ) -> Result<Signal> {
         let wanted = cx.trace.wants(format_args!("{}.weights", self.path));
         let drops = cx.dropout_seed.is_some() && self.spec.dropout > 0.0;
+        let (heads, groups) = (self.spec.heads, self.spec.groups());
         if !wanted && !drops {
-            return Ok(v.attend(q, k, options)?);
+            return Ok(v.attend_merged(q, k, heads, groups, options)?);
         }
-        let (q, k, v) = v.share_attention(q, k)?;
+        let (q, k) = (q.split_heads(heads)?, k.split_heads(groups)?);
+        let (q, k, v) = v.split_heads(groups)?.share_attention(&q, &k)?;
         let weights = Signal::from(naive::attention_weights(q.value(), k.value(), options)?);
         let site = format_args!("{}.weights", self.path);
         let weights = cx.trace.site(site, weights)?;
         let weights = dropout(&weights, self.spec.dropout, site, cx)?;
         if let Lens::Meter(..) = v.lens() {
             // Counted as if fused, so that looking at the weights doesn't change the cost.
-            return Ok(v.attend(&q, &k, options)?);
+            return Ok(v.attend(&q, &k, options)?.merge_heads()?);
         }
-        Ok(v.mix(weights.value())?)
+        Ok(v.mix(weights.value())?.merge_heads()?)
     }
 
-    fn whole_norm(&self) -> bool {
-        self.spec
-            .query_key_norm
-            .as_ref()
-            .is_some_and(|norm| !norm.per_head)
-    }
-
-    /// `[batch, length, heads · width] -> [batch, heads, length, width]`.
-    fn split_heads(&self, x: &Signal, heads: usize) -> Result<Signal> {
-        let (batch, length, _) = tensor(x.value().dims3())?;
-        Ok(x.reshape(&[batch, length, heads, self.head_width])?
-            .transpose(1, 2)?)
+    /// Queries or keys `[batch, length, heads · width]`, normalised as the spec says: all heads
+    /// together or each by itself.
+    fn normalise(&self, x: &Signal, norm: &Option<Norm>) -> Result<Signal> {
+        match (norm, &self.spec.query_key_norm) {
+            (Some(norm), Some(QueryKeyNorm { per_head: true, .. })) => {
+                let (batch, length, width) = tensor(x.value().dims3())?;
+                let heads = width / self.head_width;
+                let each = x.reshape(&[batch, length, heads, self.head_width])?;
+                Ok(norm.forward(&each)?.reshape(&[batch, length, width])?)
+            }
+            (Some(norm), _) => norm.forward(x),
+            (None, _) => Ok(x.clone()),
+        }
     }
 
     fn rotate(&self, q: Signal, k: Signal, offset: usize) -> Result<(Signal, Signal)> {
         let Position::Rotary(rotary) = &self.position else {
             return Ok((q, k));
         };
-        let length = q.dims()[2];
+        let length = q.dims()[1];
         let (cos, sin) = rotary.tables(offset, length, q.dtype(), q.device())?;
         let pairs = rotary.pairs();
-        Ok((q.rotary(&cos, &sin, pairs)?, k.rotary(&cos, &sin, pairs)?))
+        let q = q.rotary(self.spec.heads, &cos, &sin, pairs)?;
+        let k = k.rotary(self.spec.groups(), &cos, &sin, pairs)?;
+        Ok((q, k))
     }
 }
 
 /// Keys and values of every token so far. Those of earlier tokens are constants to any lens.
 fn recall(state: &mut MixerState, k: Signal, v: Signal) -> Result<(Signal, Signal)> {
-    let new = k.dims()[2];
+    let new = k.dims()[1];
     let (keys, values) = state.cache(k.value(), v.value())?;
-    let earlier = keys.dims()[2] - new;
+    let earlier = keys.dims()[1] - new;
     let with_lens = |all: Tensor, latest: Signal| -> Result<Signal> {
         if earlier == 0 {
             return Ok(latest);
@@ -433,15 +423,8 @@ fn recall(state: &mut MixerState, k: Signal, v: Signal) -> Result<(Signal, Signa
         if matches!(latest.lens(), Lens::Plain) {
             return Ok(Signal::from(all));
         }
-        let past = Signal::from(tensor(all.narrow(2, 0, earlier))?);
-        Ok(Signal::concatenate(&[past, latest], 2)?)
+        let past = Signal::from(tensor(all.narrow(1, 0, earlier))?);
+        Ok(Signal::concatenate(&[past, latest], 1)?)
     };
     Ok((with_lens(keys, k)?, with_lens(values, v)?))
-}
-
-fn normalise(x: &Signal, norm: &Option<Norm>, now: bool) -> Result<Signal> {
-    match norm {
-        Some(norm) if now => norm.forward(x),
-        _ => Ok(x.clone()),
-    }
 }

@@ -54,7 +54,7 @@ impl Dense {
     /// Transforms each token of `x` `[batch, length, width]`.
     pub fn forward(&self, x: &Signal, cx: &Context<'_>) -> Result<Signal> {
         let x = cx.trace.site(format_args!("{}.in", self.path), x.clone())?;
-        let hidden = x.linear(&self.up)?.activate(self.activation.into())?;
+        let hidden = x.linear_activate(&self.up, self.activation.into())?;
         let hidden = cx
             .trace
             .site(format_args!("{}.hidden", self.path), hidden)?;

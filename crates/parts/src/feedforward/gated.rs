@@ -57,7 +57,7 @@ impl Gated {
     /// Transforms each token of `x` `[batch, length, width]`.
     pub fn forward(&self, x: &Signal, cx: &Context<'_>) -> Result<Signal> {
         let x = cx.trace.site(format_args!("{}.in", self.path), x.clone())?;
-        let gate = x.linear(&self.gate)?.activate(self.activation.into())?;
+        let gate = x.linear_activate(&self.gate, self.activation.into())?;
         let hidden = x.linear(&self.up)?.gate(&gate)?;
         let hidden = cx
             .trace

@@ -98,7 +98,7 @@ fn linear_operations() -> Vec<(&'static str, Operation)> {
         ),
         (
             "rotary",
-            Box::new(move |x| heads(x)?.rotary(&cos, &sin, RotaryPairs::Halves)),
+            Box::new(move |x| x.rotary(2, &cos, &sin, RotaryPairs::Halves)),
         ),
         ("scan", Box::new(move |x| x.scan(&decay))),
         ("mix", Box::new(move |x| heads(x)?.mix(&mixing))),
