@@ -8,6 +8,7 @@ use lapidary_kernels::{
     SoftmaxMask, Tensor, Var, naive,
 };
 use std::hint::black_box;
+use std::time::Duration;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -25,6 +26,8 @@ fn pair(
 ) {
     let mut group = c.benchmark_group(name);
     group.sample_size(10);
+    group.warm_up_time(Duration::from_millis(200));
+    group.measurement_time(Duration::from_millis(600));
     let variants: [(&str, &dyn Fn() -> Result<Tensor>); 2] = [("fused", &fused), ("plain", &plain)];
     for (variant, f) in variants {
         group.bench_function(format!("{variant} forward"), |b| {
@@ -49,6 +52,19 @@ fn transformer(c: &mut Criterion) {
         "linear",
         || lapidary_kernels::linear(&x, &w, Some(&b)),
         || naive::linear(&x, &w, Some(&b)),
+    );
+    pair(
+        c,
+        "linear and GELU",
+        || lapidary_kernels::linear_activation(&x, &w, Some(&b), Activation::Gelu),
+        || naive::activate(&naive::linear(&x, &w, Some(&b))?, Activation::Gelu),
+    );
+    let residual = random(&[2048, 256]);
+    pair(
+        c,
+        "residual sum",
+        || lapidary_kernels::add(&x, &residual),
+        || Ok((x.as_tensor() + residual.as_tensor())?),
     );
     let qkv = [(); 3].map(|_| random(&[8, 4, 256, 64]));
     let [q, k, v] = &qkv;

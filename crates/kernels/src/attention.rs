@@ -200,7 +200,7 @@ impl Attention {
             &Heads::new(kh.storage()?, kh.layout, p.groups)?,
             &Heads::new(vh.storage()?, vh.layout, p.groups)?,
             bias.as_ref(),
-            &saved::<T>(&self.log_sums, output, gradient)?,
+            &saved::<T>(&kept(&self.log_sums, output, gradient)?)?,
             false,
         );
         Ok([
@@ -211,19 +211,23 @@ impl Attention {
     }
 }
 
-/// What the backward pass needs of the forward one.
-fn saved<T: Real>(
-    log_sums: &OnceLock<Tensor>,
-    output: &Tensor,
-    gradient: &Tensor,
-) -> Candle<tiles::Saved<T>> {
+/// What the backward pass needs of the forward one: `L`, the output, and the gradient of that.
+fn kept<'a>(
+    log_sums: &'a OnceLock<Tensor>,
+    output: &'a Tensor,
+    gradient: &'a Tensor,
+) -> Candle<[Host<'a>; 3]> {
     let Some(log_sums) = log_sums.get() else {
         candle_core::bail!("attention: backward without forward")
     };
+    Ok([log_sums, output, gradient].map(Host::new))
+}
+
+fn saved<'a, T: Real>([log_sums, output, gradient]: &'a [Host; 3]) -> Candle<tiles::Saved<'a, T>> {
     Ok(tiles::Saved {
-        log_sums: Host::new(log_sums).ordered::<T>()?.into_owned(),
-        output: Host::new(output).ordered::<T>()?.into_owned(),
-        gradient: Host::new(gradient).ordered::<T>()?.into_owned(),
+        log_sums: log_sums.ordered()?,
+        output: output.ordered()?,
+        gradient: gradient.ordered()?,
     })
 }
 
@@ -300,7 +304,8 @@ impl CustomOp2 for PackedAttention {
             let flat = packed_host.ordered::<T>()?;
             let [q, k, v] = Heads::unpack(p, &flat);
             let bias_view = Heads::bias(p, bias_host.storage()?, bias_host.layout)?;
-            let saved = saved::<T>(&self.log_sums, output, gradient)?;
+            let kept = kept(&self.log_sums, output, gradient)?;
+            let saved = saved::<T>(&kept)?;
             let gradients = tiles::backward::<T>(
                 p, &q, &k, &v, Some(&bias_view), &saved, true,
             );

@@ -319,11 +319,11 @@ fn online_softmax<T: Real>(
 }
 
 /// What the backward pass takes over from the forward one.
-pub(super) struct Saved<T> {
-    pub(super) log_sums: Vec<T>,
+pub(super) struct Saved<'a, T: Clone> {
+    pub(super) log_sums: Cow<'a, [T]>,
     /// Merged, like the gradient with respect to it.
-    pub(super) output: Vec<T>,
-    pub(super) gradient: Vec<T>,
+    pub(super) output: Cow<'a, [T]>,
+    pub(super) gradient: Cow<'a, [T]>,
 }
 
 /// Gradients, packed in the order of the arguments; `bias` is `[batch, heads, query, key]`, or

@@ -136,5 +136,11 @@ proptest! {
         let v = Signal::from(numbers(&[1, 1, keys, 5], 3.0));
         v.attend(&q, &k, &options).unwrap();
         prop_assert_eq!(meter.total().flops, 2 * seen * (2 * 3 + 2 * 5 + 5));
+        let meter: Arc<Meter> = Meter::new();
+        let q = Signal::from(numbers(&[1, queries, 6], 1.0)).into_metered(meter.clone());
+        let k = Signal::from(numbers(&[1, keys, 3], 2.0));
+        let v = Signal::from(numbers(&[1, keys, 5], 3.0));
+        v.attend_merged(&q, &k, 2, 1, &options).unwrap();
+        prop_assert_eq!(meter.total().flops, 2 * seen * (2 * 3 + 2 * 5 + 5));
     }
 }

@@ -71,6 +71,18 @@ fn attention_of(x: &Signal, groups: usize) -> crate::Result<Signal> {
         .linear_output(&layer(WIDTH, WIDTH, true, 4.0))
 }
 
+/// [`attention_of`] with the heads left side by side.
+fn merged_attention_of(x: &Signal, groups: usize) -> crate::Result<Signal> {
+    let width = groups * 2;
+    let q = x.for_scores().linear(&layer(WIDTH, WIDTH, true, 1.0))?;
+    let k = x.for_scores().linear(&layer(WIDTH, width, true, 2.0))?;
+    let v = x.linear_values(&layer(WIDTH, width, true, 3.0))?;
+    let mut options = AttentionOptions::new(2);
+    options.causal = true;
+    v.attend_merged(&q, &k, 2, groups, &options)?
+        .linear_output(&layer(WIDTH, WIDTH, true, 4.0))
+}
+
 /// Maps that are linear without a constant, so that they act on each stream as on a value.
 fn linear_operations() -> Vec<(&'static str, Operation)> {
     let u32s = |v: &[u32]| Tensor::new(v, &Device::Cpu).unwrap();
@@ -204,6 +216,18 @@ fn other_operations() -> Vec<(&'static str, Operation)> {
         ("attention", Box::new(|x| attention_of(x, 2))),
         ("grouped attention", Box::new(|x| attention_of(x, 1))),
         (
+            "attention of merged heads",
+            Box::new(|x| merged_attention_of(x, 2)),
+        ),
+        (
+            "grouped attention of merged heads",
+            Box::new(|x| merged_attention_of(x, 1)),
+        ),
+        (
+            "linear and activation",
+            Box::new(|x| x.linear_activate(&layer(WIDTH, 5, true, 1.0), Activation::Gelu)),
+        ),
+        (
             "residual attention",
             Box::new(|x| x.add(&attention_of(x, 2)?)),
         ),
@@ -220,4 +244,20 @@ fn other_operations() -> Vec<(&'static str, Operation)> {
         all.push(("activation", Box::new(move |x| x.activate(activation))));
     }
     all
+}
+
+#[test]
+fn operations_of_one_pass_give_what_their_parts_give() {
+    for groups in [1, 2] {
+        let split = attention_of(&Signal::from(input()), groups).unwrap();
+        let merged = merged_attention_of(&Signal::from(input()), groups).unwrap();
+        assert_close(merged.value(), split.value(), 1e-12, "attention");
+    }
+    let up = layer(WIDTH, 5, true, 1.0);
+    let x = Signal::from(input());
+    for activation in Activation::ALL {
+        let apart = x.linear(&up).unwrap().activate(activation).unwrap();
+        let together = x.linear_activate(&up, activation).unwrap();
+        assert_close(together.value(), apart.value(), 1e-12, "activation");
+    }
 }

@@ -213,6 +213,17 @@ fn relevance_on_any_operand_of_attention_stays_on() {
 }
 
 #[test]
+fn merged_heads_share_relevance_as_split_ones_do() {
+    for rules in all_rules() {
+        for groups in [1, 2] {
+            let split = gradient(rules, &input(), |x| attention_of(x, groups).unwrap());
+            let merged = gradient(rules, &input(), |x| merged_attention_of(x, groups).unwrap());
+            assert_close(&merged, &split, 1e-12, "relevance of merged heads");
+        }
+    }
+}
+
+#[test]
 fn an_impossible_epsilon_is_refused() {
     for epsilon in [-1.0, f64::NAN] {
         let rules = RelevanceRules {
