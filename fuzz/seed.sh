@@ -2,7 +2,8 @@
 # Fills the corpora with the test fixtures.
 set -eu
 cd "$(dirname "$0")"
-for target in safetensors_reader config_reader tokenizer_reader tokenizer_input; do
+for target in safetensors_reader config_reader tokenizer_reader tokenizer_input \
+    model_spec_reader train_spec_reader; do
     mkdir -p "corpus/$target"
 done
 for family in ../tests/fixtures/families/*/; do
@@ -14,6 +15,10 @@ for family in ../tests/fixtures/families/*/; do
         cp "$family/tokenizer.json" "corpus/tokenizer_reader/$name"
     fi
 done
+cp ../crates/lapidary/embedded/train.toml corpus/train_spec_reader/embedded
+sed -n '/^\[model\]/,$p' ../crates/lapidary/embedded/train.toml |
+    sed 's/\[model\]//; s/model\.//' >corpus/model_spec_reader/embedded
+cp specs/*.toml specs/*.json corpus/model_spec_reader/
 # "w", an F32 tensor of shape [1], whole.
 header='{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}  '
 printf '\070\000\000\000\000\000\000\000%s\000\000\200\077' "$header" >corpus/safetensors_reader/whole

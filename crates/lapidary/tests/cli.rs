@@ -385,6 +385,16 @@ fn wrong_input_gets_one_sentence() {
         &["compress", "embedded", "--ratio", "1.5", "--out", "x"],
         &["1.5"],
     );
+    let most = usize::MAX.to_string();
+    let compress = ["compress", "embedded", "--ratio", "0.3", "--out", "x"];
+    refused(
+        &[&compress[..], &["--windows", &most]].concat(),
+        &["windows", "65536"],
+    );
+    refused(
+        &[&compress[..], &["--window", "0"]].concat(),
+        &["at least 1 token"],
+    );
     refused(
         &["generate", &family("bert-masked-lm"), "--prompt", "a"],
         &[],

@@ -57,8 +57,13 @@ impl Schedule {
                 expected,
             })
         };
-        if !(self.peak.is_finite() && self.peak >= 0.0) {
-            return refuse("peak rate", self.peak.to_string(), "finite, zero or more");
+        // Far above any that trains, and far below where a rate on the way there overflows.
+        if !(0.0..=1e6).contains(&self.peak) {
+            return refuse(
+                "peak rate",
+                self.peak.to_string(),
+                "between 0 and 1 000 000",
+            );
         }
         if !(0.0..=self.peak).contains(&self.floor) {
             return refuse(
@@ -145,6 +150,10 @@ mod tests {
         let bad = [
             Schedule {
                 peak: f64::NAN,
+                ..good
+            },
+            Schedule {
+                peak: 1e308,
                 ..good
             },
             Schedule { floor: 3.0, ..good },

@@ -19,12 +19,20 @@ use serde_json::json;
 /// Sequences in a forward pass that only measures.
 const BATCH: usize = 8;
 
+/// Windows to calibrate on, all of which are held.
+const MOST_WINDOWS: usize = 1 << 16;
+
 pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
     let method = method(&arguments.method)?;
     let ratio = arguments.ratio;
     ensure!(
         ratio > 0.0 && ratio < 1.0,
         "ratio is {ratio}, but must be above 0 and below 1: the share of weights to remove"
+    );
+    ensure!(
+        (1..=MOST_WINDOWS).contains(&arguments.windows),
+        "windows is {}, but must be between 1 and {MOST_WINDOWS}",
+        arguments.windows
     );
     let out = &arguments.out;
     ensure!(
@@ -44,7 +52,7 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
         (Some(path), _) => Some(calibration_data(&package, model, path, arguments, global)?),
         (None, false) if arguments.model == "embedded" => Some(loading::embedded_windows(
             arguments.windows,
-            arguments.window,
+            arguments.window.min(model.spec().length()),
         )?),
         (None, false) => bail!(
             "method {method} needs --calibrate FILE with {} like what the model is for; svd needs none",

@@ -27,7 +27,7 @@ pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// Bytes of a part of a long text.
 const CHUNK: usize = 1 << 14;
-const CHUNKS_AT_A_TIME: usize = 256;
+const CHUNKS_AT_A_TIME: usize = 32;
 
 /// Splits text into the tokens of a model.
 ///
