@@ -34,6 +34,14 @@ pub(crate) trait Real: WithDType + Neg<Output = Self> + Default + std::iter::Sum
     fn tanh(self) -> Self;
     fn erf(self) -> Self;
     fn order(&self, other: &Self) -> std::cmp::Ordering;
+    /// The same numbers, if they are `f32`.
+    fn single(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+    /// The same numbers to be changed, if they are `f32`.
+    fn single_mut(_: &mut [Self]) -> Option<&mut [f32]> {
+        None
+    }
     /// The numbers in a storage of this type, to be changed.
     fn slice_mut(storage: &mut CpuStorage) -> candle_core::Result<&mut [Self]>;
 
@@ -86,6 +94,14 @@ const fn leading<const N: usize>(all: [f64; 14]) -> [f64; N] {
 
 impl Real for f32 {
     const NEG_INFINITY: Self = f32::NEG_INFINITY;
+
+    fn single(numbers: &[Self]) -> Option<&[f32]> {
+        Some(numbers)
+    }
+
+    fn single_mut(numbers: &mut [Self]) -> Option<&mut [f32]> {
+        Some(numbers)
+    }
 
     fn slice_mut(storage: &mut CpuStorage) -> candle_core::Result<&mut [Self]> {
         match storage {

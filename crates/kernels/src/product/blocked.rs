@@ -1,0 +1,276 @@
+//! Products of `f32` matrices, blocked for the caches.
+//!
+//! `B` is copied into panels as wide as the registers of a tile hold, a block of the inner
+//! dimension at a time; `A` is read where it lies when its rows do, and copied when it is
+//! transposed. A tile of the result stays in registers while the block's depth passes by. Each
+//! thread makes whole rows or whole columns of the result and the panels it needs, so that threads
+//! meet once per product; and every number is summed in the same order whatever their count.
+
+use super::{Matrix, extent};
+use pulp::{Simd, WithSimd};
+
+/// Inner dimension of a block.
+const DEPTH: usize = 384;
+/// Columns of a block of `B`, which stays in the second cache: a multiple of every panel's width.
+const COLUMNS: usize = 384;
+/// Registers across a tile.
+const ACROSS: usize = 3;
+/// Rows and columns that a thread's share of a result is best a multiple of.
+pub(super) const TILE_ROWS: usize = 8;
+pub(super) const PANEL_COLUMNS: usize = 48;
+
+/// What a thread makes: rows and columns of `result (+)= scale · a b`.
+pub(super) struct Task<'a> {
+    pub(super) result: *mut f32,
+    pub(super) row_stride: usize,
+    pub(super) add: bool,
+    pub(super) scale: f32,
+    pub(super) a: Matrix<'a, f32>,
+    pub(super) b: Matrix<'a, f32>,
+}
+
+impl Task<'_> {
+    /// # Safety
+    /// `result` must be valid for the rows of the product, and nobody else use them meanwhile.
+    pub(super) unsafe fn run(self) {
+        assert_eq!(self.a.columns, self.b.rows);
+        let Self { a, b, .. } = &self;
+        assert!(extent(a.rows, a.columns, a.row_stride, a.column_stride) <= a.data.len());
+        assert!(extent(b.rows, b.columns, b.row_stride, b.column_stride) <= b.data.len());
+        pulp::Arch::new().dispatch(self);
+    }
+}
+
+impl WithSimd for Task<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        // A tile of 8 × 3 registers wants 28 of them, one of 4 × 3 wants 16.
+        // SAFETY: by the contract of `run`.
+        unsafe {
+            if S::F32_LANES >= 16 {
+                self.blocks::<S, TILE_ROWS>(simd)
+            } else {
+                self.blocks::<S, 4>(simd)
+            }
+        }
+    }
+}
+
+impl Task<'_> {
+    #[inline(always)]
+    unsafe fn blocks<S: Simd, const ROWS: usize>(&self, simd: S) {
+        let (a, b) = (&self.a, &self.b);
+        let (m, k, n) = (a.rows, a.columns, b.columns);
+        let panel = ACROSS * S::F32_LANES;
+        let mut packed_b = vec![0f32; DEPTH.min(k) * COLUMNS.min(n).next_multiple_of(panel)];
+        let mut packed_a = [0f32; TILE_ROWS * DEPTH];
+        for p in (0..k).step_by(DEPTH) {
+            let depth = DEPTH.min(k - p);
+            for left in (0..n).step_by(COLUMNS) {
+                let columns = COLUMNS.min(n - left);
+                for j in (0..columns).step_by(panel) {
+                    let to = &mut packed_b[j * depth..][..panel * depth];
+                    pack(
+                        b,
+                        p..p + depth,
+                        left + j..left + columns.min(j + panel),
+                        to,
+                        S::F32_LANES,
+                    );
+                }
+                for i in (0..m).step_by(ROWS) {
+                    let rows = ROWS.min(m - i);
+                    // SAFETY: rows past the last are read as the last; within `a` as `run` checked.
+                    let (starts, step) = unsafe {
+                        let at = |row: usize| {
+                            a.data
+                                .as_ptr()
+                                .add((i + row.min(rows - 1)) * a.row_stride + p * a.column_stride)
+                        };
+                        if a.column_stride == 1 {
+                            (std::array::from_fn::<_, ROWS, _>(at), 1)
+                        } else {
+                            for (q, to) in packed_a.chunks_exact_mut(ROWS).take(depth).enumerate() {
+                                if a.row_stride == 1 && rows == ROWS {
+                                    let from = at(0).add(q * a.column_stride).cast::<[f32; ROWS]>();
+                                    to.copy_from_slice(&from.read());
+                                } else {
+                                    for (row, to) in to.iter_mut().enumerate() {
+                                        *to = *at(row).add(q * a.column_stride);
+                                    }
+                                }
+                            }
+                            let start = packed_a.as_ptr();
+                            (
+                                std::array::from_fn::<_, ROWS, _>(|row| start.add(row)),
+                                ROWS,
+                            )
+                        }
+                    };
+                    for j in (0..columns).step_by(panel) {
+                        let width = panel.min(columns - j);
+                        // SAFETY: the panel was packed above, the place is in the result.
+                        unsafe {
+                            let from = packed_b.as_ptr().add(j * depth);
+                            let to = self.result.add(i * self.row_stride + left + j);
+                            let add = self.add || p > 0;
+                            match width.div_ceil(S::F32_LANES) {
+                                1 => self.tile::<S, ROWS, 1>(
+                                    simd, depth, starts, step, from, to, rows, width, add,
+                                ),
+                                2 => self.tile::<S, ROWS, 2>(
+                                    simd, depth, starts, step, from, to, rows, width, add,
+                                ),
+                                _ => self.tile::<S, ROWS, 3>(
+                                    simd, depth, starts, step, from, to, rows, width, add,
+                                ),
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// A tile of `ROWS × V` registers, of which `rows × width` numbers are wanted.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn tile<S: Simd, const ROWS: usize, const V: usize>(
+        &self,
+        simd: S,
+        depth: usize,
+        a: [*const f32; ROWS],
+        step: usize,
+        b: *const f32,
+        to: *mut f32,
+        rows: usize,
+        width: usize,
+        add: bool,
+    ) {
+        let mut sum = [[simd.splat_f32s(0.0); V]; ROWS];
+        // SAFETY: `depth` numbers lie `step` apart at each of `a`, and as many rows at `b`.
+        unsafe {
+            let mut b = b.cast::<S::f32s>();
+            let mut at = 0;
+            for _ in 0..depth {
+                let row: [S::f32s; V] = std::array::from_fn(
+                    #[inline(always)]
+                    |v| b.add(v).read_unaligned(),
+                );
+                for i in 0..ROWS {
+                    let x = simd.splat_f32s(*a[i].add(at));
+                    for v in 0..V {
+                        sum[i][v] = simd.mul_add_f32s(x, row[v], sum[i][v]);
+                    }
+                }
+                b = b.add(V);
+                at += step;
+            }
+        }
+        let scale = simd.splat_f32s(self.scale);
+        if rows == ROWS && width == V * S::F32_LANES {
+            for i in 0..ROWS {
+                for v in 0..V {
+                    // SAFETY: a whole tile lies in the result.
+                    unsafe {
+                        let to = to.add(i * self.row_stride).cast::<S::f32s>().add(v);
+                        let value = match add {
+                            true => simd.mul_add_f32s(scale, sum[i][v], to.read_unaligned()),
+                            false => simd.mul_f32s(scale, sum[i][v]),
+                        };
+                        to.write_unaligned(value);
+                    }
+                }
+            }
+        } else {
+            // Written whole to a place of its own, so that the sums stay in registers above.
+            let mut whole = [0f32; TILE_ROWS * PANEL_COLUMNS];
+            for i in 0..ROWS {
+                for v in 0..V {
+                    // SAFETY: the place holds the largest tile.
+                    unsafe {
+                        let at = whole.as_mut_ptr().add((i * V + v) * S::F32_LANES);
+                        at.cast::<S::f32s>()
+                            .write_unaligned(simd.mul_f32s(scale, sum[i][v]));
+                    }
+                }
+            }
+            for (i, row) in whole.chunks_exact(V * S::F32_LANES).take(rows).enumerate() {
+                for (j, value) in row.iter().take(width).enumerate() {
+                    // SAFETY: `rows × width` numbers lie in the result.
+                    unsafe {
+                        let to = to.add(i * self.row_stride + j);
+                        *to = if add { *to + value } else { *value };
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Copies rows `depth` and `columns` of `b` into a panel `[depth, width]`, its width rounded up to
+/// whole registers by zeros.
+#[inline(always)]
+fn pack(
+    b: &Matrix<'_, f32>,
+    depth: std::ops::Range<usize>,
+    columns: std::ops::Range<usize>,
+    to: &mut [f32],
+    lanes: usize,
+) {
+    const SIDE: usize = 8;
+    let count = columns.len();
+    let width = count.next_multiple_of(lanes);
+    let to = &mut to[..width * depth.len()];
+    if b.column_stride == 1 {
+        for (p, to) in depth.zip(to.chunks_exact_mut(width)) {
+            let from = &b.data[p * b.row_stride + columns.start..][..count];
+            to[..count].copy_from_slice(from);
+            to[count..].fill(0.0);
+        }
+        return;
+    }
+    if count < width {
+        for to in to.chunks_exact_mut(width) {
+            to[count..].fill(0.0);
+        }
+    }
+    if b.row_stride == 1 {
+        // Columns lie in memory: small squares, so that few lines are open at a time.
+        for j in (0..count).step_by(SIDE) {
+            let wide = SIDE.min(count - j);
+            let mut p = 0;
+            while p < depth.len() {
+                let high = (2 * SIDE).min(depth.len() - p);
+                let from = |c: usize| (columns.start + j + c) * b.column_stride + depth.start + p;
+                if wide == SIDE && high == 2 * SIDE {
+                    let mut square = [[0f32; 2 * SIDE]; SIDE];
+                    for c in 0..SIDE {
+                        square[c].copy_from_slice(&b.data[from(c)..][..2 * SIDE]);
+                    }
+                    for q in 0..2 * SIDE {
+                        let to = &mut to[(p + q) * width + j..][..SIDE];
+                        for c in 0..SIDE {
+                            to[c] = square[c][q];
+                        }
+                    }
+                } else {
+                    for c in 0..wide {
+                        for q in 0..high {
+                            to[(p + q) * width + j + c] = b.data[from(c) + q];
+                        }
+                    }
+                }
+                p += high;
+            }
+        }
+        return;
+    }
+    for (p, to) in depth.zip(to.chunks_exact_mut(width)) {
+        for (column, to) in columns.clone().zip(to) {
+            *to = b.data[p * b.row_stride + column * b.column_stride];
+        }
+    }
+}
