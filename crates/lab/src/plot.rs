@@ -3,6 +3,7 @@
 use crate::{Error, Result};
 use plotters::prelude::*;
 use serde::Serialize;
+use std::ops::Range;
 
 /// One line of a figure.
 #[derive(Clone, Debug, Serialize)]
@@ -63,24 +64,31 @@ impl Plot {
             if low > high {
                 return 0.0..1.0;
             }
-            let margin = ((high - low) * 0.05).max(1e-9);
+            // A line that is level lies in the middle of a range of its own size.
+            let margin = match high - low {
+                0.0 => high.abs().max(1.0) * 0.5,
+                span => span * 0.05,
+            };
             low - margin..high + margin
         };
         let points = || self.series.iter().flat_map(|series| series.points.iter());
+        let x_range = range(&mut points().map(|point| point.0));
+        let y_range = range(&mut points().map(|point| point.1));
+        let legend = emptiest_corner(&x_range, &y_range, points());
+        let (x_digits, y_digits) = (digits(&x_range), digits(&y_range));
         let mut chart = ChartBuilder::on(&area)
             .caption(&self.title, ("sans-serif", 18))
             .margin(12)
             .x_label_area_size(42)
             .y_label_area_size(58)
-            .build_cartesian_2d(
-                range(&mut points().map(|point| point.0)),
-                range(&mut points().map(|point| point.1)),
-            )
+            .build_cartesian_2d(x_range, y_range)
             .map_err(said)?;
         chart
             .configure_mesh()
             .x_desc(&self.x)
             .y_desc(&self.y)
+            .x_label_formatter(&|x| format!("{x:.x_digits$}"))
+            .y_label_formatter(&|y| format!("{y:.y_digits$}"))
             .light_line_style(WHITE)
             .draw()
             .map_err(said)?;
@@ -103,10 +111,65 @@ impl Plot {
         }
         chart
             .configure_series_labels()
+            .position(legend)
             .background_style(WHITE.mix(0.85))
             .border_style(BLACK.mix(0.3))
             .draw()
             .map_err(said)?;
         area.present().map_err(said)
+    }
+}
+
+/// Decimals that tell a tenth of a range apart.
+fn digits(range: &Range<f64>) -> usize {
+    let step = (range.end - range.start) / 10.0;
+    (-step.log10().floor()).clamp(0.0, 9.0) as usize
+}
+
+/// The corner with the fewest points.
+fn emptiest_corner<'a>(
+    x: &Range<f64>,
+    y: &Range<f64>,
+    points: impl Iterator<Item = &'a (f64, f64)>,
+) -> SeriesLabelPosition {
+    let middle = |range: &Range<f64>| (range.start + range.end) / 2.0;
+    // Lower left, lower right, upper left, upper right.
+    let mut counts = [0; 4];
+    for point in points {
+        let corner = usize::from(point.0 > middle(x)) + 2 * usize::from(point.1 > middle(y));
+        if let Some(count) = counts.get_mut(corner) {
+            *count += 1;
+        }
+    }
+    let emptiest = (0..4).min_by_key(|corner| counts.get(*corner).copied());
+    match emptiest.unwrap_or(3) {
+        0 => SeriesLabelPosition::LowerLeft,
+        1 => SeriesLabelPosition::LowerRight,
+        2 => SeriesLabelPosition::UpperLeft,
+        _ => SeriesLabelPosition::UpperRight,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_tell_values_apart_and_the_legend_keeps_clear() {
+        assert_eq!(digits(&(0.0..100.0)), 0);
+        assert_eq!(digits(&(0.95..1.05)), 2);
+        let falling = [(0.0, 1.0), (0.4, 0.6), (0.45, 0.9), (1.0, 0.0)];
+        let corner = emptiest_corner(&(0.0..1.0), &(0.0..1.0), falling.iter());
+        assert!(matches!(corner, SeriesLabelPosition::LowerLeft));
+        let level = Plot {
+            title: "level".into(),
+            x: "x".into(),
+            y: "y".into(),
+            series: vec![Series {
+                name: "one".into(),
+                points: vec![(0.0, 1.0), (1.0, 1.0)],
+            }],
+        };
+        assert!(level.to_svg().unwrap().contains("one"));
     }
 }

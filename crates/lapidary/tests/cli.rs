@@ -324,6 +324,11 @@ fn wrong_input_gets_one_sentence() {
         ],
         &["9999", "403"],
     );
+    let masked = family("bert-masked-lm");
+    refused(
+        &["explain", &masked, "--tokens", "2,5,3", "--target", "☃"],
+        &["☃", "not one token"],
+    );
     refused(
         &[
             "explain",

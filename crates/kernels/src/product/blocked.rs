@@ -64,7 +64,8 @@ impl Task<'_> {
         let (a, b) = (&self.a, &self.b);
         let (m, k, n) = (a.rows, a.columns, b.columns);
         let panel = ACROSS * S::F32_LANES;
-        let mut packed_b = vec![0f32; DEPTH.min(k) * COLUMNS.min(n).next_multiple_of(panel)];
+        let mut packed_b =
+            crate::host::unwritten::<f32>(DEPTH.min(k) * COLUMNS.min(n).next_multiple_of(panel));
         let mut packed_a = [0f32; TILE_ROWS * DEPTH];
         for p in (0..k).step_by(DEPTH) {
             let depth = DEPTH.min(k - p);

@@ -127,7 +127,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         setting: format!(
             "polarity sentences (vocabulary {}, 8 to 24 words), post-norm encoder of {} blocks, \
              width 64, trained for {} steps of 64 with 15 % masks on {} sentences; {} held-out \
-             sentences, {} seed(s); accuracy unmasked {:.1} %. The published figures are of \
+             sentences, seeds: {}; accuracy unmasked {:.1} %. The published figures are of \
              BERT-base on SST-2, which needs a model and data of your own",
             polarity::VOCABULARY,
             size.blocks,

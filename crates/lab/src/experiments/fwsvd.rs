@@ -123,8 +123,8 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     Ok(Reproduction {
         setting: format!(
             "{} classes of text, 60 % of the vocabulary nuisance; post-norm encoder of {} \
-             block(s), width {}, {} steps of 32; all linear layers of the blocks factorised; {} \
-             calibration examples, {} fine-tuning steps, {} seed(s); whole model {:.1} % right \
+             blocks, width {}, {} steps of 32; all linear layers of the blocks factorised; {} \
+             calibration examples, {} fine-tuning steps, seeds: {}; whole model {:.1} % right \
              on {} texts",
             topics::LABELS,
             size.blocks,

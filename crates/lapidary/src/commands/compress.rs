@@ -161,8 +161,12 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
         table.add_row(row);
     }
     let mut text = format!("{table}\n\nmethod      {method}\n");
+    let as_factors = match arguments.dense {
+        true => "; as factors, before they were multiplied out",
+        false => "",
+    };
     text += &format!(
-        "parameters  {} -> {} ({:.1} % kept)\nbytes       {} -> {}\nFLOPs/token {} -> {}\n",
+        "parameters  {} -> {} ({:.1} % kept{as_factors})\nbytes       {} -> {}\nFLOPs/token {} -> {}\n",
         output::grouped(before.parameters),
         output::grouped(after.parameters),
         100.0 * kept,

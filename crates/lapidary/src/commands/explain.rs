@@ -229,13 +229,17 @@ fn target(
             return Ok((index, name.to_owned()));
         }
         let tokenizer = package.tokenizer()?;
+        let is_other_special = |id: u32, text: &str| {
+            tokenizer.is_special(id) && tokenizer.token_of(id).as_deref() != Some(text.trim())
+        };
         let single = |text: &str| -> Result<Option<u32>> {
             let options = lapidary_model::tokenizer::EncodeOptions {
                 special_tokens: false,
                 limit: None,
             };
             Ok(match tokenizer.encode(text, &options)?.ids.as_slice() {
-                [only] => Some(*only),
+                // An unknown word is one token too, but not its own.
+                [only] if !is_other_special(*only, text) => Some(*only),
                 _ => None,
             })
         };

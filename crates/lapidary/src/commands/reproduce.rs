@@ -121,11 +121,11 @@ fn markdown(reproductions: &[Reproduction]) -> String {
     let mut text = "# Reproductions\n\nMade by `lapidary reproduce --all`. A claim that does not hold is shown as such.\n".to_owned();
     for reproduction in reproductions {
         text += &format!(
-            "\n## {} (`{}`)\n\n{}; {:?} scale, seed {}, {:.1} s.\n\n| claim | published | measured here | holds? | note |\n|---|---|---|---|---|\n",
+            "\n## {} (`{}`)\n\n{}. At {} scale, seed {}, {:.1} s.\n\n| claim | published | measured here | holds? | note |\n|---|---|---|---|---|\n",
             reproduction.title,
             reproduction.slug,
             reproduction.setting,
-            reproduction.scale,
+            format!("{:?}", reproduction.scale).to_lowercase(),
             reproduction.seed,
             reproduction.seconds,
         );

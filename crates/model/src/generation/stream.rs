@@ -26,10 +26,15 @@ impl<'tokenizer> TextStream<'tokenizer> {
         prompt: &[u32],
         skip_special: bool,
     ) -> Result<Self, GenerationError> {
-        let window = prompt
-            .get(prompt.len().saturating_sub(CONTEXT)..)
-            .unwrap_or_default()
-            .to_vec();
+        let heard = |id: &&u32| !(skip_special && tokenizer.is_special(**id));
+        let mut window: Vec<u32> = prompt
+            .iter()
+            .rev()
+            .filter(heard)
+            .take(CONTEXT)
+            .copied()
+            .collect();
+        window.reverse();
         Ok(Self {
             tokenizer,
             skip_special,
@@ -41,6 +46,10 @@ impl<'tokenizer> TextStream<'tokenizer> {
 
     /// Takes a token and returns the text that it completes, which may be empty.
     pub fn push(&mut self, id: u32) -> Result<String, GenerationError> {
+        // What is left out of the text must not stand between its neighbours either.
+        if self.skip_special && self.tokenizer.is_special(id) {
+            return Ok(String::new());
+        }
         self.window.push(id);
         let now = self.tokenizer.decode(&self.window, self.skip_special)?;
         let stable = stable_end(&now);
@@ -184,6 +193,26 @@ mod tests {
         let mut pieces: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
         pieces.push(stream.finish().unwrap());
         pieces
+    }
+
+    #[test]
+    fn tokens_that_are_left_out_do_not_part_their_neighbours() {
+        let texts = ["the song of the album"];
+        let tokenizer = Tokenizer::word_level(texts, 20, &["<end>"]).unwrap();
+        let id = |word: &str| tokenizer.id_of(word).unwrap();
+        let skipped = id("<end>");
+        let prompt = [id("the"), skipped];
+        let ids = [
+            skipped,
+            id("song"),
+            skipped,
+            skipped,
+            id("of"),
+            id("the"),
+            skipped,
+        ];
+        assert_eq!(streamed(&tokenizer, &prompt, &ids).concat(), " song of the");
+        assert_eq!(streamed(&tokenizer, &[], &ids).concat(), "song of the");
     }
 
     #[test]
