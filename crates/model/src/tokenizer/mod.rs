@@ -242,7 +242,7 @@ impl Tokenizer {
     }
 
     /// The ids of a text alone, nothing added: those of [`Tokenizer::encode`] without special
-    /// tokens, found several times faster, and none where the text has no token.
+    /// tokens, found without their offsets, and none where the text has no token.
     ///
     /// A long text is cut where that provably changes no token, and its parts are encoded by all
     /// threads.
