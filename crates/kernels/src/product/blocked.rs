@@ -172,14 +172,14 @@ impl Task<'_> {
         }
         let scale = simd.splat_f32s(self.scale);
         if rows == ROWS && width == V * S::F32_LANES {
-            for i in 0..ROWS {
-                for v in 0..V {
+            for (i, row) in sum.into_iter().enumerate() {
+                for (v, sum) in row.into_iter().enumerate() {
                     // SAFETY: a whole tile lies in the result.
                     unsafe {
                         let to = to.add(i * self.row_stride).cast::<S::f32s>().add(v);
                         let value = match add {
-                            true => simd.mul_add_f32s(scale, sum[i][v], to.read_unaligned()),
-                            false => simd.mul_f32s(scale, sum[i][v]),
+                            true => simd.mul_add_f32s(scale, sum, to.read_unaligned()),
+                            false => simd.mul_f32s(scale, sum),
                         };
                         to.write_unaligned(value);
                     }
@@ -188,13 +188,13 @@ impl Task<'_> {
         } else {
             // Written whole to a place of its own, so that the sums stay in registers above.
             let mut whole = [0f32; TILE_ROWS * PANEL_COLUMNS];
-            for i in 0..ROWS {
-                for v in 0..V {
+            for (i, row) in sum.into_iter().enumerate() {
+                for (v, sum) in row.into_iter().enumerate() {
                     // SAFETY: the place holds the largest tile.
                     unsafe {
                         let at = whole.as_mut_ptr().add((i * V + v) * S::F32_LANES);
                         at.cast::<S::f32s>()
-                            .write_unaligned(simd.mul_f32s(scale, sum[i][v]));
+                            .write_unaligned(simd.mul_f32s(scale, sum));
                     }
                 }
             }
@@ -248,13 +248,13 @@ fn pack(
                 let from = |c: usize| (columns.start + j + c) * b.column_stride + depth.start + p;
                 if wide == SIDE && high == 2 * SIDE {
                     let mut square = [[0f32; 2 * SIDE]; SIDE];
-                    for c in 0..SIDE {
-                        square[c].copy_from_slice(&b.data[from(c)..][..2 * SIDE]);
+                    for (c, column) in square.iter_mut().enumerate() {
+                        column.copy_from_slice(&b.data[from(c)..][..2 * SIDE]);
                     }
                     for q in 0..2 * SIDE {
                         let to = &mut to[(p + q) * width + j..][..SIDE];
-                        for c in 0..SIDE {
-                            to[c] = square[c][q];
+                        for (to, column) in to.iter_mut().zip(&square) {
+                            *to = column[q];
                         }
                     }
                 } else {
@@ -272,6 +272,66 @@ fn pack(
     for (p, to) in depth.zip(to.chunks_exact_mut(width)) {
         for (column, to) in columns.clone().zip(to) {
             *to = b.data[p * b.row_stride + column * b.column_stride];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Products by the instructions of `simd`, against sums in double precision.
+    fn assert_products(simd: impl Simd) {
+        for (m, k, n) in [(13, 70, 37), (9, 385, 50), (4, 3, 24), (1, 1, 1)] {
+            let x: Vec<f32> = (0..m * k)
+                .map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0)
+                .collect();
+            let y: Vec<f32> = (0..k * n)
+                .map(|i| (i * 53 % 89) as f32 / 44.0 - 1.0)
+                .collect();
+            for transposed in [false, true] {
+                let (a, b) = match transposed {
+                    false => (Matrix::packed(&x, m, k), Matrix::packed(&y, k, n)),
+                    true => (
+                        Matrix::packed(&x, k, m).transposed(),
+                        Matrix::packed(&y, n, k).transposed(),
+                    ),
+                };
+                let mut result = vec![f32::NAN; m * n];
+                let task = Task {
+                    result: result.as_mut_ptr(),
+                    row_stride: n,
+                    add: false,
+                    scale: 1.0,
+                    a,
+                    b,
+                };
+                simd.vectorize(task);
+                for (index, found) in result.into_iter().enumerate() {
+                    let (i, j) = (index / n, index % n);
+                    let term = |p: usize| {
+                        let a = a.data[i * a.row_stride + p * a.column_stride];
+                        let b = b.data[p * b.row_stride + j * b.column_stride];
+                        f64::from(a) * f64::from(b)
+                    };
+                    let expected: f64 = (0..k).map(term).sum();
+                    assert!((f64::from(found) - expected).abs() < 1e-3, "{m} {k} {n}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_multiplies() {
+        assert_products(pulp::Scalar::new());
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(simd) = pulp::x86::V3::try_new() {
+                assert_products(simd);
+            }
+            if let Some(simd) = pulp::x86::V4::try_new() {
+                assert_products(simd);
+            }
         }
     }
 }
