@@ -267,7 +267,7 @@ pub struct Reproduce {
     /// List every system
     #[arg(long)]
     pub list: bool,
-    /// Reproduce every system, and write REPRODUCTIONS.md
+    /// Reproduce every system, and write REPRODUCTIONS.md into the directory of --out
     #[arg(long, conflicts_with = "slug")]
     pub all: bool,
     /// How much to do

@@ -1,0 +1,227 @@
+//! Blocks that between them use every kind of part.
+
+use super::*;
+
+pub(super) fn block(wiring: Wiring, norm: NormSpec, attention: MixerSpec) -> BlockSpec {
+    BlockSpec {
+        repeat: 1,
+        wiring,
+        norm,
+        attention,
+        cross_attention: None,
+        feedforward: None,
+        dropout: 0.0,
+    }
+}
+
+pub(super) fn dense(activation: ActivationSpec, bias: bool) -> Option<FeedforwardSpec> {
+    Some(FeedforwardSpec::Dense(DenseSpec {
+        hidden: 12,
+        activation,
+        bias,
+    }))
+}
+
+pub(super) fn gated(activation: ActivationSpec, bias: bool) -> Option<FeedforwardSpec> {
+    Some(FeedforwardSpec::Gated(GatedSpec {
+        hidden: 10,
+        activation,
+        bias,
+    }))
+}
+
+pub(super) fn mixture(activation: ActivationSpec, normalise: bool) -> Option<FeedforwardSpec> {
+    Some(FeedforwardSpec::Mixture(MixtureSpec {
+        hidden: 6,
+        experts: 5,
+        active: 2,
+        activation,
+        normalise,
+    }))
+}
+
+pub(super) const LAYER: NormSpec = NormSpec::Layer { epsilon: 1e-5 };
+pub(super) const RMS: NormSpec = NormSpec::Rms { epsilon: 1e-6 };
+
+pub(super) fn rotary(
+    interleaved: bool,
+    width: Option<usize>,
+    scaling: RotaryScaling,
+) -> PositionSpec {
+    PositionSpec::Rotary(RotarySpec {
+        theta: 100.0,
+        width,
+        interleaved,
+        scaling,
+    })
+}
+
+/// Blocks that together use every kind.
+pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
+    use ActivationSpec::{Gelu, GeluTanh, Identity, QuickGelu, Relu, Sigmoid, Silu, Tanh};
+    use Wiring::{Parallel, PostNorm, PreNorm};
+    let heads = MultiHeadSpec::new(2);
+    let llama3 = RotaryScaling::Llama3 {
+        factor: 4.0,
+        low_frequency_factor: 1.0,
+        high_frequency_factor: 4.0,
+        original_length: 64,
+    };
+    let buckets = PositionSpec::RelativeBuckets {
+        buckets: 6,
+        max_distance: 5,
+    };
+    let per_head = |norm, per_head| Some(QueryKeyNorm { norm, per_head });
+    let multi_head = MixerSpec::MultiHead;
+    let mamba = MambaSpec {
+        inner: Some(10),
+        state: 3,
+        step_rank: Some(2),
+        ..MambaSpec::default()
+    };
+    vec![
+        (
+            "plain bidirectional",
+            BlockSpec {
+                feedforward: dense(Gelu, true),
+                ..block(PreNorm, LAYER, multi_head(heads.clone()))
+            },
+        ),
+        (
+            "causal grouped rotary",
+            BlockSpec {
+                feedforward: gated(Silu, false),
+                ..block(
+                    PreNorm,
+                    RMS,
+                    multi_head(MultiHeadSpec {
+                        groups: Some(1),
+                        causal: true,
+                        bias: false,
+                        position: rotary(false, None, llama3),
+                        ..heads.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "post-norm alibi",
+            BlockSpec {
+                feedforward: dense(Relu, true),
+                ..block(
+                    PostNorm,
+                    LAYER,
+                    multi_head(MultiHeadSpec {
+                        causal: true,
+                        position: PositionSpec::Alibi,
+                        ..heads.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "parallel without norms, interleaved partial rotary",
+            BlockSpec {
+                feedforward: dense(Tanh, true),
+                ..block(
+                    Parallel,
+                    NormSpec::None,
+                    multi_head(MultiHeadSpec {
+                        head_width: Some(6),
+                        causal: true,
+                        output_bias: Some(false),
+                        position: rotary(true, Some(4), RotaryScaling::Linear { factor: 2.0 }),
+                        scale: Some(0.3),
+                        ..heads.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "causal window, buckets, norm of each head, mixture",
+            BlockSpec {
+                feedforward: mixture(Silu, true),
+                ..block(
+                    PreNorm,
+                    RMS,
+                    multi_head(MultiHeadSpec {
+                        causal: true,
+                        window: Some(3),
+                        position: buckets.clone(),
+                        query_key_norm: per_head(RMS, true),
+                        ..heads.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "bidirectional buckets, norm of all heads, mixture without normalising",
+            BlockSpec {
+                feedforward: mixture(GeluTanh, false),
+                ..block(
+                    PostNorm,
+                    RMS,
+                    multi_head(MultiHeadSpec {
+                        position: buckets,
+                        query_key_norm: per_head(LAYER, false),
+                        ..heads.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "cross-attention over a memory",
+            BlockSpec {
+                cross_attention: Some(MultiHeadSpec {
+                    groups: Some(1),
+                    ..heads.clone()
+                }),
+                feedforward: gated(Sigmoid, true),
+                ..block(
+                    PreNorm,
+                    LAYER,
+                    multi_head(MultiHeadSpec {
+                        causal: true,
+                        position: rotary(false, None, RotaryScaling::None),
+                        ..heads
+                    }),
+                )
+            },
+        ),
+        (
+            "mamba alone",
+            block(PreNorm, RMS, MixerSpec::Mamba(mamba.clone())),
+        ),
+        (
+            "mamba with biases and one tap",
+            BlockSpec {
+                feedforward: gated(QuickGelu, true),
+                ..block(
+                    PostNorm,
+                    LAYER,
+                    MixerSpec::Mamba(MambaSpec {
+                        taps: 1,
+                        bias: true,
+                        activation: Identity,
+                        ..mamba.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "mamba beside a feed-forward part",
+            BlockSpec {
+                feedforward: dense(Silu, false),
+                ..block(
+                    Parallel,
+                    RMS,
+                    MixerSpec::Mamba(MambaSpec {
+                        taps: 3,
+                        convolution_bias: false,
+                        ..mamba
+                    }),
+                )
+            },
+        ),
+    ]
+}

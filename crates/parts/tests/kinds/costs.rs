@@ -1,0 +1,148 @@
+//! Parameters and operations are those of the formulas.
+
+use super::*;
+
+/// `(parameters, floating-point operations)` by the formulas of the parts' documentation, in
+/// full: biases, activations and softmaxes too.
+fn formulas(spec: &BlockSpec) -> (usize, usize) {
+    let n = BATCH * LENGTH;
+    let linear = |input: usize, output: usize, bias: bool, rows: usize| {
+        let bias = if bias { output } else { 0 };
+        (input * output + bias, rows * (2 * input * output + bias))
+    };
+    let norm = |spec: &NormSpec, width: usize, rows: usize| match spec {
+        NormSpec::Layer { .. } => (2 * width, 8 * width * rows),
+        NormSpec::Rms { .. } => (width, 5 * width * rows),
+        NormSpec::None => (0, 0),
+    };
+    let mut parts: Vec<(usize, usize)> = Vec::new();
+    match &spec.attention {
+        MixerSpec::MultiHead(heads) => {
+            let pairs = (0..LENGTH)
+                .map(|i| {
+                    let sees = |j: &usize| {
+                        (!heads.causal || *j <= i)
+                            && heads.window.is_none_or(|window| i.abs_diff(*j) < window)
+                    };
+                    (0..LENGTH).filter(sees).count()
+                })
+                .sum();
+            parts.extend(attention_formulas(heads, pairs, LENGTH));
+        }
+        MixerSpec::Mamba(mamba) => {
+            let (inner, state) = (mamba.inner(WIDTH), mamba.state);
+            let rank = mamba.step_rank(WIDTH);
+            let bias = usize::from(mamba.convolution_bias);
+            parts.push(linear(WIDTH, 2 * inner, mamba.bias, n));
+            parts.push((
+                inner * (mamba.taps + bias),
+                n * inner * (2 * mamba.taps + bias + 1),
+            ));
+            parts.push(linear(inner, rank + 2 * state, false, n));
+            parts.push(linear(rank, inner, true, n));
+            // Softplus; the recurrence; D ⊙ u and its sum; the gate's SiLU and product.
+            parts.push((0, n * inner * (1 + (1 + 7 * state) + 2 + 2)));
+            parts.push((inner * (state + 1), 0));
+            parts.push(linear(inner, WIDTH, mamba.bias, n));
+        }
+    }
+    parts.push(norm(&spec.norm, WIDTH, n));
+    parts.push((0, n * WIDTH));
+    if let Some(cross) = &spec.cross_attention {
+        parts.extend(attention_formulas(cross, LENGTH * MEMORY, MEMORY));
+        parts.push(norm(&spec.norm, WIDTH, n));
+        parts.push((0, n * WIDTH));
+    }
+    if let Some(feedforward) = &spec.feedforward {
+        match feedforward {
+            FeedforwardSpec::Dense(dense) => {
+                parts.push(linear(WIDTH, dense.hidden, dense.bias, n));
+                parts.push((0, n * dense.hidden));
+                parts.push(linear(dense.hidden, WIDTH, dense.bias, n));
+            }
+            FeedforwardSpec::Gated(gated) => {
+                parts.push(linear(WIDTH, gated.hidden, gated.bias, n));
+                parts.push(linear(WIDTH, gated.hidden, gated.bias, n));
+                parts.push((0, 2 * n * gated.hidden));
+                parts.push(linear(gated.hidden, WIDTH, gated.bias, n));
+            }
+            FeedforwardSpec::Mixture(mixture) => {
+                let (hidden, experts) = (mixture.hidden, mixture.experts);
+                parts.push(linear(WIDTH, experts, false, n));
+                parts.push((0, 5 * n * experts));
+                let run = n * mixture.active;
+                parts.push((
+                    experts * 3 * WIDTH * hidden,
+                    run * (6 * WIDTH * hidden + 2 * hidden + WIDTH),
+                ));
+            }
+        }
+        parts.push(norm(&spec.norm, WIDTH, n));
+        parts.push((0, n * WIDTH));
+    }
+    parts
+        .into_iter()
+        .fold((0, 0), |(a, b), (c, d)| (a + c, b + d))
+}
+
+fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(usize, usize)> {
+    let (heads, groups, width) = (spec.heads, spec.groups(), spec.head_width(WIDTH));
+    let (queries, keys) = (BATCH * LENGTH, BATCH * keys);
+    let linear = |input: usize, output: usize, bias: bool, rows: usize| {
+        let bias = if bias { output } else { 0 };
+        (input * output + bias, rows * (2 * input * output + bias))
+    };
+    let mut parts = vec![
+        linear(WIDTH, heads * width, spec.bias, queries),
+        linear(WIDTH, groups * width, spec.bias, keys),
+        linear(WIDTH, groups * width, spec.bias, keys),
+        linear(
+            heads * width,
+            WIDTH,
+            spec.output_bias.unwrap_or(spec.bias),
+            queries,
+        ),
+        (0, BATCH * heads * pairs * (4 * width + 5)),
+    ];
+    if let Some(QueryKeyNorm { norm, per_head }) = &spec.query_key_norm {
+        let (parameters, operations) = match norm {
+            NormSpec::Layer { .. } => (2, 8),
+            NormSpec::Rms { .. } => (1, 5),
+            NormSpec::None => (0, 0),
+        };
+        for count in [heads, groups] {
+            let features = if *per_head { width } else { count * width };
+            parts.push((parameters * features, operations * queries * count * width));
+        }
+    }
+    match &spec.position {
+        PositionSpec::None | PositionSpec::Alibi => {}
+        PositionSpec::Rotary(_) => parts.push((0, 3 * queries * (heads + groups) * width)),
+        PositionSpec::RelativeBuckets { buckets, .. } => parts.push((buckets * heads, 0)),
+    }
+    parts
+}
+
+#[test]
+fn counted_work_and_parameters_equal_the_formulas() {
+    for case in Case::all() {
+        let (parameters, operations) = formulas(&case.spec);
+        let counted: usize = case.map.values().map(Tensor::elem_count).sum();
+        assert_eq!(counted, parameters, "parameters of {}", case.name);
+
+        for sites in ["none", "*"] {
+            let meter = Meter::new();
+            let block = case.block(&case.map);
+            let trace = Trace::new().capture(sites).unwrap();
+            let memory = Signal::from(default_memory(BATCH)).into_metered(meter.clone());
+            let cx = Context {
+                memory: Some((&memory, None)),
+                ..Context::new(&trace)
+            };
+            let x = Signal::from(tokens()).into_metered(meter.clone());
+            block.forward(x, &cx, None).unwrap();
+            let total = meter.total().flops as usize;
+            assert_eq!(total, operations, "operations of {}", case.name);
+        }
+    }
+}

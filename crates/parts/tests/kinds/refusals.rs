@@ -1,0 +1,216 @@
+//! Specs that cannot be built, and what is said of them.
+
+use super::*;
+
+#[test]
+fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
+    let heads = MultiHeadSpec::new(2);
+    let with_heads =
+        |heads: MultiHeadSpec| block(Wiring::PreNorm, LAYER, MixerSpec::MultiHead(heads));
+    let with_feedforward = |part: Option<FeedforwardSpec>| BlockSpec {
+        feedforward: part,
+        ..with_heads(MultiHeadSpec::new(2))
+    };
+    let with_mamba = |mamba: MambaSpec| block(Wiring::PreNorm, LAYER, MixerSpec::Mamba(mamba));
+    let with_position = |position: PositionSpec| {
+        with_heads(MultiHeadSpec {
+            position,
+            ..MultiHeadSpec::new(2)
+        })
+    };
+    let with_cross = |cross: MultiHeadSpec| BlockSpec {
+        cross_attention: Some(cross),
+        ..with_heads(MultiHeadSpec::new(2))
+    };
+    let llama3 = |low: f64, high: f64, original_length: usize| {
+        with_position(rotary(
+            false,
+            None,
+            RotaryScaling::Llama3 {
+                factor: 8.0,
+                low_frequency_factor: low,
+                high_frequency_factor: high,
+                original_length,
+            },
+        ))
+    };
+    let buckets = |buckets, max_distance| {
+        with_position(PositionSpec::RelativeBuckets {
+            buckets,
+            max_distance,
+        })
+    };
+    let refused = [
+        (
+            with_heads(MultiHeadSpec::new(0)),
+            "b.attention.heads is 0, but must be between 1 and the width 8",
+        ),
+        (
+            with_heads(MultiHeadSpec::new(3)),
+            "b.attention.heads is 3, but must be a divisor of the width 8, or head_width must be given",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                groups: Some(3),
+                ..heads.clone()
+            }),
+            "b.attention.groups is 3, but must be a divisor of 2 heads",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                head_width: Some(usize::MAX),
+                ..heads.clone()
+            }),
+            "b.attention.head_width is 18446744073709551615, but must be between 1 and 524288",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                window: Some(0),
+                ..heads.clone()
+            }),
+            "b.attention.window is 0, but must be at least 1",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                dropout: 1.0,
+                ..heads.clone()
+            }),
+            "b.attention.dropout is 1.0, but must be at least 0 and below 1",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                scale: Some(f64::NAN),
+                ..heads.clone()
+            }),
+            "b.attention.scale is NaN, but must be a finite number",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                query_key_norm: Some(QueryKeyNorm {
+                    norm: NormSpec::Rms { epsilon: -1.0 },
+                    per_head: true,
+                }),
+                ..heads.clone()
+            }),
+            "b.attention.query_key_norm.norm.epsilon is -1.0, but must be a number of at least 0",
+        ),
+        (
+            with_position(rotary(false, Some(3), RotaryScaling::None)),
+            "b.attention.position.width is 3, but must be an even number of at most 4, the width of a head",
+        ),
+        (
+            with_position(rotary(false, None, RotaryScaling::Linear { factor: 0.0 })),
+            "b.attention.position.scaling.factor is 0.0, but must be a positive number",
+        ),
+        (
+            llama3(0.0, 4.0, 64),
+            "b.attention.position.scaling.low_frequency_factor is 0.0, but must be a positive number",
+        ),
+        (
+            llama3(4.0, 4.0, 64),
+            "b.attention.position.scaling.high_frequency_factor is 4.0, but must be above the low_frequency_factor 4",
+        ),
+        (
+            llama3(1.0, 4.0, 0),
+            "b.attention.position.scaling.original_length is 0, but must be at least 1",
+        ),
+        (
+            buckets(2, 100),
+            "b.attention.position.buckets is 2, but must be between 4 and 4096",
+        ),
+        (
+            buckets(32, 8),
+            "b.attention.position.max_distance is 8, but must be above 8, the distances that have a bucket of their own",
+        ),
+        (
+            with_mamba(MambaSpec {
+                inner: Some(0),
+                ..MambaSpec::default()
+            }),
+            "b.attention.inner is 0, but must be between 1 and 1048576",
+        ),
+        (
+            with_mamba(MambaSpec {
+                state: 0,
+                ..MambaSpec::default()
+            }),
+            "b.attention.state is 0, but must be between 1 and 4096",
+        ),
+        (
+            with_mamba(MambaSpec {
+                taps: 0,
+                ..MambaSpec::default()
+            }),
+            "b.attention.taps is 0, but must be between 1 and 1024",
+        ),
+        (
+            with_mamba(MambaSpec {
+                step_rank: Some(17),
+                ..MambaSpec::default()
+            }),
+            "b.attention.step_rank is 17, but must be between 1 and 16",
+        ),
+        (
+            with_feedforward(Some(FeedforwardSpec::Dense(DenseSpec {
+                hidden: 0,
+                activation: ActivationSpec::Gelu,
+                bias: true,
+            }))),
+            "b.feedforward.hidden is 0, but must be between 1 and 1048576",
+        ),
+        (
+            with_feedforward(Some(FeedforwardSpec::Mixture(MixtureSpec {
+                hidden: 4,
+                experts: 2,
+                active: 3,
+                activation: ActivationSpec::Silu,
+                normalise: true,
+            }))),
+            "b.feedforward.active is 3, but must be between 1 and 2",
+        ),
+        (
+            with_cross(MultiHeadSpec {
+                causal: true,
+                ..heads.clone()
+            }),
+            "b.cross_attention.causal is \"true\", but must be false in cross-attention",
+        ),
+        (
+            with_cross(MultiHeadSpec {
+                position: PositionSpec::Alibi,
+                ..heads
+            }),
+            "b.cross_attention.position.kind is \"alibi\", but must be none in cross-attention",
+        ),
+        (
+            BlockSpec {
+                wiring: Wiring::Parallel,
+                ..with_cross(MultiHeadSpec::new(2))
+            },
+            "b.wiring is \"parallel\", but must be pre-norm or post-norm in a block with cross-attention",
+        ),
+        (
+            BlockSpec {
+                repeat: 0,
+                ..with_heads(MultiHeadSpec::new(2))
+            },
+            "b.repeat is 0, but must be between 1 and 4096",
+        ),
+        (
+            BlockSpec {
+                dropout: -0.1,
+                ..with_heads(MultiHeadSpec::new(2))
+            },
+            "b.dropout is -0.1, but must be at least 0 and below 1",
+        ),
+    ];
+    for (spec, message) in refused {
+        assert_eq!(spec.validate(WIDTH, "b").unwrap_err().to_string(), message);
+    }
+    let unknown = r#"{"attention": {"kind": "multi-head", "heads": 2, "head": 3}}"#;
+    let error = serde_json::from_str::<BlockSpec>(unknown).unwrap_err();
+    assert!(
+        error.to_string().contains("unknown field `head`"),
+        "{error}"
+    );
+}
