@@ -13,6 +13,24 @@ pub enum Error {
         /// What would be valid.
         expected: String,
     },
+    /// Something that was given does not do.
+    #[error("{what} is {found}, but must be {expected}")]
+    Invalid {
+        /// What was given.
+        what: String,
+        /// What it is.
+        found: String,
+        /// What would be valid.
+        expected: String,
+    },
+    /// A figure could not be drawn.
+    #[error("the plot {title:?} could not be drawn: {reason}")]
+    Plot {
+        /// The figure's title.
+        title: String,
+        /// What the plotting library says.
+        reason: String,
+    },
     /// The model or a part of it failed.
     #[error(transparent)]
     Model(#[from] lapidary_parts::Error),
@@ -22,6 +40,21 @@ pub enum Error {
     /// A kernel failed.
     #[error(transparent)]
     Kernel(#[from] lapidary_kernels::Error),
+}
+
+impl Error {
+    /// Something that was given does not do.
+    pub(crate) fn invalid(
+        what: impl Into<String>,
+        found: impl std::fmt::Display,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Invalid {
+            what: what.into(),
+            found: found.to_string(),
+            expected: expected.into(),
+        }
+    }
 }
 
 /// The result of an explanation.

@@ -8,8 +8,14 @@ use serde::Serialize;
 pub enum Unit {
     /// Tokens of the input.
     Token,
+    /// Groups of tokens.
+    Phrase,
     /// Parts of the model.
     Component,
+    /// Heads of attention.
+    Head,
+    /// Features of a dictionary.
+    Feature,
 }
 
 /// What an explanation leaves out.

@@ -2,7 +2,7 @@
 
 use crate::error::engine;
 use crate::{Error, Result};
-use lapidary_kernels::Tensor;
+use lapidary_kernels::{DType, Tensor};
 use lapidary_model::Output;
 use lapidary_signal::Signal;
 
@@ -90,4 +90,26 @@ impl Target {
             }
         }
     }
+
+    /// The score of each stream of the output, and the explained number.
+    pub(crate) fn contributions(&self, output: &Output) -> Result<(Vec<f64>, f64)> {
+        let vector = self.vector(output)?;
+        let direction = self.direction(vector.value())?;
+        // [streams, 1]
+        let scores = engine(vector.contributions_along(&direction)?.squeeze(1))?;
+        let scores = engine(engine(scores.to_dtype(DType::F64))?.to_vec1::<f64>())?;
+        Ok((scores, number(&self.number(output)?)?))
+    }
+
+    /// The explained number, as a tensor of one element whose gradient can be asked for.
+    pub(crate) fn number(&self, output: &Output) -> Result<Tensor> {
+        let vector = self.vector(output)?;
+        let direction = self.direction(vector.value())?;
+        engine(engine(vector.value().broadcast_mul(&direction))?.sum_all())
+    }
+}
+
+/// A tensor of one element as a number.
+pub(crate) fn number(tensor: &Tensor) -> Result<f64> {
+    engine(engine(tensor.to_dtype(DType::F64))?.to_scalar::<f64>())
 }

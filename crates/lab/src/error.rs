@@ -11,14 +11,6 @@ pub enum Error {
         /// Those that exist.
         known: String,
     },
-    /// A figure could not be drawn.
-    #[error("the plot {title:?} could not be drawn: {reason}")]
-    Plot {
-        /// The figure's title.
-        title: String,
-        /// What the plotting library says.
-        reason: String,
-    },
     /// An experiment met something that it cannot go on from.
     #[error("{0}")]
     Experiment(String),

@@ -7,11 +7,10 @@
 pub mod catalogue;
 mod error;
 pub mod experiments;
-mod plot;
 mod registry;
 mod reproduction;
 
 pub use error::{Error, Result};
-pub use plot::{Plot, Series};
+pub use lapidary_explain::report::{Plot, Series};
 pub use registry::{Kind, System, find, systems};
 pub use reproduction::{Claim, Reproduction, Scale, Setting, Verdict};

@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lapidary_explain::{Explainer, explainers};
 
 /// Takes Transformers apart: explains a prediction by decomposing it, cuts a checkpoint down,
 /// builds and trains models from published parts.
@@ -53,6 +55,8 @@ pub enum Verb {
     Run(Run),
     /// Explain a prediction by decomposing it
     Explain(Explain),
+    /// Look at a model as a whole, or at how it treats many inputs
+    Inspect(Inspect),
     /// Cut a checkpoint down
     Compress(Compress),
     /// Measure a language model's perplexity on a text
@@ -90,36 +94,32 @@ pub struct Run {
     pub sites: Vec<String>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Method {
-    /// Token streams through every module (DecompX)
-    Decompx,
-    /// Which modules write the logit
-    LogitAttribution,
-    /// Relevance through attention weights too (AttnLRP)
-    Attnlrp,
-    /// Relevance with attention weights held fixed (CP-LRP)
-    CpLrp,
-    /// Gradient times input
-    GradientXInput,
-    /// Gradients along the way from the zero embedding
-    IntegratedGradients,
-}
-
+/// One input.
 #[derive(Args, Debug)]
-pub struct Explain {
-    /// A model directory, or `embedded`
-    pub model: String,
-    /// Text to explain
+pub struct SubjectArguments {
+    /// Text to look at
     #[arg(long, required_unless_present_any = ["tokens", "input"], conflicts_with_all = ["tokens", "input"])]
     pub text: Option<String>,
-    /// Token ids to explain, separated by commas
+    /// Token ids to look at, separated by commas
     #[arg(long, value_delimiter = ',', conflicts_with = "input")]
     pub tokens: Option<Vec<u32>>,
     /// JSON file with one example as tensors: `input_ids`, `attention_mask`, `token_type_ids` or
     /// `pixel_values`
     #[arg(long, value_name = "FILE")]
     pub input: Option<PathBuf>,
+}
+
+fn methods() -> PossibleValuesParser {
+    let value = |one: &Explainer| PossibleValue::new(one.name).help(one.summary);
+    PossibleValuesParser::new(explainers().iter().map(value))
+}
+
+#[derive(Args, Debug)]
+pub struct Explain {
+    /// A model directory, or `embedded`
+    pub model: String,
+    #[command(flatten)]
+    pub subject: SubjectArguments,
     /// A class or token, by name or number; what the model predicts when absent
     #[arg(long)]
     pub target: Option<String>,
@@ -130,17 +130,42 @@ pub struct Explain {
     #[arg(long)]
     pub position: Option<usize>,
     /// How to explain
-    #[arg(long, value_enum, default_value = "decompx")]
-    pub method: Method,
+    #[arg(long, default_value = "decompx", value_parser = methods())]
+    pub method: String,
+    #[command(flatten)]
+    pub options: ExplainOptions,
+    /// Also write a page that a browser shows without a network
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+}
+
+/// What some methods let the user choose.
+#[derive(Args, Debug)]
+pub struct ExplainOptions {
     /// DecompX: how biases are shared (absdot, abssim, norm, equal, cls, dot, none, token)
     #[arg(long, default_value = "absdot")]
     pub bias: String,
     /// Steps of integrated gradients
     #[arg(long, default_value_t = 32)]
     pub steps: usize,
+    /// First layer that takes part, for methods that multiply layers
+    #[arg(long, default_value_t = 0)]
+    pub start_layer: usize,
+}
+
+#[derive(Args, Debug)]
+pub struct Inspect {
+    #[command(subcommand)]
+    pub analysis: Analysis,
     /// Also write a page that a browser shows without a network
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     pub html: Option<PathBuf>,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Analysis {
+    /// Where each head looks
+    Attention(crate::commands::inspect::attention::Attention),
 }
 
 #[derive(Args, Debug)]

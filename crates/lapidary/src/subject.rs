@@ -1,10 +1,12 @@
-//! What is explained: one input to one model, with a name for each of its positions.
+//! What is looked at: one input to one model, with a name for each of its positions.
 
 use anyhow::{Result, bail, ensure};
+use lapidary_explain::Question;
 use lapidary_kernels::{DType, Tensor};
 use lapidary_model::{Input, InputSpec, Model, Package};
 
-use crate::cli::{Explain, Global};
+use crate::cli::{Global, SubjectArguments};
+use crate::commands::explain::readable;
 use crate::loading;
 use crate::tensors::Tensors;
 
@@ -19,7 +21,11 @@ pub struct Subject<'a> {
 
 impl<'a> Subject<'a> {
     /// What the command line names.
-    pub fn new(arguments: &Explain, package: &'a Package, global: &Global) -> Result<Self> {
+    pub fn new(
+        arguments: &SubjectArguments,
+        package: &'a Package,
+        global: &Global,
+    ) -> Result<Self> {
         match (&arguments.text, &arguments.tokens, &arguments.input) {
             (Some(text), ..) => Self::text(package, text),
             (None, Some(ids), _) => Self::tokens(package, ids),
@@ -93,6 +99,20 @@ impl<'a> Subject<'a> {
             padding,
             names,
         })
+    }
+
+    /// The input as a question to the model.
+    pub fn question(&self) -> Question<'_> {
+        Question {
+            model: self.model,
+            input: &self.input,
+            padding: self.padding.as_ref(),
+        }
+    }
+
+    /// The names as people read them.
+    pub fn readable_names(&self) -> Vec<String> {
+        self.names.iter().map(|name| readable(name)).collect()
     }
 
     /// The last position that is not padding.

@@ -2,18 +2,14 @@
 
 use std::time::Instant;
 
-use crate::cli::{Explain, Global, Method};
+use crate::cli::{Explain, ExplainOptions, Global};
 use crate::report::{self, Coloured};
 use crate::subject::Subject;
 use crate::{loading, output};
 use anyhow::{Context, Result, ensure};
-use lapidary_explain::{
-    Explanation, Target, Unit, decompx, direct_logit_attribution, gradient_times_input,
-    integrated_gradients, relevance,
-};
-use lapidary_kernels::{DType, Tensor};
+use lapidary_explain::{Explanation, Options, Target, Unit, explainer};
+use lapidary_kernels::DType;
 use lapidary_model::{Input, Model, Package, Pass};
-use lapidary_signal::relevance::RelevanceRules;
 use lapidary_signal::streams::{BiasSplit, StreamRules};
 use serde::Serialize;
 
@@ -45,9 +41,10 @@ pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
     if let Some(html) = &arguments.html {
         output::check_writable(html)?;
     }
-    let bias = BiasSplit::from_name(&arguments.bias)?;
+    let options = options(&arguments.options, global)?;
+    let method = explainer(&arguments.method)?;
     let package = loading::package(&arguments.model, global)?;
-    let subject = Subject::new(arguments, &package, global)?;
+    let subject = Subject::new(&arguments.subject, &package, global)?;
     let position = match arguments.position {
         Some(position) => position,
         None => subject.last()?,
@@ -56,18 +53,10 @@ pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
     let (target, target_name, foil_name) =
         target(arguments, &package, subject.model, position, &predictions)?;
     let started = Instant::now();
-    let explanation = explain(
-        arguments.method,
-        subject.model,
-        &subject.input,
-        subject.padding.as_ref(),
-        target,
-        bias,
-        arguments.steps,
-    )?;
+    let explanation = method.explain(&subject.question(), target, &options)?;
     let seconds = started.elapsed().as_secs_f64();
     let explained = Explained {
-        tokens: subject.names.iter().map(|token| readable(token)).collect(),
+        tokens: subject.readable_names(),
         target: target_name,
         foil: foil_name,
         predictions: predictions
@@ -91,40 +80,21 @@ pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
     output::print(&in_terminal(&explained))
 }
 
-/// Explains by any method.
-pub fn explain(
-    method: Method,
-    model: &Model,
-    input: &Input,
-    padding: Option<&Tensor>,
-    target: Target,
-    bias: BiasSplit,
-    steps: usize,
-) -> Result<Explanation> {
-    let rules = StreamRules {
-        bias,
-        ..StreamRules::default()
-    };
-    let named = |name: &str, explanation: Explanation| Explanation {
-        method: name.to_owned(),
-        ..explanation
-    };
-    Ok(match method {
-        Method::Decompx => decompx(model, input, padding, target, rules)?,
-        Method::LogitAttribution => direct_logit_attribution(model, input, padding, target)?,
-        Method::Attnlrp => {
-            let rules = RelevanceRules::attention_aware();
-            named("attnlrp", relevance(model, input, padding, target, rules)?)
-        }
-        Method::CpLrp => {
-            let rules = RelevanceRules::value_only();
-            named("cp-lrp", relevance(model, input, padding, target, rules)?)
-        }
-        Method::GradientXInput => gradient_times_input(model, input, padding, target)?,
-        Method::IntegratedGradients => {
-            ensure!(steps >= 1, "steps is {steps}, but must be at least 1");
-            integrated_gradients(model, input, padding, target, steps)?
-        }
+/// The options that the command line gives.
+pub fn options(arguments: &ExplainOptions, global: &Global) -> Result<Options> {
+    ensure!(
+        arguments.steps >= 1,
+        "steps is {}, but must be at least 1",
+        arguments.steps
+    );
+    Ok(Options {
+        streams: StreamRules {
+            bias: BiasSplit::from_name(&arguments.bias)?,
+            ..StreamRules::default()
+        },
+        steps: arguments.steps,
+        start_layer: arguments.start_layer,
+        seed: global.seed,
     })
 }
 

@@ -6,6 +6,7 @@ mod demo;
 mod evaluate;
 pub mod explain;
 mod generate;
+pub mod inspect;
 mod parts;
 mod reproduce;
 mod run;
@@ -24,6 +25,7 @@ pub fn execute(arguments: Cli) -> Result<()> {
         Verb::Demo(arguments) => demo::run(arguments, &global),
         Verb::Run(arguments) => run::run(arguments, &global),
         Verb::Explain(arguments) => explain::run(arguments, &global),
+        Verb::Inspect(arguments) => inspect::run(arguments, &global),
         Verb::Compress(arguments) => compress::run(arguments, &global),
         Verb::Evaluate(arguments) => evaluate::run(arguments, &global),
         Verb::Generate(arguments) => generate::run(arguments, &global),

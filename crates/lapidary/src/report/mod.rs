@@ -1,7 +1,10 @@
 //! Pages that a browser shows without a network, and colours for the terminal.
 
+mod analysis;
 mod coloured;
 mod page;
+
+pub use analysis::analysis_page;
 
 pub use coloured::Coloured;
 pub use page::{bar_chart, page, table};

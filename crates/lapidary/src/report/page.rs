@@ -24,6 +24,12 @@ th:first-child, td:first-child { text-align: left; } th { color: var(--soft); fo
 .token.for { background: rgb(var(--for) / calc(var(--strength) * .75)); }
 .token.against { background: rgb(var(--against) / calc(var(--strength) * .75)); }
 .token:focus { outline: 2px solid var(--ink); }
+.map { width: auto; border-collapse: separate; border-spacing: 1px; }
+.map th { font-size: .75rem; padding: .1rem .3rem; border: 0; max-width: 9rem; overflow: hidden; }
+.map td { min-width: 1.2rem; height: 1.2rem; padding: 0; border: 0; }
+.map .for { background: rgb(var(--for) / var(--strength)); }
+.map .against { background: rgb(var(--against) / var(--strength)); }
+.plot svg { background: #fff; border-radius: .4rem; } .plot svg text { fill: #22252b; }
 .legend, .account { color: var(--soft); font-size: .9rem; }
 svg { width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 13px; }
 svg .for { fill: rgb(var(--for)); } svg .against { fill: rgb(var(--against)); }

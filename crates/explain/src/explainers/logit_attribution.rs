@@ -6,12 +6,21 @@
 //! final norm (its deviation frozen) and the output matrix. Nothing of a part's effect through
 //! later parts is counted.
 
-use crate::error::engine;
-use crate::{Explanation, Result, Target, Unit};
-use lapidary_kernels::{DType, Tensor};
-use lapidary_model::{Input, Model, Pass};
+use crate::explainer::Explainer;
+use crate::{Explanation, Options, Question, Result, Target, Unit};
+use lapidary_kernels::Tensor;
+use lapidary_model::{Input, Model};
 use lapidary_signal::streams::{BiasSplit, Partition, StreamRules, StreamSpace};
 use lapidary_signal::{Signal, Trace};
+
+/// Direct logit attribution in the list of explainers.
+pub(crate) const LOGIT_ATTRIBUTION: Explainer = Explainer {
+    name: "logit-attribution",
+    summary: "Which modules write the logit",
+    source: "Elhage et al. 2021",
+    unit: Unit::Component,
+    explain: |question, targets, _| explain(question, targets),
+};
 
 /// Scores of the model's parts for `target`, for the first sequence of `input`: the embeddings,
 /// each block's attention and feed-forward part, and last the biases after them.
@@ -21,9 +30,18 @@ pub fn direct_logit_attribution(
     padding: Option<&Tensor>,
     target: Target,
 ) -> Result<Explanation> {
-    let blocks = model.spec().expanded_blocks();
+    let question = Question {
+        model,
+        input,
+        padding,
+    };
+    LOGIT_ATTRIBUTION.explain(&question, target, &Options::default())
+}
+
+/// The parts that write to the residual stream, by site without `.out`, in order.
+fn writers(model: &Model) -> Vec<String> {
     let mut labels = vec!["embeddings".to_owned()];
-    for (index, block) in blocks.iter().enumerate() {
+    for (index, block) in model.spec().expanded_blocks().iter().enumerate() {
         labels.push(format!("blocks.{index}.attention"));
         if block.cross_attention.is_some() {
             labels.push(format!("blocks.{index}.cross_attention"));
@@ -32,6 +50,11 @@ pub fn direct_logit_attribution(
             labels.push(format!("blocks.{index}.feedforward"));
         }
     }
+    labels
+}
+
+fn explain(question: &Question<'_>, targets: &[Target]) -> Result<Vec<Explanation>> {
+    let mut labels = writers(question.model);
     let rules = StreamRules {
         bias: BiasSplit::Extra,
         ..StreamRules::default()
@@ -56,31 +79,23 @@ pub fn direct_logit_attribution(
             |_, signal| Ok(Signal::from(signal.into_value())),
         )?
         .follow_conservation();
-    let pass = Pass {
-        padding,
-        trace: Some(&trace),
-        ..Pass::default()
-    };
-    let output = model.forward(input, pass)?;
-    let vector = target.vector(&output)?;
-    let direction = target.direction(vector.value())?;
-    // [streams, 1]
-    let scores = engine(vector.contributions_along(&direction)?.squeeze(1))?;
-    let scores = engine(engine(scores.to_dtype(DType::F64))?.to_vec1::<f64>())?;
-    let explained =
-        engine(engine(vector.value().matmul(&engine(direction.unsqueeze(1))?))?.flatten_all())?;
-    let explained = engine(engine(explained.to_dtype(DType::F64))?.to_vec1::<f64>())?;
-    let explained = explained.first().copied().unwrap_or(f64::NAN);
+    let output = question
+        .model
+        .forward(question.input, question.pass(&trace))?;
+    let site_error = trace.conservation().values().copied().reduce(f64::max);
     labels.push("biases".to_owned());
-    let left_out = vec!["what a part does through later parts".to_owned()];
-    let mut explanation = Explanation::new(
-        "logit-attribution",
-        Unit::Component,
-        scores,
-        explained,
-        left_out,
-    );
-    explanation.account.largest_site_error =
-        trace.conservation().values().copied().reduce(f64::max);
-    Ok(explanation.with_labels(labels))
+    let explain = |target: &Target| {
+        let (scores, explained) = target.contributions(&output)?;
+        let left_out = vec!["what a part does through later parts".to_owned()];
+        let mut explanation = Explanation::new(
+            LOGIT_ATTRIBUTION.name,
+            Unit::Component,
+            scores,
+            explained,
+            left_out,
+        );
+        explanation.account.largest_site_error = site_error;
+        Ok(explanation.with_labels(labels.clone()))
+    };
+    targets.iter().map(explain).collect()
 }

@@ -1,0 +1,6 @@
+//! What looks at a model as a whole, or at many inputs, one file or folder for each.
+//!
+//! An analysis has a function that gives its own numbers, for the library, and a function that
+//! makes a [`Report`](crate::report::Report) of them, for people.
+
+pub mod attention;
