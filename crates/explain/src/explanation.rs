@@ -1,9 +1,10 @@
 //! What an explainer gives.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// What the scores are over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Unit {
     /// Tokens of the input.
@@ -19,7 +20,7 @@ pub enum Unit {
 }
 
 /// What an explanation leaves out.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
 pub struct Account {
     /// The number that is explained.
     pub explained: f64,
@@ -37,7 +38,7 @@ pub struct Account {
 }
 
 /// Scores over the units of an input or a model.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct Explanation {
     /// The method's name.
     pub method: String,

@@ -71,7 +71,7 @@ pub enum Verb {
     Reproduce(Reproduce),
     /// Time this machine on the operations that matter
     Bench(Bench),
-    /// Print the JSON schema of model specs, or one model's spec
+    /// Print the JSON schema of model specs or of explanations, or one model's spec
     Spec(Spec),
 }
 
@@ -111,7 +111,8 @@ pub struct SubjectArguments {
 
 fn methods() -> PossibleValuesParser {
     let value = |one: &Explainer| PossibleValue::new(one.name).help(one.summary);
-    PossibleValuesParser::new(explainers().iter().map(value))
+    let all = PossibleValue::new("all").help("Every method that is defined for the model");
+    PossibleValuesParser::new(explainers().iter().map(value).chain([all]))
 }
 
 #[derive(Args, Debug)]
@@ -120,18 +121,19 @@ pub struct Explain {
     pub model: String,
     #[command(flatten)]
     pub subject: SubjectArguments,
-    /// A class or token, by name or number; what the model predicts when absent
+    /// A class or token, by name or number; may be given several times; what the model predicts
+    /// when absent
     #[arg(long)]
-    pub target: Option<String>,
+    pub target: Vec<String>,
     /// What the target is contrasted with
     #[arg(long)]
     pub foil: Option<String>,
     /// Position of a language model's scores; the last when absent
     #[arg(long)]
     pub position: Option<usize>,
-    /// How to explain
-    #[arg(long, default_value = "decompx", value_parser = methods())]
-    pub method: String,
+    /// How to explain; several methods separated by commas, or `all`
+    #[arg(long, alias = "methods", value_delimiter = ',', default_value = "decompx", value_parser = methods())]
+    pub method: Vec<String>,
     #[command(flatten)]
     pub options: ExplainOptions,
     /// Also write a page that a browser shows without a network
@@ -341,4 +343,7 @@ pub struct Bench {
 pub struct Spec {
     /// A model directory, or `embedded`; the JSON schema of specs when absent
     pub model: Option<String>,
+    /// The JSON schema of what `explain --json` prints
+    #[arg(long, conflicts_with = "model")]
+    pub explanation: bool,
 }

@@ -64,7 +64,10 @@ fn explains_the_embedded_model_by_every_method() {
         ]);
         assert_eq!(document["tokens"].as_array().unwrap().len(), 6, "{method}");
         assert_eq!(
-            document["explanation"]["scores"].as_array().unwrap().len(),
+            document["explanations"][0]["explanation"]["scores"]
+                .as_array()
+                .unwrap()
+                .len(),
             6,
             "{method}"
         );
@@ -73,7 +76,7 @@ fn explains_the_embedded_model_by_every_method() {
     let document = json(&[
         "explain", "embedded", "--text", text, "--method", "decompx", "--json",
     ]);
-    let account = &document["explanation"]["account"];
+    let account = &document["explanations"][0]["explanation"]["account"];
     assert!(account["unattributed"].as_f64().unwrap().abs() < 1e-3);
     assert!(account["largest_site_error"].as_f64().unwrap() < 1e-4);
 }
@@ -96,7 +99,7 @@ fn explains_every_family_that_reads_text() {
             let document = json(&[
                 "explain", &model, "--tokens", "5,9,3,17", "--method", method, "--json",
             ]);
-            let account = &document["explanation"]["account"];
+            let account = &document["explanations"][0]["explanation"]["account"];
             if method != "attnlrp" {
                 let left = account["unattributed"].as_f64().unwrap();
                 let scale = account["explained"].as_f64().unwrap().abs().max(1.0);
@@ -186,7 +189,7 @@ fn compresses_saves_loads_and_explains_again() {
     assert_eq!(report["saved_as"], "lapidary");
     let explained = json(&["explain", out, "--text", "the farmer", "--json"]);
     assert!(
-        explained["explanation"]["account"]["largest_site_error"]
+        explained["explanations"][0]["explanation"]["account"]["largest_site_error"]
             .as_f64()
             .unwrap()
             < 1e-4
@@ -506,7 +509,7 @@ fn explains_and_compresses_what_reads_images() {
         let tokens = document["tokens"].as_array().unwrap();
         assert_eq!(tokens[0], "[class]", "{name}");
         assert_eq!(tokens.last().unwrap(), "row 3 column 3", "{name}");
-        let explanation = &document["explanation"];
+        let explanation = &document["explanations"][0]["explanation"];
         let scores = explanation["scores"].as_array().unwrap();
         assert_eq!(scores.len(), tokens.len(), "{name}");
         let left_out = explanation["account"]["unattributed"].as_f64().unwrap();
@@ -543,7 +546,9 @@ fn padding_gets_nothing_and_changes_nothing() {
         let document = json(&["explain", &model, "--input", &padded, "--json"]);
         assert_eq!(document["target"], alone["target"], "{name}");
         let scores = |document: &Value| -> Vec<f64> {
-            let scores = document["explanation"]["scores"].as_array().unwrap();
+            let scores = document["explanations"][0]["explanation"]["scores"]
+                .as_array()
+                .unwrap();
             scores.iter().map(|score| score.as_f64().unwrap()).collect()
         };
         let (found, expected) = (scores(&document), scores(&alone));

@@ -1,47 +1,19 @@
 //! Pages that a browser shows without a network, and colours for the terminal.
 
 mod analysis;
+mod attention;
 mod coloured;
+mod explained;
 mod page;
 
-pub use analysis::analysis_page;
+pub use analysis::{analysis_page, map};
 
 pub use coloured::Coloured;
+pub use explained::explanation_page;
 pub use page::{bar_chart, page, table};
 
-use crate::commands::explain::Explained;
 use lapidary_explain::{Explanation, Unit};
 use maud::{Markup, html};
-
-/// One explanation as a page.
-pub fn explanation_page(model: &str, explained: &Explained) -> String {
-    let body = html! {
-        section {
-            h2 { "What the model says" }
-            @if explained.predictions.is_empty() {
-                p { "This model has no scores; its representation is explained." }
-            } @else {
-                (bar_chart(
-                    &explained.predictions.iter().map(|p| p.name.clone()).collect::<Vec<_>>(),
-                    &explained.predictions.iter().map(|p| p.probability).collect::<Vec<_>>(),
-                    "probability",
-                ))
-            }
-        }
-        section {
-            h2 {
-                "Why " q { (explained.target.trim()) }
-                @if let Some(foil) = &explained.foil { " rather than " q { (foil.trim()) } }
-            }
-            (explanation(&explained.tokens, &explained.explanation))
-        }
-    };
-    page(
-        &format!("Explanation of {model}"),
-        &explained.explanation.method,
-        body,
-    )
-}
 
 /// Coloured tokens, bars, and the account.
 pub fn explanation(tokens: &[String], explanation: &Explanation) -> Markup {
