@@ -13,6 +13,7 @@ mod error;
 mod explainer;
 mod explainers;
 mod explanation;
+pub mod faithfulness;
 pub mod report;
 mod target;
 
