@@ -10,6 +10,7 @@
 
 pub mod analyses;
 mod error;
+pub mod evaluation;
 mod explainer;
 mod explainers;
 mod explanation;

@@ -98,7 +98,7 @@ pub struct Run {
 #[derive(Args, Debug)]
 pub struct SubjectArguments {
     /// Text to look at
-    #[arg(long, required_unless_present_any = ["tokens", "input"], conflicts_with_all = ["tokens", "input"])]
+    #[arg(long, conflicts_with_all = ["tokens", "input"])]
     pub text: Option<String>,
     /// Token ids to look at, separated by commas
     #[arg(long, value_delimiter = ',', conflicts_with = "input")]
@@ -136,6 +136,14 @@ pub struct Explain {
     pub method: Vec<String>,
     #[command(flatten)]
     pub options: ExplainOptions,
+    /// Score the methods on a data set instead: a CSV file with the columns prefix, target, foil
+    /// and evidence, or `generated:` and number-agreement, reflexive-agreement, learned-fact,
+    /// context-fact, name-copy, brackets, induction or polarity
+    #[arg(long, value_name = "DATASET", conflicts_with_all = ["text", "tokens", "input", "target", "foil", "position"])]
+    pub evaluate: Option<String>,
+    /// Most examples of the data set
+    #[arg(long, default_value_t = 200)]
+    pub limit: usize,
     /// Also write a page that a browser shows without a network
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,

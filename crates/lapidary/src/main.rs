@@ -2,6 +2,7 @@
 
 mod cli;
 mod commands;
+mod datasets;
 #[cfg(feature = "hub")]
 mod hub;
 mod loading;

@@ -35,6 +35,10 @@ pub struct Example {
     pub foil: Option<usize>,
     /// Positions of the tokens that decide; empty where that is not known.
     pub evidence: Vec<usize>,
+    /// Position of the scores of a language model; the last when absent.
+    pub position: Option<usize>,
+    /// Positions that are never hidden when faithfulness is measured: special tokens.
+    pub special: Vec<usize>,
 }
 
 /// The examples of a data set, and why rows were left out.
@@ -105,7 +109,10 @@ pub fn read_rows(reader: impl Read, limit: Option<usize>) -> Result<Vec<Row>> {
         )
     };
     let mut rows = Vec::new();
-    for record in reader.records().take(limit.unwrap_or(MAX_ROWS).min(MAX_ROWS)) {
+    for record in reader
+        .records()
+        .take(limit.unwrap_or(MAX_ROWS).min(MAX_ROWS))
+    {
         let record = record.map_err(bad)?;
         let cell = |column: usize| record.get(column).map(str::trim).unwrap_or_default();
         if record.iter().any(|cell| cell.len() > MAX_CELL) {
@@ -138,14 +145,20 @@ pub fn read_rows(reader: impl Read, limit: Option<usize>) -> Result<Vec<Row>> {
 }
 
 /// The rows as tokens. Where target and foil begin with the same tokens, those are given to the
-/// prefix and the first that differ are compared.
+/// prefix and the first that differ are compared. With a `mask`, as masked language models have
+/// it, that token stands where the word to predict would, before what ends a sequence.
 ///
 /// # Errors
 /// When the tokenizer fails on a text.
-pub fn tokenised(rows: &[Row], tokenizer: &Tokenizer, longest: usize) -> Result<Dataset> {
+pub fn tokenised(
+    rows: &[Row],
+    tokenizer: &Tokenizer,
+    mask: Option<u32>,
+    longest: usize,
+) -> Result<Dataset> {
     let mut dataset = Dataset::default();
     for row in rows {
-        match tokenised_row(row, tokenizer)? {
+        match tokenised_row(row, tokenizer, mask)? {
             Tokenised::Indistinguishable => dataset.indistinguishable += 1,
             Tokenised::Example(example) if (1..=longest).contains(&example.ids.len()) => {
                 dataset.examples.push(example);
@@ -162,22 +175,17 @@ enum Tokenised {
     Unfit,
 }
 
-fn tokenised_row(row: &Row, tokenizer: &Tokenizer) -> Result<Tokenised> {
+fn tokenised_row(row: &Row, tokenizer: &Tokenizer, mask: Option<u32>) -> Result<Tokenised> {
     let failed = |error| Error::invalid("text", format!("{:?} ({error})", row.prefix), "tokens");
     let whole = EncodeOptions::default();
     let bare = EncodeOptions {
         special_tokens: false,
         limit: None,
     };
-    // What ends a sequence, such as [SEP], is cut: the next word would stand before it.
-    let mut prefix = tokenizer.encode(&row.prefix, &whole).map_err(failed)?;
-    while prefix.special.last() == Some(&true) && prefix.ids.len() > 1 {
-        for list in [&mut prefix.ids] {
-            list.pop();
-        }
-        prefix.special.pop();
-        prefix.offsets.pop();
-    }
+    let prefix = tokenizer.encode(&row.prefix, &whole).map_err(failed)?;
+    // What ends a sequence, such as [SEP]: the next word stands before it.
+    let trailing = prefix.special.iter().rev().take_while(|special| **special);
+    let body = prefix.ids.len() - trailing.count();
     // A word inside a sentence is written with the space before it.
     let continuation = |word: &str| -> Result<Vec<u32>> {
         let both = tokenizer
@@ -189,7 +197,7 @@ fn tokenised_row(row: &Row, tokenizer: &Tokenizer) -> Result<Tokenised> {
         Ok(both.ids.into_iter().skip(shared).collect())
     };
     let target = continuation(&row.target)?;
-    let mut ids = prefix.ids.clone();
+    let mut ids: Vec<u32> = prefix.ids.iter().copied().take(body).collect();
     let (target, foil) = match &row.foil {
         None => (target.first().copied(), None),
         Some(foil) => {
@@ -218,11 +226,22 @@ fn tokenised_row(row: &Row, tokenizer: &Tokenizer) -> Result<Tokenised> {
             .map(|(position, _)| position)
             .collect()
     });
+    let mut special: Vec<usize> = (0..body)
+        .filter(|position| prefix.special.get(*position) == Some(&true))
+        .collect();
+    let position = mask.map(|mask| {
+        ids.push(mask);
+        ids.extend(prefix.ids.iter().skip(body));
+        special.extend(ids.len() - 1 - (prefix.ids.len() - body)..ids.len());
+        ids.len() - 1 - (prefix.ids.len() - body)
+    });
     Ok(Tokenised::Example(Example {
         ids,
         target: target as usize,
         foil,
         evidence,
+        position,
+        special,
     }))
 }
 
@@ -273,7 +292,9 @@ mod tests {
 
     #[test]
     fn shared_beginnings_go_to_the_prefix() {
-        let words = ["<start>", "a", "grocery", "store", "stores", "buys", "Craig"];
+        let words = [
+            "<start>", "a", "grocery", "store", "stores", "buys", "Craig",
+        ];
         let tokenizer = Tokenizer::of_words(&words).unwrap();
         let row = |target: &str, foil: &str| Row {
             prefix: "Craig buys a".into(),
@@ -285,7 +306,7 @@ mod tests {
             row("grocery store", "grocery stores"),
             row("grocery", "grocery store"),
         ];
-        let dataset = tokenised(&rows, &tokenizer, 10).unwrap();
+        let dataset = tokenised(&rows, &tokenizer, None, 10).unwrap();
         assert_eq!(dataset.indistinguishable, 1);
         let [example] = dataset.examples.as_slice() else {
             panic!("{dataset:?}");
@@ -296,6 +317,6 @@ mod tests {
         assert_eq!(name(*example.ids.last().unwrap() as usize), "grocery");
         let at = |position: &usize| name(example.ids[*position] as usize);
         assert_eq!(example.evidence.iter().map(at).collect::<Vec<_>>(), ["a"]);
-        assert_eq!(tokenised(&rows, &tokenizer, 2).unwrap().unfit, 1);
+        assert_eq!(tokenised(&rows, &tokenizer, None, 2).unwrap().unfit, 1);
     }
 }

@@ -1,7 +1,8 @@
-//! The report of an analysis as a page.
+//! The report of an analysis, as text and as a page.
 
 use super::page::{page, table};
 use anyhow::Result;
+use comfy_table::{ContentArrangement, Table, presets};
 use lapidary_explain::report::{Map, Report};
 use maud::{Markup, PreEscaped, html};
 
@@ -56,4 +57,28 @@ pub fn map(map: &Map) -> Markup {
             }
         }
     }
+}
+
+/// Title, notes and tables; maps and plots are for pages and JSON.
+pub fn analysis_text(report: &Report) -> String {
+    let mut text = format!("{}\n", report.title);
+    for note in &report.notes {
+        text += &format!("  {note}\n");
+    }
+    for table in &report.tables {
+        let mut shown = Table::new();
+        shown
+            .load_style(presets::UTF8_HORIZONTAL_ONLY)
+            .set_content_arrangement(ContentArrangement::Dynamic)
+            .set_header(&table.columns);
+        for row in &table.rows {
+            shown.add_row(row.iter().map(ToString::to_string));
+        }
+        text += &format!("\n{}\n{shown}\n", table.title);
+    }
+    let drawn = report.maps.len() + report.plots.len();
+    if drawn > 0 {
+        text += &format!("\n{drawn} maps and plots: see --html FILE or --json\n");
+    }
+    text
 }

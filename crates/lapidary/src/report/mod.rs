@@ -6,7 +6,7 @@ mod coloured;
 mod explained;
 mod page;
 
-pub use analysis::{analysis_page, map};
+pub use analysis::{analysis_page, analysis_text, map};
 
 pub use coloured::Coloured;
 pub use explained::explanation_page;

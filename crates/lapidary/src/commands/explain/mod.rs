@@ -1,5 +1,6 @@
 //! `lapidary explain`: a prediction, decomposed.
 
+mod evaluate;
 mod target;
 mod terminal;
 
@@ -80,6 +81,9 @@ struct Named {
 pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
     if let Some(html) = &arguments.html {
         output::check_writable(html)?;
+    }
+    if let Some(dataset) = &arguments.evaluate {
+        return evaluate::run(dataset, arguments, global);
     }
     let options = options(&arguments.options, global)?;
     let methods = methods(&arguments.method)?;

@@ -5,8 +5,6 @@ pub mod attention;
 use crate::cli::{Analysis, Global, Inspect};
 use crate::{output, report};
 use anyhow::Result;
-use comfy_table::{ContentArrangement, Table, presets};
-use lapidary_explain::report::Report;
 
 pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
     if let Some(html) = &arguments.html {
@@ -21,29 +19,5 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
     if global.json {
         return output::print_json(&found);
     }
-    output::print(&in_terminal(&found))
-}
-
-/// Title, notes and tables; maps and plots are for pages and JSON.
-fn in_terminal(report: &Report) -> String {
-    let mut text = format!("{}\n", report.title);
-    for note in &report.notes {
-        text += &format!("  {note}\n");
-    }
-    for table in &report.tables {
-        let mut shown = Table::new();
-        shown
-            .load_style(presets::UTF8_HORIZONTAL_ONLY)
-            .set_content_arrangement(ContentArrangement::Dynamic)
-            .set_header(&table.columns);
-        for row in &table.rows {
-            shown.add_row(row.iter().map(ToString::to_string));
-        }
-        text += &format!("\n{}\n{shown}\n", table.title);
-    }
-    let drawn = report.maps.len() + report.plots.len();
-    if drawn > 0 {
-        text += &format!("\n{drawn} maps and plots: see --html FILE or --json\n");
-    }
-    text
+    output::print(&report::analysis_text(&found))
 }
