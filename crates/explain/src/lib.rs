@@ -9,6 +9,7 @@
 //! [`report::Report`].
 
 pub mod analyses;
+mod difference;
 mod error;
 pub mod evaluation;
 mod explainer;
@@ -18,6 +19,7 @@ pub mod faithfulness;
 pub mod report;
 mod target;
 
+pub use difference::{Difference, Moved, OutputDifference, SiteDifference, difference};
 pub use error::{Error, Result};
 pub use explainer::{Explain, Explainer, Options, Question, explainer, explainers};
 pub use explainers::decompx::decompx;

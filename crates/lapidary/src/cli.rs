@@ -55,6 +55,8 @@ pub enum Verb {
     Run(Run),
     /// Explain a prediction by decomposing it
     Explain(Explain),
+    /// Where two models differ on one input, and which parts moved
+    Diff(Diff),
     /// Look at a model as a whole, or at how it treats many inputs
     Inspect(Inspect),
     /// Cut a checkpoint down
@@ -161,6 +163,33 @@ pub struct ExplainOptions {
     /// First layer that takes part, for methods that multiply layers
     #[arg(long, default_value_t = 0)]
     pub start_layer: usize,
+}
+
+#[derive(Args, Debug)]
+pub struct Diff {
+    /// A model directory, or `embedded`
+    pub before: String,
+    /// What was made of it: a model directory
+    pub after: String,
+    #[command(flatten)]
+    pub subject: SubjectArguments,
+    /// A class or token, by name or number; what the first model predicts when absent
+    #[arg(long)]
+    pub target: Option<String>,
+    /// What the target is contrasted with
+    #[arg(long)]
+    pub foil: Option<String>,
+    /// Position of a language model's scores; the last when absent
+    #[arg(long)]
+    pub position: Option<usize>,
+    /// How tokens are scored
+    #[arg(long, default_value = "decompx", value_parser = methods())]
+    pub method: String,
+    #[command(flatten)]
+    pub options: ExplainOptions,
+    /// Also write a page that a browser shows without a network
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]

@@ -2,7 +2,7 @@
 
 use super::page::{page, table};
 use anyhow::Result;
-use comfy_table::{ContentArrangement, Table, presets};
+use comfy_table::{ContentArrangement, Table, TableComponent, presets};
 use lapidary_explain::report::{Map, Report};
 use maud::{Markup, PreEscaped, html};
 
@@ -70,7 +70,10 @@ pub fn analysis_text(report: &Report) -> String {
         shown
             .load_style(presets::UTF8_HORIZONTAL_ONLY)
             .set_content_arrangement(ContentArrangement::Dynamic)
-            .set_header(&table.columns);
+            .set_header(&table.columns)
+            .remove_style(TableComponent::HorizontalLines)
+            .remove_style(TableComponent::TopBorder)
+            .remove_style(TableComponent::BottomBorder);
         for row in &table.rows {
             shown.add_row(row.iter().map(ToString::to_string));
         }

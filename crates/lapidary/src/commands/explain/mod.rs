@@ -1,7 +1,7 @@
 //! `lapidary explain`: a prediction, decomposed.
 
 mod evaluate;
-mod target;
+pub mod target;
 mod terminal;
 
 use std::time::Instant;
@@ -72,10 +72,10 @@ pub struct Refused {
 }
 
 /// A target with its names.
-struct Named {
-    target: Target,
-    name: String,
-    foil: Option<String>,
+pub struct Named {
+    pub target: Target,
+    pub name: String,
+    pub foil: Option<String>,
 }
 
 pub fn run(arguments: &Explain, global: &Global) -> Result<()> {

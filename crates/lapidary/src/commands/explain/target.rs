@@ -73,50 +73,60 @@ pub fn targets(
     position: usize,
     predictions: &[(usize, Prediction)],
 ) -> Result<Vec<Named>> {
+    let foil = arguments.foil.as_deref();
+    let of = |target| one(target, foil, package, model, position, predictions);
+    match arguments.target.as_slice() {
+        [] => Ok(vec![of(None)?]),
+        names => names.iter().map(|name| of(Some(name))).collect(),
+    }
+}
+
+/// The target of that name, or what the model predicts.
+pub fn one(
+    target: Option<&str>,
+    foil: Option<&str>,
+    package: &Package,
+    model: &Model,
+    position: usize,
+    predictions: &[(usize, Prediction)],
+) -> Result<Named> {
     let Some((best, prediction)) = predictions.first() else {
         ensure!(
-            arguments.target.is_empty() && arguments.foil.is_none(),
+            target.is_none() && foil.is_none(),
             "this model has no scores; leave --target and --foil out to explain its representation"
         );
-        return Ok(vec![Named {
+        return Ok(Named {
             target: Target::Representation,
             name: "representation".to_owned(),
             foil: None,
-        }]);
+        });
     };
     let names = Names {
         package,
         predictions,
         is_language_model: matches!(model.spec().head, HeadSpec::LanguageModel { .. }),
     };
-    let foil = match &arguments.foil {
-        Some(foil) => Some(names.find("foil", foil)?),
-        None => None,
+    let (class, name) = match target {
+        Some(target) => names.find("target", target)?,
+        None => (*best, prediction.name.clone()),
     };
-    let classes = match arguments.target.as_slice() {
-        [] => vec![(*best, prediction.name.clone())],
-        named => named
-            .iter()
-            .map(|name| names.find("target", name))
-            .collect::<Result<_>>()?,
-    };
-    let named = |(class, name): (usize, String)| Named {
+    let foil = foil.map(|foil| names.find("foil", foil)).transpose()?;
+    Ok(Named {
         target: Target::Score {
             class,
             foil: foil.as_ref().map(|(index, _)| *index),
             position: Some(position),
         },
         name,
-        foil: foil.as_ref().map(|(_, name)| name.clone()),
-    };
-    Ok(classes.into_iter().map(named).collect())
+        foil: foil.map(|(_, name)| name),
+    })
 }
 
 /// What the scores of a model are called.
-pub struct Names<'a> {
-    pub package: &'a Package,
-    pub predictions: &'a [(usize, Prediction)],
-    pub is_language_model: bool,
+struct Names<'a> {
+    package: &'a Package,
+    predictions: &'a [(usize, Prediction)],
+    is_language_model: bool,
 }
 
 impl Names<'_> {
