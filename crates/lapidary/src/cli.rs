@@ -353,6 +353,9 @@ pub struct Bench {
     /// Model directory for the works that need one
     #[arg(long)]
     pub model: Option<String>,
+    /// Method of the work `explain`
+    #[arg(long, default_value = "decompx", value_parser = methods())]
+    pub method: String,
     /// Width of the tokens
     #[arg(long, default_value_t = 256)]
     pub width: usize,

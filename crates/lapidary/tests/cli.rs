@@ -685,3 +685,131 @@ fn hostile_tensors_are_refused() {
         );
     }
 }
+
+#[test]
+fn explains_by_all_methods_at_once_and_on_one_page() {
+    let directory = tempfile::tempdir().unwrap();
+    let page = directory.path().join("page.html");
+    let text = "the farmer near the dogs";
+    let base = ["explain", "embedded", "--text", text, "--method", "all"];
+    let arguments = [&base[..], &["--target", "sings", "--target", "sing"]].concat();
+    let document = json(&[&arguments[..], &["--json"]].concat());
+    let all = document["explanations"].as_array().unwrap();
+    let methods: std::collections::BTreeSet<_> = all
+        .iter()
+        .map(|one| one["explanation"]["method"].as_str().unwrap())
+        .collect();
+    for method in ["attnlrp", "cp-lrp", "decompx", "logit-attribution"] {
+        assert!(methods.contains(method), "{methods:?}");
+    }
+    // Both targets by every method, each with an account that adds up.
+    assert_eq!(all.len(), 2 * methods.len());
+    for one in all {
+        let account = &one["explanation"]["account"];
+        let number = |name: &str| account[name].as_f64().unwrap();
+        let sum = number("attributed") + number("unattributed");
+        assert!((sum - number("explained")).abs() < 1e-3 * number("explained").abs().max(1.0));
+    }
+    output(&[&arguments[..], &["--html", page.to_str().unwrap()]].concat());
+    let html = std::fs::read_to_string(page).unwrap();
+    for part in [
+        "type=\"radio\"",
+        "value=\"cp-lrp\"",
+        "Where each head looks",
+        "Methods side by side",
+    ] {
+        assert!(html.contains(part), "{part}");
+    }
+    // One file: nothing is fetched.
+    assert!(!html.contains("src=") && !html.contains("href="));
+}
+
+#[test]
+fn methods_are_scored_on_generated_examples_and_on_files() {
+    let common = [
+        "--method",
+        "cp-lrp,gradient-x-input",
+        "--limit",
+        "12",
+        "--json",
+    ];
+    let generated = [
+        "explain",
+        "embedded",
+        "--evaluate",
+        "generated:number-agreement",
+    ];
+    let found = json(&[&generated[..], &common[..]].concat());
+    assert_eq!(found["examples"], 12);
+    assert_eq!(found["rows"].as_array().unwrap().len(), 2);
+    assert_eq!(found["rows"][0]["agreement"][0]["count"], found["right"]);
+    let directory = tempfile::tempdir().unwrap();
+    let csv = b"prefix,target,foil,evidence\nthe farmer near the dogs,sings,sing,farmer\n\
+                the farmers near the dog,sing,sings,farmers\n";
+    let file = write(&directory, "data.csv", csv);
+    let from_file = ["explain", "embedded", "--evaluate", &file];
+    let found = json(&[&from_file[..], &common[..]].concat());
+    assert_eq!(found["examples"], 2);
+    let text = output(&[&from_file[..], &common[..4]].concat());
+    assert!(text.contains("MRR") && text.contains("AOPC"), "{text}");
+    let bad = write(&directory, "bad.csv", b"prefix,word\na,b\n");
+    refused(
+        &["explain", "embedded", "--evaluate", &bad],
+        &["column target"],
+    );
+    refused(
+        &["explain", "embedded", "--evaluate", "nowhere.csv"],
+        &["nowhere.csv"],
+    );
+    let unknown = ["explain", "embedded", "--evaluate", "generated:rhymes"];
+    refused(&unknown, &["generated:rhymes", "induction"]);
+}
+
+#[test]
+fn two_models_are_compared() {
+    let directory = tempfile::tempdir().unwrap();
+    let cut = directory.path().join("cut");
+    let cut = cut.to_str().unwrap();
+    output(&[
+        "compress", "embedded", "--ratio", "0.5", "--method", "svd", "--out", cut,
+    ]);
+    let text = [
+        "--text",
+        "the farmer near the dogs",
+        "--target",
+        "sings",
+        "--foil",
+        "sing",
+    ];
+    let found = json(&[&["diff", "embedded", cut][..], &text[..], &["--json"]].concat());
+    assert!(found["output"]["divergence"].as_f64().unwrap() > 0.0);
+    let changes: Vec<f64> = found["components"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| (one["after"].as_f64().unwrap() - one["before"].as_f64().unwrap()).abs())
+        .collect();
+    assert!(changes.is_sorted_by(|a, b| a >= b), "{changes:?}");
+    let said = output(&[&["diff", "embedded", cut][..], &text[..]].concat());
+    assert!(said.contains("Parts whose contribution moved"), "{said}");
+    let bert = family("bert-classifier");
+    refused(
+        &["diff", "embedded", &bert, "--tokens", "1,2,900"],
+        &["900"],
+    );
+}
+
+#[test]
+fn attention_is_inspected() {
+    let found = json(&[
+        "inspect",
+        "attention",
+        "embedded",
+        "--text",
+        "the farmer sings",
+        "--json",
+    ]);
+    let rows = found["tables"][0]["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 24);
+    refused(&["inspect", "attention", "embedded"], &["--text"]);
+}
