@@ -1,6 +1,9 @@
 //! What an explainer is, and the list of all.
 
-use crate::explainers::{decompx, gradient, logit_attribution};
+use crate::explainers::{
+    attention_gradcam, attention_rollout, chefer, decompx, full_lrp, gradient, logit_attribution,
+    partial_lrp, raw_attention,
+};
 use crate::{Error, Explanation, Result, Target, Unit};
 use lapidary_kernels::Tensor;
 use lapidary_model::{Input, Model, Pass};
@@ -105,13 +108,21 @@ pub fn explainers() -> &'static [Explainer] {
     &EXPLAINERS
 }
 
-static EXPLAINERS: [Explainer; 6] = [
+static EXPLAINERS: [Explainer; 14] = [
+    attention_gradcam::ATTENTION_GRADCAM,
+    attention_rollout::ATTENTION_ROLLOUT,
     gradient::ATTNLRP,
+    gradient::ATTNLRP_EXPLICIT,
+    chefer::CHEFER,
     gradient::CP_LRP,
+    gradient::CP_LRP_EXPLICIT,
     decompx::DECOMPX,
+    full_lrp::FULL_LRP,
     gradient::GRADIENT_TIMES_INPUT,
     gradient::INTEGRATED_GRADIENTS,
     logit_attribution::LOGIT_ATTRIBUTION,
+    partial_lrp::PARTIAL_LRP,
+    raw_attention::RAW_ATTENTION,
 ];
 
 /// The explainer of that name.

@@ -1,6 +1,7 @@
 //! What an explainer gives.
 
 use schemars::JsonSchema;
+use crate::leaks::Leak;
 use serde::Serialize;
 
 /// What the scores are over.
@@ -35,6 +36,10 @@ pub struct Account {
     pub largest_site_error: Option<f64>,
     /// What the method leaves out by its definition, in words.
     pub left_out: Vec<String>,
+    /// What each part of the model keeps of the relevance that arrives at it, from the outputs
+    /// down; for methods that propagate relevance.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub leaks: Vec<Leak>,
 }
 
 /// Scores over the units of an input or a model.
@@ -69,6 +74,7 @@ impl Explanation {
             unattributed: explained - attributed,
             largest_site_error: None,
             left_out,
+            leaks: Vec::new(),
         };
         Self {
             method: method.into(),
@@ -77,6 +83,12 @@ impl Explanation {
             scores,
             account,
         }
+    }
+
+    /// The same with what each part of the model keeps.
+    pub(crate) fn with_leaks(mut self, leaks: Vec<Leak>) -> Self {
+        self.account.leaks = leaks;
+        self
     }
 
     /// The same with the units' names.

@@ -29,6 +29,7 @@ mod optimiser;
 mod product;
 mod recompute;
 mod recurrence;
+mod relevance_rules;
 mod rotary;
 mod simd;
 mod softmax;
@@ -54,6 +55,7 @@ pub use optimiser::{
 };
 pub use recompute::Recomputation;
 pub use recurrence::{cumulative_product, cumulative_sum, linear_scan};
+pub use relevance_rules::{balanced_sum, pass_gradient, scale_gradient, stabilised_reciprocal};
 pub use rotary::{merged_rotary, rotary};
 pub use softmax::{log_softmax, softmax};
 pub use sort::{sort, top_k};

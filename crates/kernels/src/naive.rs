@@ -235,10 +235,16 @@ fn scale_shift(y: Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>) -> Res
 pub fn attention_weights(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let k = repeat_groups(k, q.dim(1)?)?;
     let scores = (q.contiguous()?.matmul(&k.transpose(2, 3)?.contiguous()?)? * options.scale)?;
+    attention_softmax(&scores, options)
+}
+
+/// The weights that scaled scores `[batch, heads, query, key]` give once the bias is added and
+/// the masks are put on.
+pub fn attention_softmax(scores: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let (batch, _, queries, keys) = scores.dims4()?;
     let mut scores = match &options.bias {
         Some(bias) => scores.broadcast_add(bias)?,
-        None => scores,
+        None => scores.clone(),
     };
     let offset = options.query_offset;
     scores = scores.broadcast_add(&keep_to_bias(
@@ -264,6 +270,30 @@ pub fn attention_weights(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> 
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let weights = attention_weights(q, k, options)?;
     Ok(weights.matmul(&repeat_groups(v, q.dim(1)?)?.contiguous()?)?)
+}
+
+/// `x` in value, with its gradient multiplied by `factor` of the same shape.
+pub fn scale_gradient(x: &Tensor, factor: &Tensor) -> Result<Tensor> {
+    // x - detach(x) is exactly zero, so the value is untouched.
+    let zero = (x - x.detach())?;
+    Ok((x.detach() + (zero * factor.detach())?)?)
+}
+
+/// `value`, whose gradient goes to `x` of the same shape unchanged.
+pub fn pass_gradient(x: &Tensor, value: &Tensor) -> Result<Tensor> {
+    Ok((value.detach() + (x - x.detach())?)?)
+}
+
+/// `1 / (z + ε sign z)`, and `at_zero` where `z` is zero. Not differentiable.
+pub fn stabilised_reciprocal(z: &Tensor, epsilon: f64, at_zero: f64) -> Result<Tensor> {
+    let z = z.detach();
+    let below = z.lt(0.0)?.to_dtype(z.dtype())?;
+    let denominator = (&z + below.affine(-2.0 * epsilon, epsilon)?)?;
+    let vanishes = denominator.abs()?.lt(f64::from(f32::MIN_POSITIVE))?;
+    let safe = vanishes.where_cond(&z.ones_like()?, &denominator)?;
+    let reciprocal = vanishes.where_cond(&z.zeros_like()?, &safe.recip()?)?;
+    let constant = z.zeros_like()?.affine(1.0, at_zero)?;
+    Ok(z.eq(0.0)?.where_cond(&constant, &reciprocal)?)
 }
 
 /// Repeats each of the `groups` of a `[batch, groups, length, width]` tensor so that there are

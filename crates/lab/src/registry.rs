@@ -51,7 +51,17 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 4] = [
+static SYSTEMS: [System; 5] = [
+    System {
+        slug: "chefer",
+        title: "Transformer Interpretability Beyond Attention Visualization",
+        authors: "Chefer, Gur, Wolf",
+        year: 2021,
+        arxiv: Some("2012.09838"),
+        kind: Kind::Explanation,
+        parts: &["signal::relevance", "explain::chefer"],
+        experiment: experiments::chefer::run,
+    },
     System {
         slug: "decompx",
         title: "DecompX: Explaining Transformers Decisions by Propagating Token Decomposition",

@@ -98,6 +98,9 @@ impl Signal {
 
     /// `x Wᵀ + b` along the last dimension.
     pub fn linear(&self, layer: &Linear) -> Result<Self> {
+        if let Lens::Relevance(rules) = &self.lens {
+            return Ok(self.carry(rules.linear(&self.value, layer)?));
+        }
         let value = layer.apply(&self.value)?;
         self.count_linear(layer, &value);
         Ok(match &self.lens {
@@ -105,7 +108,6 @@ impl Signal {
                 let streams = streams.linear(&self.value, layer)?;
                 Self::carry_streams(value, streams)
             }
-            Lens::Relevance(rules) => self.carry(rules.linear_output(value)?),
             _ => self.carry(value),
         })
     }
@@ -172,8 +174,14 @@ impl Signal {
 
     /// Sum; shapes broadcast.
     pub fn add(&self, other: &Self) -> Result<Self> {
+        let pair = pair("add", self, other)?;
+        if let Pair::Rules(one) = &pair
+            && let Lens::Relevance(rules) = &one.lens
+        {
+            return Ok(one.carry(rules.add(self, other)?));
+        }
         let value = add(&self.value, &other.value)?;
-        match pair("add", self, other)? {
+        match pair {
             Pair::Plain => Ok(Self::from(value)),
             Pair::Rules(one) => {
                 one.count(1, &[&self.value, &other.value], &value);
@@ -204,6 +212,9 @@ impl Signal {
 
     /// Multiplies by a number.
     pub fn scale(&self, factor: f64) -> Result<Self> {
+        if let Lens::Relevance(rules) = &self.lens {
+            return Ok(self.carry(rules.scale(&self.value, factor)?));
+        }
         let value = tensor(&self.value * factor)?;
         self.count(1, &[&self.value], &value);
         match &self.lens {
@@ -217,6 +228,9 @@ impl Signal {
 
     /// Multiplies by a tensor that is no signal; shapes broadcast to this signal's.
     pub fn multiply_constant(&self, constant: &Tensor) -> Result<Self> {
+        if let Lens::Relevance(rules) = &self.lens {
+            return Ok(self.carry(rules.multiply_constant(&self.value, constant)?));
+        }
         let value = tensor(self.value.broadcast_mul(constant))?;
         self.count(1, &[&self.value, constant], &value);
         match &self.lens {
@@ -234,11 +248,8 @@ impl Signal {
         match pair("gate", self, gate)? {
             Pair::Plain => Ok(Self::from(plain()?)),
             Pair::Rules(one) => {
-                let value = match (&self.lens, &gate.lens) {
-                    (Lens::Relevance(rules), Lens::Relevance(_)) => {
-                        let (a, b) = rules.product(&self.value, &gate.value)?;
-                        tensor(a.broadcast_mul(&b))?
-                    }
+                let value = match &one.lens {
+                    Lens::Relevance(rules) => rules.gate(self, gate)?,
                     _ => plain()?,
                 };
                 one.count(1, &[&self.value, &gate.value], &value);
@@ -381,33 +392,43 @@ impl Signal {
         Ok(joined.carry(value))
     }
 
-    /// Queries, keys and values as [`Signal::attend`] would use them, this signal being the
-    /// values: for those who compute the weights themselves and then [`Signal::mix`]. Under
-    /// relevance each has its share of the gradient; otherwise they are as they were.
-    pub fn share_attention(&self, q: &Self, k: &Self) -> Result<(Self, Self, Self)> {
-        let unchanged = || (q.clone(), k.clone(), self.clone());
-        if let Lens::Streams(_) = &self.lens {
-            return Ok(unchanged());
+    /// The weights `[batch, heads, query, key]` by which [`Signal::attend`] would mix, this signal
+    /// being the queries: for those who look at them before [`Signal::mix_by`].
+    ///
+    /// Under relevance they have relevance of their own. They are constants to streams, and the
+    /// meter counts them with the mixing.
+    pub fn attention_weights(&self, k: &Self, options: &AttentionOptions) -> Result<Self> {
+        if let Some(joined) = rules_of("attention_weights", &[self, k])?
+            && let Lens::Relevance(rules) = &joined.lens
+        {
+            let weights = rules.attention_weights(&self.value, &k.value, options)?;
+            return Ok(joined.carry(weights));
         }
-        match rules_of("share_attention", &[self, q, k])? {
-            Some(joined) => match &joined.lens {
-                Lens::Relevance(rules) => {
-                    let (q, k, v) = rules.share_attention(&q.value, &k.value, &self.value)?;
-                    Ok((joined.carry(q), joined.carry(k), joined.carry(v)))
-                }
-                _ => Ok(unchanged()),
-            },
-            None => Ok(unchanged()),
+        let weights = naive::attention_weights(&self.value, &k.value, options)?;
+        Ok(Self::from(weights))
+    }
+
+    /// Mixes this signal's positions by weights `[batch, heads, query, key]`, which share in the
+    /// relevance when they have that lens.
+    pub fn mix_by(&self, weights: &Self) -> Result<Self> {
+        match &weights.lens {
+            Lens::Relevance(rules) => {
+                let joined = rules_of("mix_by", &[self, weights])?.unwrap_or(weights);
+                Ok(joined.carry(rules.mix(&weights.value, &self.value)?))
+            }
+            _ => self.mix(&weights.value),
         }
     }
 
     /// Mixes this signal's positions by ready weights `[batch, heads, query, key]`.
     pub fn mix(&self, weights: &Tensor) -> Result<Self> {
         let heads = tensor(weights.dim(1))?;
-        let spread = tensor(naive::repeat_groups(&self.value, heads)?.contiguous())?;
-        let value = tensor(weights.matmul(&spread))?;
+        let value = self.mapped_value(|value| {
+            let spread = tensor(naive::repeat_groups(value, heads)?.contiguous())?;
+            tensor(weights.matmul(&spread))
+        })?;
         if let Some(meter) = self.meter() {
-            let keys = spread.dims()[2] as u64;
+            let keys = tensor(self.value.dim(2))? as u64;
             meter.count(
                 2 * keys * value.elem_count() as u64,
                 bytes_of(weights) + bytes_of(&self.value) + bytes_of(&value),
@@ -430,7 +451,10 @@ impl Signal {
                 advice: "take the scores with `for_scores`, which freezes them",
             });
         }
-        let value = softmax(&self.value, mask)?;
+        let value = match &self.lens {
+            Lens::Relevance(rules) => rules.softmax(&self.value, mask)?,
+            _ => softmax(&self.value, mask)?,
+        };
         self.count(5, &[&self.value], &value);
         Ok(self.carry(value))
     }
@@ -444,7 +468,7 @@ impl Signal {
         sin: &Tensor,
         pairs: RotaryPairs,
     ) -> Result<Self> {
-        let value = merged_rotary(&self.value, heads, cos, sin, pairs)?;
+        let value = self.mapped_value(|value| Ok(merged_rotary(value, heads, cos, sin, pairs)?))?;
         self.count(3, &[&self.value], &value);
         // A rotation mixes the features of a head, so streams over positions keep their axis.
         let rotate = |t: &Tensor, shift: usize| -> Result<Tensor> {
@@ -469,7 +493,7 @@ impl Signal {
             Lens::Relevance(_) => decay.value.detach(),
             _ => decay.value.clone(),
         };
-        let value = linear_scan(&frozen, &self.value, None)?;
+        let value = self.mapped_value(|value| Ok(linear_scan(&frozen, value, None)?))?;
         joined.count(2, &[&self.value, &frozen], &value);
         let scan = |t: &Tensor, shift: usize| -> Result<Tensor> {
             if shift == 0 {
@@ -488,7 +512,8 @@ impl Signal {
     /// present: `[batch, channels, length]` with `kernel` `[channels, taps]`, then `bias`
     /// `[channels]`.
     pub fn depthwise_convolution(&self, kernel: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
-        let value = causal_depthwise_convolution(&self.value, kernel, None)?;
+        let value =
+            self.mapped_value(|value| Ok(causal_depthwise_convolution(value, kernel, None)?))?;
         let taps = tensor(kernel.dim(1))? as u64;
         self.count(2 * taps, &[&self.value, kernel], &value);
         let convolve = |t: &Tensor, shift: usize| -> Result<Tensor> {

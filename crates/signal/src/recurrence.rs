@@ -10,7 +10,7 @@
 
 use crate::error::tensor;
 use crate::meter::bytes_of;
-use crate::relevance::AttentionRule;
+use crate::relevance::{AttentionRule, Form};
 use crate::streams::Change;
 use crate::{Error, Lens, Result, Signal};
 use lapidary_kernels::{Activation, Tensor, activate, linear_scan};
@@ -107,11 +107,14 @@ impl Signal {
     /// tokens are treated, not what they carry.
     ///
     /// Under the streams lens it is the value alone, and under relevance it is detached (Jafari
-    /// et al., MambaLRP, arXiv 2406.07592) unless attention's rule is the gradient.
+    /// et al., MambaLRP, arXiv 2406.07592) unless attention's rule is the gradient of a modified
+    /// gradient.
     pub fn for_selection(&self) -> Self {
         match &self.lens {
             Lens::Streams(_) => Self::from(self.value.clone()),
-            Lens::Relevance(rules) if rules.attention != AttentionRule::Gradient => {
+            Lens::Relevance(rules)
+                if rules.attention != AttentionRule::Gradient || rules.form == Form::Explicit =>
+            {
                 self.carry(self.value.detach())
             }
             _ => self.clone(),
@@ -127,7 +130,14 @@ impl Signal {
         scan.check(&self.value)?;
         let initial = scan.initial.as_ref();
         let Lens::Streams(_) = &self.lens else {
-            let (value, state) = scan.run_one(&self.value, initial)?;
+            let mut state = None;
+            let value = self.mapped_value(|value| {
+                let (value, last) = scan.run_one(value, initial)?;
+                state = Some(last);
+                Ok(value)
+            })?;
+            let state =
+                state.ok_or_else(|| Error::invalid("outputs of the recurrence", "none", "one"))?;
             self.count_scan(scan, &value);
             return Ok((self.carry(value), state));
         };

@@ -32,7 +32,27 @@ impl Signal {
         map: &dyn Fn(&Tensor, usize) -> Result<Tensor>,
         axis: impl Fn(usize) -> Option<usize>,
     ) -> Result<Self> {
-        let value = map(&self.value, 0)?;
+        self.moved_as(map(&self.value, 0)?, flops_per_element, map, axis)
+    }
+
+    /// As [`Signal::moved`], for elements that are weighted or added up on the way.
+    fn summed(
+        &self,
+        flops_per_element: u64,
+        map: &dyn Fn(&Tensor, usize) -> Result<Tensor>,
+        axis: impl Fn(usize) -> Option<usize>,
+    ) -> Result<Self> {
+        let value = self.mapped_value(|value| map(value, 0))?;
+        self.moved_as(value, flops_per_element, map, axis)
+    }
+
+    fn moved_as(
+        &self,
+        value: Tensor,
+        flops_per_element: u64,
+        map: &dyn Fn(&Tensor, usize) -> Result<Tensor>,
+        axis: impl Fn(usize) -> Option<usize>,
+    ) -> Result<Self> {
         if let Lens::Meter(meter, _) = &self.lens {
             let flops = flops_per_element * self.value.elem_count() as u64;
             meter.count(flops, bytes_of(&self.value) + bytes_of(&value));
@@ -137,7 +157,7 @@ impl Signal {
 
     /// Zeros of length `length` along `dim`, with this signal's entries added at `indices`.
     pub fn place(&self, dim: usize, indices: &Tensor, length: usize) -> Result<Self> {
-        self.moved(
+        self.summed(
             0,
             &|t, shift| {
                 let mut shape = t.dims().to_vec();
@@ -203,7 +223,7 @@ impl Signal {
             let streams = streams.pool(&self.value, &weights)?;
             return Ok(Self::carry_streams(value, streams));
         }
-        self.moved(1, &|t, shift| tensor(t.mean(dim + shift)), |axis| {
+        self.summed(1, &|t, shift| tensor(t.mean(dim + shift)), |axis| {
             (axis != dim).then_some(if axis > dim { axis - 1 } else { axis })
         })
     }
@@ -211,7 +231,7 @@ impl Signal {
     /// Sum over the last dimension, which goes.
     pub fn sum_last(&self) -> Result<Self> {
         let last = self.dims().len().saturating_sub(1);
-        self.moved(1, &|t, _| tensor(t.sum(D::Minus1)), |axis| {
+        self.summed(1, &|t, _| tensor(t.sum(D::Minus1)), |axis| {
             (axis != last).then_some(axis)
         })
     }
@@ -227,7 +247,7 @@ impl Signal {
             let streams = streams.pool(&self.value, &tensor(weights.squeeze(2))?)?;
             return Ok(Self::carry_streams(value, streams));
         }
-        self.moved(
+        self.summed(
             2,
             &|t, shift| tensor(tensor(t.broadcast_mul(weights))?.sum(dim + shift)),
             |axis| (axis != dim).then_some(if axis > dim { axis - 1 } else { axis }),

@@ -130,19 +130,13 @@ impl Signal {
         }
     }
 
-    /// Puts the relevance lens on. The value becomes a leaf whose gradient, times the value, is
-    /// its relevance; it is given back beside the signal.
+    /// Puts the relevance lens on. The value becomes a leaf, given back beside the signal; from
+    /// what a backward pass brings there, [`RelevanceRules::relevance`] makes its relevance.
     ///
     /// # Errors
-    /// When the rules' epsilon is negative or no number.
+    /// When the rules have a number out of range, or a modified gradient cannot carry them.
     pub fn into_relevance(self, rules: RelevanceRules) -> Result<(Self, Var)> {
-        if !(rules.epsilon.is_finite() && rules.epsilon >= 0.0) {
-            return Err(Error::invalid(
-                "epsilon of the relevance rules",
-                rules.epsilon,
-                "a number of at least 0",
-            ));
-        }
+        rules.validate()?;
         let leaf = tensor(Var::from_tensor(&self.value.detach()))?;
         let value = leaf.as_tensor().clone();
         Ok((

@@ -1,7 +1,9 @@
 //! Whether scores are true to the model: against evidence that is known to have caused the
-//! prediction ([`agreement`]), and by what the model loses when tokens are hidden ([`masking`]).
+//! prediction ([`agreement`]), by what the model loses when tokens are hidden ([`masking`]), and,
+//! for images, by pixels ([`image`]).
 
 pub mod agreement;
+pub mod image;
 pub mod masking;
 
 use serde::Serialize;

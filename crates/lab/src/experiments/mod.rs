@@ -1,10 +1,12 @@
 //! The experiments, one file for each system, and what several of them use.
 
 pub mod bigram;
+pub mod chefer;
 pub mod classifier;
 pub mod decoder;
 pub mod decompx;
 pub mod fwsvd;
+pub mod glyphs;
 pub mod introduction;
 pub mod logit_attribution;
 pub mod masking;

@@ -47,5 +47,21 @@ pub fn account(explanation: &Explanation) -> Markup {
                 " This method leaves out: " (account.left_out.join("; ")) "."
             }
         }
+        @if !account.leaks.is_empty() {
+            details {
+                summary { "Relevance that each part of the model keeps, from the output down" }
+                table {
+                    tr { th { "part" } th { "arrived" } th { "passed on" } th { "kept" } }
+                    @for leak in &account.leaks {
+                        tr {
+                            td { (leak.part) }
+                            td { (format!("{:.4}", leak.arrived)) }
+                            td { (format!("{:.4}", leak.passed)) }
+                            td { (format!("{:.4}", leak.lost())) }
+                        }
+                    }
+                }
+            }
+        }
     }
 }

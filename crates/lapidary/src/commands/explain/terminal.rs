@@ -134,5 +134,16 @@ pub fn account(explanation: &Explanation) -> String {
     if !account.left_out.is_empty() {
         text += &format!("left out by this method: {}\n", account.left_out.join("; "));
     }
+    if !account.leaks.is_empty() {
+        text += "relevance that each part of the model keeps, from the output down:\n";
+    }
+    for leak in &account.leaks {
+        text += &format!(
+            "  {:<24} {:+.4} of {:+.4}\n",
+            leak.part,
+            leak.lost(),
+            leak.arrived
+        );
+    }
     text
 }
