@@ -33,7 +33,8 @@ fn pair<'a>(operation: &'static str, a: &'a Signal, b: &'a Signal) -> Result<Pai
         (Lens::Plain, Lens::Streams(streams)) => Pair::StreamsRight(streams),
         (Lens::Relevance(_), Lens::Relevance(_) | Lens::Plain) => Pair::Rules(a),
         (Lens::Meter(..), Lens::Meter(..) | Lens::Plain) => Pair::Rules(a),
-        (Lens::Plain, Lens::Relevance(_) | Lens::Meter(..)) => Pair::Rules(b),
+        (Lens::Rounded(_), Lens::Rounded(_) | Lens::Plain) => Pair::Rules(a),
+        (Lens::Plain, Lens::Relevance(_) | Lens::Meter(..) | Lens::Rounded(_)) => Pair::Rules(b),
         (left, right) => {
             return Err(Error::LensMismatch {
                 operation,
@@ -53,7 +54,8 @@ fn rules_of<'a>(operation: &'static str, signals: &[&'a Signal]) -> Result<Optio
             (Lens::Plain | Lens::Streams(_), _) => {}
             (_, None) => found = Some(signal),
             (Lens::Relevance(_), Some(Lens::Relevance(_)))
-            | (Lens::Meter(..), Some(Lens::Meter(..))) => {}
+            | (Lens::Meter(..), Some(Lens::Meter(..)))
+            | (Lens::Rounded(_), Some(Lens::Rounded(_))) => {}
             (right, Some(left)) => {
                 return Err(Error::LensMismatch {
                     operation,
@@ -106,7 +108,7 @@ impl Signal {
                 Self::carry_streams(value, streams)
             }
             Lens::Relevance(rules) => self.carry(rules.linear_output(value)?),
-            _ => self.carry(value),
+            _ => self.computed(value)?,
         })
     }
 
@@ -177,7 +179,7 @@ impl Signal {
             Pair::Plain => Ok(Self::from(value)),
             Pair::Rules(one) => {
                 one.count(1, &[&self.value, &other.value], &value);
-                Ok(one.carry(value))
+                one.computed(value)
             }
             Pair::StreamsLeft(streams) => {
                 let streams = streams.add_constant(&self.value, &other.value, value.dims())?;
@@ -211,7 +213,7 @@ impl Signal {
                 let streams = streams.scale(&self.value, factor)?;
                 Ok(Self::carry_streams(value, streams))
             }
-            _ => Ok(self.carry(value)),
+            _ => self.computed(value),
         }
     }
 
@@ -224,7 +226,7 @@ impl Signal {
                 let streams = streams.multiply_constant(&self.value, constant, value.dims())?;
                 Ok(Self::carry_streams(value, streams))
             }
-            _ => Ok(self.carry(value)),
+            _ => self.computed(value),
         }
     }
 
@@ -242,7 +244,7 @@ impl Signal {
                     _ => plain()?,
                 };
                 one.count(1, &[&self.value, &gate.value], &value);
-                Ok(one.carry(value))
+                one.computed(value)
             }
             Pair::StreamsLeft(streams) => {
                 let value = plain()?;
@@ -278,7 +280,7 @@ impl Signal {
             _ => {
                 let value = activate(&self.value, activation)?;
                 self.count(1, &[&self.value], &value);
-                Ok(self.carry(value))
+                self.computed(value)
             }
         }
     }
@@ -304,7 +306,7 @@ impl Signal {
             _ => {
                 let value = layer_norm(&self.value, weight, bias, epsilon)?;
                 self.count(8, &[&self.value], &value);
-                Ok(self.carry(value))
+                self.computed(value)
             }
         }
     }
@@ -325,7 +327,7 @@ impl Signal {
             _ => {
                 let value = rms_norm(&self.value, weight, epsilon)?;
                 self.count(5, &[&self.value], &value);
-                Ok(self.carry(value))
+                self.computed(value)
             }
         }
     }
@@ -345,6 +347,14 @@ impl Signal {
             Lens::Relevance(rules) => {
                 let value = rules.attention(&q.value, &k.value, &self.value, options)?;
                 Ok(joined.carry(value))
+            }
+            Lens::Rounded(_) => {
+                let mixed = self.mix(
+                    &joined
+                        .carry(q.value.clone())
+                        .attention_weights(k, options)?,
+                )?;
+                joined.computed(mixed.value)
             }
             _ => {
                 let value = attention(&q.value, &k.value, &self.value, options)?;
@@ -369,7 +379,9 @@ impl Signal {
         options: &AttentionOptions,
     ) -> Result<Self> {
         let joined = rules_of("attend_merged", &[self, q, k])?.unwrap_or(self);
-        if matches!(self.lens, Lens::Streams(_)) || matches!(joined.lens, Lens::Relevance(_)) {
+        if matches!(self.lens, Lens::Streams(_))
+            || matches!(joined.lens, Lens::Relevance(_) | Lens::Rounded(_))
+        {
             let (q, k) = (q.split_heads(heads)?, k.split_heads(groups)?);
             let mixed = self.split_heads(groups)?.attend(&q, &k, options)?;
             return mixed.merge_heads();
@@ -417,7 +429,7 @@ impl Signal {
             Lens::Streams(streams) => {
                 Self::carry_streams(value, streams.mix(&self.value, weights)?)
             }
-            _ => self.carry(value),
+            _ => self.computed(value)?,
         })
     }
 
@@ -432,7 +444,7 @@ impl Signal {
         }
         let value = softmax(&self.value, mask)?;
         self.count(5, &[&self.value], &value);
-        Ok(self.carry(value))
+        self.computed(value)
     }
 
     /// Rotates pairs of features of heads that lie side by side, `[batch, length, heads · width]`,

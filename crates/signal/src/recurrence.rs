@@ -129,7 +129,7 @@ impl Signal {
         let Lens::Streams(_) = &self.lens else {
             let (value, state) = scan.run_one(&self.value, initial)?;
             self.count_scan(scan, &value);
-            return Ok((self.carry(value), state));
+            return Ok((self.computed(value)?, state));
         };
         let (value, mut state) = scan.run_one(&self.value, None)?;
         let each = |t: &Tensor, shift: usize| -> Result<Tensor> {

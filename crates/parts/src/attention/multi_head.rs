@@ -21,7 +21,7 @@ use crate::parameters::Parameters;
 use crate::position::{Position, PositionSpec};
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
-use lapidary_kernels::{AttentionOptions, Tensor, naive};
+use lapidary_kernels::{AttentionOptions, Tensor};
 use lapidary_signal::{Lens, Linear, Signal};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -372,7 +372,7 @@ impl MultiHeadAttention {
         }
         let (q, k) = (q.split_heads(heads)?, k.split_heads(groups)?);
         let (q, k, v) = v.split_heads(groups)?.share_attention(&q, &k)?;
-        let weights = Signal::from(naive::attention_weights(q.value(), k.value(), options)?);
+        let weights = Signal::from(q.attention_weights(&k, options)?);
         let site = format_args!("{}.weights", self.path);
         let weights = cx.trace.site(site, weights)?;
         let weights = dropout(&weights, self.spec.dropout, site, cx)?;

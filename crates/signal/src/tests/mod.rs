@@ -2,6 +2,7 @@
 
 mod meter;
 mod relevance;
+mod rounding;
 mod streams;
 mod trace;
 
