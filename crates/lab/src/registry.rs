@@ -51,7 +51,7 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 4] = [
+static SYSTEMS: [System; 6] = [
     System {
         slug: "decompx",
         title: "DecompX: Explaining Transformers Decisions by Propagating Token Decomposition",
@@ -73,6 +73,16 @@ static SYSTEMS: [System; 4] = [
         experiment: experiments::fwsvd::run,
     },
     System {
+        slug: "hidden-geometry",
+        title: "Uncovering hidden geometry in Transformers via disentangling position and context",
+        authors: "Song, Zhong",
+        year: 2023,
+        arxiv: Some("2310.04861"),
+        kind: Kind::Explanation,
+        parts: &["explain::analyses::geometry"],
+        experiment: experiments::geometry::run,
+    },
+    System {
         slug: "introduction-to-transformers",
         title: "An Introduction to Transformers",
         authors: "Turner",
@@ -91,6 +101,16 @@ static SYSTEMS: [System; 4] = [
         kind: Kind::Explanation,
         parts: &["signal::streams", "explain::logit_attribution"],
         experiment: experiments::logit_attribution::run,
+    },
+    System {
+        slug: "over-squashing",
+        title: "Transformers need glasses! Information over-squashing in language tasks",
+        authors: "Barbero, Banino, Kapturowski, Kumaran, Araújo, Vitvitskyi, Pascanu, Veličković",
+        year: 2024,
+        arxiv: Some("2406.04267"),
+        kind: Kind::Explanation,
+        parts: &["signal::rounding", "explain::analyses::squashing"],
+        experiment: experiments::squashing::run,
     },
 ];
 
