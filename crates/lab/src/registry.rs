@@ -51,7 +51,7 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 5] = [
+static SYSTEMS: [System; 7] = [
     System {
         slug: "chefer",
         title: "Transformer Interpretability Beyond Attention Visualization",
@@ -83,6 +83,16 @@ static SYSTEMS: [System; 5] = [
         experiment: experiments::fwsvd::run,
     },
     System {
+        slug: "hidden-geometry",
+        title: "Uncovering hidden geometry in Transformers via disentangling position and context",
+        authors: "Song, Zhong",
+        year: 2023,
+        arxiv: Some("2310.04861"),
+        kind: Kind::Explanation,
+        parts: &["explain::analyses::geometry"],
+        experiment: experiments::geometry::run,
+    },
+    System {
         slug: "introduction-to-transformers",
         title: "An Introduction to Transformers",
         authors: "Turner",
@@ -101,6 +111,16 @@ static SYSTEMS: [System; 5] = [
         kind: Kind::Explanation,
         parts: &["signal::streams", "explain::logit_attribution"],
         experiment: experiments::logit_attribution::run,
+    },
+    System {
+        slug: "over-squashing",
+        title: "Transformers need glasses! Information over-squashing in language tasks",
+        authors: "Barbero, Banino, Kapturowski, Kumaran, Araújo, Vitvitskyi, Pascanu, Veličković",
+        year: 2024,
+        arxiv: Some("2406.04267"),
+        kind: Kind::Explanation,
+        parts: &["signal::rounding", "explain::analyses::squashing"],
+        experiment: experiments::squashing::run,
     },
 ];
 

@@ -53,6 +53,11 @@ fn fwsvd() {
 }
 
 #[test]
+fn hidden_geometry() {
+    check("hidden-geometry");
+}
+
+#[test]
 fn introduction_to_transformers() {
     let reproduction = check("introduction-to-transformers");
     let holds = reproduction
@@ -81,6 +86,11 @@ fn logit_attribution() {
 }
 
 #[test]
+fn over_squashing() {
+    check("over-squashing");
+}
+
+#[test]
 fn every_system_is_tested_here() {
     let slugs: Vec<&str> = systems().iter().map(|system| system.slug).collect();
     assert_eq!(
@@ -89,8 +99,10 @@ fn every_system_is_tested_here() {
             "chefer",
             "decompx",
             "fwsvd",
+            "hidden-geometry",
             "introduction-to-transformers",
-            "logit-attribution"
+            "logit-attribution",
+            "over-squashing"
         ]
     );
     assert!(find("decompy").unwrap_err().to_string().contains("decompx"));

@@ -205,6 +205,10 @@ pub struct Inspect {
 pub enum Analysis {
     /// Where each head looks
     Attention(crate::commands::inspect::attention::Attention),
+    /// From which length sequences look alike to a model, in formats of several widths
+    Collapse(crate::commands::inspect::collapse::Collapse),
+    /// Hidden states as position and context
+    Geometry(crate::commands::inspect::geometry::Geometry),
 }
 
 #[derive(Args, Debug)]

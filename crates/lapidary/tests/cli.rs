@@ -813,3 +813,97 @@ fn attention_is_inspected() {
     assert_eq!(rows.len(), 24);
     refused(&["inspect", "attention", "embedded"], &["--text"]);
 }
+
+#[test]
+fn inspects_the_geometry_of_hidden_states() {
+    let document = json(&[
+        "inspect",
+        "geometry",
+        "embedded",
+        "--windows",
+        "8",
+        "--window",
+        "24",
+        "--control",
+        "random",
+        "--control",
+        "untrained",
+        "--head",
+        "1.0",
+        "--json",
+    ]);
+    let tables = document["tables"].as_array().unwrap();
+    let titles: Vec<&str> = tables
+        .iter()
+        .filter_map(|table| table["title"].as_str())
+        .collect();
+    assert_eq!(titles.len(), 5, "{titles:?}");
+    assert!(titles[0].ends_with("the text") && titles[1].ends_with("random tokens"));
+    assert_eq!(document["maps"].as_array().unwrap().len(), 22);
+
+    let directory = tempfile::tempdir().unwrap();
+    for (name, text) in [("a", "the farmer sings . "), ("b", "the dogs sing . ")] {
+        write(&directory, name, text.repeat(30).as_bytes());
+    }
+    let topics = directory.path().to_str().unwrap();
+    let document = json(&[
+        "inspect",
+        "geometry",
+        "embedded",
+        "--topics",
+        topics,
+        "--windows",
+        "6",
+        "--window",
+        "16",
+        "--json",
+    ]);
+    let rows = &document["tables"][2]["rows"];
+    assert!(rows[1][1].is_number(), "{rows}");
+    refused(
+        &["inspect", "geometry", "embedded", "--window", "2"],
+        &["window is 2", "between 3"],
+    );
+    let missing = family("gpt2");
+    refused(&["inspect", "geometry", &missing], &["--text", "--topics"]);
+}
+
+#[test]
+fn inspects_where_sequences_collapse() {
+    let directory = tempfile::tempdir().unwrap();
+    let prompts = write(
+        &directory,
+        "prompts",
+        b"sings\tthe farmer\nsing\tthe dogs\n",
+    );
+    let document = json(&[
+        "inspect",
+        "collapse",
+        "embedded",
+        "--one",
+        "dogs",
+        "--zero",
+        "farmer",
+        "--longest",
+        "24",
+        "--lengths",
+        "6",
+        "--format",
+        "bf16",
+        "--separator",
+        "#3",
+        "--sharpen",
+        "8",
+        "--prompts",
+        &prompts,
+        "--json",
+    ]);
+    let rows = document["tables"][0]["rows"].as_array().unwrap();
+    // Three families, two formats, with no remedy and two.
+    assert_eq!(rows.len(), 18);
+    assert_eq!(document["tables"][1]["rows"].as_array().unwrap().len(), 2);
+    refused(
+        &["inspect", "collapse", "embedded", "--one", "unheard-of"],
+        &["one is", "unheard-of"],
+    );
+}

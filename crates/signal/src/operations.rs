@@ -33,7 +33,8 @@ fn pair<'a>(operation: &'static str, a: &'a Signal, b: &'a Signal) -> Result<Pai
         (Lens::Plain, Lens::Streams(streams)) => Pair::StreamsRight(streams),
         (Lens::Relevance(_), Lens::Relevance(_) | Lens::Plain) => Pair::Rules(a),
         (Lens::Meter(..), Lens::Meter(..) | Lens::Plain) => Pair::Rules(a),
-        (Lens::Plain, Lens::Relevance(_) | Lens::Meter(..)) => Pair::Rules(b),
+        (Lens::Rounded(_), Lens::Rounded(_) | Lens::Plain) => Pair::Rules(a),
+        (Lens::Plain, Lens::Relevance(_) | Lens::Meter(..) | Lens::Rounded(_)) => Pair::Rules(b),
         (left, right) => {
             return Err(Error::LensMismatch {
                 operation,
@@ -53,7 +54,8 @@ fn rules_of<'a>(operation: &'static str, signals: &[&'a Signal]) -> Result<Optio
             (Lens::Plain | Lens::Streams(_), _) => {}
             (_, None) => found = Some(signal),
             (Lens::Relevance(_), Some(Lens::Relevance(_)))
-            | (Lens::Meter(..), Some(Lens::Meter(..))) => {}
+            | (Lens::Meter(..), Some(Lens::Meter(..)))
+            | (Lens::Rounded(_), Some(Lens::Rounded(_))) => {}
             (right, Some(left)) => {
                 return Err(Error::LensMismatch {
                     operation,
@@ -108,7 +110,7 @@ impl Signal {
                 let streams = streams.linear(&self.value, layer)?;
                 Self::carry_streams(value, streams)
             }
-            _ => self.carry(value),
+            _ => self.computed(value)?,
         })
     }
 
@@ -185,7 +187,7 @@ impl Signal {
             Pair::Plain => Ok(Self::from(value)),
             Pair::Rules(one) => {
                 one.count(1, &[&self.value, &other.value], &value);
-                Ok(one.carry(value))
+                one.computed(value)
             }
             Pair::StreamsLeft(streams) => {
                 let streams = streams.add_constant(&self.value, &other.value, value.dims())?;
@@ -222,7 +224,7 @@ impl Signal {
                 let streams = streams.scale(&self.value, factor)?;
                 Ok(Self::carry_streams(value, streams))
             }
-            _ => Ok(self.carry(value)),
+            _ => self.computed(value),
         }
     }
 
@@ -238,7 +240,7 @@ impl Signal {
                 let streams = streams.multiply_constant(&self.value, constant, value.dims())?;
                 Ok(Self::carry_streams(value, streams))
             }
-            _ => Ok(self.carry(value)),
+            _ => self.computed(value),
         }
     }
 
@@ -253,7 +255,7 @@ impl Signal {
                     _ => plain()?,
                 };
                 one.count(1, &[&self.value, &gate.value], &value);
-                Ok(one.carry(value))
+                one.computed(value)
             }
             Pair::StreamsLeft(streams) => {
                 let value = plain()?;
@@ -289,7 +291,7 @@ impl Signal {
             _ => {
                 let value = activate(&self.value, activation)?;
                 self.count(1, &[&self.value], &value);
-                Ok(self.carry(value))
+                self.computed(value)
             }
         }
     }
@@ -315,7 +317,7 @@ impl Signal {
             _ => {
                 let value = layer_norm(&self.value, weight, bias, epsilon)?;
                 self.count(8, &[&self.value], &value);
-                Ok(self.carry(value))
+                self.computed(value)
             }
         }
     }
@@ -336,7 +338,7 @@ impl Signal {
             _ => {
                 let value = rms_norm(&self.value, weight, epsilon)?;
                 self.count(5, &[&self.value], &value);
-                Ok(self.carry(value))
+                self.computed(value)
             }
         }
     }
@@ -356,6 +358,11 @@ impl Signal {
             Lens::Relevance(rules) => {
                 let value = rules.attention(&q.value, &k.value, &self.value, options)?;
                 Ok(joined.carry(value))
+            }
+            Lens::Rounded(_) => {
+                let q = joined.carry(q.value.clone());
+                let weights = q.attention_weights(k, options)?;
+                joined.computed(self.mix(&weights.value)?.value)
             }
             _ => {
                 let value = attention(&q.value, &k.value, &self.value, options)?;
@@ -380,7 +387,9 @@ impl Signal {
         options: &AttentionOptions,
     ) -> Result<Self> {
         let joined = rules_of("attend_merged", &[self, q, k])?.unwrap_or(self);
-        if matches!(self.lens, Lens::Streams(_)) || matches!(joined.lens, Lens::Relevance(_)) {
+        if matches!(self.lens, Lens::Streams(_))
+            || matches!(joined.lens, Lens::Relevance(_) | Lens::Rounded(_))
+        {
             let (q, k) = (q.split_heads(heads)?, k.split_heads(groups)?);
             let mixed = self.split_heads(groups)?.attend(&q, &k, options)?;
             return mixed.merge_heads();
@@ -395,17 +404,16 @@ impl Signal {
     /// The weights `[batch, heads, query, key]` by which [`Signal::attend`] would mix, this signal
     /// being the queries: for those who look at them before [`Signal::mix_by`].
     ///
-    /// Under relevance they have relevance of their own. They are constants to streams, and the
-    /// meter counts them with the mixing.
+    /// Under relevance they have relevance of their own, and rounding rounds them. They are
+    /// constants to streams, and the meter counts them with the mixing.
     pub fn attention_weights(&self, k: &Self, options: &AttentionOptions) -> Result<Self> {
-        if let Some(joined) = rules_of("attention_weights", &[self, k])?
-            && let Lens::Relevance(rules) = &joined.lens
-        {
-            let weights = rules.attention_weights(&self.value, &k.value, options)?;
-            return Ok(joined.carry(weights));
-        }
-        let weights = naive::attention_weights(&self.value, &k.value, options)?;
-        Ok(Self::from(weights))
+        let joined = rules_of("attention_weights", &[self, k])?.unwrap_or(self);
+        let (q, k) = (&self.value, &k.value);
+        Ok(match &joined.lens {
+            Lens::Relevance(rules) => joined.carry(rules.attention_weights(q, k, options)?),
+            Lens::Rounded(rounding) => Self::from(rounding.attention_weights(q, k, options)?),
+            _ => Self::from(naive::attention_weights(q, k, options)?),
+        })
     }
 
     /// Mixes this signal's positions by weights `[batch, heads, query, key]`, which share in the
@@ -438,7 +446,7 @@ impl Signal {
             Lens::Streams(streams) => {
                 Self::carry_streams(value, streams.mix(&self.value, weights)?)
             }
-            _ => self.carry(value),
+            _ => self.computed(value)?,
         })
     }
 
@@ -456,7 +464,7 @@ impl Signal {
             _ => softmax(&self.value, mask)?,
         };
         self.count(5, &[&self.value], &value);
-        Ok(self.carry(value))
+        self.computed(value)
     }
 
     /// Rotates pairs of features of heads that lie side by side, `[batch, length, heads · width]`,

@@ -139,7 +139,7 @@ impl Signal {
             let state =
                 state.ok_or_else(|| Error::invalid("outputs of the recurrence", "none", "one"))?;
             self.count_scan(scan, &value);
-            return Ok((self.carry(value), state));
+            return Ok((self.computed(value)?, state));
         };
         let (value, mut state) = scan.run_one(&self.value, None)?;
         let each = |t: &Tensor, shift: usize| -> Result<Tensor> {

@@ -20,7 +20,7 @@ impl Signal {
             Lens::Streams(streams) => {
                 Self::carry_streams(value, streams.map(x, change, map, axis)?)
             }
-            _ => self.carry(value),
+            _ => self.computed(value)?,
         })
     }
 
@@ -283,6 +283,7 @@ impl Signal {
                 meter.count(0, 2 * bytes_of(&value));
                 Ok(Self::from(value).into_metered(meter.clone()))
             }
+            Lens::Rounded(rounding) => Self::from(value).into_rounded(*rounding),
             Lens::Streams(space) => {
                 let mut parts = Vec::with_capacity(signals.len());
                 for signal in signals {

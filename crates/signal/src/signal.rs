@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::error::tensor;
 use crate::meter::{Live, Meter};
 use crate::relevance::RelevanceRules;
+use crate::rounding::Rounding;
 use crate::streams::{Partition, StreamRules, StreamSpace, Streams};
 use crate::{Error, Result};
 use lapidary_kernels::{DType, Device, Tensor, Var};
@@ -29,6 +30,8 @@ pub enum Lens {
     Relevance(Arc<RelevanceRules>),
     /// A count of the work done.
     Meter(Arc<Meter>, Arc<Live>),
+    /// A format that every result is rounded to.
+    Rounded(Rounding),
 }
 
 impl Lens {
@@ -39,6 +42,7 @@ impl Lens {
             Self::Streams(_) => "streams",
             Self::Relevance(_) => "relevance",
             Self::Meter(..) => "meter",
+            Self::Rounded(_) => "rounded",
         }
     }
 }
@@ -207,6 +211,7 @@ impl Signal {
             Lens::Relevance(rules) => Lens::Relevance(rules.clone()),
             Lens::Meter(meter, _) => Lens::Meter(meter.clone(), meter.hold(&value)),
             Lens::Streams(streams) => Lens::Streams(streams.clone()),
+            Lens::Rounded(rounding) => Lens::Rounded(*rounding),
         };
         Self { value, lens }
     }

@@ -7,10 +7,12 @@ pub mod decoder;
 pub mod decompx;
 pub mod fwsvd;
 pub mod glyphs;
+pub mod geometry;
 pub mod introduction;
 pub mod logit_attribution;
 pub mod masking;
 pub mod polarity;
+pub mod squashing;
 pub mod topics;
 
 use crate::error::engine;

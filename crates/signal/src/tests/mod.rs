@@ -3,6 +3,7 @@
 mod explicit;
 mod meter;
 mod relevance;
+mod rounding;
 mod streams;
 mod trace;
 

@@ -1,6 +1,8 @@
 //! `lapidary inspect`: a model as a whole, or many inputs at once. One file for each analysis.
 
 pub mod attention;
+pub mod collapse;
+pub mod geometry;
 
 use crate::cli::{Analysis, Global, Inspect};
 use crate::{output, report};
@@ -12,6 +14,8 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
     }
     let found = match &arguments.analysis {
         Analysis::Attention(arguments) => attention::run(arguments, global)?,
+        Analysis::Collapse(arguments) => collapse::run(arguments, global)?,
+        Analysis::Geometry(arguments) => geometry::run(arguments, global)?,
     };
     if let Some(html) = &arguments.html {
         output::write_text(html, &report::analysis_page(&found)?)?;
