@@ -14,6 +14,8 @@ pub enum Kind {
     Compression,
     /// A survey or tutorial.
     Tutorial,
+    /// A theory, made executable.
+    Theory,
 }
 
 /// A system from a paper.
@@ -51,7 +53,17 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 4] = [
+static SYSTEMS: [System; 6] = [
+    System {
+        slug: "clustering",
+        title: "A mathematical perspective on Transformers",
+        authors: "Geshkovski, Letrouit, Polyanskiy, Rigollet",
+        year: 2023,
+        arxiv: Some("2312.10794"),
+        kind: Kind::Theory,
+        parts: &["explain::analyses::clustering"],
+        experiment: experiments::clustering::run,
+    },
     System {
         slug: "decompx",
         title: "DecompX: Explaining Transformers Decisions by Propagating Token Decomposition",
@@ -91,6 +103,16 @@ static SYSTEMS: [System; 4] = [
         kind: Kind::Explanation,
         parts: &["signal::streams", "explain::logit_attribution"],
         experiment: experiments::logit_attribution::run,
+    },
+    System {
+        slug: "talking-heads",
+        title: "Talking Heads: Understanding Inter-layer Communication in Transformer Language Models",
+        authors: "Merullo, Eickhoff, Pavlick",
+        year: 2024,
+        arxiv: Some("2406.09519"),
+        kind: Kind::Explanation,
+        parts: &["explain::analyses::channels"],
+        experiment: experiments::talking_heads::run,
     },
 ];
 

@@ -38,6 +38,16 @@ fn check(slug: &str) -> Reproduction {
 }
 
 #[test]
+fn clustering() {
+    check("clustering");
+}
+
+#[test]
+fn talking_heads() {
+    check("talking-heads");
+}
+
+#[test]
 fn decompx() {
     check("decompx");
 }
@@ -81,10 +91,12 @@ fn every_system_is_tested_here() {
     assert_eq!(
         slugs,
         [
+            "clustering",
             "decompx",
             "fwsvd",
             "introduction-to-transformers",
-            "logit-attribution"
+            "logit-attribution",
+            "talking-heads"
         ]
     );
     assert!(find("decompy").unwrap_err().to_string().contains("decompx"));

@@ -166,6 +166,12 @@ pub struct Inspect {
 pub enum Analysis {
     /// Where each head looks
     Attention(crate::commands::inspect::attention::Attention),
+    /// Which head talks to which, read off the weights
+    Channels(crate::commands::inspect::channels::Channels),
+    /// How a text's tokens gather from layer to layer
+    Clusters(crate::commands::inspect::clusters::Clusters),
+    /// Random particles that attention gathers
+    Particles(crate::commands::inspect::particles::Particles),
 }
 
 #[derive(Args, Debug)]

@@ -4,3 +4,6 @@
 //! makes a [`Report`](crate::report::Report) of them, for people.
 
 pub mod attention;
+pub mod channels;
+pub mod clustering;
+pub(crate) mod random;

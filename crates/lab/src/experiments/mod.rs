@@ -2,6 +2,7 @@
 
 pub mod bigram;
 pub mod classifier;
+pub mod clustering;
 pub mod decoder;
 pub mod decompx;
 pub mod fwsvd;
@@ -9,6 +10,7 @@ pub mod introduction;
 pub mod logit_attribution;
 pub mod masking;
 pub mod polarity;
+pub mod talking_heads;
 pub mod topics;
 
 use crate::error::engine;

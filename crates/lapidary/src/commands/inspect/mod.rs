@@ -1,6 +1,9 @@
 //! `lapidary inspect`: a model as a whole, or many inputs at once. One file for each analysis.
 
 pub mod attention;
+pub mod channels;
+pub mod clusters;
+pub mod particles;
 
 use crate::cli::{Analysis, Global, Inspect};
 use crate::{output, report};
@@ -14,6 +17,9 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
     }
     let found = match &arguments.analysis {
         Analysis::Attention(arguments) => attention::run(arguments, global)?,
+        Analysis::Channels(arguments) => channels::run(arguments, global)?,
+        Analysis::Clusters(arguments) => clusters::run(arguments, global)?,
+        Analysis::Particles(arguments) => particles::run(arguments)?,
     };
     if let Some(html) = &arguments.html {
         output::write_text(html, &report::analysis_page(&found)?)?;
