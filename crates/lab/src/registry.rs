@@ -53,7 +53,17 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 6] = [
+static SYSTEMS: [System; 7] = [
+    System {
+        slug: "associative-memory",
+        title: "Beyond Scaling Laws: Understanding Transformer Performance with Associative Memory",
+        authors: "Niu, Bai, Deng, Han",
+        year: 2024,
+        arxiv: Some("2405.08707"),
+        kind: Kind::Theory,
+        parts: &["explain::analyses::energy"],
+        experiment: experiments::energy::run,
+    },
     System {
         slug: "clustering",
         title: "A mathematical perspective on Transformers",

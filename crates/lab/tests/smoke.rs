@@ -38,6 +38,11 @@ fn check(slug: &str) -> Reproduction {
 }
 
 #[test]
+fn associative_memory() {
+    check("associative-memory");
+}
+
+#[test]
 fn clustering() {
     check("clustering");
 }
@@ -91,6 +96,7 @@ fn every_system_is_tested_here() {
     assert_eq!(
         slugs,
         [
+            "associative-memory",
             "clustering",
             "decompx",
             "fwsvd",

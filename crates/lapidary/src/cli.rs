@@ -170,6 +170,8 @@ pub enum Analysis {
     Channels(crate::commands::inspect::channels::Channels),
     /// How a text's tokens gather from layer to layer
     Clusters(crate::commands::inspect::clusters::Clusters),
+    /// How a model's states lie around those of its training data
+    Energy(crate::commands::inspect::energy::Energy),
     /// Random particles that attention gathers
     Particles(crate::commands::inspect::particles::Particles),
 }

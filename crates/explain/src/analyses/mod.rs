@@ -6,4 +6,5 @@
 pub mod attention;
 pub mod channels;
 pub mod clustering;
+pub mod energy;
 pub(crate) mod random;

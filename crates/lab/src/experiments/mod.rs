@@ -5,6 +5,7 @@ pub mod classifier;
 pub mod clustering;
 pub mod decoder;
 pub mod decompx;
+pub mod energy;
 pub mod fwsvd;
 pub mod introduction;
 pub mod logit_attribution;

@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod channels;
 pub mod clusters;
+pub mod energy;
 pub mod particles;
 
 use crate::cli::{Analysis, Global, Inspect};
@@ -19,6 +20,7 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
         Analysis::Attention(arguments) => attention::run(arguments, global)?,
         Analysis::Channels(arguments) => channels::run(arguments, global)?,
         Analysis::Clusters(arguments) => clusters::run(arguments, global)?,
+        Analysis::Energy(arguments) => energy::run(arguments, global)?,
         Analysis::Particles(arguments) => particles::run(arguments)?,
     };
     if let Some(html) = &arguments.html {
