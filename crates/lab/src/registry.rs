@@ -14,6 +14,8 @@ pub enum Kind {
     Compression,
     /// A survey or tutorial.
     Tutorial,
+    /// A theory, made executable.
+    Theory,
 }
 
 /// A system from a paper.
@@ -51,7 +53,17 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 7] = [
+static SYSTEMS: [System; 10] = [
+    System {
+        slug: "associative-memory",
+        title: "Beyond Scaling Laws: Understanding Transformer Performance with Associative Memory",
+        authors: "Niu, Bai, Deng, Han",
+        year: 2024,
+        arxiv: Some("2405.08707"),
+        kind: Kind::Theory,
+        parts: &["explain::analyses::energy"],
+        experiment: experiments::energy::run,
+    },
     System {
         slug: "chefer",
         title: "Transformer Interpretability Beyond Attention Visualization",
@@ -61,6 +73,16 @@ static SYSTEMS: [System; 7] = [
         kind: Kind::Explanation,
         parts: &["signal::relevance", "explain::chefer"],
         experiment: experiments::chefer::run,
+    },
+    System {
+        slug: "clustering",
+        title: "A mathematical perspective on Transformers",
+        authors: "Geshkovski, Letrouit, Polyanskiy, Rigollet",
+        year: 2023,
+        arxiv: Some("2312.10794"),
+        kind: Kind::Theory,
+        parts: &["explain::analyses::clustering"],
+        experiment: experiments::clustering::run,
     },
     System {
         slug: "decompx",
@@ -121,6 +143,16 @@ static SYSTEMS: [System; 7] = [
         kind: Kind::Explanation,
         parts: &["signal::rounding", "explain::analyses::squashing"],
         experiment: experiments::squashing::run,
+    },
+    System {
+        slug: "talking-heads",
+        title: "Talking Heads: Understanding Inter-layer Communication in Transformer Language Models",
+        authors: "Merullo, Eickhoff, Pavlick",
+        year: 2024,
+        arxiv: Some("2406.09519"),
+        kind: Kind::Explanation,
+        parts: &["explain::analyses::channels"],
+        experiment: experiments::talking_heads::run,
     },
 ];
 

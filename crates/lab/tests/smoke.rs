@@ -43,6 +43,21 @@ fn chefer() {
 }
 
 #[test]
+fn associative_memory() {
+    check("associative-memory");
+}
+
+#[test]
+fn clustering() {
+    check("clustering");
+}
+
+#[test]
+fn talking_heads() {
+    check("talking-heads");
+}
+
+#[test]
 fn decompx() {
     check("decompx");
 }
@@ -96,13 +111,16 @@ fn every_system_is_tested_here() {
     assert_eq!(
         slugs,
         [
+            "associative-memory",
             "chefer",
+            "clustering",
             "decompx",
             "fwsvd",
             "hidden-geometry",
             "introduction-to-transformers",
             "logit-attribution",
-            "over-squashing"
+            "over-squashing",
+            "talking-heads",
         ]
     );
     assert!(find("decompy").unwrap_err().to_string().contains("decompx"));

@@ -209,6 +209,14 @@ pub enum Analysis {
     Collapse(crate::commands::inspect::collapse::Collapse),
     /// Hidden states as position and context
     Geometry(crate::commands::inspect::geometry::Geometry),
+    /// Which head talks to which, read off the weights
+    Channels(crate::commands::inspect::channels::Channels),
+    /// How a text's tokens gather from layer to layer
+    Clusters(crate::commands::inspect::clusters::Clusters),
+    /// How a model's states lie around those of its training data
+    Energy(crate::commands::inspect::energy::Energy),
+    /// Random particles that attention gathers
+    Particles(crate::commands::inspect::particles::Particles),
 }
 
 #[derive(Args, Debug)]

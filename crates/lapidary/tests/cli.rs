@@ -907,3 +907,78 @@ fn inspects_where_sequences_collapse() {
         &["one is", "unheard-of"],
     );
 }
+
+#[test]
+fn inspects_channels_clusters_particles_and_energy() {
+    for name in ["gpt2", "opt", "llama", "mixtral"] {
+        let document = json(&[
+            "inspect",
+            "channels",
+            &family(name),
+            "--threshold",
+            "1",
+            "--draws",
+            "99",
+            "--json",
+        ]);
+        assert!(
+            !document["tables"][0]["rows"].as_array().unwrap().is_empty(),
+            "{name}"
+        );
+    }
+    refused(&["inspect", "channels", &family("bert")], &["post-norm"]);
+    refused(&["inspect", "channels", &family("mamba")], &["heads"]);
+    let layers = |passes: &str| {
+        let document = json(&[
+            "inspect",
+            "clusters",
+            &family("gpt2"),
+            "--tokens",
+            "5,9,3,17",
+            "--passes",
+            passes,
+            "--json",
+        ]);
+        document["tables"][0]["rows"].as_array().unwrap().len()
+    };
+    assert!(layers("3") > layers("1"));
+    let particles = json(&[
+        "inspect",
+        "particles",
+        "--count",
+        "6",
+        "--dimension",
+        "2",
+        "--systems",
+        "2",
+        "--time",
+        "3",
+        "--json",
+    ]);
+    assert_eq!(particles["plots"].as_array().unwrap().len(), 2);
+    refused(&["inspect", "particles", "--step", "0"], &["positive"]);
+
+    let directory = tempfile::tempdir().unwrap();
+    let text = "the farmer near the dogs sings . ".repeat(8);
+    let (training, held_out) = (
+        write(&directory, "training.txt", text.as_bytes()),
+        write(
+            &directory,
+            "held.txt",
+            text.replace("near", "behind").as_bytes(),
+        ),
+    );
+    let energy = json(&[
+        "inspect",
+        "energy",
+        "embedded",
+        "--text",
+        &training,
+        "--held-out",
+        &held_out,
+        "--window",
+        "8",
+        "--json",
+    ]);
+    assert_eq!(energy["tables"].as_array().unwrap().len(), 3);
+}

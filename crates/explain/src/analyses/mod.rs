@@ -7,3 +7,7 @@ pub mod attention;
 pub mod geometry;
 pub mod power_law;
 pub mod squashing;
+pub mod channels;
+pub mod clustering;
+pub mod energy;
+pub(crate) mod random;

@@ -73,11 +73,22 @@ pub fn corpus(split: Split, seed: u64) -> Result<Corpus> {
 
 /// Trains `model` on `task` for `steps`.
 pub fn train(model: ModelSpec, task: Box<dyn Task>, steps: u64, seed: u64) -> Result<Model> {
+    train_in_batches(model, task, [BATCH, LENGTH], steps, seed)
+}
+
+/// Trains `model` on `task` for `steps`, each of so many sequences of so many tokens.
+pub fn train_in_batches(
+    model: ModelSpec,
+    task: Box<dyn Task>,
+    [batch, length]: [usize; 2],
+    steps: u64,
+    seed: u64,
+) -> Result<Model> {
     let spec = TrainSpec {
         seed,
         steps,
-        batch: BATCH,
-        length: LENGTH,
+        batch,
+        length,
         accumulate: 1,
         clip: Some(1.0),
         average: None,

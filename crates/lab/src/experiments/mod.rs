@@ -3,8 +3,10 @@
 pub mod bigram;
 pub mod chefer;
 pub mod classifier;
+pub mod clustering;
 pub mod decoder;
 pub mod decompx;
+pub mod energy;
 pub mod fwsvd;
 pub mod glyphs;
 pub mod geometry;
@@ -13,6 +15,7 @@ pub mod logit_attribution;
 pub mod masking;
 pub mod polarity;
 pub mod squashing;
+pub mod talking_heads;
 pub mod topics;
 
 use crate::error::engine;

@@ -3,6 +3,10 @@
 pub mod attention;
 pub mod collapse;
 pub mod geometry;
+pub mod channels;
+pub mod clusters;
+pub mod energy;
+pub mod particles;
 
 use crate::cli::{Analysis, Global, Inspect};
 use crate::{output, report};
@@ -16,6 +20,10 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
         Analysis::Attention(arguments) => attention::run(arguments, global)?,
         Analysis::Collapse(arguments) => collapse::run(arguments, global)?,
         Analysis::Geometry(arguments) => geometry::run(arguments, global)?,
+        Analysis::Channels(arguments) => channels::run(arguments, global)?,
+        Analysis::Clusters(arguments) => clusters::run(arguments, global)?,
+        Analysis::Energy(arguments) => energy::run(arguments, global)?,
+        Analysis::Particles(arguments) => particles::run(arguments)?,
     };
     if let Some(html) = &arguments.html {
         output::write_text(html, &report::analysis_page(&found)?)?;

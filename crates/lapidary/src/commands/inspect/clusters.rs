@@ -1,0 +1,36 @@
+//! `lapidary inspect clusters`: how a text's tokens gather from layer to layer.
+
+use crate::cli::{Global, SubjectArguments};
+use crate::loading;
+use crate::subject::Subject;
+use anyhow::Result;
+use clap::Args;
+use lapidary_explain::Question;
+use lapidary_explain::analyses::clustering::{iterated, report};
+use lapidary_explain::report::Report;
+use lapidary_train::generator;
+
+#[derive(Args, Debug)]
+pub struct Clusters {
+    /// A model directory, or `embedded`
+    pub model: String,
+    #[command(flatten)]
+    pub subject: SubjectArguments,
+    /// How often tokens pass through the model's blocks
+    #[arg(long, default_value_t = 1)]
+    pub passes: usize,
+    /// Seed of the order that the text is compared with
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+pub fn run(arguments: &Clusters, global: &Global) -> Result<Report> {
+    let package = loading::package(&arguments.model, global)?;
+    let subject = Subject::new(&arguments.subject, &package, global)?;
+    let deeper = iterated(subject.model, arguments.passes)?;
+    let question = Question {
+        model: &deeper,
+        ..subject.question()
+    };
+    Ok(report(&question, &mut generator(arguments.seed))?)
+}

@@ -1,0 +1,81 @@
+//! `lapidary inspect particles`: random particles under attention.
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use lapidary_explain::analyses::clustering::{Dynamics, Ensemble, Flow, Scheme, particles_report};
+use lapidary_explain::report::Report;
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum FlowName {
+    /// Softmax attention
+    SelfAttention,
+    /// Without the softmax's denominator
+    Unnormalised,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum SchemeName {
+    /// First order
+    Euler,
+    /// As a Transformer's block with its norm after the residual
+    Block,
+    /// Fourth order
+    RungeKutta,
+}
+
+#[derive(Args, Debug)]
+pub struct Particles {
+    /// Particles of a system
+    #[arg(long, default_value_t = 32)]
+    pub count: usize,
+    /// Coordinates of a particle
+    #[arg(long, default_value_t = 8)]
+    pub dimension: usize,
+    /// Inverse temperature
+    #[arg(long, default_value_t = 1.0)]
+    pub beta: f64,
+    /// Which flow
+    #[arg(long, value_enum, default_value = "self-attention")]
+    pub flow: FlowName,
+    /// How steps are taken
+    #[arg(long, value_enum, default_value = "euler")]
+    pub scheme: SchemeName,
+    /// Independent systems
+    #[arg(long, default_value_t = 16)]
+    pub systems: usize,
+    /// How long they run
+    #[arg(long, default_value_t = 30.0)]
+    pub time: f64,
+    /// Length of a step
+    #[arg(long, default_value_t = 0.1)]
+    pub step: f64,
+    /// Particles with a larger inner product are one
+    #[arg(long, default_value_t = 0.999)]
+    pub threshold: f64,
+    /// Seed of the starts
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+pub fn run(arguments: &Particles) -> Result<Report> {
+    let flow = match arguments.flow {
+        FlowName::SelfAttention => Flow::SelfAttention,
+        FlowName::Unnormalised => Flow::Unnormalised,
+    };
+    let ensemble = Ensemble {
+        count: arguments.count,
+        dimension: arguments.dimension,
+        systems: arguments.systems,
+        time: arguments.time,
+        step: arguments.step,
+        scheme: match arguments.scheme {
+            SchemeName::Euler => Scheme::Euler,
+            SchemeName::Block => Scheme::Block,
+            SchemeName::RungeKutta => Scheme::RungeKutta,
+        },
+        threshold: arguments.threshold,
+        seed: arguments.seed,
+    };
+    let dynamics = Dynamics::new(flow, arguments.beta)?;
+    Ok(particles_report(&dynamics, flow, &ensemble)?)
+}
