@@ -15,6 +15,7 @@
 mod activation;
 mod add;
 mod attention;
+mod autoencoder;
 pub mod check;
 mod cross_entropy;
 mod elementwise;
@@ -30,6 +31,7 @@ mod product;
 mod recompute;
 mod recurrence;
 mod rotary;
+mod rows;
 mod simd;
 mod softmax;
 mod sort;
@@ -40,6 +42,7 @@ mod test_data;
 pub use activation::Activation;
 pub use add::add;
 pub use attention::{attention, merged_attention};
+pub use autoencoder::{AutoencoderGradients, AutoencoderWeights, autoencoder_gradients};
 pub use candle_core::backprop::GradStore;
 pub use candle_core::{D, DType, Device, IndexOp, Shape, Tensor, TensorId, Var, WithDType};
 pub use cross_entropy::cross_entropy;
@@ -55,6 +58,7 @@ pub use optimiser::{
 pub use recompute::Recomputation;
 pub use recurrence::{cumulative_product, cumulative_sum, linear_scan};
 pub use rotary::{merged_rotary, rotary};
+pub use rows::{reject_rows, unit_rows};
 pub use softmax::{log_softmax, softmax};
 pub use sort::{sort, top_k};
 pub use streams::{
