@@ -6,9 +6,11 @@
 //! way. To add one, write a file in `explainers/` and its line in `explainer.rs`.
 //!
 //! What looks at a model as a whole, or at many inputs, is in [`analyses`] and gives a
-//! [`report::Report`].
+//! [`report::Report`]. Units that no part of a model is, the features of a site, are learned by
+//! an [`autoencoder`].
 
 pub mod analyses;
+pub mod autoencoder;
 mod error;
 mod explainer;
 mod explainers;

@@ -51,7 +51,21 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 4] = [
+static SYSTEMS: [System; 5] = [
+    System {
+        slug: "attention-output-saes",
+        title: "Interpreting Attention Layer Outputs with Sparse Autoencoders",
+        authors: "Kissane, Krzyzanowski, Bloom, Conmy, Nanda",
+        year: 2024,
+        arxiv: Some("2406.17759"),
+        kind: Kind::Explanation,
+        parts: &[
+            "explain::autoencoder",
+            "explain::analyses::autoencoder",
+            "explain::analyses::prefix_induction",
+        ],
+        experiment: experiments::autoencoder::run,
+    },
     System {
         slug: "decompx",
         title: "DecompX: Explaining Transformers Decisions by Propagating Token Decomposition",

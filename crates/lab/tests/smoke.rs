@@ -38,6 +38,11 @@ fn check(slug: &str) -> Reproduction {
 }
 
 #[test]
+fn attention_output_saes() {
+    check("attention-output-saes");
+}
+
+#[test]
 fn decompx() {
     check("decompx");
 }
@@ -81,6 +86,7 @@ fn every_system_is_tested_here() {
     assert_eq!(
         slugs,
         [
+            "attention-output-saes",
             "decompx",
             "fwsvd",
             "introduction-to-transformers",

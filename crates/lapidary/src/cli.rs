@@ -166,6 +166,12 @@ pub struct Inspect {
 pub enum Analysis {
     /// Where each head looks
     Attention(crate::commands::inspect::attention::Attention),
+    /// How long a repeated prefix heads need before they look at what followed it
+    PrefixInduction(crate::commands::inspect::prefix_induction::PrefixInduction),
+    /// What the features of a sparse autoencoder are about
+    Sae(crate::commands::inspect::autoencoder::Sae),
+    /// Train a sparse autoencoder on the outputs of an attention layer's heads
+    SaeTrain(crate::commands::inspect::autoencoder::SaeTrain),
 }
 
 #[derive(Args, Debug)]

@@ -4,3 +4,5 @@
 //! makes a [`Report`](crate::report::Report) of them, for people.
 
 pub mod attention;
+pub mod autoencoder;
+pub mod prefix_induction;

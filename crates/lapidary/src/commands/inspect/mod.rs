@@ -1,6 +1,8 @@
 //! `lapidary inspect`: a model as a whole, or many inputs at once. One file for each analysis.
 
 pub mod attention;
+pub mod autoencoder;
+pub mod prefix_induction;
 
 use crate::cli::{Analysis, Global, Inspect};
 use crate::{output, report};
@@ -14,6 +16,9 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
     }
     let found = match &arguments.analysis {
         Analysis::Attention(arguments) => attention::run(arguments, global)?,
+        Analysis::PrefixInduction(arguments) => prefix_induction::run(arguments, global)?,
+        Analysis::Sae(arguments) => autoencoder::inspect(arguments, global)?,
+        Analysis::SaeTrain(arguments) => autoencoder::train_one(arguments, global)?,
     };
     if let Some(html) = &arguments.html {
         output::write_text(html, &report::analysis_page(&found)?)?;
@@ -44,6 +49,12 @@ fn in_terminal(report: &Report) -> String {
     let drawn = report.maps.len() + report.plots.len();
     if drawn > 0 {
         text += &format!("\n{drawn} maps and plots: see --html FILE or --json\n");
+    }
+    if !report.sections.is_empty() {
+        text += &format!(
+            "\n{} sections in detail: see --html FILE or --json\n",
+            report.sections.len()
+        );
     }
     text
 }
