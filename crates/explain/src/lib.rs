@@ -8,10 +8,12 @@
 //! [`faithfulness`] measures scores against the model or a known truth.
 //!
 //! What looks at a model as a whole, or at many inputs, is in [`analyses`] and gives a
-//! [`report::Report`].
+//! [`report::Report`]. Units that no part of a model is, the features of a site, are learned by
+//! an [`autoencoder`].
 
 pub mod analyses;
 mod difference;
+pub mod autoencoder;
 mod error;
 pub mod evaluation;
 mod explainer;

@@ -4,8 +4,8 @@
 //! something to be compared with, and so that a reader sees each formula once, bare.
 
 use crate::{
-    Activation, AttentionOptions, CrossEntropyOptions, D, DType, Error, Result, RotaryPairs,
-    SoftmaxMask, Tensor,
+    Activation, AttentionOptions, AutoencoderGradients, AutoencoderWeights, CrossEntropyOptions, D,
+    DType, Error, Result, RotaryPairs, SoftmaxMask, Tensor, Var,
 };
 
 const MASKED: f64 = f64::NEG_INFINITY;
@@ -548,4 +548,53 @@ pub fn causal_depthwise_convolution(
         Some(bias) => y.broadcast_add(&bias.reshape((channels, 1))?)?,
         None => y,
     })
+}
+
+/// Loss and gradients of a sparse autoencoder, as [`crate::autoencoder_gradients`], by the
+/// engine's own backward pass.
+pub fn autoencoder_gradients(
+    x: &Tensor,
+    weights: AutoencoderWeights<'_>,
+    sparsity: f64,
+) -> Result<AutoencoderGradients> {
+    let variable = |tensor: &Tensor| Var::from_tensor(&tensor.detach());
+    let (encoder, decoder) = (variable(weights.encoder)?, variable(weights.decoder)?);
+    let encoder_bias = variable(weights.encoder_bias)?;
+    let decoder_bias = variable(weights.decoder_bias)?;
+    let centred = x.broadcast_sub(&decoder_bias)?;
+    let f = linear(&centred, &encoder, Some(&encoder_bias))?.relu()?;
+    let reconstruction = f.matmul(&decoder)?.broadcast_add(&decoder_bias)?;
+    let rows = x.dim(0)? as f64;
+    let squared_error = ((reconstruction - x)?.sqr()?.sum_all()? / rows)?;
+    let activation = (f.sum_all()? / rows)?;
+    let mut gradients = (&squared_error + (&activation * sparsity)?)?.backward()?;
+    let mut take = |variable: &Var| match gradients.remove(variable) {
+        Some(gradient) => Ok(gradient.detach()),
+        None => variable.zeros_like(),
+    };
+    let number = |x: &Tensor| x.to_dtype(DType::F64)?.to_scalar::<f64>();
+    let active = f.gt(0.0)?.to_dtype(DType::U32)?.sum(0)?;
+    Ok(AutoencoderGradients {
+        encoder: take(&encoder)?,
+        encoder_bias: take(&encoder_bias)?,
+        decoder: take(&decoder)?,
+        decoder_bias: take(&decoder_bias)?,
+        squared_error: number(&squared_error)?,
+        activation: number(&activation)?,
+        active: active.to_vec1::<u32>()?,
+    })
+}
+
+/// Every row of `x` `[.., width]` divided by its length; rows of zeros stay.
+pub fn unit_rows(x: &Tensor) -> Result<Tensor> {
+    let length = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
+    let safe = length.eq(0.0)?.to_dtype(x.dtype())?;
+    Ok(x.broadcast_div(&(length + safe)?)?)
+}
+
+/// `x_i − (x_i · d_i) d_i / ‖d_i‖²` for rows of `x` and `directions` `[.., width]`.
+pub fn reject_rows(x: &Tensor, directions: &Tensor) -> Result<Tensor> {
+    let directions = unit_rows(directions)?;
+    let along = (x * &directions)?.sum_keepdim(D::Minus1)?;
+    Ok((x - directions.broadcast_mul(&along)?)?)
 }

@@ -53,7 +53,7 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 10] = [
+static SYSTEMS: [System; 11] = [
     System {
         slug: "associative-memory",
         title: "Beyond Scaling Laws: Understanding Transformer Performance with Associative Memory",
@@ -63,6 +63,21 @@ static SYSTEMS: [System; 10] = [
         kind: Kind::Theory,
         parts: &["explain::analyses::energy"],
         experiment: experiments::energy::run,
+    },
+    System {
+    System {
+        slug: "attention-output-saes",
+        title: "Interpreting Attention Layer Outputs with Sparse Autoencoders",
+        authors: "Kissane, Krzyzanowski, Bloom, Conmy, Nanda",
+        year: 2024,
+        arxiv: Some("2406.17759"),
+        kind: Kind::Explanation,
+        parts: &[
+            "explain::autoencoder",
+            "explain::analyses::autoencoder",
+            "explain::analyses::prefix_induction",
+        ],
+        experiment: experiments::autoencoder::run,
     },
     System {
         slug: "chefer",

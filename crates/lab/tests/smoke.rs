@@ -58,6 +58,11 @@ fn talking_heads() {
 }
 
 #[test]
+fn attention_output_saes() {
+    check("attention-output-saes");
+}
+
+#[test]
 fn decompx() {
     check("decompx");
 }
@@ -112,6 +117,7 @@ fn every_system_is_tested_here() {
         slugs,
         [
             "associative-memory",
+            "attention-output-saes",
             "chefer",
             "clustering",
             "decompx",

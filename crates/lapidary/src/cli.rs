@@ -217,6 +217,12 @@ pub enum Analysis {
     Energy(crate::commands::inspect::energy::Energy),
     /// Random particles that attention gathers
     Particles(crate::commands::inspect::particles::Particles),
+    /// How long a repeated prefix heads need before they look at what followed it
+    PrefixInduction(crate::commands::inspect::prefix_induction::PrefixInduction),
+    /// What the features of a sparse autoencoder are about
+    Sae(crate::commands::inspect::autoencoder::Sae),
+    /// Train a sparse autoencoder on the outputs of an attention layer's heads
+    SaeTrain(crate::commands::inspect::autoencoder::SaeTrain),
 }
 
 #[derive(Args, Debug)]

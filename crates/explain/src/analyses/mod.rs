@@ -11,3 +11,5 @@ pub mod channels;
 pub mod clustering;
 pub mod energy;
 pub(crate) mod random;
+pub mod autoencoder;
+pub mod prefix_induction;

@@ -2,8 +2,10 @@
 //! them as JSON, and draws them on a page.
 
 mod plot;
+mod section;
 
 pub use plot::{Plot, Series};
+pub use section::{Section, TokenExample};
 
 use serde::Serialize;
 
@@ -110,6 +112,9 @@ pub struct Report {
     /// Lines.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub plots: Vec<Plot>,
+    /// One thing in detail each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sections: Vec<Section>,
 }
 
 #[cfg(test)]

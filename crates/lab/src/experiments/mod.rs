@@ -1,5 +1,6 @@
 //! The experiments, one file for each system, and what several of them use.
 
+pub mod autoencoder;
 pub mod bigram;
 pub mod chefer;
 pub mod classifier;

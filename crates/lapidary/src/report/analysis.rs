@@ -1,9 +1,11 @@
 //! The report of an analysis, as text and as a page.
 
+use super::coloured::Coloured;
 use super::page::{page, table};
 use anyhow::Result;
 use comfy_table::{ContentArrangement, Table, TableComponent, presets};
 use lapidary_explain::report::{Map, Report};
+use lapidary_explain::report::{Map, Report, Section, Table};
 use maud::{Markup, PreEscaped, html};
 
 /// Tables, maps and plots on one page.
@@ -12,23 +14,40 @@ pub fn analysis_page(report: &Report) -> Result<String> {
     let plots = plots.collect::<std::result::Result<Vec<_>, _>>()?;
     let body = html! {
         @for one in &report.tables {
-            section {
-                h2 { (one.title) }
-                @let columns: Vec<&str> = one.columns.iter().map(String::as_str).collect();
-                @let rows: Vec<Vec<String>> = one
-                    .rows
-                    .iter()
-                    .map(|row| row.iter().map(ToString::to_string).collect())
-                    .collect();
-                (table(&columns, &rows))
-            }
+            section { h2 { (one.title) } (cells(one)) }
         }
         @for plot in plots { section.plot { (PreEscaped(plot)) } }
         @for one in &report.maps {
             section { h2 { (one.title) } (map(one)) }
         }
+        @for one in &report.sections { (in_detail(one)) }
     };
     Ok(page(&report.title, &report.notes.join(" · "), body))
+}
+
+fn cells(one: &Table) -> Markup {
+    let columns: Vec<&str> = one.columns.iter().map(String::as_str).collect();
+    let rows: Vec<Vec<String>> = one
+        .rows
+        .iter()
+        .map(|row| row.iter().map(ToString::to_string).collect())
+        .collect();
+    table(&columns, &rows)
+}
+
+/// One thing with its examples, tokens coloured by their scores.
+fn in_detail(section: &Section) -> Markup {
+    html! {
+        section {
+            h2 { (section.title) }
+            @for note in &section.notes { p.legend { (note) } }
+            @for example in &section.examples {
+                h3 { (example.title) }
+                (Coloured::new(&example.tokens, &example.scores).as_html())
+            }
+            @for one in &section.tables { h3 { (one.title) } (cells(one)) }
+        }
+    }
 }
 
 /// Numbers as coloured cells: blue above zero, orange below, in the strength of their share of
