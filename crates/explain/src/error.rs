@@ -37,6 +37,9 @@ pub enum Error {
     /// An operation failed, or has no rule under the lens.
     #[error(transparent)]
     Signal(#[from] lapidary_signal::Error),
+    /// A factorisation failed.
+    #[error(transparent)]
+    Factor(#[from] lapidary_factor::Error),
     /// A kernel failed.
     #[error(transparent)]
     Kernel(#[from] lapidary_kernels::Error),

@@ -9,6 +9,7 @@
 //! [`report::Report`].
 
 pub mod analyses;
+pub mod clip;
 mod error;
 mod explainer;
 mod explainers;

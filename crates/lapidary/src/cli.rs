@@ -166,6 +166,8 @@ pub struct Inspect {
 pub enum Analysis {
     /// Where each head looks
     Attention(crate::commands::inspect::attention::Attention),
+    /// What the image embeddings of a CLIP model are made of, in words
+    Clip(crate::commands::inspect::clip::Clip),
 }
 
 #[derive(Args, Debug)]

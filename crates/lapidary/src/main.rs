@@ -4,6 +4,7 @@ mod cli;
 mod commands;
 #[cfg(feature = "hub")]
 mod hub;
+mod images;
 mod loading;
 mod output;
 mod report;

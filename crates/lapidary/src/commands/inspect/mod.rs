@@ -1,6 +1,7 @@
 //! `lapidary inspect`: a model as a whole, or many inputs at once. One file for each analysis.
 
 pub mod attention;
+pub mod clip;
 
 use crate::cli::{Analysis, Global, Inspect};
 use crate::{output, report};
@@ -14,6 +15,7 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
     }
     let found = match &arguments.analysis {
         Analysis::Attention(arguments) => attention::run(arguments, global)?,
+        Analysis::Clip(arguments) => clip::run(arguments, global)?,
     };
     if let Some(html) = &arguments.html {
         output::write_text(html, &report::analysis_page(&found)?)?;
