@@ -5,7 +5,7 @@ mod common;
 
 use lapidary_explain::clip::{
     Component, EditedClassifier, HeadOutputs, ImageTower, StreamingMean, Survey, ZeroShot,
-    embed_texts, heat_map, mean_ablated, nearest, spurious_edit, text_span,
+    embed_texts, heat_maps, mean_ablated, nearest, spurious_edit, text_span,
 };
 use lapidary_factor::{Matrix, matrix_from_tensor, thin_svd};
 use lapidary_kernels::{DType, Device, Tensor};
@@ -571,9 +571,8 @@ fn heat_is_what_patches_add_to_a_class_beyond_the_mean_class() {
     let classes = ZeroShot::from_groups(&groups).unwrap();
     let heats: Vec<Vec<f64>> = (0..3)
         .map(|class| {
-            heat_map(&tower, &decomposition, 1, &classes, class)
-                .unwrap()
-                .values
+            let maps = heat_maps(&decomposition, &classes, &[0, class]).unwrap();
+            maps[1].values.clone()
         })
         .collect();
     assert_eq!(
@@ -586,9 +585,10 @@ fn heat_is_what_patches_add_to_a_class_beyond_the_mean_class() {
         assert!(sum.abs() < 1e-12, "the classes' heats are relative");
     }
     let alone = ZeroShot::from_groups(&groups[..1]).unwrap();
-    let heat = heat_map(&tower, &decomposition, 1, &alone, 0).unwrap();
-    assert_eq!(heat.values, [0.0; 4]);
-    assert!(heat_map(&tower, &decomposition, 2, &classes, 0).is_err());
+    let heat = heat_maps(&decomposition, &alone, &[0, 0]).unwrap();
+    assert_eq!(heat[0].values, [0.0; 4]);
+    assert!(heat_maps(&decomposition, &classes, &[0]).is_err());
+    assert!(heat_maps(&decomposition, &classes, &[0, 3]).is_err());
 }
 
 #[test]

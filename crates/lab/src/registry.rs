@@ -51,7 +51,17 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 4] = [
+static SYSTEMS: [System; 5] = [
+    System {
+        slug: "clip-text-decomposition",
+        title: "Interpreting CLIP's Image Representation via Text-Based Decomposition",
+        authors: "Gandelsman, Efros, Steinhardt",
+        year: 2023,
+        arxiv: Some("2310.05916"),
+        kind: Kind::Explanation,
+        parts: &["explain::clip"],
+        experiment: experiments::clip::run,
+    },
     System {
         slug: "decompx",
         title: "DecompX: Explaining Transformers Decisions by Propagating Token Decomposition",

@@ -38,6 +38,11 @@ fn check(slug: &str) -> Reproduction {
 }
 
 #[test]
+fn clip_text_decomposition() {
+    check("clip-text-decomposition");
+}
+
+#[test]
 fn decompx() {
     check("decompx");
 }
@@ -81,6 +86,7 @@ fn every_system_is_tested_here() {
     assert_eq!(
         slugs,
         [
+            "clip-text-decomposition",
             "decompx",
             "fwsvd",
             "introduction-to-transformers",

@@ -137,7 +137,12 @@ impl<'m> ImageTower<'m> {
     }
 }
 
-impl Decomposition<'_, '_> {
+impl<'t, 'm> Decomposition<'t, 'm> {
+    /// The tower that was run.
+    pub fn tower(&self) -> &'t ImageTower<'m> {
+        self.tower
+    }
+
     /// The embeddings as the model computes them, each of length one: `[images, features]`.
     pub fn embeddings(&self) -> &Tensor {
         &self.embeddings

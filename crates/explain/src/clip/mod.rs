@@ -9,7 +9,7 @@
 //! - [`text_span`] names a head by the few texts that span its outputs,
 //! - [`mean_ablated`] replaces entries by their mean over a data set, and [`EditedClassifier`]
 //!   classifies without heads that carry what it shouldn't look at,
-//! - [`heat_map`] segments an image for a text,
+//! - [`heat_maps`] segment images for a text,
 //! - [`nearest`] ranks images or texts by what one head says.
 //!
 //! ```
@@ -61,7 +61,7 @@ pub use decomposition::Decomposition;
 pub use image_tower::{Component, ImageTower};
 pub use nearest::{most_similar, nearest};
 pub use outputs::HeadOutputs;
-pub use segmentation::{HeatMap, heat_map};
+pub use segmentation::{HeatMap, heat_maps};
 pub use survey::{HeadName, LayerEffect, Survey};
 pub use text_span::{TextSpan, text_span};
 pub use zero_shot::{ZeroShot, embed_texts, unit_rows};

@@ -1,7 +1,6 @@
 //! Where in an image a text is: heat maps from what attention at each patch adds.
 
 use super::decomposition::Decomposition;
-use super::image_tower::ImageTower;
 use super::zero_shot::ZeroShot;
 use crate::error::engine;
 use crate::{Error, Result};
@@ -18,31 +17,35 @@ pub struct HeatMap {
     pub values: Vec<f64>,
 }
 
-/// The heat of `class` at each patch of one image of a decomposition:
+/// The heat of a class at each patch of each image of a decomposition, of the class that `chosen`
+/// has for the image:
 /// `heat_i = Σ_lh entry_i · t_class − mean over classes of Σ_lh entry_i · t_class'`.
 ///
 /// # Errors
-/// When there is no such image or class.
-pub fn heat_map(
-    tower: &ImageTower<'_>,
+/// When there is not one class for each image, or no such class.
+pub fn heat_maps(
     decomposition: &Decomposition<'_, '_>,
-    image: usize,
     classes: &ZeroShot,
-    class: usize,
-) -> Result<HeatMap> {
+    chosen: &[usize],
+) -> Result<Vec<HeatMap>> {
+    let tower = decomposition.tower();
+    let [rows, columns] = tower.grid();
     let tokens = decomposition.tokens()?;
     let images = engine(tokens.dim(0))?;
-    if image >= images {
-        return Err(Error::invalid("image", image, format!("below {images}")));
+    if chosen.len() != images {
+        let expected = format!("{images}, one for each image");
+        return Err(Error::invalid("classes", chosen.len(), expected));
     }
-    let tokens = engine(tokens.get(image))?;
-    let heat = token_heat(&tokens, classes.vectors(), class)?;
-    let [rows, columns] = tower.grid();
-    Ok(HeatMap {
-        rows,
-        columns,
-        values: heat.into_iter().skip(tower.class_tokens()).collect(),
-    })
+    let of_image = |(image, class): (usize, &usize)| {
+        let tokens = engine(tokens.get(image))?;
+        let heat = token_heat(&tokens, classes.vectors(), *class)?;
+        Ok(HeatMap {
+            rows,
+            columns,
+            values: heat.into_iter().skip(tower.class_tokens()).collect(),
+        })
+    };
+    chosen.iter().enumerate().map(of_image).collect()
 }
 
 /// Heat of a class at each of `tokens` `[tokens, features]`, for classes `[classes, features]`.

@@ -1,13 +1,16 @@
 //! The experiments, one file for each system, and what several of them use.
 
+pub mod attributes;
 pub mod bigram;
 pub mod classifier;
+pub mod clip;
 pub mod decoder;
 pub mod decompx;
 pub mod fwsvd;
 pub mod introduction;
 pub mod logit_attribution;
 pub mod masking;
+pub mod mini_clip;
 pub mod polarity;
 pub mod topics;
 

@@ -9,7 +9,7 @@ use crate::tensors::Tensors;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use lapidary_explain::clip::{
-    Component, EditedClassifier, HeadOutputs, ImageTower, Survey, ZeroShot, embed_texts, heat_map,
+    Component, EditedClassifier, HeadOutputs, ImageTower, Survey, ZeroShot, embed_texts, heat_maps,
     nearest, spurious_edit,
 };
 use lapidary_explain::report::{Cell, Map, Report, Table};
@@ -217,7 +217,8 @@ fn heat(
         .collect::<std::result::Result<Vec<_>, _>>()?;
     let classes = ZeroShot::from_groups(&groups)?;
     let decomposition = tower.decompose(&images.one(image)?)?;
-    let heat = heat_map(tower, &decomposition, 0, &classes, 0)?;
+    let maps = heat_maps(&decomposition, &classes, &[0])?;
+    let heat = maps.into_iter().next().context("no heat map")?;
     let name = |what: &str, count: usize| (0..count).map(|i| format!("{what} {i}")).collect();
     Ok(Map {
         title: format!("Where {text:?} is in {}", images.name(image)),
