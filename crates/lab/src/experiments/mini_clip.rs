@@ -64,8 +64,8 @@ pub struct MiniClip {
 
 /// Colours and places in a batch: few, so that pictures which differ in shape and texture alone
 /// meet as each other's negatives.
-const COLOURS_AT_ONCE: usize = 4;
-const PLACES_AT_ONCE: usize = 4;
+const COLOURS_AT_ONCE: usize = 3;
+const PLACES_AT_ONCE: usize = 3;
 
 /// Logits of pairs whose captions are the same though the pictures are not.
 const NO_NEGATIVE: f32 = -1e4;

@@ -125,6 +125,16 @@ fn rollout(clip: &MiniClip, tower: &ImageTower<'_>, batch: &Tensor) -> Result<Ve
     Ok(each.chunks(tokens).map(map).collect())
 }
 
+/// Share of the pictures that are of the shape that they are said to be.
+pub fn accuracy(said: &[usize], pictures: &Pictures) -> f64 {
+    let truth = pictures.values(SHAPE);
+    let right = said
+        .iter()
+        .zip(&truth)
+        .map(|(a, b)| f64::from(u8::from(a == b)));
+    mean(right)
+}
+
 /// Accuracy of the least accurate pairing of shape and texture.
 pub fn worst_group(said: &[usize], pictures: &Pictures) -> f64 {
     let (shapes, textures) = (pictures.values(SHAPE), pictures.values(TEXTURE));

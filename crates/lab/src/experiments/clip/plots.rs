@@ -9,8 +9,7 @@ use lapidary_explain::clip::{Component, HeadName, ImageTower};
 /// Shape accuracy as the attention of more and more layers is mean-ablated, from the first.
 pub fn ablations(
     tower: &ImageTower<'_>,
-    classify: &dyn Fn(&[bool]) -> Result<Vec<usize>>,
-    accuracy: &dyn Fn(&[usize]) -> f64,
+    shape_accuracy: &dyn Fn(&[bool]) -> Result<f64>,
 ) -> Result<Plot> {
     let line = |name: &str, feedforward: bool| -> Result<Series> {
         let mut points = Vec::new();
@@ -19,7 +18,7 @@ pub fn ablations(
                 Component::Head { layer, .. } => *layer < layers,
                 _ => feedforward,
             });
-            points.push((layers as f64, accuracy(&classify(&ablated)?)));
+            points.push((layers as f64, shape_accuracy(&ablated)?));
         }
         Ok(Series {
             name: name.to_owned(),
