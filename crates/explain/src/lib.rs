@@ -14,6 +14,7 @@
 pub mod analyses;
 mod difference;
 pub mod autoencoder;
+pub mod clip;
 mod error;
 pub mod evaluation;
 mod explainer;

@@ -53,7 +53,7 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 11] = [
+static SYSTEMS: [System; 12] = [
     System {
         slug: "associative-memory",
         title: "Beyond Scaling Laws: Understanding Transformer Performance with Associative Memory",
@@ -88,6 +88,17 @@ static SYSTEMS: [System; 11] = [
         kind: Kind::Explanation,
         parts: &["signal::relevance", "explain::chefer"],
         experiment: experiments::chefer::run,
+    },
+    System {
+    System {
+        slug: "clip-text-decomposition",
+        title: "Interpreting CLIP's Image Representation via Text-Based Decomposition",
+        authors: "Gandelsman, Efros, Steinhardt",
+        year: 2023,
+        arxiv: Some("2310.05916"),
+        kind: Kind::Explanation,
+        parts: &["explain::clip"],
+        experiment: experiments::clip::run,
     },
     System {
         slug: "clustering",

@@ -63,6 +63,11 @@ fn attention_output_saes() {
 }
 
 #[test]
+fn clip_text_decomposition() {
+    check("clip-text-decomposition");
+}
+
+#[test]
 fn decompx() {
     check("decompx");
 }
@@ -119,6 +124,7 @@ fn every_system_is_tested_here() {
             "associative-memory",
             "attention-output-saes",
             "chefer",
+            "clip-text-decomposition",
             "clustering",
             "decompx",
             "fwsvd",

@@ -223,6 +223,8 @@ pub enum Analysis {
     Sae(crate::commands::inspect::autoencoder::Sae),
     /// Train a sparse autoencoder on the outputs of an attention layer's heads
     SaeTrain(crate::commands::inspect::autoencoder::SaeTrain),
+    /// What the image embeddings of a CLIP model are made of, in words
+    Clip(crate::commands::inspect::clip::Clip),
 }
 
 #[derive(Args, Debug)]

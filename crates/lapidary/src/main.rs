@@ -5,6 +5,7 @@ mod commands;
 mod datasets;
 #[cfg(feature = "hub")]
 mod hub;
+mod images;
 mod loading;
 mod output;
 mod report;

@@ -1,10 +1,12 @@
 //! The experiments, one file for each system, and what several of them use.
 
 pub mod autoencoder;
+pub mod attributes;
 pub mod bigram;
 pub mod chefer;
 pub mod classifier;
 pub mod clustering;
+pub mod clip;
 pub mod decoder;
 pub mod decompx;
 pub mod energy;
@@ -14,6 +16,7 @@ pub mod geometry;
 pub mod introduction;
 pub mod logit_attribution;
 pub mod masking;
+pub mod mini_clip;
 pub mod polarity;
 pub mod squashing;
 pub mod talking_heads;

@@ -9,6 +9,7 @@ pub mod energy;
 pub mod particles;
 pub mod autoencoder;
 pub mod prefix_induction;
+pub mod clip;
 
 use crate::cli::{Analysis, Global, Inspect};
 use crate::{output, report};
@@ -29,6 +30,7 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
         Analysis::PrefixInduction(arguments) => prefix_induction::run(arguments, global)?,
         Analysis::Sae(arguments) => autoencoder::inspect(arguments, global)?,
         Analysis::SaeTrain(arguments) => autoencoder::train_one(arguments, global)?,
+        Analysis::Clip(arguments) => clip::run(arguments, global)?,
     };
     if let Some(html) = &arguments.html {
         output::write_text(html, &report::analysis_page(&found)?)?;
