@@ -1,7 +1,7 @@
 //! What an explainer gives.
 
-use schemars::JsonSchema;
 use crate::leaks::Leak;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// What the scores are over.

@@ -12,9 +12,9 @@
 //! an [`autoencoder`].
 
 pub mod analyses;
-mod difference;
 pub mod autoencoder;
 pub mod clip;
+mod difference;
 mod error;
 pub mod evaluation;
 mod explainer;

@@ -65,7 +65,6 @@ static SYSTEMS: [System; 12] = [
         experiment: experiments::energy::run,
     },
     System {
-    System {
         slug: "attention-output-saes",
         title: "Interpreting Attention Layer Outputs with Sparse Autoencoders",
         authors: "Kissane, Krzyzanowski, Bloom, Conmy, Nanda",
@@ -89,7 +88,6 @@ static SYSTEMS: [System; 12] = [
         parts: &["signal::relevance", "explain::chefer"],
         experiment: experiments::chefer::run,
     },
-    System {
     System {
         slug: "clip-text-decomposition",
         title: "Interpreting CLIP's Image Representation via Text-Based Decomposition",

@@ -4,12 +4,12 @@
 //! makes a [`Report`](crate::report::Report) of them, for people.
 
 pub mod attention;
-pub mod geometry;
-pub mod power_law;
-pub mod squashing;
+pub mod autoencoder;
 pub mod channels;
 pub mod clustering;
 pub mod energy;
-pub(crate) mod random;
-pub mod autoencoder;
+pub mod geometry;
+pub mod power_law;
 pub mod prefix_induction;
+pub(crate) mod random;
+pub mod squashing;

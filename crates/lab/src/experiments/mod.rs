@@ -1,18 +1,18 @@
 //! The experiments, one file for each system, and what several of them use.
 
-pub mod autoencoder;
 pub mod attributes;
+pub mod autoencoder;
 pub mod bigram;
 pub mod chefer;
 pub mod classifier;
-pub mod clustering;
 pub mod clip;
+pub mod clustering;
 pub mod decoder;
 pub mod decompx;
 pub mod energy;
 pub mod fwsvd;
-pub mod glyphs;
 pub mod geometry;
+pub mod glyphs;
 pub mod introduction;
 pub mod logit_attribution;
 pub mod masking;

@@ -3,8 +3,7 @@
 use super::coloured::Coloured;
 use super::page::{page, table};
 use anyhow::Result;
-use comfy_table::{ContentArrangement, Table, TableComponent, presets};
-use lapidary_explain::report::{Map, Report};
+use comfy_table::{ContentArrangement, TableComponent, presets};
 use lapidary_explain::report::{Map, Report, Section, Table};
 use maud::{Markup, PreEscaped, html};
 
@@ -85,7 +84,7 @@ pub fn analysis_text(report: &Report) -> String {
         text += &format!("  {note}\n");
     }
     for table in &report.tables {
-        let mut shown = Table::new();
+        let mut shown = comfy_table::Table::new();
         shown
             .load_style(presets::UTF8_HORIZONTAL_ONLY)
             .set_content_arrangement(ContentArrangement::Dynamic)
@@ -101,6 +100,12 @@ pub fn analysis_text(report: &Report) -> String {
     let drawn = report.maps.len() + report.plots.len();
     if drawn > 0 {
         text += &format!("\n{drawn} maps and plots: see --html FILE or --json\n");
+    }
+    if !report.sections.is_empty() {
+        text += &format!(
+            "\n{} sections in detail: see --html FILE or --json\n",
+            report.sections.len()
+        );
     }
     text
 }
