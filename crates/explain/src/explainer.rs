@@ -1,6 +1,8 @@
 //! What an explainer is, and the list of all.
 
-use crate::explainers::{decompx, gradient, logit_attribution};
+use crate::explainers::{
+    alti, alti_logit, decompx, erasure, gradient, gradient_norm, logit_attribution, random,
+};
 use crate::{Error, Explanation, Result, Target, Unit};
 use lapidary_kernels::Tensor;
 use lapidary_model::{Input, Model, Pass};
@@ -52,6 +54,10 @@ pub struct Options {
     pub start_layer: usize,
     /// Methods that draw numbers.
     pub seed: u64,
+    /// ALTI-Logit: what the embedding of the explained position writes counts as that token's.
+    pub include_residual: bool,
+    /// ALTI-Logit: what feed-forward parts write is spread over tokens by the mixing below them.
+    pub trace_feedforward: bool,
 }
 
 impl Default for Options {
@@ -61,6 +67,8 @@ impl Default for Options {
             steps: 32,
             start_layer: 0,
             seed: 0,
+            include_residual: false,
+            trace_feedforward: false,
         }
     }
 }
@@ -105,13 +113,20 @@ pub fn explainers() -> &'static [Explainer] {
     &EXPLAINERS
 }
 
-static EXPLAINERS: [Explainer; 6] = [
+static EXPLAINERS: [Explainer; 13] = [
+    alti::ALTI,
+    alti_logit::ALTI_LOGIT,
     gradient::ATTNLRP,
     gradient::CP_LRP,
     decompx::DECOMPX,
+    erasure::ERASURE,
+    alti::GLOBENC,
+    gradient_norm::GRADIENT_L1,
+    gradient_norm::GRADIENT_L2,
     gradient::GRADIENT_TIMES_INPUT,
     gradient::INTEGRATED_GRADIENTS,
     logit_attribution::LOGIT_ATTRIBUTION,
+    random::RANDOM,
 ];
 
 /// The explainer of that name.

@@ -14,11 +14,14 @@ mod explainer;
 mod explainers;
 mod explanation;
 pub mod faithfulness;
+pub mod mixing;
 pub mod report;
 mod target;
 
 pub use error::{Error, Result};
 pub use explainer::{Explain, Explainer, Options, Question, explainer, explainers};
+pub use explainers::alti::mixings;
+pub use explainers::alti_logit::{BlockUpdates, LogitUpdates, logit_updates};
 pub use explainers::decompx::decompx;
 pub use explainers::gradient::{gradient_times_input, integrated_gradients, relevance};
 pub use explainers::logit_attribution::direct_logit_attribution;

@@ -51,7 +51,22 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 4] = [
+static SYSTEMS: [System; 5] = [
+    System {
+        slug: "decomposition-xai",
+        title: "A Close Look at Decomposition-based XAI-Methods for Transformer Language Models",
+        authors: "Arras, Puri, Kahardipraja, Lapuschkin, Samek",
+        year: 2025,
+        arxiv: Some("2502.15886"),
+        kind: Kind::Explanation,
+        parts: &[
+            "signal::relevance",
+            "explain::mixing",
+            "explain::alti_logit",
+            "explain::faithfulness",
+        ],
+        experiment: experiments::agreement::run,
+    },
     System {
         slug: "decompx",
         title: "DecompX: Explaining Transformers Decisions by Propagating Token Decomposition",

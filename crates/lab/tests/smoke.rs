@@ -38,6 +38,11 @@ fn check(slug: &str) -> Reproduction {
 }
 
 #[test]
+fn decomposition_xai() {
+    check("decomposition-xai");
+}
+
+#[test]
 fn decompx() {
     check("decompx");
 }
@@ -81,6 +86,7 @@ fn every_system_is_tested_here() {
     assert_eq!(
         slugs,
         [
+            "decomposition-xai",
             "decompx",
             "fwsvd",
             "introduction-to-transformers",

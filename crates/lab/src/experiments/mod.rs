@@ -1,13 +1,14 @@
 //! The experiments, one file for each system, and what several of them use.
 
+pub mod agreement;
 pub mod bigram;
 pub mod classifier;
 pub mod decoder;
 pub mod decompx;
 pub mod fwsvd;
+pub mod grammar;
 pub mod introduction;
 pub mod logit_attribution;
-pub mod masking;
 pub mod polarity;
 pub mod topics;
 
