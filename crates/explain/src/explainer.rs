@@ -1,8 +1,8 @@
 //! What an explainer is, and the list of all.
 
 use crate::explainers::{
-    attention_gradcam, attention_rollout, chefer, decompx, full_lrp, gradient, logit_attribution,
-    partial_lrp, raw_attention,
+    alti, alti_logit, attention_gradcam, attention_rollout, chefer, decompx, erasure, full_lrp,
+    gradient, gradient_norm, logit_attribution, partial_lrp, random, raw_attention,
 };
 use crate::{Error, Explanation, Result, Target, Unit};
 use lapidary_kernels::Tensor;
@@ -55,6 +55,10 @@ pub struct Options {
     pub start_layer: usize,
     /// Methods that draw numbers.
     pub seed: u64,
+    /// ALTI-Logit: what the embedding of the explained position writes counts as that token's.
+    pub include_residual: bool,
+    /// ALTI-Logit: what feed-forward parts write is spread over tokens by the mixing below them.
+    pub trace_feedforward: bool,
 }
 
 impl Default for Options {
@@ -64,6 +68,8 @@ impl Default for Options {
             steps: 32,
             start_layer: 0,
             seed: 0,
+            include_residual: false,
+            trace_feedforward: false,
         }
     }
 }
@@ -108,7 +114,9 @@ pub fn explainers() -> &'static [Explainer] {
     &EXPLAINERS
 }
 
-static EXPLAINERS: [Explainer; 14] = [
+static EXPLAINERS: [Explainer; 21] = [
+    alti::ALTI,
+    alti_logit::ALTI_LOGIT,
     attention_gradcam::ATTENTION_GRADCAM,
     attention_rollout::ATTENTION_ROLLOUT,
     gradient::ATTNLRP,
@@ -117,11 +125,16 @@ static EXPLAINERS: [Explainer; 14] = [
     gradient::CP_LRP,
     gradient::CP_LRP_EXPLICIT,
     decompx::DECOMPX,
+    erasure::ERASURE,
     full_lrp::FULL_LRP,
+    alti::GLOBENC,
+    gradient_norm::GRADIENT_L1,
+    gradient_norm::GRADIENT_L2,
     gradient::GRADIENT_TIMES_INPUT,
     gradient::INTEGRATED_GRADIENTS,
     logit_attribution::LOGIT_ATTRIBUTION,
     partial_lrp::PARTIAL_LRP,
+    random::RANDOM,
     raw_attention::RAW_ATTENTION,
 ];
 

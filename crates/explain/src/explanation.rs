@@ -27,8 +27,11 @@ pub struct Account {
     pub explained: f64,
     /// Sum of the scores.
     pub attributed: f64,
-    /// `explained − attributed`: what no unit got, by design (dropped biases, detached factors)
-    /// or by rounding.
+    /// Parts of the number that are known but no unit's, by name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub elsewhere: Vec<(String, f64)>,
+    /// `explained − attributed − elsewhere`: what is nobody's, by design (dropped biases, detached
+    /// factors) or by rounding.
     pub unattributed: f64,
     /// Largest relative difference, over all sites, between the value and the sum of its
     /// streams; absent for methods that carry no streams.
@@ -71,6 +74,7 @@ impl Explanation {
         let account = Account {
             explained,
             attributed,
+            elsewhere: Vec::new(),
             unattributed: explained - attributed,
             largest_site_error: None,
             left_out,
@@ -94,6 +98,15 @@ impl Explanation {
     /// The same with the units' names.
     pub fn with_labels(mut self, labels: Vec<String>) -> Self {
         self.labels = labels;
+        self
+    }
+
+    /// The same with parts of the number that are no unit's; no longer unattributed.
+    pub(crate) fn with_elsewhere(mut self, elsewhere: Vec<(String, f64)>) -> Self {
+        for (_, amount) in &elsewhere {
+            self.account.unattributed -= amount;
+        }
+        self.account.elsewhere.extend(elsewhere);
         self
     }
 

@@ -23,12 +23,15 @@ mod explanation;
 pub mod faithfulness;
 mod latent;
 mod leaks;
+pub mod mixing;
 pub mod report;
 mod target;
 
 pub use difference::{Difference, Moved, OutputDifference, SiteDifference, difference};
 pub use error::{Error, Result};
 pub use explainer::{Explain, Explainer, Options, Question, explainer, explainers};
+pub use explainers::alti::mixings;
+pub use explainers::alti_logit::{BlockUpdates, LogitUpdates, logit_updates};
 pub use explainers::attention_gradcam::attention_gradcam;
 pub use explainers::attention_rollout::attention_rollout;
 pub use explainers::chefer::{Evidence, Relevancy, chefer, patch_heat, relevancy_of_batch};

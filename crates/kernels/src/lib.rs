@@ -24,6 +24,7 @@ mod fourier;
 mod gather;
 mod host;
 mod linear;
+mod mixture;
 pub mod naive;
 mod norm;
 mod optimiser;
@@ -52,6 +53,7 @@ pub use error::{Error, Result};
 pub use fourier::{causal_depthwise_convolution, fft_convolution, inverse_real_fft, real_fft};
 pub use gather::{embedding, gather, scatter_add};
 pub use linear::{linear, linear_activation};
+pub use mixture::{Mixture, VectorNorm, mixture_distances};
 pub use norm::{layer_norm, rms_norm};
 pub use optimiser::{
     AdamW, AdamWOptions, OptimiserState, Parameter, Sgd, SgdOptions, global_gradient_norm,

@@ -6,6 +6,7 @@
 use crate::{
     Activation, AttentionOptions, AutoencoderGradients, AutoencoderWeights, CrossEntropyOptions, D,
     DType, Error, Result, RotaryPairs, SoftmaxMask, Tensor, Var,
+    mixture::{Mixture, VectorNorm},
 };
 
 const MASKED: f64 = f64::NEG_INFINITY;
@@ -229,6 +230,34 @@ fn scale_shift(y: Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>) -> Res
         Some(bias) => y.broadcast_add(bias)?,
         None => y,
     })
+}
+
+/// `‖y_t − T_t(j)‖`, `[query, key]`, and `‖y_t‖`, `[query]`, for the shares `T` of a mixture.
+pub fn mixture_distances(
+    mixture: Mixture<'_>,
+    reference: &Tensor,
+    norm: VectorNorm,
+) -> Result<(Tensor, Tensor)> {
+    let measure = |v: &Tensor| match norm {
+        VectorNorm::L1 => v.abs()?.sum(D::Minus1),
+        VectorNorm::L2 => v.sqr()?.sum(D::Minus1)?.sqrt(),
+    };
+    let (_, queries, keys) = mixture.weights.dims3()?;
+    // [heads, query, key, 1] · [heads, 1, key, width], summed over heads
+    let weights = mixture.weights.unsqueeze(3)?;
+    let sources = mixture.sources.unsqueeze(1)?;
+    let mut shares = weights.broadcast_mul(&sources)?.sum(0)?;
+    if let Some(own) = mixture.own {
+        let is_own: Vec<f64> = (0..queries)
+            .flat_map(|query| (0..keys).map(move |key| (query, mixture.first + key)))
+            .map(|(query, key)| f64::from(u8::from(query == key)))
+            .collect();
+        let is_own = Tensor::from_vec(is_own, (queries, keys, 1), own.device())?;
+        let is_own = is_own.to_dtype(own.dtype())?;
+        shares = (shares + is_own.broadcast_mul(&own.unsqueeze(1)?)?)?;
+    }
+    let distances = measure(&reference.unsqueeze(1)?.broadcast_sub(&shares)?)?;
+    Ok((distances, measure(reference)?))
 }
 
 /// The attention weights `softmax(scale · Q Kᵀ + bias)`, `[batch, heads, query, key]`.

@@ -53,7 +53,7 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 12] = [
+static SYSTEMS: [System; 13] = [
     System {
         slug: "associative-memory",
         title: "Beyond Scaling Laws: Understanding Transformer Performance with Associative Memory",
@@ -107,6 +107,21 @@ static SYSTEMS: [System; 12] = [
         kind: Kind::Theory,
         parts: &["explain::analyses::clustering"],
         experiment: experiments::clustering::run,
+    },
+    System {
+        slug: "decomposition-xai",
+        title: "A Close Look at Decomposition-based XAI-Methods for Transformer Language Models",
+        authors: "Arras, Puri, Kahardipraja, Lapuschkin, Samek",
+        year: 2025,
+        arxiv: Some("2502.15886"),
+        kind: Kind::Explanation,
+        parts: &[
+            "signal::relevance",
+            "explain::mixing",
+            "explain::alti_logit",
+            "explain::faithfulness",
+        ],
+        experiment: experiments::agreement::run,
     },
     System {
         slug: "decompx",

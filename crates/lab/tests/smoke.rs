@@ -68,6 +68,11 @@ fn clip_text_decomposition() {
 }
 
 #[test]
+fn decomposition_xai() {
+    check("decomposition-xai");
+}
+
+#[test]
 fn decompx() {
     check("decompx");
 }
@@ -126,6 +131,7 @@ fn every_system_is_tested_here() {
             "chefer",
             "clip-text-decomposition",
             "clustering",
+            "decomposition-xai",
             "decompx",
             "fwsvd",
             "hidden-geometry",

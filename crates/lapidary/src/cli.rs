@@ -163,6 +163,12 @@ pub struct ExplainOptions {
     /// First layer that takes part, for methods that multiply layers
     #[arg(long, default_value_t = 0)]
     pub start_layer: usize,
+    /// ALTI-Logit: count what the position's embedding writes as that token's
+    #[arg(long)]
+    pub include_residual: bool,
+    /// ALTI-Logit: spread what feed-forward parts write over tokens
+    #[arg(long)]
+    pub trace_feedforward: bool,
 }
 
 #[derive(Args, Debug)]

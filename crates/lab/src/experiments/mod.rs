@@ -1,5 +1,6 @@
 //! The experiments, one file for each system, and what several of them use.
 
+pub mod agreement;
 pub mod attributes;
 pub mod autoencoder;
 pub mod bigram;
@@ -13,9 +14,11 @@ pub mod energy;
 pub mod fwsvd;
 pub mod geometry;
 pub mod glyphs;
+pub mod grammar;
+pub mod introduction;
 pub mod introduction;
 pub mod logit_attribution;
-pub mod masking;
+pub mod logit_attribution;
 pub mod mini_clip;
 pub mod polarity;
 pub mod squashing;

@@ -39,6 +39,9 @@ pub fn account(explanation: &Explanation) -> Markup {
         p.account {
             "Score " b { (format!("{:.4}", account.explained)) }
             " = attributed " b { (format!("{:.4}", account.attributed)) }
+            @for (name, amount) in &account.elsewhere {
+                " + " (name) " " b { (format!("{amount:.4}")) }
+            }
             " + left out " b { (format!("{:.2e}", account.unattributed)) } "."
             @if let Some(error) = account.largest_site_error {
                 " Largest conservation error at any site " b { (format!("{error:.1e}")) } "."

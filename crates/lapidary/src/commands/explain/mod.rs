@@ -187,6 +187,8 @@ pub fn options(arguments: &ExplainOptions, global: &Global) -> Result<Options> {
         steps: arguments.steps,
         start_layer: arguments.start_layer,
         seed: global.seed,
+        include_residual: arguments.include_residual,
+        trace_feedforward: arguments.trace_feedforward,
     })
 }
 

@@ -124,8 +124,13 @@ fn bars(names: &[String], scores: &[f64]) -> String {
 /// What adds up, and what is left out.
 pub fn account(explanation: &Explanation) -> String {
     let account = &explanation.account;
+    let elsewhere: String = account
+        .elsewhere
+        .iter()
+        .map(|(name, amount)| format!(" + {name} {amount:.4}"))
+        .collect();
     let mut text = format!(
-        "score {:.4} = attributed {:.4} + left out {:.2e}\n",
+        "score {:.4} = attributed {:.4}{elsewhere} + left out {:.2e}\n",
         account.explained, account.attributed, account.unattributed
     );
     if let Some(error) = account.largest_site_error {
