@@ -185,6 +185,7 @@ impl<'t, 'm> Survey<'t, 'm> {
             tables: vec![effects, heads],
             maps: vec![self.map()?],
             plots: Vec::new(),
+            ..Report::default()
         })
     }
 

@@ -284,7 +284,7 @@ pub fn accuracy(model: &Model, scenes: &[Scene]) -> Result<f64> {
         .zip(scenes)
         .filter(|(said, scene)| {
             let class = scene.glyphs.first().map(|placed| placed.class);
-            Some(super::masking::most_likely(said)) == class
+            Some(lapidary_explain::faithfulness::masking::most_likely(said)) == class
         })
         .count();
     Ok(right as f64 / scenes.len().max(1) as f64)

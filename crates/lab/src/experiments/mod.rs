@@ -16,8 +16,6 @@ pub mod geometry;
 pub mod glyphs;
 pub mod grammar;
 pub mod introduction;
-pub mod introduction;
-pub mod logit_attribution;
 pub mod logit_attribution;
 pub mod mini_clip;
 pub mod polarity;

@@ -152,7 +152,7 @@ mod tests {
             rgb: [0, 60, 120, 240].iter().flat_map(|v| [*v; 3]).collect(),
         };
         for (filter, expected) in [
-            (Filter::Bilinear, &[43, 163] as &[u8]),
+            (Filter::Bilinear, &[43u8, 163][..]),
             (Filter::Bilinear, &[18, 90, 204]),
             (Filter::Bilinear, &[0, 21, 56, 90, 129, 197, 240]),
             (Filter::Bicubic, &[33, 172]),

@@ -3,7 +3,7 @@
 use super::coloured::Coloured;
 use super::page::{page, table};
 use anyhow::Result;
-use comfy_table::{ContentArrangement, TableComponent, presets};
+use comfy_table::{ContentArrangement, LineStyle, TableStyle};
 use lapidary_explain::report::{Map, Report, Section, Table};
 use maud::{Markup, PreEscaped, html};
 
@@ -77,6 +77,10 @@ pub fn map(map: &Map) -> Markup {
     }
 }
 
+/// A line between the header and the rows, and no other.
+const UNDER_THE_HEADER: TableStyle =
+    TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
+
 /// Title, notes and tables; maps and plots are for pages and JSON.
 pub fn analysis_text(report: &Report) -> String {
     let mut text = format!("{}\n", report.title);
@@ -86,12 +90,9 @@ pub fn analysis_text(report: &Report) -> String {
     for table in &report.tables {
         let mut shown = comfy_table::Table::new();
         shown
-            .load_style(presets::UTF8_HORIZONTAL_ONLY)
+            .load_style(UNDER_THE_HEADER)
             .set_content_arrangement(ContentArrangement::Dynamic)
-            .set_header(&table.columns)
-            .remove_style(TableComponent::HorizontalLines)
-            .remove_style(TableComponent::TopBorder)
-            .remove_style(TableComponent::BottomBorder);
+            .set_header(&table.columns);
         for row in &table.rows {
             shown.add_row(row.iter().map(ToString::to_string));
         }

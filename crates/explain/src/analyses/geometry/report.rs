@@ -41,6 +41,7 @@ pub fn report(
         tables: subjects.iter().map(diagnostics_table).collect(),
         maps: Vec::new(),
         plots: plots(subjects),
+        ..Report::default()
     };
     found.tables.push(energy_table(first));
     if let Some(labels) = labels {

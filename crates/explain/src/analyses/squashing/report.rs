@@ -107,6 +107,7 @@ pub fn report(model: &Model, inquiry: &Inquiry) -> Result<Report> {
             .iter()
             .map(|family| curve_plot(*family, &curves))
             .collect(),
+        ..Report::default()
     };
     if !inquiry.prompts.is_empty() {
         found.tables.push(answers);

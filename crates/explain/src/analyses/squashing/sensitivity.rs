@@ -84,6 +84,7 @@ pub fn jacobian_norms(
             false => NormRule::Gradient,
         },
         product: ProductRule::Gradient,
+        ..RelevanceRules::gradient_times_input()
     };
     let forward = Forward::new(question, rules, None)?;
     let hidden = engine(forward.output.hidden.value().get(0))?;
