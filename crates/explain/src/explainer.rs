@@ -1,10 +1,12 @@
 //! What an explainer is, and the list of all.
 
-use crate::explainers::{decompx, gradient, logit_attribution};
+use crate::contextual::Phrase;
+use crate::explainers::{contextual, decompx, gradient, logit_attribution};
 use crate::{Error, Explanation, Result, Target, Unit};
 use lapidary_kernels::Tensor;
 use lapidary_model::{Input, Model, Pass};
 use lapidary_signal::Trace;
+use lapidary_signal::contextual::ContextualRules;
 use lapidary_signal::streams::StreamRules;
 
 /// A model and one input to it. Of a batch, the first sequence is explained.
@@ -46,6 +48,10 @@ impl<'a> Question<'a> {
 pub struct Options {
     /// DecompX and what is built on it: the streams' rules.
     pub streams: StreamRules,
+    /// Contextual decomposition: the rules of relevant parts.
+    pub contextual: ContextualRules,
+    /// Contextual decomposition: neighbouring tokens that are scored as one.
+    pub phrase: Option<Phrase>,
     /// Integrated gradients: steps on the way from the zero embedding.
     pub steps: usize,
     /// Methods that multiply matrices layer by layer: the first layer that takes part.
@@ -58,6 +64,8 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             streams: StreamRules::default(),
+            contextual: ContextualRules::default(),
+            phrase: None,
             steps: 32,
             start_layer: 0,
             seed: 0,
@@ -105,8 +113,9 @@ pub fn explainers() -> &'static [Explainer] {
     &EXPLAINERS
 }
 
-static EXPLAINERS: [Explainer; 6] = [
+static EXPLAINERS: [Explainer; 7] = [
     gradient::ATTNLRP,
+    contextual::CONTEXTUAL_DECOMPOSITION,
     gradient::CP_LRP,
     decompx::DECOMPX,
     gradient::GRADIENT_TIMES_INPUT,

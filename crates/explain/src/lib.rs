@@ -5,10 +5,13 @@
 //! go through the lenses and sites of [`lapidary_signal`]; none reaches into a model by another
 //! way. To add one, write a file in `explainers/` and its line in `explainer.rs`.
 //!
+//! [`contextual`] finds the circuits of heads behind a behaviour.
+//!
 //! What looks at a model as a whole, or at many inputs, is in [`analyses`] and gives a
 //! [`report::Report`].
 
 pub mod analyses;
+pub mod contextual;
 mod error;
 mod explainer;
 mod explainers;

@@ -51,7 +51,18 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 4] = [
+static SYSTEMS: [System; 5] = [
+    System {
+        slug: "contextual-decomposition",
+        title: "Efficient Automated Circuit Discovery in Transformers using Contextual \
+                Decomposition",
+        authors: "Hsu, Zhou, Cherapanamjeri, Huang, Odisho, Carroll, Yu",
+        year: 2024,
+        arxiv: Some("2407.00886"),
+        kind: Kind::Explanation,
+        parts: &["signal::contextual", "explain::contextual"],
+        experiment: experiments::contextual::run,
+    },
     System {
         slug: "decompx",
         title: "DecompX: Explaining Transformers Decisions by Propagating Token Decomposition",

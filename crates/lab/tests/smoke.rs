@@ -38,6 +38,11 @@ fn check(slug: &str) -> Reproduction {
 }
 
 #[test]
+fn contextual_decomposition() {
+    check("contextual-decomposition");
+}
+
+#[test]
 fn decompx() {
     check("decompx");
 }
@@ -81,6 +86,7 @@ fn every_system_is_tested_here() {
     assert_eq!(
         slugs,
         [
+            "contextual-decomposition",
             "decompx",
             "fwsvd",
             "introduction-to-transformers",

@@ -4,3 +4,4 @@
 //! makes a [`Report`](crate::report::Report) of them, for people.
 
 pub mod attention;
+pub mod circuit;

@@ -1,8 +1,10 @@
-//! What an analysis finds: tables, maps and plots, as data. The command line prints them, writes
+//! What an analysis finds: tables, maps, plots and graphs, as data. The command line prints them, writes
 //! them as JSON, and draws them on a page.
 
+mod graph;
 mod plot;
 
+pub use graph::{Graph, GraphEdge, GraphNode};
 pub use plot::{Plot, Series};
 
 use serde::Serialize;
@@ -110,6 +112,9 @@ pub struct Report {
     /// Lines.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub plots: Vec<Plot>,
+    /// Graphs.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub graphs: Vec<Graph>,
 }
 
 #[cfg(test)]

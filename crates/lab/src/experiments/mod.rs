@@ -2,6 +2,7 @@
 
 pub mod bigram;
 pub mod classifier;
+pub mod contextual;
 pub mod decoder;
 pub mod decompx;
 pub mod fwsvd;

@@ -7,9 +7,11 @@ use crate::report::{self, Coloured};
 use crate::subject::Subject;
 use crate::{loading, output};
 use anyhow::{Context, Result, ensure};
+use lapidary_explain::contextual::phrases;
 use lapidary_explain::{Explanation, Options, Target, Unit, explainer};
 use lapidary_kernels::DType;
 use lapidary_model::{Input, Model, Package, Pass};
+use lapidary_signal::contextual::{AttentionSplit, ContextualRules};
 use lapidary_signal::streams::{BiasSplit, StreamRules};
 use serde::Serialize;
 
@@ -53,7 +55,13 @@ pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
     let (target, target_name, foil_name) =
         target(arguments, &package, subject.model, position, &predictions)?;
     let started = Instant::now();
-    let explanation = method.explain(&subject.question(), target, &options)?;
+    let mut explanation = method.explain(&subject.question(), target, &options)?;
+    if explanation.unit == Unit::Phrase {
+        let units = phrases(subject.names.len(), options.phrase)?;
+        let names = subject.readable_names();
+        let text = |unit: std::ops::Range<usize>| names.get(unit).unwrap_or_default().concat();
+        explanation.labels = units.into_iter().map(text).collect();
+    }
     let seconds = started.elapsed().as_secs_f64();
     let explained = Explained {
         tokens: subject.readable_names(),
@@ -92,10 +100,22 @@ pub fn options(arguments: &ExplainOptions, global: &Global) -> Result<Options> {
             bias: BiasSplit::from_name(&arguments.bias)?,
             ..StreamRules::default()
         },
+        contextual: rules_of_parts(arguments),
+        phrase: arguments.phrase,
         steps: arguments.steps,
         start_layer: arguments.start_layer,
         seed: global.seed,
     })
+}
+
+fn rules_of_parts(arguments: &ExplainOptions) -> ContextualRules {
+    ContextualRules {
+        attention: match arguments.split_attention {
+            true => AttentionSplit::Split,
+            false => AttentionSplit::Frozen,
+        },
+        stabilise: arguments.stabilise,
+    }
 }
 
 /// The scores by descending probability, with their indices; none for a model without scores.
@@ -198,31 +218,7 @@ fn target(
             })?;
             return Ok((index, name.to_owned()));
         }
-        let tokenizer = package.tokenizer()?;
-        let is_other_special = |id: u32, text: &str| {
-            tokenizer.is_special(id) && tokenizer.token_of(id).as_deref() != Some(text.trim())
-        };
-        let single = |text: &str| -> Result<Option<u32>> {
-            let options = lapidary_model::tokenizer::EncodeOptions {
-                special_tokens: false,
-                limit: None,
-            };
-            Ok(match tokenizer.encode(text, &options)?.ids.as_slice() {
-                // An unknown word is one token too, but not its own.
-                [only] if !is_other_special(*only, text) => Some(*only),
-                _ => None,
-            })
-        };
-        // A word inside a sentence is a token of its own only with the space before it.
-        let id = match single(&format!(" {name}"))? {
-            Some(id) => Some(id),
-            None => single(name)?,
-        };
-        let id = id.with_context(|| {
-            format!(
-                "{what} {name:?} is not one token of this model; give a word that is, or a token id"
-            )
-        })?;
+        let id = loading::single_token(package, what, name)?;
         Ok((id as usize, name.to_owned()))
     };
     let (class, name) = match &arguments.target {

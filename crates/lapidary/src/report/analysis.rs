@@ -1,11 +1,12 @@
 //! The report of an analysis as a page.
 
+use super::graph::graph;
 use super::page::{page, table};
 use anyhow::Result;
 use lapidary_explain::report::{Map, Report};
 use maud::{Markup, PreEscaped, html};
 
-/// Tables, maps and plots on one page.
+/// Tables, maps, plots and graphs on one page.
 pub fn analysis_page(report: &Report) -> Result<String> {
     let plots = report.plots.iter().map(|plot| plot.to_svg());
     let plots = plots.collect::<std::result::Result<Vec<_>, _>>()?;
@@ -23,6 +24,9 @@ pub fn analysis_page(report: &Report) -> Result<String> {
             }
         }
         @for plot in plots { section.plot { (PreEscaped(plot)) } }
+        @for one in &report.graphs {
+            section { h2 { (one.title) } (graph(one)) }
+        }
         @for one in &report.maps {
             section { h2 { (one.title) } (map(one)) }
         }

@@ -2,6 +2,7 @@
 
 mod analysis;
 mod coloured;
+mod graph;
 mod page;
 
 pub use analysis::analysis_page;

@@ -1,5 +1,6 @@
 //! What every operation promises under every lens.
 
+mod contextual;
 mod meter;
 mod relevance;
 mod streams;

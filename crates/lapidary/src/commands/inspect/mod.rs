@@ -1,6 +1,7 @@
 //! `lapidary inspect`: a model as a whole, or many inputs at once. One file for each analysis.
 
 pub mod attention;
+pub mod circuit;
 
 use crate::cli::{Analysis, Global, Inspect};
 use crate::{output, report};
@@ -14,6 +15,7 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
     }
     let found = match &arguments.analysis {
         Analysis::Attention(arguments) => attention::run(arguments, global)?,
+        Analysis::Circuit(arguments) => circuit::run(arguments, global)?,
     };
     if let Some(html) = &arguments.html {
         output::write_text(html, &report::analysis_page(&found)?)?;
@@ -24,7 +26,7 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
     output::print(&in_terminal(&found))
 }
 
-/// Title, notes and tables; maps and plots are for pages and JSON.
+/// Title, notes and tables; maps, plots and graphs are for pages and JSON.
 fn in_terminal(report: &Report) -> String {
     let mut text = format!("{}\n", report.title);
     for note in &report.notes {
@@ -41,9 +43,9 @@ fn in_terminal(report: &Report) -> String {
         }
         text += &format!("\n{}\n{shown}\n", table.title);
     }
-    let drawn = report.maps.len() + report.plots.len();
+    let drawn = report.maps.len() + report.plots.len() + report.graphs.len();
     if drawn > 0 {
-        text += &format!("\n{drawn} maps and plots: see --html FILE or --json\n");
+        text += &format!("\n{drawn} figures: see --html FILE or --json\n");
     }
     text
 }
