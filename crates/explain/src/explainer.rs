@@ -1,13 +1,15 @@
 //! What an explainer is, and the list of all.
 
+use crate::contextual::Phrase;
 use crate::explainers::{
-    alti, alti_logit, attention_gradcam, attention_rollout, chefer, decompx, erasure, full_lrp,
-    gradient, gradient_norm, logit_attribution, partial_lrp, random, raw_attention,
+    alti, alti_logit, attention_gradcam, attention_rollout, chefer, contextual, decompx, erasure,
+    full_lrp, gradient, gradient_norm, logit_attribution, partial_lrp, random, raw_attention,
 };
 use crate::{Error, Explanation, Result, Target, Unit};
 use lapidary_kernels::Tensor;
 use lapidary_model::{Input, Model, Pass};
 use lapidary_signal::Trace;
+use lapidary_signal::contextual::ContextualRules;
 use lapidary_signal::streams::StreamRules;
 
 /// A model and one input to it. Of a batch, the first sequence is explained.
@@ -49,6 +51,10 @@ impl<'a> Question<'a> {
 pub struct Options {
     /// DecompX and what is built on it: the streams' rules.
     pub streams: StreamRules,
+    /// Contextual decomposition: the rules of relevant parts.
+    pub contextual: ContextualRules,
+    /// Contextual decomposition: neighbouring tokens that are scored as one.
+    pub phrase: Option<Phrase>,
     /// Integrated gradients: steps on the way from the zero embedding.
     pub steps: usize,
     /// Methods that multiply matrices layer by layer: the first layer that takes part.
@@ -65,6 +71,8 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             streams: StreamRules::default(),
+            contextual: ContextualRules::default(),
+            phrase: None,
             steps: 32,
             start_layer: 0,
             seed: 0,
@@ -114,7 +122,7 @@ pub fn explainers() -> &'static [Explainer] {
     &EXPLAINERS
 }
 
-static EXPLAINERS: [Explainer; 21] = [
+static EXPLAINERS: [Explainer; 22] = [
     alti::ALTI,
     alti_logit::ALTI_LOGIT,
     attention_gradcam::ATTENTION_GRADCAM,
@@ -122,6 +130,7 @@ static EXPLAINERS: [Explainer; 21] = [
     gradient::ATTNLRP,
     gradient::ATTNLRP_EXPLICIT,
     chefer::CHEFER,
+    contextual::CONTEXTUAL_DECOMPOSITION,
     gradient::CP_LRP,
     gradient::CP_LRP_EXPLICIT,
     decompx::DECOMPX,

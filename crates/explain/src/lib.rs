@@ -6,6 +6,7 @@
 //! way. To add one, write a file in `explainers/` and its line in `explainer.rs`.
 //!
 //! [`faithfulness`] measures scores against the model or a known truth.
+//! [`contextual`] finds the circuits of heads behind a behaviour.
 //!
 //! What looks at a model as a whole, or at many inputs, is in [`analyses`] and gives a
 //! [`report::Report`]. Units that no part of a model is, the features of a site, are learned by
@@ -14,6 +15,7 @@
 pub mod analyses;
 pub mod autoencoder;
 pub mod clip;
+pub mod contextual;
 mod difference;
 mod error;
 pub mod evaluation;

@@ -576,7 +576,7 @@ fn a_planted_dictionary_is_found() {
         let all = Tensor::from_vec(values, (truths, width), &Device::Cpu).unwrap();
         lapidary_kernels::unit_rows(&all).unwrap()
     };
-    let mut sample = |generator: &mut ChaCha8Rng| {
+    let sample = |generator: &mut ChaCha8Rng| {
         let mut mixing = vec![0f32; rows * truths];
         for row in mixing.chunks_exact_mut(truths) {
             for feature in rand::seq::index::sample(generator, truths, 3) {

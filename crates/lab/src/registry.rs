@@ -53,7 +53,7 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 13] = [
+static SYSTEMS: [System; 14] = [
     System {
         slug: "associative-memory",
         title: "Beyond Scaling Laws: Understanding Transformer Performance with Associative Memory",
@@ -107,6 +107,17 @@ static SYSTEMS: [System; 13] = [
         kind: Kind::Theory,
         parts: &["explain::analyses::clustering"],
         experiment: experiments::clustering::run,
+    },
+    System {
+        slug: "contextual-decomposition",
+        title: "Efficient Automated Circuit Discovery in Transformers using Contextual \
+                Decomposition",
+        authors: "Hsu, Zhou, Cherapanamjeri, Huang, Odisho, Carroll, Yu",
+        year: 2024,
+        arxiv: Some("2407.00886"),
+        kind: Kind::Explanation,
+        parts: &["signal::contextual", "explain::contextual"],
+        experiment: experiments::contextual::run,
     },
     System {
         slug: "decomposition-xai",

@@ -73,6 +73,11 @@ fn decomposition_xai() {
 }
 
 #[test]
+fn contextual_decomposition() {
+    check("contextual-decomposition");
+}
+
+#[test]
 fn decompx() {
     check("decompx");
 }
@@ -131,6 +136,7 @@ fn every_system_is_tested_here() {
             "chefer",
             "clip-text-decomposition",
             "clustering",
+            "contextual-decomposition",
             "decomposition-xai",
             "decompx",
             "fwsvd",

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lapidary_explain::contextual::Phrase;
 use lapidary_explain::{Explainer, explainers};
 
 /// Takes Transformers apart: explains a prediction by decomposing it, cuts a checkpoint down,
@@ -117,6 +118,15 @@ fn methods() -> PossibleValuesParser {
     PossibleValuesParser::new(explainers().iter().map(value).chain([all]))
 }
 
+fn phrase(text: &str) -> Result<Phrase, String> {
+    let ends = text.split_once('-');
+    let ends = ends.and_then(|(first, last)| Some((first.parse().ok()?, last.parse().ok()?)));
+    match ends {
+        Some((first, last)) => Ok(Phrase { first, last }),
+        None => Err("must be two positions, as 3-5".to_owned()),
+    }
+}
+
 #[derive(Args, Debug)]
 pub struct Explain {
     /// A model directory, or `embedded`
@@ -157,6 +167,15 @@ pub struct ExplainOptions {
     /// DecompX: how biases are shared (absdot, abssim, norm, equal, cls, dot, none, token)
     #[arg(long, default_value = "absdot")]
     pub bias: String,
+    /// Contextual decomposition: score the tokens from FIRST to LAST, counted from 0, as one
+    #[arg(long, value_name = "FIRST-LAST", value_parser = phrase)]
+    pub phrase: Option<Phrase>,
+    /// Contextual decomposition: follow queries and keys too
+    #[arg(long)]
+    pub split_attention: bool,
+    /// Contextual decomposition: settle parts of opposite sign
+    #[arg(long)]
+    pub stabilise: bool,
     /// Steps of integrated gradients
     #[arg(long, default_value_t = 32)]
     pub steps: usize,
@@ -231,6 +250,8 @@ pub enum Analysis {
     SaeTrain(crate::commands::inspect::autoencoder::SaeTrain),
     /// What the image embeddings of a CLIP model are made of, in words
     Clip(crate::commands::inspect::clip::Clip),
+    /// Which heads are behind an answer, and how much of it they carry
+    Circuit(crate::commands::inspect::circuit::Circuit),
 }
 
 #[derive(Args, Debug)]

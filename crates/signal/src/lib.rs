@@ -6,6 +6,8 @@
 //!
 //! * [`streams`]: the value is carried as a sum of contributions, each pushed unmixed through
 //!   every operation by a chosen rule;
+//! * [`contextual`]: the value is carried as a relevant part and the rest, for several sources
+//!   at once;
 //! * [`relevance`]: the backward pass follows propagation rules instead of the derivative;
 //! * [`meter`]: operations, bytes and live memory are counted;
 //! * [`rounding`]: every result is rounded to a narrower format.
@@ -27,6 +29,7 @@
 //! # Ok(()) }
 //! ```
 
+pub mod contextual;
 mod error;
 mod linear;
 pub mod meter;

@@ -23,6 +23,8 @@ enum Pair<'a> {
     StreamsRight(&'a crate::streams::Streams),
     /// A lens of rules or counts: continue as this signal does.
     Rules(&'a Signal),
+    /// Relevant parts on at least one.
+    Contextual,
 }
 
 fn pair<'a>(operation: &'static str, a: &'a Signal, b: &'a Signal) -> Result<Pair<'a>> {
@@ -31,6 +33,8 @@ fn pair<'a>(operation: &'static str, a: &'a Signal, b: &'a Signal) -> Result<Pai
         (Lens::Streams(_), Lens::Streams(_)) => Pair::Streams(a, b),
         (Lens::Streams(streams), Lens::Plain) => Pair::StreamsLeft(streams),
         (Lens::Plain, Lens::Streams(streams)) => Pair::StreamsRight(streams),
+        (Lens::Contextual(_), Lens::Contextual(_) | Lens::Plain)
+        | (Lens::Plain, Lens::Contextual(_)) => Pair::Contextual,
         (Lens::Relevance(_), Lens::Relevance(_) | Lens::Plain) => Pair::Rules(a),
         (Lens::Meter(..), Lens::Meter(..) | Lens::Plain) => Pair::Rules(a),
         (Lens::Rounded(_), Lens::Rounded(_) | Lens::Plain) => Pair::Rules(a),
@@ -46,12 +50,12 @@ fn pair<'a>(operation: &'static str, a: &'a Signal, b: &'a Signal) -> Result<Pai
 }
 
 /// The signal whose lens of rules or counts the others follow; none when all are plain. Streams
-/// count as plain.
+/// and relevant parts count as plain.
 fn rules_of<'a>(operation: &'static str, signals: &[&'a Signal]) -> Result<Option<&'a Signal>> {
     let mut found: Option<&Signal> = None;
     for signal in signals {
         match (&signal.lens, found.map(|one| &one.lens)) {
-            (Lens::Plain | Lens::Streams(_), _) => {}
+            (Lens::Plain | Lens::Streams(_) | Lens::Contextual(_), _) => {}
             (_, None) => found = Some(signal),
             (Lens::Relevance(_), Some(Lens::Relevance(_)))
             | (Lens::Meter(..), Some(Lens::Meter(..)))
@@ -103,6 +107,9 @@ impl Signal {
         if let Lens::Relevance(rules) = &self.lens {
             return Ok(self.carry(rules.linear(&self.value, layer)?));
         }
+        if let Lens::Contextual(parts) = &self.lens {
+            return self.contextual_linear(parts, layer, true);
+        }
         let value = layer.apply(&self.value)?;
         self.count_linear(layer, &value);
         Ok(match &self.lens {
@@ -124,6 +131,7 @@ impl Signal {
                 let streams = streams.linear_deferred(&self.value, layer)?;
                 Ok(Self::carry_streams(value, streams))
             }
+            Lens::Contextual(parts) => self.contextual_linear(parts, layer, false),
             _ => self.linear(layer),
         }
     }
@@ -137,6 +145,7 @@ impl Signal {
                 let streams = streams.linear_output(&self.value, layer, &value)?;
                 Ok(Self::carry_streams(value, streams))
             }
+            Lens::Contextual(parts) => self.contextual_output(parts, layer),
             _ => self.linear(layer),
         }
     }
@@ -150,6 +159,7 @@ impl Signal {
                 let streams = streams.linear_scores(&self.value, layer)?;
                 Ok(Self::carry_streams(value, streams))
             }
+            Lens::Contextual(parts) => self.contextual_linear(parts, layer, false),
             _ => self.linear(layer),
         }
     }
@@ -162,11 +172,13 @@ impl Signal {
         }
     }
 
-    /// What feeds attention scores only. Streams are frozen there, so it is the value alone;
-    /// under value-only relevance it is detached; otherwise the signal itself.
+    /// What feeds attention scores only. Streams are frozen there, so it is the value alone, and
+    /// so are relevant parts unless attention is split; under value-only relevance it is
+    /// detached; otherwise the signal itself.
     pub fn for_scores(&self) -> Self {
         match &self.lens {
             Lens::Streams(_) => Self::from(self.value.clone()),
+            Lens::Contextual(parts) => self.contextual_scores(parts),
             Lens::Relevance(rules) if rules.attention == AttentionRule::Detach => {
                 self.carry(self.value.detach())
             }
@@ -185,6 +197,7 @@ impl Signal {
         let value = add(&self.value, &other.value)?;
         match pair {
             Pair::Plain => Ok(Self::from(value)),
+            Pair::Contextual => self.contextual_sum(other, value),
             Pair::Rules(one) => {
                 one.count(1, &[&self.value, &other.value], &value);
                 one.computed(value)
@@ -209,6 +222,9 @@ impl Signal {
 
     /// Adds a tensor that is no signal, such as a table of positions.
     pub fn add_constant(&self, constant: &Tensor) -> Result<Self> {
+        if let Lens::Contextual(parts) = &self.lens {
+            return self.contextual_shift(parts, constant, add(&self.value, constant)?);
+        }
         self.add(&Self::from(constant.clone()))
     }
 
@@ -223,6 +239,10 @@ impl Signal {
             Lens::Streams(streams) => {
                 let streams = streams.scale(&self.value, factor)?;
                 Ok(Self::carry_streams(value, streams))
+            }
+            Lens::Contextual(parts) => {
+                let parts = parts.with(tensor(parts.relevant() * factor)?);
+                Ok(Self::from(value).with_contextual(parts))
             }
             _ => self.computed(value),
         }
@@ -240,6 +260,7 @@ impl Signal {
                 let streams = streams.multiply_constant(&self.value, constant, value.dims())?;
                 Ok(Self::carry_streams(value, streams))
             }
+            Lens::Contextual(parts) => Self::contextual_multiple(parts, constant, value),
             _ => self.computed(value),
         }
     }
@@ -249,6 +270,7 @@ impl Signal {
         let plain = || tensor(self.value.broadcast_mul(&gate.value));
         match pair("gate", self, gate)? {
             Pair::Plain => Ok(Self::from(plain()?)),
+            Pair::Contextual => self.contextual_product(gate, plain()?),
             Pair::Rules(one) => {
                 let value = match &one.lens {
                     Lens::Relevance(rules) => rules.gate(self, gate)?,
@@ -281,6 +303,7 @@ impl Signal {
     pub fn activate(&self, activation: Activation) -> Result<Self> {
         match &self.lens {
             Lens::Relevance(rules) => Ok(self.carry(rules.activate(&self.value, activation)?)),
+            Lens::Contextual(parts) => self.contextual_activation(parts, activation),
             Lens::Streams(streams) => {
                 let streams = streams.activate(&self.value, activation)?;
                 Ok(Self::carry_streams(
@@ -307,6 +330,7 @@ impl Signal {
             Lens::Relevance(rules) => {
                 Ok(self.carry(rules.layer_norm(&self.value, weight, bias, epsilon)?))
             }
+            Lens::Contextual(parts) => self.contextual_norm(parts, true, weight, bias, epsilon),
             Lens::Streams(streams) => {
                 let streams = streams.norm(&self.value, true, weight, bias, epsilon)?;
                 Ok(Self::carry_streams(
@@ -328,6 +352,7 @@ impl Signal {
             Lens::Relevance(rules) => {
                 Ok(self.carry(rules.rms_norm(&self.value, weight, epsilon)?))
             }
+            Lens::Contextual(parts) => self.contextual_norm(parts, false, weight, None, epsilon),
             Lens::Streams(streams) => {
                 let streams = streams.norm(&self.value, false, weight, None, epsilon)?;
                 Ok(Self::carry_streams(
@@ -351,6 +376,14 @@ impl Signal {
         if let Lens::Streams(_) = &self.lens {
             let weights = naive::attention_weights(&q.value, &k.value, options)?;
             return self.mix(&weights);
+        }
+        if let Lens::Contextual(parts) = &self.lens {
+            let (heads, groups) = (tensor(q.value.dim(1))?, tensor(self.value.dim(1))?);
+            let merged = self.merge_heads()?;
+            let parts = merged.contextual().unwrap_or(parts);
+            let (q, k) = (q.merge_heads()?, k.merge_heads()?);
+            let mixed = merged.contextual_attention(parts, &q, &k, [heads, groups], options)?;
+            return mixed.split_heads(heads);
         }
         // Streams on queries and keys alone have nothing to say: the weights are frozen.
         let joined = rules_of("attend", &[self, q, k])?.unwrap_or(self);
@@ -386,6 +419,9 @@ impl Signal {
         groups: usize,
         options: &AttentionOptions,
     ) -> Result<Self> {
+        if let Lens::Contextual(parts) = &self.lens {
+            return self.contextual_attention(parts, q, k, [heads, groups], options);
+        }
         let joined = rules_of("attend_merged", &[self, q, k])?.unwrap_or(self);
         if matches!(self.lens, Lens::Streams(_))
             || matches!(joined.lens, Lens::Relevance(_) | Lens::Rounded(_))
@@ -446,6 +482,10 @@ impl Signal {
             Lens::Streams(streams) => {
                 Self::carry_streams(value, streams.mix(&self.value, weights)?)
             }
+            Lens::Contextual(parts) => {
+                let parts = parts.mix(weights, &value)?;
+                Self::from(value).with_contextual(parts)
+            }
             _ => self.computed(value)?,
         })
     }
@@ -457,6 +497,13 @@ impl Signal {
                 lens: "streams",
                 operation: "softmax",
                 advice: "take the scores with `for_scores`, which freezes them",
+            });
+        }
+        if let Lens::Contextual(_) = &self.lens {
+            return Err(Error::Undefined {
+                lens: "contextual",
+                operation: "softmax",
+                advice: "take the scores with `for_selection`, which freezes them",
             });
         }
         let value = match &self.lens {
@@ -493,6 +540,9 @@ impl Signal {
     /// Recurrence `h_t = a_t h_{t-1} + x_t` along dimension 1, this signal being `x`. Under
     /// streams and relevance the decay is a constant.
     pub fn scan(&self, decay: &Self) -> Result<Self> {
+        if let (Lens::Contextual(_), _) | (_, Lens::Contextual(_)) = (&self.lens, &decay.lens) {
+            return Self::contextual_recurrence("scan");
+        }
         let joined = match &self.lens {
             Lens::Streams(_) => self,
             _ => rules_of("scan", &[self, decay])?.unwrap_or(self),

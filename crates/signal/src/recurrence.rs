@@ -106,12 +106,12 @@ impl Signal {
     /// What feeds the selective weights of a recurrence, or the router of a mixture: how the
     /// tokens are treated, not what they carry.
     ///
-    /// Under the streams lens it is the value alone, and under relevance it is detached (Jafari
+    /// Under the streams and contextual lenses it is the value alone, and under relevance it is detached (Jafari
     /// et al., MambaLRP, arXiv 2406.07592) unless attention's rule is the gradient of a modified
     /// gradient.
     pub fn for_selection(&self) -> Self {
         match &self.lens {
-            Lens::Streams(_) => Self::from(self.value.clone()),
+            Lens::Streams(_) | Lens::Contextual(_) => Self::from(self.value.clone()),
             Lens::Relevance(rules)
                 if rules.attention != AttentionRule::Gradient || rules.form == Form::Explicit =>
             {
@@ -127,6 +127,9 @@ impl Signal {
     /// Under the streams lens an initial state is a constant, shared like a bias. States are
     /// held for a few positions at a time, unless the backward pass needs them.
     pub fn selective_scan(&self, scan: &SelectiveScan) -> Result<(Self, Tensor)> {
+        if let Lens::Contextual(_) = &self.lens {
+            return Self::contextual_recurrence("selective_scan");
+        }
         scan.check(&self.value)?;
         let initial = scan.initial.as_ref();
         let Lens::Streams(_) = &self.lens else {

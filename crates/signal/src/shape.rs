@@ -20,6 +20,10 @@ impl Signal {
             Lens::Streams(streams) => {
                 Self::carry_streams(value, streams.map(x, change, map, axis)?)
             }
+            Lens::Contextual(parts) => {
+                let parts = parts.with(map(parts.relevant(), 1)?);
+                Self::from(value).with_contextual(parts)
+            }
             _ => self.computed(value)?,
         })
     }
@@ -69,7 +73,9 @@ impl Signal {
     ) -> Result<Self> {
         let value = map(&self.value, 0)?;
         match &self.lens {
-            Lens::Streams(_) => self.linear_map(&self.value, value, change, map, axis),
+            Lens::Streams(_) | Lens::Contextual(_) => {
+                self.linear_map(&self.value, value, change, map, axis)
+            }
             _ => Ok(self.carry_view(value)),
         }
     }
@@ -210,6 +216,7 @@ impl Signal {
                 let streams = streams.broadcast(&self.value, shape)?;
                 Ok(Self::carry_streams(value, streams))
             }
+            Lens::Contextual(parts) => Self::contextual_broadcast(parts, value),
             _ => Ok(self.carry_view(value)),
         }
     }
@@ -279,6 +286,7 @@ impl Signal {
                 value,
                 lens: Lens::Relevance(rules.clone()),
             }),
+            Lens::Contextual(parts) => Self::contextual_concatenation(signals, parts, dim, value),
             Lens::Meter(meter, _) => {
                 meter.count(0, 2 * bytes_of(&value));
                 Ok(Self::from(value).into_metered(meter.clone()))

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::contextual::Contextual;
 use crate::error::tensor;
 use crate::meter::{Live, Meter};
 use crate::relevance::RelevanceRules;
@@ -26,6 +27,8 @@ pub enum Lens {
     Plain,
     /// The value as a sum of contributions.
     Streams(Streams),
+    /// The value as a relevant part and the rest.
+    Contextual(Contextual),
     /// Rules that the backward pass follows instead of the derivative.
     Relevance(Arc<RelevanceRules>),
     /// A count of the work done.
@@ -40,6 +43,7 @@ impl Lens {
         match self {
             Self::Plain => "plain",
             Self::Streams(_) => "streams",
+            Self::Contextual(_) => "contextual",
             Self::Relevance(_) => "relevance",
             Self::Meter(..) => "meter",
             Self::Rounded(_) => "rounded",
@@ -212,6 +216,7 @@ impl Signal {
             Lens::Meter(meter, _) => Lens::Meter(meter.clone(), meter.hold(&value)),
             Lens::Streams(streams) => Lens::Streams(streams.clone()),
             Lens::Rounded(rounding) => Lens::Rounded(*rounding),
+            Lens::Contextual(parts) => Lens::Contextual(parts.clone()),
         };
         Self { value, lens }
     }

@@ -6,6 +6,7 @@
 pub mod attention;
 pub mod autoencoder;
 pub mod channels;
+pub mod circuit;
 pub mod clustering;
 pub mod energy;
 pub mod geometry;

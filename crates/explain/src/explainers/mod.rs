@@ -7,6 +7,7 @@ pub(crate) mod attention_gradcam;
 mod attention_maps;
 pub(crate) mod attention_rollout;
 pub(crate) mod chefer;
+pub(crate) mod contextual;
 pub(crate) mod decompx;
 pub(crate) mod erasure;
 pub(crate) mod full_lrp;

@@ -1,9 +1,11 @@
-//! What an analysis finds: tables, maps and plots, as data. The command line prints them, writes
+//! What an analysis finds: tables, maps, plots and graphs, as data. The command line prints them, writes
 //! them as JSON, and draws them on a page.
 
+mod graph;
 mod plot;
 mod section;
 
+pub use graph::{Graph, GraphEdge, GraphNode};
 pub use plot::{Plot, Series};
 pub use section::{Section, TokenExample};
 
@@ -115,6 +117,9 @@ pub struct Report {
     /// One thing in detail each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sections: Vec<Section>,
+    /// Graphs.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub graphs: Vec<Graph>,
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ pub mod chefer;
 pub mod classifier;
 pub mod clip;
 pub mod clustering;
+pub mod contextual;
 pub mod decoder;
 pub mod decompx;
 pub mod energy;

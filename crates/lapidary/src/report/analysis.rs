@@ -1,13 +1,14 @@
 //! The report of an analysis, as text and as a page.
 
 use super::coloured::Coloured;
+use super::graph::graph;
 use super::page::{page, table};
 use anyhow::Result;
 use comfy_table::{ContentArrangement, LineStyle, TableStyle};
 use lapidary_explain::report::{Map, Report, Section, Table};
 use maud::{Markup, PreEscaped, html};
 
-/// Tables, maps and plots on one page.
+/// Tables, maps, plots and graphs on one page.
 pub fn analysis_page(report: &Report) -> Result<String> {
     let plots = report.plots.iter().map(|plot| plot.to_svg());
     let plots = plots.collect::<std::result::Result<Vec<_>, _>>()?;
@@ -16,6 +17,9 @@ pub fn analysis_page(report: &Report) -> Result<String> {
             section { h2 { (one.title) } (cells(one)) }
         }
         @for plot in plots { section.plot { (PreEscaped(plot)) } }
+        @for one in &report.graphs {
+            section { h2 { (one.title) } (graph(one)) }
+        }
         @for one in &report.maps {
             section { h2 { (one.title) } (map(one)) }
         }
@@ -81,7 +85,7 @@ pub fn map(map: &Map) -> Markup {
 const UNDER_THE_HEADER: TableStyle =
     TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
 
-/// Title, notes and tables; maps and plots are for pages and JSON.
+/// Title, notes and tables; maps, plots and graphs are for pages and JSON.
 pub fn analysis_text(report: &Report) -> String {
     let mut text = format!("{}\n", report.title);
     for note in &report.notes {
@@ -98,9 +102,9 @@ pub fn analysis_text(report: &Report) -> String {
         }
         text += &format!("\n{}\n{shown}\n", table.title);
     }
-    let drawn = report.maps.len() + report.plots.len();
+    let drawn = report.maps.len() + report.plots.len() + report.graphs.len();
     if drawn > 0 {
-        text += &format!("\n{drawn} maps and plots: see --html FILE or --json\n");
+        text += &format!("\n{drawn} figures: see --html FILE or --json\n");
     }
     if !report.sections.is_empty() {
         text += &format!(

@@ -4,6 +4,7 @@ mod analysis;
 mod attention;
 mod coloured;
 mod explained;
+mod graph;
 mod page;
 
 pub use analysis::{analysis_page, analysis_text, map};

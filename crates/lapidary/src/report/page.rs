@@ -44,6 +44,8 @@ summary { cursor: pointer; color: var(--soft); }
 svg { width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 13px; }
 svg .for { fill: rgb(var(--for)); } svg .against { fill: rgb(var(--against)); }
 svg .axis { stroke: var(--line); }
+.graph line.for { stroke: rgb(var(--for)); } .graph line.against { stroke: rgb(var(--against)); }
+.graph rect { fill: var(--card); stroke: var(--soft); }
 ";
 
 /// A whole page around `body`.

@@ -1,5 +1,6 @@
 //! What every operation promises under every lens.
 
+mod contextual;
 mod explicit;
 mod meter;
 mod relevance;

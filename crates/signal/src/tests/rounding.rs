@@ -164,7 +164,11 @@ fn a_narrow_softmax_stops_counting() {
     let weights = zeros(1)
         .attention_weights(&zeros(keys), &AttentionOptions::new(1))
         .unwrap();
-    assert!(values(weights.value()).iter().all(|weight| *weight == 1.0 / 256.0));
+    assert!(
+        values(weights.value())
+            .iter()
+            .all(|weight| *weight == 1.0 / 256.0)
+    );
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod evaluate;
 pub mod target;
 mod terminal;
 
+use std::ops::Range;
 use std::time::Instant;
 
 use crate::cli::{Explain, ExplainOptions, Global};
@@ -11,8 +12,12 @@ use crate::report;
 use crate::subject::Subject;
 use crate::{loading, output};
 use anyhow::{Result, bail, ensure};
-use lapidary_explain::{Explainer, Explanation, Options, Question, Target, explainer, explainers};
+use lapidary_explain::contextual::phrases;
+use lapidary_explain::{
+    Explainer, Explanation, Options, Question, Target, Unit, explainer, explainers,
+};
 use lapidary_model::Input;
+use lapidary_signal::contextual::{AttentionSplit, ContextualRules};
 use lapidary_signal::streams::{BiasSplit, StreamRules};
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -95,10 +100,14 @@ pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
     };
     let predictions = target::predictions(&package, &subject, position)?;
     let targets = target::targets(arguments, &package, subject.model, position, &predictions)?;
-    let (explanations, refused) = answers(&methods, &subject.question(), &targets, &options)?;
+    let (mut explanations, refused) = answers(&methods, &subject.question(), &targets, &options)?;
+    let names = subject.readable_names();
+    for answer in &mut explanations {
+        name_phrases(&mut answer.explanation, &names, &options)?;
+    }
     let explained = Explained {
         model: arguments.model.clone(),
-        tokens: subject.readable_names(),
+        tokens: names,
         predictions: predictions
             .into_iter()
             .map(|(_, prediction)| prediction)
@@ -119,6 +128,16 @@ pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
         return output::print_json(&explained);
     }
     output::print(&terminal::in_terminal(&explained))
+}
+
+/// Phrases are called by their words.
+fn name_phrases(explanation: &mut Explanation, names: &[String], options: &Options) -> Result<()> {
+    if explanation.unit == Unit::Phrase {
+        let text = |unit: Range<usize>| names.get(unit).unwrap_or_default().join(" ");
+        let units = phrases(names.len(), options.phrase)?;
+        explanation.labels = units.into_iter().map(text).collect();
+    }
+    Ok(())
 }
 
 /// The methods that the command line names; `all` are all.
@@ -187,9 +206,21 @@ pub fn options(arguments: &ExplainOptions, global: &Global) -> Result<Options> {
         steps: arguments.steps,
         start_layer: arguments.start_layer,
         seed: global.seed,
+        contextual: rules_of_parts(arguments),
+        phrase: arguments.phrase,
         include_residual: arguments.include_residual,
         trace_feedforward: arguments.trace_feedforward,
     })
+}
+
+fn rules_of_parts(arguments: &ExplainOptions) -> ContextualRules {
+    ContextualRules {
+        attention: match arguments.split_attention {
+            true => AttentionSplit::Split,
+            false => AttentionSplit::Frozen,
+        },
+        stabilise: arguments.stabilise,
+    }
 }
 
 /// A token as people read it: byte-level and sentence-piece marks for a space become a space.

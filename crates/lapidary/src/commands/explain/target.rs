@@ -2,11 +2,11 @@
 
 use super::{Named, Prediction, readable};
 use crate::cli::Explain;
+use crate::loading;
 use crate::subject::Subject;
 use anyhow::{Context, Result, ensure};
 use lapidary_explain::Target;
 use lapidary_kernels::DType;
-use lapidary_model::tokenizer::EncodeOptions;
 use lapidary_model::{HeadSpec, Model, Package, Pass};
 
 /// The scores by descending probability, with their indices; none for a model without scores.
@@ -161,31 +161,6 @@ impl Names<'_> {
     }
 
     fn token(&self, what: &str, name: &str) -> Result<usize> {
-        let tokenizer = self.package.tokenizer()?;
-        let is_other_special = |id: u32, text: &str| {
-            tokenizer.is_special(id) && tokenizer.token_of(id).as_deref() != Some(text.trim())
-        };
-        let single = |text: &str| -> Result<Option<u32>> {
-            let options = EncodeOptions {
-                special_tokens: false,
-                limit: None,
-            };
-            Ok(match tokenizer.encode(text, &options)?.ids.as_slice() {
-                // An unknown word is one token too, but not its own.
-                [only] if !is_other_special(*only, text) => Some(*only),
-                _ => None,
-            })
-        };
-        // A word inside a sentence is a token of its own only with the space before it.
-        let id = match single(&format!(" {name}"))? {
-            Some(id) => Some(id),
-            None => single(name)?,
-        };
-        let id = id.with_context(|| {
-            format!(
-                "{what} {name:?} is not one token of this model; give a word that is, or a token id"
-            )
-        })?;
-        Ok(id as usize)
+        Ok(loading::single_token(self.package, what, name)? as usize)
     }
 }

@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod autoencoder;
 pub mod channels;
+pub mod circuit;
 pub mod clip;
 pub mod clusters;
 pub mod collapse;
@@ -31,6 +32,7 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
         Analysis::Sae(arguments) => autoencoder::inspect(arguments, global)?,
         Analysis::SaeTrain(arguments) => autoencoder::train_one(arguments, global)?,
         Analysis::Clip(arguments) => clip::run(arguments, global)?,
+        Analysis::Circuit(arguments) => circuit::run(arguments, global)?,
     };
     if let Some(html) = &arguments.html {
         output::write_text(html, &report::analysis_page(&found)?)?;
