@@ -54,6 +54,7 @@ fn explains_the_embedded_model_by_every_method() {
     for method in [
         "decompx",
         "attnlrp",
+        "contextual-decomposition",
         "cp-lrp",
         "gradient-x-input",
         "integrated-gradients",
@@ -79,6 +80,75 @@ fn explains_the_embedded_model_by_every_method() {
     let account = &document["explanations"][0]["explanation"]["account"];
     assert!(account["unattributed"].as_f64().unwrap().abs() < 1e-3);
     assert!(account["largest_site_error"].as_f64().unwrap() < 1e-4);
+}
+
+#[test]
+fn a_phrase_is_explained_as_one() {
+    let mut arguments = vec!["explain", "embedded", "--text", "the farmer near the dogs"];
+    arguments.extend(["--method", "contextual-decomposition", "--split-attention"]);
+    arguments.extend(["--stabilise", "--phrase", "1-2", "--json"]);
+    let explanation = json(&arguments)["explanation"].clone();
+    assert_eq!(explanation["unit"], "phrase");
+    assert_eq!(explanation["scores"].as_array().unwrap().len(), 5);
+    let name = explanation["labels"][1].as_str().unwrap();
+    assert!(name.contains("the") && name.contains("farmer"), "{name}");
+    let last = arguments.len() - 2;
+    arguments[last] = "4-9";
+    refused(&arguments, &["phrase is 4-9", "6, the number of tokens"]);
+}
+
+/// Which heads make the verb agree with its subject.
+#[test]
+fn finds_circuits_in_prompts_and_datasets() {
+    let directory = tempfile::tempdir().unwrap();
+    let rows = "n,prefix,good,bad\n0,the farmer near the dogs,sings,sing\n\
+                1,the dogs near the farmer,sing,sings\n2,the farmer,no such word,sing\n";
+    let dataset = write(&directory, "agreement.csv", rows.as_bytes());
+    let html = directory.path().join("circuit.html");
+    let html = html.to_str().unwrap();
+    let mut arguments = vec!["inspect", "circuit", "embedded", "--dataset", &dataset];
+    arguments.extend([
+        "--columns",
+        "prefix,good,bad",
+        "--html",
+        html,
+        "--draws",
+        "3",
+    ]);
+    arguments.extend(["--places", "query,key,value", "--prune", "--json"]);
+    let found = json(&arguments);
+    let notes = found["notes"].to_string();
+    assert!(
+        notes.contains("2 prompts") && notes.contains("1 rows left out"),
+        "{notes}"
+    );
+    assert_eq!(found["tables"].as_array().unwrap().len(), 3);
+    let nodes = found["graphs"][0]["nodes"].as_array().unwrap();
+    assert_eq!(nodes.last().unwrap()["name"], "scores");
+    assert!(
+        std::fs::read_to_string(html)
+            .unwrap()
+            .contains("svg class=\"graph\"")
+    );
+
+    let text = "the farmer near the dogs";
+    let one = [
+        "inspect",
+        "circuit",
+        "embedded",
+        "--text",
+        text,
+        "--positions",
+        "--draws",
+        "2",
+    ];
+    let printed = output(&one);
+    assert!(
+        printed.contains("Random circuits") && printed.contains("@"),
+        "{printed}"
+    );
+    arguments[6] = "prefix,right,bad";
+    refused(&arguments, &["no column \"right\"", "prefix"]);
 }
 
 #[test]

@@ -21,6 +21,9 @@ pub enum Metric {
     ProbabilityDifference,
 }
 
+/// Differences of faithfulness that are none.
+const ROUNDING: f64 = 1e-6;
+
 /// Prompts on which circuits are cut out.
 ///
 /// With `F` the mean of the metric, the faithfulness of a circuit is
@@ -150,7 +153,7 @@ impl<'a> Ablation<'a> {
         for node in circuit {
             let without: Vec<Node> = kept.iter().copied().filter(|one| one != node).collect();
             let faithfulness = self.one(&without)?;
-            if faithfulness >= best {
+            if faithfulness >= best - ROUNDING {
                 (kept, best) = (without, faithfulness);
             }
         }

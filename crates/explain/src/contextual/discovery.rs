@@ -204,11 +204,16 @@ impl Search {
     }
 }
 
+/// Share of the largest score below which another is rounding.
+const NEGLIGIBLE: f64 = 1e-6;
+
 impl Outliers {
-    /// The indices of the scores that stand out, the largest first; never those of zero.
+    /// The indices of the scores that stand out, the largest first; never those that are nothing
+    /// but rounding beside the largest.
     fn of(self, scores: &[f64]) -> Vec<usize> {
+        let largest = scores.iter().fold(0.0, |m: f64, score| m.max(score.abs()));
         let mut order: Vec<usize> = (0..scores.len())
-            .filter(|index| scores[*index] != 0.0)
+            .filter(|index| scores[*index].abs() > NEGLIGIBLE * largest)
             .collect();
         order.sort_by(|a, b| scores[*b].abs().total_cmp(&scores[*a].abs()));
         match self {
