@@ -31,6 +31,9 @@ pub enum Error {
         /// What the plotting library says.
         reason: String,
     },
+    /// A file could not be read or written, or is not what it claims to be.
+    #[error(transparent)]
+    File(Box<lapidary_model::Error>),
     /// The model or a part of it failed.
     #[error(transparent)]
     Model(#[from] lapidary_parts::Error),
@@ -57,6 +60,13 @@ impl Error {
             found: found.to_string(),
             expected: expected.into(),
         }
+    }
+}
+
+// Boxed, so that it does not weigh on every result.
+impl From<lapidary_model::Error> for Error {
+    fn from(error: lapidary_model::Error) -> Self {
+        Self::File(Box::new(error))
     }
 }
 

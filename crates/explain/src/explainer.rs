@@ -1,10 +1,15 @@
 //! What an explainer is, and the list of all.
 
-use crate::explainers::{decompx, gradient, logit_attribution};
+use crate::contextual::Phrase;
+use crate::explainers::{
+    alti, alti_logit, attention_gradcam, attention_rollout, chefer, contextual, decompx, erasure,
+    full_lrp, gradient, gradient_norm, logit_attribution, partial_lrp, random, raw_attention,
+};
 use crate::{Error, Explanation, Result, Target, Unit};
 use lapidary_kernels::Tensor;
 use lapidary_model::{Input, Model, Pass};
 use lapidary_signal::Trace;
+use lapidary_signal::contextual::ContextualRules;
 use lapidary_signal::streams::StreamRules;
 
 /// A model and one input to it. Of a batch, the first sequence is explained.
@@ -46,21 +51,33 @@ impl<'a> Question<'a> {
 pub struct Options {
     /// DecompX and what is built on it: the streams' rules.
     pub streams: StreamRules,
+    /// Contextual decomposition: the rules of relevant parts.
+    pub contextual: ContextualRules,
+    /// Contextual decomposition: neighbouring tokens that are scored as one.
+    pub phrase: Option<Phrase>,
     /// Integrated gradients: steps on the way from the zero embedding.
     pub steps: usize,
     /// Methods that multiply matrices layer by layer: the first layer that takes part.
     pub start_layer: usize,
     /// Methods that draw numbers.
     pub seed: u64,
+    /// ALTI-Logit: what the embedding of the explained position writes counts as that token's.
+    pub include_residual: bool,
+    /// ALTI-Logit: what feed-forward parts write is spread over tokens by the mixing below them.
+    pub trace_feedforward: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Self {
             streams: StreamRules::default(),
+            contextual: ContextualRules::default(),
+            phrase: None,
             steps: 32,
             start_layer: 0,
             seed: 0,
+            include_residual: false,
+            trace_feedforward: false,
         }
     }
 }
@@ -105,13 +122,29 @@ pub fn explainers() -> &'static [Explainer] {
     &EXPLAINERS
 }
 
-static EXPLAINERS: [Explainer; 6] = [
+static EXPLAINERS: [Explainer; 22] = [
+    alti::ALTI,
+    alti_logit::ALTI_LOGIT,
+    attention_gradcam::ATTENTION_GRADCAM,
+    attention_rollout::ATTENTION_ROLLOUT,
     gradient::ATTNLRP,
+    gradient::ATTNLRP_EXPLICIT,
+    chefer::CHEFER,
+    contextual::CONTEXTUAL_DECOMPOSITION,
     gradient::CP_LRP,
+    gradient::CP_LRP_EXPLICIT,
     decompx::DECOMPX,
+    erasure::ERASURE,
+    full_lrp::FULL_LRP,
+    alti::GLOBENC,
+    gradient_norm::GRADIENT_L1,
+    gradient_norm::GRADIENT_L2,
     gradient::GRADIENT_TIMES_INPUT,
     gradient::INTEGRATED_GRADIENTS,
     logit_attribution::LOGIT_ATTRIBUTION,
+    partial_lrp::PARTIAL_LRP,
+    random::RANDOM,
+    raw_attention::RAW_ATTENTION,
 ];
 
 /// The explainer of that name.

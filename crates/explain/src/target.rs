@@ -36,6 +36,11 @@ impl Target {
     /// Picks the vector that the target is about: `[scores]` or `[width]`, as a signal
     /// `[1, features]`.
     pub(crate) fn vector(&self, output: &Output) -> Result<Signal> {
+        self.vector_of(output, 0)
+    }
+
+    /// As [`Target::vector`], for any sequence of the batch.
+    pub(crate) fn vector_of(&self, output: &Output, sequence: usize) -> Result<Signal> {
         match self {
             Self::Score { position, .. } => {
                 let logits = output.logits.as_ref().ok_or_else(|| Error::Target {
@@ -43,7 +48,7 @@ impl Target {
                     found: "a score".to_owned(),
                     expected: "`representation`: this model has no scores".to_owned(),
                 })?;
-                let first = logits.narrow(0, 0, 1)?;
+                let first = logits.narrow(0, sequence, 1)?;
                 match logits.dims() {
                     [_, length, _] => {
                         let position = position.unwrap_or(length.saturating_sub(1));
@@ -60,8 +65,12 @@ impl Target {
                 }
             }
             Self::Representation => match &output.pooled {
-                Some(pooled) => Ok(pooled.narrow(0, 0, 1)?),
-                None => Ok(output.hidden.narrow(0, 0, 1)?.narrow(1, 0, 1)?.squeeze(1)?),
+                Some(pooled) => Ok(pooled.narrow(0, sequence, 1)?),
+                None => Ok(output
+                    .hidden
+                    .narrow(0, sequence, 1)?
+                    .narrow(1, 0, 1)?
+                    .squeeze(1)?),
             },
         }
     }
@@ -102,10 +111,16 @@ impl Target {
     }
 
     /// The explained number, as a tensor of one element whose gradient can be asked for.
+    /// Under explicit relevance its backward pass starts the relevance of the outputs.
     pub(crate) fn number(&self, output: &Output) -> Result<Tensor> {
-        let vector = self.vector(output)?;
+        self.number_of(output, 0)
+    }
+
+    /// As [`Target::number`], for any sequence of the batch.
+    pub(crate) fn number_of(&self, output: &Output, sequence: usize) -> Result<Tensor> {
+        let vector = self.vector_of(output, sequence)?;
         let direction = self.direction(vector.value())?;
-        engine(engine(vector.value().broadcast_mul(&direction))?.sum_all())
+        engine(engine(vector.read_out()?.broadcast_mul(&direction))?.sum_all())
     }
 }
 

@@ -4,8 +4,9 @@
 //! something to be compared with, and so that a reader sees each formula once, bare.
 
 use crate::{
-    Activation, AttentionOptions, CrossEntropyOptions, D, DType, Error, Result, RotaryPairs,
-    SoftmaxMask, Tensor,
+    Activation, AttentionOptions, AutoencoderGradients, AutoencoderWeights, CrossEntropyOptions, D,
+    DType, Error, Result, RotaryPairs, SoftmaxMask, Tensor, Var,
+    mixture::{Mixture, VectorNorm},
 };
 
 const MASKED: f64 = f64::NEG_INFINITY;
@@ -231,14 +232,48 @@ fn scale_shift(y: Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>) -> Res
     })
 }
 
+/// `‖y_t − T_t(j)‖`, `[query, key]`, and `‖y_t‖`, `[query]`, for the shares `T` of a mixture.
+pub fn mixture_distances(
+    mixture: Mixture<'_>,
+    reference: &Tensor,
+    norm: VectorNorm,
+) -> Result<(Tensor, Tensor)> {
+    let measure = |v: &Tensor| match norm {
+        VectorNorm::L1 => v.abs()?.sum(D::Minus1),
+        VectorNorm::L2 => v.sqr()?.sum(D::Minus1)?.sqrt(),
+    };
+    let (_, queries, keys) = mixture.weights.dims3()?;
+    // [heads, query, key, 1] · [heads, 1, key, width], summed over heads
+    let weights = mixture.weights.unsqueeze(3)?;
+    let sources = mixture.sources.unsqueeze(1)?;
+    let mut shares = weights.broadcast_mul(&sources)?.sum(0)?;
+    if let Some(own) = mixture.own {
+        let is_own: Vec<f64> = (0..queries)
+            .flat_map(|query| (0..keys).map(move |key| (query, mixture.first + key)))
+            .map(|(query, key)| f64::from(u8::from(query == key)))
+            .collect();
+        let is_own = Tensor::from_vec(is_own, (queries, keys, 1), own.device())?;
+        let is_own = is_own.to_dtype(own.dtype())?;
+        shares = (shares + is_own.broadcast_mul(&own.unsqueeze(1)?)?)?;
+    }
+    let distances = measure(&reference.unsqueeze(1)?.broadcast_sub(&shares)?)?;
+    Ok((distances, measure(reference)?))
+}
+
 /// The attention weights `softmax(scale · Q Kᵀ + bias)`, `[batch, heads, query, key]`.
 pub fn attention_weights(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let k = repeat_groups(k, q.dim(1)?)?;
     let scores = (q.contiguous()?.matmul(&k.transpose(2, 3)?.contiguous()?)? * options.scale)?;
+    attention_softmax(&scores, options)
+}
+
+/// The weights that scaled scores `[batch, heads, query, key]` give once the bias is added and
+/// the masks are put on.
+pub fn attention_softmax(scores: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let (batch, _, queries, keys) = scores.dims4()?;
     let mut scores = match &options.bias {
         Some(bias) => scores.broadcast_add(bias)?,
-        None => scores,
+        None => scores.clone(),
     };
     let offset = options.query_offset;
     scores = scores.broadcast_add(&keep_to_bias(
@@ -264,6 +299,30 @@ pub fn attention_weights(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> 
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let weights = attention_weights(q, k, options)?;
     Ok(weights.matmul(&repeat_groups(v, q.dim(1)?)?.contiguous()?)?)
+}
+
+/// `x` in value, with its gradient multiplied by `factor` of the same shape.
+pub fn scale_gradient(x: &Tensor, factor: &Tensor) -> Result<Tensor> {
+    // x - detach(x) is exactly zero, so the value is untouched.
+    let zero = (x - x.detach())?;
+    Ok((x.detach() + (zero * factor.detach())?)?)
+}
+
+/// `value`, whose gradient goes to `x` of the same shape unchanged.
+pub fn pass_gradient(x: &Tensor, value: &Tensor) -> Result<Tensor> {
+    Ok((value.detach() + (x - x.detach())?)?)
+}
+
+/// `1 / (z + ε sign z)`, and `at_zero` where `z` is zero. Not differentiable.
+pub fn stabilised_reciprocal(z: &Tensor, epsilon: f64, at_zero: f64) -> Result<Tensor> {
+    let z = z.detach();
+    let below = z.lt(0.0)?.to_dtype(z.dtype())?;
+    let denominator = (&z + below.affine(-2.0 * epsilon, epsilon)?)?;
+    let vanishes = denominator.abs()?.lt(f64::from(f32::MIN_POSITIVE))?;
+    let safe = vanishes.where_cond(&z.ones_like()?, &denominator)?;
+    let reciprocal = vanishes.where_cond(&z.zeros_like()?, &safe.recip()?)?;
+    let constant = z.zeros_like()?.affine(1.0, at_zero)?;
+    Ok(z.eq(0.0)?.where_cond(&constant, &reciprocal)?)
 }
 
 /// Repeats each of the `groups` of a `[batch, groups, length, width]` tensor so that there are
@@ -518,4 +577,53 @@ pub fn causal_depthwise_convolution(
         Some(bias) => y.broadcast_add(&bias.reshape((channels, 1))?)?,
         None => y,
     })
+}
+
+/// Loss and gradients of a sparse autoencoder, as [`crate::autoencoder_gradients`], by the
+/// engine's own backward pass.
+pub fn autoencoder_gradients(
+    x: &Tensor,
+    weights: AutoencoderWeights<'_>,
+    sparsity: f64,
+) -> Result<AutoencoderGradients> {
+    let variable = |tensor: &Tensor| Var::from_tensor(&tensor.detach());
+    let (encoder, decoder) = (variable(weights.encoder)?, variable(weights.decoder)?);
+    let encoder_bias = variable(weights.encoder_bias)?;
+    let decoder_bias = variable(weights.decoder_bias)?;
+    let centred = x.broadcast_sub(&decoder_bias)?;
+    let f = linear(&centred, &encoder, Some(&encoder_bias))?.relu()?;
+    let reconstruction = f.matmul(&decoder)?.broadcast_add(&decoder_bias)?;
+    let rows = x.dim(0)? as f64;
+    let squared_error = ((reconstruction - x)?.sqr()?.sum_all()? / rows)?;
+    let activation = (f.sum_all()? / rows)?;
+    let mut gradients = (&squared_error + (&activation * sparsity)?)?.backward()?;
+    let mut take = |variable: &Var| match gradients.remove(variable) {
+        Some(gradient) => Ok(gradient.detach()),
+        None => variable.zeros_like(),
+    };
+    let number = |x: &Tensor| x.to_dtype(DType::F64)?.to_scalar::<f64>();
+    let active = f.gt(0.0)?.to_dtype(DType::U32)?.sum(0)?;
+    Ok(AutoencoderGradients {
+        encoder: take(&encoder)?,
+        encoder_bias: take(&encoder_bias)?,
+        decoder: take(&decoder)?,
+        decoder_bias: take(&decoder_bias)?,
+        squared_error: number(&squared_error)?,
+        activation: number(&activation)?,
+        active: active.to_vec1::<u32>()?,
+    })
+}
+
+/// Every row of `x` `[.., width]` divided by its length; rows of zeros stay.
+pub fn unit_rows(x: &Tensor) -> Result<Tensor> {
+    let length = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
+    let safe = length.eq(0.0)?.to_dtype(x.dtype())?;
+    Ok(x.broadcast_div(&(length + safe)?)?)
+}
+
+/// `x_i − (x_i · d_i) d_i / ‖d_i‖²` for rows of `x` and `directions` `[.., width]`.
+pub fn reject_rows(x: &Tensor, directions: &Tensor) -> Result<Tensor> {
+    let directions = unit_rows(directions)?;
+    let along = (x * &directions)?.sum_keepdim(D::Minus1)?;
+    Ok((x - directions.broadcast_mul(&along)?)?)
 }

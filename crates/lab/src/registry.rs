@@ -53,7 +53,7 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 7] = [
+static SYSTEMS: [System; 14] = [
     System {
         slug: "associative-memory",
         title: "Beyond Scaling Laws: Understanding Transformer Performance with Associative Memory",
@@ -65,6 +65,40 @@ static SYSTEMS: [System; 7] = [
         experiment: experiments::energy::run,
     },
     System {
+        slug: "attention-output-saes",
+        title: "Interpreting Attention Layer Outputs with Sparse Autoencoders",
+        authors: "Kissane, Krzyzanowski, Bloom, Conmy, Nanda",
+        year: 2024,
+        arxiv: Some("2406.17759"),
+        kind: Kind::Explanation,
+        parts: &[
+            "explain::autoencoder",
+            "explain::analyses::autoencoder",
+            "explain::analyses::prefix_induction",
+        ],
+        experiment: experiments::autoencoder::run,
+    },
+    System {
+        slug: "chefer",
+        title: "Transformer Interpretability Beyond Attention Visualization",
+        authors: "Chefer, Gur, Wolf",
+        year: 2021,
+        arxiv: Some("2012.09838"),
+        kind: Kind::Explanation,
+        parts: &["signal::relevance", "explain::chefer"],
+        experiment: experiments::chefer::run,
+    },
+    System {
+        slug: "clip-text-decomposition",
+        title: "Interpreting CLIP's Image Representation via Text-Based Decomposition",
+        authors: "Gandelsman, Efros, Steinhardt",
+        year: 2023,
+        arxiv: Some("2310.05916"),
+        kind: Kind::Explanation,
+        parts: &["explain::clip"],
+        experiment: experiments::clip::run,
+    },
+    System {
         slug: "clustering",
         title: "A mathematical perspective on Transformers",
         authors: "Geshkovski, Letrouit, Polyanskiy, Rigollet",
@@ -73,6 +107,32 @@ static SYSTEMS: [System; 7] = [
         kind: Kind::Theory,
         parts: &["explain::analyses::clustering"],
         experiment: experiments::clustering::run,
+    },
+    System {
+        slug: "contextual-decomposition",
+        title: "Efficient Automated Circuit Discovery in Transformers using Contextual \
+                Decomposition",
+        authors: "Hsu, Zhou, Cherapanamjeri, Huang, Odisho, Carroll, Yu",
+        year: 2024,
+        arxiv: Some("2407.00886"),
+        kind: Kind::Explanation,
+        parts: &["signal::contextual", "explain::contextual"],
+        experiment: experiments::contextual::run,
+    },
+    System {
+        slug: "decomposition-xai",
+        title: "A Close Look at Decomposition-based XAI-Methods for Transformer Language Models",
+        authors: "Arras, Puri, Kahardipraja, Lapuschkin, Samek",
+        year: 2025,
+        arxiv: Some("2502.15886"),
+        kind: Kind::Explanation,
+        parts: &[
+            "signal::relevance",
+            "explain::mixing",
+            "explain::alti_logit",
+            "explain::faithfulness",
+        ],
+        experiment: experiments::agreement::run,
     },
     System {
         slug: "decompx",
@@ -95,6 +155,16 @@ static SYSTEMS: [System; 7] = [
         experiment: experiments::fwsvd::run,
     },
     System {
+        slug: "hidden-geometry",
+        title: "Uncovering hidden geometry in Transformers via disentangling position and context",
+        authors: "Song, Zhong",
+        year: 2023,
+        arxiv: Some("2310.04861"),
+        kind: Kind::Explanation,
+        parts: &["explain::analyses::geometry"],
+        experiment: experiments::geometry::run,
+    },
+    System {
         slug: "introduction-to-transformers",
         title: "An Introduction to Transformers",
         authors: "Turner",
@@ -113,6 +183,16 @@ static SYSTEMS: [System; 7] = [
         kind: Kind::Explanation,
         parts: &["signal::streams", "explain::logit_attribution"],
         experiment: experiments::logit_attribution::run,
+    },
+    System {
+        slug: "over-squashing",
+        title: "Transformers need glasses! Information over-squashing in language tasks",
+        authors: "Barbero, Banino, Kapturowski, Kumaran, Araújo, Vitvitskyi, Pascanu, Veličković",
+        year: 2024,
+        arxiv: Some("2406.04267"),
+        kind: Kind::Explanation,
+        parts: &["signal::rounding", "explain::analyses::squashing"],
+        experiment: experiments::squashing::run,
     },
     System {
         slug: "talking-heads",

@@ -38,6 +38,11 @@ fn check(slug: &str) -> Reproduction {
 }
 
 #[test]
+fn chefer() {
+    check("chefer");
+}
+
+#[test]
 fn associative_memory() {
     check("associative-memory");
 }
@@ -53,6 +58,26 @@ fn talking_heads() {
 }
 
 #[test]
+fn attention_output_saes() {
+    check("attention-output-saes");
+}
+
+#[test]
+fn clip_text_decomposition() {
+    check("clip-text-decomposition");
+}
+
+#[test]
+fn decomposition_xai() {
+    check("decomposition-xai");
+}
+
+#[test]
+fn contextual_decomposition() {
+    check("contextual-decomposition");
+}
+
+#[test]
 fn decompx() {
     check("decompx");
 }
@@ -60,6 +85,11 @@ fn decompx() {
 #[test]
 fn fwsvd() {
     check("fwsvd");
+}
+
+#[test]
+fn hidden_geometry() {
+    check("hidden-geometry");
 }
 
 #[test]
@@ -91,18 +121,30 @@ fn logit_attribution() {
 }
 
 #[test]
+fn over_squashing() {
+    check("over-squashing");
+}
+
+#[test]
 fn every_system_is_tested_here() {
     let slugs: Vec<&str> = systems().iter().map(|system| system.slug).collect();
     assert_eq!(
         slugs,
         [
             "associative-memory",
+            "attention-output-saes",
+            "chefer",
+            "clip-text-decomposition",
             "clustering",
+            "contextual-decomposition",
+            "decomposition-xai",
             "decompx",
             "fwsvd",
+            "hidden-geometry",
             "introduction-to-transformers",
             "logit-attribution",
-            "talking-heads"
+            "over-squashing",
+            "talking-heads",
         ]
     );
     assert!(find("decompy").unwrap_err().to_string().contains("decompx"));

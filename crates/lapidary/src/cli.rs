@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lapidary_explain::contextual::Phrase;
 use lapidary_explain::{Explainer, explainers};
 
 /// Takes Transformers apart: explains a prediction by decomposing it, cuts a checkpoint down,
@@ -55,6 +56,8 @@ pub enum Verb {
     Run(Run),
     /// Explain a prediction by decomposing it
     Explain(Explain),
+    /// Where two models differ on one input, and which parts moved
+    Diff(Diff),
     /// Look at a model as a whole, or at how it treats many inputs
     Inspect(Inspect),
     /// Cut a checkpoint down
@@ -71,7 +74,7 @@ pub enum Verb {
     Reproduce(Reproduce),
     /// Time this machine on the operations that matter
     Bench(Bench),
-    /// Print the JSON schema of model specs, or one model's spec
+    /// Print the JSON schema of model specs or of explanations, or one model's spec
     Spec(Spec),
 }
 
@@ -98,7 +101,7 @@ pub struct Run {
 #[derive(Args, Debug)]
 pub struct SubjectArguments {
     /// Text to look at
-    #[arg(long, required_unless_present_any = ["tokens", "input"], conflicts_with_all = ["tokens", "input"])]
+    #[arg(long, conflicts_with_all = ["tokens", "input"])]
     pub text: Option<String>,
     /// Token ids to look at, separated by commas
     #[arg(long, value_delimiter = ',', conflicts_with = "input")]
@@ -111,7 +114,17 @@ pub struct SubjectArguments {
 
 fn methods() -> PossibleValuesParser {
     let value = |one: &Explainer| PossibleValue::new(one.name).help(one.summary);
-    PossibleValuesParser::new(explainers().iter().map(value))
+    let all = PossibleValue::new("all").help("Every method that is defined for the model");
+    PossibleValuesParser::new(explainers().iter().map(value).chain([all]))
+}
+
+fn phrase(text: &str) -> Result<Phrase, String> {
+    let ends = text.split_once('-');
+    let ends = ends.and_then(|(first, last)| Some((first.parse().ok()?, last.parse().ok()?)));
+    match ends {
+        Some((first, last)) => Ok(Phrase { first, last }),
+        None => Err("must be two positions, as 3-5".to_owned()),
+    }
 }
 
 #[derive(Args, Debug)]
@@ -120,20 +133,29 @@ pub struct Explain {
     pub model: String,
     #[command(flatten)]
     pub subject: SubjectArguments,
-    /// A class or token, by name or number; what the model predicts when absent
+    /// A class or token, by name or number; may be given several times; what the model predicts
+    /// when absent
     #[arg(long)]
-    pub target: Option<String>,
+    pub target: Vec<String>,
     /// What the target is contrasted with
     #[arg(long)]
     pub foil: Option<String>,
     /// Position of a language model's scores; the last when absent
     #[arg(long)]
     pub position: Option<usize>,
-    /// How to explain
-    #[arg(long, default_value = "decompx", value_parser = methods())]
-    pub method: String,
+    /// How to explain; several methods separated by commas, or `all`
+    #[arg(long, alias = "methods", value_delimiter = ',', default_value = "decompx", value_parser = methods())]
+    pub method: Vec<String>,
     #[command(flatten)]
     pub options: ExplainOptions,
+    /// Score the methods on a data set instead: a CSV file with the columns prefix, target, foil
+    /// and evidence, or `generated:` and number-agreement, reflexive-agreement, learned-fact,
+    /// context-fact, name-copy, brackets, induction or polarity
+    #[arg(long, value_name = "DATASET", conflicts_with_all = ["text", "tokens", "input", "target", "foil", "position"])]
+    pub evaluate: Option<String>,
+    /// Most examples of the data set
+    #[arg(long, default_value_t = 200)]
+    pub limit: usize,
     /// Also write a page that a browser shows without a network
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
@@ -145,12 +167,54 @@ pub struct ExplainOptions {
     /// DecompX: how biases are shared (absdot, abssim, norm, equal, cls, dot, none, token)
     #[arg(long, default_value = "absdot")]
     pub bias: String,
+    /// Contextual decomposition: score the tokens from FIRST to LAST, counted from 0, as one
+    #[arg(long, value_name = "FIRST-LAST", value_parser = phrase)]
+    pub phrase: Option<Phrase>,
+    /// Contextual decomposition: follow queries and keys too
+    #[arg(long)]
+    pub split_attention: bool,
+    /// Contextual decomposition: settle parts of opposite sign
+    #[arg(long)]
+    pub stabilise: bool,
     /// Steps of integrated gradients
     #[arg(long, default_value_t = 32)]
     pub steps: usize,
     /// First layer that takes part, for methods that multiply layers
     #[arg(long, default_value_t = 0)]
     pub start_layer: usize,
+    /// ALTI-Logit: count what the position's embedding writes as that token's
+    #[arg(long)]
+    pub include_residual: bool,
+    /// ALTI-Logit: spread what feed-forward parts write over tokens
+    #[arg(long)]
+    pub trace_feedforward: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct Diff {
+    /// A model directory, or `embedded`
+    pub before: String,
+    /// What was made of it: a model directory
+    pub after: String,
+    #[command(flatten)]
+    pub subject: SubjectArguments,
+    /// A class or token, by name or number; what the first model predicts when absent
+    #[arg(long)]
+    pub target: Option<String>,
+    /// What the target is contrasted with
+    #[arg(long)]
+    pub foil: Option<String>,
+    /// Position of a language model's scores; the last when absent
+    #[arg(long)]
+    pub position: Option<usize>,
+    /// How tokens are scored
+    #[arg(long, default_value = "decompx", value_parser = methods())]
+    pub method: String,
+    #[command(flatten)]
+    pub options: ExplainOptions,
+    /// Also write a page that a browser shows without a network
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]
@@ -166,6 +230,10 @@ pub struct Inspect {
 pub enum Analysis {
     /// Where each head looks
     Attention(crate::commands::inspect::attention::Attention),
+    /// From which length sequences look alike to a model, in formats of several widths
+    Collapse(crate::commands::inspect::collapse::Collapse),
+    /// Hidden states as position and context
+    Geometry(crate::commands::inspect::geometry::Geometry),
     /// Which head talks to which, read off the weights
     Channels(crate::commands::inspect::channels::Channels),
     /// How a text's tokens gather from layer to layer
@@ -174,6 +242,16 @@ pub enum Analysis {
     Energy(crate::commands::inspect::energy::Energy),
     /// Random particles that attention gathers
     Particles(crate::commands::inspect::particles::Particles),
+    /// How long a repeated prefix heads need before they look at what followed it
+    PrefixInduction(crate::commands::inspect::prefix_induction::PrefixInduction),
+    /// What the features of a sparse autoencoder are about
+    Sae(crate::commands::inspect::autoencoder::Sae),
+    /// Train a sparse autoencoder on the outputs of an attention layer's heads
+    SaeTrain(crate::commands::inspect::autoencoder::SaeTrain),
+    /// What the image embeddings of a CLIP model are made of, in words
+    Clip(crate::commands::inspect::clip::Clip),
+    /// Which heads are behind an answer, and how much of it they carry
+    Circuit(crate::commands::inspect::circuit::Circuit),
 }
 
 #[derive(Args, Debug)]
@@ -322,6 +400,9 @@ pub struct Bench {
     /// Model directory for the works that need one
     #[arg(long)]
     pub model: Option<String>,
+    /// Method of the work `explain`
+    #[arg(long, default_value = "decompx", value_parser = methods())]
+    pub method: String,
     /// Width of the tokens
     #[arg(long, default_value_t = 256)]
     pub width: usize,
@@ -349,4 +430,7 @@ pub struct Bench {
 pub struct Spec {
     /// A model directory, or `embedded`; the JSON schema of specs when absent
     pub model: Option<String>,
+    /// The JSON schema of what `explain --json` prints
+    #[arg(long, conflicts_with = "model")]
+    pub explanation: bool,
 }

@@ -115,6 +115,35 @@ pub fn encode(
     Ok(encoding)
 }
 
+/// The token that a word is by itself in the model's vocabulary.
+pub fn single_token(package: &Package, what: &str, name: &str) -> Result<u32> {
+    let tokenizer = package.tokenizer()?;
+    let is_other_special = |id: u32, text: &str| {
+        tokenizer.is_special(id) && tokenizer.token_of(id).as_deref() != Some(text.trim())
+    };
+    let single = |text: &str| -> Result<Option<u32>> {
+        let options = lapidary_model::tokenizer::EncodeOptions {
+            special_tokens: false,
+            limit: None,
+        };
+        Ok(match tokenizer.encode(text, &options)?.ids.as_slice() {
+            // An unknown word is one token too, but not its own.
+            [only] if !is_other_special(*only, text) => Some(*only),
+            _ => None,
+        })
+    };
+    // A word inside a sentence is a token of its own only with the space before it.
+    let id = match single(&format!(" {name}"))? {
+        Some(id) => Some(id),
+        None => single(name)?,
+    };
+    id.with_context(|| {
+        format!(
+            "{what} {name:?} is not one token of this model; give a word that is, or a token id"
+        )
+    })
+}
+
 /// A row of ids as the model takes it, `[1, length]`.
 pub fn row(ids: &[u32], model: &Model) -> Result<Tensor> {
     Ok(Tensor::from_slice(ids, (1, ids.len()), &model.device())?)

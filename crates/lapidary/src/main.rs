@@ -2,8 +2,10 @@
 
 mod cli;
 mod commands;
+mod datasets;
 #[cfg(feature = "hub")]
 mod hub;
+mod images;
 mod loading;
 mod output;
 mod report;

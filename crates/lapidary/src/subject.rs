@@ -115,6 +115,15 @@ impl<'a> Subject<'a> {
         self.names.iter().map(|name| readable(name)).collect()
     }
 
+    /// Rows and columns of patches, for an image.
+    pub fn patch_grid(&self) -> Option<(usize, usize)> {
+        let InputSpec::Patches(spec) = &self.model.spec().input else {
+            return None;
+        };
+        let [rows, columns] = spec.image.map(|size| size / spec.patch.max(1));
+        Some((rows, columns))
+    }
+
     /// The last position that is not padding.
     pub fn last(&self) -> Result<usize> {
         let Some(padding) = &self.padding else {

@@ -64,7 +64,10 @@ fn explains_the_embedded_model_by_every_method() {
         ]);
         assert_eq!(document["tokens"].as_array().unwrap().len(), 6, "{method}");
         assert_eq!(
-            document["explanation"]["scores"].as_array().unwrap().len(),
+            document["explanations"][0]["explanation"]["scores"]
+                .as_array()
+                .unwrap()
+                .len(),
             6,
             "{method}"
         );
@@ -73,7 +76,7 @@ fn explains_the_embedded_model_by_every_method() {
     let document = json(&[
         "explain", "embedded", "--text", text, "--method", "decompx", "--json",
     ]);
-    let account = &document["explanation"]["account"];
+    let account = &document["explanations"][0]["explanation"]["account"];
     assert!(account["unattributed"].as_f64().unwrap().abs() < 1e-3);
     assert!(account["largest_site_error"].as_f64().unwrap() < 1e-4);
 }
@@ -96,7 +99,7 @@ fn explains_every_family_that_reads_text() {
             let document = json(&[
                 "explain", &model, "--tokens", "5,9,3,17", "--method", method, "--json",
             ]);
-            let account = &document["explanation"]["account"];
+            let account = &document["explanations"][0]["explanation"]["account"];
             if method != "attnlrp" {
                 let left = account["unattributed"].as_f64().unwrap();
                 let scale = account["explained"].as_f64().unwrap().abs().max(1.0);
@@ -186,7 +189,7 @@ fn compresses_saves_loads_and_explains_again() {
     assert_eq!(report["saved_as"], "lapidary");
     let explained = json(&["explain", out, "--text", "the farmer", "--json"]);
     assert!(
-        explained["explanation"]["account"]["largest_site_error"]
+        explained["explanations"][0]["explanation"]["account"]["largest_site_error"]
             .as_f64()
             .unwrap()
             < 1e-4
@@ -506,7 +509,7 @@ fn explains_and_compresses_what_reads_images() {
         let tokens = document["tokens"].as_array().unwrap();
         assert_eq!(tokens[0], "[class]", "{name}");
         assert_eq!(tokens.last().unwrap(), "row 3 column 3", "{name}");
-        let explanation = &document["explanation"];
+        let explanation = &document["explanations"][0]["explanation"];
         let scores = explanation["scores"].as_array().unwrap();
         assert_eq!(scores.len(), tokens.len(), "{name}");
         let left_out = explanation["account"]["unattributed"].as_f64().unwrap();
@@ -543,7 +546,9 @@ fn padding_gets_nothing_and_changes_nothing() {
         let document = json(&["explain", &model, "--input", &padded, "--json"]);
         assert_eq!(document["target"], alone["target"], "{name}");
         let scores = |document: &Value| -> Vec<f64> {
-            let scores = document["explanation"]["scores"].as_array().unwrap();
+            let scores = document["explanations"][0]["explanation"]["scores"]
+                .as_array()
+                .unwrap();
             scores.iter().map(|score| score.as_f64().unwrap()).collect()
         };
         let (found, expected) = (scores(&document), scores(&alone));
@@ -679,6 +684,228 @@ fn hostile_tensors_are_refused() {
             "{shown}: {error}"
         );
     }
+}
+
+#[test]
+fn explains_by_all_methods_at_once_and_on_one_page() {
+    let directory = tempfile::tempdir().unwrap();
+    let page = directory.path().join("page.html");
+    let text = "the farmer near the dogs";
+    let base = ["explain", "embedded", "--text", text, "--method", "all"];
+    let arguments = [&base[..], &["--target", "sings", "--target", "sing"]].concat();
+    let document = json(&[&arguments[..], &["--json"]].concat());
+    let all = document["explanations"].as_array().unwrap();
+    let methods: std::collections::BTreeSet<_> = all
+        .iter()
+        .map(|one| one["explanation"]["method"].as_str().unwrap())
+        .collect();
+    for method in ["attnlrp", "cp-lrp", "decompx", "logit-attribution"] {
+        assert!(methods.contains(method), "{methods:?}");
+    }
+    // Both targets by every method, each with an account that adds up.
+    assert_eq!(all.len(), 2 * methods.len());
+    for one in all {
+        let account = &one["explanation"]["account"];
+        let number = |name: &str| account[name].as_f64().unwrap();
+        let sum = number("attributed") + number("unattributed");
+        assert!((sum - number("explained")).abs() < 1e-3 * number("explained").abs().max(1.0));
+    }
+    output(&[&arguments[..], &["--html", page.to_str().unwrap()]].concat());
+    let html = std::fs::read_to_string(page).unwrap();
+    for part in [
+        "type=\"radio\"",
+        "value=\"cp-lrp\"",
+        "Where each head looks",
+        "Methods side by side",
+    ] {
+        assert!(html.contains(part), "{part}");
+    }
+    // One file: nothing is fetched.
+    assert!(!html.contains("src=") && !html.contains("href="));
+}
+
+#[test]
+fn methods_are_scored_on_generated_examples_and_on_files() {
+    let common = [
+        "--method",
+        "cp-lrp,gradient-x-input",
+        "--limit",
+        "12",
+        "--json",
+    ];
+    let generated = [
+        "explain",
+        "embedded",
+        "--evaluate",
+        "generated:number-agreement",
+    ];
+    let found = json(&[&generated[..], &common[..]].concat());
+    assert_eq!(found["examples"], 12);
+    assert_eq!(found["rows"].as_array().unwrap().len(), 2);
+    assert_eq!(found["rows"][0]["agreement"][0]["count"], found["right"]);
+    let directory = tempfile::tempdir().unwrap();
+    let csv = b"prefix,target,foil,evidence\nthe farmer near the dogs,sings,sing,farmer\n\
+                the farmers near the dog,sing,sings,farmers\n";
+    let file = write(&directory, "data.csv", csv);
+    let from_file = ["explain", "embedded", "--evaluate", &file];
+    let found = json(&[&from_file[..], &common[..]].concat());
+    assert_eq!(found["examples"], 2);
+    let text = output(&[&from_file[..], &common[..4]].concat());
+    assert!(text.contains("MRR") && text.contains("AOPC"), "{text}");
+    let bad = write(&directory, "bad.csv", b"prefix,word\na,b\n");
+    refused(
+        &["explain", "embedded", "--evaluate", &bad],
+        &["column target"],
+    );
+    refused(
+        &["explain", "embedded", "--evaluate", "nowhere.csv"],
+        &["nowhere.csv"],
+    );
+    let unknown = ["explain", "embedded", "--evaluate", "generated:rhymes"];
+    refused(&unknown, &["generated:rhymes", "induction"]);
+}
+
+#[test]
+fn two_models_are_compared() {
+    let directory = tempfile::tempdir().unwrap();
+    let cut = directory.path().join("cut");
+    let cut = cut.to_str().unwrap();
+    output(&[
+        "compress", "embedded", "--ratio", "0.5", "--method", "svd", "--out", cut,
+    ]);
+    let text = [
+        "--text",
+        "the farmer near the dogs",
+        "--target",
+        "sings",
+        "--foil",
+        "sing",
+    ];
+    let found = json(&[&["diff", "embedded", cut][..], &text[..], &["--json"]].concat());
+    assert!(found["output"]["divergence"].as_f64().unwrap() > 0.0);
+    let changes: Vec<f64> = found["components"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| (one["after"].as_f64().unwrap() - one["before"].as_f64().unwrap()).abs())
+        .collect();
+    assert!(changes.is_sorted_by(|a, b| a >= b), "{changes:?}");
+    let said = output(&[&["diff", "embedded", cut][..], &text[..]].concat());
+    assert!(said.contains("Parts whose contribution moved"), "{said}");
+    let bert = family("bert-classifier");
+    refused(
+        &["diff", "embedded", &bert, "--tokens", "1,2,900"],
+        &["900"],
+    );
+}
+
+#[test]
+fn attention_is_inspected() {
+    let found = json(&[
+        "inspect",
+        "attention",
+        "embedded",
+        "--text",
+        "the farmer sings",
+        "--json",
+    ]);
+    let rows = found["tables"][0]["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 24);
+    refused(&["inspect", "attention", "embedded"], &["--text"]);
+}
+
+#[test]
+fn inspects_the_geometry_of_hidden_states() {
+    let document = json(&[
+        "inspect",
+        "geometry",
+        "embedded",
+        "--windows",
+        "8",
+        "--window",
+        "24",
+        "--control",
+        "random",
+        "--control",
+        "untrained",
+        "--head",
+        "1.0",
+        "--json",
+    ]);
+    let tables = document["tables"].as_array().unwrap();
+    let titles: Vec<&str> = tables
+        .iter()
+        .filter_map(|table| table["title"].as_str())
+        .collect();
+    assert_eq!(titles.len(), 5, "{titles:?}");
+    assert!(titles[0].ends_with("the text") && titles[1].ends_with("random tokens"));
+    assert_eq!(document["maps"].as_array().unwrap().len(), 22);
+
+    let directory = tempfile::tempdir().unwrap();
+    for (name, text) in [("a", "the farmer sings . "), ("b", "the dogs sing . ")] {
+        write(&directory, name, text.repeat(30).as_bytes());
+    }
+    let topics = directory.path().to_str().unwrap();
+    let document = json(&[
+        "inspect",
+        "geometry",
+        "embedded",
+        "--topics",
+        topics,
+        "--windows",
+        "6",
+        "--window",
+        "16",
+        "--json",
+    ]);
+    let rows = &document["tables"][2]["rows"];
+    assert!(rows[1][1].is_number(), "{rows}");
+    refused(
+        &["inspect", "geometry", "embedded", "--window", "2"],
+        &["window is 2", "between 3"],
+    );
+    let missing = family("gpt2");
+    refused(&["inspect", "geometry", &missing], &["--text", "--topics"]);
+}
+
+#[test]
+fn inspects_where_sequences_collapse() {
+    let directory = tempfile::tempdir().unwrap();
+    let prompts = write(
+        &directory,
+        "prompts",
+        b"sings\tthe farmer\nsing\tthe dogs\n",
+    );
+    let document = json(&[
+        "inspect",
+        "collapse",
+        "embedded",
+        "--one",
+        "dogs",
+        "--zero",
+        "farmer",
+        "--longest",
+        "24",
+        "--lengths",
+        "6",
+        "--format",
+        "bf16",
+        "--separator",
+        "#3",
+        "--sharpen",
+        "8",
+        "--prompts",
+        &prompts,
+        "--json",
+    ]);
+    let rows = document["tables"][0]["rows"].as_array().unwrap();
+    // Three families, two formats, with no remedy and two.
+    assert_eq!(rows.len(), 18);
+    assert_eq!(document["tables"][1]["rows"].as_array().unwrap().len(), 2);
+    refused(
+        &["inspect", "collapse", "embedded", "--one", "unheard-of"],
+        &["one is", "unheard-of"],
+    );
 }
 
 #[test]

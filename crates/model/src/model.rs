@@ -47,6 +47,9 @@ pub struct Pass<'a> {
     pub only_last: bool,
     /// What cross-attention reads, and its padding.
     pub memory: Option<(&'a Signal, Option<&'a Tensor>)>,
+    /// Begin at this block with what flows into it, `[batch, length, width]`, as an earlier pass
+    /// found it: embeddings and earlier blocks are not run. Not together with a decode state.
+    pub start: Option<(usize, &'a Signal)>,
     /// Remember only what flows between blocks, and recompute the rest in the backward pass. For
     /// training: not together with a trace, a decode state or a memory.
     pub recomputation: Option<&'a Recomputation>,
@@ -184,6 +187,26 @@ impl Model {
             .map_or(Device::Cpu, |tensor| tensor.device().clone())
     }
 
+    /// Refuses a start in the middle that does not fit.
+    fn check_start(&self, block: usize, hidden: &Signal) -> Result<usize> {
+        let count = self.blocks.len();
+        if block > count {
+            let expected = format!("at most {count}, the number of blocks");
+            return Err(Error::spec("block to start at", block, expected));
+        }
+        match hidden.dims() {
+            [_, _, width] if *width == self.spec.width => Ok(block),
+            found => {
+                let expected = format!("[batch, length, {}]", self.spec.width);
+                Err(Error::spec(
+                    "shape of what flows into the block",
+                    found,
+                    expected,
+                ))
+            }
+        }
+    }
+
     /// Runs the model.
     pub fn forward(&self, input: &Input, pass: Pass<'_>) -> Result<Output> {
         let silent = Trace::new();
@@ -195,10 +218,15 @@ impl Model {
             dropout_seed: pass.dropout_seed,
             memory: pass.memory,
         };
-        let x = self.embedding.forward(input, &cx)?;
+        let (first, mut x) = match pass.start {
+            Some((block, hidden)) => (self.check_start(block, hidden)?, hidden.clone()),
+            None => {
+                let x = self.embedding.forward(input, &cx)?;
+                (0, cx.trace.site(format_args!("embeddings"), x)?)
+            }
+        };
         let length = x.dims().get(1).copied().unwrap_or(0);
-        let mut x = cx.trace.site(format_args!("embeddings"), x)?;
-        for (index, block) in self.blocks.iter().enumerate() {
+        for (index, block) in self.blocks.iter().enumerate().skip(first) {
             if let Some(recomputation) = pass.recomputation {
                 x = recompute(recomputation, block, x, &cx)?;
                 continue;

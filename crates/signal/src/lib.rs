@@ -6,8 +6,11 @@
 //!
 //! * [`streams`]: the value is carried as a sum of contributions, each pushed unmixed through
 //!   every operation by a chosen rule;
+//! * [`contextual`]: the value is carried as a relevant part and the rest, for several sources
+//!   at once;
 //! * [`relevance`]: the backward pass follows propagation rules instead of the derivative;
-//! * [`meter`]: operations, bytes and live memory are counted.
+//! * [`meter`]: operations, bytes and live memory are counted;
+//! * [`rounding`]: every result is rounded to a narrower format.
 //!
 //! A lens is put on at a named *site* of the model by a [`Trace`], which also captures,
 //! replaces and taps sites. There is no other hook mechanism.
@@ -26,12 +29,14 @@
 //! # Ok(()) }
 //! ```
 
+pub mod contextual;
 mod error;
 mod linear;
 pub mod meter;
 mod operations;
 mod recurrence;
 pub mod relevance;
+pub mod rounding;
 mod shape;
 mod signal;
 pub mod streams;

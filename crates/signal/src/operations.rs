@@ -23,6 +23,8 @@ enum Pair<'a> {
     StreamsRight(&'a crate::streams::Streams),
     /// A lens of rules or counts: continue as this signal does.
     Rules(&'a Signal),
+    /// Relevant parts on at least one.
+    Contextual,
 }
 
 fn pair<'a>(operation: &'static str, a: &'a Signal, b: &'a Signal) -> Result<Pair<'a>> {
@@ -31,9 +33,12 @@ fn pair<'a>(operation: &'static str, a: &'a Signal, b: &'a Signal) -> Result<Pai
         (Lens::Streams(_), Lens::Streams(_)) => Pair::Streams(a, b),
         (Lens::Streams(streams), Lens::Plain) => Pair::StreamsLeft(streams),
         (Lens::Plain, Lens::Streams(streams)) => Pair::StreamsRight(streams),
+        (Lens::Contextual(_), Lens::Contextual(_) | Lens::Plain)
+        | (Lens::Plain, Lens::Contextual(_)) => Pair::Contextual,
         (Lens::Relevance(_), Lens::Relevance(_) | Lens::Plain) => Pair::Rules(a),
         (Lens::Meter(..), Lens::Meter(..) | Lens::Plain) => Pair::Rules(a),
-        (Lens::Plain, Lens::Relevance(_) | Lens::Meter(..)) => Pair::Rules(b),
+        (Lens::Rounded(_), Lens::Rounded(_) | Lens::Plain) => Pair::Rules(a),
+        (Lens::Plain, Lens::Relevance(_) | Lens::Meter(..) | Lens::Rounded(_)) => Pair::Rules(b),
         (left, right) => {
             return Err(Error::LensMismatch {
                 operation,
@@ -45,15 +50,16 @@ fn pair<'a>(operation: &'static str, a: &'a Signal, b: &'a Signal) -> Result<Pai
 }
 
 /// The signal whose lens of rules or counts the others follow; none when all are plain. Streams
-/// count as plain.
+/// and relevant parts count as plain.
 fn rules_of<'a>(operation: &'static str, signals: &[&'a Signal]) -> Result<Option<&'a Signal>> {
     let mut found: Option<&Signal> = None;
     for signal in signals {
         match (&signal.lens, found.map(|one| &one.lens)) {
-            (Lens::Plain | Lens::Streams(_), _) => {}
+            (Lens::Plain | Lens::Streams(_) | Lens::Contextual(_), _) => {}
             (_, None) => found = Some(signal),
             (Lens::Relevance(_), Some(Lens::Relevance(_)))
-            | (Lens::Meter(..), Some(Lens::Meter(..))) => {}
+            | (Lens::Meter(..), Some(Lens::Meter(..)))
+            | (Lens::Rounded(_), Some(Lens::Rounded(_))) => {}
             (right, Some(left)) => {
                 return Err(Error::LensMismatch {
                     operation,
@@ -98,6 +104,12 @@ impl Signal {
 
     /// `x Wᵀ + b` along the last dimension.
     pub fn linear(&self, layer: &Linear) -> Result<Self> {
+        if let Lens::Relevance(rules) = &self.lens {
+            return Ok(self.carry(rules.linear(&self.value, layer)?));
+        }
+        if let Lens::Contextual(parts) = &self.lens {
+            return self.contextual_linear(parts, layer, true);
+        }
         let value = layer.apply(&self.value)?;
         self.count_linear(layer, &value);
         Ok(match &self.lens {
@@ -105,8 +117,7 @@ impl Signal {
                 let streams = streams.linear(&self.value, layer)?;
                 Self::carry_streams(value, streams)
             }
-            Lens::Relevance(rules) => self.carry(rules.linear_output(value)?),
-            _ => self.carry(value),
+            _ => self.computed(value)?,
         })
     }
 
@@ -120,6 +131,7 @@ impl Signal {
                 let streams = streams.linear_deferred(&self.value, layer)?;
                 Ok(Self::carry_streams(value, streams))
             }
+            Lens::Contextual(parts) => self.contextual_linear(parts, layer, false),
             _ => self.linear(layer),
         }
     }
@@ -133,6 +145,7 @@ impl Signal {
                 let streams = streams.linear_output(&self.value, layer, &value)?;
                 Ok(Self::carry_streams(value, streams))
             }
+            Lens::Contextual(parts) => self.contextual_output(parts, layer),
             _ => self.linear(layer),
         }
     }
@@ -146,6 +159,7 @@ impl Signal {
                 let streams = streams.linear_scores(&self.value, layer)?;
                 Ok(Self::carry_streams(value, streams))
             }
+            Lens::Contextual(parts) => self.contextual_linear(parts, layer, false),
             _ => self.linear(layer),
         }
     }
@@ -158,11 +172,13 @@ impl Signal {
         }
     }
 
-    /// What feeds attention scores only. Streams are frozen there, so it is the value alone;
-    /// under value-only relevance it is detached; otherwise the signal itself.
+    /// What feeds attention scores only. Streams are frozen there, so it is the value alone, and
+    /// so are relevant parts unless attention is split; under value-only relevance it is
+    /// detached; otherwise the signal itself.
     pub fn for_scores(&self) -> Self {
         match &self.lens {
             Lens::Streams(_) => Self::from(self.value.clone()),
+            Lens::Contextual(parts) => self.contextual_scores(parts),
             Lens::Relevance(rules) if rules.attention == AttentionRule::Detach => {
                 self.carry(self.value.detach())
             }
@@ -172,12 +188,19 @@ impl Signal {
 
     /// Sum; shapes broadcast.
     pub fn add(&self, other: &Self) -> Result<Self> {
+        let pair = pair("add", self, other)?;
+        if let Pair::Rules(one) = &pair
+            && let Lens::Relevance(rules) = &one.lens
+        {
+            return Ok(one.carry(rules.add(self, other)?));
+        }
         let value = add(&self.value, &other.value)?;
-        match pair("add", self, other)? {
+        match pair {
             Pair::Plain => Ok(Self::from(value)),
+            Pair::Contextual => self.contextual_sum(other, value),
             Pair::Rules(one) => {
                 one.count(1, &[&self.value, &other.value], &value);
-                Ok(one.carry(value))
+                one.computed(value)
             }
             Pair::StreamsLeft(streams) => {
                 let streams = streams.add_constant(&self.value, &other.value, value.dims())?;
@@ -199,11 +222,17 @@ impl Signal {
 
     /// Adds a tensor that is no signal, such as a table of positions.
     pub fn add_constant(&self, constant: &Tensor) -> Result<Self> {
+        if let Lens::Contextual(parts) = &self.lens {
+            return self.contextual_shift(parts, constant, add(&self.value, constant)?);
+        }
         self.add(&Self::from(constant.clone()))
     }
 
     /// Multiplies by a number.
     pub fn scale(&self, factor: f64) -> Result<Self> {
+        if let Lens::Relevance(rules) = &self.lens {
+            return Ok(self.carry(rules.scale(&self.value, factor)?));
+        }
         let value = tensor(&self.value * factor)?;
         self.count(1, &[&self.value], &value);
         match &self.lens {
@@ -211,12 +240,19 @@ impl Signal {
                 let streams = streams.scale(&self.value, factor)?;
                 Ok(Self::carry_streams(value, streams))
             }
-            _ => Ok(self.carry(value)),
+            Lens::Contextual(parts) => {
+                let parts = parts.with(tensor(parts.relevant() * factor)?);
+                Ok(Self::from(value).with_contextual(parts))
+            }
+            _ => self.computed(value),
         }
     }
 
     /// Multiplies by a tensor that is no signal; shapes broadcast to this signal's.
     pub fn multiply_constant(&self, constant: &Tensor) -> Result<Self> {
+        if let Lens::Relevance(rules) = &self.lens {
+            return Ok(self.carry(rules.multiply_constant(&self.value, constant)?));
+        }
         let value = tensor(self.value.broadcast_mul(constant))?;
         self.count(1, &[&self.value, constant], &value);
         match &self.lens {
@@ -224,7 +260,8 @@ impl Signal {
                 let streams = streams.multiply_constant(&self.value, constant, value.dims())?;
                 Ok(Self::carry_streams(value, streams))
             }
-            _ => Ok(self.carry(value)),
+            Lens::Contextual(parts) => Self::contextual_multiple(parts, constant, value),
+            _ => self.computed(value),
         }
     }
 
@@ -233,16 +270,14 @@ impl Signal {
         let plain = || tensor(self.value.broadcast_mul(&gate.value));
         match pair("gate", self, gate)? {
             Pair::Plain => Ok(Self::from(plain()?)),
+            Pair::Contextual => self.contextual_product(gate, plain()?),
             Pair::Rules(one) => {
-                let value = match (&self.lens, &gate.lens) {
-                    (Lens::Relevance(rules), Lens::Relevance(_)) => {
-                        let (a, b) = rules.product(&self.value, &gate.value)?;
-                        tensor(a.broadcast_mul(&b))?
-                    }
+                let value = match &one.lens {
+                    Lens::Relevance(rules) => rules.gate(self, gate)?,
                     _ => plain()?,
                 };
                 one.count(1, &[&self.value, &gate.value], &value);
-                Ok(one.carry(value))
+                one.computed(value)
             }
             Pair::StreamsLeft(streams) => {
                 let value = plain()?;
@@ -268,6 +303,7 @@ impl Signal {
     pub fn activate(&self, activation: Activation) -> Result<Self> {
         match &self.lens {
             Lens::Relevance(rules) => Ok(self.carry(rules.activate(&self.value, activation)?)),
+            Lens::Contextual(parts) => self.contextual_activation(parts, activation),
             Lens::Streams(streams) => {
                 let streams = streams.activate(&self.value, activation)?;
                 Ok(Self::carry_streams(
@@ -278,7 +314,7 @@ impl Signal {
             _ => {
                 let value = activate(&self.value, activation)?;
                 self.count(1, &[&self.value], &value);
-                Ok(self.carry(value))
+                self.computed(value)
             }
         }
     }
@@ -294,6 +330,7 @@ impl Signal {
             Lens::Relevance(rules) => {
                 Ok(self.carry(rules.layer_norm(&self.value, weight, bias, epsilon)?))
             }
+            Lens::Contextual(parts) => self.contextual_norm(parts, true, weight, bias, epsilon),
             Lens::Streams(streams) => {
                 let streams = streams.norm(&self.value, true, weight, bias, epsilon)?;
                 Ok(Self::carry_streams(
@@ -304,7 +341,7 @@ impl Signal {
             _ => {
                 let value = layer_norm(&self.value, weight, bias, epsilon)?;
                 self.count(8, &[&self.value], &value);
-                Ok(self.carry(value))
+                self.computed(value)
             }
         }
     }
@@ -315,6 +352,7 @@ impl Signal {
             Lens::Relevance(rules) => {
                 Ok(self.carry(rules.rms_norm(&self.value, weight, epsilon)?))
             }
+            Lens::Contextual(parts) => self.contextual_norm(parts, false, weight, None, epsilon),
             Lens::Streams(streams) => {
                 let streams = streams.norm(&self.value, false, weight, None, epsilon)?;
                 Ok(Self::carry_streams(
@@ -325,7 +363,7 @@ impl Signal {
             _ => {
                 let value = rms_norm(&self.value, weight, epsilon)?;
                 self.count(5, &[&self.value], &value);
-                Ok(self.carry(value))
+                self.computed(value)
             }
         }
     }
@@ -339,12 +377,25 @@ impl Signal {
             let weights = naive::attention_weights(&q.value, &k.value, options)?;
             return self.mix(&weights);
         }
+        if let Lens::Contextual(parts) = &self.lens {
+            let (heads, groups) = (tensor(q.value.dim(1))?, tensor(self.value.dim(1))?);
+            let merged = self.merge_heads()?;
+            let parts = merged.contextual().unwrap_or(parts);
+            let (q, k) = (q.merge_heads()?, k.merge_heads()?);
+            let mixed = merged.contextual_attention(parts, &q, &k, [heads, groups], options)?;
+            return mixed.split_heads(heads);
+        }
         // Streams on queries and keys alone have nothing to say: the weights are frozen.
         let joined = rules_of("attend", &[self, q, k])?.unwrap_or(self);
         match &joined.lens {
             Lens::Relevance(rules) => {
                 let value = rules.attention(&q.value, &k.value, &self.value, options)?;
                 Ok(joined.carry(value))
+            }
+            Lens::Rounded(_) => {
+                let q = joined.carry(q.value.clone());
+                let weights = q.attention_weights(k, options)?;
+                joined.computed(self.mix(&weights.value)?.value)
             }
             _ => {
                 let value = attention(&q.value, &k.value, &self.value, options)?;
@@ -368,8 +419,13 @@ impl Signal {
         groups: usize,
         options: &AttentionOptions,
     ) -> Result<Self> {
+        if let Lens::Contextual(parts) = &self.lens {
+            return self.contextual_attention(parts, q, k, [heads, groups], options);
+        }
         let joined = rules_of("attend_merged", &[self, q, k])?.unwrap_or(self);
-        if matches!(self.lens, Lens::Streams(_)) || matches!(joined.lens, Lens::Relevance(_)) {
+        if matches!(self.lens, Lens::Streams(_))
+            || matches!(joined.lens, Lens::Relevance(_) | Lens::Rounded(_))
+        {
             let (q, k) = (q.split_heads(heads)?, k.split_heads(groups)?);
             let mixed = self.split_heads(groups)?.attend(&q, &k, options)?;
             return mixed.merge_heads();
@@ -381,33 +437,42 @@ impl Signal {
         Ok(joined.carry(value))
     }
 
-    /// Queries, keys and values as [`Signal::attend`] would use them, this signal being the
-    /// values: for those who compute the weights themselves and then [`Signal::mix`]. Under
-    /// relevance each has its share of the gradient; otherwise they are as they were.
-    pub fn share_attention(&self, q: &Self, k: &Self) -> Result<(Self, Self, Self)> {
-        let unchanged = || (q.clone(), k.clone(), self.clone());
-        if let Lens::Streams(_) = &self.lens {
-            return Ok(unchanged());
-        }
-        match rules_of("share_attention", &[self, q, k])? {
-            Some(joined) => match &joined.lens {
-                Lens::Relevance(rules) => {
-                    let (q, k, v) = rules.share_attention(&q.value, &k.value, &self.value)?;
-                    Ok((joined.carry(q), joined.carry(k), joined.carry(v)))
-                }
-                _ => Ok(unchanged()),
-            },
-            None => Ok(unchanged()),
+    /// The weights `[batch, heads, query, key]` by which [`Signal::attend`] would mix, this signal
+    /// being the queries: for those who look at them before [`Signal::mix_by`].
+    ///
+    /// Under relevance they have relevance of their own, and rounding rounds them. They are
+    /// constants to streams, and the meter counts them with the mixing.
+    pub fn attention_weights(&self, k: &Self, options: &AttentionOptions) -> Result<Self> {
+        let joined = rules_of("attention_weights", &[self, k])?.unwrap_or(self);
+        let (q, k) = (&self.value, &k.value);
+        Ok(match &joined.lens {
+            Lens::Relevance(rules) => joined.carry(rules.attention_weights(q, k, options)?),
+            Lens::Rounded(rounding) => Self::from(rounding.attention_weights(q, k, options)?),
+            _ => Self::from(naive::attention_weights(q, k, options)?),
+        })
+    }
+
+    /// Mixes this signal's positions by weights `[batch, heads, query, key]`, which share in the
+    /// relevance when they have that lens.
+    pub fn mix_by(&self, weights: &Self) -> Result<Self> {
+        match &weights.lens {
+            Lens::Relevance(rules) => {
+                let joined = rules_of("mix_by", &[self, weights])?.unwrap_or(weights);
+                Ok(joined.carry(rules.mix(&weights.value, &self.value)?))
+            }
+            _ => self.mix(&weights.value),
         }
     }
 
     /// Mixes this signal's positions by ready weights `[batch, heads, query, key]`.
     pub fn mix(&self, weights: &Tensor) -> Result<Self> {
         let heads = tensor(weights.dim(1))?;
-        let spread = tensor(naive::repeat_groups(&self.value, heads)?.contiguous())?;
-        let value = tensor(weights.matmul(&spread))?;
+        let value = self.mapped_value(|value| {
+            let spread = tensor(naive::repeat_groups(value, heads)?.contiguous())?;
+            tensor(weights.matmul(&spread))
+        })?;
         if let Some(meter) = self.meter() {
-            let keys = spread.dims()[2] as u64;
+            let keys = tensor(self.value.dim(2))? as u64;
             meter.count(
                 2 * keys * value.elem_count() as u64,
                 bytes_of(weights) + bytes_of(&self.value) + bytes_of(&value),
@@ -417,7 +482,11 @@ impl Signal {
             Lens::Streams(streams) => {
                 Self::carry_streams(value, streams.mix(&self.value, weights)?)
             }
-            _ => self.carry(value),
+            Lens::Contextual(parts) => {
+                let parts = parts.mix(weights, &value)?;
+                Self::from(value).with_contextual(parts)
+            }
+            _ => self.computed(value)?,
         })
     }
 
@@ -430,9 +499,19 @@ impl Signal {
                 advice: "take the scores with `for_scores`, which freezes them",
             });
         }
-        let value = softmax(&self.value, mask)?;
+        if let Lens::Contextual(_) = &self.lens {
+            return Err(Error::Undefined {
+                lens: "contextual",
+                operation: "softmax",
+                advice: "take the scores with `for_selection`, which freezes them",
+            });
+        }
+        let value = match &self.lens {
+            Lens::Relevance(rules) => rules.softmax(&self.value, mask)?,
+            _ => softmax(&self.value, mask)?,
+        };
         self.count(5, &[&self.value], &value);
-        Ok(self.carry(value))
+        self.computed(value)
     }
 
     /// Rotates pairs of features of heads that lie side by side, `[batch, length, heads · width]`,
@@ -444,7 +523,7 @@ impl Signal {
         sin: &Tensor,
         pairs: RotaryPairs,
     ) -> Result<Self> {
-        let value = merged_rotary(&self.value, heads, cos, sin, pairs)?;
+        let value = self.mapped_value(|value| Ok(merged_rotary(value, heads, cos, sin, pairs)?))?;
         self.count(3, &[&self.value], &value);
         // A rotation mixes the features of a head, so streams over positions keep their axis.
         let rotate = |t: &Tensor, shift: usize| -> Result<Tensor> {
@@ -461,6 +540,9 @@ impl Signal {
     /// Recurrence `h_t = a_t h_{t-1} + x_t` along dimension 1, this signal being `x`. Under
     /// streams and relevance the decay is a constant.
     pub fn scan(&self, decay: &Self) -> Result<Self> {
+        if let (Lens::Contextual(_), _) | (_, Lens::Contextual(_)) = (&self.lens, &decay.lens) {
+            return Self::contextual_recurrence("scan");
+        }
         let joined = match &self.lens {
             Lens::Streams(_) => self,
             _ => rules_of("scan", &[self, decay])?.unwrap_or(self),
@@ -469,7 +551,7 @@ impl Signal {
             Lens::Relevance(_) => decay.value.detach(),
             _ => decay.value.clone(),
         };
-        let value = linear_scan(&frozen, &self.value, None)?;
+        let value = self.mapped_value(|value| Ok(linear_scan(&frozen, value, None)?))?;
         joined.count(2, &[&self.value, &frozen], &value);
         let scan = |t: &Tensor, shift: usize| -> Result<Tensor> {
             if shift == 0 {
@@ -488,7 +570,8 @@ impl Signal {
     /// present: `[batch, channels, length]` with `kernel` `[channels, taps]`, then `bias`
     /// `[channels]`.
     pub fn depthwise_convolution(&self, kernel: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
-        let value = causal_depthwise_convolution(&self.value, kernel, None)?;
+        let value =
+            self.mapped_value(|value| Ok(causal_depthwise_convolution(value, kernel, None)?))?;
         let taps = tensor(kernel.dim(1))? as u64;
         self.count(2 * taps, &[&self.value, kernel], &value);
         let convolve = |t: &Tensor, shift: usize| -> Result<Tensor> {

@@ -10,7 +10,7 @@
 
 use crate::error::tensor;
 use crate::meter::bytes_of;
-use crate::relevance::AttentionRule;
+use crate::relevance::{AttentionRule, Form};
 use crate::streams::Change;
 use crate::{Error, Lens, Result, Signal};
 use lapidary_kernels::{Activation, Tensor, activate, linear_scan};
@@ -106,12 +106,15 @@ impl Signal {
     /// What feeds the selective weights of a recurrence, or the router of a mixture: how the
     /// tokens are treated, not what they carry.
     ///
-    /// Under the streams lens it is the value alone, and under relevance it is detached (Jafari
-    /// et al., MambaLRP, arXiv 2406.07592) unless attention's rule is the gradient.
+    /// Under the streams and contextual lenses it is the value alone, and under relevance it is detached (Jafari
+    /// et al., MambaLRP, arXiv 2406.07592) unless attention's rule is the gradient of a modified
+    /// gradient.
     pub fn for_selection(&self) -> Self {
         match &self.lens {
-            Lens::Streams(_) => Self::from(self.value.clone()),
-            Lens::Relevance(rules) if rules.attention != AttentionRule::Gradient => {
+            Lens::Streams(_) | Lens::Contextual(_) => Self::from(self.value.clone()),
+            Lens::Relevance(rules)
+                if rules.attention != AttentionRule::Gradient || rules.form == Form::Explicit =>
+            {
                 self.carry(self.value.detach())
             }
             _ => self.clone(),
@@ -124,12 +127,22 @@ impl Signal {
     /// Under the streams lens an initial state is a constant, shared like a bias. States are
     /// held for a few positions at a time, unless the backward pass needs them.
     pub fn selective_scan(&self, scan: &SelectiveScan) -> Result<(Self, Tensor)> {
+        if let Lens::Contextual(_) = &self.lens {
+            return Self::contextual_recurrence("selective_scan");
+        }
         scan.check(&self.value)?;
         let initial = scan.initial.as_ref();
         let Lens::Streams(_) = &self.lens else {
-            let (value, state) = scan.run_one(&self.value, initial)?;
+            let mut state = None;
+            let value = self.mapped_value(|value| {
+                let (value, last) = scan.run_one(value, initial)?;
+                state = Some(last);
+                Ok(value)
+            })?;
+            let state =
+                state.ok_or_else(|| Error::invalid("outputs of the recurrence", "none", "one"))?;
             self.count_scan(scan, &value);
-            return Ok((self.carry(value), state));
+            return Ok((self.computed(value)?, state));
         };
         let (value, mut state) = scan.run_one(&self.value, None)?;
         let each = |t: &Tensor, shift: usize| -> Result<Tensor> {

@@ -20,7 +20,11 @@ impl Signal {
             Lens::Streams(streams) => {
                 Self::carry_streams(value, streams.map(x, change, map, axis)?)
             }
-            _ => self.carry(value),
+            Lens::Contextual(parts) => {
+                let parts = parts.with(map(parts.relevant(), 1)?);
+                Self::from(value).with_contextual(parts)
+            }
+            _ => self.computed(value)?,
         })
     }
 
@@ -32,7 +36,27 @@ impl Signal {
         map: &dyn Fn(&Tensor, usize) -> Result<Tensor>,
         axis: impl Fn(usize) -> Option<usize>,
     ) -> Result<Self> {
-        let value = map(&self.value, 0)?;
+        self.moved_as(map(&self.value, 0)?, flops_per_element, map, axis)
+    }
+
+    /// As [`Signal::moved`], for elements that are weighted or added up on the way.
+    fn summed(
+        &self,
+        flops_per_element: u64,
+        map: &dyn Fn(&Tensor, usize) -> Result<Tensor>,
+        axis: impl Fn(usize) -> Option<usize>,
+    ) -> Result<Self> {
+        let value = self.mapped_value(|value| map(value, 0))?;
+        self.moved_as(value, flops_per_element, map, axis)
+    }
+
+    fn moved_as(
+        &self,
+        value: Tensor,
+        flops_per_element: u64,
+        map: &dyn Fn(&Tensor, usize) -> Result<Tensor>,
+        axis: impl Fn(usize) -> Option<usize>,
+    ) -> Result<Self> {
         if let Lens::Meter(meter, _) = &self.lens {
             let flops = flops_per_element * self.value.elem_count() as u64;
             meter.count(flops, bytes_of(&self.value) + bytes_of(&value));
@@ -49,7 +73,9 @@ impl Signal {
     ) -> Result<Self> {
         let value = map(&self.value, 0)?;
         match &self.lens {
-            Lens::Streams(_) => self.linear_map(&self.value, value, change, map, axis),
+            Lens::Streams(_) | Lens::Contextual(_) => {
+                self.linear_map(&self.value, value, change, map, axis)
+            }
             _ => Ok(self.carry_view(value)),
         }
     }
@@ -137,7 +163,7 @@ impl Signal {
 
     /// Zeros of length `length` along `dim`, with this signal's entries added at `indices`.
     pub fn place(&self, dim: usize, indices: &Tensor, length: usize) -> Result<Self> {
-        self.moved(
+        self.summed(
             0,
             &|t, shift| {
                 let mut shape = t.dims().to_vec();
@@ -190,6 +216,7 @@ impl Signal {
                 let streams = streams.broadcast(&self.value, shape)?;
                 Ok(Self::carry_streams(value, streams))
             }
+            Lens::Contextual(parts) => Self::contextual_broadcast(parts, value),
             _ => Ok(self.carry_view(value)),
         }
     }
@@ -203,7 +230,7 @@ impl Signal {
             let streams = streams.pool(&self.value, &weights)?;
             return Ok(Self::carry_streams(value, streams));
         }
-        self.moved(1, &|t, shift| tensor(t.mean(dim + shift)), |axis| {
+        self.summed(1, &|t, shift| tensor(t.mean(dim + shift)), |axis| {
             (axis != dim).then_some(if axis > dim { axis - 1 } else { axis })
         })
     }
@@ -211,7 +238,7 @@ impl Signal {
     /// Sum over the last dimension, which goes.
     pub fn sum_last(&self) -> Result<Self> {
         let last = self.dims().len().saturating_sub(1);
-        self.moved(1, &|t, _| tensor(t.sum(D::Minus1)), |axis| {
+        self.summed(1, &|t, _| tensor(t.sum(D::Minus1)), |axis| {
             (axis != last).then_some(axis)
         })
     }
@@ -227,7 +254,7 @@ impl Signal {
             let streams = streams.pool(&self.value, &tensor(weights.squeeze(2))?)?;
             return Ok(Self::carry_streams(value, streams));
         }
-        self.moved(
+        self.summed(
             2,
             &|t, shift| tensor(tensor(t.broadcast_mul(weights))?.sum(dim + shift)),
             |axis| (axis != dim).then_some(if axis > dim { axis - 1 } else { axis }),
@@ -259,10 +286,12 @@ impl Signal {
                 value,
                 lens: Lens::Relevance(rules.clone()),
             }),
+            Lens::Contextual(parts) => Self::contextual_concatenation(signals, parts, dim, value),
             Lens::Meter(meter, _) => {
                 meter.count(0, 2 * bytes_of(&value));
                 Ok(Self::from(value).into_metered(meter.clone()))
             }
+            Lens::Rounded(rounding) => Self::from(value).into_rounded(*rounding),
             Lens::Streams(space) => {
                 let mut parts = Vec::with_capacity(signals.len());
                 for signal in signals {

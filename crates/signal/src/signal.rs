@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use crate::contextual::Contextual;
 use crate::error::tensor;
 use crate::meter::{Live, Meter};
 use crate::relevance::RelevanceRules;
+use crate::rounding::Rounding;
 use crate::streams::{Partition, StreamRules, StreamSpace, Streams};
 use crate::{Error, Result};
 use lapidary_kernels::{DType, Device, Tensor, Var};
@@ -25,10 +27,14 @@ pub enum Lens {
     Plain,
     /// The value as a sum of contributions.
     Streams(Streams),
+    /// The value as a relevant part and the rest.
+    Contextual(Contextual),
     /// Rules that the backward pass follows instead of the derivative.
     Relevance(Arc<RelevanceRules>),
     /// A count of the work done.
     Meter(Arc<Meter>, Arc<Live>),
+    /// A format that every result is rounded to.
+    Rounded(Rounding),
 }
 
 impl Lens {
@@ -37,8 +43,10 @@ impl Lens {
         match self {
             Self::Plain => "plain",
             Self::Streams(_) => "streams",
+            Self::Contextual(_) => "contextual",
             Self::Relevance(_) => "relevance",
             Self::Meter(..) => "meter",
+            Self::Rounded(_) => "rounded",
         }
     }
 }
@@ -130,19 +138,13 @@ impl Signal {
         }
     }
 
-    /// Puts the relevance lens on. The value becomes a leaf whose gradient, times the value, is
-    /// its relevance; it is given back beside the signal.
+    /// Puts the relevance lens on. The value becomes a leaf, given back beside the signal; from
+    /// what a backward pass brings there, [`RelevanceRules::relevance`] makes its relevance.
     ///
     /// # Errors
-    /// When the rules' epsilon is negative or no number.
+    /// When the rules have a number out of range, or a modified gradient cannot carry them.
     pub fn into_relevance(self, rules: RelevanceRules) -> Result<(Self, Var)> {
-        if !(rules.epsilon.is_finite() && rules.epsilon >= 0.0) {
-            return Err(Error::invalid(
-                "epsilon of the relevance rules",
-                rules.epsilon,
-                "a number of at least 0",
-            ));
-        }
+        rules.validate()?;
         let leaf = tensor(Var::from_tensor(&self.value.detach()))?;
         let value = leaf.as_tensor().clone();
         Ok((
@@ -213,6 +215,8 @@ impl Signal {
             Lens::Relevance(rules) => Lens::Relevance(rules.clone()),
             Lens::Meter(meter, _) => Lens::Meter(meter.clone(), meter.hold(&value)),
             Lens::Streams(streams) => Lens::Streams(streams.clone()),
+            Lens::Rounded(rounding) => Lens::Rounded(*rounding),
+            Lens::Contextual(parts) => Lens::Contextual(parts.clone()),
         };
         Self { value, lens }
     }

@@ -47,9 +47,19 @@ impl SiteRecord {
         })
     }
 
-    /// `value ⊙ gradient` at this site.
+    /// Whether the site was tapped and a backward pass came by.
+    pub fn is_reached(&self, gradients: &GradStore) -> bool {
+        let tap = self.tap.as_ref();
+        tap.is_some_and(|tap| gradients.get(tap.as_tensor()).is_some())
+    }
+
+    /// Relevance at this site: what the lens says, and without one `value ⊙ gradient`.
     pub fn relevance(&self, gradients: &GradStore) -> Result<Tensor> {
-        tensor(self.signal.value().detach() * self.gradient(gradients)?)
+        let gradient = self.gradient(gradients)?;
+        match self.signal.relevance_rules() {
+            Some(rules) => rules.relevance(self.signal.value(), &gradient),
+            None => tensor(self.signal.value().detach() * gradient),
+        }
     }
 }
 

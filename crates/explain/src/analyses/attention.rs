@@ -127,6 +127,6 @@ pub fn report(question: &Question<'_>, names: &[String]) -> Result<Report> {
         notes: vec![format!("{} tokens", names.len())],
         tables: vec![table],
         maps,
-        plots: Vec::new(),
+        ..Report::default()
     })
 }

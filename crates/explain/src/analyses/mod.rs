@@ -4,7 +4,13 @@
 //! makes a [`Report`](crate::report::Report) of them, for people.
 
 pub mod attention;
+pub mod autoencoder;
 pub mod channels;
+pub mod circuit;
 pub mod clustering;
 pub mod energy;
+pub mod geometry;
+pub mod power_law;
+pub mod prefix_induction;
 pub(crate) mod random;
+pub mod squashing;

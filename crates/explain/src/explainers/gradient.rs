@@ -5,13 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::engine;
 use crate::explainer::Explainer;
+use crate::leaks::{self, Leak};
 use crate::target::number;
 use crate::{Error, Explanation, Options, Question, Result, Target, Unit};
-use lapidary_kernels::{D, DType, Tensor, Var};
+use lapidary_kernels::{D, DType, GradStore, Tensor, Var};
 use lapidary_model::{Input, Model, Output};
 use lapidary_signal::Trace;
 use lapidary_signal::relevance::{
-    ActivationRule, AttentionRule, NormRule, ProductRule, RelevanceRules,
+    ActivationRule, AttentionRule, Form, NormRule, ProductRule, RelevanceRules, Seed,
 };
 
 /// AttnLRP in the list of explainers.
@@ -26,6 +27,17 @@ pub(crate) const ATTNLRP: Explainer = Explainer {
     },
 };
 
+/// AttnLRP in its explicit form in the list of explainers.
+pub(crate) const ATTNLRP_EXPLICIT: Explainer = Explainer {
+    name: "attnlrp-explicit",
+    summary: "AttnLRP as printed, a stabiliser at every quotient",
+    explain: |question, targets, _| {
+        let rules = RelevanceRules::attention_aware().explicit();
+        times_gradient(ATTNLRP_EXPLICIT.name, question, targets, rules)
+    },
+    ..ATTNLRP
+};
+
 /// CP-LRP in the list of explainers.
 pub(crate) const CP_LRP: Explainer = Explainer {
     name: "cp-lrp",
@@ -35,6 +47,20 @@ pub(crate) const CP_LRP: Explainer = Explainer {
     explain: |question, targets, _| {
         times_gradient(CP_LRP.name, question, targets, RelevanceRules::value_only())
     },
+};
+
+/// CP-LRP in its explicit form in the list of explainers.
+pub(crate) const CP_LRP_EXPLICIT: Explainer = Explainer {
+    name: "cp-lrp-explicit",
+    summary: "CP-LRP as printed, a stabiliser at every quotient",
+    explain: |question, targets, _| {
+        let rules = RelevanceRules {
+            epsilon: 1e-6,
+            ..RelevanceRules::value_only().explicit()
+        };
+        times_gradient(CP_LRP_EXPLICIT.name, question, targets, rules)
+    },
+    ..CP_LRP
 };
 
 /// Gradient times input in the list of explainers.
@@ -120,18 +146,13 @@ fn times_gradient(
     targets: &[Target],
     rules: RelevanceRules,
 ) -> Result<Vec<Explanation>> {
-    let forward = Forward::new(question, rules, None)?;
+    let forward = Forward::with_leaks(question, rules)?;
     let explain = |target: &Target| {
-        let (explained, gradient) = forward.gradient(*target)?;
-        let scores = token_sums(&engine(forward.leaf.detach() * gradient)?)?;
-        let left_out = left_out(&rules);
-        Ok(Explanation::new(
-            name,
-            Unit::Token,
-            scores,
-            explained,
-            left_out,
-        ))
+        let found = forward.relevance(*target)?;
+        let scores = token_sums(&found.of_leaf)?;
+        let explanation =
+            Explanation::new(name, Unit::Token, scores, found.explained, left_out(&rules));
+        Ok(explanation.with_leaks(found.leaks))
     };
     targets.iter().map(explain).collect()
 }
@@ -174,6 +195,21 @@ fn along_the_way(
 pub(crate) struct Forward {
     pub(crate) leaf: Var,
     pub(crate) output: Output,
+    pub(crate) trace: Trace,
+    rules: RelevanceRules,
+    blocks: usize,
+}
+
+/// What one backward pass brings.
+pub(crate) struct Pulled {
+    /// The explained number.
+    pub(crate) explained: f64,
+    /// Relevance of the embeddings, `[batch, tokens, features]`.
+    pub(crate) of_leaf: Tensor,
+    /// What each part keeps; empty without [`Forward::with_leaks`].
+    pub(crate) leaks: Vec<Leak>,
+    /// For the sites that the trace taps.
+    pub(crate) gradients: GradStore,
 }
 
 impl Forward {
@@ -183,9 +219,25 @@ impl Forward {
         rules: RelevanceRules,
         fraction: Option<f64>,
     ) -> Result<Self> {
+        Self::through(question, rules, fraction, Trace::new())
+    }
+
+    /// Taps what the leaks are read from.
+    pub(crate) fn with_leaks(question: &Question<'_>, rules: RelevanceRules) -> Result<Self> {
+        let blocks = question.model.spec().expanded_blocks().len();
+        Self::through(question, rules, None, leaks::tap(Trace::new(), blocks)?)
+    }
+
+    /// As [`Forward::new`], with sites that `trace` names already.
+    pub(crate) fn through(
+        question: &Question<'_>,
+        rules: RelevanceRules,
+        fraction: Option<f64>,
+        trace: Trace,
+    ) -> Result<Self> {
         let slot: Arc<Mutex<Option<Var>>> = Arc::default();
         let kept = slot.clone();
-        let trace = Trace::new().replace("embeddings", move |_, signal| {
+        let trace = trace.replace("embeddings", move |_, signal| {
             let signal = match fraction {
                 Some(fraction) => signal.scale(fraction)?,
                 None => signal,
@@ -203,18 +255,55 @@ impl Forward {
             found: "embeddings never written".to_owned(),
             expected: "a model that writes embeddings".to_owned(),
         })?;
-        Ok(Self { leaf, output })
+        Ok(Self {
+            leaf,
+            output,
+            trace,
+            rules,
+            blocks: question.model.spec().expanded_blocks().len(),
+        })
     }
 
     /// The explained number, and its gradient at the leaf; zero where it does not depend on it.
     pub(crate) fn gradient(&self, target: Target) -> Result<(f64, Tensor)> {
+        let (explained, gradients) = self.backward(target)?;
+        Ok((explained, self.at_leaf(&gradients)?))
+    }
+
+    /// The explained number and its relevance.
+    pub(crate) fn relevance(&self, target: Target) -> Result<Pulled> {
+        let (explained, gradients) = self.backward(target)?;
+        let arrived = self.at_leaf(&gradients)?;
+        let seed = self.seed(target, explained)?;
+        Ok(Pulled {
+            explained,
+            of_leaf: self.rules.relevance(self.leaf.as_tensor(), &arrived)?,
+            leaks: leaks::leaks(&self.trace.records(), &gradients, self.blocks, seed)?,
+            gradients,
+        })
+    }
+
+    fn backward(&self, target: Target) -> Result<(f64, GradStore)> {
         let explained = target.number(&self.output)?;
-        let gradients = engine(explained.backward())?;
-        let gradient = match gradients.get(self.leaf.as_tensor()) {
-            Some(gradient) => gradient.clone(),
-            None => engine(self.leaf.zeros_like())?,
-        };
-        Ok((number(&explained)?, gradient))
+        Ok((number(&explained)?, engine(explained.backward())?))
+    }
+
+    /// The relevance of all outputs together.
+    fn seed(&self, target: Target, explained: f64) -> Result<f64> {
+        match self.rules.seed {
+            Seed::Value => Ok(explained),
+            Seed::One => {
+                let vector = target.vector(&self.output)?;
+                number(&engine(target.direction(vector.value())?.sum_all())?)
+            }
+        }
+    }
+
+    fn at_leaf(&self, gradients: &GradStore) -> Result<Tensor> {
+        match gradients.get(self.leaf.as_tensor()) {
+            Some(gradient) => Ok(gradient.clone()),
+            None => engine(self.leaf.zeros_like()),
+        }
     }
 }
 
@@ -248,8 +337,12 @@ fn left_out(rules: &RelevanceRules) -> Vec<String> {
         "what products count twice",
     );
     note(
-        rules.epsilon > 0.0,
+        rules.epsilon > 0.0 && rules.form == Form::ModifiedGradient,
         "what the epsilon of linear layers damps",
+    );
+    note(
+        rules.epsilon > 0.0 && rules.form == Form::Explicit,
+        "what the stabilisers of quotients damp",
     );
     left_out
 }

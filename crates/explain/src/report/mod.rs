@@ -1,9 +1,13 @@
-//! What an analysis finds: tables, maps and plots, as data. The command line prints them, writes
+//! What an analysis finds: tables, maps, plots and graphs, as data. The command line prints them, writes
 //! them as JSON, and draws them on a page.
 
+mod graph;
 mod plot;
+mod section;
 
+pub use graph::{Graph, GraphEdge, GraphNode};
 pub use plot::{Plot, Series};
+pub use section::{Section, TokenExample};
 
 use serde::Serialize;
 
@@ -110,6 +114,12 @@ pub struct Report {
     /// Lines.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub plots: Vec<Plot>,
+    /// One thing in detail each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sections: Vec<Section>,
+    /// Graphs.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub graphs: Vec<Graph>,
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use super::{Moments, OptimiserState, Parameter, Slot, restore, slots, state_of, update};
 use crate::simd::Real;
-use crate::{GradStore, Result};
+use crate::{Error, GradStore, Result, Tensor, Var};
 
 /// The constants of [`AdamW`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -77,10 +77,37 @@ impl AdamW {
         learning_rate: f64,
         gradient_scale: f64,
     ) -> Result<()> {
+        let gradient_of = |_, variable: &Var| gradients.get(variable);
+        self.step_by(gradient_of, learning_rate, gradient_scale)
+    }
+
+    /// As [`Self::step`], with one gradient for each parameter, in their order: for gradients
+    /// that no backward pass made.
+    ///
+    /// # Errors
+    /// When a gradient is missing, or has another shape or type than its parameter.
+    pub fn step_with(&mut self, gradients: &[Tensor], learning_rate: f64) -> Result<()> {
+        if gradients.len() != self.slots.len() {
+            return Err(Error::argument(
+                "AdamW",
+                "number of gradients",
+                gradients.len(),
+                format!("{}, one for each parameter", self.slots.len()),
+            ));
+        }
+        self.step_by(|index, _| gradients.get(index), learning_rate, 1.0)
+    }
+
+    fn step_by<'a>(
+        &mut self,
+        gradient_of: impl Fn(usize, &Var) -> Option<&'a Tensor>,
+        learning_rate: f64,
+        gradient_scale: f64,
+    ) -> Result<()> {
         self.step += 1;
-        for slot in &mut self.slots {
+        for (index, slot) in self.slots.iter_mut().enumerate() {
             let parameter = &slot.parameter;
-            let Some(gradient) = gradients.get(&parameter.variable) else {
+            let Some(gradient) = gradient_of(index, &parameter.variable) else {
                 continue;
             };
             let rule = Rule::new(
@@ -188,7 +215,7 @@ mod tests {
     use super::*;
     use crate::check::difference;
     use crate::test_data::arange;
-    use crate::{DType, Device, Tensor, Var};
+    use crate::{DType, Device};
 
     fn gradients(variables: &[Var], step: usize) -> GradStore {
         let mut loss = Tensor::zeros((), variables[0].dtype(), &Device::Cpu).unwrap();
@@ -281,6 +308,27 @@ mod tests {
         assert!(optimiser.load_state(&OptimiserState::default()).is_err());
         let integers = Var::from_tensor(&Tensor::new(&[1u32], &Device::Cpu).unwrap()).unwrap();
         assert!(AdamW::new(vec![integers], AdamWOptions::default()).is_err());
+    }
+
+    #[test]
+    fn gradients_by_hand_do_what_those_of_a_backward_pass_do() {
+        let by_store = variables(DType::F32);
+        let by_hand = variables(DType::F32);
+        let mut first = AdamW::new(by_store.clone(), AdamWOptions::default()).unwrap();
+        let mut second = AdamW::new(by_hand.clone(), AdamWOptions::default()).unwrap();
+        for step in 0..2 {
+            let store = gradients(&by_store, step);
+            let all: Vec<Tensor> = by_store
+                .iter()
+                .map(|variable| store.get(variable).unwrap().clone())
+                .collect();
+            first.step(&store, 0.01, 1.0).unwrap();
+            second.step_with(&all, 0.01).unwrap();
+            assert!(second.step_with(&all[1..], 0.01).is_err());
+        }
+        for (a, b) in by_store.iter().zip(&by_hand) {
+            assert_eq!(difference(a, b).unwrap(), 0.0);
+        }
     }
 
     #[test]

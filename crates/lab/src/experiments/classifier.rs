@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::error::engine;
 use crate::experiments::{number, numbers};
+use lapidary_explain::faithfulness::masking::most_likely;
 use lapidary_kernels::{
     AdamW, AdamWOptions, CrossEntropyOptions, Device, Parameter, SoftmaxMask, Tensor,
     cross_entropy, global_gradient_norm, softmax,
@@ -240,7 +241,7 @@ pub fn accuracy(model: &Model, examples: &[Labelled]) -> Result<f64> {
     let right = probabilities(model, &sequences)?
         .iter()
         .zip(examples)
-        .filter(|(said, example)| super::masking::most_likely(said) == example.label as usize)
+        .filter(|(said, example)| most_likely(said) == example.label as usize)
         .count();
     Ok(right as f64 / examples.len().max(1) as f64)
 }

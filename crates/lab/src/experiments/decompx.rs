@@ -5,12 +5,17 @@
 //! nothing new to it, and every method of explanation is held to the same masking metric.
 
 use super::classifier::{self, Course, Encoder, Labelled, Masking};
-use super::masking::{Curve, Masks, RATIOS, curve, most_likely};
 use super::polarity::{self, Sentence};
 use super::{after_training, mean, numbers};
 use crate::error::engine;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
-use lapidary_explain::{Target, decompx, gradient_times_input, integrated_gradients};
+use lapidary_explain::faithfulness::Summary;
+use lapidary_explain::faithfulness::masking::{
+    Curve, Example, Masks, Point, RATIOS, curve, most_likely,
+};
+use lapidary_explain::{
+    Options, Question, Target, decompx, explainer, gradient_times_input, integrated_gradients,
+};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Initialiser, Model, Output, Pass};
 use lapidary_signal::Trace;
@@ -27,32 +32,51 @@ enum Method {
     WithoutClassifier,
     IntegratedGradients,
     GradientTimesInput,
+    Alti,
+    GlobEnc,
     Rollout,
     Random,
 }
 
 impl Method {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 10] = [
         Self::DecompX,
         Self::WithoutBias,
         Self::WithoutFeedforward,
         Self::WithoutClassifier,
         Self::IntegratedGradients,
         Self::GradientTimesInput,
+        Self::Alti,
+        Self::GlobEnc,
         Self::Rollout,
         Self::Random,
     ];
 
     /// What DecompX is compared with, as opposed to parts of itself.
-    const OTHERS: [Self; 4] = [
+    const OTHERS: [Self; 6] = [
         Self::IntegratedGradients,
         Self::GradientTimesInput,
+        Self::Alti,
+        Self::GlobEnc,
+        Self::Rollout,
+        Self::Random,
+    ];
+
+    /// Those whose rationales a classifier is trained on anew; integrated gradients would take
+    /// longer than all others together.
+    const RETRAINED: [Self; 6] = [
+        Self::DecompX,
+        Self::GradientTimesInput,
+        Self::Alti,
+        Self::GlobEnc,
         Self::Rollout,
         Self::Random,
     ];
 
     fn name(self) -> &'static str {
         match self {
+            Self::Alti => "ALTI",
+            Self::GlobEnc => "GlobEnc",
             Self::DecompX => "DecompX",
             Self::WithoutBias => "DecompX without biases",
             Self::WithoutFeedforward => "DecompX without FFN",
@@ -71,6 +95,8 @@ struct Size {
     examples: usize,
     steps: u64,
     tests: usize,
+    /// Sentences whose rationales are trained on, and steps of that.
+    rationales: (usize, u64),
 }
 
 impl Size {
@@ -82,6 +108,7 @@ impl Size {
                 examples: 500,
                 steps: 20,
                 tests: 20,
+                rationales: (20, 5),
             },
             Scale::Small => Self {
                 seeds: 1,
@@ -89,6 +116,7 @@ impl Size {
                 examples: 20_000,
                 steps: 2000,
                 tests: 200,
+                rationales: (1000, 300),
             },
             Scale::Full => Self {
                 seeds: 3,
@@ -96,6 +124,7 @@ impl Size {
                 examples: 20_000,
                 steps: 6000,
                 tests: 1000,
+                rationales: (5000, 1000),
             },
         }
     }
@@ -110,6 +139,9 @@ struct Run {
     /// Share of polar words whose score has the sign of their effect, in the order of
     /// [`Method::ALL`]; meaningful for signed methods.
     agreement: Vec<f64>,
+    /// Accuracy of a classifier trained and tested on rationales, in the order of
+    /// [`Method::RETRAINED`].
+    predictive: Vec<f64>,
     /// Largest relative `|Σ_k S_k − value|` over sites and sentences.
     site_error: f64,
     /// Largest relative `|Σ scores − logit|` over sentences.
@@ -143,11 +175,14 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
                 &runs,
                 "Loss of the predicted class as tokens are masked",
                 "AOPC(r)",
-                |c| &c.drop,
+                |point| point.comprehensiveness,
             ),
-            plot(&runs, "Accuracy as tokens are masked", "accuracy", |c| {
-                &c.accuracy
-            }),
+            plot(
+                &runs,
+                "Accuracy as tokens are masked",
+                "accuracy",
+                |point| point.accuracy,
+            ),
         ],
         ..Reproduction::default()
     })
@@ -181,7 +216,73 @@ fn one_seed(size: &Size, seed: u64) -> Result<Run> {
             seed,
         },
     )?;
-    evaluate(&model, &tests, seed)
+    let (sentences, steps) = size.rationales;
+    let training = training.get(..sentences).unwrap_or(&training);
+    let predictive = predictive(&model, training, &tests, steps, seed)?;
+    Ok(Run {
+        predictive,
+        ..evaluate(&model, &tests, seed)?
+    })
+}
+
+/// Words of a sentence that its rationale keeps, in per cent.
+const RATIONALE: usize = 20;
+
+/// Predictive performance: for each of [`Method::RETRAINED`], the accuracy of a classifier that is
+/// trained and tested on rationales, which are the highest-scored words of each sentence.
+fn predictive(
+    model: &Model,
+    training: &[Sentence],
+    tests: &[Sentence],
+    steps: u64,
+    seed: u64,
+) -> Result<Vec<f64>> {
+    let mut generator = generator(seed ^ 0x7261_7469);
+    let mut of_method = |method: Method| -> Result<f64> {
+        let mut rationales = |sentences: &[Sentence]| {
+            let one = |sentence: &Sentence| rationale(method, model, sentence, &mut generator);
+            sentences.iter().map(one).collect::<Result<Vec<_>>>()
+        };
+        let (training, tests) = (rationales(training)?, rationales(tests)?);
+        let mut initial = Initialiser::new(seed, DType::F32, Device::Cpu);
+        let course = Course {
+            steps,
+            batch: 64,
+            rate: 1e-3,
+            masking: None,
+            seed,
+        };
+        let fresh = Model::trainable(model.spec().clone(), &mut initial)?;
+        classifier::accuracy(&classifier::train(&fresh, &training, &course)?, &tests)
+    };
+    Method::RETRAINED.into_iter().map(&mut of_method).collect()
+}
+
+/// The first token and the highest-scored words of a sentence, in their order.
+fn rationale(
+    method: Method,
+    model: &Model,
+    sentence: &Sentence,
+    generator: &mut Generator,
+) -> Result<Labelled> {
+    let predicted = classifier::probabilities(model, &[&sentence.tokens])?;
+    let class = predicted.first().map_or(0, |said| most_likely(said));
+    let scores = score(method, model, &sentence.tokens, class, generator)?;
+    let example = Example {
+        tokens: &sentence.tokens,
+        scores: &scores,
+        label: None,
+    };
+    let masks = Masks {
+        token: polarity::MASK,
+        is_special: &polarity::is_special,
+    };
+    let mut tokens = example.only_highest(RATIONALE, masks);
+    tokens.retain(|token| *token != polarity::MASK);
+    Ok(Labelled {
+        tokens,
+        label: sentence.label,
+    })
 }
 
 fn evaluate(model: &Model, tests: &[Sentence], seed: u64) -> Result<Run> {
@@ -193,7 +294,7 @@ fn evaluate(model: &Model, tests: &[Sentence], seed: u64) -> Result<Run> {
         .collect();
     let masks = Masks {
         token: polarity::MASK,
-        is_special: polarity::is_special,
+        is_special: &polarity::is_special,
     };
     let mut generator = generator(seed ^ 0x7a4d);
     let (mut curves, mut agreement) = (Vec::new(), Vec::new());
@@ -204,7 +305,16 @@ fn evaluate(model: &Model, tests: &[Sentence], seed: u64) -> Result<Run> {
             .map(|(test, class)| score(method, model, &test.tokens, *class, &mut generator))
             .collect::<Result<Vec<_>>>()?;
         let predict = |sequences: &[Vec<u32>]| classifier::probabilities(model, sequences);
-        curves.push(curve(&labelled, &scores, masks, predict)?);
+        let examples: Vec<Example<'_>> = labelled
+            .iter()
+            .zip(&scores)
+            .map(|(test, scores)| Example {
+                tokens: &test.tokens,
+                scores,
+                label: Some(test.label as usize),
+            })
+            .collect();
+        curves.push(curve(&examples, masks, &RATIOS, predict)?);
         agreement.push(sign_agreement(tests, &predicted, &scores));
     }
     let (mut site_error, mut logit_error) = (0f64, 0f64);
@@ -218,6 +328,7 @@ fn evaluate(model: &Model, tests: &[Sentence], seed: u64) -> Result<Run> {
     let accuracy = classifier::accuracy(model, &labelled)?;
     Ok(Run {
         accuracy,
+        predictive: Vec::new(),
         curves,
         agreement,
         site_error,
@@ -262,6 +373,16 @@ fn score(
             Ok(integrated_gradients(model, &input, None, target, 10)?.scores)
         }
         Method::GradientTimesInput => Ok(gradient_times_input(model, &input, None, target)?.scores),
+        Method::Alti | Method::GlobEnc => {
+            let name = if method == Method::Alti {
+                "alti"
+            } else {
+                "globenc"
+            };
+            let question = Question::new(model, &input);
+            let explanation = explainer(name)?.explain(&question, target, &Options::default())?;
+            Ok(explanation.scores)
+        }
         Method::Rollout => rollout(model, tokens),
         Method::Random => Ok(tokens.iter().map(|_| generator.random::<f64>()).collect()),
     }
@@ -349,9 +470,16 @@ fn agreement(runs: &[Run], method: Method) -> f64 {
     )
 }
 
+fn predictive_performance(runs: &[Run], method: Method) -> f64 {
+    let index = Method::RETRAINED.iter().position(|other| *other == method);
+    let of = |run: &Run| run.predictive.get(index?).copied();
+    mean(runs.iter().filter_map(of))
+}
+
 fn claims(scale: Scale, runs: &[Run]) -> Vec<Claim> {
-    let aopc = |method| average(runs, method, Curve::aopc);
-    let accuracy = |method| 100.0 * average(runs, method, Curve::mean_accuracy);
+    let predictive = |method| 100.0 * predictive_performance(runs, method);
+    let aopc = |method| average(runs, method, |curve| curve.aopc.mean);
+    let accuracy = |method| 100.0 * average(runs, method, |curve| curve.accuracy.mean);
     let listed = |methods: &[Method], of: &dyn Fn(Method) -> f64, digits: usize| -> String {
         let each = methods
             .iter()
@@ -397,6 +525,19 @@ fn claims(scale: Scale, runs: &[Run]) -> Vec<Claim> {
             ),
         ),
         Claim::new(
+            "a classifier trained on its rationales, a fifth of each sentence's words, is the \
+             most accurate",
+            "92.20 %; the next 88.30 (SST-2)",
+            listed(&Method::RETRAINED, &predictive, 1),
+            after_training(
+                scale,
+                Method::RETRAINED
+                    .iter()
+                    .skip(1)
+                    .all(|other| predictive(Method::DecompX) > predictive(*other)),
+            ),
+        ),
+        Claim::new(
             "its AOPC is at least 0.25 above random scores",
             "estimate for this task",
             format!("{over_random:+.3}"),
@@ -433,13 +574,13 @@ fn claims(scale: Scale, runs: &[Run]) -> Vec<Claim> {
     ]
 }
 
-fn plot(runs: &[Run], title: &str, y: &str, of: impl Fn(&Curve) -> &Vec<f64>) -> Plot {
+fn plot(runs: &[Run], title: &str, y: &str, of: impl Fn(&Point) -> Summary) -> Plot {
     let line = |method: Method| Series {
         name: method.name().to_owned(),
         points: (0..)
             .zip(RATIOS)
             .map(|(index, ratio)| {
-                let at = |curve: &Curve| of(curve).get(index).copied().unwrap_or(f64::NAN);
+                let at = |curve: &Curve| curve.points.get(index).map_or(f64::NAN, |p| of(p).mean);
                 (ratio as f64, average(runs, method, at))
             })
             .collect(),

@@ -1,16 +1,26 @@
 //! The experiments, one file for each system, and what several of them use.
 
+pub mod agreement;
+pub mod attributes;
+pub mod autoencoder;
 pub mod bigram;
+pub mod chefer;
 pub mod classifier;
+pub mod clip;
 pub mod clustering;
+pub mod contextual;
 pub mod decoder;
 pub mod decompx;
 pub mod energy;
 pub mod fwsvd;
+pub mod geometry;
+pub mod glyphs;
+pub mod grammar;
 pub mod introduction;
 pub mod logit_attribution;
-pub mod masking;
+pub mod mini_clip;
 pub mod polarity;
+pub mod squashing;
 pub mod talking_heads;
 pub mod topics;
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 use crate::cli::{Bench, Global};
 use crate::{loading, output};
 use anyhow::{Result, bail, ensure};
-use lapidary_explain::{Target, decompx};
+use lapidary_explain::{Options, Question, Target, explainer};
 use lapidary_kernels::{DType, Tensor};
 use lapidary_model::{
     AbsolutePosition, HeadSpec, Input, InputSpec, Model, ModelSpec, Pass, TokenInput,
@@ -199,8 +199,10 @@ fn explain(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
         HeadSpec::None | HeadSpec::Pooled { labels: None, .. } => Target::Representation,
         _ => Target::class(0),
     };
+    let method = explainer(&arguments.method)?;
+    let question = Question::new(&model, &input);
     timed(arguments, || {
-        decompx(&model, &input, None, target, Default::default())?;
+        method.explain(&question, target, &Options::default())?;
         Ok(())
     })
 }

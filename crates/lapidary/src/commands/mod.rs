@@ -3,6 +3,7 @@
 mod bench;
 mod compress;
 mod demo;
+mod diff;
 mod evaluate;
 pub mod explain;
 mod generate;
@@ -25,6 +26,7 @@ pub fn execute(arguments: Cli) -> Result<()> {
         Verb::Demo(arguments) => demo::run(arguments, &global),
         Verb::Run(arguments) => run::run(arguments, &global),
         Verb::Explain(arguments) => explain::run(arguments, &global),
+        Verb::Diff(arguments) => diff::run(arguments, &global),
         Verb::Inspect(arguments) => inspect::run(arguments, &global),
         Verb::Compress(arguments) => compress::run(arguments, &global),
         Verb::Evaluate(arguments) => evaluate::run(arguments, &global),

@@ -1,12 +1,16 @@
 //! `lapidary spec`: what a model is, as data.
 
 use crate::cli::{Global, Spec};
+use crate::commands::explain::Explained;
 use crate::{loading, output};
 use anyhow::Result;
 use lapidary_model::ModelSpec;
 use serde_json::{Map, Value};
 
 pub fn run(arguments: &Spec, global: &Global) -> Result<()> {
+    if arguments.explanation {
+        return output::print_json(&schemars::schema_for!(Explained));
+    }
     let Some(model) = &arguments.model else {
         return output::print_json(&schemars::schema_for!(ModelSpec));
     };

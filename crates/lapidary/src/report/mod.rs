@@ -1,47 +1,20 @@
 //! Pages that a browser shows without a network, and colours for the terminal.
 
 mod analysis;
+mod attention;
 mod coloured;
+mod explained;
+mod graph;
 mod page;
 
-pub use analysis::analysis_page;
+pub use analysis::{analysis_page, analysis_text, map};
 
 pub use coloured::Coloured;
+pub use explained::explanation_page;
 pub use page::{bar_chart, page, table};
 
-use crate::commands::explain::Explained;
 use lapidary_explain::{Explanation, Unit};
 use maud::{Markup, html};
-
-/// One explanation as a page.
-pub fn explanation_page(model: &str, explained: &Explained) -> String {
-    let body = html! {
-        section {
-            h2 { "What the model says" }
-            @if explained.predictions.is_empty() {
-                p { "This model has no scores; its representation is explained." }
-            } @else {
-                (bar_chart(
-                    &explained.predictions.iter().map(|p| p.name.clone()).collect::<Vec<_>>(),
-                    &explained.predictions.iter().map(|p| p.probability).collect::<Vec<_>>(),
-                    "probability",
-                ))
-            }
-        }
-        section {
-            h2 {
-                "Why " q { (explained.target.trim()) }
-                @if let Some(foil) = &explained.foil { " rather than " q { (foil.trim()) } }
-            }
-            (explanation(&explained.tokens, &explained.explanation))
-        }
-    };
-    page(
-        &format!("Explanation of {model}"),
-        &explained.explanation.method,
-        body,
-    )
-}
 
 /// Coloured tokens, bars, and the account.
 pub fn explanation(tokens: &[String], explanation: &Explanation) -> Markup {
@@ -67,12 +40,31 @@ pub fn account(explanation: &Explanation) -> Markup {
         p.account {
             "Score " b { (format!("{:.4}", account.explained)) }
             " = attributed " b { (format!("{:.4}", account.attributed)) }
+            @for (name, amount) in &account.elsewhere {
+                " + " (name) " " b { (format!("{amount:.4}")) }
+            }
             " + left out " b { (format!("{:.2e}", account.unattributed)) } "."
             @if let Some(error) = account.largest_site_error {
                 " Largest conservation error at any site " b { (format!("{error:.1e}")) } "."
             }
             @if !account.left_out.is_empty() {
                 " This method leaves out: " (account.left_out.join("; ")) "."
+            }
+        }
+        @if !account.leaks.is_empty() {
+            details {
+                summary { "Relevance that each part of the model keeps, from the output down" }
+                table {
+                    tr { th { "part" } th { "arrived" } th { "passed on" } th { "kept" } }
+                    @for leak in &account.leaks {
+                        tr {
+                            td { (leak.part) }
+                            td { (format!("{:.4}", leak.arrived)) }
+                            td { (format!("{:.4}", leak.passed)) }
+                            td { (format!("{:.4}", leak.lost())) }
+                        }
+                    }
+                }
             }
         }
     }

@@ -30,10 +30,22 @@ th:first-child, td:first-child { text-align: left; } th { color: var(--soft); fo
 .map .for { background: rgb(var(--for) / var(--strength)); }
 .map .against { background: rgb(var(--against) / var(--strength)); }
 .plot svg { background: #fff; border-radius: .4rem; } .plot svg text { fill: #22252b; }
+fieldset { border: 1px solid var(--line); border-radius: .5rem; margin: .3rem 0; }
+fieldset label { margin-right: 1rem; white-space: nowrap; } legend { color: var(--soft); }
+summary { cursor: pointer; color: var(--soft); }
+.layers { display: flex; flex-wrap: wrap; gap: 1.5rem; } .layer { display: flex; gap: .3rem; align-items: center; }
+.layer span { width: 1.6rem; color: var(--soft); font-size: .8rem; text-align: right; }
+.patterns button { padding: 0; border: 1px solid var(--line); border-radius: .2rem; background: none; cursor: pointer; }
+.patterns button[aria-pressed=true] { border-color: var(--ink); }
+.patterns canvas { width: 2.2rem; height: 2.2rem; image-rendering: pixelated; display: block; }
+.patterns canvas.large { width: 22rem; max-width: 80vw; height: auto; aspect-ratio: 1; border: 1px solid var(--line); }
+.patterns output { display: block; color: var(--soft); font-size: .9rem; min-height: 1.5em; max-width: 22rem; }
 .legend, .account { color: var(--soft); font-size: .9rem; }
 svg { width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 13px; }
 svg .for { fill: rgb(var(--for)); } svg .against { fill: rgb(var(--against)); }
 svg .axis { stroke: var(--line); }
+.graph line.for { stroke: rgb(var(--for)); } .graph line.against { stroke: rgb(var(--against)); }
+.graph rect { fill: var(--card); stroke: var(--soft); }
 ";
 
 /// A whole page around `body`.

@@ -21,7 +21,7 @@ use crate::parameters::Parameters;
 use crate::position::{Position, PositionSpec};
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
-use lapidary_kernels::{AttentionOptions, Tensor, naive};
+use lapidary_kernels::{AttentionOptions, Tensor};
 use lapidary_signal::{Lens, Linear, Signal};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -371,16 +371,15 @@ impl MultiHeadAttention {
             return Ok(v.attend_merged(q, k, heads, groups, options)?);
         }
         let (q, k) = (q.split_heads(heads)?, k.split_heads(groups)?);
-        let (q, k, v) = v.split_heads(groups)?.share_attention(&q, &k)?;
-        let weights = Signal::from(naive::attention_weights(q.value(), k.value(), options)?);
+        let v = v.split_heads(groups)?;
         let site = format_args!("{}.weights", self.path);
-        let weights = cx.trace.site(site, weights)?;
+        let weights = cx.trace.site(site, q.attention_weights(&k, options)?)?;
         let weights = dropout(&weights, self.spec.dropout, site, cx)?;
         if let Lens::Meter(..) = v.lens() {
             // Counted as if fused, so that looking at the weights doesn't change the cost.
             return Ok(v.attend(&q, &k, options)?.merge_heads()?);
         }
-        Ok(v.mix(weights.value())?.merge_heads()?)
+        Ok(v.mix_by(&weights)?.merge_heads()?)
     }
 
     /// Queries or keys `[batch, length, heads · width]`, normalised as the spec says: all heads

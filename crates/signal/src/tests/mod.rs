@@ -1,7 +1,10 @@
 //! What every operation promises under every lens.
 
+mod contextual;
+mod explicit;
 mod meter;
 mod relevance;
+mod rounding;
 mod streams;
 mod trace;
 

@@ -1,14 +1,20 @@
 use super::*;
-use crate::relevance::{
-    ActivationRule, AttentionRule, NormRule, ProductRule, RelevanceRules, relevance_of,
-};
+use crate::relevance::{LinearRule, RelevanceRules, relevance_of};
 
-fn all_rules() -> [RelevanceRules; 3] {
-    [
+fn all_rules() -> Vec<RelevanceRules> {
+    let modified = [
         RelevanceRules::attention_aware(),
         RelevanceRules::value_only(),
         RelevanceRules::gradient_times_input(),
-    ]
+    ];
+    let mut all = modified.to_vec();
+    all.extend(modified.map(RelevanceRules::explicit));
+    all.push(RelevanceRules::deep_taylor());
+    all.push(RelevanceRules {
+        linear: LinearRule::Gamma(0.25),
+        ..RelevanceRules::attention_aware().explicit()
+    });
+    all
 }
 
 /// Gradient at the input of `operation` under `rules`, the result contracted with fixed numbers.
@@ -228,10 +234,7 @@ fn an_impossible_epsilon_is_refused() {
     for epsilon in [-1.0, f64::NAN] {
         let rules = RelevanceRules {
             epsilon,
-            activation: ActivationRule::Gradient,
-            attention: AttentionRule::Gradient,
-            norm: NormRule::Gradient,
-            product: ProductRule::Gradient,
+            ..RelevanceRules::gradient_times_input()
         };
         let error = Signal::from(input())
             .into_relevance(rules)

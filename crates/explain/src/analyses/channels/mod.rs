@@ -108,6 +108,7 @@ pub fn report(
             Vec::new()
         },
         plots: Vec::new(),
+        ..Report::default()
     })
 }
 

@@ -117,6 +117,7 @@ pub fn report(question: &Question<'_>, generator: &mut impl Rng) -> Result<Repor
                 .map(|(name, layers)| series(name, layers))
                 .collect(),
         }],
+        ..Report::default()
     })
 }
 
@@ -277,6 +278,7 @@ pub fn particles_report(dynamics: &Dynamics, flow: Flow, ensemble: &Ensemble) ->
                     .collect(),
             },
         ],
+        ..Report::default()
     })
 }
 

@@ -117,5 +117,6 @@ pub fn report(
                 .map(|(name, sorted)| curve(name, sorted))
                 .collect(),
         }],
+        ..Report::default()
     })
 }

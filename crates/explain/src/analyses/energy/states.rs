@@ -239,7 +239,7 @@ pub fn loss(model: &Model, windows: &[Vec<u32>]) -> Result<f64> {
         let targets = engine(engine(ids.narrow(1, 1, length - 1))?.flatten_all())?;
         let logits = model.forward(&Input::tokens(inputs), Pass::default())?;
         let logits = engine(logits.into_logits()?.into_value().flatten(0, 1))?;
-        let loss = cross_entropy(&logits, &targets, CrossEntropyOptions::default())?;
+        let loss = cross_entropy(&logits, &targets, &CrossEntropyOptions::default())?;
         let here = engine(ids.dim(0))? as f64;
         sum += crate::target::number(&loss)? * here;
         rows += here;

@@ -162,7 +162,7 @@ fn text_loss(model: &Model, prompts: &[&Prompt]) -> Result<f64> {
         .flat_map(|p| p.tokens.iter().skip(1).copied())
         .collect();
     let targets = engine(Tensor::from_slice(&targets, targets.len(), logits.device()))?;
-    let loss = lapidary_kernels::cross_entropy(&logits, &targets, Default::default())?;
+    let loss = lapidary_kernels::cross_entropy(&logits, &targets, &Default::default())?;
     super::super::number(&loss)
 }
 

@@ -1,0 +1,313 @@
+//! The evaluation itself.
+
+use std::time::Instant;
+
+use super::Example;
+use crate::error::engine;
+use crate::explainer::Explainer;
+use crate::faithfulness::Summary;
+use crate::faithfulness::agreement::Agreement;
+use crate::faithfulness::masking::{self, Curve, Masks, RATIOS};
+use crate::report::{Cell, Report, Table};
+use crate::{Options, Question, Result, Target, Unit};
+use lapidary_kernels::{DType, Tensor};
+use lapidary_model::{HeadSpec, Input, Model, Pass};
+use serde::Serialize;
+
+/// What one method is worth on a data set.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct MethodRow {
+    /// Its name.
+    pub method: String,
+    /// Agreement with the evidence, in the order of [`Agreement::NAMES`].
+    pub agreement: Vec<Summary>,
+    /// What the model loses when tokens are hidden.
+    pub masking: Curve,
+    /// `|left out|` relative to `|explained|`.
+    pub left_out: Summary,
+    /// Seconds for one example.
+    pub seconds: Summary,
+    /// Why it could not be used, if so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
+}
+
+/// Every method over a data set.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Evaluation {
+    /// Examples of the data set.
+    pub examples: usize,
+    /// Those that the model gets right, which alone are scored: the score of the target is above
+    /// that of the foil, or without a foil above all others.
+    pub right: usize,
+    /// In the order of the methods asked for; those that score tokens.
+    pub rows: Vec<MethodRow>,
+}
+
+/// Sequences run at one time when tokens are hidden.
+const AT_ONCE: usize = 16;
+
+/// Scores `methods` on the examples that `model` gets right. Tokens are hidden by leaving them out
+/// of attention, which every model knows from padding; special tokens and the position that is
+/// explained stay.
+///
+/// `progress` is told the number of explanations done.
+///
+/// # Errors
+/// When the model fails on an example. A method that is not defined for the model is a row that
+/// says so.
+pub fn evaluate(
+    model: &Model,
+    examples: &[Example],
+    methods: &[&Explainer],
+    options: &Options,
+    mut progress: impl FnMut(usize),
+) -> Result<Evaluation> {
+    let mut right = Vec::new();
+    for example in examples {
+        if is_right(model, example)? {
+            right.push(example);
+        }
+    }
+    let mut evaluation = Evaluation {
+        examples: examples.len(),
+        right: right.len(),
+        rows: Vec::new(),
+    };
+    let mut done = 0;
+    for method in methods.iter().filter(|method| method.unit == Unit::Token) {
+        let mut tell = || {
+            done += 1;
+            progress(done);
+        };
+        let row = method_row(model, &right, method, options, &mut tell);
+        evaluation.rows.push(match row {
+            Ok(row) => row,
+            Err(error) => MethodRow {
+                method: method.name.to_owned(),
+                refused: Some(error.to_string()),
+                ..MethodRow::default()
+            },
+        });
+    }
+    Ok(evaluation)
+}
+
+fn input(model: &Model, example: &Example) -> Result<Input> {
+    let shape = (1, example.ids.len());
+    let ids = engine(Tensor::from_slice(&example.ids, shape, &model.device()))?;
+    Ok(Input::tokens(ids))
+}
+
+fn target(example: &Example) -> Target {
+    Target::Score {
+        class: example.target,
+        foil: example.foil,
+        position: example.position,
+    }
+}
+
+fn is_right(model: &Model, example: &Example) -> Result<bool> {
+    let output = model.forward(&input(model, example)?, Pass::default())?;
+    let scores = target(example).vector(&output)?.into_value();
+    let scores = engine(engine(scores.flatten_all())?.to_dtype(DType::F64))?;
+    let scores = engine(scores.to_vec1::<f64>())?;
+    // Checks that target and foil exist.
+    target(example).number(&output)?;
+    let of = |class: usize| scores.get(class).copied().unwrap_or(f64::NEG_INFINITY);
+    Ok(match example.foil {
+        Some(foil) => of(example.target) > of(foil),
+        None => masking::most_likely(&scores) == example.target,
+    })
+}
+
+fn method_row(
+    model: &Model,
+    examples: &[&Example],
+    method: &Explainer,
+    options: &Options,
+    tell: &mut dyn FnMut(),
+) -> Result<MethodRow> {
+    let (mut agreements, mut seconds, mut left_out) = (Vec::new(), Vec::new(), Vec::new());
+    let mut scores = Vec::with_capacity(examples.len());
+    for (index, example) in examples.iter().enumerate() {
+        let input = input(model, example)?;
+        let question = Question::new(model, &input);
+        // Methods that draw numbers draw others for each example.
+        let options = Options {
+            seed: options.seed.wrapping_add(index as u64),
+            ..*options
+        };
+        let started = Instant::now();
+        let explanation = method.explain(&question, target(example), &options)?;
+        seconds.push(started.elapsed().as_secs_f64());
+        let account = &explanation.account;
+        left_out.push(account.unattributed.abs() / account.explained.abs().max(f64::MIN_POSITIVE));
+        let mut of_tokens = explanation.scores;
+        of_tokens.truncate(example.ids.len());
+        if !example.evidence.is_empty() {
+            agreements.push(Agreement::of(&of_tokens, &example.evidence)?.values());
+        }
+        scores.push(of_tokens);
+        tell();
+    }
+    let measure = |index: usize| {
+        let values = agreements.iter().filter_map(|values| values.get(index));
+        Summary::of(values.copied())
+    };
+    Ok(MethodRow {
+        method: method.name.to_owned(),
+        agreement: (0..Agreement::NAMES.len()).map(measure).collect(),
+        masking: hide(model, examples, &scores)?,
+        left_out: Summary::of(left_out),
+        seconds: Summary::of(seconds),
+        refused: None,
+    })
+}
+
+/// A place of the concatenated examples stands for a token here, so that what is hidden can be
+/// told from what is there.
+const HIDDEN: u32 = u32::MAX;
+
+fn hide(model: &Model, examples: &[&Example], scores: &[Vec<f64>]) -> Result<Curve> {
+    // Start of each example among all places.
+    let mut starts = Vec::with_capacity(examples.len());
+    let mut places: Vec<(u32, bool)> = Vec::new();
+    for example in examples {
+        starts.push(places.len() as u32);
+        let explained = match model.spec().head {
+            HeadSpec::LanguageModel { .. } => {
+                Some(example.position.unwrap_or(example.ids.len() - 1))
+            }
+            _ => None,
+        };
+        let stays = |position| example.special.contains(&position) || explained == Some(position);
+        places.extend(
+            (0..)
+                .zip(&example.ids)
+                .map(|(position, id)| (*id, stays(position))),
+        );
+    }
+    let texts: Vec<Vec<u32>> = starts
+        .iter()
+        .zip(examples)
+        .map(|(start, example)| (*start..start + example.ids.len() as u32).collect())
+        .collect();
+    let of_place = |place: u32| places.get(place as usize).copied().unwrap_or((0, true));
+    let masks = Masks {
+        token: HIDDEN,
+        is_special: &|place| of_place(place).1,
+    };
+    let masked: Vec<masking::Example<'_>> = texts
+        .iter()
+        .zip(scores)
+        .map(|(tokens, scores)| masking::Example {
+            tokens,
+            scores,
+            label: None,
+        })
+        .collect();
+    let predict = |texts: &[Vec<u32>]| {
+        let mut all = Vec::with_capacity(texts.len());
+        for (texts, examples) in texts.chunks(AT_ONCE).zip(examples.chunks(AT_ONCE)) {
+            all.extend(probabilities(model, texts, examples)?);
+        }
+        Ok::<_, crate::Error>(all)
+    };
+    masking::curve(&masked, masks, &RATIOS, predict)
+}
+
+/// Probabilities of each example's answer while the hidden places of its text are padding.
+fn probabilities(
+    model: &Model,
+    texts: &[Vec<u32>],
+    examples: &[&Example],
+) -> Result<Vec<Vec<f64>>> {
+    let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
+    let (mut ids, mut keep) = (Vec::new(), Vec::new());
+    for (text, example) in texts.iter().zip(examples) {
+        for position in 0..longest {
+            ids.push(example.ids.get(position).copied().unwrap_or(0));
+            let kept = text.get(position).is_some_and(|place| *place != HIDDEN);
+            keep.push(u8::from(kept));
+        }
+    }
+    let shape = (texts.len(), longest);
+    let padding = engine(Tensor::from_vec(keep, shape, &model.device()))?;
+    let input = Input::tokens(engine(Tensor::from_vec(ids, shape, &model.device()))?);
+    let pass = Pass {
+        padding: Some(&padding),
+        ..Pass::default()
+    };
+    let logits = model.forward(&input, pass)?.into_logits()?.into_value();
+    let mut all = Vec::with_capacity(texts.len());
+    for (row, example) in examples.iter().enumerate() {
+        let scores = engine(logits.get(row))?;
+        let scores = match scores.rank() {
+            2 => engine(scores.get(example.position.unwrap_or(example.ids.len() - 1)))?,
+            _ => scores,
+        };
+        let scores = engine(engine(scores.to_dtype(DType::F64))?.to_vec1::<f64>())?;
+        all.push(softmax(&scores));
+    }
+    Ok(all)
+}
+
+fn softmax(scores: &[f64]) -> Vec<f64> {
+    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    weights.iter().map(|weight| weight / total).collect()
+}
+
+impl Evaluation {
+    /// The rows as tables, means with 95 % intervals.
+    pub fn report(&self, title: &str) -> Report {
+        let mut columns = vec!["method"];
+        columns.extend(Agreement::NAMES);
+        let mut agreement = Table::new("Agreement with the evidence", &columns);
+        let mut faithfulness = Table::new(
+            "Faithfulness and cost",
+            &[
+                "method",
+                "AOPC ↑",
+                "log-odds ↓",
+                "sufficiency ↓",
+                "left out / explained",
+                "seconds",
+            ],
+        );
+        let mut notes = vec![format!(
+            "{} examples, of which the model gets {} right ({:.1} %); those are scored; ± is a 95 % interval",
+            self.examples,
+            self.right,
+            100.0 * self.right as f64 / self.examples.max(1) as f64
+        )];
+        for row in &self.rows {
+            let name = Cell::from(row.method.as_str());
+            if let Some(reason) = &row.refused {
+                notes.push(format!("{} was left out: {reason}", row.method));
+                continue;
+            }
+            let of = |summary: &Summary| Cell::from(format!("{summary:.3}"));
+            if row.agreement.iter().any(|summary| summary.count > 0) {
+                agreement.push(std::iter::once(name.clone()).chain(row.agreement.iter().map(of)));
+            }
+            faithfulness.push([
+                name,
+                of(&row.masking.aopc),
+                of(&row.masking.log_odds),
+                of(&row.masking.sufficiency),
+                format!("{:.2e}", row.left_out.mean).into(),
+                format!("{:.2e}", row.seconds.mean).into(),
+            ]);
+        }
+        let tables = [agreement, faithfulness];
+        Report {
+            title: title.to_owned(),
+            notes,
+            tables: tables.into_iter().filter(|t| !t.rows.is_empty()).collect(),
+            ..Report::default()
+        }
+    }
+}

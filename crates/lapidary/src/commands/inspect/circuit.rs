@@ -1,0 +1,304 @@
+//! `lapidary inspect circuit`: which heads are behind an answer.
+
+use std::path::{Path, PathBuf};
+
+use crate::cli::Global;
+use crate::loading;
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, ValueEnum};
+use lapidary_explain::Target;
+use lapidary_explain::analyses::circuit::{Settings, judged_circuit, report};
+use lapidary_explain::contextual::{
+    Case, Means, Method, Metric, NodeScore, Outliers, Place, Search, against_closest, heads,
+    heads_by_position,
+};
+use lapidary_explain::report::Report;
+use lapidary_model::{HeadSpec, Input, Model, Package, Pass};
+use lapidary_signal::contextual::{AttentionSplit, ContextualRules};
+
+#[derive(Args, Debug)]
+pub struct Circuit {
+    /// A model directory, or `embedded`
+    pub model: String,
+    /// A prompt; may be given several times. The answer is what the model says
+    #[arg(long, required_unless_present = "dataset", conflicts_with = "dataset")]
+    pub text: Vec<String>,
+    /// CSV file with a prompt, its right answer and a wrong one in each row
+    #[arg(long, value_name = "FILE")]
+    pub dataset: Option<PathBuf>,
+    /// Names of the dataset's columns: prompt, answer, wrong answer
+    #[arg(
+        long,
+        value_delimiter = ',',
+        num_args = 3,
+        default_values = ["one_prefix_prefix", "one_prefix_word_good", "one_prefix_word_bad"]
+    )]
+    pub columns: Vec<String>,
+    /// Most prompts of the dataset
+    #[arg(long, default_value_t = 32)]
+    pub limit: usize,
+    /// The answer to every --text, by name or number, in place of what the model says
+    #[arg(long, conflicts_with = "dataset")]
+    pub target: Option<String>,
+    /// What the answer is contrasted with; the closest competitor when absent
+    #[arg(long, conflicts_with = "dataset", requires = "target")]
+    pub foil: Option<String>,
+    /// How contributions are found
+    #[arg(long, value_enum, default_value = "contextual")]
+    pub method: By,
+    /// Keep attention weights as they are, instead of following queries and keys
+    #[arg(long)]
+    pub frozen: bool,
+    /// Leave parts of opposite sign as they are
+    #[arg(long)]
+    pub unstable: bool,
+    /// Where heads are read in search of those before them
+    #[arg(long, value_delimiter = ',', default_value = "mixed")]
+    pub places: Vec<String>,
+    /// Heads to take in each round
+    #[arg(long, default_value_t = 2)]
+    pub top: usize,
+    /// Take those above so many standard deviations instead
+    #[arg(long, value_name = "K", conflicts_with = "top")]
+    pub deviations: Option<f64>,
+    /// Look at each head at each position; prompts must have the same length
+    #[arg(long)]
+    pub positions: bool,
+    /// Drop heads that the circuit is as faithful without
+    #[arg(long)]
+    pub prune: bool,
+    /// Measure differences of probabilities in place of scores
+    #[arg(long)]
+    pub probabilities: bool,
+    /// Random circuits of each size to compare with
+    #[arg(long, default_value_t = 10)]
+    pub draws: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum By {
+    /// Contextual decomposition
+    Contextual,
+    /// Path patching
+    PathPatching,
+}
+
+/// Most prompts, and most random circuits of a size.
+const MOST: usize = 100_000;
+
+pub fn run(arguments: &Circuit, global: &Global) -> Result<Report> {
+    ensure!(
+        (1..=MOST).contains(&arguments.limit) && (1..=MOST).contains(&arguments.draws),
+        "--limit and --draws must be between 1 and {MOST}"
+    );
+    let package = loading::package(&arguments.model, global)?;
+    let model = package.text_model()?;
+    let mut notes = Vec::new();
+    let cases = match &arguments.dataset {
+        Some(path) => from_dataset(arguments, path, &package, &mut notes)?,
+        None => from_texts(arguments, &package)?,
+    };
+    let inputs: Vec<&Input> = cases.iter().map(|case| &case.input).collect();
+    let length = common_length(&inputs);
+    // One prompt is its own mean.
+    let means = match length {
+        Some(_) if inputs.len() > 1 => Means::by_position(model, &inputs)?,
+        _ => Means::over_positions(model, &inputs)?,
+    };
+    notes.push(match length {
+        Some(_) if inputs.len() > 1 => "means over the prompts for each position".to_owned(),
+        _ => "means over the prompts and positions".to_owned(),
+    });
+    let candidates = match (arguments.positions, length) {
+        (false, _) => heads(model)?,
+        (true, Some(length)) => heads_by_position(model, length)?,
+        (true, None) => bail!("--positions needs prompts of the same length in tokens"),
+    };
+    let found = judged_circuit(
+        model,
+        &cases,
+        &means,
+        &candidates,
+        &settings(arguments, global)?,
+    )?;
+    notes.insert(
+        0,
+        format!("{} prompts, {} nodes", cases.len(), candidates.len()),
+    );
+    Ok(report(&found, notes))
+}
+
+fn settings(arguments: &Circuit, global: &Global) -> Result<Settings> {
+    let rules = ContextualRules {
+        attention: match arguments.frozen {
+            true => AttentionSplit::Frozen,
+            false => AttentionSplit::Split,
+        },
+        stabilise: !arguments.unstable,
+    };
+    let places = arguments.places.iter().map(|name| Place::from_name(name));
+    Ok(Settings {
+        method: match arguments.method {
+            By::Contextual => Method::Contextual(rules, NodeScore::Share),
+            By::PathPatching => Method::PathPatching,
+        },
+        search: Search {
+            places: places.collect::<Result<_, _>>()?,
+            outliers: match arguments.deviations {
+                Some(k) => Outliers::Deviations(k),
+                None => Outliers::Top(arguments.top),
+            },
+            ..Search::default()
+        },
+        metric: match arguments.probabilities {
+            true => Metric::ProbabilityDifference,
+            false => Metric::ScoreDifference,
+        },
+        prune: arguments.prune,
+        draws: arguments.draws,
+        seed: global.seed,
+    })
+}
+
+/// The length that all inputs have.
+fn common_length(inputs: &[&Input]) -> Option<usize> {
+    let length = |input: &Input| match input {
+        Input::Tokens { ids, .. } => ids.dims().get(1).copied(),
+        Input::Pixels(_) => None,
+    };
+    let first = length(inputs.first()?)?;
+    inputs
+        .iter()
+        .all(|input| length(input) == Some(first))
+        .then_some(first)
+}
+
+fn prompt(package: &Package, model: &Model, text: &str) -> Result<Input> {
+    let encoding = loading::encode(package, model, text)?;
+    let types = match &model.spec().input {
+        lapidary_model::InputSpec::Tokens(tokens) if tokens.token_types > 0 => {
+            Some(loading::row(&encoding.type_ids, model)?)
+        }
+        _ => None,
+    };
+    Ok(Input::Tokens {
+        ids: loading::row(&encoding.ids, model)?,
+        token_types: types,
+    })
+}
+
+/// The class or token of that name or number.
+fn class(package: &Package, model: &Model, what: &str, name: &str) -> Result<usize> {
+    if let Ok(number) = name.parse() {
+        return Ok(number);
+    }
+    if matches!(model.spec().head, HeadSpec::LanguageModel { .. }) {
+        return Ok(loading::single_token(package, what, name)? as usize);
+    }
+    let index = package.labels.iter().position(|label| label == name);
+    index.with_context(|| {
+        let known = package.labels.join(", ");
+        format!("{what} {name:?} is not a class; the classes are {known}")
+    })
+}
+
+fn from_texts(arguments: &Circuit, package: &Package) -> Result<Vec<Case>> {
+    let model = package.text_model()?;
+    let mut cases = Vec::new();
+    for text in &arguments.text {
+        let input = prompt(package, model, text)?;
+        let answer = match &arguments.target {
+            Some(name) => class(package, model, "target", name)?,
+            None => most_likely(model, &input)?,
+        };
+        let target = match &arguments.foil {
+            Some(name) => Target::Score {
+                class: answer,
+                foil: Some(class(package, model, "foil", name)?),
+                position: None,
+            },
+            None => against_closest(model, &input, answer)?,
+        };
+        cases.push(Case { input, target });
+    }
+    Ok(cases)
+}
+
+/// The class of the largest score at the last position.
+fn most_likely(model: &Model, input: &Input) -> Result<usize> {
+    let pass = Pass {
+        only_last: true,
+        ..Pass::default()
+    };
+    let scores = model.forward(input, pass)?.into_logits()?.into_value();
+    let scores = scores.flatten_all()?;
+    Ok(scores.argmax(0)?.to_scalar::<u32>()? as usize)
+}
+
+/// The dataset's rows whose answers are single tokens; how many are not goes into `notes`.
+fn from_dataset(
+    arguments: &Circuit,
+    path: &Path,
+    package: &Package,
+    notes: &mut Vec<String>,
+) -> Result<Vec<Case>> {
+    let model = package.text_model()?;
+    let text = lapidary_model::files::read_text(path, 1 << 28)?;
+    let mut reader = csv::Reader::from_reader(text.as_bytes());
+    let headers = reader.headers()?.clone();
+    let mut columns = Vec::new();
+    for name in &arguments.columns {
+        let column = headers.iter().position(|header| header == name);
+        columns.push(column.with_context(|| {
+            let known: Vec<&str> = headers.iter().collect();
+            format!(
+                "{} has no column {name:?}, but {}; name them with --columns",
+                path.display(),
+                known.join(", ")
+            )
+        })?);
+    }
+    let (mut cases, mut left_out) = (Vec::new(), 0);
+    let mut reason = None;
+    for record in reader.records() {
+        let record = record.with_context(|| format!("{}", path.display()))?;
+        let field = |index: usize| {
+            let column = columns.get(index).copied();
+            column.and_then(|column| record.get(column)).unwrap_or("")
+        };
+        let case = || -> Result<Case> {
+            Ok(Case {
+                target: Target::Score {
+                    class: class(package, model, "answer", field(1))?,
+                    foil: Some(class(package, model, "wrong answer", field(2))?),
+                    position: None,
+                },
+                input: prompt(package, model, field(0))?,
+            })
+        };
+        match case() {
+            Ok(case) => cases.push(case),
+            Err(error) => {
+                left_out += 1;
+                reason.get_or_insert(error);
+            }
+        }
+        if cases.len() == arguments.limit {
+            break;
+        }
+    }
+    if left_out > 0 {
+        let why = reason.as_ref().map(ToString::to_string).unwrap_or_default();
+        notes.push(format!("{left_out} rows left out, the first because {why}"));
+    }
+    match reason {
+        Some(reason) if cases.is_empty() => Err(reason.context(format!(
+            "none of the rows of {} can be used",
+            path.display()
+        ))),
+        _ => {
+            ensure!(!cases.is_empty(), "{} has no rows", path.display());
+            Ok(cases)
+        }
+    }
+}
