@@ -148,7 +148,13 @@ fn parts_sum_to_what_is_split_however_it_is_split() {
                 .iter()
                 .filter(|total| total.abs() > 1e-6)
                 .count();
-            assert!(counted >= 3, "{name}: {:?}", found.totals());
+            // A model without biases has none that could have one.
+            let least = if name == "Through" && spec == GATED {
+                2
+            } else {
+                3
+            };
+            assert!(counted >= least, "{name}: {:?}", found.totals());
         }
         let late = BTreeMap::from([(1, Split::Heads)]);
         assert!(recursive_attribution(&question, &autoencoder, 7, 5, &late).is_err());

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use lapidary_explain::contextual::Phrase;
 use lapidary_explain::{Explainer, explainers};
 
@@ -128,6 +128,7 @@ fn phrase(text: &str) -> Result<Phrase, String> {
 }
 
 #[derive(Args, Debug)]
+#[command(group = ArgGroup::new("what").args(["text", "tokens", "input", "evaluate"]).required(true))]
 pub struct Explain {
     /// A model directory, or `embedded`
     pub model: String,
@@ -191,6 +192,7 @@ pub struct ExplainOptions {
 }
 
 #[derive(Args, Debug)]
+#[command(group = ArgGroup::new("what").args(["text", "tokens", "input"]).required(true))]
 pub struct Diff {
     /// A model directory, or `embedded`
     pub before: String,

@@ -125,7 +125,14 @@ impl Drop for Unfinished {
 pub fn remove_unfinished() {
     let all = unfinished();
     for path in &*all {
-        remove(path);
+        // A directory that is just being written into may get a new file while it is emptied.
+        for _ in 0..100 {
+            remove(path);
+            if !path.exists() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
     }
     // Whoever is writing waits for this lock until the process is gone.
     std::mem::forget(all);

@@ -4,11 +4,12 @@ use crate::cli::{Global, SubjectArguments};
 use crate::loading;
 use crate::subject::Subject;
 use anyhow::Result;
-use clap::Args;
+use clap::{ArgGroup, Args};
 use lapidary_explain::analyses::attention;
 use lapidary_explain::report::Report;
 
 #[derive(Args, Debug)]
+#[command(group = ArgGroup::new("what").args(["text", "tokens", "input"]).required(true))]
 pub struct Attention {
     /// A model directory, or `embedded`
     pub model: String,

@@ -21,9 +21,6 @@ pub struct Channels {
     /// Random rotations that p-values are counted from
     #[arg(long, default_value_t = 9999)]
     pub draws: usize,
-    /// Seed of the rotations
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
 }
 
 pub fn run(arguments: &Channels, global: &Global) -> Result<Report> {
@@ -36,6 +33,6 @@ pub fn run(arguments: &Channels, global: &Global) -> Result<Report> {
         package.text_model()?,
         &options,
         arguments.top,
-        &mut generator(arguments.seed),
+        &mut generator(global.seed),
     )?)
 }

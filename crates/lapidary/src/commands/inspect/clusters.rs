@@ -4,13 +4,14 @@ use crate::cli::{Global, SubjectArguments};
 use crate::loading;
 use crate::subject::Subject;
 use anyhow::Result;
-use clap::Args;
+use clap::{ArgGroup, Args};
 use lapidary_explain::Question;
 use lapidary_explain::analyses::clustering::{iterated, report};
 use lapidary_explain::report::Report;
 use lapidary_train::generator;
 
 #[derive(Args, Debug)]
+#[command(group = ArgGroup::new("what").args(["text", "tokens", "input"]).required(true))]
 pub struct Clusters {
     /// A model directory, or `embedded`
     pub model: String,
@@ -19,9 +20,6 @@ pub struct Clusters {
     /// How often tokens pass through the model's blocks
     #[arg(long, default_value_t = 1)]
     pub passes: usize,
-    /// Seed of the order that the text is compared with
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
 }
 
 pub fn run(arguments: &Clusters, global: &Global) -> Result<Report> {
@@ -32,5 +30,5 @@ pub fn run(arguments: &Clusters, global: &Global) -> Result<Report> {
         model: &deeper,
         ..subject.question()
     };
-    Ok(report(&question, &mut generator(arguments.seed))?)
+    Ok(report(&question, &mut generator(global.seed))?)
 }

@@ -25,9 +25,6 @@ pub struct Energy {
     /// Most windows of each text
     #[arg(long, default_value_t = 64)]
     pub windows: usize,
-    /// Seed of the control whose coordinates are dealt out anew
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
 }
 
 pub fn run(arguments: &Energy, global: &Global) -> Result<Report> {
@@ -54,6 +51,6 @@ pub fn run(arguments: &Energy, global: &Global) -> Result<Report> {
         model,
         &training,
         &held_out,
-        &mut generator(arguments.seed),
+        &mut generator(global.seed),
     )?)
 }

@@ -27,7 +27,7 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
         Analysis::Channels(arguments) => channels::run(arguments, global)?,
         Analysis::Clusters(arguments) => clusters::run(arguments, global)?,
         Analysis::Energy(arguments) => energy::run(arguments, global)?,
-        Analysis::Particles(arguments) => particles::run(arguments)?,
+        Analysis::Particles(arguments) => particles::run(arguments, global)?,
         Analysis::PrefixInduction(arguments) => prefix_induction::run(arguments, global)?,
         Analysis::Sae(arguments) => autoencoder::inspect(arguments, global)?,
         Analysis::SaeTrain(arguments) => autoencoder::train_one(arguments, global)?,

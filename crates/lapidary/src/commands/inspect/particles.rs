@@ -1,5 +1,6 @@
 //! `lapidary inspect particles`: random particles under attention.
 
+use crate::cli::Global;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use lapidary_explain::analyses::clustering::{
@@ -75,12 +76,9 @@ pub struct Particles {
     /// Particles with a larger inner product are one
     #[arg(long, default_value_t = 0.999)]
     pub threshold: f64,
-    /// Seed of the starts
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
 }
 
-pub fn run(arguments: &Particles) -> Result<Report> {
+pub fn run(arguments: &Particles, global: &Global) -> Result<Report> {
     let flow = match arguments.flow {
         FlowName::SelfAttention => Flow::SelfAttention,
         FlowName::Unnormalised => Flow::Unnormalised,
@@ -97,7 +95,7 @@ pub fn run(arguments: &Particles) -> Result<Report> {
             SchemeName::RungeKutta => Scheme::RungeKutta,
         },
         threshold: arguments.threshold,
-        seed: arguments.seed,
+        seed: global.seed,
     };
     let matrices = match arguments.matrices {
         MatricesName::Identity => Matrices::Identity,
