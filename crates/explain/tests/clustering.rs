@@ -6,9 +6,9 @@ mod common;
 use common::{DECODER, model, tokens};
 use lapidary_explain::Question;
 use lapidary_explain::analyses::clustering::{
-    Dynamics, Ensemble, Flow, FreeDynamics, Particles, Scheme, angle_of_two, circle_velocity,
-    equal_angle, iterated, layers, layers_without_skip, line, merging_time, report, shuffled,
-    wendel,
+    Dynamics, Ensemble, Flow, FreeDynamics, Matrices, Particles, Scheme, angle_of_two,
+    circle_velocity, equal_angle, iterated, layers, layers_without_skip, line, merging_time,
+    report, shuffled, wendel,
 };
 use lapidary_factor::{Matrix, qr};
 use lapidary_kernels::check::difference;
@@ -450,6 +450,56 @@ fn an_ensemble_is_its_systems_and_its_seed() {
     // The unnormalised flow takes shorter steps where it is fast.
     let fast = Dynamics::new(Flow::Unnormalised, 4.0).unwrap();
     assert!(fast.careful_step(0.1) < 0.1 / 60.0);
+}
+
+#[test]
+fn drawn_matrices_are_what_they_say() {
+    let particles = random(6, 4, 12);
+    let of = |kind| {
+        Dynamics::new(Flow::SelfAttention, 1.0)
+            .unwrap()
+            .with_drawn(kind, 4, &mut generator(1))
+            .unwrap()
+    };
+    let velocity = |kind| of(kind).velocity(&particles).unwrap();
+    let plain = Dynamics::new(Flow::SelfAttention, 1.0)
+        .unwrap()
+        .velocity(&particles)
+        .unwrap();
+    assert_eq!(velocity(Matrices::Identity), plain);
+    let opposite: Vec<f64> = plain.iter().map(|v| -v).collect();
+    assert!(largest_difference(&velocity(Matrices::Repulsive), &opposite) < 1e-12);
+    assert!(largest_difference(&velocity(Matrices::Gaussian), &plain) > 1e-2);
+    // Symmetric ones climb.
+    let dynamics = of(Matrices::Symmetric);
+    let next = dynamics.step(&particles, 0.01, Scheme::RungeKutta).unwrap();
+    assert!(dynamics.energy(&next).unwrap() > dynamics.energy(&particles).unwrap());
+    let plain = Dynamics::new(Flow::SelfAttention, 1.0).unwrap();
+    assert!(
+        plain
+            .clone()
+            .with_drawn(Matrices::Gaussian, 0, &mut generator(1))
+            .is_err()
+    );
+    let wrong = plain
+        .with_drawn(Matrices::Gaussian, 5, &mut generator(1))
+        .unwrap();
+    assert!(wrong.velocity(&particles).is_err());
+}
+
+/// On the line, tokens without a norm end up looking at the outermost ones alone.
+#[test]
+fn on_the_line_attention_becomes_boolean_of_low_rank() {
+    let one = || Matrix::identity(1, 1);
+    let free = FreeDynamics::new(one(), one(), one()).unwrap();
+    let points = [-1.1, -0.4, 0.3, 0.8, 1.3];
+    let start = Matrix::from_fn(5, 1, |i, _| points[i]);
+    let (_, weights) = free.rescaled(&start, 0.01, 400).unwrap();
+    for (row, point) in points.iter().enumerate() {
+        let leader = if *point > 0.0 { 4 } else { 0 };
+        assert!(weights[(row, leader)] > 0.999, "{row}");
+    }
+    assert!(free.rescaled(&Matrix::identity(2, 2), 0.1, 1).is_err());
 }
 
 #[derive(Deserialize)]

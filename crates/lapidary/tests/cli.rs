@@ -1028,6 +1028,22 @@ fn inspects_channels_clusters_particles_and_energy() {
         "--json",
     ]);
     assert_eq!(particles["plots"].as_array().unwrap().len(), 2);
+    let phases = json(&[
+        "inspect",
+        "particles",
+        "--count",
+        "4",
+        "--systems",
+        "2",
+        "--time",
+        "2",
+        "--beta",
+        "0,2",
+        "--matrices",
+        "symmetric",
+        "--json",
+    ]);
+    assert_eq!(phases["maps"][0]["rows"].as_array().unwrap().len(), 2);
     refused(&["inspect", "particles", "--step", "0"], &["positive"]);
 
     let directory = tempfile::tempdir().unwrap();

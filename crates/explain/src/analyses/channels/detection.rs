@@ -214,7 +214,7 @@ pub fn channels(
     generator: &mut impl Rng,
 ) -> Result<Vec<Channel>> {
     let mut found = Vec::new();
-    let mut search = Search::new(heads, options, generator)?;
+    let search = Search::new(heads, options, generator)?;
     each_reader(heads, |scores| {
         found.extend(search.channels(scores)?);
         Ok(())
@@ -247,7 +247,7 @@ impl Search {
         })
     }
 
-    pub(super) fn channels(&mut self, of: &ReaderScores<'_>) -> Result<Vec<Channel>> {
+    pub(super) fn channels(&self, of: &ReaderScores<'_>) -> Result<Vec<Channel>> {
         let (mean, deviation) = of.spread();
         let z = |score: f64| match deviation {
             0.0 => 0.0,

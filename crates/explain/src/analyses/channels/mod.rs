@@ -44,7 +44,7 @@ pub fn report(
 ) -> Result<Report> {
     let heads = Heads::of(model)?;
     let ids = heads.ids();
-    let mut search = Search::new(&heads, options, generator)?;
+    let search = Search::new(&heads, options, generator)?;
     let mut graph = Graph::new(&ids);
     let mut found = Vec::new();
     let (mut looked_at, mut chance) = (0, (0.0, 0usize));

@@ -1,8 +1,13 @@
 //! How tokens move under attention, in continuous depth.
 
 use super::particles::{Particles, dot};
+use crate::analyses::random::normal;
 use crate::{Error, Result};
 use lapidary_factor::Matrix;
+use rand::Rng;
+
+/// Most dimensions that matrices are drawn for.
+const MOST_DIMENSIONS: usize = 1 << 13;
 
 /// Which of the two flows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -23,6 +28,20 @@ pub struct Dynamics {
     query_key: Option<Matrix>,
     /// `V`; the identity when absent.
     value: Option<Matrix>,
+}
+
+/// Which `Qᵀ K` and `V` a flow has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Matrices {
+    /// Both the identity.
+    #[default]
+    Identity,
+    /// `Q`, `K` and `V` with independent normal entries of variance `1/d`.
+    Gaussian,
+    /// `Qᵀ K = V` from the Gaussian orthogonal ensemble: symmetric, so that the energy rises.
+    Symmetric,
+    /// The identity and its negative: particles repel each other, and the energy falls.
+    Repulsive,
 }
 
 /// How a step is taken.
@@ -82,6 +101,48 @@ impl Dynamics {
             value,
             ..self
         })
+    }
+
+    /// The same with matrices of a kind, in `dimension` dimensions.
+    ///
+    /// # Errors
+    /// When there are no dimensions, or the matrices would be too large.
+    pub fn with_drawn(
+        self,
+        matrices: Matrices,
+        dimension: usize,
+        generator: &mut impl Rng,
+    ) -> Result<Self> {
+        if !(1..=MOST_DIMENSIONS).contains(&dimension) {
+            let expected = format!("between 1 and {MOST_DIMENSIONS}");
+            return Err(Error::invalid(
+                "dimension of the matrices",
+                dimension,
+                expected,
+            ));
+        }
+        let deviation = 1.0 / (dimension as f64).sqrt();
+        let mut gaussian =
+            || Matrix::from_fn(dimension, dimension, |_, _| deviation * normal(generator));
+        match matrices {
+            Matrices::Identity => self.with_matrices(None, None),
+            Matrices::Gaussian => {
+                let (query, key, value) = (gaussian(), gaussian(), gaussian());
+                self.with_matrices(Some(query.transpose() * key), Some(value))
+            }
+            Matrices::Symmetric => {
+                let noise = gaussian();
+                let symmetric = Matrix::from_fn(dimension, dimension, |i, j| {
+                    (noise[(i, j)] + noise[(j, i)]) / f64::sqrt(2.0)
+                });
+                self.with_matrices(Some(symmetric.clone()), Some(symmetric))
+            }
+            Matrices::Repulsive => {
+                let minus =
+                    Matrix::from_fn(dimension, dimension, |i, j| -f64::from(u8::from(i == j)));
+                self.with_matrices(None, Some(minus))
+            }
+        }
     }
 
     /// The inverse temperature.

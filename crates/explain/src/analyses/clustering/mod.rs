@@ -13,7 +13,7 @@ mod particles;
 mod states;
 mod theory;
 
-pub use dynamics::{Dynamics, Flow, Scheme};
+pub use dynamics::{Dynamics, Flow, Matrices, Scheme};
 pub use ensemble::{Course, Courses, Ensemble};
 pub use free::FreeDynamics;
 pub use particles::Particles;
@@ -22,12 +22,15 @@ pub use theory::{
     angle_of_two, circle_velocity, equal_angle, equal_angle_rate, line, merging_time, wendel,
 };
 
-use crate::report::{Map, Plot, Report, Series, Table};
+use crate::report::{Cell, Map, Plot, Report, Series, Table};
 use crate::{Error, Question, Result};
 use rand::Rng;
 
 /// Most lines of a figure.
 const MOST_SHOWN: usize = 12;
+
+/// Most columns of a map.
+const MOST_COLUMNS: usize = 60;
 
 /// How a text's tokens gather from layer to layer, beside the same tokens in random order and the
 /// same model without the residual around attention.
@@ -276,5 +279,73 @@ pub fn particles_report(dynamics: &Dynamics, flow: Flow, ensemble: &Ensemble) ->
             },
         ],
         ..Report::default()
+    })
+}
+
+/// A phase diagram: the median share of close pairs over time for each of `betas`, beside the time
+/// at which equal angles would have closed.
+///
+/// # Errors
+/// As [`Ensemble::run`].
+pub fn phases_report(
+    dynamics: impl Fn(f64) -> Result<Dynamics>,
+    flow: Flow,
+    betas: &[f64],
+    ensemble: &Ensemble,
+) -> Result<Report> {
+    let phases = ensemble.phases(dynamics, betas)?;
+    let mut table = Table::new(
+        "Half of the pairs close",
+        &[
+            "beta",
+            "time",
+            "if angles stayed equal",
+            "median clusters at the end",
+        ],
+    );
+    let mut lines = [Vec::new(), Vec::new()];
+    for (beta, courses) in betas.iter().zip(&phases) {
+        let levels = [0.0, ensemble.threshold];
+        let scalar = merging_time(flow, *beta, ensemble.count, levels, ensemble.time)?;
+        let times = [courses.reaches(0.5), scalar];
+        for (line, time) in lines.iter_mut().zip(times) {
+            line.extend(time.map(|time| (*beta, time)));
+        }
+        let [found, scalar] = times.map(|time| time.map_or("later".into(), Cell::from));
+        table.push([(*beta).into(), found, scalar, courses.clusters.into()]);
+    }
+    let times = phases.first().map_or(&[][..], |courses| &courses.times);
+    let every = times.len().div_ceil(MOST_COLUMNS).max(1);
+    let [found, scalar] = lines;
+    let series = |name: &str, points| Series {
+        name: name.to_owned(),
+        points,
+    };
+    Ok(Report {
+        title: "Phases of particles under attention".to_owned(),
+        notes: vec![format!(
+            "{} particles in {} dimensions, {} systems; close: inner product above {}",
+            ensemble.count, ensemble.dimension, ensemble.systems, ensemble.threshold
+        )],
+        tables: vec![table],
+        maps: vec![Map {
+            title: "median share of close pairs: beta by time".to_owned(),
+            rows: betas.iter().map(|beta| format!("{beta:.2}")).collect(),
+            columns: times
+                .iter()
+                .step_by(every)
+                .map(|time| format!("{time:.1}"))
+                .collect(),
+            values: phases
+                .iter()
+                .map(|courses| courses.close_pairs.iter().step_by(every).copied().collect())
+                .collect(),
+        }],
+        plots: vec![Plot {
+            title: "When half of the pairs are close".to_owned(),
+            x: "beta".to_owned(),
+            y: "time".to_owned(),
+            series: vec![series("particles", found), series("equal angles", scalar)],
+        }],
     })
 }

@@ -134,18 +134,16 @@ impl Particles {
     /// Number of clusters: connected components when points with `⟨x_i, x_j⟩ > threshold` are
     /// joined.
     pub fn clusters(&self, threshold: f64) -> usize {
-        let mut seen = vec![false; self.count];
         let points: Vec<&[f64]> = self.iter().collect();
+        let mut seen = vec![false; self.count];
         let mut clusters = 0;
-        for start in 0..self.count {
-            if std::mem::replace(&mut seen[start], true) {
-                continue;
-            }
+        while let Some(start) = seen.iter().position(|seen| !seen) {
             clusters += 1;
+            seen[start] = true;
             let mut waiting = vec![start];
             while let Some(i) = waiting.pop() {
-                for j in 0..self.count {
-                    if !seen[j] && dot(points[i], points[j]) > threshold {
+                for (j, point) in points.iter().enumerate() {
+                    if !seen[j] && dot(points[i], point) > threshold {
                         seen[j] = true;
                         waiting.push(j);
                     }

@@ -5,6 +5,7 @@ use crate::error::engine;
 use crate::{Error, Question, Result};
 use lapidary_kernels::{DType, Tensor};
 use lapidary_model::{Input, Model, ModelSpec};
+use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_signal::{Signal, Trace};
 use rand::Rng;
 use rand::seq::SliceRandom;
@@ -55,10 +56,9 @@ pub fn layers(question: &Question<'_>) -> Result<Vec<Layer>> {
 /// As [`layers`]; blocks with cross-attention are refused.
 pub fn layers_without_skip(question: &Question<'_>) -> Result<Vec<Layer>> {
     let spec = question.model.spec();
-    let parallel = |block: &&lapidary_parts::block::BlockSpec| {
-        block.cross_attention.is_some() || block.wiring == lapidary_parts::block::Wiring::Parallel
-    };
-    if spec.blocks.iter().find(parallel).is_some() {
+    let shared =
+        |block: &BlockSpec| block.cross_attention.is_some() || block.wiring == Wiring::Parallel;
+    if spec.blocks.iter().any(shared) {
         return Err(Error::invalid(
             "wiring",
             "parallel, or with cross-attention",
@@ -66,10 +66,9 @@ pub fn layers_without_skip(question: &Question<'_>) -> Result<Vec<Layer>> {
         ));
     }
     let before: Arc<Mutex<Option<Tensor>>> = Arc::default();
-    let kept = before.clone();
     let mut trace = Trace::new();
     for block in 0..spec.expanded_blocks().len() {
-        let (keep, take) = (before.clone(), kept.clone());
+        let (keep, take) = (before.clone(), before.clone());
         trace = trace
             .replace(&format!("blocks.{block}.in"), move |_, signal| {
                 let mut held = keep.lock().unwrap_or_else(PoisonError::into_inner);

@@ -120,7 +120,7 @@ pub fn line(points: &[(f64, f64)]) -> Result<(f64, f64)> {
         points.iter().map(|(x, y)| of(x - x_mean, y - y_mean)).sum()
     };
     let (xx, xy, yy) = (sum(&|x, _| x * x), sum(&|x, y| x * y), sum(&|_, y| y * y));
-    if points.len() < 3 || !(xx > 0.0) {
+    if points.len() < 3 || xx.is_nan() || xx <= 0.0 {
         return Err(Error::invalid(
             "points of a line",
             points.len(),

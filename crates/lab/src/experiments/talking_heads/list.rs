@@ -451,7 +451,7 @@ fn steer(
 /// Mean and deviation of each coordinate over prompts.
 fn natural(model: &Model, steering: &Steering, prompts: &[&Prompt]) -> Result<Vec<(f64, f64)>> {
     let mut found = Vec::new();
-    for prompt in prompts.iter().take(48) {
+    for prompt in prompts.iter().copied().take(48) {
         let input = input(&[prompt])?;
         found.push(steering.coordinates(&Question::new(model, &input))?);
     }

@@ -3,8 +3,11 @@
 use crate::cli::Global;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
-use lapidary_explain::analyses::clustering::{Dynamics, Ensemble, Flow, Scheme, particles_report};
+use lapidary_explain::analyses::clustering::{
+    Dynamics, Ensemble, Flow, Matrices, Scheme, particles_report, phases_report,
+};
 use lapidary_explain::report::Report;
+use lapidary_train::generator;
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum FlowName {
@@ -24,6 +27,18 @@ pub enum SchemeName {
     RungeKutta,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum MatricesName {
+    /// All the identity
+    Identity,
+    /// Independent normal entries
+    Gaussian,
+    /// Symmetric, queries with keys the same as values
+    Symmetric,
+    /// Values that are minus the identity
+    Repulsive,
+}
+
 #[derive(Args, Debug)]
 pub struct Particles {
     /// Particles of a system
@@ -32,9 +47,17 @@ pub struct Particles {
     /// Coordinates of a particle
     #[arg(long, default_value_t = 8)]
     pub dimension: usize,
-    /// Inverse temperature
-    #[arg(long, default_value_t = 1.0)]
-    pub beta: f64,
+    /// Inverse temperature; several, separated by commas, give a phase diagram
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "1",
+        allow_negative_numbers = true
+    )]
+    pub beta: Vec<f64>,
+    /// Query, key and value matrices
+    #[arg(long, value_enum, default_value = "identity")]
+    pub matrices: MatricesName,
     /// Which flow
     #[arg(long, value_enum, default_value = "self-attention")]
     pub flow: FlowName,
@@ -74,6 +97,19 @@ pub fn run(arguments: &Particles, global: &Global) -> Result<Report> {
         threshold: arguments.threshold,
         seed: global.seed,
     };
-    let dynamics = Dynamics::new(flow, arguments.beta)?;
-    Ok(particles_report(&dynamics, flow, &ensemble)?)
+    let matrices = match arguments.matrices {
+        MatricesName::Identity => Matrices::Identity,
+        MatricesName::Gaussian => Matrices::Gaussian,
+        MatricesName::Symmetric => Matrices::Symmetric,
+        MatricesName::Repulsive => Matrices::Repulsive,
+    };
+    // The same matrices at every temperature.
+    let dynamics = |beta| {
+        let mut generator = generator(arguments.seed);
+        Dynamics::new(flow, beta)?.with_drawn(matrices, arguments.dimension, &mut generator)
+    };
+    Ok(match arguments.beta.as_slice() {
+        [beta] => particles_report(&dynamics(*beta)?, flow, &ensemble)?,
+        betas => phases_report(dynamics, flow, betas, &ensemble)?,
+    })
 }
