@@ -95,6 +95,11 @@ fn a_report_names_heads_and_shares_out_the_embedding() {
         "--html",
         html.to_str().unwrap(),
     ]);
+    assert!(
+        report["notes"]
+            .to_string()
+            .contains("no preprocessor_config.json")
+    );
     let table = |index: usize| report["tables"][index]["rows"].as_array().unwrap();
     let share: f64 = table(0).iter().map(|row| row[1].as_f64().unwrap()).sum();
     assert!((share - 1.0).abs() < 1e-4, "{share}");

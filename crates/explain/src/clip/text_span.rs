@@ -78,7 +78,7 @@ impl TextSpan {
 ///
 /// // Varies along the second axis most, and not at all along the third.
 /// let outputs = Matrix::from_fn(4, 3, |i, j| [0.1, 5.0, 0.0][j] * [1.0, -1.0, 2.0, 0.5][(i + j) % 4]);
-/// let texts = Matrix::<>::identity(3, 3);
+/// let texts = Matrix::identity(3, 3);
 /// let span = text_span(outputs.as_ref(), texts.as_ref(), 3, 3)?;
 /// assert_eq!(span.texts, [1, 0]);
 /// assert!((span.explained() - 1.0).abs() < 1e-12);

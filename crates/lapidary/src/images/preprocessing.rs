@@ -27,6 +27,8 @@ pub struct Preprocessing {
     normalise: Option<([f64; 3], [f64; 3])>,
     /// What the model takes: height and width.
     image: [usize; 2],
+    /// Whether the model said so itself.
+    declared: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -63,7 +65,10 @@ impl Preprocessing {
     pub fn of(directory: &Path, image: [usize; 2]) -> Result<Self> {
         let path = directory.join(FILE);
         if !path.is_file() {
-            return Self::new(Config::default(), image);
+            return Ok(Self {
+                declared: false,
+                ..Self::new(Config::default(), image)?
+            });
         }
         let text = lapidary_model::files::read_text(&path, CONFIG_BYTES)?;
         let config = serde_json::from_str(&text)
@@ -121,7 +126,16 @@ impl Preprocessing {
             scale,
             normalise,
             image,
+            declared: true,
         })
+    }
+
+    /// How pictures are prepared, in words.
+    pub fn note(&self) -> &'static str {
+        match self.declared {
+            true => "pictures prepared as preprocessor_config.json says",
+            false => "pictures prepared as for CLIP: the model has no preprocessor_config.json",
+        }
     }
 
     /// Pixel values `[1, 3, height, width]`.

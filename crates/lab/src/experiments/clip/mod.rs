@@ -1,7 +1,7 @@
 //! CLIP's image representation, decomposed by text, on a small CLIP trained here.
 //!
 //! The pictures' colour, shape, place, texture and mask are known, and in training the texture
-//! nearly always follows the shape. So it can be told whether a head's texts name what the head
+//! mostly follows the shape. So it can be told whether a head's texts name what the head
 //! tells apart, whether heads of texture mislead a classifier of shapes, and whether a heat map
 //! lies on the shape.
 
@@ -261,7 +261,7 @@ impl Study {
             "Heat maps of the decomposition segment better than attention rollout",
             "ImageNet segmentation, ViT-B/16: mIoU 54.5 %, above rollout; here by 5 points",
             format!(
-                "mIoU of the shape {:.1} %, rollout {:.1} %",
+                "mIoU of shape and background {:.1} %, rollout {:.1} %",
                 100.0 * heat,
                 100.0 * rollout
             ),

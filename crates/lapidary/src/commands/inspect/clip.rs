@@ -104,6 +104,9 @@ pub fn run(arguments: &Clip, global: &Global) -> Result<Report> {
     }
     let embeddings = Tensor::cat(&embeddings, 0)?;
     let mut report = survey.report(&texts, &vectors, arguments.count)?;
+    if let Images::Files(_, preprocessing, _) = &images {
+        report.notes.push(preprocessing.note().to_owned());
+    }
     if let Some(text) = &arguments.nearest {
         let query = self::vectors(&package, text_model, std::slice::from_ref(text))?;
         report
