@@ -464,6 +464,33 @@ fn relevance_equals_streams_without_biases() {
     }
 }
 
+/// What flows backward may be a modified gradient or the relevance itself.
+#[test]
+fn both_forms_of_relevance_agree() {
+    for case in Case::all() {
+        let block = case.block(&case.map);
+        for rules in [
+            RelevanceRules {
+                epsilon: 0.0,
+                ..RelevanceRules::attention_aware()
+            },
+            RelevanceRules::value_only(),
+        ] {
+            let relevance = |rules: RelevanceRules| -> Tensor {
+                let (x, leaf) = Signal::from(tokens()).into_relevance(rules).unwrap();
+                let y = case
+                    .pass(&block, x, Given::default(), &Trace::new(), None)
+                    .unwrap();
+                let gradients = contracted(&y.read_out().unwrap()).backward().unwrap();
+                let arrived = gradients.get(leaf.as_tensor()).unwrap();
+                rules.relevance(leaf.as_tensor(), arrived).unwrap()
+            };
+            let (explicit, modified) = (relevance(rules.explicit()), relevance(rules));
+            assert_near(&explicit, &modified, 1e-8, case.name);
+        }
+    }
+}
+
 /// With the gradient's rules, the relevance lens is the plain gradient.
 #[test]
 fn gradient_rules_give_the_gradient() {
