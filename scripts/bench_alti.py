@@ -40,7 +40,7 @@ def alti_logit(p, ids, heads, merged):
             t = torch.einsum("htj,hjd->htjd", a, f).sum(0)
         out = t.sum(1) + w["b_o"]
         y = x + out
-        pieces.append((t[-1], before))
+        pieces.append((t[-1].clone(), before))
         biases.append(w["b_o"])
         own = torch.arange(n)
         t[own, own] += x

@@ -180,6 +180,53 @@ fn explains_every_family_that_reads_text() {
 }
 
 #[test]
+fn alti_logit_names_what_no_token_gets() {
+    for name in ["gpt2", "opt", "llama"] {
+        let model = family(name);
+        let arguments = [
+            "explain",
+            &model,
+            "--tokens",
+            "5,9,3,17",
+            "--method",
+            "alti-logit",
+        ];
+        let document = json(&[&arguments[..], &["--json"]].concat());
+        let account = &document["explanation"]["account"];
+        let elsewhere = account["elsewhere"].as_array().unwrap();
+        let parts: f64 = elsewhere.iter().map(|part| part[1].as_f64().unwrap()).sum();
+        let number = |name: &str| account[name].as_f64().unwrap();
+        let left = number("explained") - number("attributed") - parts;
+        assert!(
+            left.abs() < 1e-4 * number("explained").abs().max(1.0),
+            "{name}: {account}"
+        );
+        assert!(
+            elsewhere.iter().any(|part| part[0] == "feed-forward parts"),
+            "{name}"
+        );
+        let traced = json(&[&arguments[..], &["--trace-feedforward", "--json"]].concat());
+        let elsewhere = traced["explanation"]["account"]["elsewhere"]
+            .as_array()
+            .unwrap();
+        assert!(
+            !elsewhere.iter().any(|part| part[0] == "feed-forward parts"),
+            "{name}"
+        );
+    }
+    let model = family("bert-classifier");
+    let post_norm = [
+        "explain",
+        &model,
+        "--tokens",
+        "5,9,3,17",
+        "--method",
+        "alti-logit",
+    ];
+    refused(&post_norm, &["post-norm", "globenc"]);
+}
+
+#[test]
 fn runs_on_tensors_at_full_precision() {
     let directory = tempfile::tempdir().unwrap();
     let input = write(

@@ -23,7 +23,7 @@ pub(crate) use reading::{Reading, dot};
 use crate::error::engine;
 use crate::{Error, Question, Result, Target};
 use lapidary_kernels::{DType, Mixture, Tensor, VectorNorm, mixture_distances};
-use lapidary_model::{HeadSpec, Model, Output, Pass};
+use lapidary_model::{HeadSpec, Input, Model, Output, Pass};
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::BlockSpec;
 use lapidary_signal::{Linear, Trace, Weight};
@@ -34,6 +34,8 @@ pub(crate) struct Captured<'a> {
     specs: Vec<BlockSpec>,
     trace: Trace,
     output: Output,
+    /// Whether the output has the scores of the last position alone.
+    only_last: bool,
 }
 
 /// What applies where these methods do not.
@@ -60,14 +62,11 @@ impl<'a> Captured<'a> {
             .capture("blocks.*.{in,out}")?
             .capture("blocks.*.attention.{weights,value}")?
             .tap("final_norm")?;
-        // Scores of other positions than the last are of no use then.
-        let is_language_model =
-            matches!(question.model.spec().head, HeadSpec::LanguageModel { .. });
-        let last = |target: &Target| matches!(target, Target::Score { position: None, .. });
+        let only_last = reads_only_last(question, targets);
         let output = question.model.forward(
             question.input,
             Pass {
-                only_last: is_language_model && targets.iter().all(last),
+                only_last,
                 ..question.pass(&trace)
             },
         )?;
@@ -76,6 +75,7 @@ impl<'a> Captured<'a> {
             specs,
             trace,
             output,
+            only_last,
         })
     }
 
@@ -98,7 +98,15 @@ impl<'a> Captured<'a> {
 
     /// Where `target` reads the last vectors, and along what.
     pub(crate) fn reading(&self, target: &Target) -> Result<Reading> {
-        Reading::new(target, &self.output, &self.trace)
+        let target = match *target {
+            Target::Score { class, foil, .. } if self.only_last => Target::Score {
+                class,
+                foil,
+                position: None,
+            },
+            other => other,
+        };
+        Reading::new(&target, &self.output, &self.trace)
     }
 
     /// `[tokens, features]` of the first sequence at a site.
@@ -156,6 +164,20 @@ impl<'a> Captured<'a> {
             None => Ok(None),
         }
     }
+}
+
+/// Whether a language model's scores of other positions than the last are of no use.
+fn reads_only_last(question: &Question<'_>, targets: &[Target]) -> bool {
+    let (HeadSpec::LanguageModel { .. }, Input::Tokens { ids, .. }) =
+        (&question.model.spec().head, question.input)
+    else {
+        return false;
+    };
+    let last = ids.dims().last().and_then(|length| length.checked_sub(1));
+    targets.iter().all(|target| match target {
+        Target::Score { position, .. } => position.is_none() || *position == last,
+        Target::Representation => false,
+    })
 }
 
 fn multi_head(index: usize, block: &BlockSpec) -> Result<&MultiHeadSpec> {

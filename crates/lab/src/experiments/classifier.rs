@@ -9,13 +9,15 @@ use lapidary_kernels::{
     cross_entropy, global_gradient_norm, softmax,
 };
 use lapidary_model::{
-    AbsolutePosition, HeadSpec, Input, InputSpec, Model, ModelSpec, Pass, Pool, TokenInput,
+    AbsolutePosition, HeadSpec, Initialiser, Input, InputSpec, Model, ModelSpec, Pass, Pool,
+    TokenInput,
 };
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
 use lapidary_parts::norm::NormSpec;
+use lapidary_parts::parameters::{Init, ParameterSource};
 use lapidary_train::{Decay, Generator, Schedule, generator};
 use rand::RngExt;
 use std::collections::BTreeMap;
@@ -36,6 +38,30 @@ pub struct Masking {
     pub token: u32,
     /// Probability for each token but the first.
     pub probability: f64,
+    /// The first step that has masks. What a masked sentence says is not always determined, so a
+    /// model that has masks from the start may never learn what is subtle.
+    pub from: u64,
+}
+
+/// Initial values of a narrow model: the deviation of weights is `1 / √input` instead of the 0.02
+/// that suits widths of hundreds.
+pub struct Narrow(pub Initialiser);
+
+impl ParameterSource for Narrow {
+    fn parameter(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        init: Init,
+    ) -> lapidary_parts::Result<Tensor> {
+        let init = match (init, shape.last()) {
+            (Init::Normal { .. }, Some(input)) => Init::Normal {
+                deviation: 1.0 / (*input as f64).sqrt(),
+            },
+            (other, _) => other,
+        };
+        self.0.parameter(name, shape, init)
+    }
 }
 
 /// How a classifier is trained.
@@ -175,7 +201,7 @@ pub fn train(model: &Model, examples: &[Labelled], course: &Course) -> Result<Mo
         decay: Decay::Cosine,
     };
     for step in 0..course.steps {
-        let (sequences, labels) = draw(examples, course, &mut generator);
+        let (sequences, labels) = draw(examples, course, step, &mut generator);
         let gradients = engine(loss(model, &sequences, labels)?.backward())?;
         let all: Vec<&Tensor> = model
             .variables()
@@ -195,6 +221,7 @@ pub fn train(model: &Model, examples: &[Labelled], course: &Course) -> Result<Mo
 fn draw(
     examples: &[Labelled],
     course: &Course,
+    step: u64,
     generator: &mut Generator,
 ) -> (Vec<Vec<u32>>, Vec<u32>) {
     let (mut sequences, mut labels) = (Vec::new(), Vec::new());
@@ -204,7 +231,7 @@ fn draw(
             continue;
         };
         let mut tokens = example.tokens.clone();
-        if let Some(masking) = course.masking {
+        if let Some(masking) = course.masking.filter(|masking| step >= masking.from) {
             for token in tokens.iter_mut().skip(1) {
                 if generator.random_bool(masking.probability) {
                     *token = masking.token;

@@ -1,10 +1,17 @@
 //! DecompX on a task whose word effects are known, measured as its paper measures.
 //!
 //! The paper's figures are of BERT-base on SST-2, which needs a model from elsewhere. Here an
-//! encoder is trained on [`polarity`] sentences, with random masks so that masked sentences are
-//! nothing new to it, and every method of explanation is held to the same masking metric.
+//! encoder is trained on [`polarity`] sentences, and every method of explanation is held to the
+//! same masking metric.
+//!
+//! An encoder that only counts polar words is right in 76.7 % of these sentences, and stays there
+//! for long: what negators do is a product of two words, of which the gradient shows little at
+//! first. With few sentences it learns those by heart instead; with masks from the start, under
+//! which the label of a sentence is not determined, it shows less still. So it sees many
+//! sentences, and masks only in the last three tenths of training, so that masked sentences are
+//! nothing new to it when it is measured.
 
-use super::classifier::{self, Course, Encoder, Labelled, Masking};
+use super::classifier::{self, Course, Encoder, Labelled, Masking, Narrow};
 use super::polarity::{self, Sentence};
 use super::{after_training, mean, numbers};
 use crate::error::engine;
@@ -113,16 +120,16 @@ impl Size {
             Scale::Small => Self {
                 seeds: 1,
                 blocks: 3,
-                examples: 20_000,
-                steps: 2000,
+                examples: 100_000,
+                steps: 3200,
                 tests: 200,
                 rationales: (1000, 300),
             },
             Scale::Full => Self {
                 seeds: 3,
                 blocks: 3,
-                examples: 20_000,
-                steps: 6000,
+                examples: 400_000,
+                steps: 10_000,
                 tests: 1000,
                 rationales: (5000, 1000),
             },
@@ -158,7 +165,8 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     Ok(Reproduction {
         setting: format!(
             "polarity sentences (vocabulary {}, 8 to 24 words), post-norm encoder of {} blocks, \
-             width 64, trained for {} steps of 64 with 15 % masks on {} sentences; {} held-out \
+             width 64, trained for {} steps of 64 on {} sentences, the last three \
+             tenths of the steps with 15 % masks; {} held-out \
              sentences, seeds: {}; accuracy unmasked {:.1} %. The published figures are of \
              BERT-base on SST-2, which needs a model and data of your own",
             polarity::VOCABULARY,
@@ -201,7 +209,7 @@ fn one_seed(size: &Size, seed: u64) -> Result<Run> {
         labels: 2,
     }
     .spec();
-    let mut initial = Initialiser::new(seed, DType::F32, Device::Cpu);
+    let mut initial = Narrow(Initialiser::new(seed, DType::F32, Device::Cpu));
     let model = classifier::train(
         &Model::trainable(spec, &mut initial)?,
         &training.iter().map(Sentence::labelled).collect::<Vec<_>>(),
@@ -212,6 +220,7 @@ fn one_seed(size: &Size, seed: u64) -> Result<Run> {
             masking: Some(Masking {
                 token: polarity::MASK,
                 probability: 0.15,
+                from: size.steps * 7 / 10,
             }),
             seed,
         },
@@ -244,7 +253,7 @@ fn predictive(
             sentences.iter().map(one).collect::<Result<Vec<_>>>()
         };
         let (training, tests) = (rationales(training)?, rationales(tests)?);
-        let mut initial = Initialiser::new(seed, DType::F32, Device::Cpu);
+        let mut initial = Narrow(Initialiser::new(seed, DType::F32, Device::Cpu));
         let course = Course {
             steps,
             batch: 64,
