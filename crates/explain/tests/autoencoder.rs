@@ -29,7 +29,7 @@ fn generator(seed: u64) -> ChaCha8Rng {
 fn lively(site: &str, features: usize, seed: u64) -> Autoencoder {
     let mut generator = generator(seed);
     let mut of = |shape: &[usize]| {
-        let count = shape.iter().product();
+        let count: usize = shape.iter().product();
         let values: Vec<f64> = (0..count)
             .map(|_| generator.random_range(-0.5..0.5))
             .collect();
@@ -576,7 +576,7 @@ fn a_planted_dictionary_is_found() {
         let all = Tensor::from_vec(values, (truths, width), &Device::Cpu).unwrap();
         lapidary_kernels::unit_rows(&all).unwrap()
     };
-    let mut sample = |generator: &mut ChaCha8Rng| {
+    let sample = |generator: &mut ChaCha8Rng| {
         let mut mixing = vec![0f32; rows * truths];
         for row in mixing.chunks_exact_mut(truths) {
             for feature in rand::seq::index::sample(generator, truths, 3) {
