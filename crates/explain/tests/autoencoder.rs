@@ -29,7 +29,7 @@ fn generator(seed: u64) -> ChaCha8Rng {
 fn lively(site: &str, features: usize, seed: u64) -> Autoencoder {
     let mut generator = generator(seed);
     let mut of = |shape: &[usize]| {
-        let count = shape.iter().product();
+        let count: usize = shape.iter().product();
         let values: Vec<f64> = (0..count)
             .map(|_| generator.random_range(-0.5..0.5))
             .collect();

@@ -341,11 +341,9 @@ fn exact(model: &Model, autoencoder: &Autoencoder, activity: &Activity) -> Resul
     let attention = Attention::new(&question, autoencoder)?;
     let (mut by_source, mut by_part) = (0f64, 0f64);
     let here = |feature: &usize| {
-        let events = activity.events(*feature).iter();
-        events
-            .filter(|event| event.window == 0)
-            .map(|event| event.position)
-            .next()
+        let mut events = activity.events(*feature).iter();
+        let first = events.find(|event| event.window == 0);
+        first.map(|event| event.position)
     };
     let live = activity.live();
     let live = live

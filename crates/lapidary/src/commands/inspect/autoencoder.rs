@@ -15,7 +15,7 @@ use lapidary_explain::autoencoder::{
 };
 use lapidary_explain::report::{Plot, Report, Series, Table};
 use lapidary_model::{Model, Package};
-use lapidary_train::language::Split;
+use lapidary_train::language::{Corpus, Split};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum CentreArgument {
@@ -189,6 +189,8 @@ enum Windows {
         length: usize,
     },
     Language {
+        training: Corpus,
+        held_out: Corpus,
         length: usize,
     },
 }
@@ -200,7 +202,11 @@ impl Windows {
         ensure!(length >= 2, "window is {window}, but must be at least 2");
         let Some(path) = text else {
             if name == "embedded" {
-                return Ok(Self::Language { length });
+                return Ok(Self::Language {
+                    training: loading::language_corpus(Split::Training)?,
+                    held_out: loading::language_corpus(Split::HeldOut)?,
+                    length,
+                });
             }
             bail!("give --text FILE with text like what the model is for");
         };
@@ -224,7 +230,9 @@ impl Windows {
     fn endless(&self) -> Box<dyn Iterator<Item = Vec<u32>> + '_> {
         match self {
             Self::Text { .. } => Box::new(std::iter::repeat_with(|| self.of_text()).flatten()),
-            Self::Language { length } => Box::new(language(Split::Training, *length)),
+            Self::Language {
+                training, length, ..
+            } => Box::new(of_corpus(training, *length)),
         }
     }
 
@@ -233,7 +241,9 @@ impl Windows {
     fn held_out(&self, count: usize) -> Vec<Vec<u32>> {
         match self {
             Self::Text { .. } => self.of_text().take(count).collect(),
-            Self::Language { length } => language(Split::HeldOut, *length).take(count).collect(),
+            Self::Language {
+                held_out, length, ..
+            } => of_corpus(held_out, *length).take(count).collect(),
         }
     }
 
@@ -255,10 +265,9 @@ impl Windows {
     }
 }
 
-/// The embedded model's language; windows end where it cannot be written, which is never.
-fn language(split: Split, length: usize) -> impl Iterator<Item = Vec<u32>> {
-    let corpus = loading::language_corpus(split).ok();
-    (0u64..).map_while(move |index| corpus.as_ref()?.window(index, length).ok())
+/// A window that cannot be written is empty, which whoever reads it refuses.
+fn of_corpus(corpus: &Corpus, length: usize) -> impl Iterator<Item = Vec<u32>> + '_ {
+    (0u64..).map(move |index| corpus.window(index, length).unwrap_or_default())
 }
 
 fn refuse_to_replace(out: &Path) -> Result<()> {
