@@ -71,13 +71,24 @@ pub fn corpus(split: Split, seed: u64) -> Result<Corpus> {
     )?)
 }
 
-/// Trains `model` on `task` for `steps`.
+/// Trains `model` on `task` for `steps` of [`BATCH`] sequences of [`LENGTH`].
 pub fn train(model: ModelSpec, task: Box<dyn Task>, steps: u64, seed: u64) -> Result<Model> {
+    train_in(model, task, (BATCH, LENGTH), steps, seed)
+}
+
+/// As [`train`], for `steps` of `batch` sequences of `length`.
+pub fn train_in(
+    model: ModelSpec,
+    task: Box<dyn Task>,
+    (batch, length): (usize, usize),
+    steps: u64,
+    seed: u64,
+) -> Result<Model> {
     let spec = TrainSpec {
         seed,
         steps,
-        batch: BATCH,
-        length: LENGTH,
+        batch,
+        length,
         accumulate: 1,
         clip: Some(1.0),
         average: None,
