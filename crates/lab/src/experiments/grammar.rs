@@ -11,7 +11,7 @@
 //! number is not the subject's is an *attractor*.
 
 use lapidary_train::Generator;
-use lapidary_train::data::{Batch, Task};
+use lapidary_train::data::{Batch, IGNORE, Task};
 use rand::RngExt;
 
 /// The token at the start of every sentence.
@@ -92,7 +92,10 @@ pub fn sentence(generator: &mut Generator) -> Vec<u32> {
     prefix
 }
 
-/// Rows of sentences, one after the other, the last cut short.
+/// Tokens of the longest sentence but the last, which predicts nothing.
+pub const LONGEST: usize = SUBJECT + 1 + 4 * MOST_PHRASES + 3;
+
+/// Rows of one sentence each, so that a sentence starts where it does when it is explained.
 #[derive(Clone, Copy, Debug)]
 pub struct Sentences;
 
@@ -109,12 +112,12 @@ impl Task for Sentences {
     ) -> lapidary_train::Result<Batch> {
         let mut batch = Batch::with_capacity(rows, length);
         for _ in 0..rows {
-            let mut row = Vec::with_capacity(2 * length);
-            while row.len() <= length {
-                row.extend(sentence(generator));
-            }
-            batch.inputs.extend(row.iter().take(length));
-            batch.targets.extend(row.iter().skip(1).take(length));
+            let row = sentence(generator);
+            let rest = |of: u32| std::iter::repeat(of);
+            let inputs = row.iter().copied().chain(rest(STOP));
+            let targets = row.iter().copied().skip(1).chain(rest(IGNORE));
+            batch.inputs.extend(inputs.take(length));
+            batch.targets.extend(targets.take(length));
             batch.rows += 1;
         }
         Ok(batch)
@@ -179,12 +182,18 @@ mod tests {
     #[test]
     fn rows_are_whole_sentences_from_their_start() {
         let batch = Sentences
-            .batch(&mut lapidary_train::generator(3), 4, 20)
+            .batch(&mut lapidary_train::generator(3), 40, LONGEST)
             .unwrap();
-        assert_eq!((batch.inputs.len(), batch.targets.len()), (80, 80));
-        for row in batch.inputs.chunks(20) {
-            assert_eq!(row[0], START);
+        assert_eq!(batch.inputs.len(), 40 * LONGEST);
+        assert_eq!(batch.targets.len(), 40 * LONGEST);
+        let rows = batch.inputs.chunks(LONGEST);
+        for (inputs, targets) in rows.zip(batch.targets.chunks(LONGEST)) {
+            let last = targets
+                .iter()
+                .rposition(|target| *target != IGNORE)
+                .unwrap();
+            assert_eq!((inputs[0], targets[last]), (START, STOP));
+            assert_eq!(inputs[1..=last], targets[..last]);
         }
-        assert_eq!(batch.inputs[1..20], batch.targets[..19]);
     }
 }

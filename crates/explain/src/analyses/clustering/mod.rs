@@ -347,5 +347,6 @@ pub fn phases_report(
             y: "time".to_owned(),
             series: vec![series("particles", found), series("equal angles", scalar)],
         }],
+        ..Report::default()
     })
 }
