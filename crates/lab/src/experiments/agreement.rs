@@ -160,8 +160,9 @@ fn listed(items: impl Iterator<Item = impl std::fmt::Display>) -> String {
 
 fn one_seed(size: &Size, seed: u64, found: &mut Found) -> Result<()> {
     let spec = decoder::spec(grammar::VOCABULARY, size.width, size.blocks);
-    let shape = (BATCH, grammar::LONGEST);
-    let model = decoder::train_in(spec, Box::new(grammar::Sentences), shape, size.steps, seed)?;
+    let shape = [BATCH, grammar::LONGEST];
+    let model =
+        decoder::train_in_batches(spec, Box::new(grammar::Sentences), shape, size.steps, seed)?;
     let mut generator = generator(seed ^ 0x6167_7265);
     let mut accuracy = Vec::new();
     let mut samples = Vec::new();

@@ -73,7 +73,6 @@ pub fn corpus(split: Split, seed: u64) -> Result<Corpus> {
 
 /// Trains `model` on `task` for `steps` of [`BATCH`] sequences of [`LENGTH`].
 pub fn train(model: ModelSpec, task: Box<dyn Task>, steps: u64, seed: u64) -> Result<Model> {
-<<<<<<< HEAD
     train_in_batches(model, task, [BATCH, LENGTH], steps, seed)
 }
 
@@ -82,16 +81,6 @@ pub fn train_in_batches(
     model: ModelSpec,
     task: Box<dyn Task>,
     [batch, length]: [usize; 2],
-=======
-    train_in(model, task, (BATCH, LENGTH), steps, seed)
-}
-
-/// As [`train`], for `steps` of `batch` sequences of `length`.
-pub fn train_in(
-    model: ModelSpec,
-    task: Box<dyn Task>,
-    (batch, length): (usize, usize),
->>>>>>> w-alti
     steps: u64,
     seed: u64,
 ) -> Result<Model> {
