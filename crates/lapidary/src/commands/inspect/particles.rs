@@ -105,7 +105,7 @@ pub fn run(arguments: &Particles, global: &Global) -> Result<Report> {
     };
     // The same matrices at every temperature.
     let dynamics = |beta| {
-        let mut generator = generator(arguments.seed);
+        let mut generator = generator(global.seed);
         Dynamics::new(flow, beta)?.with_drawn(matrices, arguments.dimension, &mut generator)
     };
     Ok(match arguments.beta.as_slice() {
