@@ -38,8 +38,7 @@ pub struct Masking {
     pub token: u32,
     /// Probability for each token but the first.
     pub probability: f64,
-    /// The first step that has masks. What a masked sentence says is not always determined, so a
-    /// model that has masks from the start may never learn what is subtle.
+    /// The first step that has masks.
     pub from: u64,
 }
 
