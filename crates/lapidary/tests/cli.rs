@@ -87,7 +87,7 @@ fn a_phrase_is_explained_as_one() {
     let mut arguments = vec!["explain", "embedded", "--text", "the farmer near the dogs"];
     arguments.extend(["--method", "contextual-decomposition", "--split-attention"]);
     arguments.extend(["--stabilise", "--phrase", "1-2", "--json"]);
-    let explanation = json(&arguments)["explanation"].clone();
+    let explanation = json(&arguments)["explanations"][0]["explanation"].clone();
     assert_eq!(explanation["unit"], "phrase");
     assert_eq!(explanation["scores"].as_array().unwrap().len(), 5);
     let name = explanation["labels"][1].as_str().unwrap();
@@ -192,7 +192,7 @@ fn alti_logit_names_what_no_token_gets() {
             "alti-logit",
         ];
         let document = json(&[&arguments[..], &["--json"]].concat());
-        let account = &document["explanation"]["account"];
+        let account = &document["explanations"][0]["explanation"]["account"];
         let elsewhere = account["elsewhere"].as_array().unwrap();
         let parts: f64 = elsewhere.iter().map(|part| part[1].as_f64().unwrap()).sum();
         let number = |name: &str| account[name].as_f64().unwrap();
@@ -930,7 +930,9 @@ fn attention_is_inspected() {
     ]);
     let rows = found["tables"][0]["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 24);
-    refused(&["inspect", "attention", "embedded"], &["--text"]);
+    lapidary(&["inspect", "attention", "embedded"])
+        .assert()
+        .code(2);
 }
 
 #[test]

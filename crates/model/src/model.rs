@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::head::Head;
 use crate::input::{Embedding, Input};
 use crate::source::{Initialiser, Recorder};
-use crate::spec::ModelSpec;
+use crate::spec::{HeadSpec, ModelSpec};
 use lapidary_kernels::{DType, Device, Recomputation, Tensor, Var};
 use lapidary_parts::block::Block;
 use lapidary_parts::norm::Norm;
@@ -242,7 +242,9 @@ impl Model {
         let hidden = cx
             .trace
             .site(format_args!("final_norm"), self.final_norm.forward(&x)?)?;
-        let scored = if pass.only_last && length > 1 {
+        // A pooled head has one score for all positions, whichever it reads.
+        let by_position = matches!(self.spec.head, HeadSpec::LanguageModel { .. });
+        let scored = if pass.only_last && by_position && length > 1 {
             hidden.narrow(1, length - 1, 1)?
         } else {
             hidden.clone()

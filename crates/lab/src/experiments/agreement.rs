@@ -6,6 +6,7 @@
 //! model gets wrong are left out, as in the paper, whose figures are of BERT, GPT-2 and Llama-3 on
 //! natural sentences.
 
+use super::decoder::Recipe;
 use super::grammar::{self, MOST_PHRASES, SUBJECT};
 use super::{after_training, decoder, mean};
 use crate::error::engine;
@@ -160,9 +161,14 @@ fn listed(items: impl Iterator<Item = impl std::fmt::Display>) -> String {
 
 fn one_seed(size: &Size, seed: u64, found: &mut Found) -> Result<()> {
     let spec = decoder::spec(grammar::VOCABULARY, size.width, size.blocks);
-    let shape = [BATCH, grammar::LONGEST];
-    let model =
-        decoder::train_in_batches(spec, Box::new(grammar::Sentences), shape, size.steps, seed)?;
+    let recipe = Recipe {
+        batch: BATCH,
+        length: grammar::LONGEST,
+        peak: 1e-3,
+        narrow: true,
+    };
+    let task = Box::new(grammar::Sentences);
+    let model = decoder::train_by(recipe, spec, task, size.steps, seed)?;
     let mut generator = generator(seed ^ 0x6167_7265);
     let mut accuracy = Vec::new();
     let mut samples = Vec::new();

@@ -1,13 +1,17 @@
 //! A small decoder trained on the generated language.
 
+use super::classifier::Narrow;
 use crate::Result;
-use lapidary_kernels::Device;
-use lapidary_model::{AbsolutePosition, HeadSpec, InputSpec, Model, ModelSpec, TokenInput};
+use lapidary_kernels::{DType, Device};
+use lapidary_model::{
+    AbsolutePosition, HeadSpec, Initialiser, InputSpec, Model, ModelSpec, TokenInput,
+};
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
 use lapidary_parts::norm::NormSpec;
+use lapidary_parts::parameters::ParameterSource;
 use lapidary_train::data::{LanguageTask, Task};
 use lapidary_train::language::{Corpus, Language, Mixture, Split};
 use lapidary_train::spec::{DataSpec, OptimiserSpec, ScheduleSpec, ValidationSpec};
@@ -71,31 +75,55 @@ pub fn corpus(split: Split, seed: u64) -> Result<Corpus> {
     )?)
 }
 
-/// Trains `model` on `task` for `steps` of [`BATCH`] sequences of [`LENGTH`].
-pub fn train(model: ModelSpec, task: Box<dyn Task>, steps: u64, seed: u64) -> Result<Model> {
-    train_in_batches(model, task, [BATCH, LENGTH], steps, seed)
+/// How a decoder is trained.
+#[derive(Clone, Copy, Debug)]
+pub struct Recipe {
+    /// Sequences of a step.
+    pub batch: usize,
+    /// Tokens of a sequence.
+    pub length: usize,
+    /// The highest learning rate.
+    pub peak: f64,
+    /// Whether initial weights have the deviation `1 / √input`, as suits narrow models.
+    pub narrow: bool,
 }
 
-/// Trains `model` on `task` for `steps`, each of so many sequences of so many tokens.
-pub fn train_in_batches(
+impl Default for Recipe {
+    fn default() -> Self {
+        Self {
+            batch: BATCH,
+            length: LENGTH,
+            peak: 3e-3,
+            narrow: false,
+        }
+    }
+}
+
+/// Trains `model` on `task` for `steps` of [`BATCH`] sequences of [`LENGTH`].
+pub fn train(model: ModelSpec, task: Box<dyn Task>, steps: u64, seed: u64) -> Result<Model> {
+    train_by(Recipe::default(), model, task, steps, seed)
+}
+
+/// Trains `model` on `task` for `steps` by a recipe.
+pub fn train_by(
+    recipe: Recipe,
     model: ModelSpec,
     task: Box<dyn Task>,
-    [batch, length]: [usize; 2],
     steps: u64,
     seed: u64,
 ) -> Result<Model> {
     let spec = TrainSpec {
         seed,
         steps,
-        batch,
-        length,
+        batch: recipe.batch,
+        length: recipe.length,
         accumulate: 1,
         clip: Some(1.0),
         average: None,
         recompute: false,
         schedule: ScheduleSpec {
-            peak: 3e-3,
-            floor: 3e-5,
+            peak: recipe.peak,
+            floor: recipe.peak / 100.0,
             warm_up: steps / 10,
             decay: Decay::Cosine,
         },
@@ -116,7 +144,13 @@ pub fn train_in_batches(
     };
     // The trainer wants a validation task; what is measured here is measured outside of it.
     let validation = Box::new(Nothing(task.vocabulary()));
-    let mut trainer = Trainer::new(spec, task, validation, &Device::Cpu)?;
+    let mut plain = Initialiser::new(seed, DType::F32, Device::Cpu);
+    let mut narrow = Narrow(Initialiser::new(seed, DType::F32, Device::Cpu));
+    let source: &mut dyn ParameterSource = match recipe.narrow {
+        true => &mut narrow,
+        false => &mut plain,
+    };
+    let mut trainer = Trainer::with_source(spec, source, task, validation)?;
     for _ in 0..steps {
         trainer.step()?;
     }

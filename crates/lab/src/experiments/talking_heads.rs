@@ -9,6 +9,7 @@
 mod list;
 mod repeated;
 
+use super::decoder::Recipe;
 use super::{after_training, decoder};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_explain::analyses::channels::{
@@ -86,8 +87,12 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let vocabulary = list::VOCABULARY;
     let spec = decoder::spec(vocabulary, size.list_width, 3);
     let task = Box::new(list::Lists);
-    let rows = [64, list::LENGTH];
-    let lister = decoder::train_in_batches(spec, task, rows, size.list_steps, setting.seed)?;
+    let recipe = Recipe {
+        batch: 64,
+        length: list::LENGTH,
+        ..Recipe::default()
+    };
+    let lister = decoder::train_by(recipe, spec, task, size.list_steps, setting.seed)?;
     let repair = Repair::measure(&lister, size.prompts, setting.seed)?;
 
     let mut claims = induction.claims(setting.scale);

@@ -169,6 +169,9 @@ fn linear_operations() -> Vec<(&'static str, Operation)> {
 }
 
 /// Everything else.
+/// The name of activations with `f(0) ≠ 0`.
+const OFF_THE_ORIGIN: &str = "activation off the origin";
+
 fn other_operations() -> Vec<(&'static str, Operation)> {
     let table = numbers(&[TOKENS, WIDTH], 2.0);
     let taller = numbers(&[2, 1, 1, WIDTH], 2.0);
@@ -244,7 +247,11 @@ fn other_operations() -> Vec<(&'static str, Operation)> {
         ),
     ];
     for activation in Activation::ALL {
-        all.push(("activation", Box::new(move |x| x.activate(activation))));
+        let name = match activation.passes_origin() {
+            true => "activation",
+            false => OFF_THE_ORIGIN,
+        };
+        all.push((name, Box::new(move |x| x.activate(activation))));
     }
     all
 }

@@ -30,7 +30,6 @@ pub struct Circuit {
     #[arg(
         long,
         value_delimiter = ',',
-        num_args = 3,
         default_values = ["one_prefix_prefix", "one_prefix_word_good", "one_prefix_word_bad"]
     )]
     pub columns: Vec<String>,
@@ -242,6 +241,11 @@ fn from_dataset(
     package: &Package,
     notes: &mut Vec<String>,
 ) -> Result<Vec<Case>> {
+    ensure!(
+        arguments.columns.len() == 3,
+        "columns is {}, but must be three names separated by commas",
+        arguments.columns.join(",")
+    );
     let model = package.text_model()?;
     let text = lapidary_model::files::read_text(path, 1 << 28)?;
     let mut reader = csv::Reader::from_reader(text.as_bytes());
