@@ -127,9 +127,9 @@ fn histogram(quality: &Quality) -> Plot {
     Plot {
         title: "How often features are active".to_owned(),
         x: "log10 of the share of tokens".to_owned(),
-        y: "features".to_owned(),
+        y: "features in half a decade".to_owned(),
         series: vec![Series {
-            name: "features in each half of a decade".to_owned(),
+            name: "features".to_owned(),
             points: bins
                 .map(|(edge, count)| (edge + 0.25, count as f64))
                 .collect(),
