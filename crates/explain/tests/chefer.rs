@@ -214,8 +214,7 @@ bias = false
     let head = model.parameters()["head.output.weight"]
         .to_vec2::<f64>()
         .unwrap();
-    for class in 0..2 {
-        let w = &head[class];
+    for (class, w) in head.iter().enumerate().take(2) {
         // The class token's output is x_0 + Σ_j A_0j x_j = x_0 + o.
         let mixed: Vec<f64> = (0..4)
             .map(|d| (0..5).map(|j| weights[0][j] * x[j][d]).sum())

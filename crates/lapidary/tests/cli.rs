@@ -206,7 +206,7 @@ fn alti_logit_names_what_no_token_gets() {
             "{name}"
         );
         let traced = json(&[&arguments[..], &["--trace-feedforward", "--json"]].concat());
-        let elsewhere = traced["explanation"]["account"]["elsewhere"]
+        let elsewhere = traced["explanations"][0]["explanation"]["account"]["elsewhere"]
             .as_array()
             .unwrap();
         assert!(

@@ -196,12 +196,12 @@ fn pooled_positions(
         Input::Pixels(_) => Ok(Vec::new()),
     };
     let all = kept.iter().enumerate().filter(|(_, kept)| **kept != 0);
-    let all = all.map(|(position, _)| position);
+    let mut all = all.map(|(position, _)| position);
     Ok(match pool {
         Pool::First => vec![0],
         Pool::FirstTwo => vec![0, 1],
         Pool::Mean => all.collect(),
-        Pool::Last => vec![all.last().unwrap_or(0)],
+        Pool::Last => vec![all.next_back().unwrap_or(0)],
         Pool::AtToken(id) => vec![ids()?.iter().position(|token| *token == id).unwrap_or(0)],
         Pool::HighestId => {
             let ids = ids()?;

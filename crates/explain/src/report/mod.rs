@@ -128,7 +128,7 @@ mod tests {
 
     #[test]
     fn numbers_are_short_at_every_size() {
-        let shown: Vec<_> = [0.0, 0.5, -1234.567_89, 1e-7, 3e9]
+        let shown: Vec<_> = [0.0, 0.5, -1_234.567_89, 1e-7, 3e9]
             .map(|number| Cell::from(number).to_string())
             .into();
         assert_eq!(shown, ["0", "0.5000", "-1234.5679", "1.000e-7", "3.000e9"]);

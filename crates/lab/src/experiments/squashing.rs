@@ -198,6 +198,9 @@ fn emulated(model: &Model, format: Option<Format>) -> Result<Emulated> {
     Ok(Emulated::new(model, rounding)?)
 }
 
+/// Lengths with the share of answers that are right.
+type Curve = Vec<(usize, f64)>;
+
 /// What one model shows.
 struct Run {
     positions: Positions,
@@ -209,9 +212,9 @@ struct Run {
     separated: Vec<Distance>,
     sharpened: Vec<Distance>,
     /// For each of [`ROUNDED`], accuracy at each length.
-    copy_first: Vec<Vec<(usize, f64)>>,
-    copy_last: Vec<Vec<(usize, f64)>>,
-    count: Vec<Vec<(usize, f64)>>,
+    copy_first: Vec<Curve>,
+    copy_last: Vec<Curve>,
+    count: Vec<Curve>,
     /// Of the trained model on a row of 32: tokens whose Jacobian with attention and norms held
     /// fixed is within the bound over paths, and all.
     bounded: (usize, usize),
@@ -527,7 +530,7 @@ fn plots(runs: &[Run]) -> Vec<Plot> {
             series.push(curve(format!("{name}, bf16"), narrow));
         }
     }
-    let accuracy = |title: &str, of: fn(&Run) -> &Vec<Vec<(usize, f64)>>| Plot {
+    let accuracy = |title: &str, of: fn(&Run) -> &Vec<Curve>| Plot {
         title: title.to_owned(),
         x: "log10 n".to_owned(),
         y: "share right".to_owned(),

@@ -189,8 +189,8 @@ enum Windows {
         length: usize,
     },
     Language {
-        training: Corpus,
-        held_out: Corpus,
+        training: Box<Corpus>,
+        held_out: Box<Corpus>,
         length: usize,
     },
 }
@@ -203,8 +203,8 @@ impl Windows {
         let Some(path) = text else {
             if name == "embedded" {
                 return Ok(Self::Language {
-                    training: loading::language_corpus(Split::Training)?,
-                    held_out: loading::language_corpus(Split::HeldOut)?,
+                    training: Box::new(loading::language_corpus(Split::Training)?),
+                    held_out: Box::new(loading::language_corpus(Split::HeldOut)?),
                     length,
                 });
             }

@@ -153,12 +153,15 @@ fn compared(
     })
 }
 
+/// Windows of tokens.
+type Contexts = Vec<Vec<u32>>;
+
 /// The contexts, and the topic of each.
 fn windows(
     arguments: &Geometry,
     package: &Package,
     window: usize,
-) -> Result<(Vec<Vec<u32>>, Option<Vec<usize>>)> {
+) -> Result<(Contexts, Option<Vec<usize>>)> {
     if let Some(directory) = &arguments.topics {
         let files = topic_files(directory)?;
         let each = (arguments.windows / files.len()).max(1);
