@@ -6,7 +6,8 @@ use super::{Coloured, account, bar_chart, map, page};
 use crate::commands::explain::{Answer, Explained};
 use anyhow::Result;
 use lapidary_explain::report::Map;
-use lapidary_explain::{Question, Unit};
+use lapidary_explain::{Question, Target, Unit, latent_relevance};
+use lapidary_signal::relevance::RelevanceRules;
 use maud::{Markup, PreEscaped, html};
 
 /// Shows the panel of the chosen method and target; without scripts every panel is shown.
@@ -24,7 +25,11 @@ for (const box of document.querySelectorAll('.switch')) {
 ";
 
 /// The page.
-pub fn explanation_page(explained: &Explained, question: &Question<'_>) -> Result<String> {
+pub fn explanation_page(
+    explained: &Explained,
+    question: &Question<'_>,
+    target: Option<Target>,
+) -> Result<String> {
     let over_tokens = |answer: &&Answer| answer.explanation.unit == Unit::Token;
     let by_token: Vec<_> = explained.explanations.iter().filter(over_tokens).collect();
     let body = html! {
@@ -48,6 +53,7 @@ pub fn explanation_page(explained: &Explained, question: &Question<'_>) -> Resul
                 (map(&side_by_side(explained, &by_token)))
             }
         }
+        @if let Some(target) = target { (inside(explained, question, target)) }
         @if !explained.refused.is_empty() {
             section {
                 h2 { "Methods that are not defined for this model" }
@@ -60,6 +66,39 @@ pub fn explanation_page(explained: &Explained, question: &Question<'_>) -> Resul
     let tokens = explained.tokens.len();
     let title = format!("Explanation of {}", explained.model);
     Ok(page(&title, &format!("{tokens} tokens"), body))
+}
+
+/// Relevance of each head of each layer, and of each token on its way through the layers; nothing
+/// for models that the relevance lens has no rules for.
+fn inside(explained: &Explained, question: &Question<'_>, target: Target) -> Markup {
+    let Ok(found) = latent_relevance(question, target, RelevanceRules::value_only()) else {
+        return html! {};
+    };
+    let heads = found.heads.iter().map(Vec::len).max().unwrap_or(0);
+    let layers = Map {
+        title: String::new(),
+        rows: (0..found.heads.len())
+            .map(|layer| format!("layer {layer}"))
+            .collect(),
+        columns: (0..heads).map(|head| format!("head {head}")).collect(),
+        values: found.heads,
+    };
+    let way = Map {
+        title: String::new(),
+        rows: (0..found.tokens.len())
+            .map(|layer| format!("before layer {layer}"))
+            .collect(),
+        columns: explained.tokens.clone(),
+        values: found.tokens,
+    };
+    html! {
+        section {
+            h2 { "Inside: relevance of heads and of tokens, layer by layer" }
+            p.legend { "For the first target, with attention weights held fixed (CP-LRP). The last row is what leaves the last layer." }
+            @if heads > 0 { (map(&layers)) }
+            @if explained.patches.is_none() && explained.tokens.len() <= 64 { (map(&way)) }
+        }
+    }
 }
 
 /// A panel for each explanation, and what chooses between them.

@@ -121,7 +121,8 @@ pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
         },
     };
     if let Some(html) = &arguments.html {
-        let page = report::explanation_page(&explained, &subject.question())?;
+        let first = targets.first().map(|named| named.target);
+        let page = report::explanation_page(&explained, &subject.question(), first)?;
         output::write_text(html, &page)?;
     }
     if global.json {
