@@ -513,7 +513,7 @@ fn quality_claims(scale: Scale, quality: &Quality, control: &Quality) -> Vec<Cla
     vec![
         Claim::new(
             "at most 20 active features recover at least 0.9 of the loss",
-            "GPT-2 small, by layer: 0.78 to 0.99 with 3 to 41 active features",
+            "about 0.78 to 0.99 with 3 to 41 active features by layer of GPT-2 small (not checked)",
             format!(
                 "{recovered:.3} with {active:.1} active; loss {:.4} becomes {:.4}, {:.4} with zeros",
                 quality.recovery.clean, quality.recovery.replaced, quality.recovery.zero
