@@ -283,6 +283,26 @@ mod tests {
         assert!(error.to_string().contains("row 1"), "{error}");
     }
 
+    proptest::proptest! {
+        /// A stranger's file may be anything.
+        #[test]
+        fn any_bytes_are_rows_or_an_error(
+            bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..400),
+            cells in proptest::collection::vec("[a-z\"\n,é]{0,6}", 0..20),
+        ) {
+            let _ = read_rows(bytes.as_slice(), Some(50));
+            let file = format!("prefix,target,foil,evidence\n{}", cells.join(","));
+            if let Ok(rows) = read_rows(file.as_bytes(), Some(50)) {
+                for row in rows {
+                    let evidence = row.evidence.unwrap_or_default();
+                    for span in occurrences(&row.prefix, &evidence) {
+                        assert_eq!(row.prefix.get(span), Some(evidence.as_str()));
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn evidence_is_whole_words_wherever_they_stand() {
         let text = "the cat saw the catalogue of a cat";

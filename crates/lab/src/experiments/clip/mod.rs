@@ -34,7 +34,7 @@ impl Size {
             blocks: 4,
             text_blocks: 2,
             expansion: 2,
-            steps: 1000,
+            steps: 3500,
             batch: 64,
             rate: 3e-3,
             // At 0.95 shapes take many more pictures to be learnt at all.
