@@ -14,7 +14,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let seed = arguments.next().map_or(Ok(0), |seed| seed.parse())?;
     let data = arguments.next().map(Into::into);
-    let found = find(&slug)?.reproduce(&Setting { scale, seed, data })?;
+    let found = find(&slug)?.reproduce(&Setting {
+        scale,
+        seed,
+        data,
+        models: None,
+    })?;
     println!(
         "{} ({scale:?}, seed {seed}, {:.0} s)\n{}\n",
         slug, found.seconds, found.setting

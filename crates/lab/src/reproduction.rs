@@ -27,6 +27,9 @@ pub struct Setting {
     pub seed: u64,
     /// Directory with data sets, for experiments that use one.
     pub data: Option<PathBuf>,
+    /// Directory to keep trained models in, for experiments that offer theirs; not kept when
+    /// absent.
+    pub models: Option<PathBuf>,
 }
 
 /// Whether a claim holds.

@@ -8,6 +8,7 @@ fn smoke(slug: &str) -> Reproduction {
         scale: Scale::Smoke,
         seed: 1,
         data: None,
+        models: None,
     };
     find(slug).unwrap().reproduce(&setting).unwrap()
 }

@@ -389,6 +389,9 @@ pub struct Reproduce {
     /// Directory with data sets, for those that want one
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
+    /// Directory to keep trained models in, for systems that offer theirs (decompx: `polarity`)
+    #[arg(long, value_name = "DIR")]
+    pub models: Option<PathBuf>,
     /// Directory for JSON and plots
     #[arg(long, value_name = "DIR", default_value = "reproductions")]
     pub out: PathBuf,

@@ -48,6 +48,12 @@ pub fn examples(
 }
 
 fn from_file(path: &Path, package: &Package, model: &Model, limit: usize) -> Result<Dataset> {
+    ensure!(
+        path.is_file(),
+        "data set {} is not a file; give a CSV file, or {GENERATED} and one of {}",
+        path.display(),
+        NAMES.join(", ")
+    );
     let file =
         File::open(path).with_context(|| format!("data set {} cannot be read", path.display()))?;
     let rows = read_rows(BufReader::new(file), Some(limit))
@@ -95,7 +101,7 @@ fn generated(kind: &str, model: &Model, count: usize, seed: u64) -> Result<Vec<E
     if kind == "polarity" {
         ensure!(
             vocabulary == polarity::VOCABULARY,
-            "{GENERATED}polarity has {} words, but the model {vocabulary}; train one with `lapidary reproduce decompx`",
+            "{GENERATED}polarity has {} words, but the model {vocabulary}; train one with `lapidary reproduce decompx --models DIR`",
             polarity::VOCABULARY
         );
         return Ok(polarities(count, seed));

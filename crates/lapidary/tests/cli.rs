@@ -1119,3 +1119,30 @@ fn inspects_channels_clusters_particles_and_energy() {
     ]);
     assert_eq!(energy["tables"].as_array().unwrap().len(), 3);
 }
+
+/// The classifier that a reproduction trains is a model like any other.
+#[test]
+fn a_kept_classifier_is_explained_on_polarity() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (models, out) = (at("models"), at("out"));
+    let scale = ["--scale", "smoke", "--models", &models, "--out", &out];
+    output(&[&["reproduce", "decompx"][..], &scale[..]].concat());
+    let polarity = at("models/polarity");
+    let found = json(&[
+        "explain",
+        &polarity,
+        "--evaluate",
+        "generated:polarity",
+        "--method",
+        "decompx,globenc",
+        "--limit",
+        "20",
+        "--json",
+    ]);
+    assert_eq!(found["examples"], 20);
+    assert!(found["right"].as_u64().unwrap() > 0);
+    assert!(found["rows"][1]["refused"].is_null());
+    let other = ["explain", "embedded", "--evaluate", "generated:polarity"];
+    refused(&other, &["reproduce decompx --models"]);
+}

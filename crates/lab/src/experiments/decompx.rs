@@ -11,7 +11,7 @@
 
 use super::classifier::{self, Course, Encoder, Labelled, Masking, Narrow};
 use super::polarity::{self, Sentence};
-use super::{after_training, mean, numbers};
+use super::{after_training, keep, mean, numbers};
 use crate::error::engine;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_explain::faithfulness::Summary;
@@ -157,7 +157,7 @@ struct Run {
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
     let runs = (0..size.seeds)
-        .map(|index| one_seed(&size, setting.seed + index))
+        .map(|index| one_seed(&size, setting, index))
         .collect::<Result<Vec<_>>>()?;
     let accuracy = mean(runs.iter().map(|run| run.accuracy));
     Ok(Reproduction {
@@ -194,7 +194,8 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     })
 }
 
-fn one_seed(size: &Size, seed: u64) -> Result<Run> {
+fn one_seed(size: &Size, setting: &Setting, index: u64) -> Result<Run> {
+    let seed = setting.seed + index;
     let mut generator = generator(seed);
     let training = polarity::sentences(size.examples, &mut generator);
     let tests = polarity::sentences(size.tests, &mut generator);
@@ -223,6 +224,9 @@ fn one_seed(size: &Size, seed: u64) -> Result<Run> {
             seed,
         },
     )?;
+    if index == 0 {
+        keep(setting, "polarity", &model, &["negative", "positive"])?;
+    }
     let (sentences, steps) = size.rationales;
     let training = training.get(..sentences).unwrap_or(&training);
     let predictive = predictive(&model, training, &tests, steps, seed)?;

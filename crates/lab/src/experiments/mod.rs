@@ -25,8 +25,9 @@ pub mod talking_heads;
 pub mod topics;
 
 use crate::error::engine;
-use crate::{Claim, Result, Scale, Verdict};
+use crate::{Claim, Error, Result, Scale, Setting, Verdict};
 use lapidary_kernels::{DType, Tensor};
+use lapidary_model::{Model, Package};
 
 impl Claim {
     /// A claim, the published figure, the measured one, and whether the claim holds.
@@ -58,6 +59,23 @@ pub(crate) fn after_training(scale: Scale, holds: bool) -> Verdict {
         Scale::Smoke => Verdict::NotMeasured,
         Scale::Small | Scale::Full => Verdict::of(holds),
     }
+}
+
+/// Keeps a trained model under `name` when the setting asks for it.
+pub(crate) fn keep(setting: &Setting, name: &str, model: &Model, labels: &[&str]) -> Result<()> {
+    let Some(directory) = &setting.models else {
+        return Ok(());
+    };
+    std::fs::create_dir_all(directory).map_err(|error| {
+        Error::Experiment(format!("{} cannot be made: {error}", directory.display()))
+    })?;
+    let model = Model::new(model.spec().clone(), &mut model.parameters().clone())?;
+    let package = Package {
+        labels: labels.iter().map(|&label| label.to_owned()).collect(),
+        ..Package::new(model, None)
+    };
+    package.save(&directory.join(name), None)?;
+    Ok(())
 }
 
 /// The mean; zero of nothing.

@@ -20,6 +20,7 @@ pub fn run(arguments: &Reproduce, global: &Global) -> Result<()> {
         },
         seed: global.seed,
         data: arguments.data.clone(),
+        models: arguments.models.clone(),
     };
     std::fs::create_dir_all(&arguments.out)
         .with_context(|| format!("{} cannot be made", arguments.out.display()))?;

@@ -67,7 +67,7 @@ fn notes(first: &Subject, reading: Reading) -> Vec<String> {
     vec![
         format!("{contexts} windows, {positions} positions of each, width {width}"),
         format!(
-            "the first {} positions of a window do not count",
+            "positions left out at the start of each window: {}",
             reading.skip
         ),
     ]

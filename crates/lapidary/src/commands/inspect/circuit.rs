@@ -26,12 +26,9 @@ pub struct Circuit {
     /// CSV file with a prompt, its right answer and a wrong one in each row
     #[arg(long, value_name = "FILE")]
     pub dataset: Option<PathBuf>,
-    /// Names of the dataset's columns: prompt, answer, wrong answer
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_values = ["one_prefix_prefix", "one_prefix_word_good", "one_prefix_word_bad"]
-    )]
+    /// Names of the dataset's columns: prompt, answer, wrong answer; `prefix,target,foil` or
+    /// BLiMP's when absent
+    #[arg(long, value_delimiter = ',')]
     pub columns: Vec<String>,
     /// Most prompts of the dataset
     #[arg(long, default_value_t = 32)]
@@ -234,6 +231,28 @@ fn most_likely(model: &Model, input: &Input) -> Result<usize> {
     Ok(scores.argmax(0)?.to_scalar::<u32>()? as usize)
 }
 
+/// The columns that are asked for, or those of a known kind of file.
+fn column_names(arguments: &Circuit, headers: &csv::StringRecord) -> Result<Vec<String>> {
+    const OWN: [&str; 3] = ["prefix", "target", "foil"];
+    const BLIMP: [&str; 3] = [
+        "one_prefix_prefix",
+        "one_prefix_word_good",
+        "one_prefix_word_bad",
+    ];
+    let has = |name: &str| headers.iter().any(|header| header == name);
+    let names = match arguments.columns.len() {
+        0 if has(BLIMP[0]) => BLIMP.map(str::to_owned).to_vec(),
+        0 => OWN.map(str::to_owned).to_vec(),
+        _ => arguments.columns.clone(),
+    };
+    ensure!(
+        names.len() == 3,
+        "columns is {}, but must be three names separated by commas",
+        names.join(",")
+    );
+    Ok(names)
+}
+
 /// The dataset's rows whose answers are single tokens; how many are not goes into `notes`.
 fn from_dataset(
     arguments: &Circuit,
@@ -241,18 +260,14 @@ fn from_dataset(
     package: &Package,
     notes: &mut Vec<String>,
 ) -> Result<Vec<Case>> {
-    ensure!(
-        arguments.columns.len() == 3,
-        "columns is {}, but must be three names separated by commas",
-        arguments.columns.join(",")
-    );
     let model = package.text_model()?;
     let text = lapidary_model::files::read_text(path, 1 << 28)?;
     let mut reader = csv::Reader::from_reader(text.as_bytes());
     let headers = reader.headers()?.clone();
+    let names = column_names(arguments, &headers)?;
     let mut columns = Vec::new();
-    for name in &arguments.columns {
-        let column = headers.iter().position(|header| header == name);
+    for name in &names {
+        let column = headers.iter().position(|header| header == name.as_str());
         columns.push(column.with_context(|| {
             let known: Vec<&str> = headers.iter().collect();
             format!(
