@@ -151,7 +151,7 @@ pub struct Explain {
     pub options: ExplainOptions,
     /// Score the methods on a data set instead: a CSV file with the columns prefix, target, foil
     /// and evidence, or `generated:` and number-agreement, reflexive-agreement, learned-fact,
-    /// context-fact, name-copy, brackets, induction or polarity
+    /// context-fact, name-copy, brackets, induction, polarity or glyphs
     #[arg(long, value_name = "DATASET", conflicts_with_all = ["text", "tokens", "input", "target", "foil", "position"])]
     pub evaluate: Option<String>,
     /// Most examples of the data set
@@ -389,7 +389,7 @@ pub struct Reproduce {
     /// Directory with data sets, for those that want one
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
-    /// Directory to keep trained models in, for systems that offer theirs (decompx: `polarity`)
+    /// Directory to keep trained models in, for systems that offer theirs (decompx: `polarity`, chefer: `glyphs`)
     #[arg(long, value_name = "DIR")]
     pub models: Option<PathBuf>,
     /// Directory for JSON and plots

@@ -5,7 +5,10 @@ use std::io::BufReader;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use lapidary_explain::evaluation::{Dataset, Example, induction, read_rows, tokenised};
+use lapidary_explain::evaluation::{
+    Dataset, Example, ImageExample, induction, read_rows, tokenised,
+};
+use lapidary_lab::experiments::glyphs::{Alphabet, scene};
 use lapidary_lab::experiments::polarity;
 use lapidary_model::{HeadSpec, Model, Package};
 use lapidary_parts::attention::MixerSpec;
@@ -29,6 +32,26 @@ const NAMES: [&str; 8] = [
     "induction",
     "polarity",
 ];
+
+/// The generated data set of images.
+pub const GLYPHS: &str = "generated:glyphs";
+
+/// Images of two glyphs, one of them asked for, in the alphabet of `seed`.
+pub fn glyph_examples(limit: usize, seed: u64) -> Vec<ImageExample> {
+    let alphabet = Alphabet::new(seed);
+    let mut generator = generator(seed ^ 0x676c);
+    (0..limit)
+        .filter_map(|_| {
+            let scene = scene(&alphabet, 2, &mut generator);
+            let asked = scene.glyphs.first()?;
+            Some(ImageExample {
+                class: asked.class,
+                mask: asked.mask(),
+                image: scene.image,
+            })
+        })
+        .collect()
+}
 
 /// The examples that `name` stands for, at most `limit`, as `model` reads them.
 pub fn examples(

@@ -1146,3 +1146,30 @@ fn a_kept_classifier_is_explained_on_polarity() {
     let other = ["explain", "embedded", "--evaluate", "generated:polarity"];
     refused(&other, &["reproduce decompx --models"]);
 }
+
+#[test]
+fn a_kept_image_model_is_explained_on_glyphs() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (models, out) = (at("models"), at("out"));
+    let scale = ["--scale", "smoke", "--models", &models, "--out", &out];
+    output(&[&["reproduce", "chefer"][..], &scale[..]].concat());
+    let glyphs = at("models/glyphs");
+    let on = ["--evaluate", "generated:glyphs", "--limit", "24", "--json"];
+    let method = ["--method", "chefer,attention-rollout,globenc"];
+    let found = json(&[&["explain", &glyphs][..], &on[..], &method[..]].concat());
+    assert_eq!(found["examples"], 24);
+    let right = found["right"].as_u64().unwrap();
+    let rows = found["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 3);
+    assert_eq!(rows[0]["mass"]["count"], right);
+    assert!(rows[2]["refused"].as_str().unwrap().contains("globenc"));
+    for row in &rows[..2] {
+        for share in ["pixel_accuracy", "positive_perturbation", "insertion"] {
+            let share = row[share].as_f64().unwrap();
+            assert!((0.0..=1.0).contains(&share));
+        }
+    }
+    let other = ["explain", "embedded", "--evaluate", "generated:glyphs"];
+    refused(&other, &["reproduce chefer --models"]);
+}

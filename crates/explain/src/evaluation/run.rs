@@ -253,7 +253,7 @@ fn probabilities(
     Ok(all)
 }
 
-fn softmax(scores: &[f64]) -> Vec<f64> {
+pub(super) fn softmax(scores: &[f64]) -> Vec<f64> {
     let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
     let total: f64 = weights.iter().sum();

@@ -6,7 +6,7 @@
 //! measures.
 
 use super::glyphs::{self, Alphabet, CANVAS, Course, PATCH, Scene};
-use super::{after_training, difference, mean};
+use super::{after_training, difference, keep, mean};
 use crate::error::engine;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_explain::faithfulness::image::{
@@ -112,6 +112,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
     let alphabet = Alphabet::new(setting.seed);
     let model = glyphs::train(&alphabet, &size.course, setting.seed)?;
+    keep(setting, "glyphs", &model, &[])?;
     let mut generator = generator(setting.seed ^ 0x7e57);
     let mut scenes = |count: usize| -> Vec<Scene> {
         (0..size.tests)

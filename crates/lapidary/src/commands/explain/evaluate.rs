@@ -3,15 +3,20 @@
 use super::{methods, options};
 use crate::cli::{Explain, Global};
 use crate::{datasets, loading, output, report};
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use lapidary_explain::Unit;
-use lapidary_explain::evaluation::evaluate;
+use lapidary_explain::evaluation::{evaluate, evaluate_images};
+use lapidary_explain::{Explainer, Options, Unit};
+use lapidary_lab::experiments::glyphs;
+use lapidary_model::{InputSpec, Package};
 
 pub fn run(dataset: &str, arguments: &Explain, global: &Global) -> Result<()> {
     let options = options(&arguments.options, global)?;
     let methods = methods(&arguments.method)?;
     let package = loading::package(&arguments.model, global)?;
+    if dataset == datasets::GLYPHS {
+        return images(&package, &methods, &options, arguments, global);
+    }
     let model = package.text_model()?;
     let data = datasets::examples(dataset, &package, model, arguments.limit, global.seed)?;
     let over_tokens = methods.iter().filter(|method| method.unit == Unit::Token);
@@ -30,6 +35,42 @@ pub fn run(dataset: &str, arguments: &Explain, global: &Global) -> Result<()> {
             data.indistinguishable, data.unfit
         ));
     }
+    if let Some(html) = &arguments.html {
+        output::write_text(html, &report::analysis_page(&found)?)?;
+    }
+    match global.json {
+        true => output::print_json(&evaluation),
+        false => output::print(&report::analysis_text(&found)),
+    }
+}
+
+/// The same on images.
+fn images(
+    package: &Package,
+    methods: &[&Explainer],
+    options: &Options,
+    arguments: &Explain,
+    global: &Global,
+) -> Result<()> {
+    let model = package.single_model()?;
+    let fits = matches!(&model.spec().input, InputSpec::Patches(patches)
+        if patches.image == [glyphs::CANVAS; 2] && patches.channels == 1);
+    ensure!(
+        fits,
+        "{} is of grey images of {1} by {1} pixels, which this model does not read; train one with `lapidary reproduce chefer --models DIR`",
+        datasets::GLYPHS,
+        glyphs::CANVAS
+    );
+    let examples = datasets::glyph_examples(arguments.limit, global.seed);
+    let input = |images: &[Vec<f32>]| {
+        glyphs::input(images).map_err(|error| lapidary_explain::Error::Invalid {
+            what: "images".to_owned(),
+            found: error.to_string(),
+            expected: "those of the data set".to_owned(),
+        })
+    };
+    let evaluation = evaluate_images(model, &examples, &input, methods, options)?;
+    let found = evaluation.report(&format!("{} on {}", arguments.model, datasets::GLYPHS));
     if let Some(html) = &arguments.html {
         output::write_text(html, &report::analysis_page(&found)?)?;
     }
