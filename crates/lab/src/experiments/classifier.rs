@@ -186,6 +186,20 @@ fn loss<T: AsRef<[u32]>>(model: &Model, sequences: &[T], labels: Vec<u32>) -> Re
 /// Trains the variables of `model` on random batches and gives a model of the result.
 pub fn train(model: &Model, examples: &[Labelled], course: &Course) -> Result<Model> {
     let mut generator = generator(course.seed);
+    fit(model, course.steps, course.rate, |step| {
+        let (sequences, labels) = draw(examples, course, step, &mut generator);
+        loss(model, &sequences, labels)
+    })
+}
+
+/// Lowers `loss`, which is told the step, by AdamW with gradients clipped to norm 1 and a rate that
+/// rises over a tenth of the steps and falls as a cosine; gives a model of the result.
+pub fn fit(
+    model: &Model,
+    steps: u64,
+    rate: f64,
+    mut loss: impl FnMut(u64) -> Result<Tensor>,
+) -> Result<Model> {
     let parameters = model.variables().values().map(|variable| Parameter {
         variable: variable.clone(),
         weight_decay: Some(if variable.rank() < 2 { 0.0 } else { 0.01 }),
@@ -193,15 +207,14 @@ pub fn train(model: &Model, examples: &[Labelled], course: &Course) -> Result<Mo
     });
     let mut optimiser = AdamW::new(parameters.collect(), AdamWOptions::default())?;
     let schedule = Schedule {
-        peak: course.rate,
+        peak: rate,
         floor: 0.0,
-        warm_up: course.steps / 10,
-        steps: course.steps,
+        warm_up: steps / 10,
+        steps,
         decay: Decay::Cosine,
     };
-    for step in 0..course.steps {
-        let (sequences, labels) = draw(examples, course, step, &mut generator);
-        let gradients = engine(loss(model, &sequences, labels)?.backward())?;
+    for step in 0..steps {
+        let gradients = engine(loss(step)?.backward())?;
         let all: Vec<&Tensor> = model
             .variables()
             .values()

@@ -7,9 +7,10 @@
 
 use super::bigram::{TextTask, bytes_split};
 use super::{after_training, decoder, mean};
-use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
+use crate::{Claim, Plot, Reproduction, Result, Scale, Setting, Verdict};
 use lapidary_explain::analyses::geometry::{
-    Bounds, Control, Layer, Reading, Survey, layers, randomised, score_blocks, smoothness, topics,
+    Bounds, Control, Layer, Reading, Survey, layer_plots, layers, randomised, score_blocks,
+    smoothness, spiral_plot, topics,
 };
 use lapidary_explain::analyses::power_law::PowerLaw;
 use lapidary_kernels::{DType, Device};
@@ -502,46 +503,12 @@ fn addition_claim() -> Claim {
 }
 
 fn plots(subjects: &[Subject]) -> Vec<Plot> {
-    let over_layers = |title: &str, y: &str, of: fn(&Layer) -> f64| Plot {
-        title: title.to_owned(),
-        x: "blocks passed".to_owned(),
-        y: y.to_owned(),
-        series: subjects
-            .iter()
-            .map(|subject| Series {
-                name: subject.name.clone(),
-                points: (0..)
-                    .zip(&subject.layers)
-                    .map(|(index, layer)| (f64::from(index), of(layer)))
-                    .collect(),
-            })
-            .collect(),
-    };
-    let mut plots = vec![
-        over_layers(
-            "Smoothness of position vectors",
-            "share of low frequencies",
-            |layer| layer.diagnostics.smoothness,
-        ),
-        over_layers("Stable rank of position vectors", "stable rank", |layer| {
-            layer.diagnostics.stable_rank
-        }),
-    ];
-    if let Some(layer) = subjects.first().and_then(|text| text.layers.last()) {
-        plots.push(Plot {
-            title: "Position vectors behind the last block".to_owned(),
-            x: "first component".to_owned(),
-            y: "second component".to_owned(),
-            series: vec![Series {
-                name: "positions in order".to_owned(),
-                points: layer
-                    .diagnostics
-                    .spiral
-                    .iter()
-                    .map(|[x, y, _]| (*x, *y))
-                    .collect(),
-            }],
-        });
-    }
+    let named: Vec<_> = subjects
+        .iter()
+        .map(|subject| (subject.name.as_str(), subject.layers.as_slice()))
+        .collect();
+    let mut plots = layer_plots(&named);
+    let last = subjects.first().and_then(|text| text.layers.last());
+    plots.extend(last.map(spiral_plot));
     plots
 }

@@ -7,8 +7,7 @@ use crate::Result;
 use crate::error::engine;
 use crate::experiments::numbers;
 use lapidary_kernels::{
-    AdamW, AdamWOptions, CrossEntropyOptions, DType, Device, Parameter, SoftmaxMask, Tensor,
-    cross_entropy, global_gradient_norm, softmax,
+    CrossEntropyOptions, DType, Device, SoftmaxMask, Tensor, cross_entropy, softmax,
 };
 use lapidary_model::{
     HeadSpec, Initialiser, Input, InputSpec, Model, ModelSpec, Pass, PatchInput, Pool,
@@ -18,7 +17,7 @@ use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
 use lapidary_parts::norm::NormSpec;
-use lapidary_train::{Decay, Generator, Schedule, generator};
+use lapidary_train::{Generator, generator};
 use rand::RngExt;
 use std::collections::BTreeMap;
 
@@ -227,37 +226,12 @@ pub fn train(alphabet: &Alphabet, course: &Course, seed: u64) -> Result<Model> {
     let mut source = Initialiser::new(seed, DType::F32, Device::Cpu);
     let model = Model::trainable(spec(course), &mut source)?;
     let mut generator = generator(seed ^ 0x61f7);
-    let parameters = model.variables().values().map(|variable| Parameter {
-        variable: variable.clone(),
-        weight_decay: Some(if variable.rank() < 2 { 0.0 } else { 0.01 }),
-        rate_factor: 1.0,
-    });
-    let mut optimiser = AdamW::new(parameters.collect(), AdamWOptions::default())?;
-    let schedule = Schedule {
-        peak: course.rate,
-        floor: 0.0,
-        warm_up: course.steps / 10,
-        steps: course.steps,
-        decay: Decay::Cosine,
-    };
-    for step in 0..course.steps {
+    super::classifier::fit(&model, course.steps, course.rate, |_| {
         let scenes: Vec<Scene> = (0..course.batch)
             .map(|_| scene(alphabet, 1, &mut generator))
             .collect();
-        let gradients = engine(loss(&model, &scenes)?.backward())?;
-        let all: Vec<&Tensor> = model
-            .variables()
-            .values()
-            .filter_map(|variable| gradients.get(variable.as_tensor()))
-            .collect();
-        let norm = global_gradient_norm(&all)?;
-        optimiser.step(&gradients, schedule.rate(step), 1.0 / norm.max(1.0))?;
-    }
-    let mut parameters = BTreeMap::new();
-    for (name, variable) in model.variables() {
-        parameters.insert(name.clone(), engine(variable.as_tensor().copy())?.detach());
-    }
-    Ok(Model::new(model.spec().clone(), &mut parameters)?)
+        loss(&model, &scenes)
+    })
 }
 
 fn loss(model: &Model, scenes: &[Scene]) -> Result<Tensor> {

@@ -38,7 +38,7 @@ mod survey;
 
 pub use decomposition::{Decomposition, Energy, Sums};
 pub use diagnostics::{Bounds, Diagnostics, Topics, topics};
-pub use report::{Subject, report};
+pub use report::{Subject, layer_plots, report, spiral_plot};
 pub use scores::{PARTS, ScoreBlocks, score_blocks};
 pub use survey::{Control, Reading, Sites, Survey, randomised};
 

@@ -149,23 +149,24 @@ fn topic_table(subject: &Subject, labels: &[usize]) -> Result<Table> {
     Ok(table)
 }
 
-fn plots(subjects: &[Subject]) -> Vec<Plot> {
+/// Smoothness and stable rank of position vectors over layers, a line for each subject.
+pub fn layer_plots(subjects: &[(&str, &[Layer])]) -> Vec<Plot> {
     let over_layers = |title: &str, y: &str, of: fn(&Layer) -> f64| Plot {
         title: title.to_owned(),
         x: "layer".to_owned(),
         y: y.to_owned(),
         series: subjects
             .iter()
-            .map(|subject| Series {
-                name: subject.name.clone(),
+            .map(|(name, layers)| Series {
+                name: (*name).to_owned(),
                 points: (0..)
-                    .zip(&subject.layers)
+                    .zip(*layers)
                     .map(|(index, layer)| (f64::from(index), of(layer)))
                     .collect(),
             })
             .collect(),
     };
-    let mut plots = vec![
+    vec![
         over_layers(
             "Smoothness of position vectors",
             "share of low frequencies",
@@ -174,26 +175,37 @@ fn plots(subjects: &[Subject]) -> Vec<Plot> {
         over_layers("Stable rank of position vectors", "stable rank", |layer| {
             layer.diagnostics.stable_rank
         }),
-    ];
+    ]
+}
+
+/// The first two components of a layer's position vectors.
+pub fn spiral_plot(layer: &Layer) -> Plot {
+    Plot {
+        title: format!("Position vectors at {}", layer.site),
+        x: "first component".to_owned(),
+        y: "second component".to_owned(),
+        series: vec![Series {
+            name: "positions in order".to_owned(),
+            points: layer
+                .diagnostics
+                .spiral
+                .iter()
+                .map(|[x, y, _]| (*x, *y))
+                .collect(),
+        }],
+    }
+}
+
+fn plots(subjects: &[Subject]) -> Vec<Plot> {
+    let named: Vec<_> = subjects
+        .iter()
+        .map(|subject| (subject.name.as_str(), subject.layers.as_slice()))
+        .collect();
+    let mut plots = layer_plots(&named);
     let Some(first) = subjects.first() else {
         return plots;
     };
-    for layer in &first.layers {
-        plots.push(Plot {
-            title: format!("Position vectors at {}", layer.site),
-            x: "first component".to_owned(),
-            y: "second component".to_owned(),
-            series: vec![Series {
-                name: "positions in order".to_owned(),
-                points: layer
-                    .diagnostics
-                    .spiral
-                    .iter()
-                    .map(|[x, y, _]| (*x, *y))
-                    .collect(),
-            }],
-        });
-    }
+    plots.extend(first.layers.iter().map(spiral_plot));
     let of_layer = |layer: &Layer| Series {
         name: layer.site.clone(),
         points: layer
