@@ -3,6 +3,7 @@
 use super::decomposition::Decomposition;
 use super::zero_shot::ZeroShot;
 use crate::error::engine;
+use crate::faithfulness::image::{interpolated, min_max};
 use crate::{Error, Result};
 use lapidary_kernels::{DType, Tensor};
 
@@ -65,25 +66,7 @@ impl HeatMap {
     /// Bilinear interpolation to `rows × columns`, pixel centres aligned as PyTorch does without
     /// `align_corners`; beyond the outermost centres the map is level.
     pub fn upsampled(&self, rows: usize, columns: usize) -> Self {
-        let place = |index: usize, from: usize, to: usize| {
-            let at = (index as f64 + 0.5) * from as f64 / to as f64 - 0.5;
-            let at = at.clamp(0.0, from.saturating_sub(1) as f64);
-            let low = at.floor() as usize;
-            (low, (low + 1).min(from.saturating_sub(1)), at - at.floor())
-        };
-        let value = |row: usize, column: usize| {
-            let index = row * self.columns + column;
-            self.values.get(index).copied().unwrap_or(0.0)
-        };
-        let mut values = Vec::with_capacity(rows.saturating_mul(columns));
-        for row in 0..rows {
-            let (above, below, down) = place(row, self.rows, rows);
-            for column in 0..columns {
-                let (left, right, across) = place(column, self.columns, columns);
-                let line = |row| value(row, left) * (1.0 - across) + value(row, right) * across;
-                values.push(line(above) * (1.0 - down) + line(below) * down);
-            }
-        }
+        let values = interpolated(&self.values, [self.rows, self.columns], [rows, columns]);
         Self {
             rows,
             columns,
@@ -94,18 +77,8 @@ impl HeatMap {
     /// Clipped at zero, then stretched to reach from 0 to 1; all zero when the map is level.
     pub fn normalised(&self) -> Self {
         let clipped: Vec<f64> = self.values.iter().map(|value| value.max(0.0)).collect();
-        let low = clipped.iter().copied().fold(f64::INFINITY, f64::min);
-        let high = clipped.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let span = high - low;
-        let stretched = |value: f64| {
-            if span > 0.0 {
-                (value - low) / span
-            } else {
-                0.0
-            }
-        };
         Self {
-            values: clipped.into_iter().map(stretched).collect(),
+            values: min_max(&clipped),
             ..*self
         }
     }

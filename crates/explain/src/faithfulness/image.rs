@@ -217,24 +217,36 @@ pub fn enlarge(heat: &[f64], rows: usize, columns: usize, factor: usize) -> Resu
             format!("{rows} rows of {columns}, enlarged at least once"),
         ));
     }
+    let to = [rows * factor, columns * factor];
+    Ok(interpolated(heat, [rows, columns], to))
+}
+
+/// A map `[rows, columns]` at another size, pixel centres aligned; beyond the outermost centres it
+/// is level.
+pub(crate) fn interpolated(
+    heat: &[f64],
+    [rows, columns]: [usize; 2],
+    [to_rows, to_columns]: [usize; 2],
+) -> Vec<f64> {
     // The two cells that a pixel lies between, and the weight of the second.
-    let between = |pixel: usize, cells: usize| {
-        let centre = (pixel as f64 + 0.5) / factor as f64 - 0.5;
-        let centre = centre.clamp(0.0, (cells - 1) as f64);
-        let cell = (centre as usize).min(cells - 1);
-        (cell, (cell + 1).min(cells - 1), centre - cell as f64)
+    let between = |pixel: usize, cells: usize, pixels: usize| {
+        let last = cells.saturating_sub(1);
+        let centre = (pixel as f64 + 0.5) * cells as f64 / pixels as f64 - 0.5;
+        let centre = centre.clamp(0.0, last as f64);
+        let cell = (centre as usize).min(last);
+        (cell, (cell + 1).min(last), centre - cell as f64)
     };
     let at = |row: usize, column: usize| heat.get(row * columns + column).copied().unwrap_or(0.0);
-    let mut image = Vec::with_capacity(heat.len() * factor * factor);
-    for y in 0..rows * factor {
-        let (above, below, down) = between(y, rows);
-        for x in 0..columns * factor {
-            let (left, right, across) = between(x, columns);
+    let mut image = Vec::with_capacity(to_rows.saturating_mul(to_columns));
+    for y in 0..to_rows {
+        let (above, below, down) = between(y, rows, to_rows);
+        for x in 0..to_columns {
+            let (left, right, across) = between(x, columns, to_columns);
             let on = |row| at(row, left) * (1.0 - across) + at(row, right) * across;
             image.push(on(above) * (1.0 - down) + on(below) * down);
         }
     }
-    Ok(image)
+    image
 }
 
 /// How heat maps segment images, over a data set.

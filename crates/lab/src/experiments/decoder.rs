@@ -12,6 +12,7 @@ use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
 use lapidary_parts::norm::NormSpec;
 use lapidary_parts::parameters::ParameterSource;
+use lapidary_parts::position::PositionSpec;
 use lapidary_train::data::{LanguageTask, Task};
 use lapidary_train::language::{Corpus, Language, Mixture, Split};
 use lapidary_train::spec::{DataSpec, OptimiserSpec, ScheduleSpec, ValidationSpec};
@@ -62,6 +63,51 @@ pub fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
             transform: None,
         },
         low_rank: BTreeMap::new(),
+    }
+}
+
+/// How a decoder knows positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Positions {
+    /// A table of vectors.
+    Learned,
+    /// Rotated queries and keys.
+    Rotary,
+    /// A bias that falls with the distance.
+    Alibi,
+    /// Not but by causality.
+    None,
+}
+
+impl Positions {
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Learned => "learned",
+            Self::Rotary => "rotary",
+            Self::Alibi => "ALiBi",
+            Self::None => "no positions",
+        }
+    }
+
+    /// The decoder of [`spec`], knowing positions so.
+    pub fn spec(self, vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
+        let mut spec = spec(vocabulary, width, blocks);
+        if self != Self::Learned
+            && let InputSpec::Tokens(tokens) = &mut spec.input
+        {
+            tokens.position = AbsolutePosition::None;
+        }
+        for block in &mut spec.blocks {
+            if let MixerSpec::MultiHead(attention) = &mut block.attention {
+                attention.position = match self {
+                    Self::Rotary => PositionSpec::Rotary(Default::default()),
+                    Self::Alibi => PositionSpec::Alibi,
+                    Self::Learned | Self::None => PositionSpec::None,
+                };
+            }
+        }
+        spec
     }
 }
 

@@ -6,7 +6,8 @@
 //! apart on windows of the same kind.
 
 use super::bigram::{TextTask, bytes_split};
-use super::{after_training, decoder, mean};
+use super::decoder::{self, Positions};
+use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Setting, Verdict};
 use lapidary_explain::analyses::geometry::{
     Bounds, Control, Layer, Reading, Survey, layer_plots, layers, randomised, score_blocks,
@@ -14,9 +15,7 @@ use lapidary_explain::analyses::geometry::{
 };
 use lapidary_explain::analyses::power_law::PowerLaw;
 use lapidary_kernels::{DType, Device};
-use lapidary_model::{AbsolutePosition, InputSpec, Model, ModelSpec};
-use lapidary_parts::attention::MixerSpec;
-use lapidary_parts::position::PositionSpec;
+use lapidary_model::Model;
 use lapidary_train::Generator;
 use lapidary_train::data::{BYTE_VOCABULARY, Batch, LanguageTask, Task};
 use lapidary_train::generator;
@@ -147,46 +146,8 @@ impl Task for Randomised {
     }
 }
 
-/// How a model knows positions.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Positions {
-    Learned,
-    Rotary,
-    Alibi,
-    None,
-}
-
-impl Positions {
-    const OTHERS: [Self; 3] = [Self::Rotary, Self::Alibi, Self::None];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Learned => "learned",
-            Self::Rotary => "rotary",
-            Self::Alibi => "ALiBi",
-            Self::None => "none",
-        }
-    }
-
-    fn spec(self, vocabulary: usize, size: &Size) -> ModelSpec {
-        let mut spec = decoder::spec(vocabulary, size.width, size.blocks);
-        if self != Self::Learned
-            && let InputSpec::Tokens(tokens) = &mut spec.input
-        {
-            tokens.position = AbsolutePosition::None;
-        }
-        for block in &mut spec.blocks {
-            if let MixerSpec::MultiHead(attention) = &mut block.attention {
-                attention.position = match self {
-                    Self::Rotary => PositionSpec::Rotary(Default::default()),
-                    Self::Alibi => PositionSpec::Alibi,
-                    Self::Learned | Self::None => PositionSpec::None,
-                };
-            }
-        }
-        spec
-    }
-}
+/// Other ways to know positions than a table.
+const OTHERS: [Positions; 3] = [Positions::Rotary, Positions::Alibi, Positions::None];
 
 struct Subject {
     name: String,
@@ -209,7 +170,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
     let (training, held_out, what) = Text::sides(setting)?;
     let vocabulary = training.vocabulary();
-    let learned = || Positions::Learned.spec(vocabulary, &size);
+    let learned = || Positions::Learned.spec(vocabulary, size.width, size.blocks);
     let mut generator = generator(setting.seed ^ 0x6e0);
     let windows = held_out.windows(size.contexts, &mut generator)?;
     let random = |control, generator: &mut Generator| -> Vec<Vec<u32>> {
@@ -247,8 +208,8 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     claims.push(topic_claim(setting, &training, &model)?);
     claims.push(addition_claim());
     if size.other_steps > 0 {
-        for positions in Positions::OTHERS {
-            let spec = positions.spec(vocabulary, &size);
+        for positions in OTHERS {
+            let spec = positions.spec(vocabulary, size.width, size.blocks);
             let model = decoder::train(spec, training.task(), size.other_steps, setting.seed)?;
             let name = format!("positions: {}", positions.name());
             subjects.push(subject(&name, &model, &windows)?);

@@ -4,7 +4,8 @@
 //! ALiBi or not at all learn to say the first digit, the last digit, and the number of ones of a
 //! sequence, and are then followed to lengths they have not seen, in emulated formats.
 
-use super::{after_training, decoder, mean};
+use super::decoder::{self, Positions};
+use super::{after_training, mean};
 use crate::error::engine;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_explain::Question;
@@ -15,9 +16,7 @@ use lapidary_explain::analyses::squashing::{
     decline, jacobian_norms, lengths, path_bound,
 };
 use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_model::{AbsolutePosition, Input, InputSpec, Model, ModelSpec};
-use lapidary_parts::attention::MixerSpec;
-use lapidary_parts::position::PositionSpec;
+use lapidary_model::{Input, InputSpec, Model, ModelSpec};
 use lapidary_signal::rounding::{Format, Rounding, SoftmaxPrecision};
 use lapidary_train::Generator;
 use lapidary_train::data::{Batch, IGNORE, Task};
@@ -151,41 +150,15 @@ fn alphabet() -> Alphabet {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Positions {
-    None,
-    Rotary,
-    Alibi,
-}
+const POSITIONS: [Positions; 3] = [Positions::None, Positions::Rotary, Positions::Alibi];
 
-impl Positions {
-    const ALL: [Self; 3] = [Self::None, Self::Rotary, Self::Alibi];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::None => "no positions",
-            Self::Rotary => "rotary",
-            Self::Alibi => "ALiBi",
-        }
+/// A decoder that is asked about longer sequences than it is trained on.
+fn spec(positions: Positions, size: &Size) -> ModelSpec {
+    let mut spec = positions.spec(VOCABULARY, size.width, size.blocks);
+    if let InputSpec::Tokens(tokens) = &mut spec.input {
+        tokens.length = 2 * size.longest;
     }
-
-    fn spec(self, size: &Size) -> ModelSpec {
-        let mut spec = decoder::spec(VOCABULARY, size.width, size.blocks);
-        if let InputSpec::Tokens(tokens) = &mut spec.input {
-            tokens.position = AbsolutePosition::None;
-            tokens.length = 2 * size.longest;
-        }
-        for block in &mut spec.blocks {
-            if let MixerSpec::MultiHead(attention) = &mut block.attention {
-                attention.position = match self {
-                    Self::None => PositionSpec::None,
-                    Self::Rotary => PositionSpec::Rotary(Default::default()),
-                    Self::Alibi => PositionSpec::Alibi,
-                };
-            }
-        }
-        spec
-    }
+    spec
 }
 
 const ROUNDED: [Format; 2] = [Format::Bf16, Format::F32];
@@ -222,7 +195,7 @@ struct Run {
 
 impl Run {
     fn of(positions: Positions, size: &Size, seed: u64) -> Result<Self> {
-        let spec = positions.spec(size);
+        let spec = spec(positions, size);
         let model = decoder::train(spec, Box::new(Questions), size.steps, seed)?;
         let lengths_asked = lengths(8, size.longest, size.points);
         let far = |emulated: &Emulated, alphabet: &Alphabet| {
@@ -306,7 +279,7 @@ fn bounded(model: &Model) -> Result<(usize, usize)> {
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
-    let runs = Positions::ALL
+    let runs = POSITIONS
         .into_iter()
         .map(|positions| Run::of(positions, &size, setting.seed))
         .collect::<Result<Vec<Run>>>()?;
@@ -336,7 +309,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
 
 /// What holds for any weights.
 fn exact_claims(size: &Size, seed: u64, runs: &[Run]) -> Result<Vec<Claim>> {
-    let spec = Positions::None.spec(size);
+    let spec = spec(Positions::None, size);
     let model = Model::initialised(spec, seed, DType::F32, &Device::Cpu)?;
     let ones = vec![ONE; 24];
     let fused = Rounding {

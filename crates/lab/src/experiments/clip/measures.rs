@@ -1,15 +1,16 @@
 //! What is measured on pictures that nothing was fitted to.
 
 use super::study::{AT_ONCE, Pictures, Texts};
+use crate::Result;
 use crate::error::engine;
 use crate::experiments::attributes::{self, Picture, SHAPE, TEXTURE};
 use crate::experiments::mini_clip::MiniClip;
-use crate::experiments::{mean, number, numbers};
-use crate::{Error, Result};
+use crate::experiments::{mean, number};
 use lapidary_explain::clip::{Component, HeatMap, ImageTower, ZeroShot, heat_maps, mean_ablated};
-use lapidary_kernels::{D, Tensor};
-use lapidary_model::{Input, Pass};
-use lapidary_signal::Trace;
+use lapidary_explain::faithfulness::image::Segmentation;
+use lapidary_explain::{Question, Target, attention_rollout, patch_heat};
+use lapidary_kernels::Tensor;
+use lapidary_model::Input;
 
 /// What is measured on the test pictures.
 pub struct Tested {
@@ -17,15 +18,15 @@ pub struct Tested {
     pub error: f64,
     /// `[pictures, components, features]`.
     pub components: Tensor,
-    /// Intersection over union, of shape and background, of heat maps and of rollout.
-    pub heat: f64,
-    pub rollout: f64,
+    /// How heat maps and rollout tell shape from background.
+    pub heat: Segmentation,
+    pub rollout: Segmentation,
 }
 
 pub fn test(clip: &MiniClip, shapes: &ZeroShot, pictures: &Pictures) -> Result<Tested> {
     let tower = ImageTower::new(&clip.image)?;
     let (mut error, mut all) = (0f64, Vec::new());
-    let (mut heat, mut rolled) = (Vec::new(), Vec::new());
+    let (mut heat, mut rollout) = (Segmentation::new(), Segmentation::new());
     for (batch, shown) in pictures.batches().zip(pictures.pictures.chunks(AT_ONCE)) {
         let batch = batch?;
         let decomposition = tower.decompose(&batch)?;
@@ -40,18 +41,18 @@ pub fn test(clip: &MiniClip, shapes: &ZeroShot, pictures: &Pictures) -> Result<T
         }
         let said = shapes.classify(embeddings)?;
         let maps = heat_maps(&decomposition, shapes, &said)?;
-        let others = rollout(clip, &tower, &batch)?;
+        let others = rollouts(clip, &tower, &batch)?;
         for ((picture, map), other) in shown.iter().zip(&maps).zip(&others) {
-            heat.push(overlap(map, picture, pictures.side));
-            rolled.push(overlap(other, picture, pictures.side));
+            add(map, picture, pictures.side, &mut heat)?;
+            add(other, picture, pictures.side, &mut rollout)?;
         }
         all.push(components);
     }
     Ok(Tested {
         error,
         components: engine(Tensor::cat(&all, 0))?,
-        heat: mean(heat),
-        rollout: mean(rolled),
+        heat,
+        rollout,
     })
 }
 
@@ -68,61 +69,27 @@ pub fn marks(tower: &ImageTower<'_>, ablated: impl Fn(&Component) -> bool) -> Ve
     tower.components().iter().map(ablated).collect()
 }
 
-/// Mean of the intersections over unions of shape and background, after upsampling,
-/// normalisation and a threshold at the mean.
-fn overlap(map: &HeatMap, picture: &Picture, side: usize) -> f64 {
-    let found = map.upsampled(side, side).normalised().mask();
-    let pairs = || found.iter().zip(&picture.mask);
-    let of = |wanted: bool| {
-        let both = pairs()
-            .filter(|(a, b)| **a == wanted && **b == wanted)
-            .count();
-        let either = pairs()
-            .filter(|(a, b)| **a == wanted || **b == wanted)
-            .count();
-        both as f64 / either.max(1) as f64
-    };
-    (of(true) + of(false)) / 2.0
+/// Adds how a map segments a picture, negative heat counting as none.
+fn add(map: &HeatMap, picture: &Picture, side: usize, to: &mut Segmentation) -> Result<()> {
+    let heat = map.upsampled(side, side).normalised().values;
+    Ok(to.add(&heat, &picture.mask)?)
 }
 
-/// Attention rollout (Abnar & Zuidema, arXiv 2005.00928): the class token's row of
-/// `Π_l (A_l + 1) / 2`, attention averaged over heads.
-fn rollout(clip: &MiniClip, tower: &ImageTower<'_>, batch: &Tensor) -> Result<Vec<HeatMap>> {
-    let trace = Trace::new().capture("blocks.*.attention.weights")?;
-    let pass = Pass {
-        trace: Some(&trace),
-        ..Pass::default()
-    };
-    clip.image.forward(&Input::Pixels(batch.clone()), pass)?;
-    // The class token's row, from the last block down: `[images, 1, tokens]`.
-    let mut row: Option<Tensor> = None;
-    for layer in (0..tower.depth()).rev() {
-        let weights = trace.signal(&format!("blocks.{layer}.attention.weights"))?;
-        let averaged = engine(weights.value().mean(1))?;
-        let before = match row.take() {
-            Some(row) => row,
-            None => {
-                let tokens = engine(averaged.dim(2))?;
-                let first = (0..tokens).map(|token| if token == 0 { 1f32 } else { 0.0 });
-                let first = Tensor::from_vec(first.collect(), (1, 1, tokens), averaged.device());
-                let images = engine(averaged.dim(0))?;
-                let first = engine(engine(first)?.broadcast_as((images, 1, tokens)))?;
-                engine(first.contiguous())?
-            }
-        };
-        let passed = engine(before.matmul(&averaged))?;
-        row = Some(engine(engine(before + passed)? * 0.5)?);
-    }
-    let row = row.ok_or_else(|| Error::Experiment("the model has no blocks".to_owned()))?;
-    let tokens = engine(row.dim(D::Minus1))?;
+/// Attention rollout's map of each picture.
+fn rollouts(clip: &MiniClip, tower: &ImageTower<'_>, batch: &Tensor) -> Result<Vec<HeatMap>> {
     let [rows, columns] = tower.grid();
-    let each = numbers(&row)?;
-    let map = |weights: &[f64]| HeatMap {
-        rows,
-        columns,
-        values: weights.iter().skip(tower.class_tokens()).copied().collect(),
-    };
-    Ok(each.chunks(tokens).map(map).collect())
+    let mut maps = Vec::new();
+    for index in 0..engine(batch.dim(0))? {
+        let input = Input::Pixels(engine(batch.narrow(0, index, 1))?);
+        let question = Question::new(&clip.image, &input);
+        let scores = attention_rollout(&question, Target::class(0), 0)?.scores;
+        maps.push(HeatMap {
+            rows,
+            columns,
+            values: patch_heat(&clip.image, &scores)?,
+        });
+    }
+    Ok(maps)
 }
 
 /// Share of the pictures that are of the shape that they are said to be.

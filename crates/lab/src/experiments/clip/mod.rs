@@ -17,6 +17,7 @@ use super::{after_training, mean};
 use crate::error::engine;
 use crate::{Claim, Reproduction, Result, Scale, Setting, Verdict};
 use lapidary_explain::clip::{Component, ImageTower, ZeroShot, mean_ablated, spurious_edit};
+use lapidary_explain::faithfulness::image::Segmentation;
 
 struct Size {
     course: Course,
@@ -256,16 +257,21 @@ impl Study {
     }
 
     fn segmentation(&self, scale: Scale) -> Claim {
-        let (heat, rollout) = (self.tested.heat, self.tested.rollout);
+        let [heat, rollout] = [&self.tested.heat, &self.tested.rollout];
+        let gained = heat.mean_intersection_over_union() - rollout.mean_intersection_over_union();
+        let of = |found: &Segmentation| {
+            format!(
+                "mIoU of shape and background {:.1} %, pixel accuracy {:.1}, mAP {:.1}",
+                100.0 * found.mean_intersection_over_union(),
+                100.0 * found.pixel_accuracy(),
+                100.0 * found.mean_average_precision()
+            )
+        };
         Claim::new(
             "Heat maps of the decomposition segment better than attention rollout",
-            "ImageNet segmentation, ViT-B/16: mIoU 54.5 %, above rollout; here by 5 points",
-            format!(
-                "mIoU of shape and background {:.1} %, rollout {:.1} %",
-                100.0 * heat,
-                100.0 * rollout
-            ),
-            after_training(scale, heat - rollout >= 0.05),
+            "ImageNet segmentation, ViT-B/16: mIoU 54.5 %, pixel accuracy 75.2, mAP 81.6, above rollout; here 5 points of mIoU",
+            format!("{}; rollout: {}", of(heat), of(rollout)),
+            after_training(scale, gained >= 0.05),
         )
     }
 }

@@ -1,6 +1,7 @@
 //! A circuit that is known: what attention alone must do to continue a pattern it has seen.
 
 use crate::Result;
+use crate::experiments::decoder::{self, Recipe};
 use crate::experiments::logit_attribution::rank_correlation;
 use crate::experiments::{mean, numbers};
 use lapidary_explain::analyses::attention::head_patterns;
@@ -10,18 +11,11 @@ use lapidary_explain::contextual::{
 };
 use lapidary_explain::{Question, Target};
 use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_model::{
-    AbsolutePosition, HeadSpec, Initialiser, Input, InputSpec, Model, ModelSpec, Pass, TokenInput,
-};
-use lapidary_parts::activation::ActivationSpec;
-use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
-use lapidary_parts::block::{BlockSpec, Wiring};
-use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
-use lapidary_parts::norm::NormSpec;
+use lapidary_model::{HeadSpec, Initialiser, Input, Model, ModelSpec, Pass};
+use lapidary_parts::attention::MixerSpec;
 use lapidary_signal::contextual::{AttentionSplit, ContextualRules};
-use lapidary_train::data::{Batch, IGNORE, Induction, Task};
-use lapidary_train::spec::{DataSpec, OptimiserSpec, ScheduleSpec, ValidationSpec};
-use lapidary_train::{Decay, Generator, TrainSpec, Trainer, generator};
+use lapidary_train::data::{IGNORE, Induction, Task};
+use lapidary_train::{Generator, generator};
 use rand::RngExt;
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -269,102 +263,33 @@ fn largest_error(model: &Model, cases: &[Case]) -> Result<f64> {
     Ok(error / largest)
 }
 
-/// A decoder; without feed-forward parts where `hidden` is 0.
-fn spec(symbols: usize, blocks: usize, heads: usize, width: usize, hidden: usize) -> ModelSpec {
-    let dense = FeedforwardSpec::Dense(DenseSpec {
-        hidden,
-        activation: ActivationSpec::Gelu,
-        bias: true,
-    });
-    ModelSpec {
-        width,
-        input: InputSpec::Tokens(TokenInput {
-            vocabulary: symbols,
-            length: LENGTH,
-            position: AbsolutePosition::Learned {
-                offset: 0,
-                skip_padding: false,
-            },
-            token_types: 0,
-            norm: None,
-            embedding_width: None,
-            dropout: 0.0,
-        }),
-        blocks: vec![BlockSpec {
-            repeat: blocks,
-            wiring: Wiring::PreNorm,
-            norm: NormSpec::default(),
-            attention: MixerSpec::MultiHead(MultiHeadSpec {
-                causal: true,
-                ..MultiHeadSpec::new(heads)
-            }),
-            cross_attention: None,
-            feedforward: (hidden > 0).then_some(dense),
-            dropout: 0.0,
-        }],
-        final_norm: Some(NormSpec::default()),
-        head: HeadSpec::LanguageModel {
-            tied: false,
-            bias: false,
-            transform: None,
-        },
-        low_rank: BTreeMap::new(),
+/// A decoder whose output is not tied to its embeddings.
+fn spec(blocks: usize, heads: usize, width: usize) -> ModelSpec {
+    let mut spec = decoder::spec(SYMBOLS, width, blocks);
+    for block in &mut spec.blocks {
+        if let MixerSpec::MultiHead(attention) = &mut block.attention {
+            attention.heads = heads;
+        }
     }
+    if let HeadSpec::LanguageModel { tied, .. } = &mut spec.head {
+        *tied = false;
+    }
+    spec
 }
 
+/// Two blocks of attention alone.
 fn trained(steps: u64, seed: u64) -> Result<Model> {
-    let spec = TrainSpec {
-        seed,
-        steps,
+    let mut spec = spec(2, 4, 64);
+    for block in &mut spec.blocks {
+        block.feedforward = None;
+    }
+    let recipe = Recipe {
         batch: 64,
         length: LENGTH,
-        accumulate: 1,
-        clip: Some(1.0),
-        average: None,
-        recompute: false,
-        schedule: ScheduleSpec {
-            peak: 3e-3,
-            floor: 3e-5,
-            warm_up: steps / 20,
-            decay: Decay::Cosine,
-        },
-        optimiser: OptimiserSpec::Adamw {
-            beta1: 0.9,
-            beta2: 0.99,
-            epsilon: 1e-8,
-            weight_decay: 0.01,
-        },
-        groups: Vec::new(),
-        validation: ValidationSpec::default(),
-        checkpoint: Default::default(),
-        data: DataSpec::Induction { symbols: SYMBOLS },
-        model: spec(SYMBOLS, 2, 4, 64, 0),
+        ..Recipe::default()
     };
     let task = Box::new(Induction::new(SYMBOLS)?);
-    // The trainer wants a validation task; what is measured here is measured outside of it.
-    let mut trainer = Trainer::new(spec, task, Box::new(Nothing), &Device::Cpu)?;
-    for _ in 0..steps {
-        trainer.step()?;
-    }
-    Ok(trainer.finished()?)
-}
-
-/// A task without any data.
-struct Nothing;
-
-impl Task for Nothing {
-    fn vocabulary(&self) -> usize {
-        SYMBOLS
-    }
-
-    fn batch(
-        &mut self,
-        _generator: &mut Generator,
-        _rows: usize,
-        length: usize,
-    ) -> lapidary_train::Result<Batch> {
-        Ok(Batch::with_capacity(0, length))
-    }
+    decoder::train_by(recipe, spec, task, steps, seed)
 }
 
 /// Seconds that the same scores take.
@@ -381,7 +306,7 @@ pub fn times(
     prompts: usize,
     seed: u64,
 ) -> Result<Times> {
-    let spec = spec(SYMBOLS, blocks, heads_of_block, width, 4 * width);
+    let spec = spec(blocks, heads_of_block, width);
     let initial = &mut Initialiser::new(seed, DType::F32, Device::Cpu);
     let model = Model::new(spec, initial)?;
     let cases: Vec<Case> = draw(prompts, &mut generator(seed))?
