@@ -383,7 +383,7 @@ impl<T: Real> Pass<'_, T> {
                     simd::vectorised(
                         #[inline(always)]
                         || {
-                            for row in rows {
+                            for row in rows.clone() {
                                 let r = &r[row * width..(row + 1) * width];
                                 // SAFETY: each row has entries of its own.
                                 let p = unsafe { p.part(starts[row], counts[row]) };
@@ -444,7 +444,7 @@ impl<T: Real> Pass<'_, T> {
             simd::vectorised(
                 #[inline(always)]
                 || {
-                    for feature in range {
+                    for feature in range.clone() {
                         // SAFETY: each feature has rows of its own.
                         let (encoder, decoder, bias) = unsafe {
                             (
@@ -499,7 +499,7 @@ fn active_by_row<T: Real>(before: &[T], features: usize, rows: usize) -> Vec<usi
         simd::vectorised(
             #[inline(always)]
             || {
-                for row in range {
+                for row in range.clone() {
                     let before = &before[row * features..(row + 1) * features];
                     let count: u32 = before.iter().map(|z| u32::from(*z > T::zero())).sum();
                     // SAFETY: each row has a count of its own.

@@ -85,7 +85,7 @@ impl CrossEntropy {
             simd::vectorised(
                 #[inline(always)]
                 || {
-                    for row in range {
+                    for row in range.clone() {
                         let Some(target) = self.targets[row] else {
                             continue;
                         };

@@ -210,7 +210,7 @@ fn vectorised_rows(range: Range<usize>, body: impl Fn(usize)) {
     crate::simd::vectorised(
         #[inline(always)]
         || {
-            for row in range {
+            for row in range.clone() {
                 body(row);
             }
         },

@@ -235,7 +235,7 @@ pub(crate) fn sum_rows<T: Real>(matrix: &[T], columns: usize) -> Vec<T> {
         simd::vectorised(
             #[inline(always)]
             || {
-                for block in blocks {
+                for block in blocks.clone() {
                     let start = block * BLOCK;
                     let width = BLOCK.min(columns - start);
                     // SAFETY: column blocks are disjoint.

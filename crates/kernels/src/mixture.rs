@@ -205,20 +205,20 @@ fn measure<T: Real>(
     let width = rows[0].len();
     let mut sums = [[T::zero(); LANES]; ROWS];
     let mut start = 0;
+    // Counted loops over fixed sizes: `mixed` and `sums` then stay in registers.
     while start + LANES <= width {
-        let mut mixed = [[T::zero(); LANES]; ROWS];
+        let mut mixed = rows.map(|row| lanes(row, start));
         for (weights, source) in weights.iter().zip(sources) {
-            let source = &source[start..start + LANES];
-            for (mixed, weight) in mixed.iter_mut().zip(weights) {
-                for (mixed, source) in mixed.iter_mut().zip(source) {
-                    *mixed = source.mul_add(*weight, *mixed);
+            let source = lanes(source, start);
+            for row in 0..ROWS {
+                for lane in 0..LANES {
+                    mixed[row][lane] = source[lane].mul_add(-weights[row], mixed[row][lane]);
                 }
             }
         }
-        for ((sums, mixed), row) in sums.iter_mut().zip(&mixed).zip(rows) {
-            let row = &row[start..start + LANES];
-            for ((sum, mixed), row) in sums.iter_mut().zip(mixed).zip(row) {
-                *sum += part(*row - *mixed, norm);
+        for row in 0..ROWS {
+            for lane in 0..LANES {
+                sums[row][lane] += part(mixed[row][lane], norm);
             }
         }
         start += LANES;
@@ -242,6 +242,14 @@ fn measure<T: Real>(
         }
     }
     measured
+}
+
+/// The [`LANES`] numbers from `start` on.
+#[inline(always)]
+fn lanes<T: Real>(numbers: &[T], start: usize) -> [T; LANES] {
+    let mut lanes = [T::zero(); LANES];
+    lanes.copy_from_slice(&numbers[start..start + LANES]);
+    lanes
 }
 
 #[inline(always)]

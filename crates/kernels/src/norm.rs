@@ -152,7 +152,7 @@ impl Norm {
                 simd::vectorised(
                     #[inline(always)]
                     || {
-                        for block in range {
+                        for block in range.clone() {
                             // SAFETY: each block is handled once.
                             let sums = unsafe { shared_partial.part(block * 2 * width, 2 * width) };
                             let (dw, db) = sums.split_at_mut(width);

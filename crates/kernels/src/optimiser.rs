@@ -172,7 +172,7 @@ fn update<T: Real, const N: usize>(
                 let start = chunks.start * CHUNK;
                 let len = count.min(chunks.end * CHUNK) - start;
                 // SAFETY: chunks are disjoint.
-                let (parameters, moments) = unsafe {
+                let (parameters, mut moments) = unsafe {
                     (
                         parameters.part(start, len),
                         moments.each_ref().map(|m| m.part(start, len)),
@@ -180,7 +180,10 @@ fn update<T: Real, const N: usize>(
                 };
                 simd::vectorised(
                     #[inline(always)]
-                    || body(parameters, moments, &gradients[start..start + len]),
+                    || {
+                        let moments = moments.each_mut().map(|moment| &mut **moment);
+                        body(parameters, moments, &gradients[start..start + len]);
+                    },
                 );
             });
         }),
@@ -248,7 +251,7 @@ fn sum_of_squares<T: Real>(x: &[T]) -> f64 {
         simd::vectorised(
             #[inline(always)]
             || {
-                for chunk in chunks {
+                for chunk in chunks.clone() {
                     let part = &x[chunk * CHUNK..x.len().min((chunk + 1) * CHUNK)];
                     // Squares in f64: those of large f32 gradients would overflow.
                     let mut lanes = [0f64; simd::LANES];

@@ -41,7 +41,7 @@ impl Sequences {
             crate::simd::vectorised(
                 #[inline(always)]
                 || {
-                    for item in items {
+                    for item in items.clone() {
                         let start = item % blocks * BLOCK;
                         body(item / blocks, start..self.inner.min(start + BLOCK));
                     }

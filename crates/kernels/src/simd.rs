@@ -10,14 +10,27 @@ use std::ops::Neg;
 /// Lanes of an accumulator: one AVX-512 register of `f32`, two of `f64`.
 pub(crate) const LANES: usize = 16;
 
-/// Runs `body` compiled for the best instruction set of this processor.
+/// Runs `body` once, compiled for the best instruction set of this processor.
 ///
 /// `body`, and every closure that it calls, must be marked `#[inline(always)]`: what is not
 /// inlined here is compiled for the oldest processor, without vectors, and there a fused
 /// multiply-add is a call into the mathematics library.
 #[inline(always)]
-pub(crate) fn vectorised<R>(body: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(body)
+pub(crate) fn vectorised<R>(body: impl FnMut() -> R) -> R {
+    pulp::Arch::new().dispatch(Body(body))
+}
+
+/// A closure that is called through `FnMut`: called through `FnOnce`, as the dispatcher would
+/// call it, it stands behind a shim that does not inherit its `#[inline(always)]`.
+struct Body<F>(F);
+
+impl<R, F: FnMut() -> R> pulp::NullaryFnOnce for Body<F> {
+    type Output = R;
+
+    #[inline(always)]
+    fn call(mut self) -> R {
+        (self.0)()
+    }
 }
 
 /// The two floating-point types that the kernels compute in.

@@ -294,7 +294,7 @@ fn direct_backward<T: Real>(x: &Tensor, kernel: &Tensor, gradient: &Tensor) -> C
             simd::vectorised(
                 #[inline(always)]
                 || {
-                    for channel in range {
+                    for channel in range.clone() {
                         // SAFETY: everything of a channel belongs to one task.
                         let (dk, db) =
                             unsafe { (dk.part(channel * taps, taps), db.part(channel, 1)) };
