@@ -145,6 +145,11 @@ impl Calibration {
             })
     }
 
+    /// One statistic that is a number.
+    pub fn number(&self, statistic: &Statistic) -> Result<f64> {
+        engine(self.tensor(statistic)?.to_scalar::<f64>())
+    }
+
     /// One statistic that is a vector.
     pub fn vector(&self, statistic: &Statistic) -> Result<Vec<f64>> {
         engine(self.tensor(statistic)?.to_vec1::<f64>())

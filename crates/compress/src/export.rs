@@ -6,7 +6,7 @@ use lapidary_kernels::Tensor;
 use lapidary_model::{HeadSpec, InputSpec, Model};
 
 use crate::error::engine;
-use crate::factorise::merged;
+use crate::factorisation::merged;
 use crate::{Error, Result};
 
 /// The model with every factorised layer multiplied out (in `f64`, rounded once): equal outputs

@@ -139,7 +139,9 @@ impl FisherSums {
                 Statistic::KroneckerInput { .. } | Statistic::KroneckerOutput { .. } => {
                     wants.kronecker = true;
                 }
-                Statistic::InputSquares { .. } | Statistic::Covariance { .. } => {}
+                Statistic::InputSquares { .. }
+                | Statistic::Covariance { .. }
+                | Statistic::Similarity { .. } => {}
             }
         }
         let mut source = Watched {

@@ -2,7 +2,7 @@
 //!
 //! Every method goes the same way:
 //!
-//! 1. [`Method::requirements`] says which statistics it needs. Requirements unite.
+//! 1. [`Factorisation::requirements`] says which statistics it needs. Requirements unite.
 //! 2. [`Calibration::collect`] finds them all in one pass over [`CalibrationData`].
 //! 3. [`Plan::new`] gives each layer its share of a [`Budget`]; nothing is cut yet.
 //! 4. [`Plan::apply`] makes the [`Compressed`] model with a [`Report`], and refuses statistics
@@ -12,7 +12,7 @@
 //!
 //! ```
 //! use lapidary_compress::{
-//!     Budget, Calibration, CalibrationData, CalibrationOptions, Method, Plan, Selection,
+//!     Budget, Calibration, CalibrationData, CalibrationOptions, Factorisation, Plan, Selection,
 //! };
 //! use lapidary_kernels::{DType, Device};
 //! use lapidary_model::{Model, ModelSpec};
@@ -29,11 +29,11 @@
 //! let model = Model::initialised(spec, 1, DType::F32, &Device::Cpu)?;
 //! let data = CalibrationData::windows([vec![1, 5, 2, 7], vec![3, 3, 9, 4]])?;
 //!
-//! let (method, selection) = (Method::Fwsvd, Selection::default());
+//! let (method, selection) = (Factorisation::Fwsvd, Selection::default());
 //! let requirements = method.requirements(&model, &selection)?;
 //! let calibration =
 //!     Calibration::collect(&model, &data, &requirements, CalibrationOptions::default())?;
-//! let plan = Plan::new(&model, method, &selection, &Budget::Keep(0.5))?;
+//! let plan = method.plan(&model, &selection, &Budget::Keep(0.5))?;
 //! let compressed = plan.apply(&model, Some(&calibration))?;
 //! assert!(compressed.report.after.parameters < compressed.report.before.parameters);
 //! # Ok(()) }
@@ -41,13 +41,16 @@
 
 mod calibration;
 mod data;
+mod edit;
 mod error;
 mod export;
-mod factorise;
+pub mod factorisation;
 mod fingerprint;
 pub mod fisher;
-pub mod fwsvd;
+mod method;
+mod methods;
 mod objective;
+mod observe;
 mod output;
 mod plan;
 pub mod quality;
@@ -60,12 +63,12 @@ pub use calibration::{Calibration, CalibrationOptions};
 pub use data::{CalibrationData, Content, Example, Target};
 pub use error::{Error, Result};
 pub use export::{export_dense, two_layer_parameters};
-pub use factorise::Compressed;
+pub use factorisation::Factorisation;
 pub use fingerprint::Fingerprint;
-pub use fwsvd::Method;
+pub use method::{Method, Schedule, Settings, Task};
 pub use objective::Objective;
 pub use output::output_errors;
-pub use plan::{Budget, Change, LayerPlan, Plan};
-pub use report::{LayerErrors, LayerReport, Report, Size};
+pub use plan::{Budget, Change, ModulePlan, Plan};
+pub use report::{Compressed, LayerErrors, ModuleReport, Report, Size};
 pub use requirements::{Requirements, Statistic};
 pub use selection::{Layer, Selection};

@@ -9,7 +9,7 @@ use lapidary_signal::Trace;
 
 use crate::data::{Batch, real_rows};
 use crate::error::engine;
-use crate::factorise::merged;
+use crate::factorisation::merged;
 use crate::{CalibrationData, Result};
 
 /// A layer that differs between two models.

@@ -3,7 +3,9 @@
 use lapidary_model::{HeadSpec, InputSpec, Model};
 use serde::Serialize;
 
-use crate::{Fingerprint, Method, Objective};
+use crate::method::Task;
+use crate::plan::{Change, ModulePlan};
+use crate::{CalibrationData, Fingerprint, Objective, Result, output_errors};
 
 /// Errors of one approximation of a layer, relative to the layer itself: 0 is exact, 1 is as
 /// bad as leaving the layer out.
@@ -18,20 +20,20 @@ pub struct LayerErrors {
     pub predicted_loss_rise: Option<f64>,
 }
 
-/// One layer before and after.
+/// One module before and after.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct LayerReport {
-    /// Path of the layer.
+pub struct ModuleReport {
+    /// Path of the module.
     pub path: String,
     /// Width of its input.
     pub input: usize,
     /// Width of its output.
     pub output: usize,
-    /// Its rank, when it was factorised.
-    pub rank: Option<usize>,
+    /// What was done to it.
+    pub change: Change,
     /// Why it was left, or what was unusual about it.
     pub note: Option<String>,
-    /// Its weights before, without bias.
+    /// Its weights before, without bias of linear layers.
     pub parameters_before: usize,
     /// Its weights after.
     pub parameters_after: usize,
@@ -43,6 +45,35 @@ pub struct LayerReport {
     /// `√(E‖x (W − Ŵ)ᵀ‖² / E‖x Wᵀ‖²)` over data, once it was measured
     /// ([`crate::Compressed::measure_outputs`]).
     pub output_error: Option<f64>,
+}
+
+impl ModuleReport {
+    /// A module that became what was planned; its weights are `before` and `after`.
+    pub(crate) fn new(planned: &ModulePlan, before: usize, after: usize) -> Self {
+        Self {
+            path: planned.path.clone(),
+            input: planned.input,
+            output: planned.output,
+            change: planned.change.clone(),
+            note: match &planned.change {
+                Change::Leave { reason } => Some(reason.clone()),
+                _ => None,
+            },
+            parameters_before: before,
+            parameters_after: after,
+            chosen: None,
+            plain: None,
+            output_error: None,
+        }
+    }
+
+    /// Its rank, when it was factorised.
+    pub fn rank(&self) -> Option<usize> {
+        match self.change {
+            Change::Factorise { rank } => Some(rank),
+            _ => None,
+        }
+    }
 }
 
 /// Size of a model.
@@ -94,8 +125,8 @@ impl Size {
 /// What was done to a model.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
-    /// How.
-    pub method: Method,
+    /// Name of the method.
+    pub method: String,
     /// The weights that were compressed.
     pub original: Fingerprint,
     /// The loss whose gradients weighed the weights, where a method needed them.
@@ -104,8 +135,8 @@ pub struct Report {
     pub examples: usize,
     /// Tokens that the calibration saw.
     pub tokens: usize,
-    /// Every chosen layer.
-    pub layers: Vec<LayerReport>,
+    /// Every module that the plan speaks of.
+    pub modules: Vec<ModuleReport>,
     /// The model before.
     pub before: Size,
     /// The model after.
@@ -114,12 +145,75 @@ pub struct Report {
 
 impl Report {
     /// The layers that were factorised.
-    pub fn factorised(&self) -> impl Iterator<Item = &LayerReport> {
-        self.layers.iter().filter(|layer| layer.rank.is_some())
+    pub fn factorised(&self) -> impl Iterator<Item = &ModuleReport> {
+        self.modules.iter().filter(|layer| layer.rank().is_some())
     }
 
     /// Parameters after over parameters before.
     pub fn kept(&self) -> f64 {
         self.after.parameters as f64 / self.before.parameters.max(1) as f64
+    }
+}
+
+/// A compressed model and what became of the original.
+#[derive(Debug)]
+pub struct Compressed {
+    /// The model. Its spec names every width and rank, so that it loads by itself.
+    pub model: Model,
+    /// What was done.
+    pub report: Report,
+}
+
+impl Compressed {
+    pub(crate) fn new(
+        method: &str,
+        task: &Task<'_>,
+        model: Model,
+        modules: Vec<ModuleReport>,
+    ) -> Result<Self> {
+        let calibration = task.calibration;
+        let examples = calibration.map(|calibration| calibration.examples);
+        let tokens = calibration.map(|calibration| calibration.tokens);
+        Ok(Self {
+            report: Report {
+                method: method.to_owned(),
+                original: Fingerprint::of(task.model)?,
+                objective: calibration.and_then(|calibration| calibration.objective),
+                examples: examples
+                    .or(task.data.map(CalibrationData::len))
+                    .unwrap_or(0),
+                tokens: tokens
+                    .or(task.data.map(CalibrationData::tokens))
+                    .unwrap_or(0),
+                modules,
+                before: Size::of(task.model),
+                after: Size::of(&model),
+            },
+            model,
+        })
+    }
+
+    /// The model with variables for parameters: what fine-tuning after compression starts from.
+    pub fn trainable(&self) -> Result<Model> {
+        let mut parameters = self.model.parameters().clone();
+        Ok(Model::trainable(
+            self.model.spec().clone(),
+            &mut parameters,
+        )?)
+    }
+
+    /// Measures how far the outputs of each changed layer are from those of `original` on
+    /// the inputs that `original` gives it, and writes it into the report.
+    pub fn measure_outputs(
+        &mut self,
+        original: &Model,
+        data: &CalibrationData,
+        batch: usize,
+    ) -> Result<()> {
+        let errors = output_errors(original, &self.model, data, batch)?;
+        for module in &mut self.report.modules {
+            module.output_error = errors.get(&module.path).copied();
+        }
+        Ok(())
     }
 }

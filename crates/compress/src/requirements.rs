@@ -21,6 +21,13 @@ pub enum Statistic {
         /// The site.
         site: String,
     },
+    /// `E[cos(x, y)]` over the tokens at two sites of one width, the first written first, `[]`.
+    Similarity {
+        /// The site of `x`.
+        from: String,
+        /// The site of `y`.
+        to: String,
+    },
     /// `Σ_o E[G_oi²]`, `[input]`.
     FisherInputs {
         /// Path of the linear layer.
@@ -49,18 +56,20 @@ pub enum Statistic {
 }
 
 impl Statistic {
-    /// The site whose activations it needs.
-    pub fn site(&self) -> Option<&str> {
-        match self {
-            Self::InputSquares { site } | Self::Covariance { site } => Some(site),
-            _ => None,
-        }
+    /// The sites whose activations it needs.
+    pub fn sites(&self) -> impl Iterator<Item = &str> {
+        let (first, second) = match self {
+            Self::InputSquares { site } | Self::Covariance { site } => (Some(site), None),
+            Self::Similarity { from, to } => (Some(from), Some(to)),
+            _ => (None, None),
+        };
+        first.into_iter().chain(second).map(String::as_str)
     }
 
     /// The layer whose gradients it needs.
     pub fn layer(&self) -> Option<&str> {
         match self {
-            Self::InputSquares { .. } | Self::Covariance { .. } => None,
+            Self::InputSquares { .. } | Self::Covariance { .. } | Self::Similarity { .. } => None,
             Self::FisherInputs { layer }
             | Self::FisherOutputs { layer }
             | Self::Fisher { layer }
@@ -75,6 +84,7 @@ impl fmt::Display for Statistic {
         match self {
             Self::InputSquares { site } => write!(f, "mean squared activation at {site}"),
             Self::Covariance { site } => write!(f, "second moment at {site}"),
+            Self::Similarity { from, to } => write!(f, "mean cosine of {from} and {to}"),
             Self::FisherInputs { layer } => write!(f, "Fisher information per input of {layer}"),
             Self::FisherOutputs { layer } => write!(f, "Fisher information per output of {layer}"),
             Self::Fisher { layer } => write!(f, "Fisher information of {layer}"),
@@ -106,7 +116,7 @@ impl Requirements {
 
     /// The sites whose activations are needed.
     pub fn sites(&self) -> BTreeSet<&str> {
-        self.statistics.iter().filter_map(Statistic::site).collect()
+        self.statistics.iter().flat_map(Statistic::sites).collect()
     }
 
     /// The layers whose gradients are needed; none when a forward pass suffices.
@@ -124,7 +134,7 @@ impl Requirements {
             let sizes = model.linears().iter().find_map(|linear| {
                 let here = match statistic.layer() {
                     Some(layer) => linear.path == layer,
-                    None => statistic.site() == Some(&linear.input_site),
+                    None => statistic.sites().any(|site| site == linear.input_site),
                 };
                 here.then_some((linear.input as u64, linear.output as u64))
             });
@@ -132,6 +142,7 @@ impl Requirements {
                 return 0;
             };
             match statistic {
+                Statistic::Similarity { .. } => 1,
                 Statistic::InputSquares { .. } | Statistic::FisherInputs { .. } => input,
                 Statistic::FisherOutputs { .. } => output,
                 Statistic::Fisher { .. } => input * output,

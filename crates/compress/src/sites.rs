@@ -47,16 +47,64 @@ fn sum(total: Option<Tensor>, term: Tensor) -> lapidary_kernels::Result<Tensor> 
     }
 }
 
+/// `Σ cos(x, y)` of two sites.
+#[derive(Debug)]
+struct Pair {
+    from: String,
+    to: String,
+    /// What the first site wrote in this pass, until the second is written.
+    first: Option<Tensor>,
+    sum: f64,
+    rows: u64,
+}
+
+impl Pair {
+    fn see(
+        &mut self,
+        site: &str,
+        x: &Tensor,
+        real: Option<&Tensor>,
+    ) -> lapidary_kernels::Result<()> {
+        if site == self.to
+            && let Some(first) = self.first.take()
+        {
+            let second = real_rows(&x.detach(), real)?.to_dtype(DType::F64)?;
+            let lengths = (first.sqr()?.sum(1)? * second.sqr()?.sum(1)?)?.sqrt()?;
+            // A vector without length turns nothing.
+            let products = (first * second)?.sum(1)?.to_vec1::<f64>()?;
+            let cosines = products.iter().zip(lengths.to_vec1::<f64>()?).map(
+                |(product, length)| match length > 0.0 {
+                    true => product / length,
+                    false => 1.0,
+                },
+            );
+            self.sum += cosines.sum::<f64>();
+            self.rows += products.len() as u64;
+        }
+        if site == self.from {
+            self.first = Some(real_rows(&x.detach(), real)?.to_dtype(DType::F64)?);
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Default)]
+struct Everything {
+    sites: BTreeMap<String, Sums>,
+    pairs: Vec<Pair>,
+}
+
 /// The sums at every site that is asked for.
 #[derive(Debug, Default)]
 pub(crate) struct SiteSums {
-    sites: Arc<Mutex<BTreeMap<String, Sums>>>,
+    sites: Arc<Mutex<Everything>>,
     vocabulary: usize,
 }
 
 impl SiteSums {
     pub(crate) fn new(statistics: &BTreeSet<Statistic>, vocabulary: usize) -> Self {
         let mut sites: BTreeMap<String, Sums> = BTreeMap::new();
+        let mut pairs = Vec::new();
         for statistic in statistics {
             match statistic {
                 Statistic::InputSquares { site } => {
@@ -65,25 +113,41 @@ impl SiteSums {
                 Statistic::Covariance { site } => {
                     sites.entry(site.clone()).or_default().wants_covariance = true;
                 }
+                Statistic::Similarity { from, to } => pairs.push(Pair {
+                    from: from.clone(),
+                    to: to.clone(),
+                    first: None,
+                    sum: 0.0,
+                    rows: 0,
+                }),
                 _ => {}
             }
         }
         Self {
-            sites: Arc::new(Mutex::new(sites)),
+            sites: Arc::new(Mutex::new(Everything { sites, pairs })),
             vocabulary,
         }
     }
 
     /// A trace that adds one batch to the sums as it passes.
     pub(crate) fn trace(&self, batch: &Batch<'_>) -> Result<Trace> {
-        let names: Vec<String> = lock(&self.sites).keys().cloned().collect();
+        let names: BTreeSet<String> = {
+            let everything = lock(&self.sites);
+            let ends = everything.pairs.iter();
+            let ends = ends.flat_map(|pair| [pair.from.clone(), pair.to.clone()]);
+            everything.sites.keys().cloned().chain(ends).collect()
+        };
         let mut trace = Trace::new();
         for name in names.iter().filter(|name| *name != TOKEN_IDS) {
             let sites = self.sites.clone();
             let real = batch.real.clone();
             trace = trace.replace(name, move |site, signal| {
-                if let Some(sums) = lock(&sites).get_mut(site) {
+                let mut everything = lock(&sites);
+                if let Some(sums) = everything.sites.get_mut(site) {
                     sums.add(signal.value(), real.as_ref())?;
+                }
+                for pair in &mut everything.pairs {
+                    pair.see(site, signal.value(), real.as_ref())?;
                 }
                 Ok(signal)
             })?;
@@ -94,8 +158,9 @@ impl SiteSums {
 
     /// The squares of vectors with a single one are the counts of token ids.
     fn count_tokens(&self, batch: &Batch<'_>) -> Result<()> {
-        let mut sites = lock(&self.sites);
-        let (Some(sums), Input::Tokens { ids, .. }) = (sites.get_mut(TOKEN_IDS), &batch.input)
+        let mut everything = lock(&self.sites);
+        let (Some(sums), Input::Tokens { ids, .. }) =
+            (everything.sites.get_mut(TOKEN_IDS), &batch.input)
         else {
             return Ok(());
         };
@@ -119,14 +184,18 @@ impl SiteSums {
     /// The means, by statistic. A site that the model never wrote is an error.
     pub(crate) fn finish(self) -> Result<BTreeMap<Statistic, Tensor>> {
         let mut means = BTreeMap::new();
-        for (site, sums) in std::mem::take(&mut *lock(&self.sites)) {
+        let everything = std::mem::take(&mut *lock(&self.sites));
+        for pair in everything.pairs {
+            if pair.rows == 0 {
+                return Err(unwritten(&format!("{} or {}", pair.from, pair.to)));
+            }
+            let mean = engine(Tensor::new(pair.sum / pair.rows as f64, &Device::Cpu))?;
+            let (from, to) = (pair.from, pair.to);
+            means.insert(Statistic::Similarity { from, to }, mean);
+        }
+        for (site, sums) in everything.sites {
             if sums.rows == 0 {
-                return Err(Error::invalid(
-                    format!("site {site}"),
-                    "written by no module",
-                    "one that the model writes: choose other layers, or a method that needs no \
-                     activations",
-                ));
+                return Err(unwritten(&site));
             }
             let scale = 1.0 / sums.rows as f64;
             if let Some(squares) = sums.squares {
@@ -140,6 +209,14 @@ impl SiteSums {
         }
         Ok(means)
     }
+}
+
+fn unwritten(site: &str) -> Error {
+    Error::invalid(
+        format!("site {site}"),
+        "written by no module",
+        "one that the model writes: choose other layers, or a method that needs no activations",
+    )
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

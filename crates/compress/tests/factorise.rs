@@ -7,9 +7,10 @@ use common::{
     ENCODER, all, altered, at_rank, calibrate, classifier, close, distance, model, scores, values,
     windows,
 };
+use lapidary_compress::factorisation::parameters_after;
 use lapidary_compress::{
-    Budget, Calibration, CalibrationData, CalibrationOptions, Error, Example, Method, Objective,
-    Plan, Requirements, Selection, Size, Statistic, export_dense, output_errors,
+    Budget, Calibration, CalibrationData, CalibrationOptions, Error, Example, Factorisation,
+    Objective, Requirements, Selection, Size, Statistic, export_dense, output_errors,
     two_layer_parameters,
 };
 use lapidary_kernels::{DType, Device, Tensor};
@@ -23,16 +24,16 @@ fn full_rank_gives_the_same_outputs() {
         let selection = Selection::default();
         let calibration = calibrate(&model, &data, &selection);
         let expected = scores(&model, &data);
-        for method in Method::ALL {
+        for method in Factorisation::ALL {
             let full = at_rank(&model, method, &selection, usize::min, &calibration);
             let error = distance(&scores(&full.model, &data), &expected);
             // Kronecker factors from ten examples are singular, and regularised.
             let tolerance = match method {
-                Method::GeneralisedFisher | Method::Whitened => 1e-5,
+                Factorisation::GeneralisedFisher | Factorisation::Whitened => 1e-5,
                 _ => 1e-9,
             };
             assert!(error < tolerance, "{name} {method}: {error}");
-            assert_eq!(full.report.factorised().count(), full.report.layers.len());
+            assert_eq!(full.report.factorised().count(), full.report.modules.len());
         }
     }
 }
@@ -42,8 +43,8 @@ fn factorised_inference_equals_merged_and_two_layers() {
     for (name, model, data) in all() {
         let selection = Selection::default();
         let calibration = calibrate(&model, &data, &selection);
-        for method in Method::ALL {
-            let plan = Plan::new(&model, method, &selection, &Budget::Keep(0.6)).unwrap();
+        for method in Factorisation::ALL {
+            let plan = method.plan(&model, &selection, &Budget::Keep(0.6)).unwrap();
             let compressed = plan.apply(&model, Some(&calibration)).unwrap();
             let found = scores(&compressed.model, &data);
             assert!(found.iter().all(|score| score.is_finite()));
@@ -69,12 +70,14 @@ fn counts_of_parameters_bytes_and_operations_are_exact() {
     for (name, model, data) in all() {
         let selection = Selection::default();
         let calibration = calibrate(&model, &data, &selection);
-        let plan = Plan::new(&model, Method::Fwsvd, &selection, &Budget::Keep(0.5)).unwrap();
+        let plan = Factorisation::Fwsvd
+            .plan(&model, &selection, &Budget::Keep(0.5))
+            .unwrap();
         let compressed = plan.apply(&model, Some(&calibration)).unwrap();
         let report = &compressed.report;
         let mut saved = 0;
-        for layer in &report.layers {
-            let rank = layer.rank.unwrap();
+        for layer in &report.modules {
+            let rank = layer.rank().unwrap();
             assert_eq!(layer.parameters_before, layer.input * layer.output);
             assert_eq!(layer.parameters_after, rank * (layer.input + layer.output));
             assert!(2 * layer.parameters_after <= layer.parameters_before);
@@ -82,7 +85,7 @@ fn counts_of_parameters_bytes_and_operations_are_exact() {
         }
         assert!(saved > 0, "{name}");
         assert_eq!(report.before.parameters - report.after.parameters, saved);
-        assert_eq!(report.after.parameters, plan.parameters(&model));
+        assert_eq!(report.after.parameters, parameters_after(&plan, &model));
         assert_eq!(report.after.bytes, 8 * compressed.model.parameter_count());
         let fewer = report.before.flops_per_token - report.after.flops_per_token;
         assert_eq!(fewer, 2 * saved);
@@ -116,11 +119,11 @@ fn each_method_wins_in_its_own_norm_and_loses_in_the_plain_one() {
     for (name, model, data) in all() {
         let selection = Selection::default();
         let calibration = calibrate(&model, &data, &selection);
-        for method in Method::ALL {
+        for method in Factorisation::ALL {
             let half = |input: usize, output: usize| input.min(output) / 2;
             let compressed = at_rank(&model, method, &selection, half, &calibration);
             let mut differs = false;
-            for layer in &compressed.report.layers {
+            for layer in &compressed.report.modules {
                 let (chosen, plain) = (layer.chosen.unwrap(), layer.plain.unwrap());
                 let at = format!("{name} {method} {}: {chosen:?} {plain:?}", layer.path);
                 assert!(chosen.weighted <= plain.weighted * (1.0 + 1e-6), "{at}");
@@ -128,7 +131,7 @@ fn each_method_wins_in_its_own_norm_and_loses_in_the_plain_one() {
                 assert!(chosen.weighted > 0.0 && chosen.weighted < 1.0, "{at}");
                 differs |= chosen.weighted < 0.99 * plain.weighted;
             }
-            assert_eq!(differs, method != Method::Svd, "{name} {method}");
+            assert_eq!(differs, method != Factorisation::Svd, "{name} {method}");
         }
     }
 }
@@ -139,7 +142,7 @@ fn output_errors_are_measured_and_whitening_has_the_least() {
     for (name, model, data) in all() {
         let selection = Selection::default();
         let calibration = calibrate(&model, &data, &selection);
-        let measured: Vec<_> = Method::ALL
+        let measured: Vec<_> = Factorisation::ALL
             .iter()
             .map(|method| {
                 let half = |input: usize, output: usize| input.min(output) / 2;
@@ -150,13 +153,18 @@ fn output_errors_are_measured_and_whitening_has_the_least() {
             .collect();
         let whitened = measured.last().unwrap();
         for compressed in &measured {
-            for (layer, best) in compressed.report.layers.iter().zip(&whitened.report.layers) {
+            for (layer, best) in compressed
+                .report
+                .modules
+                .iter()
+                .zip(&whitened.report.modules)
+            {
                 let (error, best) = (layer.output_error.unwrap(), best.output_error.unwrap());
                 assert!(error > 0.0 && error < 1.0, "{name} {}", layer.path);
                 assert!(best <= error * (1.0 + 1e-6), "{name} {}", layer.path);
             }
         }
-        for layer in &whitened.report.layers {
+        for layer in &whitened.report.modules {
             close(
                 &[layer.output_error.unwrap()],
                 &[layer.chosen.unwrap().weighted],
@@ -166,8 +174,8 @@ fn output_errors_are_measured_and_whitening_has_the_least() {
         // The same for the merged model, and nothing for a model that is the same.
         let dense = export_dense(&whitened.model).unwrap();
         let errors = output_errors(&model, &dense, &data, 4).unwrap();
-        assert_eq!(errors.len(), whitened.report.layers.len());
-        for layer in &whitened.report.layers {
+        assert_eq!(errors.len(), whitened.report.modules.len());
+        for layer in &whitened.report.modules {
             close(&[errors[&layer.path]], &[layer.output_error.unwrap()], 1e-9);
         }
         assert!(output_errors(&model, &model, &data, 4).unwrap().is_empty());
@@ -184,7 +192,13 @@ fn seeing_the_data_a_hundred_times_changes_nothing() {
     let product = |examples: Vec<Example>| {
         let data = CalibrationData::new(examples).unwrap();
         let calibration = calibrate(&model, &data, &selection);
-        let compressed = at_rank(&model, Method::Fwsvd, &selection, |_, _| 2, &calibration);
+        let compressed = at_rank(
+            &model,
+            Factorisation::Fwsvd,
+            &selection,
+            |_, _| 2,
+            &calibration,
+        );
         let dense = export_dense(&compressed.model).unwrap();
         values(&dense.parameters()["head.hidden.weight"])
     };
@@ -210,18 +224,20 @@ fn features_without_gradient_get_no_rank() {
     .unwrap();
     let selection = Selection::layers(["head.output"]);
     let expected = scores(&model, &data);
-    let plan = |method| {
+    let plan = |method: Factorisation| {
         let budget = Budget::Ranks([("head.output".to_owned(), 2)].into());
-        Plan::new(&model, method, &selection, &budget).unwrap()
+        method.plan(&model, &selection, &budget).unwrap()
     };
-    let requirements = Method::Fwsvd.requirements(&model, &selection).unwrap();
+    let requirements = Factorisation::Fwsvd
+        .requirements(&model, &selection)
+        .unwrap();
     let options = CalibrationOptions::default();
     let calibration = Calibration::collect(&model, &data, &requirements, options).unwrap();
-    let weighted = plan(Method::Fwsvd)
+    let weighted = plan(Factorisation::Fwsvd)
         .apply(&model, Some(&calibration))
         .unwrap();
     close(&scores(&weighted.model, &data), &expected, 1e-7);
-    let plain = plan(Method::Svd).apply(&model, None).unwrap();
+    let plain = plan(Factorisation::Svd).apply(&model, None).unwrap();
     assert!(distance(&scores(&plain.model, &data), &expected) > 0.01);
 
     let largest = values(&weighted.model.parameters()["head.output.up"])
@@ -239,9 +255,9 @@ fn a_layer_without_any_gradient_falls_back_to_plain_svd_and_says_so() {
     let data = CalibrationData::new(vec![Example::labelled([1, 2], 3)]).unwrap();
     let selection = Selection::layers(["head.hidden"]);
     let calibration = calibrate(&model, &data, &selection);
-    for method in [Method::Fwsvd, Method::GeneralisedFisher] {
+    for method in [Factorisation::Fwsvd, Factorisation::GeneralisedFisher] {
         let compressed = at_rank(&model, method, &selection, |_, _| 2, &calibration);
-        let layer = &compressed.report.layers[0];
+        let layer = &compressed.report.modules[0];
         assert!(layer.note.as_ref().unwrap().contains("plain SVD"));
         assert_eq!(layer.chosen, layer.plain);
     }
@@ -252,7 +268,9 @@ fn stale_statistics_are_refused() {
     let (_, model, data) = all().remove(1);
     let selection = Selection::default();
     let calibration = calibrate(&model, &data, &selection);
-    let plan = Plan::new(&model, Method::Fwsvd, &selection, &Budget::Keep(0.5)).unwrap();
+    let plan = Factorisation::Fwsvd
+        .plan(&model, &selection, &Budget::Keep(0.5))
+        .unwrap();
     let trained = altered(&model, "blocks.1.attention.query.bias", |bias| {
         let mut changed = values(bias);
         changed[3] += 1e-12;
@@ -273,10 +291,12 @@ fn stale_statistics_are_refused() {
 fn missing_statistics_are_named() {
     let (_, model, data) = all().remove(1);
     let selection = Selection::default();
-    let plan = Plan::new(&model, Method::Fwsvd, &selection, &Budget::Keep(0.5)).unwrap();
+    let plan = Factorisation::Fwsvd
+        .plan(&model, &selection, &Budget::Keep(0.5))
+        .unwrap();
     let error = plan.apply(&model, None).unwrap_err();
     assert!(matches!(error, Error::NotCollected { .. }));
-    let other = Method::ActivationWeighted
+    let other = Factorisation::ActivationWeighted
         .requirements(&model, &selection)
         .unwrap();
     let options = CalibrationOptions::default();
@@ -289,12 +309,14 @@ fn missing_statistics_are_named() {
     );
     // Plain SVD needs nothing.
     assert!(
-        Method::Svd
+        Factorisation::Svd
             .requirements(&model, &selection)
             .unwrap()
             .is_empty()
     );
-    let plan = Plan::new(&model, Method::Svd, &selection, &Budget::Keep(0.5)).unwrap();
+    let plan = Factorisation::Svd
+        .plan(&model, &selection, &Budget::Keep(0.5))
+        .unwrap();
     assert!(plan.apply(&model, None).is_ok());
 }
 
@@ -302,12 +324,16 @@ fn missing_statistics_are_named() {
 fn requirements_say_what_they_cost() {
     let (_, model, _) = all().remove(1);
     let selection = Selection::default();
-    let fwsvd = Method::Fwsvd.requirements(&model, &selection).unwrap();
+    let fwsvd = Factorisation::Fwsvd
+        .requirements(&model, &selection)
+        .unwrap();
     assert!(fwsvd.sites().is_empty());
     assert_eq!(fwsvd.gradients().len(), 12);
     // i numbers per layer: five layers of 16 inputs and one of 24, in two blocks.
     assert_eq!(fwsvd.bytes(&model), 8 * 2 * (5 * 16 + 24));
-    let whitened = Method::Whitened.requirements(&model, &selection).unwrap();
+    let whitened = Factorisation::Whitened
+        .requirements(&model, &selection)
+        .unwrap();
     assert!(whitened.gradients().is_empty());
     // Query, key and value read the same site.
     assert_eq!(whitened.sites().len(), 8);
@@ -323,23 +349,23 @@ fn embeddings_are_factorised_on_request_where_no_head_reads_them() {
         embeddings: true,
         ..Selection::default()
     };
-    for method in Method::ALL {
+    for method in Factorisation::ALL {
         let requirements = method.requirements(&model, &selection).unwrap();
         let options = CalibrationOptions::default();
         let calibration = Calibration::collect(&model, &data, &requirements, options).unwrap();
-        let plan = Plan::new(&model, method, &selection, &Budget::Keep(0.5)).unwrap();
+        let plan = method.plan(&model, &selection, &Budget::Keep(0.5)).unwrap();
         let compressed = plan.apply(&model, Some(&calibration)).unwrap();
-        let table = &compressed.report.layers[0];
+        let table = &compressed.report.modules[0];
         assert_eq!(table.path, "embeddings.tokens");
-        if method == Method::GeneralisedFisher {
-            assert_eq!(table.rank, None);
+        if method == Factorisation::GeneralisedFisher {
+            assert_eq!(table.rank(), None);
             continue;
         }
         // 20 tokens of width 16 at half their weights.
-        assert_eq!(table.rank, Some(4));
+        assert_eq!(table.rank(), Some(4));
         assert_eq!(
             compressed.report.after.parameters,
-            plan.parameters(&model),
+            parameters_after(&plan, &model),
             "{method}"
         );
         let merged = export_dense(&compressed.model).unwrap();
@@ -349,16 +375,18 @@ fn embeddings_are_factorised_on_request_where_no_head_reads_them() {
             &scores(&compressed.model, &data),
             1e-10,
         );
-        if method == Method::Whitened {
+        if method == Factorisation::Whitened {
             let full = at_rank(&model, method, &selection, usize::min, &calibration);
             assert!(distance(&scores(&full.model, &data), &scores(&model, &data)) < 1e-5);
         }
     }
     let (_, decoder, _) = all().remove(1);
-    let plan = Plan::new(&decoder, Method::Svd, &selection, &Budget::Keep(0.5)).unwrap();
+    let plan = Factorisation::Svd
+        .plan(&decoder, &selection, &Budget::Keep(0.5))
+        .unwrap();
     let compressed = plan.apply(&decoder, None).unwrap();
-    let table = &compressed.report.layers[0];
-    assert_eq!(table.rank, None);
+    let table = &compressed.report.modules[0];
+    assert_eq!(table.rank(), None);
     assert!(table.note.as_ref().unwrap().contains("head"));
 }
 
@@ -372,7 +400,9 @@ fn models_without_a_task_use_the_stated_substitute() {
     assert_eq!(calibration.objective, Some(Objective::Representation));
     let text = Objective::Representation.to_string();
     assert!(text.contains("in place of a task's loss"));
-    let plan = Plan::new(&model, Method::Fwsvd, &selection, &Budget::Keep(0.5)).unwrap();
+    let plan = Factorisation::Fwsvd
+        .plan(&model, &selection, &Budget::Keep(0.5))
+        .unwrap();
     let compressed = plan.apply(&model, Some(&calibration)).unwrap();
     assert_eq!(compressed.report.objective, Some(Objective::Representation));
     assert_eq!(compressed.report.factorised().count(), 12);
@@ -383,7 +413,9 @@ fn data_that_does_not_fit_the_model_is_refused_in_words() {
     let models = all();
     let fisher = |model: &Model, data: &CalibrationData| {
         let selection = Selection::default();
-        let requirements = Method::Fwsvd.requirements(model, &selection).unwrap();
+        let requirements = Factorisation::Fwsvd
+            .requirements(model, &selection)
+            .unwrap();
         let options = CalibrationOptions::default();
         Calibration::collect(model, data, &requirements, options)
             .unwrap_err()
@@ -409,7 +441,9 @@ fn the_result_can_be_trained_and_the_original_is_untouched() {
     let (_, model, data) = all().remove(2);
     let before = scores(&model, &data);
     let selection = Selection::layers(["blocks.1.*"]);
-    let plan = Plan::new(&model, Method::Svd, &selection, &Budget::Keep(0.5)).unwrap();
+    let plan = Factorisation::Svd
+        .plan(&model, &selection, &Budget::Keep(0.5))
+        .unwrap();
     let compressed = plan.apply(&model, None).unwrap();
     let trainable = compressed.trainable().unwrap();
     assert!(
@@ -442,16 +476,12 @@ fn the_result_can_be_trained_and_the_original_is_untouched() {
     assert_eq!(scores(&model, &data), before);
     // Compressing a model twice leaves what is factorised already.
     let selection = Selection::default();
-    let again = Plan::new(
-        &compressed.model,
-        Method::Svd,
-        &selection,
-        &Budget::Keep(0.5),
-    )
-    .unwrap();
+    let again = Factorisation::Svd
+        .plan(&compressed.model, &selection, &Budget::Keep(0.5))
+        .unwrap();
     let twice = again.apply(&compressed.model, None).unwrap();
     assert_eq!(twice.report.factorised().count(), 7);
-    assert_eq!(twice.report.layers.len(), 14);
+    assert_eq!(twice.report.modules.len(), 14);
 }
 
 #[test]
@@ -474,8 +504,8 @@ fn single_precision_models_stay_single_precision() {
             .unwrap(),
         1e-3,
     );
-    for method in Method::ALL {
-        let plan = Plan::new(&model, method, &selection, &Budget::Keep(0.5)).unwrap();
+    for method in Factorisation::ALL {
+        let plan = method.plan(&model, &selection, &Budget::Keep(0.5)).unwrap();
         let compressed = plan.apply(&model, Some(&calibration)).unwrap();
         assert_eq!(compressed.model.dtype(), DType::F32);
         let size = Size::of(&compressed.model);
@@ -494,7 +524,7 @@ fn several_methods_share_one_calibration() {
     let (_, model, data) = all().remove(1);
     let selection = Selection::default();
     let shared = calibrate(&model, &data, &selection);
-    for method in Method::ALL {
+    for method in Factorisation::ALL {
         let requirements: Requirements = method.requirements(&model, &selection).unwrap();
         let options = CalibrationOptions::default();
         let alone = Calibration::collect(&model, &data, &requirements, options).unwrap();

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use common::{classifier, close, scores, values, with_parameters};
 use lapidary_compress::{
-    Budget, Calibration, CalibrationData, CalibrationOptions, Example, Method, Plan, Requirements,
+    Budget, Calibration, CalibrationData, CalibrationOptions, Example, Factorisation, Requirements,
     Selection, Statistic, export_dense,
 };
 use lapidary_kernels::{Device, Tensor};
@@ -54,15 +54,19 @@ fn case(golden: &Value) -> (Model, CalibrationData) {
 
 /// The hidden layer takes every method; the output layer those that need no site; the table of
 /// embeddings those that need no matrix as large as the vocabulary.
-fn selections() -> [(&'static str, Selection, Vec<Method>); 3] {
+fn selections() -> [(&'static str, Selection, Vec<Factorisation>); 3] {
     let mut table = Selection::layers([]);
     table.embeddings = true;
-    let diagonal = vec![Method::Svd, Method::Fwsvd, Method::RowColumnFisher];
+    let diagonal = vec![
+        Factorisation::Svd,
+        Factorisation::Fwsvd,
+        Factorisation::RowColumnFisher,
+    ];
     [
         (
             "head.hidden",
             Selection::layers(["head.hidden"]),
-            Method::ALL.to_vec(),
+            Factorisation::ALL.to_vec(),
         ),
         (
             "head.output",
@@ -72,7 +76,7 @@ fn selections() -> [(&'static str, Selection, Vec<Method>); 3] {
         (
             "embeddings.tokens",
             table,
-            [diagonal, vec![Method::ActivationWeighted]].concat(),
+            [diagonal, vec![Factorisation::ActivationWeighted]].concat(),
         ),
     ]
 }
@@ -190,9 +194,11 @@ fn factors_are_those_of_the_oracle() {
     for (path, selection, methods) in selections() {
         for method in methods {
             let ranks = BTreeMap::from([(path.to_owned(), rank)]);
-            let plan = Plan::new(&model, method, &selection, &Budget::Ranks(ranks)).unwrap();
+            let plan = method
+                .plan(&model, &selection, &Budget::Ranks(ranks))
+                .unwrap();
             let compressed = plan.apply(&model, Some(&calibration)).unwrap();
-            assert_eq!(compressed.report.layers[0].rank, Some(rank), "{path}");
+            assert_eq!(compressed.report.modules[0].rank(), Some(rank), "{path}");
             let dense = export_dense(&compressed.model).unwrap();
             let mut product = dense.parameters()[&format!("{path}.weight")].clone();
             if path == "embeddings.tokens" {
@@ -213,7 +219,9 @@ fn scores_of_the_compressed_model_are_those_of_the_oracle() {
     let selection = Selection::layers(["head.*"]);
     let ranks = ["head.hidden", "head.output"].map(|path| (path.to_owned(), 2));
     let budget = Budget::Ranks(BTreeMap::from(ranks));
-    let plan = Plan::new(&model, Method::Fwsvd, &selection, &budget).unwrap();
+    let plan = Factorisation::Fwsvd
+        .plan(&model, &selection, &budget)
+        .unwrap();
     let compressed = plan.apply(&model, Some(&calibration)).unwrap();
     close(
         &scores(&compressed.model, &data),

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use common::model;
 use lapidary_compress::quality::accuracy;
 use lapidary_compress::{
-    Calibration, CalibrationData, CalibrationOptions, Change, Content, Example, LayerPlan, Method,
-    Objective, Plan, Requirements, Selection, Statistic, Target,
+    Calibration, CalibrationData, CalibrationOptions, Change, Content, Example, Factorisation,
+    ModulePlan, Objective, Plan, Requirements, Selection, Statistic, Target,
 };
 use lapidary_kernels::{CrossEntropyOptions, DType, Device, Tensor, cross_entropy};
 use lapidary_model::{Input, Model, Pass};
@@ -135,8 +135,9 @@ fn predicted_loss_rises_rank_svd_and_fwsvd_as_measured_ones_do() {
         let trained = train(&model(SPEC, seed), data.examples(), 600);
         assert!(accuracy(&trained, &data, 50).unwrap() > 0.9);
         let selection = Selection::default();
-        let mut requirements: Requirements =
-            Method::Fwsvd.requirements(&trained, &selection).unwrap();
+        let mut requirements: Requirements = Factorisation::Fwsvd
+            .requirements(&trained, &selection)
+            .unwrap();
         for layer in selection.chosen(&trained).unwrap() {
             let layer = layer.path;
             requirements.statistics.insert(Statistic::Fisher { layer });
@@ -148,10 +149,10 @@ fn predicted_loss_rises_rank_svd_and_fwsvd_as_measured_ones_do() {
         assert!((before - calibration.mean_loss.unwrap()).abs() < 1e-9);
 
         for layer in selection.chosen(&trained).unwrap() {
-            let one = |method: Method| {
+            let one = |method: Factorisation| {
                 let plan = Plan {
-                    method,
-                    layers: vec![LayerPlan {
+                    method: method.name().to_owned(),
+                    modules: vec![ModulePlan {
                         path: layer.path.clone(),
                         input: layer.input,
                         output: layer.output,
@@ -161,13 +162,14 @@ fn predicted_loss_rises_rank_svd_and_fwsvd_as_measured_ones_do() {
                     }],
                 };
                 let compressed = plan.apply(&trained, Some(&calibration)).unwrap();
-                let errors = compressed.report.layers[0].chosen.unwrap();
+                let errors = compressed.report.modules[0].chosen.unwrap();
                 (
                     errors.predicted_loss_rise.unwrap(),
                     loss(&compressed.model, &data) - before,
                 )
             };
-            let ((svd, svd_rise), (fwsvd, fwsvd_rise)) = (one(Method::Svd), one(Method::Fwsvd));
+            let ((svd, svd_rise), (fwsvd, fwsvd_rise)) =
+                (one(Factorisation::Svd), one(Factorisation::Fwsvd));
             println!(
                 "{seed} {}: predicted {svd:.2e} {fwsvd:.2e}, measured {svd_rise:.2e} {fwsvd_rise:.2e}",
                 layer.path

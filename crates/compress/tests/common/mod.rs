@@ -5,8 +5,8 @@
 use std::collections::BTreeMap;
 
 use lapidary_compress::{
-    Budget, Calibration, CalibrationData, CalibrationOptions, Change, Compressed, Example, Method,
-    Plan, Requirements, Selection,
+    Budget, Calibration, CalibrationData, CalibrationOptions, Change, Compressed, Example,
+    Factorisation, Requirements, Selection,
 };
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Initialiser, Input, Model, ModelSpec, Pass};
@@ -94,7 +94,7 @@ pub fn all() -> Vec<(&'static str, Model, CalibrationData)> {
 
 /// Everything that any method needs.
 pub fn calibrate(model: &Model, data: &CalibrationData, selection: &Selection) -> Calibration {
-    let requirements = Method::ALL
+    let requirements = Factorisation::ALL
         .iter()
         .map(|method| method.requirements(model, selection).unwrap())
         .fold(Requirements::default(), Requirements::union);
@@ -104,13 +104,13 @@ pub fn calibrate(model: &Model, data: &CalibrationData, selection: &Selection) -
 /// Factorises every layer of the selection at `rank`, whether it pays or not.
 pub fn at_rank(
     model: &Model,
-    method: Method,
+    method: Factorisation,
     selection: &Selection,
     rank: impl Fn(usize, usize) -> usize,
     calibration: &Calibration,
 ) -> Compressed {
-    let mut plan = Plan::new(model, method, selection, &Budget::Keep(0.5)).unwrap();
-    for layer in &mut plan.layers {
+    let mut plan = method.plan(model, selection, &Budget::Keep(0.5)).unwrap();
+    for layer in &mut plan.modules {
         layer.change = Change::Factorise {
             rank: rank(layer.input, layer.output),
         };

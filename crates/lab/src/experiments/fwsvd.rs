@@ -10,8 +10,8 @@ use super::{after_training, decoder, difference, mean, topics};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_compress::quality::{perplexity, sliding_windows};
 use lapidary_compress::{
-    Budget, Calibration, CalibrationData, CalibrationOptions, Change, Compressed, Example, Method,
-    Plan, Requirements, Selection, Statistic, export_dense,
+    Budget, Calibration, CalibrationData, CalibrationOptions, Change, Compressed, Example,
+    Factorisation, Requirements, Selection, Statistic, export_dense,
 };
 use lapidary_kernels::{DType, Device};
 use lapidary_model::{Initialiser, Model, Pass};
@@ -19,12 +19,12 @@ use lapidary_train::generator;
 use lapidary_train::language::{Corpus, Split};
 use std::collections::BTreeMap;
 
-const METHODS: [Method; 5] = [
-    Method::Svd,
-    Method::Fwsvd,
-    Method::ActivationWeighted,
-    Method::GeneralisedFisher,
-    Method::Whitened,
+const METHODS: [Factorisation; 5] = [
+    Factorisation::Svd,
+    Factorisation::Fwsvd,
+    Factorisation::ActivationWeighted,
+    Factorisation::GeneralisedFisher,
+    Factorisation::Whitened,
 ];
 /// The share of weights kept at which claims are read.
 const MIDDLE: f64 = 0.5;
@@ -88,7 +88,7 @@ impl Size {
 /// One method at one share.
 #[derive(Clone, Copy, Debug)]
 struct Point {
-    method: Method,
+    method: Factorisation,
     share: f64,
     /// Accuracy as compressed.
     compressed: f64,
@@ -184,7 +184,7 @@ fn one_seed(size: &Size, seed: u64) -> Result<Run> {
         for method in METHODS {
             let compressed = compress(&model, method, *share, &calibration)?;
             merged = merged.max(merged_difference(&compressed.model, sample)?);
-            if method == Method::Fwsvd {
+            if method == Factorisation::Fwsvd {
                 let found = error_orders(&compressed);
                 errors = (errors.0 + found.0, errors.1 + found.1);
             }
@@ -239,11 +239,11 @@ fn calibrate(model: &Model, data: &CalibrationData) -> Result<Calibration> {
 
 fn compress(
     model: &Model,
-    method: Method,
+    method: Factorisation,
     share: f64,
     calibration: &Calibration,
 ) -> Result<Compressed> {
-    let plan = Plan::new(model, method, &Selection::default(), &Budget::Keep(share))?;
+    let plan = method.plan(model, &Selection::default(), &Budget::Keep(share))?;
     Ok(plan.apply(model, Some(calibration))?)
 }
 
@@ -294,18 +294,18 @@ fn predicted_orders(
     for layer in &layers {
         let rank = (layer.input.min(layer.output) / 2).max(1);
         let mut rises = Vec::new();
-        for method in [Method::Svd, Method::Fwsvd] {
+        for method in [Factorisation::Svd, Factorisation::Fwsvd] {
             let budget = Budget::Ranks(BTreeMap::from([(layer.path.clone(), rank)]));
             let selection = Selection::layers([layer.path.as_str()]);
-            let mut plan = Plan::new(model, method, &selection, &budget)?;
-            for planned in &mut plan.layers {
+            let mut plan = method.plan(model, &selection, &budget)?;
+            for planned in &mut plan.modules {
                 // At half the rank a square layer saves nothing, and a plan would leave it.
                 planned.change = Change::Factorise { rank };
             }
             let compressed = plan.apply(model, Some(calibration))?;
             let errors = compressed
                 .report
-                .layers
+                .modules
                 .first()
                 .and_then(|layer| layer.chosen);
             let predicted = errors.and_then(|errors| errors.predicted_loss_rise);
@@ -352,7 +352,7 @@ fn on_language(steps: u64, width: usize, seed: u64) -> Result<Vec<(&'static str,
 }
 
 /// The mean over the runs at one method and share.
-fn at(runs: &[Run], method: Method, share: f64, of: impl Fn(&Point) -> f64) -> f64 {
+fn at(runs: &[Run], method: Factorisation, share: f64, of: impl Fn(&Point) -> f64) -> f64 {
     let points = runs.iter().flat_map(|run| &run.points);
     mean(
         points
@@ -407,8 +407,8 @@ fn recovery(scale: Scale, runs: &[Run], whole: f64) -> Claim {
         .iter()
         .map(|method| format!("{method} {:.1}", 100.0 * accuracy(*method)))
         .collect();
-    let lost = whole - accuracy(Method::Svd);
-    let recovered = (accuracy(Method::Fwsvd) - accuracy(Method::Svd)) / lost;
+    let lost = whole - accuracy(Factorisation::Svd);
+    let recovered = (accuracy(Factorisation::Fwsvd) - accuracy(Factorisation::Svd)) / lost;
     let claim = "at half of the weights and without fine-tuning, FWSVD recovers at least 50 % \
                  of the accuracy that plain SVD loses";
     let measured = format!("whole {:.1} %; {}", 100.0 * whole, each.join(", "));
@@ -441,7 +441,7 @@ fn fine_tuned(scale: Scale, runs: &[Run], whole: f64) -> Claim {
         .map(|point| point.share);
     let share = shares.fold(0.0, f64::max);
     let tuned = |method| at(runs, method, share, |point| point.tuned);
-    let (fwsvd, svd) = (tuned(Method::Fwsvd), tuned(Method::Svd));
+    let (fwsvd, svd) = (tuned(Factorisation::Fwsvd), tuned(Factorisation::Svd));
     Claim::new(
         "after fine-tuning, a compact model without 9 to 30 % of its weights loses little: at \
          most one point",
@@ -459,14 +459,14 @@ fn fine_tuned(scale: Scale, runs: &[Run], whole: f64) -> Claim {
 }
 
 fn language_claim(scale: Scale, language: &[(&'static str, f64)]) -> Claim {
-    let of = |method: Method| {
+    let of = |method: Factorisation| {
         let found = language.iter().find(|(name, _)| *name == method.name());
         found.map_or(f64::NAN, |(_, value)| *value)
     };
-    let activations = of(Method::ActivationWeighted).min(of(Method::Whitened));
-    let others = of(Method::Svd)
-        .min(of(Method::Fwsvd))
-        .min(of(Method::GeneralisedFisher));
+    let activations = of(Factorisation::ActivationWeighted).min(of(Factorisation::Whitened));
+    let others = of(Factorisation::Svd)
+        .min(of(Factorisation::Fwsvd))
+        .min(of(Factorisation::GeneralisedFisher));
     let each: Vec<String> = language
         .iter()
         .map(|(name, value)| format!("{name} {value:.2}"))
@@ -481,7 +481,7 @@ fn language_claim(scale: Scale, language: &[(&'static str, f64)]) -> Claim {
 }
 
 fn plot(title: &str, runs: &[Run], size: &Size, of: impl Fn(&Point) -> f64) -> Plot {
-    let line = |method: Method| Series {
+    let line = |method: Factorisation| Series {
         name: method.name().to_owned(),
         points: size
             .shares

@@ -11,7 +11,7 @@ use comfy_table::{Table, presets};
 use lapidary_compress::quality::{agreement, likeness, perplexity, sliding_windows};
 use lapidary_compress::{
     Budget, Calibration, CalibrationData, CalibrationOptions, Change, Content, Example, Method,
-    Plan, Selection, export_dense,
+    Settings, Task, export_dense,
 };
 use lapidary_model::{HeadSpec, Model, Package, SavedAs};
 use serde_json::json;
@@ -46,16 +46,23 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
     let package = loading::package(&arguments.model, global)?;
     let started = Instant::now();
     let model = package.single_model()?;
-    let selection = Selection::default();
-    let requirements = method.requirements(model, &selection)?;
-    let data = match (&arguments.calibrate, requirements.is_empty()) {
+    let settings = Settings {
+        seed: global.seed,
+        ..Settings::default()
+    };
+    let requirements = method.requirements(model, &settings)?;
+    let data = match (
+        &arguments.calibrate,
+        requirements.is_empty() && !method.observes,
+    ) {
         (Some(path), _) => Some(calibration_data(&package, model, path, arguments, global)?),
         (None, false) if arguments.model == "embedded" => Some(loading::embedded_windows(
             arguments.windows,
             arguments.window.min(model.spec().length()),
         )?),
         (None, false) => bail!(
-            "method {method} needs --calibrate FILE with {} like what the model is for; svd needs none",
+            "method {} needs --calibrate FILE with {} like what the model is for; svd needs none",
+            method.name,
             match model.spec().vocabulary() {
                 Some(_) => "text",
                 None => "images (JSON of pixel_values)",
@@ -72,13 +79,19 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
         )?),
         _ => None,
     };
-    let plan = Plan::new(model, method, &selection, &Budget::Keep(1.0 - ratio))?;
-    for layer in &plan.layers {
+    let task = Task {
+        model,
+        calibration: calibration.as_ref(),
+        data: data.as_ref(),
+        settings: Some(&settings),
+    };
+    let plan = method.plan(&task, &Budget::Keep(1.0 - ratio))?;
+    for layer in &plan.modules {
         if let Change::Leave { reason } = &layer.change {
             tracing::info!("{} stays as it is: {reason}", layer.path);
         }
     }
-    let compressed = plan.apply(model, calibration.as_ref())?;
+    let compressed = method.apply(&task, &plan)?;
     let scores = match &data {
         Some(data) if has_scores(model) => Some(agreement(model, &compressed.model, data, BATCH)?),
         _ => None,
@@ -100,7 +113,7 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
     let report = &compressed.report;
     let (before, after, kept) = (report.before, report.after, report.kept());
     let rows: Vec<[String; 5]> = report
-        .layers
+        .modules
         .iter()
         .map(|layer| {
             let error = |errors: &Option<lapidary_compress::LayerErrors>| {
@@ -112,9 +125,7 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
             [
                 layer.path.clone(),
                 format!("{}×{}", layer.output, layer.input),
-                layer
-                    .rank
-                    .map_or_else(|| "dense".to_owned(), |rank| rank.to_string()),
+                changed(&layer.change),
                 error(&layer.chosen),
                 error(&layer.plain),
             ]
@@ -153,14 +164,14 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
     table.load_style(presets::NOTHING).set_header([
         "layer",
         "shape",
-        "rank",
+        "change",
         "weighted error",
         "plain SVD's",
     ]);
     for row in rows {
         table.add_row(row);
     }
-    let mut text = format!("{table}\n\nmethod      {method}\n");
+    let mut text = format!("{table}\n\nmethod      {}\n", method.name);
     let as_factors = match arguments.dense {
         true => "; as factors, before they were multiplied out",
         false => "",
@@ -209,13 +220,30 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
 }
 
 /// The method of that name; short forms are allowed.
-pub fn method(name: &str) -> Result<Method> {
-    Ok(match name {
-        "activation" => Method::ActivationWeighted,
-        "row-column" => Method::RowColumnFisher,
-        "generalised" => Method::GeneralisedFisher,
-        other => other.parse()?,
-    })
+pub fn method(name: &str) -> Result<&'static Method> {
+    Ok(Method::find(match name {
+        "activation" => "activation-weighted",
+        "row-column" => "row-column-fisher",
+        "generalised" => "generalised-fisher",
+        other => other,
+    })?)
+}
+
+/// What became of a module, in a word or two.
+fn changed(change: &Change) -> String {
+    match change {
+        Change::Factorise { rank } => format!("rank {rank}"),
+        Change::Narrow { features } => format!("{features} features"),
+        Change::NarrowHeads { query_key, value } => format!("heads of {query_key} and {value}"),
+        Change::Slice { width } => format!("width {width}"),
+        Change::Remove => "left out".to_owned(),
+        Change::Linearise { blocks: 1 } => "a linear map".to_owned(),
+        Change::Linearise { blocks } => format!("a linear map for {blocks} blocks"),
+        Change::Prune { share } => format!("{:.1} % zero", 100.0 * share),
+        Change::Edit { mass } => format!("{:.1} % kept", 100.0 * mass),
+        Change::Quantise { bits, group } => format!("{bits} bits, groups of {group}"),
+        Change::Leave { .. } => "as it was".to_owned(),
+    }
 }
 
 fn is_language_model(model: &Model) -> bool {

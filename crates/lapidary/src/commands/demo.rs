@@ -11,7 +11,7 @@ use crate::report::{self, Coloured};
 use crate::{loading, output};
 use anyhow::{Context, Result};
 use lapidary_compress::quality::{Window, perplexity};
-use lapidary_compress::{Budget, Calibration, CalibrationOptions, Method, Plan, Selection, Size};
+use lapidary_compress::{Budget, Calibration, CalibrationOptions, Factorisation, Selection, Size};
 use lapidary_explain::{Explanation, Target, decompx, direct_logit_attribution};
 use lapidary_kernels::{DType, Tensor};
 use lapidary_model::{Input, Model, Pass};
@@ -301,14 +301,14 @@ fn evidence(model: &Model, vocabulary: &Vocabulary, sentences: &[Sentence]) -> R
 }
 
 /// Cuts the blocks' weights by [`RATIO`], least output error first.
-fn compress(model: &Model) -> Result<(Model, Method)> {
-    let method = Method::Whitened;
+fn compress(model: &Model) -> Result<(Model, Factorisation)> {
+    let method = Factorisation::Whitened;
     let selection = Selection::default();
     let data = loading::embedded_windows(CALIBRATION, WINDOW)?;
     let requirements = method.requirements(model, &selection)?;
     let calibration =
         Calibration::collect(model, &data, &requirements, CalibrationOptions::default())?;
-    let plan = Plan::new(model, method, &selection, &Budget::Keep(1.0 - RATIO))?;
+    let plan = method.plan(model, &selection, &Budget::Keep(1.0 - RATIO))?;
     Ok((plan.apply(model, Some(&calibration))?.model, method))
 }
 
@@ -387,7 +387,7 @@ fn rows(before: &Quality, after: &Quality) -> Vec<Vec<String>> {
     rows
 }
 
-fn comparison(before: &Quality, after: &Quality, method: Method) -> String {
+fn comparison(before: &Quality, after: &Quality, method: Factorisation) -> String {
     let mut text = format!(
         "Cutting {:.0} % of the blocks' weights ({method}), measured on {} held-out tokens:\n\n  {:<26}{:>14}{:>14}\n",
         100.0 * RATIO,
@@ -409,7 +409,7 @@ fn page(
     after_shown: &Shown,
     before: &Quality,
     after: &Quality,
-    method: Method,
+    method: Factorisation,
 ) -> String {
     let example = |shown: &Shown| -> Markup {
         let names: Vec<String> = shown

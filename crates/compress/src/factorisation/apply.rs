@@ -7,96 +7,56 @@ use lapidary_kernels::{DType, Tensor};
 use lapidary_model::{InputSpec, Model, ModelSpec};
 
 use crate::error::engine;
-use crate::fwsvd::{Importance, predicted_loss_rise};
-use crate::plan::{Change, LayerPlan};
-use crate::report::{LayerErrors, LayerReport, Report, Size};
+use crate::factorisation::{Importance, predicted_loss_rise};
+use crate::method::Task;
+use crate::plan::{Change, ModulePlan, Plan};
+use crate::report::{Compressed, LayerErrors, ModuleReport};
 use crate::requirements::Statistic;
 use crate::selection::{Layer, TABLE};
-use crate::{Calibration, CalibrationData, Error, Fingerprint, Plan, Result, output_errors};
+use crate::{Calibration, Error, Factorisation, Result};
 
-/// A compressed model and what became of the original.
-#[derive(Debug)]
-pub struct Compressed {
-    /// The model. Its spec names the rank of each factorised layer.
-    pub model: Model,
-    /// What was done.
-    pub report: Report,
-}
-
-impl Compressed {
-    /// The model with variables for parameters: what fine-tuning after compression starts from.
-    pub fn trainable(&self) -> Result<Model> {
-        let mut parameters = self.model.parameters().clone();
-        Ok(Model::trainable(
-            self.model.spec().clone(),
-            &mut parameters,
-        )?)
-    }
-
-    /// Measures how far the outputs of each factorised layer are from those of `original` on
-    /// the inputs that `original` gives it, and writes it into the report.
-    pub fn measure_outputs(
-        &mut self,
-        original: &Model,
-        data: &CalibrationData,
-        batch: usize,
-    ) -> Result<()> {
-        let errors = output_errors(original, &self.model, data, batch)?;
-        for layer in &mut self.report.layers {
-            layer.output_error = errors.get(&layer.path).copied();
-        }
-        Ok(())
-    }
-}
-
-impl Plan {
-    /// Makes the planned model. `calibration` must have what the method needs and belong to
-    /// these very weights; plain SVD needs none. The model itself is left as it is.
-    pub fn apply(&self, model: &Model, calibration: Option<&Calibration>) -> Result<Compressed> {
-        let original = Fingerprint::of(model)?;
-        if let Some(calibration) = calibration {
-            calibration.check(model)?;
-        }
+impl Factorisation {
+    /// Makes the planned model; plain SVD needs no calibration.
+    pub(crate) fn apply(self, task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
+        let model = task.model;
         let mut spec = model.spec().clone();
         let mut parameters = model.parameters().clone();
-        let mut layers = Vec::with_capacity(self.layers.len());
-        for planned in &self.layers {
-            let report = match &planned.change {
-                Change::Leave { reason } => left(model, planned, reason)?,
+        let mut modules = Vec::with_capacity(plan.modules.len());
+        for planned in &plan.modules {
+            let layer = find(model, planned)?;
+            modules.push(match planned.change {
+                Change::Leave { .. } => {
+                    ModuleReport::new(planned, layer.weights(), layer.weights())
+                }
                 Change::Factorise { rank } => {
-                    let layer = find(model, planned)?;
-                    let (factors, report) = self.factorise(model, &layer, *rank, calibration)?;
+                    let (factors, report) =
+                        self.factorise(model, &layer, rank, planned, task.calibration)?;
                     replace(&mut spec, &mut parameters, &layer, factors)?;
                     report
                 }
-            };
-            layers.push(report);
+                ref other => {
+                    return Err(Error::invalid(
+                        format!("change of {} in a plan of {self}", planned.path),
+                        format!("{other:?}"),
+                        "factorise or leave",
+                    ));
+                }
+            });
         }
         let compressed = Model::new(spec, &mut parameters)?;
-        Ok(Compressed {
-            report: Report {
-                method: self.method,
-                original,
-                objective: calibration.and_then(|calibration| calibration.objective),
-                examples: calibration.map_or(0, |calibration| calibration.examples),
-                tokens: calibration.map_or(0, |calibration| calibration.tokens),
-                layers,
-                before: Size::of(model),
-                after: Size::of(&compressed),
-            },
-            model: compressed,
-        })
+        Compressed::new(self.name(), task, compressed, modules)
     }
 
     fn factorise(
-        &self,
+        self,
         model: &Model,
         layer: &Layer,
         rank: usize,
+        planned: &ModulePlan,
         calibration: Option<&Calibration>,
-    ) -> Result<(LowRank, LayerReport)> {
+    ) -> Result<(LowRank, ModuleReport)> {
         let weight = dense_weight(model, layer)?;
-        let mut importance = self.method.importance(layer, calibration)?;
+        let mut importance = self.importance(layer, calibration)?;
         let mut note = None;
         if importance.is_zero()? {
             note = Some("nothing in the data depends on it: factorised by plain SVD".to_owned());
@@ -124,17 +84,12 @@ impl Plan {
                     .factors,
             )?,
         };
-        let report = LayerReport {
-            path: layer.path.clone(),
-            input: layer.input,
-            output: layer.output,
-            rank: Some(rank),
+        let after = lapidary_factor::rank::parameters(layer.input, layer.output, rank);
+        let report = ModuleReport {
             note,
-            parameters_before: layer.weights(),
-            parameters_after: lapidary_factor::rank::parameters(layer.input, layer.output, rank),
             chosen: Some(chosen),
             plain: Some(plain),
-            output_error: None,
+            ..ModuleReport::new(planned, layer.weights(), after)
         };
         Ok((factors, report))
     }
@@ -172,24 +127,8 @@ pub(crate) fn merged(up: &Tensor, down: &Tensor, dtype: DType) -> Result<Tensor>
     engine(engine(wide(up)?.matmul(&wide(down)?))?.to_dtype(dtype))
 }
 
-fn left(model: &Model, planned: &LayerPlan, reason: &str) -> Result<LayerReport> {
-    let layer = find(model, planned)?;
-    Ok(LayerReport {
-        path: layer.path.clone(),
-        input: layer.input,
-        output: layer.output,
-        rank: None,
-        note: Some(reason.to_owned()),
-        parameters_before: layer.weights(),
-        parameters_after: layer.weights(),
-        chosen: None,
-        plain: None,
-        output_error: None,
-    })
-}
-
 /// The layer of `model` that a plan speaks of.
-fn find(model: &Model, planned: &LayerPlan) -> Result<Layer> {
+fn find(model: &Model, planned: &ModulePlan) -> Result<Layer> {
     let layers = Layer::all(model);
     let layer = layers.into_iter().find(|layer| layer.path == planned.path);
     match layer {

@@ -30,6 +30,12 @@
 //! gradient of a batch where the paper squares that of an example, and takes the row-and-column
 //! variant by default; here the paper is followed, and the variant has its own name.
 
+mod apply;
+mod ranks;
+
+pub(crate) use apply::merged;
+pub use ranks::parameters_after;
+
 use std::fmt;
 use std::str::FromStr;
 
@@ -39,6 +45,7 @@ use lapidary_model::Model;
 use serde::{Deserialize, Serialize};
 
 use crate::error::engine;
+use crate::method::{Method, Schedule};
 use crate::requirements::{Requirements, Statistic};
 use crate::selection::{Layer, Selection};
 use crate::{Calibration, Error, Result};
@@ -46,14 +53,14 @@ use crate::{Calibration, Error, Result};
 /// How linear layers are factorised.
 ///
 /// ```
-/// use lapidary_compress::Method;
-/// assert_eq!("fwsvd".parse::<Method>()?, Method::Fwsvd);
-/// assert!("fwsdv".parse::<Method>().unwrap_err().to_string().contains("whitened"));
+/// use lapidary_compress::Factorisation;
+/// assert_eq!("fwsvd".parse::<Factorisation>()?, Factorisation::Fwsvd);
+/// assert!("fwsdv".parse::<Factorisation>().unwrap_err().to_string().contains("whitened"));
 /// # Ok::<(), lapidary_compress::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Method {
+pub enum Factorisation {
     /// Plain SVD.
     Svd,
     /// Inputs weighted by Fisher information.
@@ -68,7 +75,7 @@ pub enum Method {
     Whitened,
 }
 
-impl Method {
+impl Factorisation {
     /// Every method.
     pub const ALL: [Self; 6] = [
         Self::Svd,
@@ -80,7 +87,7 @@ impl Method {
     ];
 
     /// The method's name on the command line and in files.
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Svd => "svd",
             Self::Fwsvd => "fwsvd",
@@ -178,13 +185,13 @@ impl Method {
     }
 }
 
-impl fmt::Display for Method {
+impl fmt::Display for Factorisation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
 }
 
-impl FromStr for Method {
+impl FromStr for Factorisation {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
@@ -274,4 +281,38 @@ pub(crate) fn predicted_loss_rise(fisher: &Tensor, difference: &Tensor) -> Resul
     let squares = engine(engine(difference.to_dtype(DType::F64))?.sqr())?;
     let sum = engine(engine(fisher * squares)?.sum_all())?;
     Ok(0.5 * engine(sum.to_scalar::<f64>())?)
+}
+
+/// Entries of the list of methods.
+macro_rules! methods {
+    ($($name:ident = $which:ident, $summary:literal, $source:literal;)*) => {
+        $(pub(crate) const $name: Method = Method {
+            name: Factorisation::$which.name(),
+            summary: $summary,
+            source: $source,
+            schedule: Schedule::OneShot,
+            observes: false,
+            requirements: |model, settings| {
+                Factorisation::$which.requirements(model, &settings.selection)
+            },
+            plan: |task, budget| {
+                Factorisation::$which.plan(task.model, &task.settings().selection, budget)
+            },
+            apply: |task, plan| Factorisation::$which.apply(task, plan),
+        };)*
+    };
+}
+
+methods! {
+    SVD = Svd, "Low rank by plain SVD", "Eckart & Young 1936";
+    FWSVD = Fwsvd, "Low rank, inputs weighted by Fisher information (FWSVD)",
+        "Hsu et al. 2022, arXiv 2207.00112";
+    ACTIVATION_WEIGHTED = ActivationWeighted, "Low rank, inputs weighted by their mean square",
+        "Yuan et al. 2023, arXiv 2312.05821";
+    ROW_COLUMN_FISHER = RowColumnFisher,
+        "Low rank, inputs and outputs weighted by Fisher information", "variant of FWSVD";
+    GENERALISED_FISHER = GeneralisedFisher, "Low rank, Kronecker-factored Fisher information",
+        "GFWSVD 2025, arXiv 2505.17974";
+    WHITENED = Whitened, "Low rank with the least output error of each layer (SVD-LLM)",
+        "Wang et al. 2024, arXiv 2403.07378";
 }

@@ -1,0 +1,132 @@
+//! A model's spec and parameters while they are changed together.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lapidary_kernels::{DType, Tensor};
+use lapidary_model::{Model, ModelSpec};
+use lapidary_parts::block::BlockSpec;
+
+use crate::error::engine;
+use crate::{Error, Result};
+
+/// Spec and parameters of a model; its blocks are written out one by one.
+pub(crate) struct Edit {
+    pub(crate) spec: ModelSpec,
+    pub(crate) parameters: BTreeMap<String, Tensor>,
+    dtype: DType,
+}
+
+impl Edit {
+    pub(crate) fn of(model: &Model) -> Self {
+        let spec = ModelSpec {
+            blocks: model.spec().expanded_blocks(),
+            ..model.spec().clone()
+        };
+        Self {
+            spec,
+            parameters: model.parameters().clone(),
+            dtype: model.dtype(),
+        }
+    }
+
+    /// One block's spec.
+    #[allow(dead_code, reason = "for methods that change blocks")]
+    pub(crate) fn block(&mut self, index: usize) -> Result<&mut BlockSpec> {
+        let blocks = self.spec.blocks.len();
+        self.spec
+            .blocks
+            .get_mut(index)
+            .ok_or_else(|| Error::invalid("block", index, format!("below {blocks}")))
+    }
+
+    /// A parameter in `f64`, when the model has it.
+    #[allow(dead_code, reason = "for methods that change weights")]
+    pub(crate) fn find(&self, name: &str) -> Result<Option<Tensor>> {
+        self.parameters
+            .get(name)
+            .map(|tensor| engine(tensor.detach().to_dtype(DType::F64)))
+            .transpose()
+    }
+
+    /// A parameter in `f64`.
+    #[allow(dead_code, reason = "for methods that change weights")]
+    pub(crate) fn get(&self, name: &str) -> Result<Tensor> {
+        self.find(name)?.ok_or_else(|| {
+            Error::invalid(
+                format!("parameter {name}"),
+                "absent",
+                "a parameter of the model; factorised layers have to be multiplied out first",
+            )
+        })
+    }
+
+    /// Puts a parameter, rounded once to the model's type.
+    #[allow(dead_code, reason = "for methods that change weights")]
+    pub(crate) fn put(&mut self, name: impl Into<String>, tensor: &Tensor) -> Result<()> {
+        let tensor = engine(engine(tensor.to_dtype(self.dtype))?.contiguous())?;
+        self.parameters.insert(name.into(), tensor);
+        Ok(())
+    }
+
+    /// Takes blocks out and numbers the others anew.
+    pub(crate) fn remove_blocks(&mut self, removed: &BTreeSet<usize>) -> Result<()> {
+        let blocks = self.spec.blocks.len();
+        if let Some(index) = removed.iter().find(|index| **index >= blocks) {
+            return Err(Error::invalid("block", index, format!("below {blocks}")));
+        }
+        if removed.len() == blocks {
+            return Err(Error::invalid(
+                "number of removed blocks",
+                removed.len(),
+                format!("below {blocks}, so that one is left"),
+            ));
+        }
+        let mut index = 0;
+        self.spec.blocks.retain(|_| {
+            index += 1;
+            !removed.contains(&(index - 1))
+        });
+        let renamed = |name: &str| -> Option<String> {
+            let Some((number, rest)) = block_of(name) else {
+                return Some(name.to_owned());
+            };
+            let before = removed.iter().filter(|index| **index < number).count();
+            (!removed.contains(&number)).then(|| format!("blocks.{}.{rest}", number - before))
+        };
+        let parameters = std::mem::take(&mut self.parameters).into_iter();
+        self.parameters = parameters
+            .filter_map(|(name, tensor)| renamed(&name).map(|name| (name, tensor)))
+            .collect();
+        let ranks = std::mem::take(&mut self.spec.low_rank).into_iter();
+        self.spec.low_rank = ranks
+            .filter_map(|(path, rank)| renamed(&path).map(|path| (path, rank)))
+            .collect();
+        Ok(())
+    }
+
+    /// The changed model.
+    pub(crate) fn finish(mut self) -> Result<Model> {
+        Ok(Model::new(self.spec, &mut self.parameters)?)
+    }
+}
+
+/// The block in a path, and the rest of the path: `blocks.3.attention` is of block 3.
+pub(crate) fn block_of(path: &str) -> Option<(usize, &str)> {
+    let (number, rest) = path.strip_prefix("blocks.")?.split_once('.')?;
+    number.parse().ok().map(|number| (number, rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_is_found_in_a_path() {
+        assert_eq!(
+            block_of("blocks.12.attention.query"),
+            Some((12, "attention.query"))
+        );
+        assert_eq!(block_of("head.output"), None);
+        assert_eq!(block_of("blocks.x.in"), None);
+    }
+}

@@ -1,0 +1,191 @@
+//! The list of methods, and what each says of itself.
+
+use lapidary_model::Model;
+
+use crate::methods::METHODS;
+use crate::plan::{Budget, Plan};
+use crate::report::Compressed;
+use crate::{Calibration, CalibrationData, Error, Requirements, Result, Selection};
+
+/// In which order a method looks and cuts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Schedule {
+    /// Everything is cut by what the whole model showed.
+    OneShot,
+    /// Each layer is cut by what it reads once those before it have been cut.
+    LayerByLayer,
+    /// The model is scored anew after each cut.
+    Iterative,
+    /// Weights are trained while it is cut.
+    Training,
+}
+
+impl Schedule {
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::OneShot => "one shot",
+            Self::LayerByLayer => "layer by layer",
+            Self::Iterative => "iterative",
+            Self::Training => "training",
+        }
+    }
+}
+
+/// Choices that are not the budget's. Each method reads those that it documents.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// The layers that factorisations and pruning may touch.
+    pub selection: Selection,
+    /// Sequences in one forward pass.
+    pub batch: usize,
+    /// Seed of whatever is drawn.
+    pub seed: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            selection: Selection::default(),
+            batch: 8,
+            seed: 0,
+        }
+    }
+}
+
+/// A model to be compressed, and what is known about it.
+#[derive(Clone, Copy, Debug)]
+pub struct Task<'a> {
+    /// The model.
+    pub model: &'a Model,
+    /// What the method's requirements found, on these very weights.
+    pub calibration: Option<&'a Calibration>,
+    /// What the model is for: needed by methods that look more than once.
+    pub data: Option<&'a CalibrationData>,
+    /// Choices; the defaults when absent.
+    pub settings: Option<&'a Settings>,
+}
+
+impl<'a> Task<'a> {
+    /// A model of which nothing is known.
+    pub fn new(model: &'a Model) -> Self {
+        Self {
+            model,
+            calibration: None,
+            data: None,
+            settings: None,
+        }
+    }
+
+    /// The settings.
+    pub fn settings(&self) -> Settings {
+        self.settings.cloned().unwrap_or_default()
+    }
+
+    /// The calibration of a method that needs one.
+    pub(crate) fn calibrated(&self, method: &str) -> Result<&'a Calibration> {
+        self.calibration.ok_or_else(|| {
+            Error::invalid(
+                format!("calibration of {method}"),
+                "absent",
+                "one with the requirements of the method",
+            )
+        })
+    }
+
+    /// The data of a method that looks at the model itself.
+    #[allow(dead_code, reason = "read by methods that look more than once")]
+    pub(crate) fn observed(&self, method: &str) -> Result<&'a CalibrationData> {
+        self.data.ok_or_else(|| {
+            Error::invalid(
+                format!("data of {method}"),
+                "absent",
+                "given: the method looks at the model more than once",
+            )
+        })
+    }
+}
+
+/// A way to make a model smaller.
+///
+/// ```
+/// use lapidary_compress::Method;
+/// assert_eq!(Method::find("fwsvd")?.name, "fwsvd");
+/// assert!(Method::find("fwsdv").unwrap_err().to_string().contains("whitened"));
+/// # Ok::<(), lapidary_compress::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Method {
+    /// Its name on the command line and in files.
+    pub name: &'static str,
+    /// What it does, in a line.
+    pub summary: &'static str,
+    /// Where it was published.
+    pub source: &'static str,
+    /// In which order it looks and cuts.
+    pub schedule: Schedule,
+    /// Whether it has to see data beside the calibration.
+    pub observes: bool,
+    pub(crate) requirements: fn(&Model, &Settings) -> Result<Requirements>,
+    pub(crate) plan: fn(&Task<'_>, &Budget) -> Result<Plan>,
+    pub(crate) apply: fn(&Task<'_>, &Plan) -> Result<Compressed>,
+}
+
+impl Method {
+    /// Every method, by name.
+    pub fn all() -> &'static [&'static Method] {
+        METHODS
+    }
+
+    /// The method of that name.
+    ///
+    /// # Errors
+    /// When there is none; the error lists all.
+    pub fn find(name: &str) -> Result<&'static Method> {
+        METHODS
+            .iter()
+            .copied()
+            .find(|method| method.name == name)
+            .ok_or_else(|| {
+                let names: Vec<&str> = METHODS.iter().map(|method| method.name).collect();
+                let expected = format!("one of {}", names.join(", "));
+                Error::invalid("method", format!("{name:?}"), expected)
+            })
+    }
+
+    /// What has to be found out about a model first. Requirements of several methods unite.
+    ///
+    /// # Errors
+    /// When the method is not defined for the model.
+    pub fn requirements(&self, model: &Model, settings: &Settings) -> Result<Requirements> {
+        (self.requirements)(model, settings)
+    }
+
+    /// Gives each module its share of the budget; nothing is cut yet.
+    ///
+    /// # Errors
+    /// When the method is not defined for the model, the budget cannot be met, or what the
+    /// method needs to know is missing.
+    pub fn plan(&self, task: &Task<'_>, budget: &Budget) -> Result<Plan> {
+        self.check(task)?;
+        (self.plan)(task, budget)
+    }
+
+    /// Carries out a plan of this method.
+    ///
+    /// # Errors
+    /// When the plan is another method's or was made for another model, or what the method needs
+    /// to know is missing.
+    pub fn apply(&self, task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
+        if plan.method != self.name {
+            return Err(Error::invalid("plan", &plan.method, self.name));
+        }
+        self.check(task)?;
+        (self.apply)(task, plan)
+    }
+
+    fn check(&self, task: &Task<'_>) -> Result<()> {
+        task.calibration
+            .map_or(Ok(()), |calibration| calibration.check(task.model))
+    }
+}

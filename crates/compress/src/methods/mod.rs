@@ -1,0 +1,19 @@
+//! The methods that are more than a factorisation of single layers, one file each; and the list.
+
+mod block_influence;
+
+use crate::factorisation::{
+    ACTIVATION_WEIGHTED, FWSVD, GENERALISED_FISHER, ROW_COLUMN_FISHER, SVD, WHITENED,
+};
+use crate::method::Method;
+
+/// Every method, by name.
+pub(crate) const METHODS: &[&Method] = &[
+    &ACTIVATION_WEIGHTED,
+    &block_influence::BLOCK_INFLUENCE,
+    &FWSVD,
+    &GENERALISED_FISHER,
+    &ROW_COLUMN_FISHER,
+    &SVD,
+    &WHITENED,
+];
