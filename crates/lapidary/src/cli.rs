@@ -260,12 +260,13 @@ pub enum Analysis {
 pub struct Compress {
     /// A model directory, or `embedded`
     pub model: String,
-    /// svd, fwsvd, activation-weighted, row-column-fisher, generalised-fisher or whitened
+    /// A method, or several joined by `+`, one after another; `lapidary parts` lists them
     #[arg(long, default_value = "whitened")]
     pub method: String,
-    /// Share of the linear layers' parameters to remove, between 0 and 1
-    #[arg(long)]
-    pub ratio: f64,
+    /// Share of the weights to remove, between 0 and 1; several methods share it, or have one
+    /// each (`0.1+0.2`); with --compare several, by commas
+    #[arg(long, default_value = "0.3")]
+    pub ratio: String,
     /// Text to calibrate on
     #[arg(long, value_name = "FILE")]
     pub calibrate: Option<PathBuf>,
@@ -276,8 +277,23 @@ pub struct Compress {
     #[arg(long, default_value_t = 128)]
     pub window: usize,
     /// Directory to write; it must not exist or be empty
-    #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["compare", "plan_only"])]
+    pub out: Option<PathBuf>,
+    /// Text to measure the perplexity on, instead of the calibration text
+    #[arg(long, value_name = "FILE")]
+    pub evaluate: Option<PathBuf>,
+    /// Only measure: `all` methods, or those named, by commas; nothing is written
+    #[arg(long, value_name = "METHODS", conflicts_with_all = ["out", "plan", "plan_only"])]
+    pub compare: Option<String>,
+    /// Print what the method would do as JSON, which --plan carries out
+    #[arg(long, conflicts_with = "plan")]
+    pub plan_only: bool,
+    /// Carry out this plan of the method instead of its own
+    #[arg(long, value_name = "FILE")]
+    pub plan: Option<PathBuf>,
+    /// Page to write
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
     /// Multiply the factors out, so that the result has the original architecture and size
     #[arg(long)]
     pub dense: bool,

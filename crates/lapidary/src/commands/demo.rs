@@ -144,7 +144,10 @@ pub fn run(arguments: &Demo, global: &Global) -> Result<()> {
 }
 
 /// Tokens of the sentence up to its target, and the ids of target and foil.
-fn question(sentence: &Sentence, vocabulary: &Vocabulary) -> Result<(Vec<u32>, usize, usize)> {
+pub(crate) fn question(
+    sentence: &Sentence,
+    vocabulary: &Vocabulary,
+) -> Result<(Vec<u32>, usize, usize)> {
     let mut ids = sentence.tokens(vocabulary)?;
     ids.truncate(sentence.target + 1);
     let target = vocabulary.identifier(sentence.target_word())? as usize;
@@ -157,7 +160,7 @@ fn input(ids: &[u32], model: &Model) -> Result<Input> {
 }
 
 /// Scores of every word after `ids`.
-fn scores(model: &Model, ids: &[u32]) -> Result<Vec<f64>> {
+pub(crate) fn scores(model: &Model, ids: &[u32]) -> Result<Vec<f64>> {
     let pass = Pass {
         only_last: true,
         ..Pass::default()

@@ -1,0 +1,274 @@
+//! `lapidary compress --compare`: every method that the model allows, at several ratios, on one
+//! calibration.
+
+use std::time::Instant;
+
+use super::measure::{Measure, Measured};
+use super::stage::{Stage, method};
+use super::{data, windows};
+use crate::cli::{Compress, Global};
+use crate::{loading, output, report};
+use anyhow::{Result, ensure};
+use lapidary_compress::{Calibration, CalibrationOptions, Method, Requirements, Settings};
+use lapidary_explain::report::{Cell, Plot, Report, Series, Table};
+use serde::Serialize;
+
+/// One method at one ratio.
+#[derive(Serialize)]
+struct Row {
+    method: &'static str,
+    ratio: f64,
+    /// Share of all parameters that is left.
+    kept: f64,
+    measured: Measured,
+    divergence: Option<f64>,
+    top1: Option<f64>,
+    cosine: Option<f64>,
+    /// Seconds of planning and cutting.
+    seconds: f64,
+}
+
+/// The whole comparison.
+#[derive(Serialize)]
+struct Comparison {
+    original: Measured,
+    rows: Vec<Row>,
+    /// Methods that do not apply, and why.
+    left_out: Vec<(&'static str, String)>,
+    /// Seconds of the one calibration.
+    calibration_seconds: f64,
+    #[serde(flatten)]
+    report: Report,
+}
+
+pub(super) fn run(
+    methods: &str,
+    arguments: &Compress,
+    settings: &Settings,
+    global: &Global,
+) -> Result<()> {
+    let methods: Vec<&'static Method> = match methods {
+        "all" => Method::all().to_vec(),
+        names => names
+            .split(',')
+            .map(|n| method(n.trim()))
+            .collect::<Result<_>>()?,
+    };
+    let ratios = arguments
+        .ratio
+        .split(',')
+        .map(|text| {
+            let ratio: f64 = text.trim().parse().unwrap_or(f64::NAN);
+            let valid = ratio > 0.0 && ratio < 1.0;
+            ensure!(valid, "ratio is {text:?}, but must be above 0 and below 1");
+            Ok(ratio)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let package = loading::package(&arguments.model, global)?;
+    let model = package.single_model()?;
+    let mut left_out = Vec::new();
+    let mut requirements = Requirements::default();
+    let mut applicable = Vec::new();
+    for method in methods {
+        match method.requirements(model, settings) {
+            Ok(needed) => {
+                requirements = requirements.union(needed);
+                applicable.push(method);
+            }
+            Err(error) => left_out.push((method.name, error.to_string())),
+        }
+    }
+    let needs = |method: &&&Method| {
+        let requirements = method.requirements(model, settings);
+        method.observes || requirements.is_ok_and(|needed| !needed.is_empty())
+    };
+    let needed_by = applicable.iter().find(needs).copied();
+    let data = data::calibration(&package, model, needed_by, arguments, global)?;
+    let started = Instant::now();
+    let calibration = match &data {
+        Some(data) if !requirements.is_empty() => Some(Calibration::collect(
+            model,
+            data,
+            &requirements,
+            CalibrationOptions::default(),
+        )?),
+        _ => None,
+    };
+    let calibration_seconds = started.elapsed().as_secs_f64();
+    let windows = windows(&package, model, data.as_ref(), arguments)?;
+    let measure = Measure {
+        package: &package,
+        embedded: arguments.model == "embedded",
+        data: data.as_ref(),
+        windows: &windows,
+    };
+    let original = measure.of(model)?;
+    let mut rows = Vec::new();
+    for method in applicable {
+        for ratio in &ratios {
+            let stage = Stage {
+                method,
+                ratio: *ratio,
+            };
+            let started = Instant::now();
+            let cut = stage.cut(model, calibration.as_ref(), data.as_ref(), settings);
+            let compressed = match cut {
+                Ok((compressed, _)) => compressed.model,
+                Err(error) => {
+                    left_out.push((method.name, format!("at {ratio}: {error}")));
+                    continue;
+                }
+            };
+            let seconds = started.elapsed().as_secs_f64();
+            tracing::info!("{} at {ratio}: {seconds:.1} s", method.name);
+            let measured = measure.of(&compressed)?;
+            let distance = measure.between(model, &compressed)?;
+            rows.push(Row {
+                method: method.name,
+                ratio: *ratio,
+                kept: measured.size.parameters as f64 / original.size.parameters.max(1) as f64,
+                divergence: distance.agreement.map(|agreement| agreement.divergence),
+                top1: distance.agreement.map(|agreement| agreement.top1),
+                cosine: distance.likeness.map(|likeness| likeness.cosine),
+                measured,
+                seconds,
+            });
+        }
+    }
+    let report = shown(
+        &arguments.model,
+        &original,
+        &rows,
+        &left_out,
+        calibration_seconds,
+    );
+    if let Some(html) = &arguments.html {
+        output::write_text(html, &report::analysis_page(&report)?)?;
+    }
+    let comparison = Comparison {
+        original,
+        rows,
+        left_out,
+        calibration_seconds,
+        report,
+    };
+    match global.json {
+        true => output::print_json(&comparison),
+        false => output::print(&report::analysis_text(&comparison.report)),
+    }
+}
+
+fn shown(
+    model: &str,
+    original: &Measured,
+    rows: &[Row],
+    left_out: &[(&'static str, String)],
+    calibration_seconds: f64,
+) -> Report {
+    let columns = [
+        "method",
+        "ratio",
+        "parameters kept",
+        "perplexity",
+        "KL or 1 − cosine",
+        "same answer",
+        "reading",
+        "writing",
+        "seconds",
+    ];
+    let mut table = Table::new("Methods", &columns);
+    let faster = |after: Option<f64>, before: Option<f64>| {
+        let pair = after.zip(before);
+        pair.map_or(Cell::from("–"), |(after, before)| {
+            Cell::from(format!("{:.2}×", after / before))
+        })
+    };
+    let number = |found: Option<f64>| found.map_or(Cell::from("–"), Cell::from);
+    for row in rows {
+        let distance = row.divergence.or(row.cosine.map(|cosine| 1.0 - cosine));
+        table.push([
+            Cell::from(row.method),
+            format!("{}", row.ratio).into(),
+            format!("{:.1} %", 100.0 * row.kept).into(),
+            number(row.measured.perplexity.map(|found| found.value)),
+            number(distance),
+            row.top1.map_or(Cell::from("–"), |share| {
+                format!("{:.1} %", 100.0 * share).into()
+            }),
+            faster(row.measured.prefill, original.prefill),
+            faster(row.measured.decode, original.decode),
+            format!("{:.2}", row.seconds).into(),
+        ]);
+    }
+    let mut notes = vec![format!(
+        "{model}: {} parameters; one calibration for all, {calibration_seconds:.1} s",
+        output::grouped(original.size.parameters)
+    )];
+    if let Some(perplexity) = original.perplexity {
+        notes.push(format!(
+            "perplexity of the original {:.3} ({} scored tokens, {} windows)",
+            perplexity.value,
+            output::grouped(perplexity.tokens),
+            perplexity.windows
+        ));
+    }
+    let why = left_out.iter();
+    notes.extend(why.map(|(method, reason)| format!("left out: {method}, since {reason}")));
+    Report {
+        title: format!("Compression of {model}"),
+        notes,
+        tables: vec![table],
+        plots: plots(rows),
+        ..Report::default()
+    }
+}
+
+/// Quality against size, and against measured speed.
+fn plots(rows: &[Row]) -> Vec<Plot> {
+    let quality = |row: &Row| {
+        let perplexity = row.measured.perplexity.map(|found| found.value.ln());
+        perplexity
+            .or(row.divergence)
+            .or(row.cosine.map(|cosine| 1.0 - cosine))
+    };
+    let line = |x: &dyn Fn(&Row) -> Option<f64>| -> Vec<Series> {
+        let mut series: Vec<Series> = Vec::new();
+        for row in rows {
+            let Some(point) = x(row).zip(quality(row)) else {
+                continue;
+            };
+            match series.iter_mut().find(|series| series.name == row.method) {
+                Some(series) => series.points.push(point),
+                None => series.push(Series {
+                    name: row.method.to_owned(),
+                    points: vec![point],
+                }),
+            }
+        }
+        for series in &mut series {
+            series.points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        }
+        series
+    };
+    let plot = |title: &str, x: &str, series: Vec<Series>| Plot {
+        title: title.to_owned(),
+        x: x.to_owned(),
+        y: "nats per token (or distance, of models that predict none)".to_owned(),
+        series,
+    };
+    let all = [
+        plot(
+            "Quality against size",
+            "share of parameters kept",
+            line(&|row| Some(row.kept)),
+        ),
+        plot(
+            "Quality against speed",
+            "tokens per second, reading",
+            line(&|row| row.measured.prefill),
+        ),
+    ];
+    all.into_iter()
+        .filter(|plot| !plot.series.is_empty())
+        .collect()
+}

@@ -1,0 +1,212 @@
+//! What a model is worth and how fast it is, before and after.
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use anyhow::Result;
+use lapidary_compress::quality::{
+    Agreement, Likeness, Perplexity, Window, agreement, block_errors, likeness, perplexity,
+};
+use lapidary_compress::{CalibrationData, Size};
+use lapidary_kernels::Tensor;
+use lapidary_model::generation::{GenerationOptions, generate};
+use lapidary_model::{HeadSpec, Input, Model, Package, Pass};
+use lapidary_train::generator;
+use lapidary_train::language::{Kind, Language, Split};
+use serde::Serialize;
+
+use crate::commands::demo::question;
+use crate::loading;
+
+/// Sequences in a forward pass that only measures.
+pub(super) const BATCH: usize = 8;
+/// Times that are measured; the median counts.
+const REPEATS: usize = 3;
+/// Tokens that are generated when decoding is timed or sampled.
+const NEW_TOKENS: usize = 24;
+/// Sentences of each kind that the embedded model answers.
+const SENTENCES: usize = 60;
+
+/// One model, measured.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Measured {
+    pub(super) size: Size,
+    /// Tokens per second when the model reads.
+    pub(super) prefill: Option<f64>,
+    /// Tokens per second when it writes, one after another.
+    pub(super) decode: Option<f64>,
+    pub(super) perplexity: Option<Perplexity>,
+    /// Share of sentences of each kind whose right word beats the wrong one: of models with the
+    /// embedded vocabulary.
+    pub(super) choices: Vec<(&'static str, f64)>,
+    /// What it makes of the first words of the text, always taking the most probable token.
+    pub(super) sample: Option<String>,
+}
+
+/// A compressed model beside the original.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Distance {
+    pub(super) agreement: Option<Agreement>,
+    pub(super) likeness: Option<Likeness>,
+    /// Relative error of the residual stream after each block, where both have as many.
+    pub(super) block_errors: Vec<f64>,
+}
+
+/// What is measured, and on what.
+pub(super) struct Measure<'a> {
+    pub(super) package: &'a Package,
+    /// Whether the model reads the language of the embedded one.
+    pub(super) embedded: bool,
+    pub(super) data: Option<&'a CalibrationData>,
+    /// Windows of text for the perplexity.
+    pub(super) windows: &'a [Window],
+}
+
+impl Measure<'_> {
+    /// Measures one model.
+    pub(super) fn of(&self, model: &Model) -> Result<Measured> {
+        let language_model = is_language_model(model);
+        Ok(Measured {
+            size: Size::of(model),
+            prefill: self.prefill(model)?,
+            decode: match language_model {
+                true => self.decode(model)?,
+                false => None,
+            },
+            perplexity: match language_model && !self.windows.is_empty() {
+                true => Some(perplexity(model, self.windows, BATCH)?),
+                false => None,
+            },
+            choices: match language_model && self.embedded {
+                true => choices(model)?,
+                false => Vec::new(),
+            },
+            sample: match language_model {
+                true => self.sample(model)?,
+                false => None,
+            },
+        })
+    }
+
+    /// Measures how far `other` is from `original`.
+    pub(super) fn between(&self, original: &Model, other: &Model) -> Result<Distance> {
+        let Some(data) = self.data else {
+            return Ok(Distance {
+                agreement: None,
+                likeness: None,
+                block_errors: Vec::new(),
+            });
+        };
+        let scored = has_scores(original);
+        Ok(Distance {
+            agreement: match scored {
+                true => Some(agreement(original, other, data, BATCH)?),
+                false => None,
+            },
+            likeness: match scored {
+                true => None,
+                false => Some(likeness(original, other, data, BATCH)?),
+            },
+            block_errors: block_errors(original, other, data, BATCH)?,
+        })
+    }
+
+    /// Tokens per second over one window of the model's data.
+    fn prefill(&self, model: &Model) -> Result<Option<f64>> {
+        let Some(ids) = self.text() else {
+            return Ok(None);
+        };
+        let input = Input::tokens(Tensor::from_slice(ids, (1, ids.len()), &model.device())?);
+        let seconds = median(|| {
+            model.forward(&input, Pass::default())?;
+            Ok(())
+        })?;
+        Ok(Some(ids.len() as f64 / seconds))
+    }
+
+    fn decode(&self, model: &Model) -> Result<Option<f64>> {
+        let Some(prompt) = self.text().map(|ids| &ids[..ids.len().min(8)]) else {
+            return Ok(None);
+        };
+        let new_tokens = NEW_TOKENS.min(model.spec().length().saturating_sub(prompt.len()));
+        if new_tokens < 2 {
+            return Ok(None);
+        }
+        let time = |count: usize| median(|| continued(model, prompt, count).map(|_| ()));
+        // The prompt's time is in both, and goes.
+        let seconds = time(new_tokens)? - time(1)?;
+        Ok((seconds > 0.0).then(|| (new_tokens - 1) as f64 / seconds))
+    }
+
+    fn sample(&self, model: &Model) -> Result<Option<String>> {
+        let (Some(tokenizer), Some(ids)) = (&self.package.tokenizer, self.text()) else {
+            return Ok(None);
+        };
+        let prompt = &ids[..ids.len().min(12)];
+        let room = model.spec().length().saturating_sub(prompt.len());
+        let new = continued(model, prompt, NEW_TOKENS.min(room))?;
+        Ok(Some(tokenizer.decode(&[prompt, &new].concat(), true)?))
+    }
+
+    /// The first window of the data.
+    fn text(&self) -> Option<&[u32]> {
+        let window = self.windows.first()?;
+        (!window.tokens.is_empty()).then_some(window.tokens.as_slice())
+    }
+}
+
+fn continued(model: &Model, prompt: &[u32], new_tokens: usize) -> Result<Vec<u32>> {
+    let options = GenerationOptions {
+        new_tokens,
+        ..Default::default()
+    };
+    let prompts = [prompt.to_vec()];
+    let sequences = generate(model, &prompts, &options, |_, _| ControlFlow::Continue(()))?;
+    Ok(sequences.into_iter().next().unwrap_or_default())
+}
+
+/// The median time of some repetitions after one that warms up.
+fn median(mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    work()?;
+    let mut times = (0..REPEATS)
+        .map(|_| {
+            let started = Instant::now();
+            work()?;
+            Ok(started.elapsed().as_secs_f64())
+        })
+        .collect::<Result<Vec<_>>>()?;
+    times.sort_by(f64::total_cmp);
+    Ok(times.get(REPEATS / 2).copied().unwrap_or(f64::NAN))
+}
+
+/// How often the right word beats the wrong one, by kind of sentence.
+fn choices(model: &Model) -> Result<Vec<(&'static str, f64)>> {
+    let language = Language::new(loading::LANGUAGE_SEED);
+    let mut random = generator(1);
+    Kind::ALL
+        .into_iter()
+        .map(|kind| {
+            let mut right = 0;
+            for _ in 0..SENTENCES {
+                let sentence = language.sentence(kind, Split::HeldOut, &mut random);
+                let (ids, target, foil) = question(&sentence, language.vocabulary())?;
+                let scores = crate::commands::demo::scores(model, &ids)?;
+                let beats = scores.get(target).zip(scores.get(foil)).map(|(t, f)| t > f);
+                right += usize::from(beats == Some(true));
+            }
+            Ok((kind.name(), right as f64 / SENTENCES as f64))
+        })
+        .collect()
+}
+
+pub(super) fn is_language_model(model: &Model) -> bool {
+    model.spec().is_causal() && matches!(model.spec().head, HeadSpec::LanguageModel { .. })
+}
+
+fn has_scores(model: &Model) -> bool {
+    match &model.spec().head {
+        HeadSpec::LanguageModel { .. } => true,
+        HeadSpec::Pooled { labels, .. } => labels.is_some(),
+        HeadSpec::None => false,
+    }
+}

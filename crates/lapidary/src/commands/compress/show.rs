@@ -1,0 +1,270 @@
+//! A compression as text, JSON and a page.
+
+use std::path::PathBuf;
+
+use super::measure::{Distance, Measured};
+use super::stage::{Seconds, changed};
+use super::{class, saved_as, stage_json};
+use crate::output;
+use anyhow::Result;
+use comfy_table::{Table, presets};
+use lapidary_compress::Report;
+use lapidary_explain::report::{self, Cell, Plot, Series};
+use lapidary_model::SavedAs;
+use serde_json::{Value, json};
+
+/// All that a compression did and cost.
+pub(super) struct Outcome {
+    pub(super) reports: Vec<(Report, Seconds)>,
+    pub(super) before: Measured,
+    pub(super) after: Measured,
+    pub(super) distance: Distance,
+    /// Whether the perplexity is that of a text which was not calibrated on.
+    pub(super) held_out: bool,
+    pub(super) dense: bool,
+    pub(super) saved: SavedAs,
+    pub(super) directory: PathBuf,
+    pub(super) seconds: f64,
+}
+
+impl Outcome {
+    fn kept(&self) -> f64 {
+        self.after.size.parameters as f64 / self.before.size.parameters.max(1) as f64
+    }
+
+    fn methods(&self) -> String {
+        let names = self
+            .reports
+            .iter()
+            .map(|(report, _)| report.method.as_str());
+        names.collect::<Vec<_>>().join("+")
+    }
+
+    fn text_measured(&self) -> &'static str {
+        match self.held_out {
+            true => "the text of --evaluate",
+            false => "the calibration text",
+        }
+    }
+
+    /// Everything, for machines.
+    pub(super) fn json(&self) -> Result<Value> {
+        let stages = self.reports.iter();
+        let stages = stages.map(|(report, seconds)| stage_json(report, *seconds));
+        let perplexities = self.before.perplexity.zip(self.after.perplexity);
+        Ok(json!({
+            "methods": self.methods(),
+            "report": self.reports.last().map(|(report, _)| report),
+            "stages": stages.collect::<Result<Vec<_>>>()?,
+            "kept": self.kept(),
+            "agreement_on_calibration": self.distance.agreement,
+            "likeness_on_calibration": self.distance.likeness,
+            "block_errors_on_calibration": self.distance.block_errors,
+            "perplexity_on": self.text_measured(),
+            "perplexity_on_calibration": match self.held_out {
+                true => None,
+                false => perplexities.map(|(before, after)| json!({ "before": before, "after": after })),
+            },
+            "before": self.before,
+            "after": self.after,
+            "saved_as": saved_as(self.saved),
+            "directory": self.directory,
+            "seconds": self.seconds,
+            "version": env!("CARGO_PKG_VERSION"),
+        }))
+    }
+
+    /// Lines of `name`, what it was and what it is.
+    fn lines(&self) -> Vec<[String; 3]> {
+        let (before, after) = (&self.before, &self.after);
+        let mut lines = Vec::new();
+        let mut line = |name: String, before: String, after: String| {
+            lines.push([name, before, after]);
+        };
+        let grouped = output::grouped;
+        line(
+            "parameters".into(),
+            grouped(before.size.parameters),
+            format!(
+                "{} ({:.1} % kept)",
+                grouped(after.size.parameters),
+                100.0 * self.kept()
+            ),
+        );
+        line(
+            "bytes".into(),
+            output::bytes(before.size.bytes as u64),
+            output::bytes(after.size.bytes as u64),
+        );
+        line(
+            "FLOPs/token".into(),
+            grouped(before.size.flops_per_token),
+            grouped(after.size.flops_per_token),
+        );
+        let mut rate = |name: &str, before: Option<f64>, after: Option<f64>| {
+            if let Some((before, after)) = before.zip(after) {
+                line(
+                    name.into(),
+                    format!("{before:.0} tokens/s"),
+                    format!("{after:.0} tokens/s ({:.2} times as fast)", after / before),
+                );
+            }
+        };
+        rate("reading", before.prefill, after.prefill);
+        rate("writing", before.decode, after.decode);
+        if let Some((before, after)) = before.perplexity.zip(after.perplexity) {
+            line(
+                "perplexity".into(),
+                format!("{:.3}", before.value),
+                format!(
+                    "{:.3} on {} ({} scored tokens, {} windows)",
+                    after.value,
+                    self.text_measured(),
+                    grouped(before.tokens),
+                    before.windows
+                ),
+            );
+        }
+        for ((kind, before), (_, after)) in before.choices.iter().zip(&after.choices) {
+            line(
+                format!("right on {kind}"),
+                format!("{:.0} %", 100.0 * before),
+                format!("{:.0} %", 100.0 * after),
+            );
+        }
+        if let Some((before, after)) = before.sample.as_ref().zip(after.sample.as_ref()) {
+            line("writes".into(), format!("{before:?}"), format!("{after:?}"));
+        }
+        lines
+    }
+
+    /// Lines about the distance between the two.
+    fn distance_lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        if let Some(measured) = self.distance.agreement {
+            lines.push(format!(
+                "agreement   KL {:.4} nats, same first answer {:.1} % of {} predictions",
+                measured.divergence,
+                100.0 * measured.top1,
+                output::grouped(measured.predictions)
+            ));
+        }
+        if let Some(measured) = self.distance.likeness {
+            lines.push(format!(
+                "likeness    cosine {:.4}, relative error {:.4} over {} last hidden vectors",
+                measured.cosine,
+                measured.relative_error,
+                output::grouped(measured.vectors)
+            ));
+        }
+        if !self.distance.block_errors.is_empty() {
+            let errors = self.distance.block_errors.iter();
+            let errors: Vec<String> = errors.map(|error| format!("{error:.3}")).collect();
+            lines.push(format!(
+                "stream      relative error after each block: {}",
+                errors.join(" ")
+            ));
+        }
+        lines
+    }
+
+    /// For the terminal.
+    pub(super) fn text(&self) -> String {
+        let mut text = String::new();
+        for (report, _) in &self.reports {
+            text += &format!("{}\n\n", modules(report));
+        }
+        text += &format!("method      {}\n", self.methods());
+        for [name, before, after] in self.lines() {
+            match name.as_str() {
+                "writes" => text += &format!("writes      {before}\n         -> {after}\n"),
+                _ => text += &format!("{name:<11} {before} -> {after}\n"),
+            }
+        }
+        for line in self.distance_lines() {
+            text += &format!("{line}\n");
+        }
+        let merged = match self.dense {
+            true => "; sizes and speeds are of the factors, before they were multiplied out",
+            false => "",
+        };
+        text + &format!(
+            "written to  {} ({}{merged}), {:.1} s\n",
+            self.directory.display(),
+            class(self.saved, self.dense),
+            self.seconds
+        )
+    }
+
+    /// For a page.
+    pub(super) fn report(&self) -> report::Report {
+        let mut sizes = report::Table::new("Before and after", &["", "before", "after"]);
+        for line in self.lines() {
+            sizes.push(line.map(Cell::from));
+        }
+        let mut tables = vec![sizes];
+        for (report, _) in &self.reports {
+            let title = format!("What {} did", report.method);
+            let mut table = report::Table::new(title, &["module", "shape", "change", "note"]);
+            for module in &report.modules {
+                table.push([
+                    Cell::from(module.path.as_str()),
+                    format!("{}×{}", module.output, module.input).into(),
+                    changed(&module.change).into(),
+                    module.note.clone().unwrap_or_default().into(),
+                ]);
+            }
+            tables.push(table);
+        }
+        let points = (0..)
+            .map(f64::from)
+            .zip(self.distance.block_errors.iter().copied());
+        let plot = Plot {
+            title: "Relative error of the residual stream".to_owned(),
+            x: "block".to_owned(),
+            y: "error".to_owned(),
+            series: vec![Series {
+                name: self.methods(),
+                points: points.collect(),
+            }],
+        };
+        report::Report {
+            title: format!("Compressed by {}", self.methods()),
+            notes: self.distance_lines(),
+            tables,
+            plots: match self.distance.block_errors.is_empty() {
+                true => Vec::new(),
+                false => vec![plot],
+            },
+            ..report::Report::default()
+        }
+    }
+}
+
+/// The modules of one method's report.
+fn modules(report: &Report) -> Table {
+    let weighted = report.modules.iter().any(|module| module.chosen.is_some());
+    let mut header = vec!["module", "shape", "change"];
+    if weighted {
+        header.extend(["weighted error", "plain SVD's"]);
+    }
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header);
+    for module in &report.modules {
+        let mut row = vec![
+            module.path.clone(),
+            format!("{}×{}", module.output, module.input),
+            changed(&module.change),
+        ];
+        if weighted {
+            row.extend([&module.chosen, &module.plain].map(|errors| {
+                errors.as_ref().map_or_else(
+                    || "–".to_owned(),
+                    |errors| format!("{:.4}", errors.weighted),
+                )
+            }));
+        }
+        table.add_row(row);
+    }
+    table
+}
