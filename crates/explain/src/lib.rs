@@ -43,7 +43,7 @@ pub use explainers::gradient::{gradient_times_input, integrated_gradients, relev
 pub use explainers::logit_attribution::direct_logit_attribution;
 pub use explainers::partial_lrp::partial_lrp;
 pub use explainers::raw_attention::raw_attention;
-pub use explanation::{Account, Explanation, Unit};
+pub use explanation::{Account, Explanation, Unit, over_words};
 pub use latent::{LatentRelevance, latent_relevance};
 pub use leaks::Leak;
 pub use target::Target;

@@ -127,6 +127,15 @@ fn phrase(text: &str) -> Result<Phrase, String> {
     }
 }
 
+/// What scores of text are over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TextUnit {
+    /// The tokens of the model
+    Token,
+    /// Words: the scores of their tokens, summed
+    Word,
+}
+
 #[derive(Args, Debug)]
 #[command(group = ArgGroup::new("what").args(["text", "tokens", "input", "evaluate"]).required(true))]
 pub struct Explain {
@@ -147,6 +156,9 @@ pub struct Explain {
     /// How to explain; several methods separated by commas, or `all`
     #[arg(long, alias = "methods", value_delimiter = ',', default_value = "decompx", value_parser = methods())]
     pub method: Vec<String>,
+    /// What scores are over, where a method scores tokens
+    #[arg(long, value_enum, default_value = "token")]
+    pub unit: TextUnit,
     #[command(flatten)]
     pub options: ExplainOptions,
     /// Score the methods on a data set instead: a CSV file with the columns prefix, target, foil

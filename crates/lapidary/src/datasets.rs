@@ -155,6 +155,7 @@ fn polarities(count: usize, seed: u64) -> Vec<Example> {
                 evidence: positions(&|i| sentence.effects.get(i).is_some_and(|e| e * sign > 0)),
                 position: None,
                 special: positions(&|i| polarity::is_special(sentence.tokens[i])),
+                words: Vec::new(),
                 ids: sentence.tokens,
             }
         })
@@ -185,6 +186,7 @@ fn sentences(kind: Kind, vocabulary: usize, count: usize, seed: u64) -> Result<V
             evidence: sentence.evidence.iter().map(|word| word + 1).collect(),
             position: None,
             special: vec![0],
+            words: Vec::new(),
         });
     }
     Ok(examples)
