@@ -106,23 +106,22 @@ fn word_pieces_are_words_again() {
 
 #[test]
 fn byte_level_pieces_are_words_again() {
-    for (name, special) in [("gpt2", false), ("roberta-masked-lm", true)] {
+    for name in ["gpt2", "opt"] {
         let tokenizer = open(name);
         let text = "the birds sing, don't  they? cats 42";
         let expected = [
             "the", "birds", "sing", ",", "don", "'", "t", "", "they", "?", "cats", "42",
         ];
         let encoding = tokenizer.encode(text, &EncodeOptions::default()).unwrap();
-        let words = tokenizer.words(&encoding.ids);
-        let read = |word: &Range<usize>| tokenizer.decode(&encoding.ids[word.clone()], true);
-        let mut read: Vec<String> = words
-            .iter()
-            .map(|w| read(w).unwrap().trim().into())
-            .collect();
-        if special {
-            assert_eq!((words[0].clone(), words.last().unwrap().len()), (0..1, 1));
-            read.remove(0);
-            read.pop();
+        let mut read: Vec<String> = Vec::new();
+        for word in tokenizer.words(&encoding.ids) {
+            match encoding.special[word.start] {
+                true => assert_eq!(word.len(), 1),
+                false => {
+                    let text = tokenizer.decode(&encoding.ids[word], true).unwrap();
+                    read.push(text.trim().to_owned());
+                }
+            }
         }
         assert_eq!(read, expected, "{name}");
     }
