@@ -28,6 +28,7 @@ mod leaks;
 pub mod mixing;
 pub mod report;
 mod target;
+pub mod tasks;
 
 pub use difference::{Difference, Moved, OutputDifference, SiteDifference, difference};
 pub use error::{Error, Result};
@@ -43,7 +44,7 @@ pub use explainers::gradient::{gradient_times_input, integrated_gradients, relev
 pub use explainers::logit_attribution::direct_logit_attribution;
 pub use explainers::partial_lrp::partial_lrp;
 pub use explainers::raw_attention::raw_attention;
-pub use explanation::{Account, Explanation, Unit};
+pub use explanation::{Account, Explanation, Unit, over_words};
 pub use latent::{LatentRelevance, latent_relevance};
 pub use leaks::Leak;
 pub use target::Target;

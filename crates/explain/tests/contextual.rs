@@ -66,6 +66,7 @@ fn case(ids: &[u32]) -> Case {
             foil: Some(2),
             position: None,
         },
+        contrast: None,
     }
 }
 

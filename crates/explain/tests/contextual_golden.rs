@@ -164,6 +164,7 @@ fn assert_nodes(
         let case = Case {
             input: input.clone(),
             target: Target::class(class),
+            contrast: None,
         };
         let scorer = Scorer::new(model, &[case], means.clone(), method).unwrap();
         let read = Endpoint::Head(fixture.read.into(), Place::Mixed);

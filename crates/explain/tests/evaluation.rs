@@ -40,6 +40,7 @@ fn example(ids: &[u32], target: usize, foil: Option<usize>, special: &[usize]) -
         evidence: vec![1],
         position: None,
         special: special.to_vec(),
+        words: Vec::new(),
     }
 }
 
@@ -122,6 +123,62 @@ fn the_area_under_masking_is_that_of_one_text_after_the_other() {
     let expected = areas.iter().sum::<f64>() / areas.len() as f64;
     let measured = found.rows[0].masking.aopc.mean;
     assert!((measured - expected).abs() < 1e-12, "{measured} {expected}");
+}
+
+/// With words of one token each nothing changes; with larger ones, a word is judged and hidden
+/// whole.
+#[test]
+fn words_are_scored_and_hidden_as_one() {
+    let model = model(DECODER, 15);
+    let ids = [3, 11, 5, 0, 19, 7];
+    let class = best(&scores(&model, &ids, None));
+    let tokens_alone = example(&ids, class, None, &[0]);
+    let method = explainer("gradient-x-input").unwrap();
+    let measured = |words: &[std::ops::Range<usize>]| {
+        let example = Example {
+            words: words.to_vec(),
+            ..tokens_alone.clone()
+        };
+        evaluate(&model, &[example], &[method], &Options::default(), |_| {})
+    };
+    let row = |words: &[std::ops::Range<usize>]| measured(words).unwrap().rows.remove(0);
+    let (alone, single) = (row(&[]), row(&[0..1, 1..2, 2..3, 3..4, 4..5, 5..6]));
+    assert_eq!(
+        (&alone.agreement, &alone.masking),
+        (&single.agreement, &single.masking)
+    );
+    assert_eq!(alone.evidence_f1, single.evidence_f1);
+
+    // The evidence is token 1, of the word 1..3; the last word holds the explained position.
+    let words = [0..1, 1..3, 3..4, 4..6];
+    let found = row(&words);
+    let input = tokens(&ids);
+    let question = Question::new(&model, &input);
+    let each = method
+        .explain(&question, Target::class(class), &Options::default())
+        .unwrap();
+    let sums: Vec<f64> = words
+        .iter()
+        .map(|w| each.scores[w.clone()].iter().sum())
+        .collect();
+    let rank = 1 + sums.iter().filter(|score| **score > sums[1]).count();
+    assert_eq!(found.agreement[0].mean, 1.0 / rank as f64);
+    // Only the words 1 and 2 may be hidden, one from 30 per cent on and both from 80.
+    let probability = |keep: &[u8]| {
+        let scores = scores(&model, &ids, Some(keep));
+        scores[class].exp() / scores.iter().map(|score| score.exp()).sum::<f64>()
+    };
+    let first: [u8; 6] = match sums[1] > sums[2] {
+        true => [1, 0, 0, 1, 1, 1],
+        false => [1, 1, 1, 0, 1, 1],
+    };
+    let whole = probability(&[1; 6]);
+    let (one, both) = (probability(&first), probability(&[1, 0, 0, 0, 1, 1]));
+    let expected = (5.0 * (whole - one) + 2.0 * (whole - both)) / 10.0;
+    assert!((found.masking.aopc.mean - expected).abs() < 1e-12);
+
+    let gaps = measured(&[0..1, 2..6]).unwrap();
+    assert!(gaps.rows[0].refused.is_some());
 }
 
 fn compared(before: &Model, after: &Model) -> lapidary_explain::Difference {

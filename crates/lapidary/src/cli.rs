@@ -127,6 +127,15 @@ fn phrase(text: &str) -> Result<Phrase, String> {
     }
 }
 
+/// What scores of text are over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TextUnit {
+    /// The tokens of the model
+    Token,
+    /// Words: the scores of their tokens, summed
+    Word,
+}
+
 #[derive(Args, Debug)]
 #[command(group = ArgGroup::new("what").args(["text", "tokens", "input", "evaluate"]).required(true))]
 pub struct Explain {
@@ -147,10 +156,14 @@ pub struct Explain {
     /// How to explain; several methods separated by commas, or `all`
     #[arg(long, alias = "methods", value_delimiter = ',', default_value = "decompx", value_parser = methods())]
     pub method: Vec<String>,
+    /// What scores are over, where a method scores tokens
+    #[arg(long, value_enum, default_value = "token")]
+    pub unit: TextUnit,
     #[command(flatten)]
     pub options: ExplainOptions,
     /// Score the methods on a data set instead: a CSV file with the columns prefix, target, foil
-    /// and evidence, or `generated:` and number-agreement, reflexive-agreement, learned-fact,
+    /// and evidence; `ioi` or `greater-than`, prompts of words that are one token of the model
+    /// (whom something is given to; which years follow one); or `generated:` and number-agreement, reflexive-agreement, learned-fact,
     /// context-fact, name-copy, brackets, induction, polarity or glyphs
     #[arg(long, value_name = "DATASET", conflicts_with_all = ["text", "tokens", "input", "target", "foil", "position"])]
     pub evaluate: Option<String>,

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use lapidary_explain::evaluation::{
     Dataset, Example, ImageExample, induction, read_rows, tokenised,
 };
+use lapidary_explain::tasks::{Prompt, Task};
 use lapidary_lab::experiments::glyphs::{Alphabet, scene};
 use lapidary_lab::experiments::polarity;
 use lapidary_model::{HeadSpec, Model, Package};
@@ -61,6 +62,9 @@ pub fn examples(
     limit: usize,
     seed: u64,
 ) -> Result<Dataset> {
+    if let Some(task) = Task::from_name(name) {
+        return of_task(task, package, model, limit, seed);
+    }
     match name.strip_prefix(GENERATED) {
         Some(kind) => Ok(Dataset {
             examples: generated(kind, model, limit, seed)?,
@@ -70,10 +74,43 @@ pub fn examples(
     }
 }
 
+/// Prompts of a task, of all its templates.
+fn of_task(
+    task: Task,
+    package: &Package,
+    model: &Model,
+    limit: usize,
+    seed: u64,
+) -> Result<Dataset> {
+    ensure!(
+        matches!(model.spec().head, HeadSpec::LanguageModel { .. }) && model.spec().is_causal(),
+        "{} is for language models that read from left to right, which this is not",
+        task.name()
+    );
+    let mut generator = generator(seed);
+    let generated = task.generate(package.tokenizer()?, None, limit, &mut generator)?;
+    for note in &generated.notes {
+        tracing::warn!("{note}");
+    }
+    let examples = generated.prompts.iter().map(Prompt::example);
+    let (examples, unfit): (Vec<_>, Vec<_>) =
+        examples.partition(|example| example.ids.len() <= model.spec().length());
+    ensure!(
+        !examples.is_empty(),
+        "every prompt of {} is longer than the model",
+        task.name()
+    );
+    Ok(Dataset {
+        examples,
+        unfit: unfit.len(),
+        ..Dataset::default()
+    })
+}
+
 fn from_file(path: &Path, package: &Package, model: &Model, limit: usize) -> Result<Dataset> {
     ensure!(
         path.is_file(),
-        "data set {} is not a file; give a CSV file, or {GENERATED} and one of {}",
+        "data set {} is not a file; give a CSV file, ioi, greater-than, or {GENERATED} and one of {}",
         path.display(),
         NAMES.join(", ")
     );
@@ -155,6 +192,7 @@ fn polarities(count: usize, seed: u64) -> Vec<Example> {
                 evidence: positions(&|i| sentence.effects.get(i).is_some_and(|e| e * sign > 0)),
                 position: None,
                 special: positions(&|i| polarity::is_special(sentence.tokens[i])),
+                words: Vec::new(),
                 ids: sentence.tokens,
             }
         })
@@ -185,6 +223,7 @@ fn sentences(kind: Kind, vocabulary: usize, count: usize, seed: u64) -> Result<V
             evidence: sentence.evidence.iter().map(|word| word + 1).collect(),
             position: None,
             special: vec![0],
+            words: Vec::new(),
         });
     }
     Ok(examples)

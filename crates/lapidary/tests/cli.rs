@@ -871,6 +871,16 @@ fn methods_are_scored_on_generated_examples_and_on_files() {
     assert_eq!(found["examples"], 2);
     let text = output(&[&from_file[..], &common[..4]].concat());
     assert!(text.contains("MRR") && text.contains("AOPC"), "{text}");
+    assert!(text.contains("F1 of the highest tokens"), "{text}");
+    let f1 = &found["rows"][0]["evidence_f1"];
+    assert_eq!(f1["points"].as_array().unwrap().len(), 8);
+    // Every word of this model is a token: scored by word, the rows are the same.
+    let by_word = json(&[&from_file[..], &common[..], &["--unit", "word"]].concat());
+    for (row, same) in [0, 1].map(|i| (&found["rows"][i], &by_word["rows"][i])) {
+        for what in ["agreement", "evidence_f1", "masking"] {
+            assert_eq!(row[what], same[what]);
+        }
+    }
     let bad = write(&directory, "bad.csv", b"prefix,word\na,b\n");
     refused(
         &["explain", "embedded", "--evaluate", &bad],
@@ -882,6 +892,50 @@ fn methods_are_scored_on_generated_examples_and_on_files() {
     );
     let unknown = ["explain", "embedded", "--evaluate", "generated:rhymes"];
     refused(&unknown, &["generated:rhymes", "induction"]);
+}
+
+/// Words of several tokens are scored as one, everywhere; what the account says stays.
+#[test]
+fn words_are_explained_in_place_of_their_tokens() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = family("bert-classifier");
+    let page = directory.path().join("page.html");
+    let text = ["explain", &model, "--text", "the birds cutely seeing"];
+    let methods = ["--method", "decompx,gradient-x-input"];
+    let tokens = json(&[&text[..], &methods, &["--json"]].concat());
+    let html = ["--unit", "word", "--json", "--html", page.to_str().unwrap()];
+    let words = json(&[&text[..], &methods, &html].concat());
+    let names = ["[CLS]", "the", "birds", "cutely", "seeing", "[SEP]"];
+    assert_eq!(words["words"].as_array().unwrap(), &names);
+    assert_eq!(words["tokens"], tokens["tokens"]);
+    let count = tokens["tokens"].as_array().unwrap().len();
+    assert!(count > names.len());
+    for (before, after) in [0, 1].map(|i| (&tokens["explanations"][i], &words["explanations"][i])) {
+        let (before, after) = (&before["explanation"], &after["explanation"]);
+        assert_eq!(after["unit"], "word");
+        assert_eq!(before["account"], after["account"]);
+        let sum = |of: &Value| {
+            of.as_array()
+                .unwrap()
+                .iter()
+                .map(|n| n.as_f64().unwrap())
+                .sum::<f64>()
+        };
+        assert!((sum(&before["scores"]) - sum(&after["scores"])).abs() < 1e-9);
+        let own: Vec<f64> = serde_json::from_value(before["scores"].clone()).unwrap();
+        // "cutely" is cut ##e ##ly.
+        let whole = after["scores"][3].as_f64().unwrap();
+        assert!((own[3..6].iter().sum::<f64>() - whole).abs() < 1e-12);
+    }
+    let page = std::fs::read_to_string(page).unwrap();
+    assert!(page.contains("cutely"), "words are on the page");
+    let by_word = output(&[&text[..], &["--unit", "word"]].concat());
+    assert!(
+        by_word.contains("cutely") && !by_word.contains("##"),
+        "{by_word}"
+    );
+    let both = output(&[&text[..], &methods, &["--unit", "word"]].concat());
+    assert!(both.contains("cutely") && !both.contains("##"), "{both}");
 }
 
 #[test]

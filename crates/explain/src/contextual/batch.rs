@@ -17,6 +17,17 @@ pub struct Case {
     pub input: Input,
     /// A [`Target::Score`].
     pub target: Target,
+    /// What is read in place of the target's class and foil, where several answers are right.
+    pub contrast: Option<Contrast>,
+}
+
+/// Right answers and wrong ones. Their scores are compared by mean, their probabilities by sum.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Contrast {
+    /// Classes that are right.
+    pub right: Vec<usize>,
+    /// Classes that are wrong.
+    pub wrong: Vec<usize>,
 }
 
 /// `class` of the model's scores for `input` less its closest competitor, at the last position.
@@ -51,6 +62,7 @@ pub(super) struct Batch {
     /// `[cases, ..]`.
     input: Input,
     targets: Vec<Target>,
+    contrasts: Vec<Option<Contrast>>,
     length: usize,
     /// Whether every target is read at the last position.
     only_last: bool,
@@ -123,6 +135,7 @@ impl Batch {
             input,
             only_last: targets.iter().all(is_last),
             targets,
+            contrasts: cases.iter().map(|case| case.contrast.clone()).collect(),
             length,
             residuals,
             found,
@@ -209,7 +222,8 @@ impl Batch {
     pub(super) fn read(&self, scores: &Tensor, reading: Reading) -> Result<Vec<Vec<f64>>> {
         let copies = engine(scores.dim(0))?;
         let mut all = vec![Vec::with_capacity(self.cases()); copies];
-        for (case, target) in self.targets.iter().enumerate() {
+        let contrasts = self.targets.iter().zip(&self.contrasts);
+        for (case, (target, contrast)) in contrasts.enumerate() {
             let Target::Score {
                 class,
                 foil,
@@ -244,10 +258,20 @@ impl Batch {
                 let column = engine(engine(of_case.narrow(1, class, 1))?.flatten_all())?;
                 engine(engine(column.to_dtype(DType::F64))?.to_vec1::<f64>())
             };
-            let mut numbers = column(class)?;
-            if let Some(foil) = foil {
-                for (number, foil) in numbers.iter_mut().zip(column(foil)?) {
-                    *number -= foil;
+            let (right, wrong) = match contrast {
+                Some(contrast) => (contrast.right.clone(), contrast.wrong.clone()),
+                None => (vec![class], foil.into_iter().collect()),
+            };
+            let mut numbers = vec![0.0; copies];
+            for (classes, sign) in [(right, 1.0), (wrong, -1.0)] {
+                let share = match reading {
+                    Reading::Difference => sign / classes.len().max(1) as f64,
+                    Reading::ProbabilityDifference => sign,
+                };
+                for class in classes {
+                    for (number, value) in numbers.iter_mut().zip(column(class)?) {
+                        *number += share * value;
+                    }
                 }
             }
             for (copy, number) in all.iter_mut().zip(numbers) {

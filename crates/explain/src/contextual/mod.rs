@@ -22,7 +22,7 @@ mod phrases;
 mod scorer;
 
 pub use ablation::{Ablation, Control, Metric};
-pub use batch::{Case, against_closest};
+pub use batch::{Case, Contrast, against_closest};
 pub use discovery::{Circuit, Edge, Outliers, Round, Search, discover};
 pub use means::Means;
 pub use node::{Node, Place, heads, heads_by_position};

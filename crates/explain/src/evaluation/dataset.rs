@@ -7,7 +7,7 @@
 //! | `prefix` | text up to the word to predict |
 //! | `target` | the right next word |
 //! | `foil` | the wrong one; may be missing |
-//! | `evidence` | the words of the prefix that decide, as they stand there; may be missing or `NA` |
+//! | `evidence` | the words of the prefix that decide, as they stand there: one, or several beside each other, or several places with `|` between them (`the old dogs|near`); every occurrence counts; may be missing or `NA` |
 //!
 //! Files of BLiMP with targets (`one_prefix_prefix`, `one_prefix_word_good`,
 //! `one_prefix_word_bad`, and evidence in `target`) are recognised by their header.
@@ -39,6 +39,9 @@ pub struct Example {
     pub position: Option<usize>,
     /// Positions that are never hidden when faithfulness is measured: special tokens.
     pub special: Vec<usize>,
+    /// Tokens that are scored, judged and hidden as one, from the first on without gaps; each token
+    /// by itself when empty. See [`Tokenizer::words`].
+    pub words: Vec<Range<usize>>,
 }
 
 /// The examples of a data set, and why rows were left out.
@@ -214,7 +217,13 @@ fn tokenised_row(row: &Row, tokenizer: &Tokenizer, mask: Option<u32>) -> Result<
         return Ok(Tokenised::Unfit);
     };
     let evidence = row.evidence.as_deref().map_or_else(Vec::new, |evidence| {
-        let spans = occurrences(&row.prefix, evidence);
+        let phrases = evidence
+            .split('|')
+            .map(str::trim)
+            .filter(|one| !one.is_empty());
+        let spans: Vec<_> = phrases
+            .flat_map(|one| occurrences(&row.prefix, one))
+            .collect();
         let overlaps = |offsets: &Range<usize>| {
             spans
                 .iter()
@@ -242,6 +251,7 @@ fn tokenised_row(row: &Row, tokenizer: &Tokenizer, mask: Option<u32>) -> Result<
         evidence,
         position,
         special,
+        words: Vec::new(),
     }))
 }
 
@@ -308,6 +318,26 @@ mod tests {
         let text = "the cat saw the catalogue of a cat";
         assert_eq!(occurrences(text, "cat"), [4..7, 31..34]);
         assert_eq!(occurrences("naïve cats", "naïve").first(), Some(&(0..6)));
+    }
+
+    #[test]
+    fn evidence_may_be_several_words_at_several_places() {
+        let words = ["<start>", "the", "old", "dogs", "near", "car", "are", "is"];
+        let tokenizer = Tokenizer::of_words(&words).unwrap();
+        let evidence = |text: &str| {
+            let row = Row {
+                prefix: "the old dogs near the old car".into(),
+                target: "are".into(),
+                foil: Some("is".into()),
+                evidence: Some(text.into()),
+            };
+            let dataset = tokenised(&[row], &tokenizer, None, 10).unwrap();
+            dataset.examples[0].evidence.clone()
+        };
+        assert_eq!(evidence("the old dogs"), [1, 2, 3]);
+        assert_eq!(evidence("old dogs | car"), [2, 3, 7]);
+        assert_eq!(evidence("the old"), [1, 2, 5, 6]);
+        assert_eq!(evidence("|"), [0usize; 0]);
     }
 
     #[test]

@@ -44,6 +44,7 @@ pub fn induction(
                 .collect(),
             position: None,
             special: Vec::new(),
+            words: Vec::new(),
         });
     }
     Ok(examples)

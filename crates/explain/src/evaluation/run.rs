@@ -1,15 +1,16 @@
 //! The evaluation itself.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use super::Example;
 use crate::error::engine;
 use crate::explainer::Explainer;
 use crate::faithfulness::Summary;
-use crate::faithfulness::agreement::Agreement;
+use crate::faithfulness::agreement::{Agreement, EvidenceF1};
 use crate::faithfulness::masking::{self, Curve, Masks, RATIOS};
 use crate::report::{Cell, Report, Table};
-use crate::{Options, Question, Result, Target, Unit};
+use crate::{Options, Question, Result, Target, Unit, over_words};
 use lapidary_kernels::{DType, Tensor};
 use lapidary_model::{HeadSpec, Input, Model, Pass};
 use serde::Serialize;
@@ -21,6 +22,8 @@ pub struct MethodRow {
     pub method: String,
     /// Agreement with the evidence, in the order of [`Agreement::NAMES`].
     pub agreement: Vec<Summary>,
+    /// F1 of the highest tokens beside the evidence.
+    pub evidence_f1: EvidenceF1,
     /// What the model loses when tokens are hidden.
     pub masking: Curve,
     /// `|left out|` relative to `|explained|`.
@@ -49,7 +52,8 @@ const AT_ONCE: usize = 16;
 
 /// Scores `methods` on the examples that `model` gets right. Tokens are hidden by leaving them out
 /// of attention, which every model knows from padding; special tokens and the position that is
-/// explained stay.
+/// explained stay. Where examples have words, scores are summed over each, and words are judged and
+/// hidden in place of tokens.
 ///
 /// `progress` is told the number of explanations done.
 ///
@@ -121,6 +125,26 @@ fn is_right(model: &Model, example: &Example) -> Result<bool> {
     })
 }
 
+/// What is scored as one: the example's words, or its tokens.
+fn units(example: &Example) -> Vec<Range<usize>> {
+    match example.words.is_empty() {
+        true => (0..example.ids.len())
+            .map(|token| token..token + 1)
+            .collect(),
+        false => example.words.clone(),
+    }
+}
+
+/// The units that hold one of the positions, in order.
+fn units_at(units: &[Range<usize>], positions: &[usize]) -> Vec<usize> {
+    let holds = |unit: &Range<usize>| positions.iter().any(|position| unit.contains(position));
+    (0..)
+        .zip(units)
+        .filter(|(_, unit)| holds(unit))
+        .map(|(index, _)| index)
+        .collect()
+}
+
 fn method_row(
     model: &Model,
     examples: &[&Example],
@@ -128,7 +152,8 @@ fn method_row(
     options: &Options,
     tell: &mut dyn FnMut(),
 ) -> Result<MethodRow> {
-    let (mut agreements, mut seconds, mut left_out) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut agreements, mut f1) = (Vec::new(), Vec::new());
+    let (mut seconds, mut left_out) = (Vec::new(), Vec::new());
     let mut scores = Vec::with_capacity(examples.len());
     for (index, example) in examples.iter().enumerate() {
         let input = input(model, example)?;
@@ -143,12 +168,15 @@ fn method_row(
         seconds.push(started.elapsed().as_secs_f64());
         let account = &explanation.account;
         left_out.push(account.unattributed.abs() / account.explained.abs().max(f64::MIN_POSITIVE));
-        let mut of_tokens = explanation.scores;
-        of_tokens.truncate(example.ids.len());
+        let units = units(example);
+        let mut of_units = over_words(&explanation.scores, &units)?;
+        of_units.truncate(units.len());
         if !example.evidence.is_empty() {
-            agreements.push(Agreement::of(&of_tokens, &example.evidence)?.values());
+            let evidence = units_at(&units, &example.evidence);
+            agreements.push(Agreement::of(&of_units, &evidence)?.values());
+            f1.push(EvidenceF1::of(&of_units, &evidence)?);
         }
-        scores.push(of_tokens);
+        scores.push(of_units);
         tell();
     }
     let measure = |index: usize| {
@@ -158,6 +186,7 @@ fn method_row(
     Ok(MethodRow {
         method: method.name.to_owned(),
         agreement: (0..Agreement::NAMES.len()).map(measure).collect(),
+        evidence_f1: EvidenceF1::over(&f1),
         masking: hide(model, examples, &scores)?,
         left_out: Summary::of(left_out),
         seconds: Summary::of(seconds),
@@ -165,38 +194,36 @@ fn method_row(
     })
 }
 
-/// A place of the concatenated examples stands for a token here, so that what is hidden can be
+/// A place among the units of all examples stands for a unit here, so that what is hidden can be
 /// told from what is there.
 const HIDDEN: u32 = u32::MAX;
 
 fn hide(model: &Model, examples: &[&Example], scores: &[Vec<f64>]) -> Result<Curve> {
     // Start of each example among all places.
     let mut starts = Vec::with_capacity(examples.len());
-    let mut places: Vec<(u32, bool)> = Vec::new();
+    let mut stays: Vec<bool> = Vec::new();
     for example in examples {
-        starts.push(places.len() as u32);
+        starts.push(stays.len() as u32);
         let explained = match model.spec().head {
             HeadSpec::LanguageModel { .. } => {
                 Some(example.position.unwrap_or(example.ids.len() - 1))
             }
             _ => None,
         };
-        let stays = |position| example.special.contains(&position) || explained == Some(position);
-        places.extend(
-            (0..)
-                .zip(&example.ids)
-                .map(|(position, id)| (*id, stays(position))),
-        );
+        let mut kept = example.special.clone();
+        kept.extend(explained);
+        let units = units(example);
+        let kept = units_at(&units, &kept);
+        stays.extend((0..units.len()).map(|unit| kept.contains(&unit)));
     }
     let texts: Vec<Vec<u32>> = starts
         .iter()
-        .zip(examples)
-        .map(|(start, example)| (*start..start + example.ids.len() as u32).collect())
+        .zip(scores)
+        .map(|(start, scores)| (*start..start + scores.len() as u32).collect())
         .collect();
-    let of_place = |place: u32| places.get(place as usize).copied().unwrap_or((0, true));
     let masks = Masks {
         token: HIDDEN,
-        is_special: &|place| of_place(place).1,
+        is_special: &|place| stays.get(place as usize).copied().unwrap_or(true),
     };
     let masked: Vec<masking::Example<'_>> = texts
         .iter()
@@ -223,14 +250,16 @@ fn probabilities(
     texts: &[Vec<u32>],
     examples: &[&Example],
 ) -> Result<Vec<Vec<f64>>> {
-    let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
+    let longest = examples.iter().map(|example| example.ids.len());
+    let longest = longest.max().unwrap_or(0);
     let (mut ids, mut keep) = (Vec::new(), Vec::new());
     for (text, example) in texts.iter().zip(examples) {
-        for position in 0..longest {
-            ids.push(example.ids.get(position).copied().unwrap_or(0));
-            let kept = text.get(position).is_some_and(|place| *place != HIDDEN);
-            keep.push(u8::from(kept));
+        let beyond = longest - example.ids.len();
+        ids.extend(example.ids.iter().copied().chain(vec![0; beyond]));
+        for (place, unit) in text.iter().zip(units(example)) {
+            keep.extend(unit.map(|_| u8::from(*place != HIDDEN)));
         }
+        keep.extend(vec![0; beyond]);
     }
     let shape = (texts.len(), longest);
     let padding = engine(Tensor::from_vec(keep, shape, &model.device()))?;
@@ -266,6 +295,11 @@ impl Evaluation {
         let mut columns = vec!["method"];
         columns.extend(Agreement::NAMES);
         let mut agreement = Table::new("Agreement with the evidence", &columns);
+        let shares = EvidenceF1::SHARES.map(|share| format!("{share} %"));
+        let mut columns = vec!["method"];
+        columns.extend(shares.iter().map(String::as_str));
+        columns.extend(["mean", "best", "at"]);
+        let mut f1 = Table::new("F1 of the highest tokens beside the evidence", &columns);
         let mut faithfulness = Table::new(
             "Faithfulness and cost",
             &[
@@ -292,6 +326,14 @@ impl Evaluation {
             let of = |summary: &Summary| Cell::from(format!("{summary:.3}"));
             if row.agreement.iter().any(|summary| summary.count > 0) {
                 agreement.push(std::iter::once(name.clone()).chain(row.agreement.iter().map(of)));
+                let found = &row.evidence_f1;
+                let points = found.points.iter();
+                let cells = points.map(|point| format!("{:.3}", point.mean).into());
+                let last = [of(&found.mean), of(&found.best)];
+                let last = last
+                    .into_iter()
+                    .chain([format!("{} %", found.best_share).into()]);
+                f1.push(std::iter::once(name.clone()).chain(cells).chain(last));
             }
             faithfulness.push([
                 name,
@@ -302,7 +344,7 @@ impl Evaluation {
                 format!("{:.2e}", row.seconds.mean).into(),
             ]);
         }
-        let tables = [agreement, faithfulness];
+        let tables = [agreement, f1, faithfulness];
         Report {
             title: title.to_owned(),
             notes,

@@ -1,10 +1,13 @@
 //! How well scores agree with evidence: the tokens that are known to cause a prediction, as the
 //! subject of a sentence causes the number of its verb (ALTI-Logit, Ferrando et al. 2023, arXiv
-//! 2305.12535; relevance mass and rank accuracy: Arras et al. 2022, arXiv 2003.07258).
+//! 2305.12535; relevance mass and rank accuracy: Arras et al. 2022, arXiv 2003.07258; F1 of the
+//! highest tokens: DeYoung et al. 2020, ERASER, arXiv 1911.03429, as Chefer et al. 2021, arXiv
+//! 2012.09838, use it).
 //!
 //! Scores are ranked in descending order. Of equal scores those outside the evidence come first,
 //! so that scores which tell nothing apart are not rewarded.
 
+use super::Summary;
 use crate::{Error, Result};
 use serde::Serialize;
 
@@ -119,6 +122,21 @@ impl<'a> Judged<'a> {
         if length > 0.0 { evidence / length } else { 0.0 }
     }
 
+    /// F1 of the `per_cent` of the tokens that are highest, beside the evidence: with `k` of the
+    /// `n` tokens chosen, `k = round(n · per_cent / 100)` and at least one, of which `c` are of
+    /// the evidence `G`,
+    ///
+    /// ```text
+    /// F1 = 2 P R / (P + R) = 2 c / (k + |G|)     P = c / k,  R = c / |G|
+    /// ```
+    pub fn f1(&self, per_cent: usize) -> f64 {
+        let count = (per_cent as f64 / 100.0 * self.order.len() as f64).round() as usize;
+        let count = count.clamp(1, self.order.len().max(1));
+        let highest = self.order.iter().take(count);
+        let common = highest.filter(|p| self.is_evidence(**p)).count();
+        2.0 * common as f64 / (count + self.size) as f64
+    }
+
     /// All measures, PG_k for `k` of 1 and of [`Agreement::POINTED`].
     pub fn agreement(&self) -> Agreement {
         let yes = |whether: bool| f64::from(u8::from(whether));
@@ -203,9 +221,102 @@ impl Agreement {
     }
 }
 
+/// F1 of the highest tokens beside the evidence, over samples and for shares of the tokens.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct EvidenceF1 {
+    /// F1 at each of [`EvidenceF1::SHARES`].
+    pub points: Vec<Summary>,
+    /// Each sample's mean over the shares.
+    pub mean: Summary,
+    /// The share, in per cent, whose mean over samples is the largest, of equal ones the smallest.
+    pub best_share: usize,
+    /// F1 there.
+    pub best: Summary,
+}
+
+impl EvidenceF1 {
+    /// Per cent of the tokens that are chosen.
+    pub const SHARES: [usize; 8] = [10, 20, 30, 40, 50, 60, 70, 80];
+
+    /// One sample's F1 at each share.
+    ///
+    /// # Errors
+    /// As [`Judged::new`].
+    pub fn of(scores: &[f64], evidence: &[usize]) -> Result<[f64; 8]> {
+        let judged = Judged::new(scores, evidence)?;
+        Ok(Self::SHARES.map(|share| judged.f1(share)))
+    }
+
+    /// The curve over samples.
+    ///
+    /// ```
+    /// use lapidary_explain::faithfulness::agreement::EvidenceF1;
+    ///
+    /// // One of ten tokens decides, and is the highest.
+    /// let mut scores = [0.0; 10];
+    /// scores[4] = 1.0;
+    /// let curve = EvidenceF1::over(&[EvidenceF1::of(&scores, &[4])?]);
+    /// assert_eq!((curve.best_share, curve.best.mean), (10, 1.0));
+    /// assert_eq!(curve.points[1].mean, 2.0 / 3.0);
+    /// # Ok::<(), lapidary_explain::Error>(())
+    /// ```
+    pub fn over(samples: &[[f64; 8]]) -> Self {
+        let at = |index: usize| {
+            let each = samples.iter().filter_map(|sample| sample.get(index));
+            Summary::of(each.copied())
+        };
+        let points: Vec<Summary> = (0..Self::SHARES.len()).map(at).collect();
+        let mean = |sample: &[f64; 8]| sample.iter().sum::<f64>() / sample.len() as f64;
+        let mut curve = Self {
+            mean: Summary::of(samples.iter().map(mean)),
+            ..Self::default()
+        };
+        for (share, point) in Self::SHARES.iter().zip(&points) {
+            if curve.best_share == 0 || point.mean > curve.best.mean {
+                (curve.best_share, curve.best) = (*share, *point);
+            }
+        }
+        curve.points = points;
+        curve
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn f1_of_a_ranking_written_out() {
+        // Ranking 3, 1, 0, 4, 2 of five tokens; the evidence is 1 and 2. The counts chosen are
+        // 1 (0.5 rounds to 1), 1, 2 (1.5), 2, 3 (2.5), 3, 4 (3.5), 4.
+        let found = EvidenceF1::of(&[0.2, 0.3, -0.4, 0.5, 0.0], &[1, 2]).unwrap();
+        let expected = [0.0, 0.0, 0.5, 0.5, 0.4, 0.4, 1.0 / 3.0, 1.0 / 3.0];
+        assert_eq!(found, expected);
+        let curve = EvidenceF1::over(&[found, [0.0; 8]]);
+        assert_eq!((curve.best_share, curve.best.mean), (30, 0.25));
+        let mean = expected.iter().sum::<f64>() / 16.0;
+        assert!((curve.mean.mean - mean).abs() < 1e-15);
+        assert_eq!((curve.mean.count, curve.points.len()), (2, 8));
+    }
+
+    #[test]
+    fn f1_is_the_harmonic_mean_of_precision_and_recall() {
+        let scores = [0.9, 0.1, 0.8, 0.3, 0.7, 0.2, 0.6, 0.0, 0.5, 0.4];
+        let evidence = [0, 3, 4];
+        let judged = Judged::new(&scores, &evidence).unwrap();
+        for (share, chosen) in [(10, 1), (30, 3), (80, 8)] {
+            let mut order: Vec<usize> = (0..10).collect();
+            order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+            let common = order[..chosen]
+                .iter()
+                .filter(|p| evidence.contains(p))
+                .count() as f64;
+            let (precision, recall) = (common / chosen as f64, common / 3.0);
+            let expected = 2.0 * precision * recall / (precision + recall);
+            assert!((judged.f1(share) - expected).abs() < 1e-15);
+        }
+        assert_eq!(EvidenceF1::over(&[]).best_share, 10);
+    }
 
     #[test]
     fn measures_of_a_ranking_written_out() {

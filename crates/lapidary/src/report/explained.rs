@@ -6,7 +6,7 @@ use super::{Coloured, account, bar_chart, map, page};
 use crate::commands::explain::{Answer, Explained};
 use anyhow::Result;
 use lapidary_explain::report::Map;
-use lapidary_explain::{Question, Target, Unit, latent_relevance};
+use lapidary_explain::{Question, Target, latent_relevance};
 use lapidary_signal::relevance::RelevanceRules;
 use maud::{Markup, PreEscaped, html};
 
@@ -30,8 +30,8 @@ pub fn explanation_page(
     question: &Question<'_>,
     target: Option<Target>,
 ) -> Result<String> {
-    let over_tokens = |answer: &&Answer| answer.explanation.unit == Unit::Token;
-    let by_token: Vec<_> = explained.explanations.iter().filter(over_tokens).collect();
+    let of_the_text = |answer: &&Answer| answer.explanation.unit.is_of_the_text();
+    let by_token: Vec<_> = explained.explanations.iter().filter(of_the_text).collect();
     let body = html! {
         section {
             h2 { "What the model says" }
@@ -154,15 +154,12 @@ fn choices<'a>(name: &str, legend: &str, values: impl Iterator<Item = &'a str>) 
 /// Coloured tokens or patches, bars, and the account.
 fn panel(explained: &Explained, answer: &Answer) -> Markup {
     let explanation = &answer.explanation;
-    let names = match explanation.labels.as_slice() {
-        [] => &explained.tokens,
-        labels => labels,
-    };
+    let names = explained.names(explanation);
     html! {
-        @if explanation.unit == Unit::Token {
+        @if explanation.unit.is_of_the_text() {
             @match explained.patches {
                 Some(grid) => (map(&patches(grid, &explanation.scores))),
-                None => (Coloured::new(&explained.tokens, &explanation.scores).as_html()),
+                None => (Coloured::new(names, &explanation.scores).as_html()),
             }
             p.legend { span.token.for style="--strength:.8" { "for" } " " span.token.against style="--strength:.8" { "against" } }
         }
@@ -189,7 +186,7 @@ fn patches((rows, columns): (usize, usize), scores: &[f64]) -> Map {
     }
 }
 
-/// Tokens by explanations.
+/// Tokens or words by explanations.
 fn side_by_side(explained: &Explained, answers: &[&Answer]) -> Map {
     let several_targets = answers
         .iter()
@@ -204,11 +201,16 @@ fn side_by_side(explained: &Explained, answers: &[&Answer]) -> Map {
         let score = scores.get(token).copied().unwrap_or(0.0);
         if largest > 0.0 { score / largest } else { 0.0 }
     };
+    let names = answers
+        .first()
+        .map_or(explained.tokens.as_slice(), |answer| {
+            explained.names(&answer.explanation)
+        });
     Map {
         title: String::new(),
-        rows: explained.tokens.clone(),
+        rows: names.to_vec(),
         columns: answers.iter().map(column).collect(),
-        values: (0..explained.tokens.len())
+        values: (0..names.len())
             .map(|token| answers.iter().map(|answer| share(answer, token)).collect())
             .collect(),
     }

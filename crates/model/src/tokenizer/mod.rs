@@ -8,6 +8,7 @@ mod chunks;
 mod error;
 mod files;
 mod own;
+mod words;
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -159,7 +159,7 @@ pub(super) fn added_token(id: u32, token: &str) -> Value {
 
 /// The character that stands for a byte in byte-level vocabularies (GPT-2): itself where it is
 /// printable, and otherwise the next free one from 256 on.
-fn byte_character(byte: u8) -> char {
+pub(super) fn byte_character(byte: u8) -> char {
     let is_printable = |byte: &u8| matches!(byte, 33..=126 | 161..=172 | 174..=255);
     if is_printable(&byte) {
         return char::from(byte);

@@ -76,6 +76,140 @@ fn offsets_and_special_tokens_point_into_the_text() {
     );
 }
 
+/// The tokens of each word of a text, with special tokens.
+fn words(tokenizer: &Tokenizer, text: &str) -> Vec<Vec<String>> {
+    let encoding = tokenizer.encode(text, &EncodeOptions::default()).unwrap();
+    let words = tokenizer.words(&encoding.ids).into_iter();
+    words.map(|word| encoding.tokens[word].to_vec()).collect()
+}
+
+#[test]
+fn word_pieces_are_words_again() {
+    let found = words(&open("bert"), "The bird's cutely seeing, [SEP]");
+    let expected: [&[&str]; 9] = [
+        &["[CLS]"],
+        &["the"],
+        &["bird"],
+        &["[UNK]"],
+        &["s"],
+        &["cut", "##e", "##ly"],
+        &["see", "##ing"],
+        &["[UNK]"],
+        &["[SEP]"],
+    ];
+    // The fixture may know the marks; what matters is that each is alone.
+    let shape = |words: &[Vec<String>]| words.iter().map(Vec::len).collect::<Vec<_>>();
+    assert_eq!(found[..3], expected[..3]);
+    assert_eq!(found[5], ["cut", "##e", "##ly"], "{found:?}");
+    assert_eq!(shape(&found)[..9], [1, 1, 1, 1, 1, 3, 2, 1, 1], "{found:?}");
+}
+
+#[test]
+fn byte_level_pieces_are_words_again() {
+    for name in ["gpt2", "opt"] {
+        let tokenizer = open(name);
+        let text = "the birds sing, don't  they? cats 42";
+        let expected = [
+            "the", "birds", "sing", ",", "don", "'", "t", "", "they", "?", "cats", "42",
+        ];
+        let encoding = tokenizer.encode(text, &EncodeOptions::default()).unwrap();
+        let mut read: Vec<String> = Vec::new();
+        for word in tokenizer.words(&encoding.ids) {
+            match encoding.special[word.start] {
+                true => assert_eq!(word.len(), 1),
+                false => {
+                    let text = tokenizer.decode(&encoding.ids[word], true).unwrap();
+                    read.push(text.trim().to_owned());
+                }
+            }
+        }
+        assert_eq!(read, expected, "{name}");
+    }
+}
+
+/// Llama's tokenizer: spaces as `▁`, bytes for what is not in the vocabulary, and no word
+/// boundaries but those.
+fn sentence_piece() -> Tokenizer {
+    let pieces = [
+        "<unk>", "<s>", "▁the", "▁farm", "er", "▁", "s", "y", "<0x0A>", "<0xC3>", "<0xAF>", ",",
+        "'", "▁na", "ve", "<0x21>",
+    ];
+    let vocabulary: serde_json::Map<String, Value> = pieces
+        .iter()
+        .zip(0u32..)
+        .map(|(piece, id)| ((*piece).to_owned(), id.into()))
+        .collect();
+    let json = serde_json::json!({
+        "version": "1.0",
+        "added_tokens": own::added_tokens(0, &["<unk>", "<s>"]),
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ]},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": "<unk>", "byte_fallback": true, "fuse_unk": true},
+    });
+    Tokenizer::from_json(Path::new("sentence pieces"), &json.to_string()).unwrap()
+}
+
+#[test]
+fn sentence_pieces_are_words_again() {
+    let tokenizer = sentence_piece();
+    let of = |tokens: &[&str]| -> Vec<Range<usize>> {
+        let ids: Vec<u32> = tokens.iter().map(|t| tokenizer.id_of(t).unwrap()).collect();
+        tokenizer.words(&ids)
+    };
+    assert_eq!(of(&["<s>", "▁the", "▁farm", "er", "s"]), [0..1, 1..2, 2..5]);
+    // Marks are words, an accented letter in bytes is not; a lone space goes with what follows.
+    assert_eq!(
+        of(&["▁na", "<0xC3>", "<0xAF>", "ve", ",", "▁the"]),
+        [0..4, 4..5, 5..6]
+    );
+    assert_eq!(
+        of(&["▁", "y", "'", "s", "<0x21>"]),
+        [0..2, 2..3, 3..4, 4..5]
+    );
+    assert_eq!(
+        of(&["▁the", "<0x0A>", "y", "<s>", "s"]),
+        [0..1, 1..2, 2..3, 3..4, 4..5]
+    );
+}
+
+#[test]
+fn words_of_a_closed_vocabulary_are_its_tokens() {
+    let tokenizer = Tokenizer::of_words(&["<start>", "the", "cat"]).unwrap();
+    assert_eq!(
+        words(&tokenizer, "the cat"),
+        [["<start>"], ["the"], ["cat"]]
+    );
+    assert!(tokenizer.words(&[]).is_empty());
+}
+
+proptest! {
+    /// Words are neighbours without gaps, of every id, also of those that are none.
+    #[test]
+    fn words_cover_any_ids(ids in prop::collection::vec(0u32..300, 0..40)) {
+        let mut all = vec![sentence_piece(), Tokenizer::byte_level(&["<end>"]).unwrap()];
+        all.extend(["bert", "gpt2"].map(open));
+        for tokenizer in all {
+            let mut next = 0;
+            for word in tokenizer.words(&ids) {
+                prop_assert_eq!(word.start, next);
+                prop_assert!(word.end > word.start);
+                if ids[word.clone()].iter().any(|id| tokenizer.is_special(*id)) {
+                    prop_assert_eq!(word.len(), 1);
+                }
+                next = word.end;
+            }
+            prop_assert_eq!(next, ids.len());
+        }
+    }
+}
+
 #[test]
 fn what_a_limit_drops_is_counted() {
     let tokenizer = open("bert");

@@ -179,6 +179,7 @@ fn draw(count: usize, generator: &mut Generator) -> Result<Vec<Prompt>> {
                         foil: Some(foil as usize),
                         position: None,
                     },
+                    contrast: None,
                 },
                 followed,
             });

@@ -1,7 +1,7 @@
 //! `lapidary explain --evaluate`: all methods on one model over a data set.
 
 use super::{methods, options};
-use crate::cli::{Explain, Global};
+use crate::cli::{Explain, Global, TextUnit};
 use crate::{datasets, loading, output, report};
 use anyhow::{Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -18,7 +18,13 @@ pub fn run(dataset: &str, arguments: &Explain, global: &Global) -> Result<()> {
         return images(&package, &methods, &options, arguments, global);
     }
     let model = package.text_model()?;
-    let data = datasets::examples(dataset, &package, model, arguments.limit, global.seed)?;
+    let mut data = datasets::examples(dataset, &package, model, arguments.limit, global.seed)?;
+    if arguments.unit == TextUnit::Word {
+        let tokenizer = package.tokenizer()?;
+        for example in &mut data.examples {
+            example.words = tokenizer.words(&example.ids);
+        }
+    }
     let over_tokens = methods.iter().filter(|method| method.unit == Unit::Token);
     let progress = bar(over_tokens.count() * data.examples.len());
     let evaluation = evaluate(model, &data.examples, &methods, &options, |done| {
@@ -29,6 +35,11 @@ pub fn run(dataset: &str, arguments: &Explain, global: &Global) -> Result<()> {
         return output::print_json(&evaluation);
     }
     let mut found = evaluation.report(&format!("{} on {dataset}", arguments.model));
+    if arguments.unit == TextUnit::Word {
+        found
+            .notes
+            .push("words are scored, judged and hidden, not tokens".to_owned());
+    }
     if data.indistinguishable + data.unfit > 0 {
         found.notes.push(format!(
             "{} rows left out because target and foil begin alike, {} because they do not fit the model",
@@ -52,6 +63,10 @@ fn images(
     arguments: &Explain,
     global: &Global,
 ) -> Result<()> {
+    ensure!(
+        arguments.unit == TextUnit::Token,
+        "an image has no words; leave --unit out"
+    );
     let model = package.single_model()?;
     let fits = matches!(&model.spec().input, InputSpec::Patches(patches)
         if patches.image == [glyphs::CANVAS; 2] && patches.channels == 1);

@@ -7,7 +7,7 @@ mod terminal;
 use std::ops::Range;
 use std::time::Instant;
 
-use crate::cli::{Explain, ExplainOptions, Global};
+use crate::cli::{Explain, ExplainOptions, Global, TextUnit};
 use crate::report;
 use crate::subject::Subject;
 use crate::{loading, output};
@@ -16,7 +16,7 @@ use lapidary_explain::contextual::phrases;
 use lapidary_explain::{
     Explainer, Explanation, Options, Question, Target, Unit, explainer, explainers,
 };
-use lapidary_model::Input;
+use lapidary_model::{Input, Package};
 use lapidary_signal::contextual::{AttentionSplit, ContextualRules};
 use lapidary_signal::streams::{BiasSplit, StreamRules};
 use schemars::JsonSchema;
@@ -29,6 +29,9 @@ pub struct Explained {
     pub model: String,
     /// The input's tokens or patches.
     pub tokens: Vec<String>,
+    /// The input's words, where they are what is scored.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub words: Vec<String>,
     /// The most probable answers, best first; absent for a model without scores.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub predictions: Vec<Prediction>,
@@ -40,6 +43,17 @@ pub struct Explained {
     /// Whether the positions are patches of an image: rows and columns.
     #[serde(skip)]
     pub patches: Option<(usize, usize)>,
+}
+
+impl Explained {
+    /// What the scores of an explanation are called.
+    pub fn names<'a>(&'a self, explanation: &'a Explanation) -> &'a [String] {
+        match (explanation.labels.as_slice(), explanation.unit) {
+            ([], Unit::Word) => &self.words,
+            ([], _) => &self.tokens,
+            (labels, _) => labels,
+        }
+    }
 }
 
 /// One explanation.
@@ -105,9 +119,14 @@ pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
     for answer in &mut explanations {
         name_phrases(&mut answer.explanation, &names, &options)?;
     }
+    let words = match arguments.unit {
+        TextUnit::Token => Vec::new(),
+        TextUnit::Word => by_word(&mut explanations, &package, &subject)?,
+    };
     let explained = Explained {
         model: arguments.model.clone(),
         tokens: names,
+        words,
         predictions: predictions
             .into_iter()
             .map(|(_, prediction)| prediction)
@@ -139,6 +158,35 @@ fn name_phrases(explanation: &mut Explanation, names: &[String], options: &Optio
         explanation.labels = units.into_iter().map(text).collect();
     }
     Ok(())
+}
+
+/// Sums scores of tokens to scores of words; the words, as people read them.
+fn by_word(
+    answers: &mut [Answer],
+    package: &Package,
+    subject: &Subject<'_>,
+) -> Result<Vec<String>> {
+    let Input::Tokens { ids, .. } = &subject.input else {
+        bail!("an image has no words; leave --unit out");
+    };
+    let ids = ids.get(0)?.to_vec1::<u32>()?;
+    let tokenizer = package.tokenizer()?;
+    let words = tokenizer.words(&ids);
+    for answer in answers {
+        if answer.explanation.unit == Unit::Token {
+            answer.explanation = answer.explanation.clone().by_word(&words)?;
+        }
+    }
+    let name = |word: Range<usize>| -> Result<String> {
+        let text = tokenizer.decode(ids.get(word.clone()).unwrap_or_default(), false)?;
+        // White space, and ids without a token, have no text to see.
+        let names = subject.names.get(word).unwrap_or_default();
+        Ok(match text.trim() {
+            "" => names.iter().map(|name| readable(name)).collect(),
+            text => text.to_owned(),
+        })
+    };
+    words.into_iter().map(name).collect()
 }
 
 /// The methods that the command line names; `all` are all.

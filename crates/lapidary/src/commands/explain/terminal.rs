@@ -4,7 +4,7 @@ use super::{Answer, Explained};
 use crate::output;
 use crate::report::Coloured;
 use comfy_table::{Table, presets};
-use lapidary_explain::{Explanation, Unit};
+use lapidary_explain::Explanation;
 
 pub fn in_terminal(explained: &Explained) -> String {
     let mut text = String::new();
@@ -24,8 +24,11 @@ pub fn in_terminal(explained: &Explained) -> String {
         text += &heading(answer);
         text += &coloured(explained, answer);
         // Several explanations are read side by side, in the table below.
-        if !several || answer.explanation.unit != Unit::Token {
-            text += &bars(names(explained, answer), &answer.explanation.scores);
+        if !several || !answer.explanation.unit.is_of_the_text() {
+            text += &bars(
+                explained.names(&answer.explanation),
+                &answer.explanation.scores,
+            );
             text += "\n";
         }
         text += &account(&answer.explanation);
@@ -51,24 +54,21 @@ fn heading(answer: &Answer) -> String {
 
 /// The text on coloured ground. Patches do not read as a line of text.
 fn coloured(explained: &Explained, answer: &Answer) -> String {
-    if answer.explanation.unit != Unit::Token || explained.patches.is_some() {
+    if !answer.explanation.unit.is_of_the_text() || explained.patches.is_some() {
         return String::new();
     }
-    let coloured = Coloured::new(&explained.tokens, &answer.explanation.scores);
+    let names = explained.names(&answer.explanation);
+    let coloured = Coloured::new(names, &answer.explanation.scores);
     format!("{}\n\n", coloured.in_terminal(output::is_coloured()))
 }
 
-fn names<'a>(explained: &'a Explained, answer: &'a Answer) -> &'a [String] {
-    match answer.explanation.labels.as_slice() {
-        [] => &explained.tokens,
-        labels => labels,
-    }
-}
-
-/// Scores of the tokens, a column for each method and target.
+/// Scores of the tokens or words, a column for each method and target.
 fn side_by_side(explained: &Explained) -> String {
-    let over_tokens = |answer: &&Answer| answer.explanation.unit == Unit::Token;
-    let answers: Vec<_> = explained.explanations.iter().filter(over_tokens).collect();
+    let of_the_text = |answer: &&Answer| answer.explanation.unit.is_of_the_text();
+    let answers: Vec<_> = explained.explanations.iter().filter(of_the_text).collect();
+    let names = answers
+        .first()
+        .map(|answer| explained.names(&answer.explanation));
     let mut table = Table::new();
     let head = answers.iter().map(|answer| {
         let foil = answer
@@ -85,7 +85,7 @@ fn side_by_side(explained: &Explained) -> String {
     table
         .load_style(presets::NOTHING)
         .set_header(std::iter::once(String::new()).chain(head));
-    for (index, token) in explained.tokens.iter().enumerate() {
+    for (index, token) in names.unwrap_or_default().iter().enumerate() {
         let scores = answers.iter().map(|answer| {
             let score = answer.explanation.scores.get(index);
             score.map_or_else(String::new, |score| format!("{score:+.4}"))

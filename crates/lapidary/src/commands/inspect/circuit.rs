@@ -1,5 +1,6 @@
 //! `lapidary inspect circuit`: which heads are behind an answer.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use crate::cli::Global;
@@ -9,10 +10,11 @@ use clap::{Args, ValueEnum};
 use lapidary_explain::Target;
 use lapidary_explain::analyses::circuit::{Settings, judged_circuit, report};
 use lapidary_explain::contextual::{
-    Case, Means, Method, Metric, NodeScore, Outliers, Place, Search, against_closest, heads,
+    Case, Means, Method, Metric, Node, NodeScore, Outliers, Place, Search, against_closest, heads,
     heads_by_position,
 };
 use lapidary_explain::report::Report;
+use lapidary_explain::tasks::Task;
 use lapidary_model::{HeadSpec, Input, Model, Package, Pass};
 use lapidary_signal::contextual::{AttentionSplit, ContextualRules};
 
@@ -21,8 +23,15 @@ pub struct Circuit {
     /// A model directory, or `embedded`
     pub model: String,
     /// A prompt; may be given several times. The answer is what the model says
-    #[arg(long, required_unless_present = "dataset", conflicts_with = "dataset")]
+    #[arg(long, required_unless_present_any = ["dataset", "task"], conflicts_with = "dataset")]
     pub text: Vec<String>,
+    /// Generate prompts instead, whose means are over prompts of the same template without the
+    /// reason for the answer: `ioi` (whom something is given to) or `greater-than` (years)
+    #[arg(long, value_parser = ["ioi", "greater-than"], conflicts_with_all = ["dataset", "text", "target"])]
+    pub task: Option<String>,
+    /// Which template of the task, from 0: of `ioi` 12, of `greater-than` 3
+    #[arg(long, default_value_t = 0, requires = "task")]
+    pub template: usize,
     /// CSV file with a prompt, its right answer and a wrong one in each row
     #[arg(long, value_name = "FILE")]
     pub dataset: Option<PathBuf>,
@@ -30,7 +39,7 @@ pub struct Circuit {
     /// BLiMP's when absent
     #[arg(long, value_delimiter = ',')]
     pub columns: Vec<String>,
-    /// Most prompts of the dataset
+    /// Most prompts of the dataset or task
     #[arg(long, default_value_t = 32)]
     pub limit: usize,
     /// The answer to every --text, by name or number, in place of what the model says
@@ -57,7 +66,8 @@ pub struct Circuit {
     /// Take those above so many standard deviations instead
     #[arg(long, value_name = "K", conflicts_with = "top")]
     pub deviations: Option<f64>,
-    /// Look at each head at each position; prompts must have the same length
+    /// Look at each head at each position, of a task at each role's; prompts must have the same
+    /// length
     #[arg(long)]
     pub positions: bool,
     /// Drop heads that the circuit is as faithful without
@@ -90,6 +100,9 @@ pub fn run(arguments: &Circuit, global: &Global) -> Result<Report> {
     let package = loading::package(&arguments.model, global)?;
     let model = package.text_model()?;
     let mut notes = Vec::new();
+    if let Some(task) = arguments.task.as_deref().and_then(Task::from_name) {
+        return of_task(task, arguments, &package, global);
+    }
     let cases = match &arguments.dataset {
         Some(path) => from_dataset(arguments, path, &package, &mut notes)?,
         None => from_texts(arguments, &package)?,
@@ -121,6 +134,80 @@ pub fn run(arguments: &Circuit, global: &Global) -> Result<Report> {
         0,
         format!("{} prompts, {} nodes", cases.len(), candidates.len()),
     );
+    Ok(report(&found, notes))
+}
+
+/// The circuit behind a generated task.
+fn of_task(task: Task, arguments: &Circuit, package: &Package, global: &Global) -> Result<Report> {
+    let model = package.text_model()?;
+    ensure!(
+        matches!(model.spec().head, HeadSpec::LanguageModel { .. }) && model.spec().is_causal(),
+        "--task {} is for language models that read from left to right, which this is not",
+        task.name()
+    );
+    let mut generator = lapidary_train::generator(global.seed);
+    let (template, limit) = (Some(arguments.template), arguments.limit);
+    let generated = task.generate(package.tokenizer()?, template, limit, &mut generator)?;
+    let cases = generated.prompts.iter().map(|prompt| prompt.case(model));
+    let cases: Vec<Case> = cases.collect::<Result<_, _>>()?;
+    let reference = generated.reference.iter().map(|prompt| prompt.input(model));
+    let reference: Vec<Input> = reference.collect::<Result<_, _>>()?;
+    let means = Means::by_position(model, &reference.iter().collect::<Vec<_>>())?;
+    // One template and words of one token: a role is at one position in all prompts, which may be
+    // that of two roles.
+    let mut roles: BTreeMap<usize, BTreeSet<&str>> = BTreeMap::new();
+    for (role, position) in generated.prompts.iter().flat_map(|prompt| &prompt.roles) {
+        roles.entry(*position).or_default().insert(role);
+    }
+    let mut candidates = heads(model)?;
+    if arguments.positions {
+        let at = |node: Node| {
+            let positions = roles.keys().copied().map(Some);
+            positions.map(move |position| Node { position, ..node })
+        };
+        candidates = candidates.into_iter().flat_map(at).collect();
+    }
+    let mut settings = settings(arguments, global)?;
+    if task == Task::GreaterThan {
+        settings.metric = Metric::ProbabilityDifference;
+    }
+    let found = judged_circuit(model, &cases, &means, &candidates, &settings)?;
+    let (metric, without) = match task {
+        Task::Ioi => (
+            match arguments.probabilities {
+                false => "score of the indirect object less that of the subject",
+                true => "probability of the indirect object less that of the subject",
+            },
+            "that name three people",
+        ),
+        Task::GreaterThan => (
+            "probability of the years above less that of the years at or below",
+            "with the lowest year",
+        ),
+    };
+    let named = |(position, roles): (&usize, &BTreeSet<&str>)| {
+        let roles: Vec<&str> = roles.iter().copied().collect();
+        format!("@{position} {}", roles.join("/"))
+    };
+    let mut notes = vec![format!(
+        "{} prompts of {}, {} nodes",
+        cases.len(),
+        task.name(),
+        candidates.len()
+    )];
+    notes.extend(
+        generated
+            .prompts
+            .first()
+            .map(|prompt| format!("such as {:?}", prompt.text)),
+    );
+    notes.push(format!(
+        "roles: {}",
+        roles.iter().map(named).collect::<Vec<_>>().join(", ")
+    ));
+    notes.push(format!("F: {}", metric));
+    notes.push(format!("means for each position over prompts {without}"));
+    notes.extend(generated.notes);
     Ok(report(&found, notes))
 }
 
@@ -215,7 +302,11 @@ fn from_texts(arguments: &Circuit, package: &Package) -> Result<Vec<Case>> {
             },
             None => against_closest(model, &input, answer)?,
         };
-        cases.push(Case { input, target });
+        cases.push(Case {
+            input,
+            target,
+            contrast: None,
+        });
     }
     Ok(cases)
 }
@@ -293,6 +384,7 @@ fn from_dataset(
                     position: None,
                 },
                 input: prompt(package, model, field(0))?,
+                contrast: None,
             })
         };
         match case() {
