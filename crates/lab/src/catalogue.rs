@@ -75,6 +75,7 @@ fn mixer_block(attention: MixerSpec) -> BlockSpec {
         norm: NormSpec::None,
         attention,
         cross_attention: None,
+        shared: false,
         feedforward: None,
         dropout: 0.0,
     }
@@ -294,6 +295,7 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
             token_types: 0,
             norm: None,
             embedding_width: None,
+            projected: Default::default(),
             dropout: 0.0,
         }),
         blocks: vec![candidate.block],

@@ -76,6 +76,18 @@ pub fn package(model: &str, global: &Global) -> Result<Package> {
     )
 }
 
+/// As [`package`], with blocks that share their weights written out one by one, by whose names
+/// methods find parameters.
+pub fn written_out(model: &str, global: &Global) -> Result<Package> {
+    let mut package = package(model, global)?;
+    for tower in &mut package.towers {
+        if tower.model.shares_weights() {
+            tower.model = tower.model.written_out()?;
+        }
+    }
+    Ok(package)
+}
+
 /// The error that names the word of `text` which a closed vocabulary lacks, if that is why it
 /// cannot be encoded.
 fn closed_vocabulary(tokenizer: &Tokenizer, text: &str) -> Option<anyhow::Error> {

@@ -104,12 +104,17 @@ impl Model {
         let mut root = Parameters::new(&mut recorder, &ranks, &mut linears);
         let embedding = Embedding::new(&spec.input, width, root.at("embeddings"))?;
         let mut blocks = Vec::new();
-        for (index, block) in spec.expanded_blocks().iter().enumerate() {
-            blocks.push(Arc::new(Block::new(
-                block,
-                width,
-                root.at("blocks").at(index),
-            )?));
+        for block in &spec.blocks {
+            let first = blocks.len();
+            for index in first..first + block.repeat {
+                let mut all = root.at("blocks");
+                let own = all.at(index);
+                let own = match block.shared && index > first {
+                    true => own.shared_with(format!("blocks.{first}")),
+                    false => own,
+                };
+                blocks.push(Arc::new(Block::new(block, width, own)?));
+            }
         }
         let final_norm = match &spec.final_norm {
             Some(norm) => Norm::new(norm, width, root.at("final_norm"))?,
@@ -139,6 +144,41 @@ impl Model {
             final_norm,
             head,
         })
+    }
+
+    /// The same model with blocks that share their weights written out: a block for each pass, by
+    /// names of its own for the same tensors, which take no more memory. What looks parameters up
+    /// by the block that they are in needs this form.
+    pub fn written_out(&self) -> Result<Self> {
+        let mut spec = self.spec.clone();
+        spec.blocks = self.spec.expanded_blocks();
+        let mut parameters = self.parameters.clone();
+        let mut first = 0;
+        for block in &self.spec.blocks {
+            if block.shared {
+                let own = format!("blocks.{first}.");
+                for index in first + 1..first + block.repeat {
+                    let copied = |name: &str| {
+                        let rest = name.strip_prefix(&own)?;
+                        Some(format!("blocks.{index}.{rest}"))
+                    };
+                    for (name, tensor) in &self.parameters {
+                        parameters.extend(copied(name).map(|name| (name, tensor.clone())));
+                    }
+                    for (path, rank) in &self.spec.low_rank {
+                        spec.low_rank.extend(copied(path).map(|path| (path, *rank)));
+                    }
+                }
+            }
+            first += block.repeat;
+        }
+        Self::new(spec, &mut parameters)
+    }
+
+    /// Whether some of its blocks share their weights.
+    pub fn shares_weights(&self) -> bool {
+        let several = |block: &lapidary_parts::block::BlockSpec| block.shared && block.repeat > 1;
+        self.spec.blocks.iter().any(several)
     }
 
     /// The spec it was built from.

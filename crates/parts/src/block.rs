@@ -40,6 +40,10 @@ pub struct BlockSpec {
     /// How many blocks in a row are like this.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub repeat: usize,
+    /// Whether the repetitions are one block passed through again and again, with one set of
+    /// weights (Lan et al., ALBERT, arXiv 1909.11942): those of the first.
+    #[serde(default, skip_serializing_if = "is_not")]
+    pub shared: bool,
     /// Where the norms stand.
     #[serde(default)]
     pub wiring: Wiring,
@@ -69,6 +73,14 @@ fn one() -> usize {
 )]
 fn is_one(repeat: &usize) -> bool {
     *repeat == 1
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_not(flag: &bool) -> bool {
+    !*flag
 }
 
 impl BlockSpec {

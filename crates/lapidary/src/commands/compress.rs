@@ -44,6 +44,14 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
         out.display()
     );
     let package = loading::package(&arguments.model, global)?;
+    ensure!(
+        package
+            .towers
+            .iter()
+            .all(|tower| !tower.model.shares_weights()),
+        "the blocks of {} share one set of weights, but calibration needs a matrix that is used once",
+        arguments.model
+    );
     let started = Instant::now();
     let model = package.single_model()?;
     let selection = Selection::default();

@@ -9,6 +9,7 @@ pub(super) fn block(wiring: Wiring, norm: NormSpec, attention: MixerSpec) -> Blo
         norm,
         attention,
         cross_attention: None,
+        shared: false,
         feedforward: None,
         dropout: 0.0,
     }

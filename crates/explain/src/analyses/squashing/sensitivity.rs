@@ -248,7 +248,8 @@ impl Part<'_> {
         }
         let stream = self.site("in")?;
         let reads = self.norm("attention_norm", &block.norm)?;
-        let mut layer = self.attention(attention, |circuit| operator_norm(&reads.before(circuit)))?;
+        let mut layer =
+            self.attention(attention, |circuit| operator_norm(&reads.before(circuit)))?;
         let betas = deviations(&stream, &block.norm);
         for (j, beta) in betas.iter().enumerate() {
             layer.col_mut(j).iter_mut().for_each(|entry| *entry /= beta);

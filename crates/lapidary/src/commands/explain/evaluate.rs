@@ -13,7 +13,7 @@ use lapidary_model::{InputSpec, Package};
 pub fn run(dataset: &str, arguments: &Explain, global: &Global) -> Result<()> {
     let options = options(&arguments.options, global)?;
     let methods = methods(&arguments.method)?;
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     if dataset == datasets::GLYPHS {
         return images(&package, &methods, &options, arguments, global);
     }

@@ -76,7 +76,7 @@ const TEXT_BYTES: u64 = 16 << 20;
 const TEXTS: usize = 1 << 17;
 
 pub fn run(arguments: &Clip, global: &Global) -> Result<Report> {
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     let text_model = package.text_model()?;
     let tower = ImageTower::new(image_model(&package)?)?;
     let images = Images::open(arguments, tower.model())?;

@@ -44,6 +44,7 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
                 norm,
                 attention: MixerSpec::MultiHead(attention),
                 cross_attention: None,
+                shared: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden,
                     activation: activation(config.activation_function, "activation_function")?,
@@ -74,6 +75,7 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
             token_types: 0,
             norm: None,
             embedding_width: None,
+            projected: Default::default(),
             dropout: 0.0,
         }),
         blocks,

@@ -36,6 +36,7 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
         norm,
         attention: MixerSpec::Mamba(mixer),
         cross_attention: None,
+        shared: false,
         feedforward: None,
         dropout: 0.0,
     };
@@ -48,6 +49,7 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
             token_types: 0,
             norm: None,
             embedding_width: None,
+            projected: Default::default(),
             dropout: 0.0,
         }),
         blocks: vec![block],
