@@ -76,6 +76,7 @@ fn mixer_block(attention: MixerSpec) -> BlockSpec {
         attention,
         cross_attention: None,
         shared: false,
+        layer_scale: None,
         feedforward: None,
         dropout: 0.0,
     }

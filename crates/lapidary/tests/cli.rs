@@ -1106,6 +1106,8 @@ fn inspects_channels_clusters_particles_and_energy() {
         &["one temperature", "2"],
     );
     let albert = family("albert-masked-lm");
+    let out = directory.path().join("out");
+    let out = out.to_str().unwrap();
     let deeper = [
         "inspect",
         "clusters",
@@ -1126,7 +1128,7 @@ fn inspects_channels_clusters_particles_and_energy() {
     );
     refused(
         &[
-            "compress", &albert, "--method", "svd", "--ratio", "0.5", "--out", film,
+            "compress", &albert, "--method", "svd", "--ratio", "0.5", "--out", out,
         ],
         &["share one set of weights"],
     );

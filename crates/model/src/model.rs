@@ -146,9 +146,9 @@ impl Model {
         })
     }
 
-    /// The same model with blocks that share their weights written out: a block for each pass, by
-    /// names of its own for the same tensors, which take no more memory. What looks parameters up
-    /// by the block that they are in needs this form.
+    /// The same model in the form that methods need which look parameters up: shared blocks are
+    /// written out, one for each pass, by names of their own for the same tensors, which take no
+    /// more memory; layer scales are multiplied into the layers before them.
     pub fn written_out(&self) -> Result<Self> {
         let mut spec = self.spec.clone();
         spec.blocks = self.spec.expanded_blocks();
@@ -172,7 +172,18 @@ impl Model {
             }
             first += block.repeat;
         }
+        for (index, block) in spec.blocks.iter_mut().enumerate() {
+            if block.layer_scale.take().is_some() {
+                fold_scales(&mut parameters, index)?;
+            }
+        }
         Self::new(spec, &mut parameters)
+    }
+
+    /// Whether some of its blocks scale what their parts write.
+    pub fn scales_layers(&self) -> bool {
+        let mut blocks = self.spec.blocks.iter();
+        blocks.any(|block| block.layer_scale.is_some())
     }
 
     /// Whether some of its blocks share their weights.
@@ -296,6 +307,44 @@ impl Model {
             logits: output.logits,
         })
     }
+}
+
+/// Multiplies the scales of a block's parts into the layers that write: the rows of a matrix, or of
+/// its factor on the left, and the bias.
+fn fold_scales(parameters: &mut BTreeMap<String, Tensor>, block: usize) -> Result<()> {
+    for (part, layer) in [
+        ("attention", "output"),
+        ("cross_attention", "output"),
+        ("feedforward", "down"),
+    ] {
+        let path = format!("blocks.{block}.{part}");
+        let Some(scale) = parameters.remove(&format!("{path}_scale.weight")) else {
+            continue;
+        };
+        let columns = scale.unsqueeze(1).map_err(lapidary_kernels::Error::from)?;
+        // Of a mixture every expert's; an expert's own layers have the same names.
+        let under = format!("{path}.");
+        let written = |name: &str| -> Option<bool> {
+            let rest = name.strip_prefix(&under)?;
+            let (layer_path, kind) = rest.rsplit_once('.')?;
+            let writes = layer_path.rsplit('.').next() == Some(layer);
+            match kind {
+                "weight" | "up" if writes => Some(true),
+                "bias" if writes => Some(false),
+                _ => None,
+            }
+        };
+        for (name, tensor) in parameters.iter_mut() {
+            let by = match written(name) {
+                Some(true) => &columns,
+                Some(false) => &scale,
+                None => continue,
+            };
+            let product = tensor.broadcast_mul(by);
+            *tensor = product.map_err(lapidary_kernels::Error::from)?;
+        }
+    }
+    Ok(())
 }
 
 /// One block whose intermediates are not remembered.

@@ -223,6 +223,7 @@ fn block() -> BoxedStrategy<BlockSpec> {
                 attention,
                 cross_attention: None,
                 shared: repeat.is_multiple_of(2),
+                layer_scale: None,
                 feedforward,
                 dropout,
             },

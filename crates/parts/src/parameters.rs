@@ -13,6 +13,8 @@ pub enum Init {
     Zeros,
     /// All one.
     Ones,
+    /// All the same number.
+    Constant(f64),
     /// Normal with mean zero.
     Normal {
         /// Standard deviation.

@@ -264,6 +264,7 @@ fn block_with(attention: MultiHeadSpec) -> BlockSpec {
         attention: MixerSpec::MultiHead(attention),
         cross_attention: None,
         shared: false,
+        layer_scale: None,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * D,
             activation: ActivationSpec::Gelu,

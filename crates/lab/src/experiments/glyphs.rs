@@ -203,6 +203,7 @@ fn spec(course: &Course) -> ModelSpec {
             attention: MixerSpec::MultiHead(MultiHeadSpec::new(course.heads)),
             cross_attention: None,
             shared: false,
+            layer_scale: None,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * course.width,
                 activation: ActivationSpec::Gelu,

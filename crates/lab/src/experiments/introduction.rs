@@ -84,6 +84,7 @@ impl Specimen {
                 attention: MixerSpec::MultiHead(attention),
                 cross_attention: None,
                 shared: false,
+                layer_scale: None,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 4 * WIDTH,
                     activation: Default::default(),

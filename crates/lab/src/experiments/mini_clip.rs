@@ -82,6 +82,7 @@ impl Course {
             }),
             cross_attention: None,
             shared: false,
+            layer_scale: None,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: self.expansion * self.width,
                 activation: ActivationSpec::QuickGelu,

@@ -77,6 +77,7 @@ fn spec(arguments: &Bench) -> ModelSpec {
         }),
         cross_attention: None,
         shared: false,
+        layer_scale: None,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * arguments.width,
             activation: Default::default(),

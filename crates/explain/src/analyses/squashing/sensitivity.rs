@@ -165,6 +165,7 @@ fn operator_norm(matrix: &Matrix) -> Result<f64> {
 /// part.
 pub fn path_bound(question: &Question<'_>) -> Result<Vec<f64>> {
     let model = question.model;
+    crate::error::require_written_out(model, "a bound over paths")?;
     let blocks = model.spec().expanded_blocks();
     let mut trace = Trace::new();
     for index in 0..blocks.len() {

@@ -39,6 +39,7 @@ pub(super) fn tower(config: &AlbertConfig, architecture: &Architecture<'_>) -> R
     let block = |repeat: usize| BlockSpec {
         repeat,
         shared: true,
+        layer_scale: None,
         wiring: Wiring::PostNorm,
         norm,
         attention: MixerSpec::MultiHead(MultiHeadSpec::new(config.num_attention_heads)),

@@ -45,6 +45,7 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
         attention: MixerSpec::MultiHead(MultiHeadSpec::new(config.num_attention_heads)),
         cross_attention: None,
         shared: false,
+        layer_scale: None,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.intermediate_size,
             activation: act,

@@ -36,6 +36,7 @@ fn block(
         }),
         cross_attention: None,
         shared: false,
+        layer_scale: None,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden,
             activation: activation(act, "hidden_act")?,

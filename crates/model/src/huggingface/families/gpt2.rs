@@ -45,6 +45,7 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
                 attention: MixerSpec::MultiHead(attention),
                 cross_attention: None,
                 shared: false,
+                layer_scale: None,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden,
                     activation: activation(config.activation_function, "activation_function")?,

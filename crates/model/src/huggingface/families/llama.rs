@@ -85,6 +85,7 @@ pub(super) fn tower(config: &LlamaConfig, architecture: &Architecture<'_>) -> Re
                 attention: MixerSpec::MultiHead(attention),
                 cross_attention: None,
                 shared: false,
+                layer_scale: None,
                 feedforward: Some(feedforward),
                 dropout: 0.0,
             })

@@ -37,6 +37,7 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
         attention: MixerSpec::Mamba(mixer),
         cross_attention: None,
         shared: false,
+        layer_scale: None,
         feedforward: None,
         dropout: 0.0,
     };
