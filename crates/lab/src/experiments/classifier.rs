@@ -63,44 +63,6 @@ impl ParameterSource for Narrow {
     }
 }
 
-/// As [`Narrow`], with learned positions that begin as sinusoids of the size of the tokens. Heads
-/// that look at neighbours are then a rotation away; from random positions a small model stays for
-/// thousands of steps at what single words tell.
-pub struct Waves(pub Narrow);
-
-impl ParameterSource for Waves {
-    fn parameter(
-        &mut self,
-        name: &str,
-        shape: &[usize],
-        init: Init,
-    ) -> lapidary_parts::Result<Tensor> {
-        let &[rows, width] = shape else {
-            return self.0.parameter(name, shape, init);
-        };
-        if name != "embeddings.positions.weight" {
-            return self.0.parameter(name, shape, init);
-        }
-        // Root mean square 1 / √width: √2 sin has one.
-        let size = (2.0 / width as f64).sqrt();
-        let values: Vec<f32> = (0..rows * width)
-            .map(|entry| {
-                let (position, feature) = (entry / width, entry % width);
-                let turn = 10_000f64.powf(-((feature - feature % 2) as f64) / width as f64);
-                let angle = position as f64 * turn;
-                let wave = if feature % 2 == 0 {
-                    angle.sin()
-                } else {
-                    angle.cos()
-                };
-                (size * wave) as f32
-            })
-            .collect();
-        let table = Tensor::from_vec(values, shape, &Device::Cpu);
-        Ok(table.map_err(lapidary_kernels::Error::from)?)
-    }
-}
-
 /// How a classifier is trained.
 #[derive(Clone, Copy, Debug)]
 pub struct Course {

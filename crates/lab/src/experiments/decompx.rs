@@ -9,7 +9,7 @@
 //! masks in the last three tenths of training, wider initial weights) goes beyond. Which of its
 //! parts is needed was not measured.
 
-use super::classifier::{self, Course, Encoder, Labelled, Masking, Narrow, Waves};
+use super::classifier::{self, Course, Encoder, Labelled, Masking, Narrow};
 use super::polarity::{self, Sentence};
 use super::{after_training, keep, mean, numbers};
 use crate::error::engine;
@@ -208,7 +208,7 @@ fn one_seed(size: &Size, setting: &Setting, index: u64) -> Result<Run> {
         labels: 2,
     }
     .spec();
-    let mut initial = Waves(Narrow(Initialiser::new(seed, DType::F32, Device::Cpu)));
+    let mut initial = Narrow(Initialiser::new(seed, DType::F32, Device::Cpu));
     let model = classifier::train(
         &Model::trainable(spec, &mut initial)?,
         &training.iter().map(Sentence::labelled).collect::<Vec<_>>(),
@@ -255,7 +255,7 @@ fn predictive(
             sentences.iter().map(one).collect::<Result<Vec<_>>>()
         };
         let (training, tests) = (rationales(training)?, rationales(tests)?);
-        let mut initial = Waves(Narrow(Initialiser::new(seed, DType::F32, Device::Cpu)));
+        let mut initial = Narrow(Initialiser::new(seed, DType::F32, Device::Cpu));
         let course = Course {
             steps,
             batch: 64,

@@ -167,7 +167,7 @@ fn timing() -> String {
 fn hue(cluster: usize, count: usize) -> String {
     let degrees = 360.0 * cluster as f64 / count.max(1) as f64;
     // Every other one darker, so that neighbours differ.
-    let lightness = if cluster % 2 == 0 { 55 } else { 35 };
+    let lightness = if cluster.is_multiple_of(2) { 55 } else { 35 };
     format!("hsl({degrees:.0},75%,{lightness}%)")
 }
 

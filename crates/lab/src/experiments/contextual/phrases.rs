@@ -1,6 +1,6 @@
 //! Words that mean the opposite after another word.
 
-use crate::experiments::classifier::{self, Course, Encoder, Labelled, Masking, Narrow, Waves};
+use crate::experiments::classifier::{self, Course, Encoder, Labelled, Masking, Narrow};
 use crate::experiments::mean;
 use crate::experiments::polarity::{self, CLS, Sentence};
 use crate::{Plot, Result, Series};
@@ -52,7 +52,7 @@ pub fn run(examples: usize, steps: u64, tests: usize, seed: u64) -> Result<Phras
         labels: 2,
     }
     .spec();
-    let mut initial = Waves(Narrow(Initialiser::new(seed, DType::F32, Device::Cpu)));
+    let mut initial = Narrow(Initialiser::new(seed, DType::F32, Device::Cpu));
     let model = classifier::train(
         &Model::trainable(spec, &mut initial)?,
         &training.iter().map(Sentence::labelled).collect::<Vec<_>>(),
