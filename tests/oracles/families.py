@@ -172,6 +172,10 @@ def bert(config_class=transformers.BertConfig, **changes):
     return config_class(**(settings | changes))
 
 
+def albert(**changes):
+    return bert(transformers.AlbertConfig, embedding_size=24, **changes)
+
+
 def roberta(**changes):
     return bert(
         transformers.RobertaConfig, type_vocab_size=1, pad_token_id=1, bos_token_id=0, eos_token_id=2,
@@ -296,6 +300,8 @@ FAMILIES: dict[str, Family] = {
         right_padded,
         tokenizer="byte_level",
     ),
+    "albert": Family("AlbertModel", lambda: albert(num_hidden_layers=5, num_hidden_groups=2), typed),
+    "albert-masked-lm": Family("AlbertForMaskedLM", albert, typed),
     "bert-masked-lm": Family("BertForMaskedLM", bert, typed, tokenizer="word_piece"),
     "bert-masked-lm-old-names": Family(
         "BertForMaskedLM", bert, typed, rename=old_bert_names, tokenizer="word_piece_files"

@@ -54,7 +54,7 @@ def tokenization() -> dict:
 
 CONFIGS = [
     "GPT2", "OPT", "Llama", "Mistral", "Qwen2", "Mixtral", "Olmoe", "Bert", "Roberta", "ViT", "DeiT",
-    "CLIP", "Mamba",
+    "CLIP", "Mamba", "Albert",
 ]  # fmt: skip
 NOT_OF_THE_MODEL = {
     "transformers_version", "_name_or_path", "return_dict", "output_hidden_states", "output_attentions",

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use lapidary_kernels::Tensor;
-use lapidary_model::{HeadSpec, InputSpec, Model};
+use lapidary_model::{HeadSpec, InputSpec, Model, Projected};
 
 use crate::error::engine;
 use crate::factorisation::merged;
@@ -32,6 +32,7 @@ pub fn export_dense(model: &Model) -> Result<Model> {
         && tokens
             .embedding_width
             .is_some_and(|width| width < spec.width)
+        && tokens.projected == Projected::Token
         && !language_model
     {
         tokens.embedding_width = None;

@@ -158,6 +158,7 @@ impl Method {
     /// # Errors
     /// When the method is not defined for the model.
     pub fn requirements(&self, model: &Model, settings: &Settings) -> Result<Requirements> {
+        self.check_unshared(model)?;
         (self.requirements)(model, settings)
     }
 
@@ -184,7 +185,20 @@ impl Method {
         (self.apply)(task, plan)
     }
 
+    /// Every method cuts a matrix by what one place of the model shows it.
+    fn check_unshared(&self, model: &Model) -> Result<()> {
+        match model.shares_weights() {
+            false => Ok(()),
+            true => Err(Error::invalid(
+                "the blocks of the model",
+                "many with one set of weights",
+                format!("blocks with weights of their own for {}", self.name),
+            )),
+        }
+    }
+
     fn check(&self, task: &Task<'_>) -> Result<()> {
+        self.check_unshared(task.model)?;
         task.calibration
             .map_or(Ok(()), |calibration| calibration.check(task.model))
     }

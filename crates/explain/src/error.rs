@@ -1,5 +1,7 @@
 //! What can go wrong while explaining.
 
+use lapidary_model::Model;
+
 /// An error of an explainer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -78,4 +80,19 @@ pub(crate) fn engine<T, E: Into<lapidary_kernels::Error>>(
     result: std::result::Result<T, E>,
 ) -> Result<T> {
     result.map_err(|error| Error::Kernel(error.into()))
+}
+
+/// Refuses a model whose matrices are not all that its parts do: blocks that share weights, or scale
+/// what their parts write.
+pub(crate) fn require_written_out(model: &Model, what: &str) -> Result<()> {
+    let found = match (model.shares_weights(), model.scales_layers()) {
+        (false, false) => return Ok(()),
+        (true, _) => "one whose blocks share their weights",
+        (false, true) => "one with layer scales",
+    };
+    Err(Error::invalid(
+        format!("model of {what}"),
+        found,
+        "written out (Model::written_out)",
+    ))
 }

@@ -110,6 +110,33 @@ labels = 10
 bias = false
 "#;
 
+/// What every part writes is scaled by feature, in a factorised layer and a gated one too.
+const SCALED: &str = r#"
+width = 16
+[low_rank]
+"blocks.0.attention.output" = 5
+[input]
+kind = "patches"
+image = [8, 8]
+patch = 4
+class_tokens = 2
+[[blocks]]
+repeat = 2
+layer_scale = 0.1
+attention = { kind = "multi-head", heads = 4 }
+feedforward = { kind = "gated", hidden = 24 }
+[[blocks]]
+wiring = "parallel"
+layer_scale = 0.1
+attention = { kind = "multi-head", heads = 4, groups = 2 }
+feedforward = { kind = "dense", hidden = 24 }
+[head]
+kind = "pooled"
+norm = { kind = "layer" }
+labels = 10
+bias = false
+"#;
+
 const TEXT: &str = r#"
 width = 12
 final_norm = { kind = "layer" }
@@ -128,12 +155,13 @@ labels = 10
 bias = false
 "#;
 
-const ALL: [(&str, &str); 5] = [
+const ALL: [(&str, &str); 6] = [
     ("clip", CLIP),
     ("registers", REGISTERS),
     ("parallel", PARALLEL),
     ("bare", BARE),
     ("factorised", FACTORISED),
+    ("scaled", SCALED),
 ];
 
 fn pixels(model: &Model, images: usize, seed: u64) -> Tensor {
@@ -209,6 +237,52 @@ fn all_entries_sum_to_the_embedding_in_every_reduction() {
             difference(&written.sum(1).unwrap(), &last) < 1e-10,
             "{name}"
         );
+    }
+}
+
+/// Entries of a scaled tower are those of the tower whose layers have the scales in them, and each is
+/// the unscaled entry times the scale where no norm follows.
+#[test]
+fn layer_scales_multiply_entries() {
+    let scaled = common::model(SCALED, 3);
+    assert!(scaled.scales_layers());
+    let folded = scaled.written_out().unwrap();
+    assert!(!folded.scales_layers());
+    let pixels = pixels(&scaled, 2, 5);
+    let (own, other) = (
+        ImageTower::new(&scaled).unwrap(),
+        ImageTower::new(&folded).unwrap(),
+    );
+    let (own, other) = (
+        own.decompose(&pixels).unwrap(),
+        other.decompose(&pixels).unwrap(),
+    );
+    let (a, b) = (own.components().unwrap(), other.components().unwrap());
+    assert!(difference(&a, &b) < 1e-10);
+    for layer in 0..3 {
+        let (a, b) = (own.entries(layer).unwrap(), other.entries(layer).unwrap());
+        assert!(difference(&a, &b) < 1e-10, "{layer}");
+    }
+    // The written vectors by the definition: the feed-forward part's output times its scale.
+    let trace = lapidary_signal::Trace::new().capture("blocks.*").unwrap();
+    let pass = Pass {
+        trace: Some(&trace),
+        ..Pass::default()
+    };
+    scaled.forward(&Input::Pixels(pixels), pass).unwrap();
+    let (written, _) = own.residual().unwrap();
+    for layer in 0..3 {
+        let component = Component::Feedforward { layer };
+        let place = own.tower().index_of(component).unwrap();
+        let out = trace.signal(&format!("blocks.{layer}.feedforward.out"));
+        let out = out.unwrap().into_value().narrow(1, 0, 1).unwrap();
+        let scale = &scaled.parameters()[&format!("blocks.{layer}.feedforward_scale.weight")];
+        let expected = out.broadcast_mul(scale).unwrap().squeeze(1).unwrap();
+        let found = written.narrow(1, place, 1).unwrap().squeeze(1).unwrap();
+        assert!(difference(&found, &expected) < 1e-12);
+        let said = trace.signal(&format!("blocks.{layer}.feedforward.scaled"));
+        let said = said.unwrap().into_value().narrow(1, 0, 1).unwrap();
+        assert!(difference(&said.squeeze(1).unwrap(), &expected) < 1e-12);
     }
 }
 
@@ -589,6 +663,38 @@ fn heat_is_what_patches_add_to_a_class_beyond_the_mean_class() {
     assert_eq!(heat[0].values, [0.0; 4]);
     assert!(heat_maps(&decomposition, &classes, &[0]).is_err());
     assert!(heat_maps(&decomposition, &classes, &[0, 3]).is_err());
+}
+
+#[test]
+fn a_zero_shot_classifier_says_the_class_of_the_embedding() {
+    for (spec, classes, features) in [(CLIP, 5, 10), (REGISTERS, 3, 7)] {
+        let model = common::model(spec, 3);
+        let pixels = pixels(&model, 6, 5);
+        let groups: Vec<Tensor> = (0..classes)
+            .map(|class| {
+                let rows = random(2, features, 40 + class);
+                let values: Vec<f64> = (0..2)
+                    .flat_map(|i| (0..features).map(move |j| (i, j)))
+                    .map(|at| rows[at])
+                    .collect();
+                Tensor::from_vec(values, (2, features), &Device::Cpu).unwrap()
+            })
+            .collect();
+        let zero_shot = ZeroShot::from_groups(&groups).unwrap();
+        let expected = zero_shot.classify(&embedding(&model, &pixels)).unwrap();
+        let classifier = zero_shot.classifier(&model).unwrap();
+        let output = classifier
+            .forward(&Input::Pixels(pixels.clone()), Pass::default())
+            .unwrap();
+        let said = output.into_logits().unwrap().into_value();
+        assert_eq!(said.dims(), [6, classes as usize]);
+        let said = said.argmax(1).unwrap().to_vec1::<u32>().unwrap();
+        let said: Vec<usize> = said.into_iter().map(|class| class as usize).collect();
+        assert_eq!(said, expected);
+        // Features of another number are refused.
+        let error = zero_shot.classifier(&common::model(BARE, 1)).unwrap_err();
+        assert!(error.to_string().contains("projection"), "{error}");
+    }
 }
 
 #[test]

@@ -6,9 +6,9 @@ mod common;
 use common::{DECODER, model, tokens};
 use lapidary_explain::Question;
 use lapidary_explain::analyses::clustering::{
-    Dynamics, Ensemble, Flow, FreeDynamics, Matrices, Particles, Scheme, angle_of_two,
-    circle_velocity, equal_angle, iterated, layers, layers_without_skip, line, merging_time,
-    report, shuffled, wendel,
+    Dynamics, Ensemble, Film, Flow, FreeDynamics, Matrices, Particles, Scheme, angle_of_two,
+    circle_velocity, deepened, equal_angle, iterated, layers, layers_without_skip, line,
+    merging_time, report, shuffled, wendel,
 };
 use lapidary_factor::{Matrix, qr};
 use lapidary_kernels::check::difference;
@@ -649,6 +649,89 @@ fn without_the_skip_a_block_passes_on_what_attention_writes() {
     let states =
         Particles::new(16, states.flatten_all().unwrap().to_vec1::<f64>().unwrap()).unwrap();
     assert!((states.mean_cosine() - found[1].mean_cosine).abs() < 1e-10);
+}
+
+#[test]
+fn a_film_shows_where_particles_are_and_which_are_one() {
+    let dynamics = Dynamics::new(Flow::SelfAttention, 1.0).unwrap();
+    let ensemble = |dimension| Ensemble {
+        count: 9,
+        dimension,
+        systems: 1,
+        time: 25.0,
+        step: 0.1,
+        ..Ensemble::default()
+    };
+    // Two coordinates are shown as they are.
+    let flat = Film::new(&dynamics, &ensemble(2)).unwrap();
+    let start = ensemble(2).start(0).unwrap();
+    for (seen, point) in flat.points[0].iter().zip(start.iter()) {
+        assert_eq!(seen.as_slice(), point);
+    }
+    assert_eq!(flat.times.len(), 84);
+    assert!((flat.times[1] - 0.3).abs() < 1e-12);
+    for dimension in [1, 2, 3, 24] {
+        let ensemble = ensemble(dimension);
+        let film = Film::new(&dynamics, &ensemble).unwrap();
+        // At the end of the film a system is where its course would bring it.
+        let steps = 3 * (film.times.len() - 1);
+        let start = ensemble.start(0).unwrap();
+        let end = dynamics.run(start, 0.1, steps, Scheme::Euler).unwrap();
+        let clusters = end.components(ensemble.threshold);
+        assert_eq!(film.clusters.last().unwrap(), &clusters);
+        let mut different = clusters.clone();
+        different.sort_unstable();
+        different.dedup();
+        assert_eq!(different.len(), end.clusters(ensemble.threshold));
+        // A projection keeps within the disc, and the one cluster of many dimensions is seen whole.
+        for [x, y] in film.points.iter().flatten() {
+            assert!(x * x + y * y < 1.0 + 1e-12);
+        }
+        if dimension > 2 {
+            let [x, y] = film.points.last().unwrap()[0];
+            assert!(x * x + y * y > 0.9, "{dimension}: {x} {y}");
+        }
+        let svg = film.to_svg();
+        assert_eq!(svg.matches("attributeName=\"cx\"").count(), 9);
+        assert_eq!(
+            svg.matches("<circle").count(),
+            svg.matches("</circle>").count() + 1
+        );
+        let before = film.clusters[0].iter().zip(&clusters);
+        let recoloured = before.filter(|(a, b)| a != b).count();
+        assert!(svg.matches("attributeName=\"fill\"").count() >= recoloured);
+        assert!(!svg.contains("NaN") && !svg.contains("href") && !svg.contains("<script"));
+        assert!(svg.len() < 1 << 18);
+    }
+    let crowd = Ensemble {
+        count: 1 << 16,
+        time: 0.2,
+        ..ensemble(2)
+    };
+    assert!(Film::new(&dynamics, &Ensemble { step: 0.0, ..crowd }).is_err());
+}
+
+#[test]
+fn shared_blocks_go_on_to_any_depth() {
+    let spec = DECODER.replace("repeat = 2", "repeat = 2\nshared = true");
+    let shared = model(&spec, 2);
+    let input = tokens(&IDS);
+    let hidden = |model: &Model| {
+        let output = model.forward(&input, Pass::default()).unwrap();
+        output.hidden.into_value()
+    };
+    let same = deepened(&shared, 2).unwrap();
+    assert!(difference(&hidden(&same), &hidden(&shared)).unwrap() == 0.0);
+    // Six blocks are three passes through two, and hold no more.
+    let six = deepened(&shared, 6).unwrap();
+    let passes = iterated(&shared.written_out().unwrap(), 3).unwrap();
+    assert!(difference(&hidden(&six), &hidden(&passes)).unwrap() == 0.0);
+    assert!(difference(&hidden(&six), &hidden(&shared)).unwrap() > 1e-3);
+    assert_eq!(six.parameter_count(), shared.parameter_count());
+    assert_eq!(deepened(&shared, 1).unwrap().spec().blocks[0].repeat, 1);
+    for (model, depth) in [(&shared, 0), (&model(DECODER, 2), 4), (&shared, 1 << 20)] {
+        assert!(deepened(model, depth).is_err(), "{depth}");
+    }
 }
 
 #[test]

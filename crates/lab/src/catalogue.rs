@@ -75,6 +75,8 @@ fn mixer_block(attention: MixerSpec) -> BlockSpec {
         norm: NormSpec::None,
         attention,
         cross_attention: None,
+        shared: false,
+        layer_scale: None,
         feedforward: None,
         dropout: 0.0,
     }
@@ -294,6 +296,7 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
             token_types: 0,
             norm: None,
             embedding_width: None,
+            projected: Default::default(),
             dropout: 0.0,
         }),
         blocks: vec![candidate.block],

@@ -10,7 +10,7 @@ use lapidary_explain::evaluation::{
 };
 use lapidary_explain::tasks::{Prompt, Task};
 use lapidary_lab::experiments::glyphs::{Alphabet, scene};
-use lapidary_lab::experiments::polarity;
+use lapidary_lab::experiments::{attributes, polarity};
 use lapidary_model::{HeadSpec, Model, Package};
 use lapidary_parts::attention::MixerSpec;
 use lapidary_train::generator;
@@ -50,6 +50,27 @@ pub fn glyph_examples(limit: usize, seed: u64) -> Vec<ImageExample> {
                 mask: asked.mask(),
                 image: scene.image,
             })
+        })
+        .collect()
+}
+
+/// The generated data set of captioned pictures: one shape before a texture.
+pub const ATTRIBUTES: &str = "generated:attributes";
+
+/// Pictures of `side` by `side` pixels whose class is their shape and whose evidence is its mask;
+/// textures know nothing of shapes.
+pub fn attribute_examples(limit: usize, side: usize, seed: u64) -> Vec<ImageExample> {
+    let mut generator = generator(seed ^ 0x6174_7472);
+    let draw = attributes::Draw::balanced();
+    (0..limit)
+        .map(|_| {
+            let scene = draw.scene(&mut generator);
+            let picture = attributes::draw(scene, side, &mut generator);
+            ImageExample {
+                class: scene.values[attributes::SHAPE],
+                mask: picture.mask,
+                image: picture.pixels,
+            }
         })
         .collect()
 }

@@ -76,6 +76,18 @@ pub fn package(model: &str, global: &Global) -> Result<Package> {
     )
 }
 
+/// As [`package`], with shared blocks and layer scales written out, as methods need it that look
+/// parameters up.
+pub fn written_out(model: &str, global: &Global) -> Result<Package> {
+    let mut package = package(model, global)?;
+    for tower in &mut package.towers {
+        if tower.model.shares_weights() || tower.model.scales_layers() {
+            tower.model = tower.model.written_out()?;
+        }
+    }
+    Ok(package)
+}
+
 /// The error that names the word of `text` which a closed vocabulary lacks, if that is why it
 /// cannot be encoded.
 fn closed_vocabulary(tokenizer: &Tokenizer, text: &str) -> Option<anyhow::Error> {

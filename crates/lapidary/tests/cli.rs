@@ -1148,6 +1148,44 @@ fn inspects_channels_clusters_particles_and_energy() {
     ]);
     assert_eq!(phases["maps"][0]["rows"].as_array().unwrap().len(), 2);
     refused(&["inspect", "particles", "--step", "0"], &["positive"]);
+    let directory = tempfile::tempdir().unwrap();
+    let film = directory.path().join("film.svg");
+    let film = film.to_str().unwrap();
+    let short = ["inspect", "particles", "--time", "3", "--systems", "2"];
+    output(&[&short[..], &["--count", "5", "--film", film]].concat());
+    let svg = std::fs::read_to_string(film).unwrap();
+    assert_eq!(svg.matches("attributeName=\"cx\"").count(), 5);
+    refused(
+        &[&short[..], &["--beta", "1,2", "--film", film]].concat(),
+        &["one temperature", "2"],
+    );
+    let albert = family("albert-masked-lm");
+    let out = directory.path().join("out");
+    let out = out.to_str().unwrap();
+    let deeper = [
+        "inspect",
+        "clusters",
+        &albert,
+        "--tokens",
+        "2,5,6,7,3",
+        "--json",
+    ];
+    let document = json(&[&deeper[..], &["--depth", "9"]].concat());
+    assert_eq!(document["tables"][0]["rows"].as_array().unwrap().len(), 10);
+    let once = json(&deeper);
+    assert_eq!(once["tables"][0]["rows"].as_array().unwrap().len(), 3);
+    refused(
+        &[
+            "inspect", "clusters", "embedded", "--text", "the cat", "--depth", "9",
+        ],
+        &["shares its weights"],
+    );
+    refused(
+        &[
+            "compress", &albert, "--method", "svd", "--ratio", "0.5", "--out", out,
+        ],
+        &["share one set of weights"],
+    );
 
     let directory = tempfile::tempdir().unwrap();
     let text = "the farmer near the dogs sings . ".repeat(8);

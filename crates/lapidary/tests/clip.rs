@@ -118,6 +118,53 @@ fn a_report_names_heads_and_shares_out_the_embedding() {
 }
 
 #[test]
+fn templates_come_from_a_file_too() {
+    let study = Study::new();
+    let (classes, file) = (study.path("classes.txt"), study.path("templates.txt"));
+    let classes = classes.to_str().unwrap();
+    std::fs::write(&file, "a photo of a {}.\n\n  the {} \n").unwrap();
+    let file = file.to_str().unwrap();
+    let from_file = study.json(&["--classes", classes, "--templates", file]);
+    let given = ["--classes", classes, "--template", "a photo of a {}."];
+    let both = study.json(&[&given[..], &["--template", "the {}"]].concat());
+    assert_eq!(from_file, both);
+    std::fs::write(study.path("templates.txt"), "a {}\na photo\n").unwrap();
+    study.refused(&["--classes", classes, "--templates", file], "template 2");
+}
+
+/// Two towers are scored on pictures of shapes by the words for the shapes.
+#[test]
+fn methods_are_scored_on_captioned_pictures() {
+    let evaluate = |model: &str| {
+        let mut command = Command::cargo_bin("lapidary").unwrap();
+        command.args(["explain", model, "--evaluate", "generated:attributes"]);
+        command.args([
+            "--method",
+            "raw-attention,random",
+            "--limit",
+            "40",
+            "--json",
+        ]);
+        command.assert()
+    };
+    let done = evaluate(&model()).success();
+    let found: Value = serde_json::from_slice(&done.get_output().stdout).unwrap();
+    assert_eq!(found["examples"], 40);
+    let right = found["right"].as_u64().unwrap();
+    assert!((1..40).contains(&right), "{right}");
+    let rows = found["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    for row in rows {
+        assert!(row.get("refused").is_none(), "{row}");
+        let mass = row["mass"]["mean"].as_f64().unwrap();
+        assert!(mass > 0.0 && mass < 1.0, "{row}");
+    }
+    let refused = evaluate(&model().replace("clip", "vit")).failure();
+    let message = String::from_utf8_lossy(&refused.get_output().stderr).into_owned();
+    assert!(message.contains("4 shapes"), "{message}");
+}
+
+#[test]
 fn scratch_on_disk_says_the_same_and_leaves_nothing() {
     let study = Study::new();
     let scratch = study.path("scratch");

@@ -65,17 +65,23 @@ impl Head {
                 let mut site = "in";
                 let transform = match transform {
                     None => None,
-                    Some(HeadTransform { activation, norm }) => {
-                        let dense = parameters.linear("transform", site, width, width, true)?;
+                    Some(HeadTransform {
+                        activation,
+                        norm,
+                        narrows,
+                    }) => {
+                        let to = if *narrows { table_width } else { width };
+                        let dense = parameters.linear("transform", site, width, to, true)?;
                         site = TRANSFORMED;
                         Some((
                             dense,
                             (*activation).into(),
-                            Norm::new(norm, width, parameters.at("norm"))?,
+                            Norm::new(norm, to, parameters.at("norm"))?,
                         ))
                     }
                 };
-                let projection = if table_width == width {
+                let narrowed = spec.narrows();
+                let projection = if table_width == width || narrowed {
                     None
                 } else {
                     let linear =

@@ -1,6 +1,6 @@
 //! From token ids or pixels to the first hidden vectors.
 
-use crate::spec::{AbsolutePosition, InputSpec, PatchInput, TokenInput};
+use crate::spec::{AbsolutePosition, InputSpec, PatchInput, Projected, TokenInput};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::norm::Norm;
 use lapidary_parts::parameters::{Init, Parameters};
@@ -99,10 +99,16 @@ impl TokenEmbedding {
             parameters
                 .at("tokens")
                 .tensor("weight", &[spec.vocabulary, table_width], init)?;
+        let (site, bias, added) = match spec.projected {
+            Projected::Token => ("tokens", false, width),
+            Projected::Sum => ("sum", true, table_width),
+        };
         let projection = match spec.embedding_width {
-            Some(from) => Some(parameters.linear("projection", "tokens", from, width, false)?),
+            Some(from) => Some(parameters.linear("projection", site, from, width, bias)?),
             None => None,
         };
+        // What is added to the token's row has the width of the sum.
+        let width = added;
         let positions = match spec.position {
             AbsolutePosition::Learned { offset, .. } => Some(parameters.at("positions").tensor(
                 "weight",
@@ -157,7 +163,8 @@ impl TokenEmbedding {
         }
         check_ids("input_ids", ids, self.spec.vocabulary)?;
         let mut x = Signal::from(look_up(&self.tokens, ids)?);
-        if let Some(projection) = &self.projection {
+        let early = self.spec.projected == Projected::Token;
+        if let Some(projection) = self.projection.as_ref().filter(|_| early) {
             x = cx.trace.site(format_args!("embeddings.tokens"), x)?;
             x = x.linear(projection)?;
         }
@@ -180,7 +187,14 @@ impl TokenEmbedding {
         if let Some(positions) = self.positions(batch, length, cx, x.dtype(), x.device())? {
             x = x.add_constant(&positions)?;
         }
-        self.norm.forward(&x)
+        let x = self.norm.forward(&x)?;
+        match self.projection.as_ref().filter(|_| !early) {
+            None => Ok(x),
+            Some(projection) => {
+                let x = cx.trace.site(format_args!("embeddings.sum"), x)?;
+                Ok(x.linear(projection)?)
+            }
+        }
     }
 
     /// What is added for positions: `[length, width]` or `[batch, length, width]`.

@@ -104,12 +104,17 @@ impl Model {
         let mut root = Parameters::new(&mut recorder, &ranks, &mut linears);
         let embedding = Embedding::new(&spec.input, width, root.at("embeddings"))?;
         let mut blocks = Vec::new();
-        for (index, block) in spec.expanded_blocks().iter().enumerate() {
-            blocks.push(Arc::new(Block::new(
-                block,
-                width,
-                root.at("blocks").at(index),
-            )?));
+        for block in &spec.blocks {
+            let first = blocks.len();
+            for index in first..first + block.repeat {
+                let mut all = root.at("blocks");
+                let own = all.at(index);
+                let own = match block.shared && index > first {
+                    true => own.shared_with(format!("blocks.{first}")),
+                    false => own,
+                };
+                blocks.push(Arc::new(Block::new(block, width, own)?));
+            }
         }
         let final_norm = match &spec.final_norm {
             Some(norm) => Norm::new(norm, width, root.at("final_norm"))?,
@@ -139,6 +144,52 @@ impl Model {
             final_norm,
             head,
         })
+    }
+
+    /// The same model in the form that methods need which look parameters up: shared blocks are
+    /// written out, one for each pass, by names of their own for the same tensors, which take no
+    /// more memory; layer scales are multiplied into the layers before them.
+    pub fn written_out(&self) -> Result<Self> {
+        let mut spec = self.spec.clone();
+        spec.blocks = self.spec.expanded_blocks();
+        let mut parameters = self.parameters.clone();
+        let mut first = 0;
+        for block in &self.spec.blocks {
+            if block.shared {
+                let own = format!("blocks.{first}.");
+                for index in first + 1..first + block.repeat {
+                    let copied = |name: &str| {
+                        let rest = name.strip_prefix(&own)?;
+                        Some(format!("blocks.{index}.{rest}"))
+                    };
+                    for (name, tensor) in &self.parameters {
+                        parameters.extend(copied(name).map(|name| (name, tensor.clone())));
+                    }
+                    for (path, rank) in &self.spec.low_rank {
+                        spec.low_rank.extend(copied(path).map(|path| (path, *rank)));
+                    }
+                }
+            }
+            first += block.repeat;
+        }
+        for (index, block) in spec.blocks.iter_mut().enumerate() {
+            if block.layer_scale.take().is_some() {
+                fold_scales(&mut parameters, index)?;
+            }
+        }
+        Self::new(spec, &mut parameters)
+    }
+
+    /// Whether some of its blocks scale what their parts write.
+    pub fn scales_layers(&self) -> bool {
+        let mut blocks = self.spec.blocks.iter();
+        blocks.any(|block| block.layer_scale.is_some())
+    }
+
+    /// Whether some of its blocks share their weights.
+    pub fn shares_weights(&self) -> bool {
+        let several = |block: &lapidary_parts::block::BlockSpec| block.shared && block.repeat > 1;
+        self.spec.blocks.iter().any(several)
     }
 
     /// The spec it was built from.
@@ -256,6 +307,44 @@ impl Model {
             logits: output.logits,
         })
     }
+}
+
+/// Multiplies the scales of a block's parts into the layers that write: the rows of a matrix, or of
+/// its factor on the left, and the bias.
+fn fold_scales(parameters: &mut BTreeMap<String, Tensor>, block: usize) -> Result<()> {
+    for (part, layer) in [
+        ("attention", "output"),
+        ("cross_attention", "output"),
+        ("feedforward", "down"),
+    ] {
+        let path = format!("blocks.{block}.{part}");
+        let Some(scale) = parameters.remove(&format!("{path}_scale.weight")) else {
+            continue;
+        };
+        let columns = scale.unsqueeze(1).map_err(lapidary_kernels::Error::from)?;
+        // Of a mixture every expert's; an expert's own layers have the same names.
+        let under = format!("{path}.");
+        let written = |name: &str| -> Option<bool> {
+            let rest = name.strip_prefix(&under)?;
+            let (layer_path, kind) = rest.rsplit_once('.')?;
+            let writes = layer_path.rsplit('.').next() == Some(layer);
+            match kind {
+                "weight" | "up" if writes => Some(true),
+                "bias" if writes => Some(false),
+                _ => None,
+            }
+        };
+        for (name, tensor) in parameters.iter_mut() {
+            let by = match written(name) {
+                Some(true) => &columns,
+                Some(false) => &scale,
+                None => continue,
+            };
+            let product = tensor.broadcast_mul(by);
+            *tensor = product.map_err(lapidary_kernels::Error::from)?;
+        }
+    }
+    Ok(())
 }
 
 /// One block whose intermediates are not remembered.

@@ -71,7 +71,8 @@ impl ModelSpec {
         })?;
         for block in &self.blocks {
             let one = counted(|root| Block::new(block, width, root).map(|_| ()))?;
-            total = total.saturating_add(one.saturating_mul(block.repeat as u64));
+            let stored = if block.shared { 1 } else { block.repeat as u64 };
+            total = total.saturating_add(one.saturating_mul(stored));
         }
         Ok(total)
     }

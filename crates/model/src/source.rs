@@ -54,6 +54,7 @@ impl ParameterSource for Initialiser {
         let values: Vec<f64> = match init {
             Init::Zeros => vec![0.0; count],
             Init::Ones => vec![1.0; count],
+            Init::Constant(number) => vec![number; count],
             Init::Normal { deviation } => {
                 (0..count).map(|_| deviation * normal(&mut rng)).collect()
             }

@@ -91,9 +91,34 @@ pub struct TokenInput {
     /// and, in a language model, another precedes the output.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub embedding_width: Option<usize>,
+    /// What that linear map reads, where there is one.
+    #[serde(default, skip_serializing_if = "Projected::is_default")]
+    pub projected: Projected,
     /// Probability with which an entry of the embeddings is dropped in training.
     #[serde(default)]
     pub dropout: f64,
+}
+
+/// What is mapped from the embedding's width to the model's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Projected {
+    /// The token's row alone, without a bias; positions, types and the norm have the model's width.
+    #[default]
+    Token,
+    /// The sum of the token's, position's and type's rows after its norm, with a bias: all tables
+    /// have the embedding's width (Lan et al., ALBERT, arXiv 1909.11942).
+    Sum,
+}
+
+impl Projected {
+    #[allow(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde asks for a reference"
+    )]
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Positions added to the embeddings.
@@ -197,6 +222,14 @@ pub enum HeadSpec {
     },
 }
 
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_not(flag: &bool) -> bool {
+    !*flag
+}
+
 /// `norm(f(x Wᵀ + b))` before the output matrix of a masked language model.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -205,6 +238,20 @@ pub struct HeadTransform {
     pub activation: ActivationSpec,
     /// The norm after it.
     pub norm: NormSpec,
+    /// Whether `W` goes to the width of the embedding table at once, where another map would do so
+    /// after the norm.
+    #[serde(default, skip_serializing_if = "is_not")]
+    pub narrows: bool,
+}
+
+impl HeadSpec {
+    /// Whether the layer before the output matrix goes to the embedding's width by itself.
+    pub(crate) fn narrows(&self) -> bool {
+        let Self::LanguageModel { transform, .. } = self else {
+            return false;
+        };
+        transform.is_some_and(|transform| transform.narrows)
+    }
 }
 
 /// Which token stands for a sequence.
@@ -228,13 +275,14 @@ pub enum Pool {
 }
 
 impl ModelSpec {
-    /// The blocks, repetitions written out.
+    /// The blocks, repetitions written out, shared ones too: what a pass goes through.
     pub fn expanded_blocks(&self) -> Vec<BlockSpec> {
         self.blocks
             .iter()
             .flat_map(|block| {
                 let single = BlockSpec {
                     repeat: 1,
+                    shared: false,
                     ..block.clone()
                 };
                 std::iter::repeat_n(single, block.repeat)
@@ -291,19 +339,24 @@ impl ModelSpec {
                 }
                 if let Some(width) = tokens.embedding_width {
                     bounded("input.embedding_width", width, MAX_WIDTH)?;
+                } else if tokens.projected != Projected::Token {
+                    return Err(Error::spec(
+                        "input.projected",
+                        "sum",
+                        "token where there is no embedding_width",
+                    ));
                 }
                 if let AbsolutePosition::Learned { offset, .. } = tokens.position
                     && offset > 1024
                 {
                     return Err(Error::spec("input.position.offset", offset, "at most 1024"));
                 }
-                if tokens.position == AbsolutePosition::Sinusoidal && !self.width.is_multiple_of(2)
-                {
-                    return Err(Error::spec(
-                        "width",
-                        self.width,
-                        "even for sinusoidal positions",
-                    ));
+                let (field, added) = match (tokens.projected, tokens.embedding_width) {
+                    (Projected::Sum, Some(width)) => ("input.embedding_width", width),
+                    _ => ("width", self.width),
+                };
+                if tokens.position == AbsolutePosition::Sinusoidal && !added.is_multiple_of(2) {
+                    return Err(Error::spec(field, added, "even for sinusoidal positions"));
                 }
                 if !(0.0..1.0).contains(&tokens.dropout) {
                     return Err(Error::spec(

@@ -13,7 +13,9 @@ use lapidary_kernels::{D, DType, Device, Tensor};
 use lapidary_model::{Checkpoint, Input, Limits, Model, OpenOptions, Package, Pass, SavedAs};
 use lapidary_signal::Trace;
 
-const FAMILIES: [&str; 21] = [
+const FAMILIES: [&str; 23] = [
+    "albert",
+    "albert-masked-lm",
     "bert",
     "bert-classifier",
     "bert-masked-lm",
@@ -106,7 +108,8 @@ fn check(name: &str, model: &Model, case: &Case, input: &Input, prefix: &str) {
             compared += 1;
         }
     };
-    for block in 0..2 {
+    let blocks = model.spec().expanded_blocks().len();
+    for block in 0..blocks {
         // Of a Mamba the library lists what blocks give, of everything else what they get.
         let site = format!(
             "blocks.{block}.{}",
@@ -146,12 +149,13 @@ fn check(name: &str, model: &Model, case: &Case, input: &Input, prefix: &str) {
     // The library's last hidden states are those after the final norm, but for vision models; and
     // those of a projected OPT are projected.
     if matches!(input, Input::Pixels(_)) {
+        let last = format!("blocks.{}.out", blocks - 1);
         compare(
-            "hidden_states.2",
-            trace.signal("blocks.1.out").unwrap().value(),
+            &format!("hidden_states.{blocks}"),
+            trace.signal(&last).unwrap().value(),
         );
     } else if !name.starts_with("opt-projected") && prefix == "expected." {
-        compare("hidden_states.2", output.hidden.value());
+        compare(&format!("hidden_states.{blocks}"), output.hidden.value());
     }
     compare("last_hidden_state", output.hidden.value());
     if let Some(pooled) = &output.pooled {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{
     AbsolutePosition, HeadSpec, HeadTransform, Input, InputSpec, Model, ModelSpec, Pass,
-    PatchInput, Pool, TokenInput,
+    PatchInput, Pool, Projected, TokenInput,
 };
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec, QueryKeyNorm};
@@ -222,6 +222,8 @@ fn block() -> BoxedStrategy<BlockSpec> {
                 norm,
                 attention,
                 cross_attention: None,
+                shared: repeat.is_multiple_of(2),
+                layer_scale: None,
                 feedforward,
                 dropout,
             },
@@ -250,6 +252,10 @@ fn input() -> BoxedStrategy<InputSpec> {
                     token_types,
                     norm,
                     embedding_width,
+                    projected: match length.is_multiple_of(2) {
+                        true => Projected::Sum,
+                        false => Projected::Token,
+                    },
                     dropout,
                 })
             }
@@ -271,8 +277,11 @@ fn input() -> BoxedStrategy<InputSpec> {
 }
 
 fn head() -> BoxedStrategy<HeadSpec> {
-    let transform =
-        (activation(), norm()).prop_map(|(activation, norm)| HeadTransform { activation, norm });
+    let transform = (activation(), norm()).prop_map(|(activation, norm)| HeadTransform {
+        activation,
+        norm,
+        narrows: activation == ActivationSpec::Gelu,
+    });
     let pool = prop_oneof![
         Just(Pool::First),
         Just(Pool::Mean),
@@ -481,6 +490,7 @@ fn sums_beyond_all_bounds_are_refused_by_name() {
                 token_types: 0,
                 norm: None,
                 embedding_width: None,
+                projected: Default::default(),
                 dropout: 0.0,
             });
         },
@@ -506,6 +516,7 @@ fn sums_beyond_all_bounds_are_refused_by_name() {
                 transform: Some(HeadTransform {
                     activation: ActivationSpec::Gelu,
                     norm: NormSpec::Layer { epsilon: f64::NAN },
+                    narrows: false,
                 }),
             };
         },

@@ -10,9 +10,10 @@ use crate::dropout::dropout;
 use crate::error::bounded;
 use crate::feedforward::{Feedforward, FeedforwardSpec};
 use crate::norm::{Norm, NormSpec};
-use crate::parameters::Parameters;
+use crate::parameters::{Init, Parameters};
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
+use lapidary_kernels::Tensor;
 use lapidary_signal::Signal;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -40,12 +41,21 @@ pub struct BlockSpec {
     /// How many blocks in a row are like this.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub repeat: usize,
+    /// Whether the repetitions are one block passed through again and again, with one set of
+    /// weights (Lan et al., ALBERT, arXiv 1909.11942): those of the first.
+    #[serde(default, skip_serializing_if = "is_not")]
+    pub shared: bool,
     /// Where the norms stand.
     #[serde(default)]
     pub wiring: Wiring,
     /// Which norm.
     #[serde(default)]
     pub norm: NormSpec,
+    /// Where each feature of what a part writes is multiplied by a learned number before it is
+    /// added to the residual stream: the number that training begins with (Touvron et al., Going
+    /// deeper with Image Transformers, 2021, arXiv 2103.17239).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer_scale: Option<f64>,
     /// What mixes tokens.
     pub attention: MixerSpec,
     /// Attention over the context's memory, between the mixer and the feed-forward part.
@@ -71,6 +81,14 @@ fn is_one(repeat: &usize) -> bool {
     *repeat == 1
 }
 
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_not(flag: &bool) -> bool {
+    !*flag
+}
+
 impl BlockSpec {
     /// Refuses what cannot be built for tokens of `width`.
     pub fn validate(&self, width: usize, field: &str) -> Result<()> {
@@ -91,6 +109,13 @@ impl BlockSpec {
         if let Some(feedforward) = &self.feedforward {
             feedforward.validate(&format!("{field}.feedforward"))?;
         }
+        if let Some(scale) = self.layer_scale.filter(|scale| !scale.is_finite()) {
+            return Err(Error::spec(
+                format!("{field}.layer_scale"),
+                scale,
+                "a finite number",
+            ));
+        }
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::spec(
                 format!("{field}.dropout"),
@@ -108,29 +133,56 @@ pub struct Block {
     path: String,
     wiring: Wiring,
     dropout: f64,
-    attention: (Norm, Mixer),
-    cross_attention: Option<(Norm, MultiHeadAttention)>,
-    feedforward: Option<(Norm, Feedforward)>,
+    attention: (Around, Mixer),
+    cross_attention: Option<(Around, MultiHeadAttention)>,
+    feedforward: Option<(Around, Feedforward)>,
+}
+
+/// What stands around a part.
+#[derive(Debug)]
+struct Around {
+    norm: Norm,
+    /// `[width]`: what each feature that the part writes is multiplied by.
+    scale: Option<Tensor>,
+}
+
+impl Around {
+    fn new(
+        spec: &BlockSpec,
+        width: usize,
+        name: &str,
+        parameters: &mut Parameters<'_>,
+    ) -> Result<Self> {
+        let norm = Norm::new(&spec.norm, width, parameters.at(format!("{name}_norm")))?;
+        let scale = match spec.layer_scale {
+            None => None,
+            Some(start) => {
+                let mut own = parameters.at(format!("{name}_scale"));
+                Some(own.tensor("weight", &[width], Init::Constant(start))?)
+            }
+        };
+        Ok(Self { norm, scale })
+    }
 }
 
 impl Block {
     /// Builds the block for tokens of `width`.
     pub fn new(spec: &BlockSpec, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
         let attention = (
-            Norm::new(&spec.norm, width, parameters.at("attention_norm"))?,
+            Around::new(spec, width, "attention", &mut parameters)?,
             Mixer::new(&spec.attention, width, parameters.at("attention"))?,
         );
         let cross_attention = match &spec.cross_attention {
             None => None,
             Some(cross) => Some((
-                Norm::new(&spec.norm, width, parameters.at("cross_attention_norm"))?,
+                Around::new(spec, width, "cross_attention", &mut parameters)?,
                 MultiHeadAttention::over_memory(cross, width, parameters.at("cross_attention"))?,
             )),
         };
         let feedforward = match &spec.feedforward {
             None => None,
             Some(feedforward) => Some((
-                Norm::new(&spec.norm, width, parameters.at("feedforward_norm"))?,
+                Around::new(spec, width, "feedforward", &mut parameters)?,
                 Feedforward::new(feedforward, width, parameters.at("feedforward"))?,
             )),
         };
@@ -155,11 +207,11 @@ impl Block {
         if self.wiring == Wiring::Parallel {
             return self.parallel(x, cx, state);
         }
-        let (norm, mixer) = &self.attention;
-        let x = self.around(x, norm, "attention", cx, |x| mixer.forward(x, cx, state))?;
+        let (around, mixer) = &self.attention;
+        let x = self.around(x, around, "attention", cx, |x| mixer.forward(x, cx, state))?;
         let x = match &self.cross_attention {
             None => x,
-            Some((norm, attention)) => self.around(x, norm, "cross_attention", cx, |x| {
+            Some((around, attention)) => self.around(x, around, "cross_attention", cx, |x| {
                 let (memory, padding) = cx.memory.ok_or_else(|| {
                     Error::spec(
                         "memory of cross-attention",
@@ -172,31 +224,43 @@ impl Block {
         };
         let x = match &self.feedforward {
             None => x,
-            Some((norm, part)) => {
-                self.around(x, norm, "feedforward", cx, |x| part.forward(x, cx))?
+            Some((around, part)) => {
+                self.around(x, around, "feedforward", cx, |x| part.forward(x, cx))?
             }
         };
         Ok(cx.trace.site(format_args!("{}.out", self.path), x)?)
     }
 
-    /// One part with its norm, dropout and residual.
+    /// What is added to the residual stream of what a part gave.
+    fn written(&self, y: Signal, around: &Around, name: &str, cx: &Context<'_>) -> Result<Signal> {
+        let y = match &around.scale {
+            None => y,
+            Some(scale) => {
+                let site = format_args!("{}.{name}.scaled", self.path);
+                cx.trace.site(site, y.multiply_constant(scale)?)?
+            }
+        };
+        let site = format_args!("{}.{name}.dropout", self.path);
+        dropout(&y, self.dropout, site, cx)
+    }
+
+    /// One part with its norm, scale, dropout and residual.
     fn around(
         &self,
         x: Signal,
-        norm: &Norm,
+        around: &Around,
         name: &str,
         cx: &Context<'_>,
         part: impl FnOnce(&Signal) -> Result<Signal>,
     ) -> Result<Signal> {
-        let site = format_args!("{}.{name}.dropout", self.path);
         match self.wiring {
             Wiring::PostNorm => {
-                let y = dropout(&part(&x)?, self.dropout, site, cx)?;
-                norm.forward(&x.add(&y)?)
+                let y = self.written(part(&x)?, around, name, cx)?;
+                around.norm.forward(&x.add(&y)?)
             }
             Wiring::PreNorm | Wiring::Parallel => {
-                let y = dropout(&part(&norm.forward(&x)?)?, self.dropout, site, cx)?;
-                Ok(x.add(&y)?)
+                let y = part(&around.norm.forward(&x)?)?;
+                Ok(x.add(&self.written(y, around, name, cx)?)?)
             }
         }
     }
@@ -207,14 +271,12 @@ impl Block {
         cx: &Context<'_>,
         state: Option<&mut MixerState>,
     ) -> Result<Signal> {
-        let (norm, mixer) = &self.attention;
-        let mixed = mixer.forward(&norm.forward(&x)?, cx, state)?;
-        let site = format_args!("{}.attention.dropout", self.path);
-        let mut y = x.add(&dropout(&mixed, self.dropout, site, cx)?)?;
-        if let Some((norm, part)) = &self.feedforward {
-            let transformed = part.forward(&norm.forward(&x)?, cx)?;
-            let site = format_args!("{}.feedforward.dropout", self.path);
-            y = y.add(&dropout(&transformed, self.dropout, site, cx)?)?;
+        let (around, mixer) = &self.attention;
+        let mixed = mixer.forward(&around.norm.forward(&x)?, cx, state)?;
+        let mut y = x.add(&self.written(mixed, around, "attention", cx)?)?;
+        if let Some((around, part)) = &self.feedforward {
+            let transformed = part.forward(&around.norm.forward(&x)?, cx)?;
+            y = y.add(&self.written(transformed, around, "feedforward", cx)?)?;
         }
         Ok(cx.trace.site(format_args!("{}.out", self.path), y)?)
     }

@@ -13,6 +13,8 @@ pub enum Init {
     Zeros,
     /// All one.
     Ones,
+    /// All the same number.
+    Constant(f64),
     /// Normal with mean zero.
     Normal {
         /// Standard deviation.
@@ -62,12 +64,22 @@ pub struct LinearInfo {
     pub bias: bool,
 }
 
+fn joined(path: &str, name: &str) -> String {
+    if path.is_empty() {
+        name.to_owned()
+    } else {
+        format!("{path}.{name}")
+    }
+}
+
 /// A source of parameters, seen from one module's path.
 pub struct Parameters<'a> {
     source: &'a mut dyn ParameterSource,
     ranks: &'a BTreeMap<String, usize>,
     linears: &'a mut Vec<LinearInfo>,
     path: String,
+    /// Where the parameters are, for a module that shares those of another.
+    stored: Option<String>,
 }
 
 impl<'a> Parameters<'a> {
@@ -83,17 +95,30 @@ impl<'a> Parameters<'a> {
             ranks,
             linears,
             path: String::new(),
+            stored: None,
         }
     }
 
     /// One level down, at `name`.
     pub fn at(&mut self, name: impl std::fmt::Display) -> Parameters<'_> {
-        let path = self.join(&name.to_string());
+        let name = name.to_string();
+        let path = self.join(&name);
+        let stored = self.stored.as_ref().map(|stored| joined(stored, &name));
         Parameters {
             source: &mut *self.source,
             ranks: self.ranks,
             linears: &mut *self.linears,
             path,
+            stored,
+        }
+    }
+
+    /// The same module with the parameters of the one at `path`, which was built before: its linear
+    /// layers are not written down again.
+    pub fn shared_with(self, path: impl Into<String>) -> Self {
+        Self {
+            stored: Some(path.into()),
+            ..self
         }
     }
 
@@ -103,16 +128,17 @@ impl<'a> Parameters<'a> {
     }
 
     fn join(&self, name: &str) -> String {
-        if self.path.is_empty() {
-            name.to_owned()
-        } else {
-            format!("{}.{name}", self.path)
-        }
+        joined(&self.path, name)
+    }
+
+    /// Where the parameter or layer `name` of this module is stored.
+    fn join_stored(&self, name: &str) -> String {
+        joined(self.stored.as_deref().unwrap_or(&self.path), name)
     }
 
     /// One parameter of this module.
     pub fn tensor(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
-        let full = self.join(name);
+        let full = self.join_stored(name);
         let tensor = self.source.parameter(&full, shape, init)?;
         if tensor.dims() != shape {
             return Err(Error::Parameter {
@@ -151,7 +177,8 @@ impl<'a> Parameters<'a> {
         weight: Init,
         bias: Option<Init>,
     ) -> Result<Linear> {
-        let path = self.join(name);
+        let path = self.join_stored(name);
+        let first = self.stored.is_none();
         let input_site = self.join(input_site);
         let rank = self.ranks.get(&path).copied();
         let mut here = self.at(name);
@@ -170,14 +197,16 @@ impl<'a> Parameters<'a> {
             Some(init) => Some(here.tensor("bias", &[output], init)?),
             None => None,
         };
-        self.linears.push(LinearInfo {
-            path,
-            input_site,
-            input,
-            output,
-            rank,
-            bias: bias.is_some(),
-        });
+        if first {
+            self.linears.push(LinearInfo {
+                path,
+                input_site,
+                input,
+                output,
+                rank,
+                bias: bias.is_some(),
+            });
+        }
         Ok(Linear::from_weight(matrix, offset)?)
     }
 }

@@ -124,7 +124,13 @@ impl<'m> ImageTower<'m> {
             let value = naive::repeat_groups(&value, layer.heads)?;
             pieces.values.push(value);
             pieces.feedforwards.push(match layer.feedforward {
-                true => Some(row(&site("feedforward.out"))?),
+                true => {
+                    let written = row(&site("feedforward.out"))?;
+                    Some(match &layer.feedforward_scale {
+                        Some(scale) => engine(written.broadcast_mul(scale))?,
+                        None => written,
+                    })
+                }
                 false => None,
             });
         }

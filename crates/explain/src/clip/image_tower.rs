@@ -51,6 +51,8 @@ pub(super) struct Layer {
     /// `b_O`, `[width]`.
     pub(super) bias: Option<Tensor>,
     pub(super) feedforward: bool,
+    /// Of what the feed-forward part writes, `[width]`; that of attention is in `output` and `bias`.
+    pub(super) feedforward_scale: Option<Tensor>,
 }
 
 /// The norm before the projection.
@@ -119,6 +121,10 @@ impl<'a> ImageTower<'a> {
     /// something not linear stands between it and the embedding; the message names the field.
     pub fn new(model: &'a Model) -> Result<Self> {
         let spec = model.spec();
+        if model.shares_weights() {
+            let expected = "false: written out (Model::written_out)";
+            return Err(Error::invalid("blocks.shared", true, expected));
+        }
         let InputSpec::Patches(patches) = &spec.input else {
             return Err(Error::invalid("input", "tokens", "patches: an image tower"));
         };
@@ -289,6 +295,7 @@ impl<'a> ImageTower<'a> {
     }
 }
 
+/// Layer scales multiply the entries: `ls_1` what heads write, `ls_2` what feed-forward parts do.
 fn layer(model: &Model, index: usize, block: &BlockSpec) -> Result<Layer> {
     let field = |name: &str| format!("blocks.{index}.{name}");
     if block.wiring == Wiring::PostNorm {
@@ -302,15 +309,22 @@ fn layer(model: &Model, index: usize, block: &BlockSpec) -> Result<Layer> {
         let found = block.attention.kind();
         return Err(Error::invalid(field("attention"), found, "multi-head"));
     };
-    let output = dense(model, &field("attention.output"))?;
-    let bias = model.parameters().get(&field("attention.output.bias"));
+    let get = |name: &str| model.parameters().get(&field(name)).cloned();
+    let scale = get("attention_scale.weight");
+    let mut output = dense(model, &field("attention.output"))?;
+    let mut bias = get("attention.output.bias");
+    if let Some(scale) = &scale {
+        output = engine(output.broadcast_mul(&engine(scale.unsqueeze(1))?))?;
+        bias = bias.map(|bias| engine(bias * scale)).transpose()?;
+    }
     Ok(Layer {
         heads: attention.heads,
         groups: attention.groups(),
         head_width: attention.head_width(model.spec().width),
         output: engine(engine(output.t())?.contiguous())?,
-        bias: bias.cloned(),
+        bias,
         feedforward: block.feedforward.is_some(),
+        feedforward_scale: get("feedforward_scale.weight"),
     })
 }
 

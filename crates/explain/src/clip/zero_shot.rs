@@ -4,7 +4,7 @@
 use crate::error::engine;
 use crate::{Error, Result};
 use lapidary_kernels::{D, DType, Tensor};
-use lapidary_model::{Input, Model, Pass, Tokenizer};
+use lapidary_model::{HeadSpec, Input, Model, Pass, Tokenizer};
 
 /// Texts that run at one time.
 const AT_ONCE: usize = 64;
@@ -117,6 +117,39 @@ impl ZeroShot {
             })
             .collect::<Result<Vec<_>>>()?;
         Self::from_groups(&groups)
+    }
+
+    /// The image model with these classes as its scores, `t_c · (P x + b)`: a classifier that every
+    /// method explains. The embedding is not divided by its length, which is the same for all
+    /// classes: the highest score is that of the class that [`ZeroShot::classify`] gives.
+    ///
+    /// # Errors
+    /// When the model has no dense projection to the classes' features.
+    pub fn classifier(&self, image: &Model) -> Result<Model> {
+        let (classes, features) = engine(self.vectors.dims2())?;
+        let mut spec = image.spec().clone();
+        let mut parameters = image.parameters().clone();
+        let projected = match &mut spec.head {
+            HeadSpec::Pooled { labels, .. } => labels.replace(classes),
+            _ => None,
+        };
+        let weight = parameters.get("head.output.weight");
+        let (Some(weight), true) = (weight, projected == Some(features)) else {
+            return Err(Error::invalid(
+                "head of the image model",
+                format!("one of {projected:?} features"),
+                format!("a dense projection to {features} features, as the classes have"),
+            ));
+        };
+        let vectors = engine(self.vectors.to_dtype(weight.dtype()))?;
+        let weight = engine(vectors.matmul(weight))?;
+        if let Some(bias) = parameters.get("head.output.bias") {
+            let bias = engine(vectors.matmul(&engine(bias.unsqueeze(1))?))?;
+            let bias = engine(bias.squeeze(1))?;
+            parameters.insert("head.output.bias".to_owned(), bias);
+        }
+        parameters.insert("head.output.weight".to_owned(), weight);
+        Ok(Model::new(spec, &mut parameters)?)
     }
 
     /// One direction for each class, `[classes, features]`.

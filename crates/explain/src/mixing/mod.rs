@@ -47,6 +47,7 @@ impl<'a> Captured<'a> {
     /// # Errors
     /// For a model that has other parts than self-attention to mix tokens.
     pub(crate) fn new(question: &Question<'a>, targets: &[Target]) -> Result<Self> {
+        crate::error::require_written_out(question.model, "mixings of tokens")?;
         let specs = question.model.spec().expanded_blocks();
         for (index, block) in specs.iter().enumerate() {
             multi_head(index, block)?;

@@ -111,6 +111,7 @@ impl Encoder {
                 token_types: 0,
                 norm: Some(NormSpec::default()),
                 embedding_width: None,
+                projected: Default::default(),
                 dropout: 0.0,
             }),
             blocks: vec![BlockSpec {
@@ -119,6 +120,8 @@ impl Encoder {
                 norm: NormSpec::default(),
                 attention: MixerSpec::MultiHead(MultiHeadSpec::new(self.heads)),
                 cross_attention: None,
+                shared: false,
+                layer_scale: None,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 4 * self.width,
                     activation: ActivationSpec::Gelu,

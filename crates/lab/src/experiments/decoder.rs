@@ -38,6 +38,7 @@ pub fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
             token_types: 0,
             norm: None,
             embedding_width: None,
+            projected: Default::default(),
             dropout: 0.0,
         }),
         blocks: vec![BlockSpec {
@@ -49,6 +50,8 @@ pub fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
                 ..MultiHeadSpec::new((width / 16).max(1))
             }),
             cross_attention: None,
+            shared: false,
+            layer_scale: None,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * width,
                 activation: ActivationSpec::Gelu,

@@ -74,6 +74,7 @@ impl Specimen {
                 token_types: 0,
                 norm: None,
                 embedding_width: None,
+                projected: Default::default(),
                 dropout: 0.0,
             }),
             blocks: vec![BlockSpec {
@@ -82,6 +83,8 @@ impl Specimen {
                 norm: NormSpec::default(),
                 attention: MixerSpec::MultiHead(attention),
                 cross_attention: None,
+                shared: false,
+                layer_scale: None,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 4 * WIDTH,
                     activation: Default::default(),

@@ -81,6 +81,8 @@ impl Course {
                 ..MultiHeadSpec::new(self.heads)
             }),
             cross_attention: None,
+            shared: false,
+            layer_scale: None,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: self.expansion * self.width,
                 activation: ActivationSpec::QuickGelu,
@@ -129,6 +131,7 @@ impl Course {
                 token_types: 0,
                 norm: None,
                 embedding_width: None,
+                projected: Default::default(),
                 dropout: 0.0,
             }),
             blocks: vec![self.block(self.text_blocks, true)],

@@ -76,6 +76,8 @@ fn spec(arguments: &Bench) -> ModelSpec {
             ..MultiHeadSpec::new(arguments.heads)
         }),
         cross_attention: None,
+        shared: false,
+        layer_scale: None,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * arguments.width,
             activation: Default::default(),
@@ -95,6 +97,7 @@ fn spec(arguments: &Bench) -> ModelSpec {
             token_types: 0,
             norm: None,
             embedding_width: None,
+            projected: Default::default(),
             dropout: 0.0,
         }),
         blocks: vec![block],

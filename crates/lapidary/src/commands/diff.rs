@@ -13,8 +13,8 @@ pub fn run(arguments: &Diff, global: &Global) -> Result<()> {
         output::check_writable(html)?;
     }
     let options = explain::options(&arguments.options, global)?;
-    let before = loading::package(&arguments.before, global)?;
-    let after = loading::package(&arguments.after, global)?;
+    let before = loading::written_out(&arguments.before, global)?;
+    let after = loading::written_out(&arguments.after, global)?;
     let first = Subject::new(&arguments.subject, &before, global)?;
     let second = Subject::new(&arguments.subject, &after, global)?;
     let kind = |model: &Model| std::mem::discriminant(&model.spec().input);

@@ -33,6 +33,7 @@ impl ParameterSource for Drawn {
             Init::Zeros => (0.0, 0.2),
             Init::Ones => (1.0, 0.2),
             Init::Normal { .. } => (0.0, 0.4),
+            Init::Constant(number) => (number, 0.1),
             Init::LogRange => (0.5, 0.4),
             Init::InverseSoftplusLogUniform { .. } => (-1.0, 0.5),
         };

@@ -9,6 +9,8 @@ pub(super) fn block(wiring: Wiring, norm: NormSpec, attention: MixerSpec) -> Blo
         norm,
         attention,
         cross_attention: None,
+        shared: false,
+        layer_scale: None,
         feedforward: None,
         dropout: 0.0,
     }
@@ -191,6 +193,22 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
         (
             "mamba alone",
             block(PreNorm, RMS, MixerSpec::Mamba(mamba.clone())),
+        ),
+        (
+            "layer scales before a norm",
+            BlockSpec {
+                layer_scale: Some(0.6),
+                feedforward: dense(Gelu, true),
+                ..block(PostNorm, LAYER, MixerSpec::MultiHead(MultiHeadSpec::new(2)))
+            },
+        ),
+        (
+            "layer scales side by side",
+            BlockSpec {
+                layer_scale: Some(-0.4),
+                feedforward: gated(Silu, true),
+                ..block(Parallel, RMS, MixerSpec::MultiHead(MultiHeadSpec::new(2)))
+            },
         ),
         (
             "mamba with biases and one tap",

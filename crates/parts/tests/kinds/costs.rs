@@ -48,6 +48,12 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
     }
     parts.push(norm(&spec.norm, WIDTH, n));
     parts.push((0, n * WIDTH));
+    // A number for each feature of each part's output.
+    if spec.layer_scale.is_some() {
+        let others = [spec.cross_attention.is_some(), spec.feedforward.is_some()];
+        let scaled = 1 + others.into_iter().filter(|there| *there).count();
+        parts.push((scaled * WIDTH, scaled * n * WIDTH));
+    }
     if let Some(cross) = &spec.cross_attention {
         parts.extend(attention_formulas(cross, LENGTH * MEMORY, MEMORY));
         parts.push(norm(&spec.norm, WIDTH, n));

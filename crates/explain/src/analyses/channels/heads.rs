@@ -60,6 +60,7 @@ impl<'a> Heads<'a> {
     /// When a block normalises after its parts (there is no norm to fold into the heads), or no
     /// block has heads.
     pub fn of(model: &'a Model) -> Result<Self> {
+        crate::error::require_written_out(model, "channels")?;
         let blocks = model.spec().expanded_blocks();
         for (index, block) in blocks.iter().enumerate() {
             if block.wiring == Wiring::PostNorm {

@@ -110,12 +110,8 @@ impl Ensemble {
         Particles::random(self.count, self.dimension, &mut generator)
     }
 
-    /// Runs one system.
-    ///
-    /// # Errors
-    /// As [`Dynamics::step`].
-    pub fn course(&self, dynamics: &Dynamics, system: usize) -> Result<Course> {
-        let steps = self.steps()?;
+    /// How many smaller steps each step is taken in.
+    fn within(&self, dynamics: &Dynamics, steps: usize) -> Result<usize> {
         let careful = dynamics.careful_step(self.step);
         let within = (self.step / careful).ceil().max(1.0);
         if within * steps as f64 > 1e8 {
@@ -126,7 +122,36 @@ impl Ensemble {
                 expected,
             ));
         }
-        let within = within as usize;
+        Ok(within as usize)
+    }
+
+    /// The first system at evenly spaced times, at most `most + 1` of them, the start among them.
+    ///
+    /// # Errors
+    /// As [`Dynamics::step`].
+    pub fn frames(&self, dynamics: &Dynamics, most: usize) -> Result<Vec<(f64, Particles)>> {
+        let steps = self.steps()?;
+        let within = self.within(dynamics, steps)?;
+        let every = steps.div_ceil(most.max(1)).max(1);
+        let mut frames = vec![(0.0, self.start(0)?)];
+        for step in (every..=steps).step_by(every) {
+            let Some((_, last)) = frames.last() else {
+                break;
+            };
+            let smaller = self.step / within as f64;
+            let next = dynamics.run(last.clone(), smaller, within * every, self.scheme)?;
+            frames.push((step as f64 * self.step, next));
+        }
+        Ok(frames)
+    }
+
+    /// Runs one system.
+    ///
+    /// # Errors
+    /// As [`Dynamics::step`].
+    pub fn course(&self, dynamics: &Dynamics, system: usize) -> Result<Course> {
+        let steps = self.steps()?;
+        let within = self.within(dynamics, steps)?;
         let mut particles = self.start(system)?;
         let mut close_pairs = vec![particles.close_pairs(self.threshold)];
         for _ in 0..steps {

@@ -8,6 +8,7 @@
 
 mod dynamics;
 mod ensemble;
+mod film;
 mod free;
 mod particles;
 mod states;
@@ -15,9 +16,10 @@ mod theory;
 
 pub use dynamics::{Dynamics, Flow, Matrices, Scheme};
 pub use ensemble::{Course, Courses, Ensemble};
+pub use film::Film;
 pub use free::FreeDynamics;
 pub use particles::Particles;
-pub use states::{BINS, CLOSE, Layer, iterated, layers, layers_without_skip, shuffled};
+pub use states::{BINS, CLOSE, Layer, deepened, iterated, layers, layers_without_skip, shuffled};
 pub use theory::{
     angle_of_two, circle_velocity, equal_angle, equal_angle_rate, line, merging_time, wendel,
 };

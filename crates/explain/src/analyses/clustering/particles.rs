@@ -134,23 +134,28 @@ impl Particles {
     /// Number of clusters: connected components when points with `⟨x_i, x_j⟩ > threshold` are
     /// joined.
     pub fn clusters(&self, threshold: f64) -> usize {
+        let firsts = self.components(threshold);
+        let is_first = |(point, first): &(usize, &usize)| point == *first;
+        firsts.iter().enumerate().filter(is_first).count()
+    }
+
+    /// The first point of each point's cluster.
+    pub fn components(&self, threshold: f64) -> Vec<usize> {
         let points: Vec<&[f64]> = self.iter().collect();
-        let mut seen = vec![false; self.count];
-        let mut clusters = 0;
-        while let Some(start) = seen.iter().position(|seen| !seen) {
-            clusters += 1;
-            seen[start] = true;
+        let mut firsts = vec![usize::MAX; self.count];
+        while let Some(start) = firsts.iter().position(|first| *first == usize::MAX) {
+            firsts[start] = start;
             let mut waiting = vec![start];
             while let Some(i) = waiting.pop() {
                 for (j, point) in points.iter().enumerate() {
-                    if !seen[j] && dot(points[i], point) > threshold {
-                        seen[j] = true;
+                    if firsts[j] == usize::MAX && dot(points[i], point) > threshold {
+                        firsts[j] = start;
                         waiting.push(j);
                     }
                 }
             }
         }
-        clusters
+        firsts
     }
 
     /// Eigenvalues of the Gram matrix, largest first.

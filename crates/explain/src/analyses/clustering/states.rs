@@ -200,6 +200,33 @@ pub fn iterated(model: &Model, passes: usize) -> Result<Model> {
     Ok(Model::new(spec, &mut parameters)?)
 }
 
+/// A model of `depth` blocks, whose last set of shared weights is passed through as often as that
+/// takes: as ALBERT can be iterated beyond the depth that it was trained with.
+///
+/// # Errors
+/// When the last block of the model's spec does not share its weights, or the depth is not above
+/// that of the blocks before it.
+pub fn deepened(model: &Model, depth: usize) -> Result<Model> {
+    let mut spec = model.spec().clone();
+    let all = spec.expanded_blocks().len();
+    let Some(last) = spec.blocks.last_mut().filter(|block| block.shared) else {
+        return Err(Error::invalid(
+            "depth",
+            depth,
+            format!("{all}: the model's last block shares its weights with no other"),
+        ));
+    };
+    let before = all - last.repeat;
+    last.repeat = match depth.checked_sub(before) {
+        None | Some(0) => {
+            let expected = format!("above {before}, the blocks before the shared ones");
+            return Err(Error::invalid("depth", depth, expected));
+        }
+        Some(repeat) => repeat,
+    };
+    Ok(Model::new(spec, &mut model.parameters().clone())?)
+}
+
 /// The names that a parameter of a block has in every pass; any other name, once.
 fn copies(name: &str, blocks: usize, passes: usize) -> impl Iterator<Item = String> {
     let parts = name

@@ -9,7 +9,15 @@
 //!
 //! where `β` are the deviations of the true rows and `s_i` the largest slope of the activation at
 //! row `i`. The last row of `M^{(L−1)} … M^{(0)}` times `‖Γ_3 C‖ / β_3n` bounds the norm of the
-//! Jacobian in which `α` and `β` are held fixed.
+//! Jacobian in which `α` and `β` are held fixed. Parts side by side add up instead,
+//! `M_ij = Σ_h … / β_1j + (1 + f_i) δ_ij`.
+//!
+//! Norms after the residual sums, `y = N_1(x + A x)` and `z = N_2(y + F y)`, are maps `Γ C / β` of
+//! the sum: they scale what passes by as well as what a part writes, and the deviation is that of
+//! the row that is written, not of the row that is read:
+//!
+//! `M_ij = g_i (Σ_h α_ij^h ‖Γ_1 C W_O^h W_V^h‖ + ‖Γ_1 C‖ δ_ij) / β_1i`,
+//! `g_i = (‖Γ_2 C‖ + ‖Γ_2 C W_down‖ s_i ‖W_up‖) / β_2i`.
 
 use super::paths::path_sums;
 use crate::error::engine;
@@ -154,9 +162,10 @@ fn operator_norm(matrix: &Matrix) -> Result<f64> {
 ///
 /// # Errors
 /// For blocks that are not multi-head attention beside or before a dense or gated feed-forward
-/// part, with norms before them.
+/// part.
 pub fn path_bound(question: &Question<'_>) -> Result<Vec<f64>> {
     let model = question.model;
+    crate::error::require_written_out(model, "a bound over paths")?;
     let blocks = model.spec().expanded_blocks();
     let mut trace = Trace::new();
     for index in 0..blocks.len() {
@@ -165,6 +174,7 @@ pub fn path_bound(question: &Question<'_>) -> Result<Vec<f64>> {
             "attention.weights",
             "attention.out",
             "feedforward.in",
+            "feedforward.out",
             "out",
         ] {
             trace = trace.capture(&format!("blocks.{index}.{site}"))?;
@@ -185,9 +195,9 @@ pub fn path_bound(question: &Question<'_>) -> Result<Vec<f64>> {
     let mut bound = path_sums(&layers);
     if let (Some(norm), Some(stream)) = (model.spec().final_norm, stream) {
         let last = stream.nrows().saturating_sub(1);
-        let weight = scaled(model, "final_norm", &norm, &identity(model.spec().width))?;
+        let scales = Scales::of(model, "final_norm", &norm, model.spec().width)?;
         let deviation = deviations(&stream, &norm).get(last).copied().unwrap_or(1.0);
-        let factor = operator_norm(&weight)? / deviation;
+        let factor = scales.passes()? / deviation;
         bound.iter_mut().for_each(|entry| *entry *= factor);
     }
     Ok(bound)
@@ -231,29 +241,64 @@ impl Part<'_> {
         let MixerSpec::MultiHead(attention) = &block.attention else {
             return Err(self.refused("another mixer", "multi-head attention"));
         };
-        if block.wiring == Wiring::PostNorm {
-            return Err(self.refused("post-norm", "pre-norm or parallel wiring"));
-        }
         if block.cross_attention.is_some() {
             return Err(self.refused("cross-attention", "no cross-attention"));
         }
+        if block.wiring == Wiring::PostNorm {
+            return self.after_sums(block, attention);
+        }
         let stream = self.site("in")?;
-        let mut layer = self.attention(attention, &block.norm, &stream)?;
+        let reads = self.norm("attention_norm", &block.norm)?;
+        let mut layer =
+            self.attention(attention, |circuit| operator_norm(&reads.before(circuit)))?;
+        let betas = deviations(&stream, &block.norm);
+        for (j, beta) in betas.iter().enumerate() {
+            layer.col_mut(j).iter_mut().for_each(|entry| *entry /= beta);
+            layer[(j, j)] += 1.0;
+        }
         let read = match block.wiring {
             Wiring::Parallel => stream,
             _ => &stream + self.site("attention.out")?,
         };
         let slopes = match &block.feedforward {
-            Some(part) => self.feedforward(part, &block.norm, &read)?,
+            Some(part) => {
+                let reads = self.norm("feedforward_norm", &block.norm)?;
+                let down = operator_norm(&self.weight("feedforward.down")?)?;
+                let inner = self.slopes(part, |weight| operator_norm(&reads.before(weight)))?;
+                let betas = deviations(&read, &block.norm);
+                let each = inner.iter().zip(&betas);
+                each.map(|(slope, beta)| down * slope / beta).collect()
+            }
             None => vec![0.0; read.nrows()],
         };
         for (i, slope) in slopes.iter().enumerate() {
             match block.wiring {
                 Wiring::Parallel => layer[(i, i)] += slope,
-                _ => layer
-                    .row_mut(i)
-                    .iter_mut()
-                    .for_each(|entry| *entry *= 1.0 + slope),
+                _ => scale_row(&mut layer, i, 1.0 + slope),
+            }
+        }
+        Ok(layer)
+    }
+
+    /// `M` of a block whose norms stand after the residual sums.
+    fn after_sums(&self, block: &BlockSpec, attention: &MultiHeadSpec) -> Result<Matrix> {
+        let norm = self.norm("attention_norm", &block.norm)?;
+        let mut layer = self.attention(attention, |circuit| operator_norm(&norm.after(circuit)))?;
+        let passes = norm.passes()?;
+        let sum = self.site("in")? + self.site("attention.out")?;
+        for (i, beta) in deviations(&sum, &block.norm).iter().enumerate() {
+            layer[(i, i)] += passes;
+            scale_row(&mut layer, i, 1.0 / beta);
+        }
+        if let Some(part) = &block.feedforward {
+            let norm = self.norm("feedforward_norm", &block.norm)?;
+            let down = operator_norm(&norm.after(&self.weight("feedforward.down")?))?;
+            let passes = norm.passes()?;
+            let sum = self.site("feedforward.in")? + self.site("feedforward.out")?;
+            let betas = deviations(&sum, &block.norm);
+            let slopes = self.slopes(part, operator_norm)?;
+            for (i, (slope, beta)) in slopes.iter().zip(&betas).enumerate() {
+                scale_row(&mut layer, i, (passes + down * slope) / beta);
             }
         }
         Ok(layer)
@@ -267,8 +312,17 @@ impl Part<'_> {
         )
     }
 
-    /// `Σ_h α_ij^h ‖W_O^h W_V^h Γ C‖ / β_j + δ_ij`.
-    fn attention(&self, spec: &MultiHeadSpec, norm: &NormSpec, stream: &Matrix) -> Result<Matrix> {
+    fn norm(&self, name: &str, spec: &NormSpec) -> Result<Scales> {
+        let path = format!("{}.{name}", self.path);
+        Scales::of(self.model, &path, spec, self.model.spec().width)
+    }
+
+    /// `Σ_h α_ij^h size(W_O^h W_V^h)`.
+    fn attention(
+        &self,
+        spec: &MultiHeadSpec,
+        size: impl Fn(&Matrix) -> Result<f64>,
+    ) -> Result<Matrix> {
         let weights = self
             .trace
             .signal(&format!("{}.attention.weights", self.path))?;
@@ -278,46 +332,36 @@ impl Part<'_> {
             self.weight("attention.output")?,
         );
         let head_width = spec.head_width(self.model.spec().width);
-        let betas = deviations(stream, norm);
-        let length = stream.nrows();
-        let mut layer = identity(length);
+        let mut sum: Option<Matrix> = None;
         for head in 0..spec.heads {
             let group = head / (spec.heads / spec.groups().max(1)).max(1);
             let down = value.as_ref().subrows(group * head_width, head_width);
             let up = output.as_ref().subcols(head * head_width, head_width);
-            let path = format!("{}.attention_norm", self.path);
-            let circuit = scaled(self.model, &path, norm, &(up * down))?;
-            let factor = operator_norm(&circuit)?;
+            let factor = size(&(up * down))?;
             let alpha = matrix_from_tensor("attention weights", &engine(weights.get(head))?)?;
-            for i in 0..length {
-                for (j, beta) in betas.iter().enumerate() {
-                    layer[(i, j)] += alpha[(i, j)] * factor / beta;
-                }
-            }
+            let own = Matrix::from_fn(alpha.nrows(), alpha.ncols(), |i, j| alpha[(i, j)] * factor);
+            sum = Some(match sum {
+                Some(sum) => sum + own,
+                None => own,
+            });
         }
-        Ok(layer)
+        sum.ok_or_else(|| self.refused("no heads", "at least one head"))
     }
 
-    /// `f_i` of every row that is read, before its norm.
-    fn feedforward(
+    /// The most that each row of the feed-forward part's hidden features can move for a step of
+    /// what is read: `s_i size(W_up)`, and of a gated part the sum over its two factors.
+    fn slopes(
         &self,
         part: &FeedforwardSpec,
-        norm: &NormSpec,
-        read: &Matrix,
+        size: impl Fn(&Matrix) -> Result<f64>,
     ) -> Result<Vec<f64>> {
-        let betas = deviations(read, norm);
-        let path = format!("{}.feedforward_norm", self.path);
-        let through = |name: &str| -> Result<f64> {
-            let weight = self.weight(&format!("feedforward.{name}"))?;
-            operator_norm(&scaled(self.model, &path, norm, &weight)?)
-        };
-        let down = operator_norm(&self.weight("feedforward.down")?)?;
+        let through = |name: &str| size(&self.weight(&format!("feedforward.{name}"))?);
         let up = through("up")?;
-        let slopes: Vec<f64> = match part {
+        match part {
             FeedforwardSpec::Dense(dense) => {
                 let before = self.before_activation("up")?;
                 let slopes = activation_tangent(&before, dense.activation.into())?;
-                row_maxima(&slopes)?.iter().map(|most| most * up).collect()
+                Ok(row_maxima(&slopes)?.iter().map(|most| most * up).collect())
             }
             FeedforwardSpec::Gated(gated) => {
                 let activation: Activation = gated.activation.into();
@@ -327,13 +371,12 @@ impl Part<'_> {
                 let bent = engine(activation_tangent(&gate, activation)? * content)?;
                 let through_gate = through("gate")?;
                 let both = open.iter().zip(row_maxima(&bent)?);
-                both.map(|(open, bent)| open * up + bent * through_gate)
-                    .collect()
+                Ok(both
+                    .map(|(open, bent)| open * up + bent * through_gate)
+                    .collect())
             }
-            _ => return Err(self.refused("a mixture", "a dense or gated feed-forward part")),
-        };
-        let each = slopes.iter().zip(&betas);
-        Ok(each.map(|(slope, beta)| down * slope / beta).collect())
+            _ => Err(self.refused("a mixture", "a dense or gated feed-forward part")),
+        }
     }
 
     /// What a layer of the feed-forward part gives before any activation, `[length, hidden]`.
@@ -353,8 +396,9 @@ impl Part<'_> {
     }
 }
 
-fn identity(size: usize) -> Matrix {
-    Matrix::identity(size, size)
+fn scale_row(matrix: &mut Matrix, row: usize, factor: f64) {
+    let entries = matrix.row_mut(row).iter_mut();
+    entries.for_each(|entry| *entry *= factor);
 }
 
 /// Largest `|x|` of each row.
@@ -363,27 +407,57 @@ fn row_maxima(x: &Tensor) -> Result<Vec<f64>> {
     engine(engine(maxima.to_dtype(DType::F64))?.to_vec1::<f64>())
 }
 
-/// `W Γ C`: a matrix that reads what the norm at `path` writes, before division by the deviation.
-fn scaled(model: &Model, path: &str, norm: &NormSpec, weight: &Matrix) -> Result<Matrix> {
-    let width = weight.ncols();
-    if *norm == NormSpec::None {
-        return Ok(weight.clone());
+/// `Γ C`: what a norm does before it divides by the deviation.
+struct Scales {
+    gamma: Vec<f64>,
+    centres: bool,
+}
+
+impl Scales {
+    /// Those of the norm at `path`, all one where it has no weights.
+    fn of(model: &Model, path: &str, spec: &NormSpec, width: usize) -> Result<Self> {
+        let gamma = match model.parameters().get(&format!("{path}.weight")) {
+            Some(gamma) => engine(engine(gamma.to_dtype(DType::F64))?.to_vec1::<f64>())?,
+            None => vec![1.0; width],
+        };
+        let centres = matches!(spec, NormSpec::Layer { .. });
+        Ok(Self { gamma, centres })
     }
-    let gamma = match model.parameters().get(&format!("{path}.weight")) {
-        Some(gamma) => engine(engine(gamma.to_dtype(DType::F64))?.to_vec1::<f64>())?,
-        None => vec![1.0; width],
-    };
-    let mut product = Matrix::from_fn(weight.nrows(), width, |i, j| weight[(i, j)] * gamma[j]);
-    if let NormSpec::Layer { .. } = norm {
-        for i in 0..product.nrows() {
-            let mean = product.row(i).iter().sum::<f64>() / width as f64;
-            product
-                .row_mut(i)
-                .iter_mut()
-                .for_each(|entry| *entry -= mean);
+
+    /// `W Γ C`: a matrix that reads what the norm writes.
+    fn before(&self, weight: &Matrix) -> Matrix {
+        let mut product = Matrix::from_fn(weight.nrows(), weight.ncols(), |i, j| {
+            weight[(i, j)] * self.gamma[j]
+        });
+        if self.centres {
+            for i in 0..product.nrows() {
+                let mean = product.row(i).iter().sum::<f64>() / product.ncols() as f64;
+                let entries = product.row_mut(i).iter_mut();
+                entries.for_each(|entry| *entry -= mean);
+            }
         }
+        product
     }
-    Ok(product)
+
+    /// `Γ C W`: a matrix whose outputs the norm reads.
+    fn after(&self, weight: &Matrix) -> Matrix {
+        let rows = weight.nrows() as f64;
+        let means: Vec<f64> = (0..weight.ncols())
+            .map(|j| match self.centres {
+                true => weight.col(j).iter().sum::<f64>() / rows,
+                false => 0.0,
+            })
+            .collect();
+        Matrix::from_fn(weight.nrows(), weight.ncols(), |i, j| {
+            self.gamma[i] * (weight[(i, j)] - means[j])
+        })
+    }
+
+    /// `‖Γ C‖`: of what passes by.
+    fn passes(&self) -> Result<f64> {
+        let width = self.gamma.len();
+        operator_norm(&self.before(&Matrix::identity(width, width)))
+    }
 }
 
 /// What the norm divides each row by; 1 where there is none.

@@ -13,7 +13,7 @@ use self::measures::{Tested, accuracy, marks, retrieval, test, worst_group};
 use self::study::{Found, Pictures, Texts, survey};
 use super::attributes::{self, PROPERTIES, SHAPE, TEXTURE};
 use super::mini_clip::{Course, MiniClip};
-use super::{after_training, mean};
+use super::{after_training, keep, mean};
 use crate::error::engine;
 use crate::{Claim, Reproduction, Result, Scale, Setting, Verdict};
 use lapidary_explain::clip::{Component, ImageTower, ZeroShot, mean_ablated, spurious_edit};
@@ -105,6 +105,14 @@ struct Ablations {
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale, setting.seed);
     let study = Study::new(&size, setting.seed)?;
+    // As a classifier of shapes, for methods to be scored on.
+    let classifier = study.shapes.classifier(&study.clip.image)?;
+    keep(
+        setting,
+        "attributes",
+        &classifier,
+        &attributes::values(SHAPE),
+    )?;
     let course = &size.course;
     let tower = ImageTower::new(&study.clip.image)?;
     let shape_accuracy = |ablated: &[bool]| -> Result<f64> {

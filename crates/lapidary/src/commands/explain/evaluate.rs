@@ -3,19 +3,24 @@
 use super::{methods, options};
 use crate::cli::{Explain, Global, TextUnit};
 use crate::{datasets, loading, output, report};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use lapidary_explain::evaluation::{evaluate, evaluate_images};
+use lapidary_explain::clip::ZeroShot;
+use lapidary_explain::evaluation::{ImageEvaluation, evaluate, evaluate_images};
 use lapidary_explain::{Explainer, Options, Unit};
-use lapidary_lab::experiments::glyphs;
-use lapidary_model::{InputSpec, Package};
+use lapidary_kernels::Tensor;
+use lapidary_lab::experiments::{attributes, glyphs};
+use lapidary_model::{HeadSpec, Input, InputSpec, Package};
 
 pub fn run(dataset: &str, arguments: &Explain, global: &Global) -> Result<()> {
     let options = options(&arguments.options, global)?;
     let methods = methods(&arguments.method)?;
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     if dataset == datasets::GLYPHS {
-        return images(&package, &methods, &options, arguments, global);
+        return glyph_images(&package, &methods, &options, arguments, global);
+    }
+    if dataset == datasets::ATTRIBUTES {
+        return attribute_images(&package, &methods, &options, arguments, global);
     }
     let model = package.text_model()?;
     let mut data = datasets::examples(dataset, &package, model, arguments.limit, global.seed)?;
@@ -55,8 +60,8 @@ pub fn run(dataset: &str, arguments: &Explain, global: &Global) -> Result<()> {
     }
 }
 
-/// The same on images.
-fn images(
+/// The same on images of glyphs.
+fn glyph_images(
     package: &Package,
     methods: &[&Explainer],
     options: &Options,
@@ -85,12 +90,82 @@ fn images(
         })
     };
     let evaluation = evaluate_images(model, &examples, &input, methods, options)?;
-    let found = evaluation.report(&format!("{} on {}", arguments.model, datasets::GLYPHS));
+    print_images(&evaluation, datasets::GLYPHS, arguments, global)
+}
+
+/// The same on pictures of shapes, for a classifier of them, or for two towers whose classes are
+/// said in words.
+fn attribute_images(
+    package: &Package,
+    methods: &[&Explainer],
+    options: &Options,
+    arguments: &Explain,
+    global: &Global,
+) -> Result<()> {
+    let shapes: Vec<String> = attributes::values(attributes::SHAPE)
+        .into_iter()
+        .map(str::to_owned)
+        .collect();
+    let named;
+    let model = match package.single_model() {
+        Ok(model) => model,
+        Err(_) => {
+            let mut models = package.towers.iter().map(|tower| &tower.model);
+            let image = models
+                .find(|model| model.spec().vocabulary().is_none())
+                .context("the model reads no images")?;
+            let templates = [TEMPLATE.to_owned()];
+            let (text, tokenizer) = (package.text_model()?, package.tokenizer()?);
+            let classes = ZeroShot::from_templates(text, tokenizer, &shapes, &templates)?;
+            named = classes.classifier(image)?;
+            &named
+        }
+    };
+    let labels = match &model.spec().head {
+        HeadSpec::Pooled { labels, .. } => *labels,
+        _ => None,
+    };
+    let side = match &model.spec().input {
+        InputSpec::Patches(patches) if patches.channels == 3 => match patches.image {
+            [height, width] if height == width && labels == Some(shapes.len()) => Some(height),
+            _ => None,
+        },
+        _ => None,
+    };
+    let side = side.with_context(|| {
+        format!(
+            "{} is for classifiers of square pictures in three channels into {} shapes, which this model is not; train one with `lapidary reproduce clip-text-decomposition --models DIR`",
+            datasets::ATTRIBUTES,
+            shapes.len()
+        )
+    })?;
+    let examples = datasets::attribute_examples(arguments.limit, side, global.seed);
+    let device = model.device();
+    let input = |images: &[Vec<f32>]| {
+        let shape = (images.len(), 3, side, side);
+        let pixels = Tensor::from_vec(images.concat(), shape, &device);
+        let pixels = pixels.map_err(lapidary_kernels::Error::from);
+        Ok(Input::Pixels(pixels.map_err(lapidary_parts::Error::from)?))
+    };
+    let evaluation = evaluate_images(model, &examples, &input, methods, options)?;
+    print_images(&evaluation, datasets::ATTRIBUTES, arguments, global)
+}
+
+/// What a shape is said in.
+const TEMPLATE: &str = "a {}";
+
+fn print_images(
+    evaluation: &ImageEvaluation,
+    dataset: &str,
+    arguments: &Explain,
+    global: &Global,
+) -> Result<()> {
+    let found = evaluation.report(&format!("{} on {dataset}", arguments.model));
     if let Some(html) = &arguments.html {
         output::write_text(html, &report::analysis_page(&found)?)?;
     }
     match global.json {
-        true => output::print_json(&evaluation),
+        true => output::print_json(evaluation),
         false => output::print(&report::analysis_text(&found)),
     }
 }

@@ -106,7 +106,7 @@ pub fn run(arguments: &Explain, global: &Global) -> Result<()> {
     }
     let options = options(&arguments.options, global)?;
     let methods = methods(&arguments.method)?;
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     let subject = Subject::new(&arguments.subject, &package, global)?;
     let position = match arguments.position {
         Some(position) => position,

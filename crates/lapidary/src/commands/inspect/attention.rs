@@ -18,7 +18,7 @@ pub struct Attention {
 }
 
 pub fn run(arguments: &Attention, global: &Global) -> Result<Report> {
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     let subject = Subject::new(&arguments.subject, &package, global)?;
     Ok(attention::report(
         &subject.question(),

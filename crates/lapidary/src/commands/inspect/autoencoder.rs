@@ -98,7 +98,7 @@ pub struct Sae {
 }
 
 pub fn train_one(arguments: &SaeTrain, global: &Global) -> Result<Report> {
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     let model = package.text_model()?;
     refuse_to_replace(&arguments.out)?;
     let site = match &arguments.site {
@@ -154,7 +154,7 @@ pub fn train_one(arguments: &SaeTrain, global: &Global) -> Result<Report> {
 }
 
 pub fn inspect(arguments: &Sae, global: &Global) -> Result<Report> {
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     let model = package.text_model()?;
     let autoencoder: Autoencoder = load(&arguments.sae, arguments.site.as_deref())?;
     ensure!(

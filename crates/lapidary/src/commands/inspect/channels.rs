@@ -24,7 +24,7 @@ pub struct Channels {
 }
 
 pub fn run(arguments: &Channels, global: &Global) -> Result<Report> {
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     let options = ChannelOptions {
         threshold: arguments.threshold,
         draws: arguments.draws,

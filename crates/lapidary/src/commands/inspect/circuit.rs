@@ -97,7 +97,7 @@ pub fn run(arguments: &Circuit, global: &Global) -> Result<Report> {
         (1..=MOST).contains(&arguments.limit) && (1..=MOST).contains(&arguments.draws),
         "--limit and --draws must be between 1 and {MOST}"
     );
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     let model = package.text_model()?;
     let mut notes = Vec::new();
     if let Some(task) = arguments.task.as_deref().and_then(Task::from_name) {

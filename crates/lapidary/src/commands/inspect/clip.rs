@@ -47,6 +47,9 @@ pub struct Clip {
     /// What a class is said in, `{}` standing for its name; several are averaged
     #[arg(long, value_name = "TEXT", default_value = "a photo of a {}.")]
     pub template: Vec<String>,
+    /// File with such templates, one a line, instead
+    #[arg(long, value_name = "FILE", conflicts_with = "template")]
+    pub templates: Option<PathBuf>,
     /// Classify also without these heads, without feed-forward parts and all but the last layers
     #[arg(
         long,
@@ -72,11 +75,14 @@ const AT_ONCE: usize = 8;
 /// Largest file of texts.
 const TEXT_BYTES: u64 = 16 << 20;
 
+/// Most texts that classes are made of.
+const MOST_TEXTS: usize = 1 << 20;
+
 /// Most texts or classes.
 const TEXTS: usize = 1 << 17;
 
 pub fn run(arguments: &Clip, global: &Global) -> Result<Report> {
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     let text_model = package.text_model()?;
     let tower = ImageTower::new(image_model(&package)?)?;
     let images = Images::open(arguments, tower.model())?;
@@ -122,7 +128,17 @@ pub fn run(arguments: &Clip, global: &Global) -> Result<Report> {
     if let Some(path) = &arguments.classes {
         let names = lines(path)?;
         let tokenizer = package.tokenizer()?;
-        let classes = ZeroShot::from_templates(text_model, tokenizer, &names, &arguments.template)?;
+        let templates = match &arguments.templates {
+            Some(path) => templates(path)?,
+            None => arguments.template.clone(),
+        };
+        ensure!(
+            names.len().saturating_mul(templates.len()) <= MOST_TEXTS,
+            "{} classes in {} templates are more than {MOST_TEXTS} texts",
+            names.len(),
+            templates.len()
+        );
+        let classes = ZeroShot::from_templates(text_model, tokenizer, &names, &templates)?;
         let edited = match arguments.without.as_slice() {
             [] => None,
             heads => {
@@ -143,6 +159,20 @@ pub fn run(arguments: &Clip, global: &Global) -> Result<Report> {
             .push(classified(&images, &names, &said, edited)?);
     }
     Ok(report)
+}
+
+/// What classes are said in, one a line.
+fn templates(path: &Path) -> Result<Vec<String>> {
+    let templates = lines(path)?;
+    for (line, template) in templates.iter().enumerate() {
+        ensure!(
+            template.contains("{}"),
+            "{}: template {} is {template:?}, but must have {{}} in it, where the class stands",
+            path.display(),
+            line + 1
+        );
+    }
+    Ok(templates)
 }
 
 /// The model that reads images.

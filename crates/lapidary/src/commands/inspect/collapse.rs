@@ -85,7 +85,7 @@ pub struct Collapse {
 }
 
 pub fn run(arguments: &Collapse, global: &Global) -> Result<Report> {
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     let model = package.text_model()?;
     ensure!(arguments.every > 0, "every is 0, but must be at least 1");
     ensure!(

@@ -28,7 +28,7 @@ pub struct Energy {
 }
 
 pub fn run(arguments: &Energy, global: &Global) -> Result<Report> {
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     let model = package.text_model()?;
     let (window, length) = (arguments.window, model.spec().length());
     ensure!(

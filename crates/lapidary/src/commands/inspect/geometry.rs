@@ -73,7 +73,7 @@ fn block_and_head(text: &str) -> std::result::Result<(usize, usize), String> {
 }
 
 pub fn run(arguments: &Geometry, global: &Global) -> Result<Report> {
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     let model = package.text_model()?;
     let length = model.spec().length();
     let window = arguments.window.unwrap_or(length.min(512));

@@ -1,13 +1,15 @@
 //! `lapidary inspect particles`: random particles under attention.
 
 use crate::cli::Global;
+use crate::output;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use lapidary_explain::analyses::clustering::{
-    Dynamics, Ensemble, Flow, Matrices, Scheme, particles_report, phases_report,
+    Dynamics, Ensemble, Film, Flow, Matrices, Scheme, particles_report, phases_report,
 };
 use lapidary_explain::report::Report;
 use lapidary_train::generator;
+use std::path::PathBuf;
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum FlowName {
@@ -76,6 +78,9 @@ pub struct Particles {
     /// Particles with a larger inner product are one
     #[arg(long, default_value_t = 0.999)]
     pub threshold: f64,
+    /// Also write an animated SVG of one system, coloured by cluster
+    #[arg(long, value_name = "FILE.svg")]
+    pub film: Option<PathBuf>,
 }
 
 pub fn run(arguments: &Particles, global: &Global) -> Result<Report> {
@@ -108,6 +113,17 @@ pub fn run(arguments: &Particles, global: &Global) -> Result<Report> {
         let mut generator = generator(global.seed);
         Dynamics::new(flow, beta)?.with_drawn(matrices, arguments.dimension, &mut generator)
     };
+    if let Some(path) = &arguments.film {
+        let [beta] = arguments.beta.as_slice() else {
+            anyhow::bail!(
+                "a film shows one temperature, but --beta has {}",
+                arguments.beta.len()
+            );
+        };
+        output::check_writable(path)?;
+        let film = Film::new(&dynamics(*beta)?, &ensemble)?;
+        output::write_text(path, &film.to_svg())?;
+    }
     Ok(match arguments.beta.as_slice() {
         [beta] => particles_report(&dynamics(*beta)?, flow, &ensemble)?,
         betas => phases_report(dynamics, flow, betas, &ensemble)?,

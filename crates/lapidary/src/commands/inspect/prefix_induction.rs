@@ -23,7 +23,7 @@ pub struct PrefixInduction {
 }
 
 pub fn run(arguments: &PrefixInduction, global: &Global) -> Result<Report> {
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     let model = package.text_model()?;
     let tokenizer = package.tokenizer.as_ref();
     let is_special = |token: &u32| tokenizer.is_some_and(|tokenizer| tokenizer.is_special(*token));

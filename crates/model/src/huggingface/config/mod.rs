@@ -5,6 +5,7 @@
 //! Fields that do not change what the model computes (dropout, initialisation) are kept as they
 //! are in [`Config::fields`] and not interpreted.
 
+mod albert;
 mod bert;
 mod check;
 mod clip;
@@ -23,6 +24,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+pub use self::albert::AlbertConfig;
 pub use self::bert::{BertConfig, BertKind};
 use self::check::Check;
 pub use self::clip::{ClipConfig, ClipTextConfig, ClipVisionConfig};
@@ -75,6 +77,7 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)]
 pub enum Family {
+    Albert(AlbertConfig),
     Gpt2(Gpt2Config),
     Opt(OptConfig),
     /// Llama, Mistral, Qwen2, Mixtral and OLMoE: one block with variations.
@@ -88,9 +91,9 @@ pub enum Family {
 }
 
 /// Every `model_type` that loads.
-pub const MODEL_TYPES: [&str; 13] = [
-    "bert", "clip", "deit", "gpt2", "llama", "mamba", "mistral", "mixtral", "olmoe", "opt",
-    "qwen2", "roberta", "vit",
+pub const MODEL_TYPES: [&str; 14] = [
+    "albert", "bert", "clip", "deit", "gpt2", "llama", "mamba", "mistral", "mixtral", "olmoe",
+    "opt", "qwen2", "roberta", "vit",
 ];
 
 impl Config {
@@ -158,6 +161,7 @@ impl Family {
             return Err(check.wrong("model_type", "missing", supported()));
         };
         Ok(match model_type.as_str() {
+            "albert" => Self::Albert(AlbertConfig::new(fields, check)?),
             "gpt2" => Self::Gpt2(Gpt2Config::new(fields, check)?),
             "opt" => Self::Opt(OptConfig::new(fields, check)?),
             "llama" => Self::Llama(LlamaConfig::new(LlamaKind::Llama, fields, check)?),
@@ -179,6 +183,7 @@ impl Family {
     /// model, known before anything is allocated. Fields have been checked, so it can't overflow.
     pub fn matrix_parameters(&self) -> u128 {
         match self {
+            Self::Albert(config) => config.matrix_parameters(),
             Self::Gpt2(config) => config.matrix_parameters(),
             Self::Opt(config) => config.matrix_parameters(),
             Self::Llama(config) => config.matrix_parameters(),

@@ -44,6 +44,8 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
         norm,
         attention: MixerSpec::MultiHead(MultiHeadSpec::new(config.num_attention_heads)),
         cross_attention: None,
+        shared: false,
+        layer_scale: None,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.intermediate_size,
             activation: act,
@@ -72,6 +74,7 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
                     act
                 },
                 norm,
+                narrows: false,
             }),
         },
         Kind::Classifier => {
@@ -95,6 +98,7 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
             token_types: config.type_vocab_size,
             norm: Some(norm),
             embedding_width: None,
+            projected: Default::default(),
             dropout: 0.0,
         }),
         blocks: vec![block],

@@ -35,6 +35,8 @@ fn block(
             ..MultiHeadSpec::new(heads)
         }),
         cross_attention: None,
+        shared: false,
+        layer_scale: None,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden,
             activation: activation(act, "hidden_act")?,
@@ -81,6 +83,7 @@ fn text(config: &ClipTextConfig, projection: usize) -> Result<Tower> {
             token_types: 0,
             norm: None,
             embedding_width: None,
+            projected: Default::default(),
             dropout: 0.0,
         }),
         blocks: vec![block(

@@ -44,6 +44,8 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
                 norm,
                 attention: MixerSpec::MultiHead(attention),
                 cross_attention: None,
+                shared: false,
+                layer_scale: None,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden,
                     activation: activation(config.activation_function, "activation_function")?,
@@ -74,6 +76,7 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
             token_types: 0,
             norm: None,
             embedding_width: None,
+            projected: Default::default(),
             dropout: 0.0,
         }),
         blocks,

@@ -84,6 +84,8 @@ pub(super) fn tower(config: &LlamaConfig, architecture: &Architecture<'_>) -> Re
                 norm,
                 attention: MixerSpec::MultiHead(attention),
                 cross_attention: None,
+                shared: false,
+                layer_scale: None,
                 feedforward: Some(feedforward),
                 dropout: 0.0,
             })
@@ -98,6 +100,7 @@ pub(super) fn tower(config: &LlamaConfig, architecture: &Architecture<'_>) -> Re
             token_types: 0,
             norm: None,
             embedding_width: None,
+            projected: Default::default(),
             dropout: 0.0,
         }),
         blocks,

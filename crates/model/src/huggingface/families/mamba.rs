@@ -36,6 +36,8 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
         norm,
         attention: MixerSpec::Mamba(mixer),
         cross_attention: None,
+        shared: false,
+        layer_scale: None,
         feedforward: None,
         dropout: 0.0,
     };
@@ -48,6 +50,7 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
             token_types: 0,
             norm: None,
             embedding_width: None,
+            projected: Default::default(),
             dropout: 0.0,
         }),
         blocks: vec![block],

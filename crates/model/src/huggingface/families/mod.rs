@@ -4,6 +4,7 @@
 //! tensor of the checkpoint which parameters of the model it holds and how they are laid out in
 //! it. The same table reads a checkpoint and writes it back.
 
+mod albert;
 mod bert;
 mod clip;
 mod gpt2;
@@ -37,6 +38,7 @@ pub struct Tower {
 pub fn towers(config: &Config, checkpoint: &Checkpoint) -> Result<Vec<Tower>> {
     let architecture = Architecture::new(config, checkpoint);
     match &config.family {
+        Family::Albert(family) => albert::tower(family, &architecture).map(|tower| vec![tower]),
         Family::Gpt2(family) => gpt2::tower(family, &architecture).map(|tower| vec![tower]),
         Family::Opt(family) => opt::tower(family, &architecture).map(|tower| vec![tower]),
         Family::Llama(family) => llama::tower(family, &architecture).map(|tower| vec![tower]),

@@ -37,6 +37,8 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
             ..MultiHeadSpec::new(config.num_attention_heads)
         }),
         cross_attention: None,
+        shared: false,
+        layer_scale: None,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.ffn_dim,
             activation: activation(config.activation_function, "activation_function")?,
@@ -67,6 +69,7 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
             token_types: 0,
             norm: None,
             embedding_width: projected.then_some(config.word_embed_proj_dim),
+            projected: Default::default(),
             dropout: 0.0,
         }),
         blocks: vec![block],

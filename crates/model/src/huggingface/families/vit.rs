@@ -46,6 +46,8 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
             ..MultiHeadSpec::new(config.num_attention_heads)
         }),
         cross_attention: None,
+        shared: false,
+        layer_scale: None,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.intermediate_size,
             activation: activation(config.hidden_act, "hidden_act")?,
