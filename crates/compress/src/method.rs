@@ -94,7 +94,6 @@ impl<'a> Task<'a> {
     }
 
     /// The data of a method that looks at the model itself.
-    #[allow(dead_code, reason = "read by methods that look more than once")]
     pub(crate) fn observed(&self, method: &str) -> Result<&'a CalibrationData> {
         self.data.ok_or_else(|| {
             Error::invalid(

@@ -1,6 +1,7 @@
 //! The methods that are more than a factorisation of single layers, one file each; and the list.
 
 mod block_influence;
+pub mod curvature;
 
 use crate::factorisation::{
     ACTIVATION_WEIGHTED, FWSVD, GENERALISED_FISHER, ROW_COLUMN_FISHER, SVD, WHITENED,
@@ -11,6 +12,8 @@ use crate::method::Method;
 pub(crate) const METHODS: &[&Method] = &[
     &ACTIVATION_WEIGHTED,
     &block_influence::BLOCK_INFLUENCE,
+    &curvature::CURVATURE,
+    &curvature::CURVATURE_RECTANGLE,
     &FWSVD,
     &GENERALISED_FISHER,
     &ROW_COLUMN_FISHER,
