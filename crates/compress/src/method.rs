@@ -189,9 +189,9 @@ impl Method {
         match model.shares_weights() {
             false => Ok(()),
             true => Err(Error::invalid(
-                "the blocks of the model",
-                "many with one set of weights",
-                format!("blocks with weights of their own for {}", self.name),
+                "the set of weights",
+                "shared by several blocks",
+                format!("each block's own for {}", self.name),
             )),
         }
     }

@@ -26,6 +26,9 @@ pub enum Error {
     /// A compression failed.
     #[error(transparent)]
     Compress(Box<lapidary_compress::Error>),
+    /// A decomposition failed.
+    #[error(transparent)]
+    Factor(#[from] lapidary_factor::Error),
     /// Training failed.
     #[error(transparent)]
     Train(Box<lapidary_train::Error>),

@@ -53,7 +53,7 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 14] = [
+static SYSTEMS: [System; 15] = [
     System {
         slug: "associative-memory",
         title: "Beyond Scaling Laws: Understanding Transformer Performance with Associative Memory",
@@ -118,6 +118,16 @@ static SYSTEMS: [System; 14] = [
         kind: Kind::Explanation,
         parts: &["signal::contextual", "explain::contextual"],
         experiment: experiments::contextual::run,
+    },
+    System {
+        slug: "curvature-edit",
+        title: "From Memorization to Reasoning in the Spectrum of Loss Curvature",
+        authors: "Merullo, Vatsavaya, Bushnaq, Lewis",
+        year: 2025,
+        arxiv: Some("2510.24256"),
+        kind: Kind::Compression,
+        parts: &["compress::curvature"],
+        experiment: experiments::curvature::run,
     },
     System {
         slug: "decomposition-xai",

@@ -1184,7 +1184,7 @@ fn inspects_channels_clusters_particles_and_energy() {
         &[
             "compress", &albert, "--method", "svd", "--ratio", "0.5", "--out", out,
         ],
-        &["share one set of weights"],
+        &["shared by several blocks"],
     );
 
     let directory = tempfile::tempdir().unwrap();

@@ -9,6 +9,7 @@ pub mod classifier;
 pub mod clip;
 pub mod clustering;
 pub mod contextual;
+pub mod curvature;
 pub mod decoder;
 pub mod decompx;
 pub mod energy;

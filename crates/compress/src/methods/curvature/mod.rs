@@ -118,6 +118,35 @@ impl Curved {
         select(&self.output_curvature, &self.input_curvature, mass)
     }
 
+    /// Every pair of directions with its share `C_ij²` of the weight's energy.
+    pub fn energies(&self) -> Vec<(usize, usize, f64)> {
+        let (rows, columns) = (self.coefficients.nrows(), self.coefficients.ncols());
+        let pairs = (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j)));
+        pairs
+            .map(|(i, j)| (i, j, self.coefficients[(i, j)].powi(2)))
+            .collect()
+    }
+
+    /// The weight without these pairs of directions, in `f64`.
+    ///
+    /// # Errors
+    /// When a pair is not one of the weight's.
+    pub fn without(&self, removed: &[(usize, usize)]) -> Result<Tensor> {
+        let mut chosen = self.coefficients.clone();
+        for &(i, j) in removed {
+            if i >= chosen.nrows() || j >= chosen.ncols() {
+                let expected = format!("below ({}, {})", chosen.nrows(), chosen.ncols());
+                return Err(Error::invalid(
+                    "a pair of directions",
+                    format!("({i}, {j})"),
+                    expected,
+                ));
+            }
+            chosen[(i, j)] = 0.0;
+        }
+        self.written(&chosen)
+    }
+
     /// `U (C ⊙ 1_S) Vᵀ` in `f64`, with the first `kept[i]` input directions of output direction
     /// `i` in `S`.
     ///
@@ -131,7 +160,12 @@ impl Curved {
                 false => 0.0,
             }
         });
-        let weight = &self.outputs * chosen * self.inputs.transpose();
+        self.written(&chosen)
+    }
+
+    /// `U C Vᵀ`.
+    fn written(&self, coefficients: &Matrix) -> Result<Tensor> {
+        let weight = &self.outputs * coefficients * self.inputs.transpose();
         Ok(matrix_to_tensor(
             weight.as_ref(),
             DType::F64,

@@ -134,11 +134,11 @@ fn what_is_wrong_is_named_with_what_would_be_right() {
     let cases = [
         (
             json!({}),
-            "model_type is missing, but must be one of bert, clip, deit",
+            "model_type is missing, but must be one of albert, bert, clip, deit",
         ),
         (
             json!({"model_type": "bart"}),
-            "model_type is bart, but must be one of bert, clip, deit",
+            "model_type is bart, but must be one of albert, bert, clip, deit",
         ),
         (
             json!({"model_type": "gpt2", "n_embd": 1_000_000_000_000u64}),
