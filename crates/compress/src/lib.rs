@@ -41,6 +41,7 @@
 
 mod calibration;
 mod data;
+pub mod dimension;
 mod edit;
 mod error;
 mod export;
@@ -66,6 +67,7 @@ pub use export::{export_dense, two_layer_parameters};
 pub use factorisation::Factorisation;
 pub use fingerprint::Fingerprint;
 pub use method::{Method, Schedule, Settings, Task};
+pub use methods::slicing;
 pub use objective::Objective;
 pub use output::output_errors;
 pub use plan::{Budget, Change, ModulePlan, Plan};

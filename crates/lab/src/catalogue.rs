@@ -75,6 +75,7 @@ fn mixer_block(attention: MixerSpec) -> BlockSpec {
         norm: NormSpec::None,
         attention,
         cross_attention: None,
+        shortcuts: false,
         feedforward: None,
         dropout: 0.0,
     }

@@ -222,6 +222,7 @@ fn block() -> BoxedStrategy<BlockSpec> {
                 norm,
                 attention,
                 cross_attention: None,
+                shortcuts: false,
                 feedforward,
                 dropout,
             },

@@ -3,17 +3,26 @@
 //! addition (He et al., arXiv 1512.03385, for the residual; Turner, An Introduction to
 //! Transformers, 2023, arXiv 2304.10557, for the block in its plainest form).
 //!
-//! Its cost is that of its parts and `2 width` operations per token for two residual sums.
+//! With shortcuts, the residual passes a linear map `S` before a part's output is added to it, as
+//! it must once each part reads and writes a basis of its own (Ashkboos et al., SliceGPT, 2024,
+//! arXiv 2401.15024):
+//!
+//! ```text
+//! y = x S₁ᵀ + A(N₁ x),   z = y S₂ᵀ + F(N₂ y);     in parallel   z = x S₁ᵀ + A(N₁ x) + F(N₂ x)
+//! ```
+//!
+//! Its cost is that of its parts and `2 width` operations per token for two residual sums; a
+//! shortcut has `width²` parameters and costs `2 width²` operations per token.
 
 use crate::attention::{Mixer, MixerSpec, MultiHeadAttention, MultiHeadSpec};
 use crate::dropout::dropout;
 use crate::error::bounded;
 use crate::feedforward::{Feedforward, FeedforwardSpec};
 use crate::norm::{Norm, NormSpec};
-use crate::parameters::Parameters;
+use crate::parameters::{Init, Parameters};
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
-use lapidary_signal::Signal;
+use lapidary_signal::{Linear, Signal};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -54,6 +63,10 @@ pub struct BlockSpec {
     /// What transforms tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub feedforward: Option<FeedforwardSpec>,
+    /// Whether the residual passes a linear map without bias before a part's output is added:
+    /// `attention_shortcut` and `feedforward_shortcut`, the first alone in parallel wiring.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shortcuts: bool,
     /// Probability with which an entry of a part's output is dropped in training.
     #[serde(default)]
     pub dropout: f64,
@@ -91,6 +104,20 @@ impl BlockSpec {
         if let Some(feedforward) = &self.feedforward {
             feedforward.validate(&format!("{field}.feedforward"))?;
         }
+        if self.shortcuts && self.wiring == Wiring::PostNorm {
+            return Err(Error::spec(
+                format!("{field}.shortcuts"),
+                true,
+                "false in a post-norm block: its norms change what the residual carries",
+            ));
+        }
+        if self.shortcuts && self.cross_attention.is_some() {
+            return Err(Error::spec(
+                format!("{field}.shortcuts"),
+                true,
+                "false in a block with cross-attention",
+            ));
+        }
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::spec(
                 format!("{field}.dropout"),
@@ -111,6 +138,8 @@ pub struct Block {
     attention: (Norm, Mixer),
     cross_attention: Option<(Norm, MultiHeadAttention)>,
     feedforward: Option<(Norm, Feedforward)>,
+    attention_shortcut: Option<Linear>,
+    feedforward_shortcut: Option<Linear>,
 }
 
 impl Block {
@@ -134,6 +163,21 @@ impl Block {
                 Feedforward::new(feedforward, width, parameters.at("feedforward"))?,
             )),
         };
+        // It starts as a map that keeps lengths on average.
+        let mut shortcut = |name: &str, input_site: &str| {
+            let deviation = 1.0 / (width as f64).sqrt();
+            let initial = Init::Normal { deviation };
+            parameters.linear_starting(name, input_site, [width, width], initial, None)
+        };
+        let attention_shortcut = match spec.shortcuts {
+            true => Some(shortcut("attention_shortcut", "in")?),
+            false => None,
+        };
+        let second = spec.shortcuts && feedforward.is_some() && spec.wiring != Wiring::Parallel;
+        let feedforward_shortcut = match second {
+            true => Some(shortcut("feedforward_shortcut", "feedforward_shortcut.in")?),
+            false => None,
+        };
         Ok(Self {
             path: parameters.path().to_owned(),
             wiring: spec.wiring,
@@ -141,6 +185,8 @@ impl Block {
             attention,
             cross_attention,
             feedforward,
+            attention_shortcut,
+            feedforward_shortcut,
         })
     }
 
@@ -156,10 +202,13 @@ impl Block {
             return self.parallel(x, cx, state);
         }
         let (norm, mixer) = &self.attention;
-        let x = self.around(x, norm, "attention", cx, |x| mixer.forward(x, cx, state))?;
+        let shortcut = self.attention_shortcut.as_ref();
+        let x = self.around(x, norm, shortcut, "attention", cx, |x| {
+            mixer.forward(x, cx, state)
+        })?;
         let x = match &self.cross_attention {
             None => x,
-            Some((norm, attention)) => self.around(x, norm, "cross_attention", cx, |x| {
+            Some((norm, attention)) => self.around(x, norm, None, "cross_attention", cx, |x| {
                 let (memory, padding) = cx.memory.ok_or_else(|| {
                     Error::spec(
                         "memory of cross-attention",
@@ -173,7 +222,16 @@ impl Block {
         let x = match &self.feedforward {
             None => x,
             Some((norm, part)) => {
-                self.around(x, norm, "feedforward", cx, |x| part.forward(x, cx))?
+                let shortcut = self.feedforward_shortcut.as_ref();
+                let x = match shortcut {
+                    Some(_) => cx
+                        .trace
+                        .site(format_args!("{}.feedforward_shortcut.in", self.path), x)?,
+                    None => x,
+                };
+                self.around(x, norm, shortcut, "feedforward", cx, |x| {
+                    part.forward(x, cx)
+                })?
             }
         };
         Ok(cx.trace.site(format_args!("{}.out", self.path), x)?)
@@ -184,6 +242,7 @@ impl Block {
         &self,
         x: Signal,
         norm: &Norm,
+        shortcut: Option<&Linear>,
         name: &str,
         cx: &Context<'_>,
         part: impl FnOnce(&Signal) -> Result<Signal>,
@@ -196,7 +255,7 @@ impl Block {
             }
             Wiring::PreNorm | Wiring::Parallel => {
                 let y = dropout(&part(&norm.forward(&x)?)?, self.dropout, site, cx)?;
-                Ok(x.add(&y)?)
+                Ok(passed(&x, shortcut)?.add(&y)?)
             }
         }
     }
@@ -210,12 +269,21 @@ impl Block {
         let (norm, mixer) = &self.attention;
         let mixed = mixer.forward(&norm.forward(&x)?, cx, state)?;
         let site = format_args!("{}.attention.dropout", self.path);
-        let mut y = x.add(&dropout(&mixed, self.dropout, site, cx)?)?;
+        let residual = passed(&x, self.attention_shortcut.as_ref())?;
+        let mut y = residual.add(&dropout(&mixed, self.dropout, site, cx)?)?;
         if let Some((norm, part)) = &self.feedforward {
             let transformed = part.forward(&norm.forward(&x)?, cx)?;
             let site = format_args!("{}.feedforward.dropout", self.path);
             y = y.add(&dropout(&transformed, self.dropout, site, cx)?)?;
         }
         Ok(cx.trace.site(format_args!("{}.out", self.path), y)?)
+    }
+}
+
+/// The residual behind its shortcut, if it has one.
+fn passed(x: &Signal, shortcut: Option<&Linear>) -> Result<Signal> {
+    match shortcut {
+        Some(shortcut) => Ok(x.linear(shortcut)?),
+        None => Ok(x.clone()),
     }
 }

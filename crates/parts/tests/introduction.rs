@@ -263,6 +263,7 @@ fn block_with(attention: MultiHeadSpec) -> BlockSpec {
         norm: NormSpec::Layer { epsilon: EPSILON },
         attention: MixerSpec::MultiHead(attention),
         cross_attention: None,
+        shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * D,
             activation: ActivationSpec::Gelu,

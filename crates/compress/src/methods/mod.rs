@@ -1,6 +1,7 @@
 //! The methods that are more than a factorisation of single layers, one file each; and the list.
 
 mod block_influence;
+pub mod slicing;
 
 use crate::factorisation::{
     ACTIVATION_WEIGHTED, FWSVD, GENERALISED_FISHER, ROW_COLUMN_FISHER, SVD, WHITENED,
@@ -11,9 +12,14 @@ use crate::method::Method;
 pub(crate) const METHODS: &[&Method] = &[
     &ACTIVATION_WEIGHTED,
     &block_influence::BLOCK_INFLUENCE,
+    &slicing::COORDINATE_MAGNITUDE,
+    &slicing::DOTRESIZE,
+    &slicing::DOTRESIZE_SHARED,
     &FWSVD,
     &GENERALISED_FISHER,
     &ROW_COLUMN_FISHER,
+    &slicing::SLICEGPT,
+    &slicing::SLICEGPT_SHARED,
     &SVD,
     &WHITENED,
 ];

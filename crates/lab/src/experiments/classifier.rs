@@ -119,6 +119,7 @@ impl Encoder {
                 norm: NormSpec::default(),
                 attention: MixerSpec::MultiHead(MultiHeadSpec::new(self.heads)),
                 cross_attention: None,
+                shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 4 * self.width,
                     activation: ActivationSpec::Gelu,

@@ -49,6 +49,7 @@ pub fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
                 ..MultiHeadSpec::new((width / 16).max(1))
             }),
             cross_attention: None,
+            shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * width,
                 activation: ActivationSpec::Gelu,

@@ -202,6 +202,7 @@ fn spec(course: &Course) -> ModelSpec {
             norm: NormSpec::default(),
             attention: MixerSpec::MultiHead(MultiHeadSpec::new(course.heads)),
             cross_attention: None,
+            shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * course.width,
                 activation: ActivationSpec::Gelu,

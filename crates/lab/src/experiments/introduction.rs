@@ -82,6 +82,7 @@ impl Specimen {
                 norm: NormSpec::default(),
                 attention: MixerSpec::MultiHead(attention),
                 cross_attention: None,
+                shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 4 * WIDTH,
                     activation: Default::default(),

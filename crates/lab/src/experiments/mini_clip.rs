@@ -81,6 +81,7 @@ impl Course {
                 ..MultiHeadSpec::new(self.heads)
             }),
             cross_attention: None,
+            shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: self.expansion * self.width,
                 activation: ActivationSpec::QuickGelu,

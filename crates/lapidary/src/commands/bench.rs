@@ -76,6 +76,7 @@ fn spec(arguments: &Bench) -> ModelSpec {
             ..MultiHeadSpec::new(arguments.heads)
         }),
         cross_attention: None,
+        shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * arguments.width,
             activation: Default::default(),

@@ -48,6 +48,12 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
     }
     parts.push(norm(&spec.norm, WIDTH, n));
     parts.push((0, n * WIDTH));
+    if spec.shortcuts {
+        parts.push(linear(WIDTH, WIDTH, false, n));
+        if spec.feedforward.is_some() && spec.wiring == Wiring::PreNorm {
+            parts.push(linear(WIDTH, WIDTH, false, n));
+        }
+    }
     if let Some(cross) = &spec.cross_attention {
         parts.extend(attention_formulas(cross, LENGTH * MEMORY, MEMORY));
         parts.push(norm(&spec.norm, WIDTH, n));

@@ -44,6 +44,7 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
         norm,
         attention: MixerSpec::MultiHead(MultiHeadSpec::new(config.num_attention_heads)),
         cross_attention: None,
+        shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.intermediate_size,
             activation: act,

@@ -35,6 +35,7 @@ fn block(
             ..MultiHeadSpec::new(heads)
         }),
         cross_attention: None,
+        shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden,
             activation: activation(act, "hidden_act")?,

@@ -44,6 +44,7 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
                 norm,
                 attention: MixerSpec::MultiHead(attention),
                 cross_attention: None,
+                shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden,
                     activation: activation(config.activation_function, "activation_function")?,

@@ -84,6 +84,7 @@ pub(super) fn tower(config: &LlamaConfig, architecture: &Architecture<'_>) -> Re
                 norm,
                 attention: MixerSpec::MultiHead(attention),
                 cross_attention: None,
+                shortcuts: false,
                 feedforward: Some(feedforward),
                 dropout: 0.0,
             })

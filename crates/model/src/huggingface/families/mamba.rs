@@ -36,6 +36,7 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
         norm,
         attention: MixerSpec::Mamba(mixer),
         cross_attention: None,
+        shortcuts: false,
         feedforward: None,
         dropout: 0.0,
     };

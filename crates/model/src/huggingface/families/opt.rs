@@ -37,6 +37,7 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
             ..MultiHeadSpec::new(config.num_attention_heads)
         }),
         cross_attention: None,
+        shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.ffn_dim,
             activation: activation(config.activation_function, "activation_function")?,

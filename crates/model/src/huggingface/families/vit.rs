@@ -46,6 +46,7 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
             ..MultiHeadSpec::new(config.num_attention_heads)
         }),
         cross_attention: None,
+        shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.intermediate_size,
             activation: activation(config.hidden_act, "hidden_act")?,
