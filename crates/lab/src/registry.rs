@@ -53,7 +53,7 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 14] = [
+static SYSTEMS: [System; 16] = [
     System {
         slug: "associative-memory",
         title: "Beyond Scaling Laws: Understanding Transformer Performance with Associative Memory",
@@ -145,6 +145,16 @@ static SYSTEMS: [System; 14] = [
         experiment: experiments::decompx::run,
     },
     System {
+        slug: "dotresize",
+        title: "DOTResize: Reducing LLM Width via Discrete Optimal Transport-based Neuron Merging",
+        authors: "Verma, Murray, Duh",
+        year: 2025,
+        arxiv: Some("2507.04517"),
+        kind: Kind::Compression,
+        parts: &["compress::dotresize", "compress::slicing"],
+        experiment: experiments::dotresize::run,
+    },
+    System {
         slug: "fwsvd",
         title: "Language model compression with weighted low-rank factorization",
         authors: "Hsu, Hua, Chang, Lou, Shen, Jin",
@@ -193,6 +203,20 @@ static SYSTEMS: [System; 14] = [
         kind: Kind::Explanation,
         parts: &["signal::rounding", "explain::analyses::squashing"],
         experiment: experiments::squashing::run,
+    },
+    System {
+        slug: "slicegpt",
+        title: "How can representation dimension dominate structurally pruned LLMs?",
+        authors: "Xu, Alazraki, Mandic",
+        year: 2025,
+        arxiv: Some("2503.04377"),
+        kind: Kind::Compression,
+        parts: &[
+            "compress::slicegpt",
+            "compress::slicing",
+            "compress::dimension",
+        ],
+        experiment: experiments::slicegpt::run,
     },
     System {
         slug: "talking-heads",

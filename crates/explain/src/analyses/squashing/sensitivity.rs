@@ -234,6 +234,9 @@ impl Part<'_> {
         if block.wiring == Wiring::PostNorm {
             return Err(self.refused("post-norm", "pre-norm or parallel wiring"));
         }
+        if block.shortcuts {
+            return Err(self.refused("shortcuts", "a residual that is added as it is"));
+        }
         if block.cross_attention.is_some() {
             return Err(self.refused("cross-attention", "no cross-attention"));
         }
