@@ -30,7 +30,6 @@ impl Edit {
     }
 
     /// One block's spec.
-    #[allow(dead_code, reason = "for methods that change blocks")]
     pub(crate) fn block(&mut self, index: usize) -> Result<&mut BlockSpec> {
         let blocks = self.spec.blocks.len();
         self.spec
@@ -40,7 +39,6 @@ impl Edit {
     }
 
     /// A parameter in `f64`, when the model has it.
-    #[allow(dead_code, reason = "for methods that change weights")]
     pub(crate) fn find(&self, name: &str) -> Result<Option<Tensor>> {
         self.parameters
             .get(name)
@@ -49,7 +47,6 @@ impl Edit {
     }
 
     /// A parameter in `f64`.
-    #[allow(dead_code, reason = "for methods that change weights")]
     pub(crate) fn get(&self, name: &str) -> Result<Tensor> {
         self.find(name)?.ok_or_else(|| {
             Error::invalid(
@@ -61,7 +58,6 @@ impl Edit {
     }
 
     /// Puts a parameter, rounded once to the model's type.
-    #[allow(dead_code, reason = "for methods that change weights")]
     pub(crate) fn put(&mut self, name: impl Into<String>, tensor: &Tensor) -> Result<()> {
         let tensor = engine(engine(tensor.to_dtype(self.dtype))?.contiguous())?;
         self.parameters.insert(name.into(), tensor);

@@ -41,6 +41,7 @@
 
 mod calibration;
 mod data;
+pub mod dimension;
 mod edit;
 mod error;
 mod export;
@@ -67,6 +68,7 @@ pub use factorisation::Factorisation;
 pub use fingerprint::Fingerprint;
 pub use method::{Method, Schedule, Settings, Task};
 pub use methods::curvature;
+pub use methods::slicing;
 pub use objective::Objective;
 pub use output::output_errors;
 pub use plan::{Budget, Change, ModulePlan, Plan};

@@ -3,6 +3,7 @@
 use lapidary_model::Model;
 
 use crate::methods::METHODS;
+use crate::methods::slicing::SliceSettings;
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
 use crate::{Calibration, CalibrationData, Error, Requirements, Result, Selection};
@@ -41,6 +42,8 @@ pub struct Settings {
     pub batch: usize,
     /// Seed of whatever is drawn.
     pub seed: u64,
+    /// How the residual stream is narrowed.
+    pub slicing: SliceSettings,
 }
 
 impl Default for Settings {
@@ -49,6 +52,7 @@ impl Default for Settings {
             selection: Selection::default(),
             batch: 8,
             seed: 0,
+            slicing: SliceSettings::default(),
         }
     }
 }

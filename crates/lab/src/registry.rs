@@ -53,7 +53,7 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 15] = [
+static SYSTEMS: &[System] = &[
     System {
         slug: "associative-memory",
         title: "Beyond Scaling Laws: Understanding Transformer Performance with Associative Memory",
@@ -155,6 +155,16 @@ static SYSTEMS: [System; 15] = [
         experiment: experiments::decompx::run,
     },
     System {
+        slug: "dotresize",
+        title: "DOTResize: Reducing LLM Width via Discrete Optimal Transport-based Neuron Merging",
+        authors: "Verma, Murray, Duh",
+        year: 2025,
+        arxiv: Some("2507.04517"),
+        kind: Kind::Compression,
+        parts: &["compress::dotresize", "compress::slicing"],
+        experiment: experiments::dotresize::run,
+    },
+    System {
         slug: "fwsvd",
         title: "Language model compression with weighted low-rank factorization",
         authors: "Hsu, Hua, Chang, Lou, Shen, Jin",
@@ -205,6 +215,20 @@ static SYSTEMS: [System; 15] = [
         experiment: experiments::squashing::run,
     },
     System {
+        slug: "slicegpt",
+        title: "How can representation dimension dominate structurally pruned LLMs?",
+        authors: "Xu, Alazraki, Mandic",
+        year: 2025,
+        arxiv: Some("2503.04377"),
+        kind: Kind::Compression,
+        parts: &[
+            "compress::slicegpt",
+            "compress::slicing",
+            "compress::dimension",
+        ],
+        experiment: experiments::slicegpt::run,
+    },
+    System {
         slug: "talking-heads",
         title: "Talking Heads: Understanding Inter-layer Communication in Transformer Language Models",
         authors: "Merullo, Eickhoff, Pavlick",
@@ -218,7 +242,7 @@ static SYSTEMS: [System; 15] = [
 
 /// Every system.
 pub fn systems() -> &'static [System] {
-    &SYSTEMS
+    SYSTEMS
 }
 
 /// The system of that name.

@@ -224,6 +224,7 @@ fn block() -> BoxedStrategy<BlockSpec> {
                 cross_attention: None,
                 shared: repeat.is_multiple_of(2),
                 layer_scale: None,
+                shortcuts: false,
                 feedforward,
                 dropout,
             },

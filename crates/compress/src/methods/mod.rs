@@ -2,6 +2,7 @@
 
 mod block_influence;
 pub mod curvature;
+pub mod slicing;
 
 use crate::factorisation::{
     ACTIVATION_WEIGHTED, FWSVD, GENERALISED_FISHER, ROW_COLUMN_FISHER, SVD, WHITENED,
@@ -14,9 +15,14 @@ pub(crate) const METHODS: &[&Method] = &[
     &block_influence::BLOCK_INFLUENCE,
     &curvature::CURVATURE,
     &curvature::CURVATURE_RECTANGLE,
+    &slicing::COORDINATE_MAGNITUDE,
+    &slicing::DOTRESIZE,
+    &slicing::DOTRESIZE_SHARED,
     &FWSVD,
     &GENERALISED_FISHER,
     &ROW_COLUMN_FISHER,
+    &slicing::SLICEGPT,
+    &slicing::SLICEGPT_SHARED,
     &SVD,
     &WHITENED,
 ];

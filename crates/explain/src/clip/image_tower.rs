@@ -302,6 +302,10 @@ fn layer(model: &Model, index: usize, block: &BlockSpec) -> Result<Layer> {
         let expected = "pre-norm or parallel: a norm after the sum mixes what was written";
         return Err(Error::invalid(field("wiring"), "post-norm", expected));
     }
+    if block.shortcuts {
+        let expected = "false: what a layer writes must reach the output as it is";
+        return Err(Error::invalid(field("shortcuts"), true, expected));
+    }
     if block.cross_attention.is_some() {
         return Err(Error::invalid(field("cross_attention"), "given", "absent"));
     }

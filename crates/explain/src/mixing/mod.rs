@@ -51,6 +51,13 @@ impl<'a> Captured<'a> {
         let specs = question.model.spec().expanded_blocks();
         for (index, block) in specs.iter().enumerate() {
             multi_head(index, block)?;
+            if block.shortcuts {
+                return Err(Error::invalid(
+                    format!("block {index} of the model"),
+                    "one with shortcuts",
+                    format!("one whose residual is added as it is; {OTHERS}"),
+                ));
+            }
             if block.cross_attention.is_some() {
                 return Err(Error::invalid(
                     format!("block {index} of the model"),

@@ -52,6 +52,7 @@ pub fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
             cross_attention: None,
             shared: false,
             layer_scale: None,
+            shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * width,
                 activation: ActivationSpec::Gelu,

@@ -78,6 +78,7 @@ fn spec(arguments: &Bench) -> ModelSpec {
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * arguments.width,
             activation: Default::default(),

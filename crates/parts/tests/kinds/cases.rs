@@ -11,6 +11,7 @@ pub(super) fn block(wiring: Wiring, norm: NormSpec, attention: MixerSpec) -> Blo
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        shortcuts: false,
         feedforward: None,
         dropout: 0.0,
     }
@@ -188,6 +189,30 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
                         ..heads
                     }),
                 )
+            },
+        ),
+        (
+            "shortcuts around narrow heads",
+            BlockSpec {
+                feedforward: gated(Silu, false),
+                shortcuts: true,
+                ..block(
+                    PreNorm,
+                    RMS,
+                    multi_head(MultiHeadSpec {
+                        head_width: Some(6),
+                        causal: true,
+                        ..MultiHeadSpec::new(2)
+                    }),
+                )
+            },
+        ),
+        (
+            "a shortcut around both parts",
+            BlockSpec {
+                feedforward: dense(Gelu, true),
+                shortcuts: true,
+                ..block(Parallel, LAYER, multi_head(MultiHeadSpec::new(2)))
             },
         ),
         (

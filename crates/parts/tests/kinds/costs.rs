@@ -54,6 +54,12 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
         let scaled = 1 + others.into_iter().filter(|there| *there).count();
         parts.push((scaled * WIDTH, scaled * n * WIDTH));
     }
+    if spec.shortcuts {
+        parts.push(linear(WIDTH, WIDTH, false, n));
+        if spec.feedforward.is_some() && spec.wiring == Wiring::PreNorm {
+            parts.push(linear(WIDTH, WIDTH, false, n));
+        }
+    }
     if let Some(cross) = &spec.cross_attention {
         parts.extend(attention_formulas(cross, LENGTH * MEMORY, MEMORY));
         parts.push(norm(&spec.norm, WIDTH, n));

@@ -191,6 +191,21 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
         ),
         (
             BlockSpec {
+                wiring: Wiring::PostNorm,
+                shortcuts: true,
+                ..with_heads(MultiHeadSpec::new(2))
+            },
+            "b.shortcuts is true, but must be false in a post-norm block: its norms change what the residual carries",
+        ),
+        (
+            BlockSpec {
+                shortcuts: true,
+                ..with_cross(MultiHeadSpec::new(2))
+            },
+            "b.shortcuts is true, but must be false in a block with cross-attention",
+        ),
+        (
+            BlockSpec {
                 repeat: 0,
                 ..with_heads(MultiHeadSpec::new(2))
             },

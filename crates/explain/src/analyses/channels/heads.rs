@@ -63,6 +63,13 @@ impl<'a> Heads<'a> {
         crate::error::require_written_out(model, "channels")?;
         let blocks = model.spec().expanded_blocks();
         for (index, block) in blocks.iter().enumerate() {
+            if block.shortcuts {
+                return Err(Error::invalid(
+                    format!("shortcuts of block {index}"),
+                    true,
+                    "false: heads are composed as if they read what was written",
+                ));
+            }
             if block.wiring == Wiring::PostNorm {
                 return Err(Error::invalid(
                     format!("wiring of block {index}"),

@@ -241,6 +241,9 @@ impl Part<'_> {
         let MixerSpec::MultiHead(attention) = &block.attention else {
             return Err(self.refused("another mixer", "multi-head attention"));
         };
+        if block.shortcuts {
+            return Err(self.refused("shortcuts", "a residual that is added as it is"));
+        }
         if block.cross_attention.is_some() {
             return Err(self.refused("cross-attention", "no cross-attention"));
         }

@@ -38,6 +38,7 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        shortcuts: false,
         feedforward: None,
         dropout: 0.0,
     };
