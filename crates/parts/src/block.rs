@@ -78,6 +78,23 @@ impl BlockSpec {
         self.norm.validate(&format!("{field}.norm"))?;
         self.attention
             .validate(width, &format!("{field}.attention"))?;
+        if self.attention == MixerSpec::Absent {
+            let kind = format!("{field}.attention.kind");
+            if self.wiring == Wiring::PostNorm {
+                return Err(Error::spec(
+                    kind,
+                    "absent",
+                    "a mixer in a post-norm block, whose norm follows it",
+                ));
+            }
+            if self.feedforward.is_none() && self.cross_attention.is_none() {
+                return Err(Error::spec(
+                    kind,
+                    "absent",
+                    "a mixer in a block without any other part",
+                ));
+            }
+        }
         if let Some(cross) = &self.cross_attention {
             cross.validate_cross(width, &format!("{field}.cross_attention"))?;
             if self.wiring == Wiring::Parallel {
@@ -108,7 +125,7 @@ pub struct Block {
     path: String,
     wiring: Wiring,
     dropout: f64,
-    attention: (Norm, Mixer),
+    attention: Option<(Norm, Mixer)>,
     cross_attention: Option<(Norm, MultiHeadAttention)>,
     feedforward: Option<(Norm, Feedforward)>,
 }
@@ -116,10 +133,13 @@ pub struct Block {
 impl Block {
     /// Builds the block for tokens of `width`.
     pub fn new(spec: &BlockSpec, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
-        let attention = (
-            Norm::new(&spec.norm, width, parameters.at("attention_norm"))?,
-            Mixer::new(&spec.attention, width, parameters.at("attention"))?,
-        );
+        let attention = match Mixer::new(&spec.attention, width, parameters.at("attention"))? {
+            None => None,
+            Some(mixer) => Some((
+                Norm::new(&spec.norm, width, parameters.at("attention_norm"))?,
+                mixer,
+            )),
+        };
         let cross_attention = match &spec.cross_attention {
             None => None,
             Some(cross) => Some((
@@ -155,8 +175,12 @@ impl Block {
         if self.wiring == Wiring::Parallel {
             return self.parallel(x, cx, state);
         }
-        let (norm, mixer) = &self.attention;
-        let x = self.around(x, norm, "attention", cx, |x| mixer.forward(x, cx, state))?;
+        let x = match &self.attention {
+            None => x,
+            Some((norm, mixer)) => {
+                self.around(x, norm, "attention", cx, |x| mixer.forward(x, cx, state))?
+            }
+        };
         let x = match &self.cross_attention {
             None => x,
             Some((norm, attention)) => self.around(x, norm, "cross_attention", cx, |x| {
@@ -207,10 +231,12 @@ impl Block {
         cx: &Context<'_>,
         state: Option<&mut MixerState>,
     ) -> Result<Signal> {
-        let (norm, mixer) = &self.attention;
-        let mixed = mixer.forward(&norm.forward(&x)?, cx, state)?;
-        let site = format_args!("{}.attention.dropout", self.path);
-        let mut y = x.add(&dropout(&mixed, self.dropout, site, cx)?)?;
+        let mut y = x.clone();
+        if let Some((norm, mixer)) = &self.attention {
+            let mixed = mixer.forward(&norm.forward(&x)?, cx, state)?;
+            let site = format_args!("{}.attention.dropout", self.path);
+            y = y.add(&dropout(&mixed, self.dropout, site, cx)?)?;
+        }
         if let Some((norm, part)) = &self.feedforward {
             let transformed = part.forward(&norm.forward(&x)?, cx)?;
             let site = format_args!("{}.feedforward.dropout", self.path);

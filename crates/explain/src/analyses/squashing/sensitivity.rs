@@ -330,7 +330,7 @@ impl Part<'_> {
                 both.map(|(open, bent)| open * up + bent * through_gate)
                     .collect()
             }
-            _ => return Err(self.refused("a mixture", "a dense or gated feed-forward part")),
+            other => return Err(self.refused(other.kind(), "a dense or gated feed-forward part")),
         };
         let each = slopes.iter().zip(&betas);
         Ok(each.map(|(slope, beta)| down * slope / beta).collect())
