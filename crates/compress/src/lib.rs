@@ -42,6 +42,7 @@
 mod calibration;
 mod data;
 mod edit;
+pub mod entropy;
 mod error;
 mod export;
 pub mod factorisation;
@@ -66,6 +67,9 @@ pub use export::{export_dense, two_layer_parameters};
 pub use factorisation::Factorisation;
 pub use fingerprint::Fingerprint;
 pub use method::{Method, Schedule, Settings, Task};
+pub use methods::linearise::linearity_scores;
+pub use methods::replace_me::{CosineDescent, ReplaceMe, angular_distances};
+pub use methods::shedder::{Search, SearchStep, Shed};
 pub use objective::Objective;
 pub use output::output_errors;
 pub use plan::{Budget, Change, ModulePlan, Plan};

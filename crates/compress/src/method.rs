@@ -2,7 +2,9 @@
 
 use lapidary_model::Model;
 
+use crate::entropy::EntropyChoice;
 use crate::methods::METHODS;
+use crate::methods::replace_me::ReplaceMe;
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
 use crate::{Calibration, CalibrationData, Error, Requirements, Result, Selection};
@@ -41,6 +43,10 @@ pub struct Settings {
     pub batch: usize,
     /// Seed of whatever is drawn.
     pub seed: u64,
+    /// How a run of blocks is replaced by a linear map.
+    pub replace_me: ReplaceMe,
+    /// How entropy is estimated, and which blocks it may choose.
+    pub entropy: EntropyChoice,
 }
 
 impl Default for Settings {
@@ -49,6 +55,8 @@ impl Default for Settings {
             selection: Selection::default(),
             batch: 8,
             seed: 0,
+            replace_me: ReplaceMe::default(),
+            entropy: EntropyChoice::default(),
         }
     }
 }
@@ -94,7 +102,6 @@ impl<'a> Task<'a> {
     }
 
     /// The data of a method that looks at the model itself.
-    #[allow(dead_code, reason = "read by methods that look more than once")]
     pub(crate) fn observed(&self, method: &str) -> Result<&'a CalibrationData> {
         self.data.ok_or_else(|| {
             Error::invalid(

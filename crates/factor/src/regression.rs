@@ -203,6 +203,20 @@ impl Regression {
         (self.yy - 2.0 * crossed + squared + self.rows as f64 * apart).max(0.0)
     }
 
+    /// The same rows with the inputs added to the outputs, as by a residual; there have to be as
+    /// many of either.
+    pub fn beside_inputs(&self) -> Self {
+        let crossed: f64 = (0..self.xx.nrows()).map(|i| self.xy[(i, i)]).sum();
+        let inputs: f64 = (0..self.xx.nrows()).map(|i| self.xx[(i, i)]).sum();
+        let means = self.mean_x.iter().zip(&self.mean_y);
+        Self {
+            mean_y: means.map(|(x, y)| x + y).collect(),
+            xy: &self.xx + &self.xy,
+            yy: (inputs + 2.0 * crossed + self.yy).max(0.0),
+            ..self.clone()
+        }
+    }
+
     /// `Σ ‖x − x̄‖² / inputs`: what a ridge is measured by.
     pub fn mean_square(&self) -> f64 {
         let diagonal = (0..self.xx.nrows()).map(|i| self.xx[(i, i)]);

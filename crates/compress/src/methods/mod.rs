@@ -1,6 +1,11 @@
 //! The methods that are more than a factorisation of single layers, one file each; and the list.
 
-mod block_influence;
+pub(crate) mod attention_cosine;
+pub(crate) mod block_influence;
+pub(crate) mod entropy;
+pub(crate) mod linearise;
+pub(crate) mod replace_me;
+pub(crate) mod shedder;
 
 use crate::factorisation::{
     ACTIVATION_WEIGHTED, FWSVD, GENERALISED_FISHER, ROW_COLUMN_FISHER, SVD, WHITENED,
@@ -10,9 +15,18 @@ use crate::method::Method;
 /// Every method, by name.
 pub(crate) const METHODS: &[&Method] = &[
     &ACTIVATION_WEIGHTED,
+    &attention_cosine::ATTENTION_COSINE,
     &block_influence::BLOCK_INFLUENCE,
+    &linearise::DELETE_LINEAR,
+    &entropy::ENTROPY_ATTENTION,
+    &entropy::ENTROPY_BLOCKS,
     &FWSVD,
     &GENERALISED_FISHER,
+    &linearise::LINEARISE,
+    &shedder::MAMBA_SHEDDER,
+    &shedder::MAMBA_SHEDDER_SCAN,
+    &replace_me::REPLACE_ME,
+    &replace_me::REPLACE_ME_COSINE,
     &ROW_COLUMN_FISHER,
     &SVD,
     &WHITENED,
