@@ -53,7 +53,7 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 14] = [
+static SYSTEMS: [System; 18] = [
     System {
         slug: "associative-memory",
         title: "Beyond Scaling Laws: Understanding Transformer Performance with Associative Memory",
@@ -145,6 +145,21 @@ static SYSTEMS: [System; 14] = [
         experiment: experiments::decompx::run,
     },
     System {
+        slug: "entropy-pruning",
+        title: "Entropy-Based Block Pruning for Efficient Large Language Models",
+        authors: "Yang, Xu, Tan, Sahoo, Savarese, Xiong, Wang, Heinecke",
+        year: 2025,
+        arxiv: Some("2504.03794"),
+        kind: Kind::Compression,
+        parts: &[
+            "compress::entropy",
+            "compress::entropy-attention",
+            "compress::entropy-blocks",
+            "compress::attention-cosine",
+        ],
+        experiment: experiments::entropy_pruning::run,
+    },
+    System {
         slug: "fwsvd",
         title: "Language model compression with weighted low-rank factorization",
         authors: "Hsu, Hua, Chang, Lou, Shen, Jin",
@@ -175,6 +190,20 @@ static SYSTEMS: [System; 14] = [
         experiment: experiments::introduction::run,
     },
     System {
+        slug: "linearity",
+        title: "Your Transformer is Secretly Linear",
+        authors: "Razzhigaev, Mikhalchuk, Goncharova, Gerasimenko, Oseledets, Dimitrov, Kuznetsov",
+        year: 2024,
+        arxiv: Some("2405.12250"),
+        kind: Kind::Explanation,
+        parts: &[
+            "explain::analyses::linearity",
+            "compress::linearise",
+            "compress::delete-linear",
+        ],
+        experiment: experiments::linearity::run,
+    },
+    System {
         slug: "logit-attribution",
         title: "A Mathematical Framework for Transformer Circuits: direct logit attribution",
         authors: "Elhage, Nanda, Olsson, Henighan, Joseph, Mann, Askell, et al.",
@@ -185,6 +214,17 @@ static SYSTEMS: [System; 14] = [
         experiment: experiments::logit_attribution::run,
     },
     System {
+        slug: "mamba-shedder",
+        title: "Mamba-Shedder: Post-Transformer Compression for Efficient Selective Structured State \
+                Space Models",
+        authors: "Muñoz, Yuan, Jain",
+        year: 2025,
+        arxiv: Some("2501.17088"),
+        kind: Kind::Compression,
+        parts: &["compress::mamba-shedder", "compress::mamba-shedder-scan"],
+        experiment: experiments::mamba_shedder::run,
+    },
+    System {
         slug: "over-squashing",
         title: "Transformers need glasses! Information over-squashing in language tasks",
         authors: "Barbero, Banino, Kapturowski, Kumaran, Araújo, Vitvitskyi, Pascanu, Veličković",
@@ -193,6 +233,17 @@ static SYSTEMS: [System; 14] = [
         kind: Kind::Explanation,
         parts: &["signal::rounding", "explain::analyses::squashing"],
         experiment: experiments::squashing::run,
+    },
+    System {
+        slug: "replaceme",
+        title: "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block \
+                Linearization",
+        authors: "Shopkhoev, Ali, Zhussip, Malykh, Lefkimmiatis, Komodakis, Zagoruyko",
+        year: 2025,
+        arxiv: Some("2505.02819"),
+        kind: Kind::Compression,
+        parts: &["compress::replaceme", "compress::replaceme-cosine"],
+        experiment: experiments::replace_me::run,
     },
     System {
         slug: "talking-heads",

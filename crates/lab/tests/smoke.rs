@@ -122,6 +122,26 @@ fn logit_attribution() {
 }
 
 #[test]
+fn entropy_pruning() {
+    check("entropy-pruning");
+}
+
+#[test]
+fn linearity() {
+    check("linearity");
+}
+
+#[test]
+fn mamba_shedder() {
+    check("mamba-shedder");
+}
+
+#[test]
+fn replaceme() {
+    check("replaceme");
+}
+
+#[test]
 fn over_squashing() {
     check("over-squashing");
 }
@@ -140,11 +160,15 @@ fn every_system_is_tested_here() {
             "contextual-decomposition",
             "decomposition-xai",
             "decompx",
+            "entropy-pruning",
             "fwsvd",
             "hidden-geometry",
             "introduction-to-transformers",
+            "linearity",
             "logit-attribution",
+            "mamba-shedder",
             "over-squashing",
+            "replaceme",
             "talking-heads",
         ]
     );

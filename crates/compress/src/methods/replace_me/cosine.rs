@@ -140,6 +140,7 @@ fn adam(
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use lapidary_factor::Matrix;
     use lapidary_kernels::Device;
     use rand::RngExt;
 
@@ -184,7 +185,6 @@ mod tests {
     #[test]
     fn descent_finds_a_rotation_and_keeps_its_length_near_one() {
         let added = drawn(512, 4, 9);
-        // A quarter turn by halves: the first two features into each other, slightly.
         let turn = Tensor::new(
             &[
                 [0.8f64, 0.6, 0.0, 0.0],
@@ -211,6 +211,10 @@ mod tests {
         let again = descend(&rows, &choice, 1).unwrap();
         let turn = matrix_from_tensor("turn", &turn).unwrap();
         assert!((&map.weight - &again.weight).norm_max() == 0.0);
-        assert!((&map.weight - &turn).norm_max() < 0.15, "{:?}", map.weight);
+        // The objective sees the direction alone; its length is where the descent left it.
+        let length = map.weight.norm_l2() / turn.norm_l2();
+        let direction = Matrix::from_fn(4, 4, |i, j| map.weight[(i, j)] / length);
+        assert!((&direction - &turn).norm_max() < 0.05, "{direction:?}");
+        assert!((0.7..1.3).contains(&length), "{length}");
     }
 }
