@@ -2,14 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lapidary_kernels::{DType, Tensor};
+use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Model, ModelSpec};
+use lapidary_parts::attention::MixerSpec;
 use lapidary_parts::block::BlockSpec;
 
 use crate::error::engine;
 use crate::{Error, Result};
 
 /// Spec and parameters of a model; its blocks are written out one by one.
+#[derive(Clone)]
 pub(crate) struct Edit {
     pub(crate) spec: ModelSpec,
     pub(crate) parameters: BTreeMap<String, Tensor>,
@@ -27,6 +29,12 @@ impl Edit {
             parameters: model.parameters().clone(),
             dtype: model.dtype(),
         }
+    }
+
+    /// Where its parameters live.
+    pub(crate) fn device(&self) -> Device {
+        let one = self.parameters.values().next();
+        one.map_or(Device::Cpu, |tensor| tensor.device().clone())
     }
 
     /// One block's spec.
@@ -98,6 +106,32 @@ impl Edit {
             .filter_map(|(path, rank)| renamed(&path).map(|path| (path, rank)))
             .collect();
         Ok(())
+    }
+
+    /// Leaves out a block's mixer and the norm before it.
+    pub(crate) fn remove_mixer(&mut self, index: usize) -> Result<()> {
+        self.block(index)?.attention = MixerSpec::Absent;
+        self.remove_parameters(&format!("blocks.{index}.attention"));
+        self.remove_parameters(&format!("blocks.{index}.attention_norm"));
+        Ok(())
+    }
+
+    /// Leaves out a block's feed-forward part and the norm before it.
+    pub(crate) fn remove_feedforward(&mut self, index: usize) -> Result<()> {
+        self.block(index)?.feedforward = None;
+        self.remove_parameters(&format!("blocks.{index}.feedforward"));
+        self.remove_parameters(&format!("blocks.{index}.feedforward_norm"));
+        Ok(())
+    }
+
+    /// Takes out every parameter and rank of the module at `path`.
+    pub(crate) fn remove_parameters(&mut self, path: &str) {
+        let below = |name: &String| match name.strip_prefix(path) {
+            Some(rest) => rest.is_empty() || rest.starts_with('.'),
+            None => false,
+        };
+        self.parameters.retain(|name, _| !below(name));
+        self.spec.low_rank.retain(|layer, _| !below(layer));
     }
 
     /// The changed model.

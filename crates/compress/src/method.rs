@@ -2,7 +2,9 @@
 
 use lapidary_model::Model;
 
+use crate::entropy::EntropyChoice;
 use crate::methods::METHODS;
+use crate::methods::replace_me::ReplaceMe;
 use crate::methods::slicing::SliceSettings;
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
@@ -44,6 +46,10 @@ pub struct Settings {
     pub seed: u64,
     /// How the residual stream is narrowed.
     pub slicing: SliceSettings,
+    /// How a run of blocks is replaced by a linear map.
+    pub replace_me: ReplaceMe,
+    /// How entropy is estimated, and which blocks it may choose.
+    pub entropy: EntropyChoice,
 }
 
 impl Default for Settings {
@@ -53,6 +59,8 @@ impl Default for Settings {
             batch: 8,
             seed: 0,
             slicing: SliceSettings::default(),
+            replace_me: ReplaceMe::default(),
+            entropy: EntropyChoice::default(),
         }
     }
 }

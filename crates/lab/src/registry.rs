@@ -165,6 +165,21 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::dotresize::run,
     },
     System {
+        slug: "entropy-pruning",
+        title: "Entropy-Based Block Pruning for Efficient Large Language Models",
+        authors: "Yang, Xu, Tan, Sahoo, Savarese, Xiong, Wang, Heinecke",
+        year: 2025,
+        arxiv: Some("2504.03794"),
+        kind: Kind::Compression,
+        parts: &[
+            "compress::entropy",
+            "compress::entropy-attention",
+            "compress::entropy-blocks",
+            "compress::attention-cosine",
+        ],
+        experiment: experiments::entropy_pruning::run,
+    },
+    System {
         slug: "fwsvd",
         title: "Language model compression with weighted low-rank factorization",
         authors: "Hsu, Hua, Chang, Lou, Shen, Jin",
@@ -195,6 +210,20 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::introduction::run,
     },
     System {
+        slug: "linearity",
+        title: "Your Transformer is Secretly Linear",
+        authors: "Razzhigaev, Mikhalchuk, Goncharova, Gerasimenko, Oseledets, Dimitrov, Kuznetsov",
+        year: 2024,
+        arxiv: Some("2405.12250"),
+        kind: Kind::Explanation,
+        parts: &[
+            "explain::analyses::linearity",
+            "compress::linearise",
+            "compress::delete-linear",
+        ],
+        experiment: experiments::linearity::run,
+    },
+    System {
         slug: "logit-attribution",
         title: "A Mathematical Framework for Transformer Circuits: direct logit attribution",
         authors: "Elhage, Nanda, Olsson, Henighan, Joseph, Mann, Askell, et al.",
@@ -203,6 +232,17 @@ static SYSTEMS: &[System] = &[
         kind: Kind::Explanation,
         parts: &["signal::streams", "explain::logit_attribution"],
         experiment: experiments::logit_attribution::run,
+    },
+    System {
+        slug: "mamba-shedder",
+        title: "Mamba-Shedder: Post-Transformer Compression for Efficient Selective Structured State \
+                Space Models",
+        authors: "Muñoz, Yuan, Jain",
+        year: 2025,
+        arxiv: Some("2501.17088"),
+        kind: Kind::Compression,
+        parts: &["compress::mamba-shedder", "compress::mamba-shedder-scan"],
+        experiment: experiments::mamba_shedder::run,
     },
     System {
         slug: "over-squashing",
@@ -227,6 +267,17 @@ static SYSTEMS: &[System] = &[
             "compress::dimension",
         ],
         experiment: experiments::slicegpt::run,
+    },
+    System {
+        slug: "replaceme",
+        title: "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block \
+                Linearization",
+        authors: "Shopkhoev, Ali, Zhussip, Malykh, Lefkimmiatis, Komodakis, Zagoruyko",
+        year: 2025,
+        arxiv: Some("2505.02819"),
+        kind: Kind::Compression,
+        parts: &["compress::replaceme", "compress::replaceme-cosine"],
+        experiment: experiments::replace_me::run,
     },
     System {
         slug: "talking-heads",

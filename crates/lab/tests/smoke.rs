@@ -122,8 +122,43 @@ fn logit_attribution() {
 }
 
 #[test]
+fn entropy_pruning() {
+    check("entropy-pruning");
+}
+
+#[test]
+fn linearity() {
+    check("linearity");
+}
+
+#[test]
+fn mamba_shedder() {
+    check("mamba-shedder");
+}
+
+#[test]
+fn replaceme() {
+    check("replaceme");
+}
+
+#[test]
 fn over_squashing() {
     check("over-squashing");
+}
+
+#[test]
+fn curvature_edit() {
+    check("curvature-edit");
+}
+
+#[test]
+fn dotresize() {
+    check("dotresize");
+}
+
+#[test]
+fn slicegpt() {
+    check("slicegpt");
 }
 
 #[test]
@@ -138,13 +173,20 @@ fn every_system_is_tested_here() {
             "clip-text-decomposition",
             "clustering",
             "contextual-decomposition",
+            "curvature-edit",
             "decomposition-xai",
             "decompx",
+            "dotresize",
+            "entropy-pruning",
             "fwsvd",
             "hidden-geometry",
             "introduction-to-transformers",
+            "linearity",
             "logit-attribution",
+            "mamba-shedder",
             "over-squashing",
+            "slicegpt",
+            "replaceme",
             "talking-heads",
         ]
     );

@@ -6,13 +6,15 @@
 //! parameters. A model that its family can still express is written back as the former,
 //! everything else as the latter.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::checkpoint::{WriteOptions, write_checkpoint};
 use crate::files::{FileError, StagedDirectory, read_text, write_beside};
 use crate::huggingface::config::CONFIG_FILE;
-use crate::huggingface::families::{NameTable, towers};
+use crate::huggingface::families::{NameTable, Shapes, towers};
+use crate::huggingface::shortened;
 use crate::{Checkpoint, Config, Error, Limits, Model, ModelSpec, Result, Tokenizer};
 use lapidary_kernels::{DType, Device, Tensor};
 
@@ -138,7 +140,7 @@ impl Package {
         let mut used = Vec::new();
         let mut models = Vec::new();
         let mut tables = Vec::new();
-        for tower in towers(&config, &checkpoint)? {
+        for tower in towers(&config, &shapes(&checkpoint)?)? {
             tower.spec.validate()?;
             let mut parameters = tower.table.read(&checkpoint, options.dtype, &mut used)?;
             for tensor in parameters.values_mut() {
@@ -273,9 +275,9 @@ impl Package {
     }
 
     /// Config and tensors of the family's own form, when every tower still has the spec that the
-    /// config describes.
+    /// config describes, or the only one has fewer blocks and is otherwise as a config can say.
     #[allow(clippy::type_complexity, reason = "a config beside its tensors")]
-    fn as_huggingface(&self) -> Result<Option<(&Config, Vec<(String, Tensor)>)>> {
+    fn as_huggingface(&self) -> Result<Option<(Cow<'_, Config>, Vec<(String, Tensor)>)>> {
         let Origin::HuggingFace {
             config,
             tables,
@@ -292,7 +294,11 @@ impl Package {
             names.sort();
             names.dedup();
             if !names.into_iter().eq(model.parameters().keys()) {
-                return Ok(None);
+                if self.towers.len() != 1 || !extra.is_empty() {
+                    return Ok(None);
+                }
+                let shorter = shortened(config, table, model)?;
+                return Ok(shorter.map(|(config, tensors)| (Cow::Owned(config), tensors)));
             }
             tensors.extend(table.write(model.parameters())?);
         }
@@ -301,7 +307,7 @@ impl Package {
                 .iter()
                 .map(|(name, tensor)| (name.clone(), tensor.clone())),
         );
-        Ok(Some((config, tensors)))
+        Ok(Some((Cow::Borrowed(config.as_ref()), tensors)))
     }
 }
 
@@ -312,6 +318,13 @@ pub enum SavedAs {
     HuggingFace,
     /// One with a `lapidary.json`.
     Lapidary,
+}
+
+fn shapes(checkpoint: &Checkpoint) -> Result<Shapes> {
+    checkpoint
+        .names()
+        .map(|name| Ok((name.to_owned(), checkpoint.info(name)?.shape.clone())))
+        .collect()
 }
 
 struct CheckpointSource<'a> {

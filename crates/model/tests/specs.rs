@@ -14,7 +14,7 @@ use lapidary_model::{
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec, QueryKeyNorm};
 use lapidary_parts::block::{BlockSpec, Wiring};
-use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, MixtureSpec};
+use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, LinearSpec, MixtureSpec};
 use lapidary_parts::norm::NormSpec;
 use lapidary_parts::position::{PositionSpec, RotaryScaling, RotarySpec};
 use lapidary_parts::recurrent::MambaSpec;
@@ -168,9 +168,13 @@ fn mixer() -> BoxedStrategy<MixerSpec> {
     let seldom = || proptest::option::weighted(0.5, size());
     prop_oneof![
         3 => attention().prop_map(MixerSpec::MultiHead),
-        1 => (seldom(), size(), size(), seldom()).prop_map(|(inner, state, taps, step_rank)| {
-            MixerSpec::Mamba(MambaSpec { inner, state, taps, step_rank, ..MambaSpec::default() })
-        }),
+        1 => (seldom(), size(), size(), seldom(), any::<bool>()).prop_map(
+            |(inner, state, taps, step_rank, scan)| {
+                let rest = MambaSpec::default();
+                MixerSpec::Mamba(MambaSpec { inner, state, taps, step_rank, scan, ..rest })
+            }
+        ),
+        1 => Just(MixerSpec::Absent),
     ]
     .boxed()
 }
@@ -203,6 +207,7 @@ fn feedforward() -> BoxedStrategy<FeedforwardSpec> {
                 })
             }
         ),
+        any::<bool>().prop_map(|bias| FeedforwardSpec::Linear(LinearSpec { bias })),
     ]
     .boxed()
 }

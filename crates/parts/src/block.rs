@@ -281,16 +281,18 @@ impl Block {
         };
         let x = match &self.cross_attention {
             None => x,
-            Some((around, attention)) => self.around(x, around, None, "cross_attention", cx, |x| {
-                let (memory, padding) = cx.memory.ok_or_else(|| {
-                    Error::spec(
-                        "memory of cross-attention",
-                        "absent",
-                        "given in the context",
-                    )
-                })?;
-                attention.cross(x, memory, padding, cx)
-            })?,
+            Some((around, attention)) => {
+                self.around(x, around, None, "cross_attention", cx, |x| {
+                    let (memory, padding) = cx.memory.ok_or_else(|| {
+                        Error::spec(
+                            "memory of cross-attention",
+                            "absent",
+                            "given in the context",
+                        )
+                    })?;
+                    attention.cross(x, memory, padding, cx)
+                })?
+            }
         };
         let x = match &self.feedforward {
             None => x,

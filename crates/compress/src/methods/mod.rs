@@ -1,7 +1,12 @@
 //! The methods that are more than a factorisation of single layers, one file each; and the list.
 
-mod block_influence;
+pub(crate) mod attention_cosine;
+pub(crate) mod block_influence;
 pub mod curvature;
+pub(crate) mod entropy;
+pub(crate) mod linearise;
+pub(crate) mod replace_me;
+pub(crate) mod shedder;
 pub mod slicing;
 
 use crate::factorisation::{
@@ -12,14 +17,23 @@ use crate::method::Method;
 /// Every method, by name.
 pub(crate) const METHODS: &[&Method] = &[
     &ACTIVATION_WEIGHTED,
+    &attention_cosine::ATTENTION_COSINE,
     &block_influence::BLOCK_INFLUENCE,
+    &slicing::COORDINATE_MAGNITUDE,
     &curvature::CURVATURE,
     &curvature::CURVATURE_RECTANGLE,
-    &slicing::COORDINATE_MAGNITUDE,
+    &linearise::DELETE_LINEAR,
     &slicing::DOTRESIZE,
     &slicing::DOTRESIZE_SHARED,
+    &entropy::ENTROPY_ATTENTION,
+    &entropy::ENTROPY_BLOCKS,
     &FWSVD,
     &GENERALISED_FISHER,
+    &linearise::LINEARISE,
+    &shedder::MAMBA_SHEDDER,
+    &shedder::MAMBA_SHEDDER_SCAN,
+    &replace_me::REPLACE_ME,
+    &replace_me::REPLACE_ME_COSINE,
     &ROW_COLUMN_FISHER,
     &slicing::SLICEGPT,
     &slicing::SLICEGPT_SHARED,

@@ -164,6 +164,7 @@ fn step(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
         clip: Some(1.0),
         average: None,
         recompute: false,
+        alignment: None,
         schedule: ScheduleSpec {
             peak: 1e-3,
             floor: 1e-3,

@@ -261,9 +261,41 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
                     MixerSpec::Mamba(MambaSpec {
                         taps: 3,
                         convolution_bias: false,
-                        ..mamba
+                        ..mamba.clone()
                     }),
                 )
+            },
+        ),
+        (
+            "mamba without a scan",
+            block(
+                PreNorm,
+                RMS,
+                MixerSpec::Mamba(MambaSpec {
+                    scan: false,
+                    ..mamba
+                }),
+            ),
+        ),
+        (
+            "no mixer",
+            BlockSpec {
+                feedforward: gated(Silu, true),
+                ..block(PreNorm, LAYER, MixerSpec::Absent)
+            },
+        ),
+        (
+            "no mixer in a parallel block",
+            BlockSpec {
+                feedforward: dense(Gelu, true),
+                ..block(Parallel, RMS, MixerSpec::Absent)
+            },
+        ),
+        (
+            "a linear map",
+            BlockSpec {
+                feedforward: Some(FeedforwardSpec::Linear(LinearSpec { bias: true })),
+                ..block(PreNorm, NormSpec::None, MixerSpec::Absent)
             },
         ),
     ]

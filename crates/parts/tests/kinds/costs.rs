@@ -38,16 +38,23 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
                 inner * (mamba.taps + bias),
                 n * inner * (2 * mamba.taps + bias + 1),
             ));
-            parts.push(linear(inner, rank + 2 * state, false, n));
-            parts.push(linear(rank, inner, true, n));
-            // Softplus; the recurrence; D ⊙ u and its sum; the gate's SiLU and product.
-            parts.push((0, n * inner * (1 + (1 + 7 * state) + 2 + 2)));
-            parts.push((inner * (state + 1), 0));
+            if mamba.scan {
+                parts.push(linear(inner, rank + 2 * state, false, n));
+                parts.push(linear(rank, inner, true, n));
+                // Softplus; the recurrence; D ⊙ u and its sum.
+                parts.push((0, n * inner * (1 + (1 + 7 * state) + 2)));
+                parts.push((inner * (state + 1), 0));
+            }
+            // The gate's SiLU and product.
+            parts.push((0, n * inner * 2));
             parts.push(linear(inner, WIDTH, mamba.bias, n));
         }
+        MixerSpec::Absent => {}
     }
-    parts.push(norm(&spec.norm, WIDTH, n));
-    parts.push((0, n * WIDTH));
+    if spec.attention != MixerSpec::Absent {
+        parts.push(norm(&spec.norm, WIDTH, n));
+        parts.push((0, n * WIDTH));
+    }
     // A number for each feature of each part's output.
     if spec.layer_scale.is_some() {
         let others = [spec.cross_attention.is_some(), spec.feedforward.is_some()];
@@ -88,6 +95,7 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
                     run * (6 * WIDTH * hidden + 2 * hidden + WIDTH),
                 ));
             }
+            FeedforwardSpec::Linear(map) => parts.push(linear(WIDTH, WIDTH, map.bias, n)),
         }
         parts.push(norm(&spec.norm, WIDTH, n));
         parts.push((0, n * WIDTH));

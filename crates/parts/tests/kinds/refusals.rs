@@ -206,6 +206,17 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
         ),
         (
             BlockSpec {
+                feedforward: dense(ActivationSpec::Gelu, true),
+                ..block(Wiring::PostNorm, LAYER, MixerSpec::Absent)
+            },
+            "b.attention.kind is \"absent\", but must be a mixer in a post-norm block, whose norm follows it",
+        ),
+        (
+            block(Wiring::PreNorm, LAYER, MixerSpec::Absent),
+            "b.attention.kind is \"absent\", but must be a mixer in a block without any other part",
+        ),
+        (
+            BlockSpec {
                 repeat: 0,
                 ..with_heads(MultiHeadSpec::new(2))
             },

@@ -40,10 +40,12 @@ pub(super) fn folded_spec(spec: &ModelSpec) -> ModelSpec {
                 mamba.inner = Some(mamba.inner(width));
                 mamba.bias |= biased;
             }
+            MixerSpec::Absent => {}
         }
         match &mut block.feedforward {
             Some(FeedforwardSpec::Dense(dense)) => dense.bias |= biased,
             Some(FeedforwardSpec::Gated(gated)) => gated.bias |= biased,
+            Some(FeedforwardSpec::Linear(map)) => map.bias |= biased,
             Some(FeedforwardSpec::Mixture(_)) | None => {}
         }
         block.norm = without_mean(block.norm);

@@ -136,6 +136,8 @@ fn mixer_layers(mixer: &MixerSpec) -> (Vec<String>, Vec<String>) {
     match mixer {
         MixerSpec::MultiHead(_) => (owned(&["query", "key", "value"]), owned(&["output"])),
         MixerSpec::Mamba(_) => (owned(&["input"]), owned(&["output"])),
+        // Refused before.
+        MixerSpec::Absent => Default::default(),
     }
 }
 
@@ -143,6 +145,7 @@ fn feedforward_layers(feedforward: &FeedforwardSpec) -> (Vec<String>, Vec<String
     match feedforward {
         FeedforwardSpec::Dense(_) => (owned(&["up"]), owned(&["down"])),
         FeedforwardSpec::Gated(_) => (owned(&["gate", "up"]), owned(&["down"])),
+        FeedforwardSpec::Linear(_) => (owned(&["map"]), owned(&["map"])),
         FeedforwardSpec::Mixture(mixture) => {
             let experts = |name: &str| -> Vec<String> {
                 (0..mixture.experts)
@@ -291,6 +294,16 @@ impl Refusal<'_> {
         }
         if block.cross_attention.is_some() {
             return Err(self.error(name, "one with cross-attention", "one without"));
+        }
+        if block.attention == MixerSpec::Absent {
+            return Err(self.error(
+                name,
+                "one without a mixer",
+                "one with its mixer: slice first",
+            ));
+        }
+        if block.layer_scale.is_some() {
+            return Err(self.error(name, "one with layer scales", "one without"));
         }
         if block.shortcuts {
             return Err(self.error(name, "one with shortcuts", "one that was not sliced before"));

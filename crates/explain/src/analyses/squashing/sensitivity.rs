@@ -378,7 +378,7 @@ impl Part<'_> {
                     .map(|(open, bent)| open * up + bent * through_gate)
                     .collect())
             }
-            _ => Err(self.refused("a mixture", "a dense or gated feed-forward part")),
+            other => Err(self.refused(other.kind(), "a dense or gated feed-forward part")),
         }
     }
 
