@@ -255,6 +255,17 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::squashing::run,
     },
     System {
+        slug: "replaceme",
+        title: "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block \
+                Linearization",
+        authors: "Shopkhoev, Ali, Zhussip, Malykh, Lefkimmiatis, Komodakis, Zagoruyko",
+        year: 2025,
+        arxiv: Some("2505.02819"),
+        kind: Kind::Compression,
+        parts: &["compress::replaceme", "compress::replaceme-cosine"],
+        experiment: experiments::replace_me::run,
+    },
+    System {
         slug: "slicegpt",
         title: "How can representation dimension dominate structurally pruned LLMs?",
         authors: "Xu, Alazraki, Mandic",
@@ -267,17 +278,6 @@ static SYSTEMS: &[System] = &[
             "compress::dimension",
         ],
         experiment: experiments::slicegpt::run,
-    },
-    System {
-        slug: "replaceme",
-        title: "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block \
-                Linearization",
-        authors: "Shopkhoev, Ali, Zhussip, Malykh, Lefkimmiatis, Komodakis, Zagoruyko",
-        year: 2025,
-        arxiv: Some("2505.02819"),
-        kind: Kind::Compression,
-        parts: &["compress::replaceme", "compress::replaceme-cosine"],
-        experiment: experiments::replace_me::run,
     },
     System {
         slug: "talking-heads",

@@ -185,8 +185,8 @@ fn every_system_is_tested_here() {
             "logit-attribution",
             "mamba-shedder",
             "over-squashing",
-            "slicegpt",
             "replaceme",
+            "slicegpt",
             "talking-heads",
         ]
     );
