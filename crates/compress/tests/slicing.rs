@@ -743,3 +743,25 @@ kind = "language-model"
         close(&scores(&sliced, &data), &numbers(&golden[name]), 1e-7);
     }
 }
+
+#[test]
+fn the_stream_of_a_narrower_model_is_the_projected_stream_of_the_whole_one() {
+    for spec in [DECODER, PARALLEL, RECURRENT] {
+        let (model, data) = (model(spec, 16), windows(8, 16));
+        for shared in [false, true] {
+            let same = slice(&model, &data, 16, shared, &Principal, 8).unwrap();
+            let drifts = same.drift(&model, &data, 8).unwrap();
+            assert_eq!(drifts.len(), same.kept.len());
+            for drift in drifts {
+                assert!((drift.length - 1.0).abs() < 1e-9, "{drift:?}");
+                assert!((drift.cosine - 1.0).abs() < 1e-9, "{drift:?}");
+            }
+            let half = slice(&model, &data, 8, shared, &Principal, 8).unwrap();
+            let drifts = half.drift(&model, &data, 8).unwrap();
+            assert_eq!(drifts[0].path, "embeddings");
+            // A projection: the embeddings lose length, and turn by as much.
+            assert!((drifts[0].length - drifts[0].cosine).abs() < 1e-9);
+            assert!(drifts[0].length < 1.0);
+        }
+    }
+}

@@ -19,9 +19,13 @@ pub const BATCH: usize = 16;
 /// How much is done.
 #[derive(Clone, Copy, Debug)]
 pub struct Size {
+    /// Models trained.
     pub seeds: u64,
+    /// Blocks of the decoder.
     pub blocks: usize,
+    /// Width of its stream.
     pub width: usize,
+    /// Steps of training.
     pub steps: u64,
     /// Texts that directions are chosen by.
     pub calibration: u64,
@@ -30,6 +34,7 @@ pub struct Size {
 }
 
 impl Size {
+    /// What each scale does.
     pub fn of(scale: Scale) -> Self {
         let full = Self {
             seeds: 3,
@@ -63,13 +68,17 @@ impl Size {
 
 /// A decoder with RMS norms and rotary positions, and its texts.
 pub struct Setup {
+    /// The decoder.
     pub model: Model,
+    /// Texts to choose directions by.
     pub calibration: CalibrationData,
+    /// Texts to measure on.
     pub tests: CalibrationData,
     windows: Vec<Window>,
 }
 
 impl Setup {
+    /// Trains the decoder.
     pub fn new(size: &Size, seed: u64) -> Result<Self> {
         let training = decoder::corpus(Split::Training, seed)?;
         let vocabulary = training.language().vocabulary().size();

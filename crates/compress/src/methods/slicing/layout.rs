@@ -58,7 +58,6 @@ impl Layout {
         let (tables, embedding) = refuse.input(&spec.input)?;
         let head = refuse.head(spec)?;
         let blocks = spec.expanded_blocks();
-        refuse.norms(&blocks, spec.final_norm.as_ref())?;
         let mut layout = Self {
             sites: 1,
             parts: Vec::new(),
@@ -71,6 +70,7 @@ impl Layout {
             refuse.block(index, block)?;
             layout.add(index, block);
         }
+        refuse.norms(&blocks, spec.final_norm.as_ref())?;
         Ok(layout)
     }
 

@@ -31,6 +31,7 @@
 mod coordinates;
 mod cut;
 mod directions;
+mod drift;
 mod fold;
 mod layout;
 mod plan;
@@ -44,6 +45,7 @@ pub(crate) use plan::{
 
 pub use coordinates::{Coordinates, Selector};
 pub use directions::{Choice, Directions, Leading, Principal, Random, Stream, Trailing};
+pub use drift::Drift;
 pub use plan::{SliceSettings, Sliced, parameters_after, slice};
 pub use sinkhorn::{Transported, transport_plan};
 pub use transport::{Distance, Transport, orthonormal};

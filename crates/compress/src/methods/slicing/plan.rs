@@ -258,8 +258,8 @@ fn apply(kind: &Kind, task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
     let reports = plan.modules.iter().map(|planned| {
         let weights = |model: &Model| weights_of(model, &planned.path);
         let mut report = ModuleReport::new(planned, weights(model), weights(&result));
-        let notes = notes.iter().filter(|(path, _)| *path == planned.path);
-        if let Some((_, note)) = notes.last() {
+        let mut notes = notes.iter().filter(|(path, _)| *path == planned.path);
+        if let Some((_, note)) = notes.next_back() {
             report.note = Some(note.clone());
         }
         report
