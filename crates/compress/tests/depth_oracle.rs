@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use common::close;
 use lapidary_compress::entropy::{EntropyChoice, Estimator};
 use lapidary_compress::{
-    Budget, CalibrationData, Compressed, Method, Settings, Task, export_dense,
+    Budget, CalibrationData, Compressed, Content, Example, Method, Settings, Task, export_dense,
 };
 use lapidary_factor::{Matrix, Regression};
 use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_model::{Input, Model, OpenOptions, Package, Pass, SavedAs};
+use lapidary_model::{Input, InputSpec, Model, OpenOptions, Package, Pass, SavedAs};
 use serde_json::Value;
 
 fn fixtures() -> PathBuf {
@@ -230,4 +230,65 @@ fn encoders_behind_norms_are_refused() {
         }
         assert!(cut(model, "linearise").is_ok(), "{family}");
     }
+}
+
+/// Images have no last token and no next one: every patch counts, and perplexity is refused.
+#[test]
+fn image_models_are_cut_too() {
+    let path = fixtures().join("families/vit");
+    let package = Package::open(&path, &OpenOptions::default()).unwrap();
+    let model = package.single_model().unwrap();
+    let InputSpec::Patches(patches) = &model.spec().input else {
+        panic!("{:?}", model.spec().input);
+    };
+    let shape = (patches.channels, patches.image[0], patches.image[1]);
+    let count = shape.0 * shape.1 * shape.2;
+    let example = |seed: usize| {
+        let numbers =
+            (0..count).map(|i| ((i * 37 + seed * 101 + i * i % 13) % 29) as f32 / 14.0 - 1.0);
+        Example {
+            content: Content::Pixels(
+                Tensor::from_vec(numbers.collect::<Vec<_>>(), shape, &Device::Cpu).unwrap(),
+            ),
+            target: Default::default(),
+        }
+    };
+    let data = CalibrationData::new((0..24).map(example).collect()).unwrap();
+    let settings = settings();
+    let task = Task {
+        data: Some(&data),
+        settings: Some(&settings),
+        ..Task::new(model)
+    };
+    for name in [
+        "replaceme",
+        "replaceme-cosine",
+        "entropy-attention",
+        "entropy-blocks",
+        "attention-cosine",
+        "linearise",
+        "delete-linear",
+    ] {
+        let method = Method::find(name).unwrap();
+        let plan = method.plan(&task, &Budget::Keep(0.5)).unwrap();
+        let found = method.apply(&task, &plan).unwrap();
+        assert!(
+            found.report.after.parameters < found.report.before.parameters,
+            "{name}"
+        );
+        let Content::Pixels(pixels) = &data.examples()[0].content else {
+            panic!();
+        };
+        let input = Input::Pixels(pixels.unsqueeze(0).unwrap());
+        let output = found.model.forward(&input, Pass::default()).unwrap();
+        assert!(
+            common::values(output.hidden.value())
+                .iter()
+                .all(|x| x.is_finite())
+        );
+    }
+    let error = Method::find("mamba-shedder")
+        .unwrap()
+        .plan(&task, &Budget::Keep(0.5));
+    assert!(error.unwrap_err().to_string().contains("causal"));
 }

@@ -268,10 +268,12 @@ fn descent_by_the_angle_turns_the_map_and_is_repeated_by_its_seed() {
         );
         // Hardly moved, it is the model without the block.
         let still = with(1e-12, accurate).model;
-        let deleted = compress("delete-linear", &model, &data, 0.5, &Settings::default());
-        if gone(&deleted) == [1] {
-            close(&scores(&still, &data), &scores(&deleted.model, &data), 1e-8);
-        }
+        let task = Task::new(&model);
+        let delete = Method::find("delete-linear").unwrap();
+        let mut plan = delete.plan(&task, &Budget::Keep(1.0)).unwrap();
+        plan.modules[1].change = Change::Remove;
+        let deleted = delete.apply(&task, &plan).unwrap();
+        close(&scores(&still, &data), &scores(&deleted.model, &data), 1e-8);
         let moved = distance(&scores(&compressed.model, &data), &scores(&still, &data));
         assert!(moved > 1e-4, "{moved}");
     }

@@ -3,12 +3,15 @@
 //! The paper measures published decoders and finds scores near 1. Here the decoder is small and
 //! learned the generated language; its most and least linear blocks become linear maps, or go.
 
+use super::decoder::Recipe;
 use super::depth::{BATCH, Size, Subject};
 use super::{after_training, decoder, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_compress::Change;
 use lapidary_explain::analyses::linearity::{Linearity, linearity};
+use lapidary_train::data::LanguageTask;
 use lapidary_train::language::Split;
+use lapidary_train::{AlignmentKind, AlignmentSpec};
 
 /// Losses when blocks are replaced or go.
 struct Cost {
@@ -56,6 +59,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     ] {
         costs.push(cost(&subject, what, blocks, steps)?);
     }
+    let aligned = aligned(setting)?;
     let baseline = subject.loss(&subject.tuned(&subject.model, steps)?)?;
     Ok(Reproduction {
         setting: format!(
@@ -63,7 +67,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
              training that replaced models get",
             size.describe()
         ),
-        claims: claims(setting.scale, &profile, &costs, whole, baseline),
+        claims: claims(setting.scale, &profile, &costs, whole, baseline, &aligned),
         plots: vec![profile_plot(&profile), cost_plot(&costs, whole)],
         ..Reproduction::default()
     })
@@ -87,6 +91,80 @@ fn cost(subject: &Subject, what: &'static str, blocks: Vec<usize>, steps: u64) -
         replaced: subject.loss(&replaced)?,
         blocks,
     })
+}
+
+/// What training with the term that keeps the stream from turning gives, over the seeds.
+struct Aligned {
+    weight: f64,
+    score: f64,
+    loss: f64,
+}
+
+/// Smaller decoders, since each weight and seed is trained from the start.
+fn aligned(setting: &Setting) -> Result<Vec<Aligned>> {
+    let (mut size, seeds) = (Size::of(setting.scale), 2);
+    size.blocks /= 2;
+    size.width = (size.width / 2).max(16);
+    size.steps = size.steps * 2 / 3;
+    let mut found = Vec::new();
+    for weight in [0.0, 0.05, 0.2, 1.0] {
+        let (mut scores, mut losses) = (Vec::new(), Vec::new());
+        for seed in setting.seed..setting.seed + seeds {
+            let corpus = decoder::corpus(Split::Training, seed)?;
+            let windows = (0..size.calibration)
+                .map(|index| Ok(corpus.window(index, decoder::LENGTH)?))
+                .collect::<Result<Vec<_>>>()?;
+            let spec = decoder::spec(
+                corpus.language().vocabulary().size(),
+                size.width,
+                size.blocks,
+            );
+            let recipe = Recipe {
+                alignment: Some(AlignmentSpec {
+                    kind: AlignmentKind::Cosine,
+                    weight,
+                }),
+                ..Recipe::default()
+            };
+            let task = Box::new(LanguageTask::new(corpus));
+            let model = decoder::train_by(recipe, spec, task, size.steps, seed)?;
+            scores.push(mean(
+                linearity(&model, &windows, BATCH)?
+                    .iter()
+                    .map(|f| f.held_out),
+            ));
+            let subject = Subject::of(model, size, seed)?;
+            losses.push(subject.loss(&subject.model)?);
+        }
+        found.push(Aligned {
+            weight,
+            score: mean(scores),
+            loss: mean(losses),
+        });
+    }
+    Ok(found)
+}
+
+fn regularised_claim(scale: Scale, aligned: &[Aligned]) -> Claim {
+    let plain = aligned.first();
+    let better = |found: &&Aligned| {
+        plain.is_some_and(|plain| found.score < plain.score && found.loss <= plain.loss)
+    };
+    let listed = aligned.iter().map(|found| {
+        let Aligned {
+            weight,
+            score,
+            loss,
+        } = found;
+        format!("λ = {weight}: score {score:.4}, {loss:.4} nats")
+    });
+    Claim::new(
+        "some weight of the cosine term in training lowers the score, and the loss is no worse",
+        "direction only",
+        listed.collect::<Vec<_>>().join("; "),
+        after_training(scale, aligned.iter().skip(1).any(|found| better(&found))),
+    )
+    .noted("half as many blocks and features, two seeds; scores and losses held out")
 }
 
 fn profile_plot(profile: &[Linearity]) -> Plot {
@@ -142,6 +220,7 @@ fn claims(
     costs: &[Cost],
     whole: f64,
     baseline: f64,
+    aligned: &[Aligned],
 ) -> Vec<Claim> {
     let inner = profile
         .get(1..profile.len().saturating_sub(1))
@@ -218,11 +297,6 @@ fn claims(
             ),
             after_training(scale, least >= 3.0 * most),
         ),
-        Claim::new(
-            "a cosine regulariser in training lowers the score and the loss",
-            "direction only",
-            "not measured: training has no such term here",
-            Verdict::NotMeasured,
-        ),
+        regularised_claim(scale, aligned),
     ]
 }

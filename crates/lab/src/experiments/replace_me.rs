@@ -50,8 +50,7 @@ impl Way {
     fn settings(self, scale: Scale) -> Settings {
         let epochs = match (self, scale) {
             (Self::Deletion, _) => 0,
-            (_, Scale::Smoke) => 2,
-            _ => 100,
+            (_, scale) => passes(scale),
         };
         Settings {
             batch: BATCH,
@@ -67,6 +66,14 @@ impl Way {
             },
             ..Settings::default()
         }
+    }
+}
+
+/// Passes of the descent over the calibration tokens.
+fn passes(scale: Scale) -> usize {
+    match scale {
+        Scale::Smoke => 2,
+        Scale::Small | Scale::Full => 100,
     }
 }
 
@@ -100,9 +107,10 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let tokens = by_tokens(&subject, size, setting)?;
     Ok(Reproduction {
         setting: format!(
-            "{}; whole model at perplexity {:.3}; cosine by 100 passes at rate 1e-3",
+            "{}; whole model at perplexity {:.3}; cosine by {} passes at rate 1e-3",
             size.describe(),
-            whole.exp()
+            whole.exp(),
+            passes(setting.scale)
         ),
         claims: claims(setting.scale, whole, &points, &tokens, exactness(&subject)?),
         plots: vec![
