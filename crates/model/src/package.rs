@@ -47,6 +47,8 @@ pub enum Origin {
     HuggingFace {
         /// The config as read.
         config: Box<Config>,
+        /// What it describes, for each tower.
+        specs: Vec<ModelSpec>,
         /// Where each tower's parameters are stored.
         tables: Vec<NameTable>,
         /// Tensors that belong to no tower, such as CLIP's `logit_scale`.
@@ -137,7 +139,7 @@ impl Package {
         let checkpoint = Checkpoint::open(directory, &options.limits)?;
         let mut used = Vec::new();
         let mut models = Vec::new();
-        let mut tables = Vec::new();
+        let (mut tables, mut specs) = (Vec::new(), Vec::new());
         for tower in towers(&config, &checkpoint)? {
             tower.spec.validate()?;
             let mut parameters = tower.table.read(&checkpoint, options.dtype, &mut used)?;
@@ -146,6 +148,7 @@ impl Package {
                     .to_device(&options.device)
                     .map_err(lapidary_kernels::Error::from)?;
             }
+            specs.push(tower.spec.clone());
             let model = Model::new(tower.spec, &mut parameters)?;
             models.push(TowerModel {
                 name: tower.name.to_owned(),
@@ -174,6 +177,7 @@ impl Package {
             tokenizer: open_tokenizer(directory, &options.limits)?,
             origin: Origin::HuggingFace {
                 config: Box::new(config),
+                specs,
                 tables,
                 extra,
             },
@@ -278,6 +282,7 @@ impl Package {
     fn as_huggingface(&self) -> Result<Option<(&Config, Vec<(String, Tensor)>)>> {
         let Origin::HuggingFace {
             config,
+            specs,
             tables,
             extra,
         } = &self.origin
@@ -285,8 +290,13 @@ impl Package {
             return Ok(None);
         };
         let mut tensors = Vec::new();
-        for (tower, table) in self.towers.iter().zip(tables) {
+        for ((tower, table), spec) in self.towers.iter().zip(tables).zip(specs) {
             let model = &tower.model;
+            // Equal names may still hold other widths than the config says.
+            let shapes = |spec: &ModelSpec| spec.expanded_blocks();
+            if shapes(model.spec()) != shapes(spec) {
+                return Ok(None);
+            }
             let named = table.tensors().iter().flat_map(|stored| &stored.parameters);
             let mut names: Vec<&String> = named.collect();
             names.sort();

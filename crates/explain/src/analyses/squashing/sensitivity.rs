@@ -277,14 +277,14 @@ impl Part<'_> {
             self.weight("attention.value")?,
             self.weight("attention.output")?,
         );
-        let head_width = spec.head_width(self.model.spec().width);
+        let value_width = spec.value_width(self.model.spec().width);
         let betas = deviations(stream, norm);
         let length = stream.nrows();
         let mut layer = identity(length);
         for head in 0..spec.heads {
             let group = head / (spec.heads / spec.groups().max(1)).max(1);
-            let down = value.as_ref().subrows(group * head_width, head_width);
-            let up = output.as_ref().subcols(head * head_width, head_width);
+            let down = value.as_ref().subrows(group * value_width, value_width);
+            let up = output.as_ref().subcols(head * value_width, value_width);
             let path = format!("{}.attention_norm", self.path);
             let circuit = scaled(self.model, &path, norm, &(up * down))?;
             let factor = operator_norm(&circuit)?;
