@@ -66,6 +66,7 @@ pub use export::{export_dense, two_layer_parameters};
 pub use factorisation::Factorisation;
 pub use fingerprint::Fingerprint;
 pub use method::{Method, Schedule, Settings, Task};
+pub use methods::{LorapSettings, ModegptSettings};
 pub use objective::Objective;
 pub use output::output_errors;
 pub use plan::{Budget, Change, ModulePlan, Plan};

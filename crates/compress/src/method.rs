@@ -2,7 +2,7 @@
 
 use lapidary_model::Model;
 
-use crate::methods::METHODS;
+use crate::methods::{LorapSettings, METHODS, ModegptSettings};
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
 use crate::{Calibration, CalibrationData, Error, Requirements, Result, Selection};
@@ -41,6 +41,10 @@ pub struct Settings {
     pub batch: usize,
     /// Seed of whatever is drawn.
     pub seed: u64,
+    /// For `lorap`.
+    pub lorap: LorapSettings,
+    /// For `modegpt`.
+    pub modegpt: ModegptSettings,
 }
 
 impl Default for Settings {
@@ -49,6 +53,8 @@ impl Default for Settings {
             selection: Selection::default(),
             batch: 8,
             seed: 0,
+            lorap: LorapSettings::default(),
+            modegpt: ModegptSettings::default(),
         }
     }
 }

@@ -232,8 +232,7 @@ mod tests {
             for head in 0..heads {
                 let own = |t: &Tensor| t.narrow(1, head, 1).unwrap().squeeze(1).unwrap();
                 let part = |t: &Tensor| t.narrow(2, head * width, width).unwrap();
-                let alone =
-                    merged_rotary(&part(&x), 1, &own(&cos), &own(&sin), pairs).unwrap();
+                let alone = merged_rotary(&part(&x), 1, &own(&cos), &own(&sin), pairs).unwrap();
                 assert!(difference(&part(&together), &alone).unwrap() < 1e-15);
             }
             let f = |a: &[Tensor]| merged_rotary(&a[0], heads, &cos, &sin, pairs);

@@ -461,7 +461,11 @@ impl Rotary {
             if lists == 1 {
                 return tensor(table.squeeze(1));
             }
-            let each = if heads == lists { 1 } else { self.heads_of_a_group };
+            let each = if heads == lists {
+                1
+            } else {
+                self.heads_of_a_group
+            };
             let table = tensor(table.unsqueeze(2))?;
             let table = tensor(table.broadcast_as((length, lists, each, pairs)))?;
             tensor(table.reshape((length, lists * each, pairs)))

@@ -161,9 +161,9 @@ pub(super) fn masks(
     (dtype, device): (DType, &Device),
 ) -> Result<Tensor> {
     let (attentions, width) = (attentions(model)?, model.spec().width);
-    let inner = attentions
-        .get(block)
-        .map_or(0, |attention| attention.heads * attention.value_width(width));
+    let inner = attentions.get(block).map_or(0, |attention| {
+        attention.heads * attention.value_width(width)
+    });
     let mut mask = vec![0f32; sets.len() * length * inner];
     let rows = mask.chunks_mut((length * inner).max(1)).zip(sets);
     for (row, set) in rows {
