@@ -73,6 +73,7 @@ pub use methods::linearise::linearity_scores;
 pub use methods::replace_me::{CosineDescent, ReplaceMe, angular_distances};
 pub use methods::shedder::{Search, SearchStep, Shed};
 pub use methods::slicing;
+pub use methods::{LorapSettings, ModegptSettings};
 pub use objective::Objective;
 pub use output::output_errors;
 pub use plan::{Budget, Change, ModulePlan, Plan};

@@ -3,9 +3,9 @@
 use lapidary_model::Model;
 
 use crate::entropy::EntropyChoice;
-use crate::methods::METHODS;
 use crate::methods::replace_me::ReplaceMe;
 use crate::methods::slicing::SliceSettings;
+use crate::methods::{LorapSettings, METHODS, ModegptSettings};
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
 use crate::{Calibration, CalibrationData, Error, Requirements, Result, Selection};
@@ -50,6 +50,10 @@ pub struct Settings {
     pub replace_me: ReplaceMe,
     /// How entropy is estimated, and which blocks it may choose.
     pub entropy: EntropyChoice,
+    /// For `lorap`.
+    pub lorap: LorapSettings,
+    /// For `modegpt`.
+    pub modegpt: ModegptSettings,
 }
 
 impl Default for Settings {
@@ -61,6 +65,8 @@ impl Default for Settings {
             slicing: SliceSettings::default(),
             replace_me: ReplaceMe::default(),
             entropy: EntropyChoice::default(),
+            lorap: LorapSettings::default(),
+            modegpt: ModegptSettings::default(),
         }
     }
 }

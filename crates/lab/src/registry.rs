@@ -234,6 +234,16 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::logit_attribution::run,
     },
     System {
+        slug: "lorap",
+        title: "LoRAP: Transformer Sub-Layers Deserve Differentiated Structured Compression for Large Language Models",
+        authors: "Li, Tang, Zhang",
+        year: 2024,
+        arxiv: Some("2404.09695"),
+        kind: Kind::Compression,
+        parts: &["compress::methods::lorap"],
+        experiment: experiments::lorap::run,
+    },
+    System {
         slug: "mamba-shedder",
         title: "Mamba-Shedder: Post-Transformer Compression for Efficient Selective Structured State \
                 Space Models",
@@ -243,6 +253,16 @@ static SYSTEMS: &[System] = &[
         kind: Kind::Compression,
         parts: &["compress::mamba-shedder", "compress::mamba-shedder-scan"],
         experiment: experiments::mamba_shedder::run,
+    },
+    System {
+        slug: "modegpt",
+        title: "MoDeGPT: Modular Decomposition for Large Language Model Compression",
+        authors: "Lin, Gao, Smith, Patel, Tuli, Shen, Jin, Hsu",
+        year: 2024,
+        arxiv: Some("2408.09632"),
+        kind: Kind::Compression,
+        parts: &["compress::methods::modegpt"],
+        experiment: experiments::modegpt::run,
     },
     System {
         slug: "over-squashing",

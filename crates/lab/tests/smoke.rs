@@ -162,6 +162,16 @@ fn slicegpt() {
 }
 
 #[test]
+fn lorap() {
+    check("lorap");
+}
+
+#[test]
+fn modegpt() {
+    check("modegpt");
+}
+
+#[test]
 fn every_system_is_tested_here() {
     let slugs: Vec<&str> = systems().iter().map(|system| system.slug).collect();
     assert_eq!(
@@ -183,7 +193,9 @@ fn every_system_is_tested_here() {
             "introduction-to-transformers",
             "linearity",
             "logit-attribution",
+            "lorap",
             "mamba-shedder",
+            "modegpt",
             "over-squashing",
             "replaceme",
             "slicegpt",

@@ -49,6 +49,8 @@ pub enum Origin {
     HuggingFace {
         /// The config as read.
         config: Box<Config>,
+        /// What it describes, for each tower.
+        specs: Vec<ModelSpec>,
         /// Where each tower's parameters are stored.
         tables: Vec<NameTable>,
         /// Tensors that belong to no tower, such as CLIP's `logit_scale`.
@@ -139,7 +141,7 @@ impl Package {
         let checkpoint = Checkpoint::open(directory, &options.limits)?;
         let mut used = Vec::new();
         let mut models = Vec::new();
-        let mut tables = Vec::new();
+        let (mut tables, mut specs) = (Vec::new(), Vec::new());
         for tower in towers(&config, &shapes(&checkpoint)?)? {
             tower.spec.validate()?;
             let mut parameters = tower.table.read(&checkpoint, options.dtype, &mut used)?;
@@ -148,6 +150,7 @@ impl Package {
                     .to_device(&options.device)
                     .map_err(lapidary_kernels::Error::from)?;
             }
+            specs.push(tower.spec.clone());
             let model = Model::new(tower.spec, &mut parameters)?;
             models.push(TowerModel {
                 name: tower.name.to_owned(),
@@ -176,6 +179,7 @@ impl Package {
             tokenizer: open_tokenizer(directory, &options.limits)?,
             origin: Origin::HuggingFace {
                 config: Box::new(config),
+                specs,
                 tables,
                 extra,
             },
@@ -280,6 +284,7 @@ impl Package {
     fn as_huggingface(&self) -> Result<Option<(Cow<'_, Config>, Vec<(String, Tensor)>)>> {
         let Origin::HuggingFace {
             config,
+            specs,
             tables,
             extra,
         } = &self.origin
@@ -287,7 +292,7 @@ impl Package {
             return Ok(None);
         };
         let mut tensors = Vec::new();
-        for (tower, table) in self.towers.iter().zip(tables) {
+        for ((tower, table), spec) in self.towers.iter().zip(tables).zip(specs) {
             let model = &tower.model;
             let named = table.tensors().iter().flat_map(|stored| &stored.parameters);
             let mut names: Vec<&String> = named.collect();
@@ -299,6 +304,11 @@ impl Package {
                 }
                 let shorter = shortened(config, table, model)?;
                 return Ok(shorter.map(|(config, tensors)| (Cow::Owned(config), tensors)));
+            }
+            // Equal names may still hold other widths than the config says.
+            let shapes = |spec: &ModelSpec| (spec.width, spec.expanded_blocks());
+            if shapes(model.spec()) != shapes(spec) {
+                return Ok(None);
             }
             tensors.extend(table.write(model.parameters())?);
         }

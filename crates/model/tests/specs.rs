@@ -16,7 +16,7 @@ use lapidary_parts::attention::{MixerSpec, MultiHeadSpec, QueryKeyNorm};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, LinearSpec, MixtureSpec};
 use lapidary_parts::norm::NormSpec;
-use lapidary_parts::position::{PositionSpec, RotaryScaling, RotarySpec};
+use lapidary_parts::position::{KeptPairs, PositionSpec, RotaryScaling, RotarySpec};
 use lapidary_parts::recurrent::MambaSpec;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -106,19 +106,23 @@ fn position() -> BoxedStrategy<PositionSpec> {
             }
         ),
     ];
+    let lists = proptest::collection::vec(proptest::collection::vec(0usize..4, 0..3), 0..3);
+    let kept = (size(), lists).prop_map(|(of, groups)| KeptPairs { of, groups });
     let rotary = (
         positive(),
         proptest::option::weighted(0.2, size()),
         any::<bool>(),
         scaling,
+        proptest::option::weighted(0.2, kept),
     );
     prop_oneof![
         Just(PositionSpec::None),
         Just(PositionSpec::Alibi),
-        rotary.prop_map(|(theta, width, interleaved, scaling)| {
+        rotary.prop_map(|(theta, width, interleaved, scaling, kept)| {
             PositionSpec::Rotary(RotarySpec {
                 theta,
                 width,
+                kept,
                 interleaved,
                 scaling,
             })
@@ -134,7 +138,11 @@ fn position() -> BoxedStrategy<PositionSpec> {
 fn attention() -> BoxedStrategy<MultiHeadSpec> {
     let seldom = || proptest::option::weighted(0.3, size());
     let query_key_norm = proptest::option::weighted(0.2, (norm(), any::<bool>()));
-    let numbers = (proptest::option::weighted(0.2, number()), number());
+    let numbers = (
+        proptest::option::weighted(0.2, number()),
+        number(),
+        proptest::option::weighted(0.2, size()),
+    );
     (
         size(),
         seldom(),
@@ -157,6 +165,7 @@ fn attention() -> BoxedStrategy<MultiHeadSpec> {
                     query_key_norm: norm.map(|(norm, per_head)| QueryKeyNorm { norm, per_head }),
                     scale: numbers.0,
                     dropout: numbers.1,
+                    value_width: numbers.2,
                     ..MultiHeadSpec::new(heads)
                 }
             },

@@ -2,12 +2,19 @@
 
 pub(crate) mod attention_cosine;
 pub(crate) mod block_influence;
+pub(crate) mod channel_magnitude;
+pub(crate) mod channels;
 pub mod curvature;
 pub(crate) mod entropy;
 pub(crate) mod linearise;
+pub(crate) mod lorap;
+pub(crate) mod modegpt;
 pub(crate) mod replace_me;
 pub(crate) mod shedder;
 pub mod slicing;
+
+pub use lorap::LorapSettings;
+pub use modegpt::ModegptSettings;
 
 use crate::factorisation::{
     ACTIVATION_WEIGHTED, FWSVD, GENERALISED_FISHER, ROW_COLUMN_FISHER, SVD, WHITENED,
@@ -19,6 +26,7 @@ pub(crate) const METHODS: &[&Method] = &[
     &ACTIVATION_WEIGHTED,
     &attention_cosine::ATTENTION_COSINE,
     &block_influence::BLOCK_INFLUENCE,
+    &channel_magnitude::CHANNEL_MAGNITUDE,
     &slicing::COORDINATE_MAGNITUDE,
     &curvature::CURVATURE,
     &curvature::CURVATURE_RECTANGLE,
@@ -30,8 +38,10 @@ pub(crate) const METHODS: &[&Method] = &[
     &FWSVD,
     &GENERALISED_FISHER,
     &linearise::LINEARISE,
+    &lorap::LORAP,
     &shedder::MAMBA_SHEDDER,
     &shedder::MAMBA_SHEDDER_SCAN,
+    &modegpt::MODEGPT,
     &replace_me::REPLACE_ME,
     &replace_me::REPLACE_ME_COSINE,
     &ROW_COLUMN_FISHER,

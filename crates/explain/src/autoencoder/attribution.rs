@@ -24,6 +24,7 @@ pub(crate) struct Heads {
     pub(crate) block: usize,
     pub(crate) heads: usize,
     pub(crate) groups: usize,
+    /// Features of a value of a head.
     pub(crate) head_width: usize,
 }
 
@@ -63,7 +64,7 @@ impl Heads {
                 block,
                 heads: attention.heads,
                 groups: attention.groups(),
-                head_width: attention.head_width(model.spec().width),
+                head_width: attention.value_width(model.spec().width),
             }),
             other => Err(Error::invalid(
                 format!("mixer of block {block}"),

@@ -45,6 +45,7 @@ impl std::fmt::Display for Component {
 pub(super) struct Layer {
     pub(super) heads: usize,
     pub(super) groups: usize,
+    /// Features of a value of a head.
     pub(super) head_width: usize,
     /// `W_Oᵀ`, `[heads · head_width, width]`.
     pub(super) output: Tensor,
@@ -324,7 +325,7 @@ fn layer(model: &Model, index: usize, block: &BlockSpec) -> Result<Layer> {
     Ok(Layer {
         heads: attention.heads,
         groups: attention.groups(),
-        head_width: attention.head_width(model.spec().width),
+        head_width: attention.value_width(model.spec().width),
         output: engine(engine(output.t())?.contiguous())?,
         bias,
         feedforward: block.feedforward.is_some(),

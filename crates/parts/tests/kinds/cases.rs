@@ -54,6 +54,7 @@ pub(super) fn rotary(
     PositionSpec::Rotary(RotarySpec {
         theta: 100.0,
         width,
+        kept: None,
         interleaved,
         scaling,
     })
@@ -121,6 +122,51 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
                     }),
                 )
             },
+        ),
+        (
+            "narrow values, rotary pairs kept of wider heads, each group its own",
+            block(
+                PreNorm,
+                RMS,
+                multi_head(MultiHeadSpec {
+                    heads: 4,
+                    groups: Some(2),
+                    head_width: Some(4),
+                    value_width: Some(3),
+                    causal: true,
+                    position: PositionSpec::Rotary(RotarySpec {
+                        theta: 100.0,
+                        kept: Some(KeptPairs {
+                            of: 10,
+                            groups: vec![vec![0, 3], vec![1, 4]],
+                        }),
+                        ..RotarySpec::default()
+                    }),
+                    scale: Some(0.3),
+                    ..heads.clone()
+                }),
+            ),
+        ),
+        (
+            "wide values beside unrotated features and interleaved kept pairs",
+            block(
+                PostNorm,
+                LAYER,
+                multi_head(MultiHeadSpec {
+                    head_width: Some(3),
+                    value_width: Some(5),
+                    position: PositionSpec::Rotary(RotarySpec {
+                        theta: 100.0,
+                        interleaved: true,
+                        kept: Some(KeptPairs {
+                            of: 4,
+                            groups: vec![vec![1], vec![0]],
+                        }),
+                        ..RotarySpec::default()
+                    }),
+                    ..heads.clone()
+                }),
+            ),
         ),
         (
             "parallel without norms, interleaved partial rotary",

@@ -107,6 +107,7 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
 
 fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(usize, usize)> {
     let (heads, groups, width) = (spec.heads, spec.groups(), spec.head_width(WIDTH));
+    let value_width = spec.value_width(WIDTH);
     let (queries, keys) = (BATCH * LENGTH, BATCH * keys);
     let linear = |input: usize, output: usize, bias: bool, rows: usize| {
         let bias = if bias { output } else { 0 };
@@ -115,14 +116,14 @@ fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(u
     let mut parts = vec![
         linear(WIDTH, heads * width, spec.bias, queries),
         linear(WIDTH, groups * width, spec.bias, keys),
-        linear(WIDTH, groups * width, spec.bias, keys),
+        linear(WIDTH, groups * value_width, spec.bias, keys),
         linear(
-            heads * width,
+            heads * value_width,
             WIDTH,
             spec.output_bias.unwrap_or(spec.bias),
             queries,
         ),
-        (0, BATCH * heads * pairs * (4 * width + 5)),
+        (0, BATCH * heads * pairs * (2 * width + 2 * value_width + 5)),
     ];
     if let Some(QueryKeyNorm { norm, per_head }) = &spec.query_key_norm {
         let (parameters, operations) = match norm {

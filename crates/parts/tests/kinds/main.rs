@@ -21,7 +21,7 @@ use lapidary_parts::feedforward::{
     DenseSpec, FeedforwardSpec, GatedSpec, LinearSpec, Mixture, MixtureSpec,
 };
 use lapidary_parts::norm::NormSpec;
-use lapidary_parts::position::{PositionSpec, RotaryScaling, RotarySpec};
+use lapidary_parts::position::{KeptPairs, PositionSpec, RotaryScaling, RotarySpec};
 use lapidary_parts::recurrent::MambaSpec;
 use lapidary_parts::state::MixerState;
 use lapidary_parts::{Context, Result};
