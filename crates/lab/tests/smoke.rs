@@ -122,6 +122,16 @@ fn logit_attribution() {
 }
 
 #[test]
+fn dotresize() {
+    check("dotresize");
+}
+
+#[test]
+fn slicegpt() {
+    check("slicegpt");
+}
+
+#[test]
 fn over_squashing() {
     check("over-squashing");
 }
@@ -140,11 +150,13 @@ fn every_system_is_tested_here() {
             "contextual-decomposition",
             "decomposition-xai",
             "decompx",
+            "dotresize",
             "fwsvd",
             "hidden-geometry",
             "introduction-to-transformers",
             "logit-attribution",
             "over-squashing",
+            "slicegpt",
             "talking-heads",
         ]
     );
