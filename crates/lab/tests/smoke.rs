@@ -139,6 +139,13 @@ fn mamba_shedder() {
 #[test]
 fn replaceme() {
     check("replaceme");
+fn dotresize() {
+    check("dotresize");
+}
+
+#[test]
+fn slicegpt() {
+    check("slicegpt");
 }
 
 #[test]
@@ -154,11 +161,6 @@ fn curvature_edit() {
 #[test]
 fn dotresize() {
     check("dotresize");
-}
-
-#[test]
-fn slicegpt() {
-    check("slicegpt");
 }
 
 #[test]
