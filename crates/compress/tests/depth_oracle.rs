@@ -1,5 +1,6 @@
 //! What `tests/oracles/depth.py` finds with NumPy, and stock checkpoints cut in every way.
 #![allow(clippy::unwrap_used)]
+#![allow(clippy::result_large_err, reason = "errors are looked at by tests")]
 
 mod common;
 

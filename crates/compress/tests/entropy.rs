@@ -1,5 +1,6 @@
 //! Attention and blocks left out by the entropy or the angle they add.
 #![allow(clippy::unwrap_used)]
+#![allow(clippy::result_large_err, reason = "errors are looked at by tests")]
 
 mod common;
 

@@ -3,7 +3,7 @@
 
 use super::decoder::{self, Recipe};
 use crate::{Result, Scale};
-use lapidary_compress::quality::{Window, perplexity, sliding_windows};
+use lapidary_compress::quality::{Window, agreement, perplexity, sliding_windows};
 use lapidary_compress::{
     Budget, Calibration, CalibrationData, CalibrationOptions, Compressed, Method, Plan, Settings,
     Task,
@@ -87,6 +87,8 @@ pub struct Subject {
     pub data: CalibrationData,
     /// Text that it has not seen.
     pub tests: Vec<Window>,
+    /// The same as data.
+    pub held_out: CalibrationData,
     seed: u64,
 }
 
@@ -99,10 +101,12 @@ impl Subject {
 
     /// A model of the language with text for it.
     pub fn of(model: Model, size: Size, seed: u64) -> Result<Self> {
+        let tests = tests(size.tests, seed)?;
         Ok(Self {
             model,
             data: windows(size.calibration, seed)?,
-            tests: tests(size.tests, seed)?,
+            held_out: CalibrationData::windows(tests.iter().map(|test| test.tokens.clone()))?,
+            tests,
             seed,
         })
     }
@@ -110,6 +114,11 @@ impl Subject {
     /// Mean loss of a model per held-out token, in nats.
     pub fn loss(&self, model: &Model) -> Result<f64> {
         Ok(perplexity(model, &self.tests, BATCH)?.value.ln())
+    }
+
+    /// Share of held-out tokens whose most likely next one is the decoder's.
+    pub fn same(&self, model: &Model) -> Result<f64> {
+        Ok(agreement(&self.model, model, &self.held_out, BATCH)?.top1)
     }
 
     /// What a method leaves when it takes out `removed` of `candidates`.

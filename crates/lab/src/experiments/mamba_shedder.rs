@@ -242,7 +242,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let recall = recall_without_scans(&work, setting.seed)?;
     Ok(Reproduction {
         setting: format!(
-            "{} blocks of Mamba-1 alone, width {}, state {STATE}, on the generated language, {}              steps of {} windows of {}; {} windows to search on, {} held out to measure on; {}              random choices; whole model at {whole:.4} nats",
+            "{} blocks of Mamba-1 alone, width {}, state {STATE}, on the generated language, {} steps of {} windows of {}; {} windows to search on, {} held out to measure on; {} random choices; whole model at {whole:.4} nats",
             work.size.blocks,
             work.size.width,
             work.size.steps,

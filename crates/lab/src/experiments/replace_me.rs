@@ -7,7 +7,6 @@
 use super::depth::{BATCH, Size, Subject, windows};
 use super::{after_training, decoder};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
-use lapidary_compress::quality::agreement;
 use lapidary_compress::{Budget, Change, CosineDescent, Method, ReplaceMe, Settings, Task};
 
 /// Blocks that go where a claim is read.
@@ -100,7 +99,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
                 way,
                 removed,
                 loss: subject.loss(&cut.model)?,
-                same: agreement(&subject.model, &cut.model, &subject.data, BATCH)?.top1,
+                same: subject.same(&cut.model)?,
             });
         }
     }
@@ -290,7 +289,7 @@ fn claims(scale: Scale, whole: f64, points: &[Point], fits: &[Fit], exact: f64) 
                 same(Way::Cosine, REMOVED) >= same(Way::LeastSquares, REMOVED),
             ),
         )
-        .noted("share of most likely next tokens that stay, on the calibration text"),
+        .noted("share of most likely next tokens that stay, on held-out text"),
         Claim::new(
             "with about one token for each feature the map learns its sample: a smaller error there \
              and a larger perplexity elsewhere",

@@ -13,6 +13,7 @@ use serde_json::Value;
 /// A config that describes `model`, which has fewer blocks than `config` says, and the tensors
 /// under the names of its family; nothing when no such config exists. `table` is that of the
 /// whole model, whose names for a block depend on nothing but its index.
+#[allow(clippy::type_complexity, reason = "a config beside its tensors")]
 pub(crate) fn shortened(
     config: &Config,
     table: &NameTable,

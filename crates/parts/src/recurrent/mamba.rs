@@ -282,7 +282,7 @@ impl Mamba {
         let (scanned, remembered) = match &self.recurrence {
             None => (content, MixerState::Window(window)),
             Some(recurrence) => {
-                let (scanned, state) = recurrence.scan(&content, initial.flatten(), &site)?;
+                let (scanned, state) = recurrence.scan(&content, initial.flatten(), site)?;
                 let state = state.detach();
                 (scanned, MixerState::Recurrent { window, state })
             }
