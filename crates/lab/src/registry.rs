@@ -53,7 +53,7 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 14] = [
+static SYSTEMS: [System; 16] = [
     System {
         slug: "associative-memory",
         title: "Beyond Scaling Laws: Understanding Transformer Performance with Associative Memory",
