@@ -16,7 +16,7 @@ use lapidary_parts::position::PositionSpec;
 use lapidary_train::data::{LanguageTask, Task};
 use lapidary_train::language::{Corpus, Language, Mixture, Split};
 use lapidary_train::spec::{DataSpec, OptimiserSpec, ScheduleSpec, ValidationSpec};
-use lapidary_train::{Decay, TrainSpec, Trainer};
+use lapidary_train::{Decay, Step, TrainSpec, Trainer};
 use std::collections::BTreeMap;
 
 /// Tokens of a sequence.
@@ -161,6 +161,18 @@ pub fn train_by(
     steps: u64,
     seed: u64,
 ) -> Result<Model> {
+    train_watched(recipe, model, task, steps, seed, |_, _| Ok(()))
+}
+
+/// Trains as [`train_by`]; `watch` gets the model behind each step.
+pub fn train_watched(
+    recipe: Recipe,
+    model: ModelSpec,
+    task: Box<dyn Task>,
+    steps: u64,
+    seed: u64,
+    mut watch: impl FnMut(&Step, &Model) -> Result<()>,
+) -> Result<Model> {
     let spec = TrainSpec {
         seed,
         steps,
@@ -201,7 +213,8 @@ pub fn train_by(
     };
     let mut trainer = Trainer::with_source(spec, source, task, validation)?;
     for _ in 0..steps {
-        trainer.step()?;
+        let step = trainer.step()?;
+        watch(&step, trainer.model())?;
     }
     Ok(trainer.finished()?)
 }
