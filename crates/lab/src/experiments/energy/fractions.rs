@@ -139,7 +139,10 @@ fn texts(setting: &Setting, bytes: usize) -> Result<(String, String, String)> {
     if let Some(file) = file.filter(|file| file.is_file()) {
         let text = lapidary_model::files::read_text(&file, 1 << 28)
             .map_err(|error| Error::Experiment(error.to_string()))?;
-        let cut = |at: usize| text.floor_char_boundary(at.min(text.len()));
+        let cut = |at: usize| {
+            let mut before = (0..=at.min(text.len())).rev();
+            before.find(|at| text.is_char_boundary(*at)).unwrap_or(0)
+        };
         let end = cut(bytes);
         let middle = cut(end - end / 10);
         let part = |from: usize, to: usize| text.get(from..to).unwrap_or_default().to_owned();
