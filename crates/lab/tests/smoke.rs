@@ -139,8 +139,6 @@ fn mamba_shedder() {
 #[test]
 fn replaceme() {
     check("replaceme");
-fn dotresize() {
-    check("dotresize");
 }
 
 #[test]

@@ -86,6 +86,34 @@ impl Heads {
     }
 }
 
+/// An autoencoder that was trained where the bias of values is added behind the attention, as
+/// TransformerLens does by default, for a model that adds it to the values. As attention weights sum
+/// to one, every head's output is larger by the bias: the decoder's bias takes it, and features stay
+/// as they are.
+///
+/// # Errors
+/// When the autoencoder does not read the heads of an attention layer.
+pub fn with_value_biases(model: &Model, autoencoder: &Autoencoder) -> Result<Autoencoder> {
+    let heads = Heads::of(model, autoencoder)?;
+    let name = format!("blocks.{}.attention.value.bias", heads.block);
+    let Some(bias) = model.parameters().get(&name) else {
+        return Ok(autoencoder.clone());
+    };
+    let bias = numbers(bias)?;
+    let read = (0..heads.heads).flat_map(|head| heads.part(heads.group(head), &bias));
+    let weights = autoencoder.weights();
+    let old = numbers(weights.decoder_bias)?;
+    let sum: Vec<f64> = old.iter().zip(read).map(|(old, bias)| old + bias).collect();
+    let moved = engine(Tensor::new(sum.as_slice(), weights.decoder_bias.device()))?;
+    Autoencoder::new(
+        autoencoder.site(),
+        weights.encoder.clone(),
+        weights.encoder_bias.clone(),
+        weights.decoder.clone(),
+        engine(moved.to_dtype(weights.decoder_bias.dtype()))?,
+    )
+}
+
 /// `h_k = ‖D_i^k‖ / Σ_k ‖D_i^k‖`: each head's share of each feature's decoder, `[feature][head]`.
 ///
 /// # Errors

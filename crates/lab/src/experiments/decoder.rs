@@ -16,7 +16,7 @@ use lapidary_parts::position::PositionSpec;
 use lapidary_train::data::{LanguageTask, Task};
 use lapidary_train::language::{Corpus, Language, Mixture, Split};
 use lapidary_train::spec::{DataSpec, OptimiserSpec, ScheduleSpec, ValidationSpec};
-use lapidary_train::{AlignmentSpec, Decay, TrainSpec, Trainer};
+use lapidary_train::{AlignmentSpec, Decay, Step, TrainSpec, Trainer};
 use std::collections::BTreeMap;
 
 /// Tokens of a sequence.
@@ -165,13 +165,25 @@ pub fn train_by(
     steps: u64,
     seed: u64,
 ) -> Result<Model> {
+    train_watched(recipe, model, task, steps, seed, |_, _| Ok(()))
+}
+
+/// Trains as [`train_by`]; `watch` gets the model behind each step.
+pub fn train_watched(
+    recipe: Recipe,
+    model: ModelSpec,
+    task: Box<dyn Task>,
+    steps: u64,
+    seed: u64,
+    watch: impl FnMut(&Step, &Model) -> Result<()>,
+) -> Result<Model> {
     let mut plain = Initialiser::new(seed, DType::F32, Device::Cpu);
     let mut narrow = Narrow(Initialiser::new(seed, DType::F32, Device::Cpu));
     let source: &mut dyn ParameterSource = match recipe.narrow {
         true => &mut narrow,
         false => &mut plain,
     };
-    train_from(source, recipe, model, task, steps, seed)
+    train_from(source, recipe, model, task, steps, seed, watch)
 }
 
 /// Trains a copy of `model` further.
@@ -183,7 +195,8 @@ pub fn train_further(
     seed: u64,
 ) -> Result<Model> {
     let mut source = model.parameters().clone();
-    train_from(&mut source, recipe, model.spec().clone(), task, steps, seed)
+    let spec = model.spec().clone();
+    train_from(&mut source, recipe, spec, task, steps, seed, |_, _| Ok(()))
 }
 
 fn train_from(
@@ -193,6 +206,7 @@ fn train_from(
     task: Box<dyn Task>,
     steps: u64,
     seed: u64,
+    mut watch: impl FnMut(&Step, &Model) -> Result<()>,
 ) -> Result<Model> {
     let spec = TrainSpec {
         seed,
@@ -229,7 +243,8 @@ fn train_from(
     let validation = Box::new(Nothing(task.vocabulary()));
     let mut trainer = Trainer::with_source(spec, source, task, validation)?;
     for _ in 0..steps {
-        trainer.step()?;
+        let step = trainer.step()?;
+        watch(&step, trainer.model())?;
     }
     Ok(trainer.finished()?)
 }
