@@ -2,7 +2,7 @@
 # Fills the corpora with the test fixtures.
 set -eu
 cd "$(dirname "$0")"
-for target in autoencoder_reader safetensors_reader config_reader tokenizer_reader tokenizer_input \
+for target in autoencoder_reader pytorch_reader safetensors_reader config_reader tokenizer_reader tokenizer_input \
     model_spec_reader train_spec_reader; do
     mkdir -p "corpus/$target"
 done
@@ -26,4 +26,7 @@ printf '\070\000\000\000\000\000\000\000%s\000\000\200\077' "$header" >corpus/sa
 header='{"W_dec":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]},"W_enc":{"dtype":"F32","shape":[1,1],"data_offsets":[4,8]},"b_dec":{"dtype":"F32","shape":[1],"data_offsets":[8,12]},"b_enc":{"dtype":"F32","shape":[1],"data_offsets":[12,16]}} '
 one='\000\000\200\077'
 printf "\\$(printf %o "${#header}")\\000\\000\\000\\000\\000\\000\\000%s$one$one$one$one" "$header" >corpus/autoencoder_reader/whole
+cp ../crates/explain/tests/fixtures/public-autoencoder.pt corpus/autoencoder_reader/pytorch
+# Stored in the archive as it is: the pickle alone.
+unzip -p ../crates/explain/tests/fixtures/public-autoencoder.pt '*/data.pkl' >corpus/pytorch_reader/state_dict
 printf 'the cat sees the dogs 123! na\303\257ve \360\237\230\200' >corpus/tokenizer_input/text

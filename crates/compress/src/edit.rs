@@ -2,14 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lapidary_kernels::{DType, Tensor};
+use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Model, ModelSpec};
+use lapidary_parts::attention::MixerSpec;
 use lapidary_parts::block::BlockSpec;
 
 use crate::error::engine;
 use crate::{Error, Result};
 
 /// Spec and parameters of a model; its blocks are written out one by one.
+#[derive(Clone)]
 pub(crate) struct Edit {
     pub(crate) spec: ModelSpec,
     pub(crate) parameters: BTreeMap<String, Tensor>,
@@ -29,8 +31,13 @@ impl Edit {
         }
     }
 
+    /// Where its parameters live.
+    pub(crate) fn device(&self) -> Device {
+        let one = self.parameters.values().next();
+        one.map_or(Device::Cpu, |tensor| tensor.device().clone())
+    }
+
     /// One block's spec.
-    #[allow(dead_code, reason = "for methods that change blocks")]
     pub(crate) fn block(&mut self, index: usize) -> Result<&mut BlockSpec> {
         let blocks = self.spec.blocks.len();
         self.spec
@@ -40,7 +47,6 @@ impl Edit {
     }
 
     /// A parameter in `f64`, when the model has it.
-    #[allow(dead_code, reason = "for methods that change weights")]
     pub(crate) fn find(&self, name: &str) -> Result<Option<Tensor>> {
         self.parameters
             .get(name)
@@ -49,7 +55,6 @@ impl Edit {
     }
 
     /// A parameter in `f64`.
-    #[allow(dead_code, reason = "for methods that change weights")]
     pub(crate) fn get(&self, name: &str) -> Result<Tensor> {
         self.find(name)?.ok_or_else(|| {
             Error::invalid(
@@ -61,7 +66,6 @@ impl Edit {
     }
 
     /// Puts a parameter, rounded once to the model's type.
-    #[allow(dead_code, reason = "for methods that change weights")]
     pub(crate) fn put(&mut self, name: impl Into<String>, tensor: &Tensor) -> Result<()> {
         let tensor = engine(engine(tensor.to_dtype(self.dtype))?.contiguous())?;
         self.parameters.insert(name.into(), tensor);
@@ -102,6 +106,32 @@ impl Edit {
             .filter_map(|(path, rank)| renamed(&path).map(|path| (path, rank)))
             .collect();
         Ok(())
+    }
+
+    /// Leaves out a block's mixer and the norm before it.
+    pub(crate) fn remove_mixer(&mut self, index: usize) -> Result<()> {
+        self.block(index)?.attention = MixerSpec::Absent;
+        self.remove_parameters(&format!("blocks.{index}.attention"));
+        self.remove_parameters(&format!("blocks.{index}.attention_norm"));
+        Ok(())
+    }
+
+    /// Leaves out a block's feed-forward part and the norm before it.
+    pub(crate) fn remove_feedforward(&mut self, index: usize) -> Result<()> {
+        self.block(index)?.feedforward = None;
+        self.remove_parameters(&format!("blocks.{index}.feedforward"));
+        self.remove_parameters(&format!("blocks.{index}.feedforward_norm"));
+        Ok(())
+    }
+
+    /// Takes out every parameter and rank of the module at `path`.
+    pub(crate) fn remove_parameters(&mut self, path: &str) {
+        let below = |name: &String| match name.strip_prefix(path) {
+            Some(rest) => rest.is_empty() || rest.starts_with('.'),
+            None => false,
+        };
+        self.parameters.retain(|name, _| !below(name));
+        self.spec.low_rank.retain(|layer, _| !below(layer));
     }
 
     /// The changed model.

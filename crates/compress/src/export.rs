@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use lapidary_kernels::Tensor;
-use lapidary_model::{HeadSpec, InputSpec, Model, Projected};
+use lapidary_model::{HeadSpec, InputSpec, Model, ModelSpec, Projected};
+use lapidary_parts::attention::MixerSpec;
+use lapidary_parts::block::BlockSpec;
+use lapidary_parts::feedforward::FeedforwardSpec;
 
 use crate::error::engine;
 use crate::factorisation::merged;
@@ -13,9 +16,14 @@ use crate::{Error, Result};
 /// but for rounding, and nothing saved, for programs that know dense layers only.
 ///
 /// A table of embeddings that is narrower than the model and read by no language-model head is
-/// multiplied with the map that follows it.
+/// multiplied with the map that follows it. Attention that was left out comes back with an output
+/// projection of zero, where another block shows what attention is like here; a recurrence without
+/// its scan comes back with one that passes its input on.
 pub fn export_dense(model: &Model) -> Result<Model> {
-    let mut spec = model.spec().clone();
+    let mut spec = ModelSpec {
+        blocks: model.spec().expanded_blocks(),
+        ..model.spec().clone()
+    };
     let mut parameters: BTreeMap<String, Tensor> = model
         .parameters()
         .iter()
@@ -27,6 +35,8 @@ pub fn export_dense(model: &Model) -> Result<Model> {
         let weight = merged(&up, &down, up.dtype())?;
         parameters.insert(format!("{path}.weight"), weight);
     }
+    restore_attention(&mut spec, &mut parameters)?;
+    restore_scans(&mut spec, &mut parameters)?;
     let language_model = matches!(spec.head, HeadSpec::LanguageModel { .. });
     if let InputSpec::Tokens(tokens) = &mut spec.input
         && tokens
@@ -42,6 +52,82 @@ pub fn export_dense(model: &Model) -> Result<Model> {
         parameters.insert("embeddings.tokens.weight".to_owned(), whole);
     }
     Ok(Model::new(spec, &mut parameters)?)
+}
+
+/// Gives blocks without a mixer the attention of the nearest earlier block that has one, or the
+/// first later one, with an output of zero: the residual passes as before.
+fn restore_attention(
+    spec: &mut ModelSpec,
+    parameters: &mut BTreeMap<String, Tensor>,
+) -> Result<()> {
+    let whole = spec.blocks.clone();
+    let whole: Vec<(usize, &BlockSpec)> = whole
+        .iter()
+        .enumerate()
+        .filter(|(_, block)| matches!(block.attention, MixerSpec::MultiHead(_)))
+        .collect();
+    for (index, block) in spec.blocks.iter_mut().enumerate() {
+        if block.attention != MixerSpec::Absent {
+            continue;
+        }
+        // A linear map stands for a whole block, which no attention beside it makes one again.
+        if matches!(block.feedforward, Some(FeedforwardSpec::Linear(_))) {
+            continue;
+        }
+        let alike = |(_, other): &&(usize, &BlockSpec)| other.norm == block.norm;
+        let before = whole.iter().rev().filter(|(from, _)| *from < index);
+        let template = before.chain(whole.iter()).find(alike);
+        let Some((from, mixer)) = template.map(|(from, other)| (from, &other.attention)) else {
+            continue;
+        };
+        block.attention = mixer.clone();
+        let mut copies = Vec::new();
+        for (name, tensor) in parameters.iter() {
+            for part in ["attention.", "attention_norm."] {
+                let Some(rest) = name.strip_prefix(&format!("blocks.{from}.{part}")) else {
+                    continue;
+                };
+                let tensor = match part == "attention." && rest.starts_with("output.") {
+                    true => engine(tensor.zeros_like())?,
+                    false => tensor.clone(),
+                };
+                copies.push((format!("blocks.{index}.{part}{rest}"), tensor));
+            }
+        }
+        parameters.extend(copies);
+    }
+    Ok(())
+}
+
+/// Gives recurrences without a scan one of no entry, no exit and a skip of 1: `y = 0 + 1 ⊙ u`.
+fn restore_scans(spec: &mut ModelSpec, parameters: &mut BTreeMap<String, Tensor>) -> Result<()> {
+    for (index, block) in spec.blocks.iter_mut().enumerate() {
+        let MixerSpec::Mamba(mamba) = &mut block.attention else {
+            continue;
+        };
+        if mamba.scan {
+            continue;
+        }
+        mamba.scan = true;
+        let (inner, state) = (mamba.inner(spec.width), mamba.state);
+        let rank = mamba.step_rank(spec.width);
+        let path = format!("blocks.{index}.attention");
+        let like = parameters.get(&format!("{path}.convolution.weight"));
+        let Some((dtype, device)) = like.map(|like| (like.dtype(), like.device().clone())) else {
+            continue;
+        };
+        let zeros = |shape: &[usize]| engine(Tensor::zeros(shape, dtype, &device));
+        for (name, tensor) in [
+            ("selection.weight", zeros(&[rank + 2 * state, inner])?),
+            ("step.weight", zeros(&[inner, rank])?),
+            ("step.bias", zeros(&[inner])?),
+            ("decay_log", zeros(&[inner, state])?),
+            ("skip", engine(Tensor::ones(inner, dtype, &device))?),
+        ] {
+            parameters.insert(format!("{path}.{name}"), tensor);
+        }
+    }
+    Ok(())
 }
 
 /// Every parameter, each factorised layer as two linear layers one after the other:

@@ -41,7 +41,9 @@
 
 mod calibration;
 mod data;
+pub mod dimension;
 mod edit;
+pub mod entropy;
 mod error;
 mod export;
 pub mod factorisation;
@@ -67,6 +69,11 @@ pub use factorisation::Factorisation;
 pub use fingerprint::Fingerprint;
 pub use method::{Method, Schedule, Settings, Task};
 pub use methods::curvature;
+pub use methods::linearise::linearity_scores;
+pub use methods::replace_me::{CosineDescent, ReplaceMe, angular_distances};
+pub use methods::shedder::{Search, SearchStep, Shed};
+pub use methods::slicing;
+pub use methods::{LorapSettings, ModegptSettings};
 pub use objective::Objective;
 pub use output::output_errors;
 pub use plan::{Budget, Change, ModulePlan, Plan};

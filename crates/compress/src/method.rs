@@ -2,7 +2,10 @@
 
 use lapidary_model::Model;
 
-use crate::methods::METHODS;
+use crate::entropy::EntropyChoice;
+use crate::methods::replace_me::ReplaceMe;
+use crate::methods::slicing::SliceSettings;
+use crate::methods::{LorapSettings, METHODS, ModegptSettings};
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
 use crate::{Calibration, CalibrationData, Error, Requirements, Result, Selection};
@@ -41,6 +44,16 @@ pub struct Settings {
     pub batch: usize,
     /// Seed of whatever is drawn.
     pub seed: u64,
+    /// How the residual stream is narrowed.
+    pub slicing: SliceSettings,
+    /// How a run of blocks is replaced by a linear map.
+    pub replace_me: ReplaceMe,
+    /// How entropy is estimated, and which blocks it may choose.
+    pub entropy: EntropyChoice,
+    /// For `lorap`.
+    pub lorap: LorapSettings,
+    /// For `modegpt`.
+    pub modegpt: ModegptSettings,
 }
 
 impl Default for Settings {
@@ -49,6 +62,11 @@ impl Default for Settings {
             selection: Selection::default(),
             batch: 8,
             seed: 0,
+            slicing: SliceSettings::default(),
+            replace_me: ReplaceMe::default(),
+            entropy: EntropyChoice::default(),
+            lorap: LorapSettings::default(),
+            modegpt: ModegptSettings::default(),
         }
     }
 }

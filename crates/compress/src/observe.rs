@@ -1,6 +1,5 @@
 //! Looking at what a model writes, one batch at a time: what methods do that need more than the
 //! sums of a [`crate::Calibration`]. No activation outlives its batch.
-#![allow(dead_code, reason = "for methods that look more than once")]
 
 use std::collections::BTreeMap;
 
@@ -16,6 +15,7 @@ use crate::{CalibrationData, Error, Result};
 pub(crate) struct Seen {
     sites: BTreeMap<String, Tensor>,
     /// The model's result.
+    #[allow(dead_code, reason = "for methods that weigh by predictions")]
     pub(crate) output: Output,
     /// Real tokens of each sequence.
     pub(crate) lengths: Vec<usize>,

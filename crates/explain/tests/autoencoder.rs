@@ -8,7 +8,7 @@ use lapidary_explain::Question;
 use lapidary_explain::autoencoder::{
     Attention, Autoencoder, Centre, Edit, Quality, Replacement, Split, Training, TrainingOptions,
     edited, geometric_median, head_shares, load, logit_effects, recovery, recursive_attribution,
-    save, splice, train,
+    save, splice, train, with_value_biases,
 };
 use lapidary_kernels::check::difference;
 use lapidary_kernels::{DType, Device, Tensor};
@@ -719,4 +719,30 @@ fn what_is_saved_is_read_again_bit_for_bit() {
         save(&autoencoder, &path).is_err(),
         "a directory with files is kept"
     );
+}
+
+#[test]
+fn features_see_what_they_saw_where_value_biases_were_folded() {
+    for (spec, seed) in [(DECODER, 4), (GATED, 5)] {
+        let model = model(spec, seed);
+        let autoencoder = lively(SITE, 24, seed);
+        let moved = with_value_biases(&model, &autoencoder).unwrap();
+        let x = value_at(&model, SITE);
+        // What a model without the biases of values writes there, at every position.
+        let name = "blocks.1.attention.value.bias";
+        let folded = match model.parameters().get(name) {
+            Some(bias) => x.broadcast_sub(bias).unwrap(),
+            None => x.clone(),
+        };
+        assert_eq!(model.parameters().contains_key(name), spec == DECODER);
+        let expected = autoencoder.encode(&folded).unwrap();
+        let found = moved.encode(&x).unwrap();
+        assert!(difference(&expected, &found).unwrap() < 1e-12);
+        // What is written is larger by the biases, as is what is read.
+        let left = |autoencoder: &Autoencoder, x: &Tensor| {
+            (x - autoencoder.reconstruct(x).unwrap()).unwrap()
+        };
+        let error = difference(&left(&autoencoder, &folded), &left(&moved, &x)).unwrap();
+        assert!(error < 1e-12, "{error}");
+    }
 }

@@ -114,6 +114,41 @@ pub struct Cholesky {
     pub jitter: f64,
 }
 
+impl Cholesky {
+    /// `X` of `(A + jitter I) X = B`, for `B` with as many rows as `A`.
+    ///
+    /// # Errors
+    /// When `B` has another number of rows.
+    pub fn solve(&self, right: MatrixView<'_>) -> Result<Matrix> {
+        let size = self.lower.nrows();
+        if right.nrows() != size {
+            return Err(Error::Shape {
+                name: "right-hand side",
+                found: vec![right.nrows(), right.ncols()],
+                expected: vec![size, right.ncols()],
+            });
+        }
+        let mut solution = right.to_owned();
+        self.lower
+            .solve_lower_triangular_in_place(solution.as_mut());
+        self.lower
+            .transpose()
+            .solve_upper_triangular_in_place(solution.as_mut());
+        Ok(solution)
+    }
+
+    /// The diagonal of `(A + jitter I)⁻¹`.
+    pub fn inverse_diagonal(&self) -> Vec<f64> {
+        // (L Lᵀ)⁻¹ = L⁻ᵀ L⁻¹, whose entry i is the squared length of column i of L⁻¹.
+        let size = self.lower.nrows();
+        let mut inverse = Matrix::identity(size, size);
+        self.lower.solve_lower_triangular_in_place(inverse.as_mut());
+        (0..size)
+            .map(|i| inverse.col(i).squared_norm_l2())
+            .collect()
+    }
+}
+
 /// The Cholesky decomposition of a symmetric positive semi-definite matrix.
 ///
 /// A matrix that is singular to working precision gets the smallest of 1e-12, 1e-11, … 1e-6 times

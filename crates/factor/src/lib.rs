@@ -7,6 +7,7 @@
 //!   [`inverse_square_root`]: the classical decompositions, with errors as values.
 //! - [`WeightedSvd`]: the best low-rank pair of layers for a stored weight under a [`Metric`],
 //!   from plain SVD to the Kronecker-factored Fisher information.
+//! - [`Regression`]: the best linear map between rows, streaming; [`nearest_distances`].
 //! - [`rank`]: how many parameters a rank costs, and which rank a budget buys.
 //!
 //! ```
@@ -26,7 +27,9 @@
 mod decompose;
 mod error;
 mod matrix;
+mod neighbours;
 pub mod rank;
+mod regression;
 mod weighted;
 
 pub use decompose::{
@@ -35,6 +38,8 @@ pub use decompose::{
 };
 pub use error::{Error, Result};
 pub use matrix::{Matrix, MatrixView, frobenius_norm, matrix_from_tensor, matrix_to_tensor};
+pub use neighbours::nearest_distances;
+pub use regression::{AffineMap, Regression};
 pub use weighted::{
     Approximation, LowRank, Metric, WeightedSvd, covariance_whitened, input_scaled,
     kronecker_weighted, plain, row_column_weighted, row_weighted,

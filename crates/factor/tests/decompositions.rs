@@ -149,3 +149,33 @@ fn tensors_that_are_no_finite_matrix_are_refused() {
         other => panic!("expected NotFinite, got {other:?}"),
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(20))]
+
+    #[test]
+    fn a_cholesky_decomposition_solves_and_knows_the_inverse_diagonal(
+        size in 1usize..12,
+        columns in 1usize..5,
+        seed in 0u64..1000,
+    ) {
+        let factor = random(size, size + 3, seed);
+        let matrix = &factor * factor.transpose();
+        let right = random(size, columns, seed + 1);
+        let decomposition = cholesky("a", matrix.as_ref()).unwrap();
+        prop_assert_eq!(decomposition.jitter, 0.0);
+        let solution = decomposition.solve(right.as_ref()).unwrap();
+        let scale = 1.0 + solution.norm_l2() * matrix.norm_l2();
+        prop_assert!(distance((&matrix * &solution).as_ref(), right.as_ref()) < 1e-12 * scale);
+        let inverse = decomposition.solve(Matrix::identity(size, size).as_ref()).unwrap();
+        for (i, entry) in decomposition.inverse_diagonal().into_iter().enumerate() {
+            prop_assert!((entry - inverse[(i, i)]).abs() < 1e-9 * inverse[(i, i)]);
+        }
+        let wrong = random(size + 1, 1, seed);
+        let refused = matches!(
+            decomposition.solve(wrong.as_ref()),
+            Err(Error::Shape { name: "right-hand side", .. })
+        );
+        prop_assert!(refused);
+    }
+}

@@ -29,6 +29,7 @@ pub mod naive;
 mod norm;
 mod optimiser;
 mod product;
+mod pytorch;
 mod recompute;
 mod recurrence;
 mod relevance_rules;
@@ -58,6 +59,7 @@ pub use norm::{layer_norm, rms_norm};
 pub use optimiser::{
     AdamW, AdamWOptions, OptimiserState, Parameter, Sgd, SgdOptions, global_gradient_norm,
 };
+pub use pytorch::PytorchFile;
 pub use recompute::Recomputation;
 pub use recurrence::{cumulative_product, cumulative_sum, linear_scan};
 pub use relevance_rules::{balanced_sum, pass_gradient, scale_gradient, stabilised_reciprocal};

@@ -28,7 +28,8 @@ pub fn rotary(x: &Tensor, cos: &Tensor, sin: &Tensor, pairs: RotaryPairs) -> Res
     turn(x, cos, sin, pairs, length, width, 1)
 }
 
-/// [`rotary`] on heads that lie side by side: `x` `[batch, length, heads · width]`.
+/// [`rotary`] on heads that lie side by side: `x` `[batch, length, heads · width]`. Tables
+/// `[length, heads, width / 2]` turn each head by angles of its own.
 ///
 /// # Errors
 /// When the tables fit neither each other nor `x`, or the heads do not divide the width.
@@ -45,6 +46,18 @@ pub fn merged_rotary(
         return Err(Error::argument("rotary", "x", x.dims(), expected));
     }
     let width = width / heads;
+    if let (&[_, tables, half], [_, _, _]) = (cos.dims(), sin.dims()) {
+        if tables != heads {
+            let expected = format!("[{length}, {heads}, <= {}]", width / 2);
+            return Err(Error::argument("rotary", "cos", cos.dims(), expected));
+        }
+        // A head at a position is then what a position is to heads that turn alike.
+        let rows = length * heads;
+        let flat = |table: &Tensor| table.reshape((cos.dim(0)? * heads, half));
+        let x_rows = x.reshape((batch, rows, width))?;
+        let turned = turn(&x_rows, &flat(cos)?, &flat(sin)?, pairs, rows, width, 1)?;
+        return Ok(turned.reshape(x.shape())?);
+    }
     if !fused(&[x, cos, sin]) {
         let split = x.reshape((batch, length, heads, width))?.transpose(1, 2)?;
         let turned = naive::rotary(&split, cos, sin, pairs)?;
@@ -206,6 +219,27 @@ mod tests {
                 });
             }
         }
+    }
+
+    #[test]
+    fn heads_with_tables_of_their_own_turn_as_each_by_itself() {
+        let (length, heads, width, half) = (5, 3, 10, 4);
+        let angles = arange(&[length, heads, half], 4.0, DType::F64);
+        let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
+        let x = arange(&[2, length, heads * width], 1.0, DType::F64);
+        for pairs in BOTH {
+            let together = merged_rotary(&x, heads, &cos, &sin, pairs).unwrap();
+            for head in 0..heads {
+                let own = |t: &Tensor| t.narrow(1, head, 1).unwrap().squeeze(1).unwrap();
+                let part = |t: &Tensor| t.narrow(2, head * width, width).unwrap();
+                let alone = merged_rotary(&part(&x), 1, &own(&cos), &own(&sin), pairs).unwrap();
+                assert!(difference(&part(&together), &alone).unwrap() < 1e-15);
+            }
+            let f = |a: &[Tensor]| merged_rotary(&a[0], heads, &cos, &sin, pairs);
+            assert!(gradient_error(f, std::slice::from_ref(&x)).unwrap() < 1e-9);
+        }
+        let error = merged_rotary(&x, 2, &cos, &sin, RotaryPairs::Halves).unwrap_err();
+        assert!(error.to_string().contains("[5, 2, <= 7]"), "{error}");
     }
 
     #[test]

@@ -77,6 +77,7 @@ fn mixer_block(attention: MixerSpec) -> BlockSpec {
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        shortcuts: false,
         feedforward: None,
         dropout: 0.0,
     }

@@ -53,7 +53,7 @@ impl System {
     }
 }
 
-static SYSTEMS: [System; 15] = [
+static SYSTEMS: &[System] = &[
     System {
         slug: "associative-memory",
         title: "Beyond Scaling Laws: Understanding Transformer Performance with Associative Memory",
@@ -155,6 +155,31 @@ static SYSTEMS: [System; 15] = [
         experiment: experiments::decompx::run,
     },
     System {
+        slug: "dotresize",
+        title: "DOTResize: Reducing LLM Width via Discrete Optimal Transport-based Neuron Merging",
+        authors: "Verma, Murray, Duh",
+        year: 2025,
+        arxiv: Some("2507.04517"),
+        kind: Kind::Compression,
+        parts: &["compress::dotresize", "compress::slicing"],
+        experiment: experiments::dotresize::run,
+    },
+    System {
+        slug: "entropy-pruning",
+        title: "Entropy-Based Block Pruning for Efficient Large Language Models",
+        authors: "Yang, Xu, Tan, Sahoo, Savarese, Xiong, Wang, Heinecke",
+        year: 2025,
+        arxiv: Some("2504.03794"),
+        kind: Kind::Compression,
+        parts: &[
+            "compress::entropy",
+            "compress::entropy-attention",
+            "compress::entropy-blocks",
+            "compress::attention-cosine",
+        ],
+        experiment: experiments::entropy_pruning::run,
+    },
+    System {
         slug: "fwsvd",
         title: "Language model compression with weighted low-rank factorization",
         authors: "Hsu, Hua, Chang, Lou, Shen, Jin",
@@ -185,6 +210,20 @@ static SYSTEMS: [System; 15] = [
         experiment: experiments::introduction::run,
     },
     System {
+        slug: "linearity",
+        title: "Your Transformer is Secretly Linear",
+        authors: "Razzhigaev, Mikhalchuk, Goncharova, Gerasimenko, Oseledets, Dimitrov, Kuznetsov",
+        year: 2024,
+        arxiv: Some("2405.12250"),
+        kind: Kind::Explanation,
+        parts: &[
+            "explain::analyses::linearity",
+            "compress::linearise",
+            "compress::delete-linear",
+        ],
+        experiment: experiments::linearity::run,
+    },
+    System {
         slug: "logit-attribution",
         title: "A Mathematical Framework for Transformer Circuits: direct logit attribution",
         authors: "Elhage, Nanda, Olsson, Henighan, Joseph, Mann, Askell, et al.",
@@ -195,6 +234,37 @@ static SYSTEMS: [System; 15] = [
         experiment: experiments::logit_attribution::run,
     },
     System {
+        slug: "lorap",
+        title: "LoRAP: Transformer Sub-Layers Deserve Differentiated Structured Compression for Large Language Models",
+        authors: "Li, Tang, Zhang",
+        year: 2024,
+        arxiv: Some("2404.09695"),
+        kind: Kind::Compression,
+        parts: &["compress::methods::lorap"],
+        experiment: experiments::lorap::run,
+    },
+    System {
+        slug: "mamba-shedder",
+        title: "Mamba-Shedder: Post-Transformer Compression for Efficient Selective Structured State \
+                Space Models",
+        authors: "Muñoz, Yuan, Jain",
+        year: 2025,
+        arxiv: Some("2501.17088"),
+        kind: Kind::Compression,
+        parts: &["compress::mamba-shedder", "compress::mamba-shedder-scan"],
+        experiment: experiments::mamba_shedder::run,
+    },
+    System {
+        slug: "modegpt",
+        title: "MoDeGPT: Modular Decomposition for Large Language Model Compression",
+        authors: "Lin, Gao, Smith, Patel, Tuli, Shen, Jin, Hsu",
+        year: 2024,
+        arxiv: Some("2408.09632"),
+        kind: Kind::Compression,
+        parts: &["compress::methods::modegpt"],
+        experiment: experiments::modegpt::run,
+    },
+    System {
         slug: "over-squashing",
         title: "Transformers need glasses! Information over-squashing in language tasks",
         authors: "Barbero, Banino, Kapturowski, Kumaran, Araújo, Vitvitskyi, Pascanu, Veličković",
@@ -203,6 +273,31 @@ static SYSTEMS: [System; 15] = [
         kind: Kind::Explanation,
         parts: &["signal::rounding", "explain::analyses::squashing"],
         experiment: experiments::squashing::run,
+    },
+    System {
+        slug: "replaceme",
+        title: "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block \
+                Linearization",
+        authors: "Shopkhoev, Ali, Zhussip, Malykh, Lefkimmiatis, Komodakis, Zagoruyko",
+        year: 2025,
+        arxiv: Some("2505.02819"),
+        kind: Kind::Compression,
+        parts: &["compress::replaceme", "compress::replaceme-cosine"],
+        experiment: experiments::replace_me::run,
+    },
+    System {
+        slug: "slicegpt",
+        title: "How can representation dimension dominate structurally pruned LLMs?",
+        authors: "Xu, Alazraki, Mandic",
+        year: 2025,
+        arxiv: Some("2503.04377"),
+        kind: Kind::Compression,
+        parts: &[
+            "compress::slicegpt",
+            "compress::slicing",
+            "compress::dimension",
+        ],
+        experiment: experiments::slicegpt::run,
     },
     System {
         slug: "talking-heads",
@@ -218,7 +313,7 @@ static SYSTEMS: [System; 15] = [
 
 /// Every system.
 pub fn systems() -> &'static [System] {
-    &SYSTEMS
+    SYSTEMS
 }
 
 /// The system of that name.

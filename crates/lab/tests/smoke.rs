@@ -122,8 +122,53 @@ fn logit_attribution() {
 }
 
 #[test]
+fn entropy_pruning() {
+    check("entropy-pruning");
+}
+
+#[test]
+fn linearity() {
+    check("linearity");
+}
+
+#[test]
+fn mamba_shedder() {
+    check("mamba-shedder");
+}
+
+#[test]
+fn replaceme() {
+    check("replaceme");
+}
+
+#[test]
+fn slicegpt() {
+    check("slicegpt");
+}
+
+#[test]
 fn over_squashing() {
     check("over-squashing");
+}
+
+#[test]
+fn curvature_edit() {
+    check("curvature-edit");
+}
+
+#[test]
+fn dotresize() {
+    check("dotresize");
+}
+
+#[test]
+fn lorap() {
+    check("lorap");
+}
+
+#[test]
+fn modegpt() {
+    check("modegpt");
 }
 
 #[test]
@@ -138,13 +183,22 @@ fn every_system_is_tested_here() {
             "clip-text-decomposition",
             "clustering",
             "contextual-decomposition",
+            "curvature-edit",
             "decomposition-xai",
             "decompx",
+            "dotresize",
+            "entropy-pruning",
             "fwsvd",
             "hidden-geometry",
             "introduction-to-transformers",
+            "linearity",
             "logit-attribution",
+            "lorap",
+            "mamba-shedder",
+            "modegpt",
             "over-squashing",
+            "replaceme",
+            "slicegpt",
             "talking-heads",
         ]
     );

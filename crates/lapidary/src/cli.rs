@@ -255,6 +255,8 @@ pub enum Analysis {
     Clusters(crate::commands::inspect::clusters::Clusters),
     /// How a model's states lie around those of its training data
     Energy(crate::commands::inspect::energy::Energy),
+    /// How nearly linear each block is
+    Linearity(crate::commands::inspect::linearity::Linearity),
     /// Random particles that attention gathers
     Particles(crate::commands::inspect::particles::Particles),
     /// How long a repeated prefix heads need before they look at what followed it

@@ -1212,6 +1212,60 @@ fn inspects_channels_clusters_particles_and_energy() {
     assert_eq!(energy["tables"].as_array().unwrap().len(), 3);
 }
 
+#[test]
+fn inspects_linearity_and_cuts_depth() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = "the farmer near the dogs sings . the dogs near the farmer sleep . ".repeat(30);
+    let text = write(&directory, "text.txt", text.as_bytes());
+    let linearity = json(&[
+        "inspect",
+        "linearity",
+        "embedded",
+        "--text",
+        &text,
+        "--window",
+        "16",
+        "--json",
+    ]);
+    let rows = linearity["tables"][0]["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 6);
+    assert!(rows.iter().all(|row| row[1].as_f64().unwrap() <= 1.0));
+    refused(
+        &[
+            "inspect",
+            "linearity",
+            "embedded",
+            "--text",
+            &text,
+            "--windows",
+            "1",
+        ],
+        &["windows is 1", "held out"],
+    );
+    for (method, ratio) in [("replaceme", "0.34"), ("attention-cosine", "0.34")] {
+        let out = directory.path().join(method).display().to_string();
+        let document = json(&[
+            "compress",
+            "embedded",
+            "--method",
+            method,
+            "--ratio",
+            ratio,
+            "--windows",
+            "8",
+            "--out",
+            &out,
+            "--json",
+        ]);
+        let after = &document["report"]["after"]["parameters"];
+        assert!(after.as_u64() < document["report"]["before"]["parameters"].as_u64());
+        let again = json(&[
+            "evaluate", &out, "--text", &text, "--window", "16", "--json",
+        ]);
+        assert!(again.is_object());
+    }
+}
+
 /// The classifier that a reproduction trains is a model like any other.
 #[test]
 fn a_kept_classifier_is_explained_on_polarity() {

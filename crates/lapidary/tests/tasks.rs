@@ -5,10 +5,13 @@
 use std::path::Path;
 
 use assert_cmd::Command;
+use lapidary_explain::analyses::autoencoder::rank_features;
+use lapidary_explain::autoencoder::{Autoencoder, Edit, edited, save, splice};
 use lapidary_explain::contextual::{Ablation, Means, Metric};
 use lapidary_explain::tasks::{Generated, Prompt, Task};
 use lapidary_kernels::{DType, Device};
 use lapidary_model::{Initialiser, Model, ModelSpec, Package, Pass, Tokenizer};
+use lapidary_signal::Trace;
 use serde_json::{Value, json};
 
 /// Words that are one token with the space before them; `Kate` and `garden` are not, and neither
@@ -336,4 +339,89 @@ fn tasks_are_evaluated_and_searched_for_circuits() {
         "--json",
     ]);
     assert!(circuit["notes"].to_string().contains("2 prompts"));
+}
+
+const SITE: &str = "blocks.0.attention.mixed";
+
+fn autoencoder(seed: u64) -> Autoencoder {
+    let mut generator = lapidary_train::generator(seed);
+    Autoencoder::initialised(SITE, 16, 24, &mut generator).unwrap()
+}
+
+/// The right answer's score less the wrong one's, with a feature set to zero at a position.
+fn without(model: &Model, prompt: &Prompt, edit: Option<(usize, usize)>) -> f64 {
+    let edits: Vec<Edit> = edit
+        .into_iter()
+        .map(|(feature, position)| Edit::zero(feature).at([position]))
+        .collect();
+    let change = move |features: &_| edited(features, &edits);
+    let trace = splice(Trace::new(), &autoencoder(5), change).unwrap();
+    let pass = Pass {
+        trace: Some(&trace),
+        ..Pass::default()
+    };
+    let output = model.forward(&prompt.input(model).unwrap(), pass).unwrap();
+    let logits = output.logits.unwrap().into_value().get(0).unwrap();
+    let last = logits.get(prompt.ids.len() - 1).unwrap();
+    let scores: Vec<f32> = last.to_vec1().unwrap();
+    f64::from(scores[prompt.right[0]]) - f64::from(scores[prompt.wrong[0]])
+}
+
+#[test]
+fn features_at_a_role_are_ranked_by_what_leaving_each_out_changes() {
+    let model = model(tokenizer().vocabulary_size());
+    let prompts = generated(Task::Ioi, None, 4).prompts;
+    let ranked = rank_features(&model, &autoencoder(5), &prompts, "S2").unwrap();
+    assert_eq!(ranked.prompts, prompts.len());
+    assert!(!ranked.features.is_empty());
+    let sizes: Vec<f64> = ranked.features.iter().map(|of| of.effect.abs()).collect();
+    assert!(sizes.is_sorted_by(|a, b| a >= b) && sizes[0] > 0.0);
+    let count = prompts.len() as f64;
+    let clean: f64 = prompts.iter().map(|one| without(&model, one, None)).sum();
+    assert!((ranked.clean - clean / count).abs() < 1e-5);
+    // Where a feature is not active, setting it to zero changes nothing, so that all prompts count.
+    for of in ranked.features.iter().take(4) {
+        let change = |prompt: &Prompt| {
+            let position = prompt.role("S2").unwrap();
+            without(&model, prompt, Some((of.feature, position))) - without(&model, prompt, None)
+        };
+        let changed: f64 = prompts.iter().map(change).sum();
+        assert!((of.effect - changed / count).abs() < 1e-5, "{of:?}");
+        let all = of.effect_where_active * of.prompts as f64;
+        assert!((all - changed).abs() < 1e-4, "{of:?}");
+    }
+    let said = rank_features(&model, &autoencoder(5), &prompts, "XX").unwrap_err();
+    assert!(said.to_string().contains("S2"), "{said}");
+    assert!(rank_features(&model, &autoencoder(5), &[], "S2").is_err());
+}
+
+#[test]
+fn the_command_ranks_features_of_a_task() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (saved, sae) = (path("model"), path("sae"));
+    let tokenizer = tokenizer();
+    Package::new(model(tokenizer.vocabulary_size()), Some(tokenizer))
+        .save(Path::new(&saved), None)
+        .unwrap();
+    save(&autoencoder(5), Path::new(&sae)).unwrap();
+    let of = |more: &[&str]| {
+        let start = [
+            "inspect",
+            "sae",
+            &saved,
+            "--sae",
+            &sae,
+            "--prompts",
+            "6",
+            "--json",
+        ];
+        json_of(&[start.as_slice(), more].concat())
+    };
+    let found = of(&["--task", "ioi", "--most", "5"]);
+    assert_eq!(found["title"], "Features of blocks.0.attention.mixed at S2");
+    let rows = found["tables"][0]["rows"].as_array().unwrap();
+    assert!(rows.len() <= 5 && !rows.is_empty());
+    let found = of(&["--task", "greater-than", "--role", "XX", "--folded-biases"]);
+    assert!(found["title"].as_str().unwrap().ends_with("XX"));
 }

@@ -6,13 +6,15 @@
 //! parameters. A model that its family can still express is written back as the former,
 //! everything else as the latter.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::checkpoint::{WriteOptions, write_checkpoint};
 use crate::files::{FileError, StagedDirectory, read_text, write_beside};
 use crate::huggingface::config::CONFIG_FILE;
-use crate::huggingface::families::{NameTable, towers};
+use crate::huggingface::families::{NameTable, Shapes, towers};
+use crate::huggingface::shortened;
 use crate::{Checkpoint, Config, Error, Limits, Model, ModelSpec, Result, Tokenizer};
 use lapidary_kernels::{DType, Device, Tensor};
 
@@ -47,6 +49,8 @@ pub enum Origin {
     HuggingFace {
         /// The config as read.
         config: Box<Config>,
+        /// What it describes, for each tower.
+        specs: Vec<ModelSpec>,
         /// Where each tower's parameters are stored.
         tables: Vec<NameTable>,
         /// Tensors that belong to no tower, such as CLIP's `logit_scale`.
@@ -137,8 +141,8 @@ impl Package {
         let checkpoint = Checkpoint::open(directory, &options.limits)?;
         let mut used = Vec::new();
         let mut models = Vec::new();
-        let mut tables = Vec::new();
-        for tower in towers(&config, &checkpoint)? {
+        let (mut tables, mut specs) = (Vec::new(), Vec::new());
+        for tower in towers(&config, &shapes(&checkpoint)?)? {
             tower.spec.validate()?;
             let mut parameters = tower.table.read(&checkpoint, options.dtype, &mut used)?;
             for tensor in parameters.values_mut() {
@@ -146,6 +150,7 @@ impl Package {
                     .to_device(&options.device)
                     .map_err(lapidary_kernels::Error::from)?;
             }
+            specs.push(tower.spec.clone());
             let model = Model::new(tower.spec, &mut parameters)?;
             models.push(TowerModel {
                 name: tower.name.to_owned(),
@@ -174,6 +179,7 @@ impl Package {
             tokenizer: open_tokenizer(directory, &options.limits)?,
             origin: Origin::HuggingFace {
                 config: Box::new(config),
+                specs,
                 tables,
                 extra,
             },
@@ -273,11 +279,12 @@ impl Package {
     }
 
     /// Config and tensors of the family's own form, when every tower still has the spec that the
-    /// config describes.
+    /// config describes, or the only one has fewer blocks and is otherwise as a config can say.
     #[allow(clippy::type_complexity, reason = "a config beside its tensors")]
-    fn as_huggingface(&self) -> Result<Option<(&Config, Vec<(String, Tensor)>)>> {
+    fn as_huggingface(&self) -> Result<Option<(Cow<'_, Config>, Vec<(String, Tensor)>)>> {
         let Origin::HuggingFace {
             config,
+            specs,
             tables,
             extra,
         } = &self.origin
@@ -285,13 +292,22 @@ impl Package {
             return Ok(None);
         };
         let mut tensors = Vec::new();
-        for (tower, table) in self.towers.iter().zip(tables) {
+        for ((tower, table), spec) in self.towers.iter().zip(tables).zip(specs) {
             let model = &tower.model;
             let named = table.tensors().iter().flat_map(|stored| &stored.parameters);
             let mut names: Vec<&String> = named.collect();
             names.sort();
             names.dedup();
             if !names.into_iter().eq(model.parameters().keys()) {
+                if self.towers.len() != 1 || !extra.is_empty() {
+                    return Ok(None);
+                }
+                let shorter = shortened(config, table, model)?;
+                return Ok(shorter.map(|(config, tensors)| (Cow::Owned(config), tensors)));
+            }
+            // Equal names may still hold other widths than the config says.
+            let shapes = |spec: &ModelSpec| (spec.width, spec.expanded_blocks());
+            if shapes(model.spec()) != shapes(spec) {
                 return Ok(None);
             }
             tensors.extend(table.write(model.parameters())?);
@@ -301,7 +317,7 @@ impl Package {
                 .iter()
                 .map(|(name, tensor)| (name.clone(), tensor.clone())),
         );
-        Ok(Some((config, tensors)))
+        Ok(Some((Cow::Borrowed(config.as_ref()), tensors)))
     }
 }
 
@@ -312,6 +328,13 @@ pub enum SavedAs {
     HuggingFace,
     /// One with a `lapidary.json`.
     Lapidary,
+}
+
+fn shapes(checkpoint: &Checkpoint) -> Result<Shapes> {
+    checkpoint
+        .names()
+        .map(|name| Ok((name.to_owned(), checkpoint.info(name)?.shape.clone())))
+        .collect()
 }
 
 struct CheckpointSource<'a> {

@@ -36,7 +36,6 @@ const MAX_WIDTH: usize = 1 << 17;
 const MAX_BLOCKS: usize = 4096;
 const MAX_VOCABULARY: usize = 1 << 24;
 const MAX_LENGTH: usize = 1 << 24;
-const MAX_HIDDEN: usize = 1 << 20;
 const MAX_LABELS: usize = 1 << 24;
 
 /// A model.
@@ -371,13 +370,6 @@ impl ModelSpec {
         }
         for (index, block) in self.blocks.iter().enumerate() {
             block.validate(self.width, &format!("blocks.{index}"))?;
-            if let Some(hidden) = block.feedforward.as_ref().map(|part| part.hidden()) {
-                bounded(
-                    &format!("blocks.{index}.feedforward.hidden"),
-                    hidden,
-                    MAX_HIDDEN,
-                )?;
-            }
         }
         validate_norm(&self.final_norm, "final_norm")?;
         self.validate_head()?;

@@ -346,3 +346,84 @@ fn every_linear_reads_what_its_site_shows() {
         "{shown} shown, {reproduced} reproduced"
     );
 }
+
+/// A model without its first block is still of its family: saved as such, it loads, and its
+/// config says one layer less.
+#[test]
+fn fewer_blocks_are_still_of_the_family() {
+    for family in [
+        "gpt2",
+        "llama",
+        "mistral",
+        "qwen2",
+        "mixtral",
+        "opt",
+        "mamba",
+        "vit",
+        "bert-classifier",
+    ] {
+        let package = Package::open(&fixture(family), &OpenOptions::default()).unwrap();
+        let model = package.single_model().unwrap();
+        let shorter = without_first_block(model);
+        let blocks = shorter.spec().expanded_blocks().len();
+        let parameters = shorter.parameters().clone();
+        let directory = tempfile::tempdir().unwrap();
+        let out = directory.path().join("out");
+        let saved = package.with_model(shorter).save(&out, None).unwrap();
+        assert_eq!(saved, SavedAs::HuggingFace, "{family}");
+        let again = Package::open(&out, &OpenOptions::default()).unwrap();
+        let again = again.single_model().unwrap();
+        assert_eq!(again.spec().expanded_blocks().len(), blocks, "{family}");
+        assert!(parameters.keys().eq(again.parameters().keys()), "{family}");
+        for (name, tensor) in again.parameters() {
+            let gap = (tensor - &parameters[name]).unwrap().abs().unwrap();
+            let gap = gap.sum_all().unwrap().to_scalar::<f32>().unwrap();
+            assert_eq!(gap, 0.0, "{family}: {name}");
+        }
+    }
+}
+
+/// Where the config computes a block's setting from its place, what the blocks left over do has no
+/// config.
+#[test]
+fn fewer_blocks_that_no_config_describes_are_saved_with_their_spec() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    std::fs::create_dir(&source).unwrap();
+    for file in std::fs::read_dir(fixture("gpt2")).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), source.join(file.file_name())).unwrap();
+    }
+    let path = source.join("config.json");
+    let config = std::fs::read_to_string(&path).unwrap();
+    let config = config.replacen('{', "{\"scale_attn_by_inverse_layer_idx\": true,", 1);
+    let config = config.replace("\"scale_attn_by_inverse_layer_idx\": false,", "");
+    std::fs::write(&path, config).unwrap();
+    let package = Package::open(&source, &OpenOptions::default()).unwrap();
+    let shorter = without_first_block(package.single_model().unwrap());
+    let out = directory.path().join("out");
+    let saved = package.with_model(shorter).save(&out, None).unwrap();
+    assert_eq!(saved, SavedAs::Lapidary);
+    Package::open(&out, &OpenOptions::default()).unwrap();
+}
+
+fn without_first_block(model: &Model) -> Model {
+    let mut spec = model.spec().clone();
+    spec.blocks = spec.expanded_blocks().split_off(1);
+    let mut parameters = model
+        .parameters()
+        .iter()
+        .filter_map(|(name, tensor)| {
+            let renamed = match name.strip_prefix("blocks.") {
+                None => name.clone(),
+                Some(rest) => {
+                    let (index, rest) = rest.split_once('.').unwrap();
+                    let index: usize = index.parse().unwrap();
+                    format!("blocks.{}.{rest}", index.checked_sub(1)?)
+                }
+            };
+            Some((renamed, tensor.clone()))
+        })
+        .collect::<std::collections::BTreeMap<_, _>>();
+    Model::new(spec, &mut parameters).unwrap()
+}

@@ -14,9 +14,9 @@ use lapidary_model::{
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec, QueryKeyNorm};
 use lapidary_parts::block::{BlockSpec, Wiring};
-use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, MixtureSpec};
+use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, LinearSpec, MixtureSpec};
 use lapidary_parts::norm::NormSpec;
-use lapidary_parts::position::{PositionSpec, RotaryScaling, RotarySpec};
+use lapidary_parts::position::{KeptPairs, PositionSpec, RotaryScaling, RotarySpec};
 use lapidary_parts::recurrent::MambaSpec;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -106,19 +106,23 @@ fn position() -> BoxedStrategy<PositionSpec> {
             }
         ),
     ];
+    let lists = proptest::collection::vec(proptest::collection::vec(0usize..4, 0..3), 0..3);
+    let kept = (size(), lists).prop_map(|(of, groups)| KeptPairs { of, groups });
     let rotary = (
         positive(),
         proptest::option::weighted(0.2, size()),
         any::<bool>(),
         scaling,
+        proptest::option::weighted(0.2, kept),
     );
     prop_oneof![
         Just(PositionSpec::None),
         Just(PositionSpec::Alibi),
-        rotary.prop_map(|(theta, width, interleaved, scaling)| {
+        rotary.prop_map(|(theta, width, interleaved, scaling, kept)| {
             PositionSpec::Rotary(RotarySpec {
                 theta,
                 width,
+                kept,
                 interleaved,
                 scaling,
             })
@@ -134,7 +138,11 @@ fn position() -> BoxedStrategy<PositionSpec> {
 fn attention() -> BoxedStrategy<MultiHeadSpec> {
     let seldom = || proptest::option::weighted(0.3, size());
     let query_key_norm = proptest::option::weighted(0.2, (norm(), any::<bool>()));
-    let numbers = (proptest::option::weighted(0.2, number()), number());
+    let numbers = (
+        proptest::option::weighted(0.2, number()),
+        number(),
+        proptest::option::weighted(0.2, size()),
+    );
     (
         size(),
         seldom(),
@@ -157,6 +165,7 @@ fn attention() -> BoxedStrategy<MultiHeadSpec> {
                     query_key_norm: norm.map(|(norm, per_head)| QueryKeyNorm { norm, per_head }),
                     scale: numbers.0,
                     dropout: numbers.1,
+                    value_width: numbers.2,
                     ..MultiHeadSpec::new(heads)
                 }
             },
@@ -168,9 +177,13 @@ fn mixer() -> BoxedStrategy<MixerSpec> {
     let seldom = || proptest::option::weighted(0.5, size());
     prop_oneof![
         3 => attention().prop_map(MixerSpec::MultiHead),
-        1 => (seldom(), size(), size(), seldom()).prop_map(|(inner, state, taps, step_rank)| {
-            MixerSpec::Mamba(MambaSpec { inner, state, taps, step_rank, ..MambaSpec::default() })
-        }),
+        1 => (seldom(), size(), size(), seldom(), any::<bool>()).prop_map(
+            |(inner, state, taps, step_rank, scan)| {
+                let rest = MambaSpec::default();
+                MixerSpec::Mamba(MambaSpec { inner, state, taps, step_rank, scan, ..rest })
+            }
+        ),
+        1 => Just(MixerSpec::Absent),
     ]
     .boxed()
 }
@@ -203,6 +216,7 @@ fn feedforward() -> BoxedStrategy<FeedforwardSpec> {
                 })
             }
         ),
+        any::<bool>().prop_map(|bias| FeedforwardSpec::Linear(LinearSpec { bias })),
     ]
     .boxed()
 }
@@ -224,6 +238,7 @@ fn block() -> BoxedStrategy<BlockSpec> {
                 cross_attention: None,
                 shared: repeat.is_multiple_of(2),
                 layer_scale: None,
+                shortcuts: false,
                 feedforward,
                 dropout,
             },

@@ -14,7 +14,7 @@ use crate::parameters::{Init, Parameters};
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
 use lapidary_kernels::Tensor;
-use lapidary_signal::Signal;
+use lapidary_signal::{Linear, Signal};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +64,10 @@ pub struct BlockSpec {
     /// What transforms tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub feedforward: Option<FeedforwardSpec>,
+    /// Whether the residual passes a linear map without bias before a part's output is added:
+    /// `attention_shortcut` and `feedforward_shortcut`, the first alone in parallel wiring.
+    #[serde(default, skip_serializing_if = "is_not")]
+    pub shortcuts: bool,
     /// Probability with which an entry of a part's output is dropped in training.
     #[serde(default)]
     pub dropout: f64,
@@ -96,6 +100,8 @@ impl BlockSpec {
         self.norm.validate(&format!("{field}.norm"))?;
         self.attention
             .validate(width, &format!("{field}.attention"))?;
+        self.validate_absence(field)?;
+        self.validate_shortcuts(field)?;
         if let Some(cross) = &self.cross_attention {
             cross.validate_cross(width, &format!("{field}.cross_attention"))?;
             if self.wiring == Wiring::Parallel {
@@ -125,6 +131,42 @@ impl BlockSpec {
         }
         Ok(())
     }
+
+    fn validate_absence(&self, field: &str) -> Result<()> {
+        let kind = format!("{field}.attention.kind");
+        if self.attention != MixerSpec::Absent {
+            return Ok(());
+        }
+        if self.wiring == Wiring::PostNorm {
+            return Err(Error::spec(
+                kind,
+                "absent",
+                "a mixer in a post-norm block, whose norm follows it",
+            ));
+        }
+        if self.feedforward.is_none() && self.cross_attention.is_none() {
+            return Err(Error::spec(
+                kind,
+                "absent",
+                "a mixer in a block without any other part",
+            ));
+        }
+        Ok(())
+    }
+
+    fn validate_shortcuts(&self, field: &str) -> Result<()> {
+        let obstacle = match (self.wiring, &self.cross_attention) {
+            (Wiring::PostNorm, _) => {
+                "false in a post-norm block: its norms change what the residual carries"
+            }
+            (_, Some(_)) => "false in a block with cross-attention",
+            _ => return Ok(()),
+        };
+        match self.shortcuts {
+            true => Err(Error::spec(format!("{field}.shortcuts"), true, obstacle)),
+            false => Ok(()),
+        }
+    }
 }
 
 /// A block with its parameters.
@@ -133,9 +175,11 @@ pub struct Block {
     path: String,
     wiring: Wiring,
     dropout: f64,
-    attention: (Around, Mixer),
+    attention: Option<(Around, Mixer)>,
     cross_attention: Option<(Around, MultiHeadAttention)>,
     feedforward: Option<(Around, Feedforward)>,
+    attention_shortcut: Option<Linear>,
+    feedforward_shortcut: Option<Linear>,
 }
 
 /// What stands around a part.
@@ -168,10 +212,13 @@ impl Around {
 impl Block {
     /// Builds the block for tokens of `width`.
     pub fn new(spec: &BlockSpec, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
-        let attention = (
-            Around::new(spec, width, "attention", &mut parameters)?,
-            Mixer::new(&spec.attention, width, parameters.at("attention"))?,
-        );
+        let attention = match Mixer::new(&spec.attention, width, parameters.at("attention"))? {
+            None => None,
+            Some(mixer) => Some((
+                Around::new(spec, width, "attention", &mut parameters)?,
+                mixer,
+            )),
+        };
         let cross_attention = match &spec.cross_attention {
             None => None,
             Some(cross) => Some((
@@ -186,6 +233,21 @@ impl Block {
                 Feedforward::new(feedforward, width, parameters.at("feedforward"))?,
             )),
         };
+        // It starts as a map that keeps lengths on average.
+        let mut shortcut = |name: &str, input_site: &str| {
+            let deviation = 1.0 / (width as f64).sqrt();
+            let initial = Init::Normal { deviation };
+            parameters.linear_starting(name, input_site, [width, width], initial, None)
+        };
+        let attention_shortcut = match spec.shortcuts {
+            true => Some(shortcut("attention_shortcut", "in")?),
+            false => None,
+        };
+        let second = spec.shortcuts && feedforward.is_some() && spec.wiring != Wiring::Parallel;
+        let feedforward_shortcut = match second {
+            true => Some(shortcut("feedforward_shortcut", "feedforward_shortcut.in")?),
+            false => None,
+        };
         Ok(Self {
             path: parameters.path().to_owned(),
             wiring: spec.wiring,
@@ -193,6 +255,8 @@ impl Block {
             attention,
             cross_attention,
             feedforward,
+            attention_shortcut,
+            feedforward_shortcut,
         })
     }
 
@@ -207,25 +271,40 @@ impl Block {
         if self.wiring == Wiring::Parallel {
             return self.parallel(x, cx, state);
         }
-        let (around, mixer) = &self.attention;
-        let x = self.around(x, around, "attention", cx, |x| mixer.forward(x, cx, state))?;
+        let shortcut = self.attention_shortcut.as_ref();
+        let x = match &self.attention {
+            None => passed(&x, shortcut)?,
+            Some((around, mixer)) => {
+                let mix = |x: &Signal| mixer.forward(x, cx, state);
+                self.around(x, around, shortcut, "attention", cx, mix)?
+            }
+        };
         let x = match &self.cross_attention {
             None => x,
-            Some((around, attention)) => self.around(x, around, "cross_attention", cx, |x| {
-                let (memory, padding) = cx.memory.ok_or_else(|| {
-                    Error::spec(
-                        "memory of cross-attention",
-                        "absent",
-                        "given in the context",
-                    )
-                })?;
-                attention.cross(x, memory, padding, cx)
-            })?,
+            Some((around, attention)) => {
+                self.around(x, around, None, "cross_attention", cx, |x| {
+                    let (memory, padding) = cx.memory.ok_or_else(|| {
+                        Error::spec(
+                            "memory of cross-attention",
+                            "absent",
+                            "given in the context",
+                        )
+                    })?;
+                    attention.cross(x, memory, padding, cx)
+                })?
+            }
         };
         let x = match &self.feedforward {
             None => x,
             Some((around, part)) => {
-                self.around(x, around, "feedforward", cx, |x| part.forward(x, cx))?
+                let shortcut = self.feedforward_shortcut.as_ref();
+                let site = format_args!("{}.feedforward_shortcut.in", self.path);
+                let x = match shortcut {
+                    Some(_) => cx.trace.site(site, x)?,
+                    None => x,
+                };
+                let transform = |x: &Signal| part.forward(x, cx);
+                self.around(x, around, shortcut, "feedforward", cx, transform)?
             }
         };
         Ok(cx.trace.site(format_args!("{}.out", self.path), x)?)
@@ -249,6 +328,7 @@ impl Block {
         &self,
         x: Signal,
         around: &Around,
+        shortcut: Option<&Linear>,
         name: &str,
         cx: &Context<'_>,
         part: impl FnOnce(&Signal) -> Result<Signal>,
@@ -260,7 +340,7 @@ impl Block {
             }
             Wiring::PreNorm | Wiring::Parallel => {
                 let y = part(&around.norm.forward(&x)?)?;
-                Ok(x.add(&self.written(y, around, name, cx)?)?)
+                Ok(passed(&x, shortcut)?.add(&self.written(y, around, name, cx)?)?)
             }
         }
     }
@@ -271,13 +351,23 @@ impl Block {
         cx: &Context<'_>,
         state: Option<&mut MixerState>,
     ) -> Result<Signal> {
-        let (around, mixer) = &self.attention;
-        let mixed = mixer.forward(&around.norm.forward(&x)?, cx, state)?;
-        let mut y = x.add(&self.written(mixed, around, "attention", cx)?)?;
+        let mut y = passed(&x, self.attention_shortcut.as_ref())?;
+        if let Some((around, mixer)) = &self.attention {
+            let mixed = mixer.forward(&around.norm.forward(&x)?, cx, state)?;
+            y = y.add(&self.written(mixed, around, "attention", cx)?)?;
+        }
         if let Some((around, part)) = &self.feedforward {
             let transformed = part.forward(&around.norm.forward(&x)?, cx)?;
             y = y.add(&self.written(transformed, around, "feedforward", cx)?)?;
         }
         Ok(cx.trace.site(format_args!("{}.out", self.path), y)?)
+    }
+}
+
+/// The residual behind its shortcut, if it has one.
+fn passed(x: &Signal, shortcut: Option<&Linear>) -> Result<Signal> {
+    match shortcut {
+        Some(shortcut) => Ok(x.linear(shortcut)?),
+        None => Ok(x.clone()),
     }
 }

@@ -72,9 +72,12 @@ pub struct RotarySpec {
     /// Base of the wavelengths.
     #[serde(default = "default_theta")]
     pub theta: f64,
-    /// Features of a head that are rotated; all when absent.
+    /// Features of a head that are rotated; all when absent, or two for each kept pair.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub width: Option<usize>,
+    /// The pairs that are left of wider heads; all when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<KeptPairs>,
     /// Whether features `2 i` and `2 i + 1` form a pair instead of `i` and `i + width / 2`.
     #[serde(default)]
     pub interleaved: bool,
@@ -82,6 +85,51 @@ pub struct RotarySpec {
     #[serde(default)]
     pub scaling: RotaryScaling,
 }
+
+/// The rotary pairs that are left of wider heads, each still turning at its own speed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KeptPairs {
+    /// Features that were rotated in the wider heads, which frequencies are computed from.
+    pub of: usize,
+    /// Indices of the pairs, rising, for each group of keys; its query heads keep the same ones.
+    pub groups: Vec<Vec<usize>>,
+}
+
+impl KeptPairs {
+    /// How many pairs each head keeps.
+    pub fn pairs(&self) -> usize {
+        self.groups.first().map_or(0, Vec::len)
+    }
+
+    fn validate(&self, groups: usize, field: &str) -> Result<()> {
+        if self.of == 0 || !self.of.is_multiple_of(2) || self.of > MAX_ROTATED {
+            let expected = format!("an even number of at most {MAX_ROTATED}");
+            return Err(Error::spec(format!("{field}.of"), self.of, expected));
+        }
+        if self.groups.len() != groups {
+            let expected = format!("{groups}, one list for each group of keys");
+            let field = format!("number of lists in {field}.groups");
+            return Err(Error::spec(field, self.groups.len(), expected));
+        }
+        let (pairs, all) = (self.pairs(), self.of / 2);
+        for (group, kept) in self.groups.iter().enumerate() {
+            let rising = kept.windows(2).all(|two| matches!(two, [a, b] if a < b));
+            let below = kept.last().is_some_and(|last| *last < all);
+            if kept.len() != pairs || !rising || !below {
+                return Err(Error::spec(
+                    format!("{field}.groups.{group}"),
+                    kept,
+                    format!("{} rising indices below {all}", pairs.max(1)),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Rotated features of a head that is no longer there.
+const MAX_ROTATED: usize = 1 << 20;
 
 fn default_theta() -> f64 {
     10_000.0
@@ -92,6 +140,7 @@ impl Default for RotarySpec {
         Self {
             theta: default_theta(),
             width: None,
+            kept: None,
             interleaved: false,
             scaling: RotaryScaling::None,
         }
@@ -124,9 +173,23 @@ pub enum RotaryScaling {
 }
 
 impl RotarySpec {
-    /// Refuses widths and bases that make no sense for heads of `head_width`.
-    pub fn validate(&self, head_width: usize, field: &str) -> Result<()> {
-        let width = self.width.unwrap_or(head_width);
+    /// Features that are rotated in heads of `head_width`.
+    pub fn rotated(&self, head_width: usize) -> usize {
+        let kept = self.kept.as_ref().map(|kept| 2 * kept.pairs());
+        self.width.or(kept).unwrap_or(head_width)
+    }
+
+    /// Refuses widths, bases and kept pairs that make no sense for heads of `head_width` with
+    /// `groups` groups of keys.
+    pub fn validate(&self, head_width: usize, groups: usize, field: &str) -> Result<()> {
+        if let Some(kept) = &self.kept {
+            kept.validate(groups, &format!("{field}.kept"))?;
+            if let Some(width) = self.width.filter(|width| *width != 2 * kept.pairs()) {
+                let expected = format!("absent or {}, two for each kept pair", 2 * kept.pairs());
+                return Err(Error::spec(format!("{field}.width"), width, expected));
+            }
+        }
+        let width = self.rotated(head_width);
         if width == 0 || !width.is_multiple_of(2) || width > head_width {
             return Err(Error::spec(
                 format!("{field}.width"),
@@ -184,9 +247,18 @@ impl RotarySpec {
         Ok(())
     }
 
-    /// Angle per position of each pair, `θ^(−2 i / width)` after scaling.
-    fn frequencies(&self, head_width: usize) -> Vec<f64> {
-        let width = self.width.unwrap_or(head_width);
+    /// Angle per position of each pair, `θ^(−2 i / width)` after scaling: one list for all heads,
+    /// or one for each group of keys where these kept different pairs.
+    fn frequencies(&self, head_width: usize) -> Vec<Vec<f64>> {
+        let Some(kept) = &self.kept else {
+            return vec![self.all_frequencies(self.rotated(head_width))];
+        };
+        let all = self.all_frequencies(kept.of);
+        let of = |pairs: &Vec<usize>| pairs.iter().filter_map(|i| all.get(*i)).copied().collect();
+        kept.groups.iter().map(of).collect()
+    }
+
+    fn all_frequencies(&self, width: usize) -> Vec<f64> {
         let base = (0..width / 2).map(|i| self.theta.powf(-2.0 * i as f64 / width as f64));
         match self.scaling {
             RotaryScaling::None => base.collect(),
@@ -235,10 +307,11 @@ pub enum Position {
 }
 
 impl Position {
-    /// Builds the positions of an attention module with `heads` heads of `head_width`.
+    /// Builds the positions of an attention module with `heads` heads of `head_width` that read
+    /// `groups` groups of keys.
     pub fn new(
         spec: &PositionSpec,
-        heads: usize,
+        (heads, groups): (usize, usize),
         head_width: usize,
         causal: bool,
         mut parameters: Parameters<'_>,
@@ -247,6 +320,7 @@ impl Position {
             PositionSpec::None => Self::None,
             PositionSpec::Rotary(spec) => Self::Rotary(Rotary {
                 frequencies: spec.frequencies(head_width),
+                heads_of_a_group: heads / groups.max(1),
                 pairs: if spec.interleaved {
                     RotaryPairs::Interleaved
                 } else {
@@ -356,8 +430,11 @@ fn bucket(distance: i64, buckets: usize, max_distance: usize, causal: bool) -> u
 /// Rotary tables.
 #[derive(Debug)]
 pub struct Rotary {
-    frequencies: Vec<f64>,
+    /// One list for all heads, or one for each group of keys.
+    frequencies: Vec<Vec<f64>>,
+    heads_of_a_group: usize,
     pairs: RotaryPairs,
+    /// Cosines and sines `[length, lists, pairs]`.
     tables: Mutex<Option<(Tensor, Tensor)>>,
 }
 
@@ -367,8 +444,55 @@ impl Rotary {
         self.pairs
     }
 
-    /// Cosines and sines `[length, pairs]` of positions `offset .. offset + length`.
+    /// Cosines and sines of positions `offset .. offset + length`, for queries of all heads or
+    /// keys of all groups: `[length, pairs]` where every head turns alike, else
+    /// `[length, heads, pairs]`.
     pub fn tables(
+        &self,
+        heads: usize,
+        offset: usize,
+        length: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<(Tensor, Tensor)> {
+        let (cos, sin) = self.by_list(offset, length, dtype, device)?;
+        let of_heads = |table: Tensor| -> Result<Tensor> {
+            let (length, lists, pairs) = tensor(table.dims3())?;
+            if lists == 1 {
+                return tensor(table.squeeze(1));
+            }
+            let each = if heads == lists {
+                1
+            } else {
+                self.heads_of_a_group
+            };
+            let table = tensor(table.unsqueeze(2))?;
+            let table = tensor(table.broadcast_as((length, lists, each, pairs)))?;
+            tensor(table.reshape((length, lists * each, pairs)))
+        };
+        Ok((of_heads(cos)?, of_heads(sin)?))
+    }
+
+    /// As [`Rotary::tables`] for one head of the queries: `[length, pairs]`.
+    pub fn tables_of_head(
+        &self,
+        head: usize,
+        offset: usize,
+        length: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<(Tensor, Tensor)> {
+        let (cos, sin) = self.by_list(offset, length, dtype, device)?;
+        let list = match self.frequencies.len() {
+            1 => 0,
+            _ => head / self.heads_of_a_group.max(1),
+        };
+        let of_list = |table: Tensor| tensor(tensor(table.narrow(1, list, 1))?.squeeze(1));
+        Ok((of_list(cos)?, of_list(sin)?))
+    }
+
+    /// `[length, lists, pairs]`, grown as needed.
+    fn by_list(
         &self,
         offset: usize,
         length: usize,
@@ -382,9 +506,12 @@ impl Rotary {
         });
         if !ready {
             let rows = end.next_power_of_two();
-            let angles = (0..rows).flat_map(|t| self.frequencies.iter().map(move |f| t as f64 * f));
+            let lists = self.frequencies.len();
+            let pairs = self.frequencies.first().map_or(0, Vec::len);
+            let each = || self.frequencies.iter().flatten();
+            let angles = (0..rows).flat_map(|t| each().map(move |f| t as f64 * f));
             let (sin, cos): (Vec<f64>, Vec<f64>) = angles.map(f64::sin_cos).unzip();
-            let shape = (rows, self.frequencies.len());
+            let shape = (rows, lists, pairs);
             let table = |values: Vec<f64>| -> Result<Tensor> {
                 tensor(tensor(Tensor::from_vec(values, shape, device))?.to_dtype(dtype))
             };
@@ -439,7 +566,7 @@ mod tests {
             },
             ..RotarySpec::default()
         };
-        let (plain, scaled) = (plain.frequencies(128), scaled.frequencies(128));
+        let (plain, scaled) = (plain.all_frequencies(128), scaled.all_frequencies(128));
         assert_eq!(plain[0], scaled[0]);
         assert!((plain[63] / scaled[63] - 8.0).abs() < 1e-12);
         assert!(

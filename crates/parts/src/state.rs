@@ -19,6 +19,8 @@ pub enum MixerState {
         /// `[batch, channels, state]`.
         state: Tensor,
     },
+    /// Last inputs of a short convolution without a recurrence, `[batch, channels, taps − 1]`.
+    Window(Tensor),
 }
 
 /// The memory of a whole model.
@@ -115,9 +117,9 @@ impl MixerState {
                 Ok((keys.clone(), values.clone()))
             }
             Self::Cache(cache) => cache.append(keys, values),
-            Self::Recurrent { .. } => Err(Error::spec(
+            Self::Recurrent { .. } | Self::Window(_) => Err(Error::spec(
                 "decode state",
-                "that of a recurrence",
+                "that of a recurrence or a convolution",
                 "a key/value cache",
             )),
         }

@@ -147,7 +147,7 @@ fn mixtures_equal_transformers() {
 }
 
 fn position(spec: &PositionSpec, heads: usize, causal: bool, map: &Map) -> Position {
-    build(map, |p| Position::new(spec, heads, 4, causal, p)).unwrap()
+    build(map, |p| Position::new(spec, (heads, heads), 4, causal, p)).unwrap()
 }
 
 /// BLOOM adds `slope · key`, which differs from `−slope · (query − key)` by a constant per query

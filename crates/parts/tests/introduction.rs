@@ -265,6 +265,7 @@ fn block_with(attention: MultiHeadSpec) -> BlockSpec {
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * D,
             activation: ActivationSpec::Gelu,

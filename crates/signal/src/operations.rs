@@ -515,7 +515,7 @@ impl Signal {
     }
 
     /// Rotates pairs of features of heads that lie side by side, `[batch, length, heads · width]`,
-    /// by position. Feeds scores only, so it has no streams rule of its own but the linear one.
+    /// by position, all heads alike or each by angles of its own ([`merged_rotary`]). Feeds scores only, so it has no streams rule of its own but the linear one.
     pub fn rotary(
         &self,
         heads: usize,

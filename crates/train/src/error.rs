@@ -8,6 +8,9 @@ pub enum Error {
     /// A tensor operation failed.
     #[error(transparent)]
     Kernel(#[from] lapidary_kernels::Error),
+    /// A site could not be read.
+    #[error(transparent)]
+    Signal(#[from] lapidary_signal::Error),
     /// A model could not be made, run or written.
     #[error(transparent)]
     Model(#[from] lapidary_model::Error),

@@ -9,6 +9,7 @@
 //!
 //! Everything random is drawn from a [`Generator`] that is passed in.
 
+mod alignment;
 pub mod data;
 mod ema;
 mod error;
@@ -22,6 +23,7 @@ pub mod spec;
 pub mod state;
 mod trainer;
 
+pub use alignment::{AlignmentKind, AlignmentSpec};
 pub use ema::MovingAverage;
 pub use error::{Error, Result};
 pub use gradients::Gradients;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Order;
 use crate::language::Mixture;
-use crate::{Decay, Error, Result, Schedule};
+use crate::{AlignmentSpec, Decay, Error, Result, Schedule};
 
 /// Everything that decides what a run computes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,6 +35,9 @@ pub struct TrainSpec {
     /// Recompute blocks in the backward pass instead of remembering their intermediates.
     #[serde(default)]
     pub recompute: bool,
+    /// A term of the loss that keeps the residual stream from turning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alignment: Option<AlignmentSpec>,
     /// The learning rate over the steps.
     pub schedule: ScheduleSpec,
     /// The optimiser.
@@ -393,6 +396,16 @@ impl TrainSpec {
         }) {
             if !(factor.is_finite() && factor >= 0.0) {
                 return wrong(name, factor.to_string(), NOT_NEGATIVE);
+            }
+        }
+        if let Some(alignment) = self.alignment {
+            let weight = alignment.weight;
+            if !(weight.is_finite() && weight >= 0.0) {
+                return wrong("alignment.weight", weight.to_string(), NOT_NEGATIVE);
+            }
+            if self.recompute {
+                let expected = "false with alignment, which reads the stream between blocks";
+                return wrong("recompute", "true".into(), expected);
             }
         }
         if let Some(decay) = self.average.filter(|decay| !(0.0..1.0).contains(decay)) {

@@ -8,6 +8,7 @@ use lapidary_kernels::{
 };
 use lapidary_model::{Initialiser, Input, Model, Pass};
 use lapidary_parts::parameters::ParameterSource;
+use lapidary_signal::Trace;
 use rand::Rng;
 
 use crate::data::{Batch, IGNORE, Task};
@@ -171,13 +172,23 @@ impl Trainer {
                 .batch(&mut self.generator, rows, self.spec.length)?;
             tokens += (batch.rows * batch.length) as u64;
             let recomputation = self.spec.recompute.then(Recomputation::new);
+            let alignment = self.spec.alignment.filter(|term| term.weight > 0.0);
+            let streams = match alignment {
+                Some(_) => Some(Trace::new().capture("blocks.*.{in,out}")?),
+                None => None,
+            };
             let pass = Pass {
                 dropout_seed: Some(dropout_seed.wrapping_add(part as u64)),
                 recomputation: recomputation.as_ref(),
+                trace: streams.as_ref(),
                 ..Pass::default()
             };
-            let value = batch_loss(&self.model, &batch, pass)?;
+            let mut value = batch_loss(&self.model, &batch, pass)?;
+            // What is reported is the loss of the task alone.
             loss += number(&value)? / self.spec.accumulate as f64;
+            if let (Some(term), Some(streams)) = (alignment, &streams) {
+                value = term.added(value, streams, &self.model)?;
+            }
             let mut gradients = value.backward().map_err(lapidary_kernels::Error::from)?;
             if let Some(recomputation) = &recomputation {
                 recomputation.add_to(&mut gradients)?;

@@ -3,7 +3,7 @@
 
 use lapidary_kernels::Device;
 use lapidary_train::data::{
-    AssociativeRecall, Batch, Copying, IGNORE, Induction, LanguageTask, Task,
+    Addition, AssociativeRecall, Batch, Copying, IGNORE, Induction, LanguageTask, Task,
 };
 use lapidary_train::generator;
 use lapidary_train::language::{Corpus, Language, Mixture, Split};
@@ -132,4 +132,51 @@ fn the_language_predicts_every_next_word() {
         (&[4, 64][..], &[4, 64][..])
     );
     assert_eq!(inputs.to_vec2::<u32>().unwrap().concat(), batch.inputs);
+}
+
+/// The number whose digits these are, the highest first.
+fn number<'a>(digits: impl Iterator<Item = &'a u32>) -> u64 {
+    digits.fold(0, |number, digit| 10 * number + u64::from(*digit))
+}
+
+#[test]
+fn sums_are_right_and_only_their_digits_count() {
+    for carry in [true, false] {
+        let mut task = Addition::new(2, 4, carry).unwrap();
+        let batch = task.batch(&mut generator(3), 20, 48).unwrap();
+        let (mut carries, mut lengths) = (0, [0; 5]);
+        for (inputs, targets) in batch.inputs.chunks(48).zip(batch.targets.chunks(48)) {
+            let mut start = 0;
+            while let Some(end) = inputs[start..].iter().position(|t| *t == Addition::END) {
+                let problem = &inputs[start..start + end];
+                let plus = problem.iter().position(|t| *t == Addition::PLUS).unwrap();
+                let equals = problem.iter().position(|t| *t == Addition::EQUALS).unwrap();
+                let (a, b) = (&problem[..plus], &problem[plus + 1..equals]);
+                assert_eq!(a.len(), b.len());
+                assert!(a[0] > 0 && b[0] > 0);
+                lengths[a.len()] += 1;
+                let answer = number(problem[equals + 1..].iter().rev());
+                assert_eq!(number(a.iter()) + number(b.iter()), answer);
+                let columns = a.iter().zip(b).filter(|(a, b)| **a + **b > 9);
+                carries += columns.count();
+                for place in 0..=end {
+                    // What each position predicts: the next token, where that is of the answer.
+                    let counts = (equals..end).contains(&place);
+                    let expected = if counts {
+                        inputs[start + place + 1]
+                    } else {
+                        IGNORE
+                    };
+                    assert_eq!(targets[start + place], expected);
+                }
+                start += end + 1;
+            }
+        }
+        assert!(lengths[2..].iter().all(|count| *count > 0), "{lengths:?}");
+        assert_eq!(carries > 0, carry);
+    }
+    assert!(Addition::new(0, 2, true).is_err() && Addition::new(3, 2, true).is_err());
+    let mut task = Addition::new(5, 10, true).unwrap();
+    assert!(task.batch(&mut generator(3), 1, 33).is_err());
+    assert!(task.batch(&mut generator(3), 1, 34).is_ok());
 }

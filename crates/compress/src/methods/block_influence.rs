@@ -40,7 +40,7 @@ fn requirements(model: &Model, _: &Settings) -> Result<Requirements> {
     })
 }
 
-fn similarity(block: usize) -> Statistic {
+pub(crate) fn similarity(block: usize) -> Statistic {
     Statistic::Similarity {
         from: format!("blocks.{block}.in"),
         to: format!("blocks.{block}.out"),

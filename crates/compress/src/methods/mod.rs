@@ -1,7 +1,20 @@
 //! The methods that are more than a factorisation of single layers, one file each; and the list.
 
-mod block_influence;
+pub(crate) mod attention_cosine;
+pub(crate) mod block_influence;
+pub(crate) mod channel_magnitude;
+pub(crate) mod channels;
 pub mod curvature;
+pub(crate) mod entropy;
+pub(crate) mod linearise;
+pub(crate) mod lorap;
+pub(crate) mod modegpt;
+pub(crate) mod replace_me;
+pub(crate) mod shedder;
+pub mod slicing;
+
+pub use lorap::LorapSettings;
+pub use modegpt::ModegptSettings;
 
 use crate::factorisation::{
     ACTIVATION_WEIGHTED, FWSVD, GENERALISED_FISHER, ROW_COLUMN_FISHER, SVD, WHITENED,
@@ -11,12 +24,29 @@ use crate::method::Method;
 /// Every method, by name.
 pub(crate) const METHODS: &[&Method] = &[
     &ACTIVATION_WEIGHTED,
+    &attention_cosine::ATTENTION_COSINE,
     &block_influence::BLOCK_INFLUENCE,
+    &channel_magnitude::CHANNEL_MAGNITUDE,
+    &slicing::COORDINATE_MAGNITUDE,
     &curvature::CURVATURE,
     &curvature::CURVATURE_RECTANGLE,
+    &linearise::DELETE_LINEAR,
+    &slicing::DOTRESIZE,
+    &slicing::DOTRESIZE_SHARED,
+    &entropy::ENTROPY_ATTENTION,
+    &entropy::ENTROPY_BLOCKS,
     &FWSVD,
     &GENERALISED_FISHER,
+    &linearise::LINEARISE,
+    &lorap::LORAP,
+    &shedder::MAMBA_SHEDDER,
+    &shedder::MAMBA_SHEDDER_SCAN,
+    &modegpt::MODEGPT,
+    &replace_me::REPLACE_ME,
+    &replace_me::REPLACE_ME_COSINE,
     &ROW_COLUMN_FISHER,
+    &slicing::SLICEGPT,
+    &slicing::SLICEGPT_SHARED,
     &SVD,
     &WHITENED,
 ];

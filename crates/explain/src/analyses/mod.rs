@@ -10,6 +10,7 @@ pub mod circuit;
 pub mod clustering;
 pub mod energy;
 pub mod geometry;
+pub mod linearity;
 pub mod power_law;
 pub mod prefix_induction;
 pub(crate) mod random;

@@ -24,6 +24,7 @@ pub(crate) struct Heads {
     pub(crate) block: usize,
     pub(crate) heads: usize,
     pub(crate) groups: usize,
+    /// Features of a value of a head.
     pub(crate) head_width: usize,
 }
 
@@ -63,7 +64,7 @@ impl Heads {
                 block,
                 heads: attention.heads,
                 groups: attention.groups(),
-                head_width: attention.head_width(model.spec().width),
+                head_width: attention.value_width(model.spec().width),
             }),
             other => Err(Error::invalid(
                 format!("mixer of block {block}"),
@@ -83,6 +84,34 @@ impl Heads {
         let start = head * self.head_width;
         vector.get(start..start + self.head_width).unwrap_or(&[])
     }
+}
+
+/// An autoencoder that was trained where the bias of values is added behind the attention, as
+/// TransformerLens does by default, for a model that adds it to the values. As attention weights sum
+/// to one, every head's output is larger by the bias: the decoder's bias takes it, and features stay
+/// as they are.
+///
+/// # Errors
+/// When the autoencoder does not read the heads of an attention layer.
+pub fn with_value_biases(model: &Model, autoencoder: &Autoencoder) -> Result<Autoencoder> {
+    let heads = Heads::of(model, autoencoder)?;
+    let name = format!("blocks.{}.attention.value.bias", heads.block);
+    let Some(bias) = model.parameters().get(&name) else {
+        return Ok(autoencoder.clone());
+    };
+    let bias = numbers(bias)?;
+    let read = (0..heads.heads).flat_map(|head| heads.part(heads.group(head), &bias));
+    let weights = autoencoder.weights();
+    let old = numbers(weights.decoder_bias)?;
+    let sum: Vec<f64> = old.iter().zip(read).map(|(old, bias)| old + bias).collect();
+    let moved = engine(Tensor::new(sum.as_slice(), weights.decoder_bias.device()))?;
+    Autoencoder::new(
+        autoencoder.site(),
+        weights.encoder.clone(),
+        weights.encoder_bias.clone(),
+        weights.decoder.clone(),
+        engine(moved.to_dtype(weights.decoder_bias.dtype()))?,
+    )
 }
 
 /// `h_k = ‖D_i^k‖ / Σ_k ‖D_i^k‖`: each head's share of each feature's decoder, `[feature][head]`.

@@ -1,19 +1,22 @@
 //! An autoencoder in a directory: `model.safetensors` and `autoencoder.json`.
 //!
-//! Names and shapes of the tensors are those of the public autoencoders of the authors' format,
-//! converted to safetensors: `W_enc` `[width, features]`, `b_enc`, `W_dec` `[features, width]`,
-//! `b_dec`. Their config, whose `act_name` names the site in another vocabulary, is read as well.
+//! Names and shapes of the tensors are those of public autoencoders: `W_enc` `[width, features]`,
+//! `b_enc`, `W_dec` `[features, width]`, `b_dec`. Those are read too, as PyTorch's state dict or
+//! converted to safetensors, with their config, which names the site in the vocabulary of
+//! TransformerLens.
 
 use super::Autoencoder;
 use crate::error::engine;
 use crate::{Error, Result};
-use lapidary_kernels::{DType, Tensor};
+use lapidary_kernels::{DType, PytorchFile, Tensor};
 use lapidary_model::checkpoint::{Checkpoint, WriteOptions, write_checkpoint};
 use lapidary_model::files::{FileError, StagedDirectory, read_text, write_beside};
 use lapidary_model::{Error as ModelError, Limits};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
-use std::path::Path;
+use std::fs::File;
+use std::io::{BufReader, Read, Seek};
+use std::path::{Path, PathBuf};
 
 /// The file that says which site the autoencoder reads.
 pub const CONFIG_FILE: &str = "autoencoder.json";
@@ -21,12 +24,22 @@ pub const CONFIG_FILE: &str = "autoencoder.json";
 /// Bytes of a config that are read.
 const CONFIG_BYTES: u64 = 1 << 20;
 
-/// What of a config is used; the authors' files have much else.
+/// How a zip archive begins, as which PyTorch writes tensors.
+const ARCHIVE: [u8; 4] = *b"PK\x03\x04";
+/// Names of the tensors.
+const NAMES: [&str; 4] = ["W_enc", "b_enc", "W_dec", "b_dec"];
+
+/// What of a config is used; others' files have much else.
 #[derive(Default, Deserialize)]
 struct Config {
+    /// The site, or its short name in TransformerLens, such as `z`.
     site: Option<String>,
     /// The site as TransformerLens calls it.
+    #[serde(alias = "hook_name", alias = "hook_point")]
     act_name: Option<String>,
+    /// The block of a short name.
+    #[serde(alias = "hook_point_layer", alias = "hook_layer")]
+    layer: Option<usize>,
 }
 
 #[derive(Serialize)]
@@ -67,35 +80,57 @@ pub fn save(autoencoder: &Autoencoder, directory: &Path) -> Result<()> {
     Ok(staged.commit().map_err(ModelError::from)?)
 }
 
-/// Reads an autoencoder from a directory that [`save`] wrote, or from one safetensors file in the
-/// authors' format, with its `.json` beside it under the same name or `_cfg.json`. `site` says
-/// what it reads when no config does, and goes before what a config says.
+/// Reads an autoencoder from a directory that [`save`] wrote, or from one file of public weights:
+/// safetensors, or what `torch.save` makes of a state dict. Its config is beside it under the same
+/// name with `.json` or `_cfg.json`, or is `cfg.json`. `site` says what it reads when no config
+/// does, and goes before what a config says.
+///
+/// TransformerLens moves the bias of values behind the attention unless it is told not to, so that
+/// what public autoencoders of `hook_z` read lacks it: see
+/// [`with_value_biases`](super::with_value_biases).
 ///
 /// # Errors
 /// When a file is not what it claims to be, shapes do not fit, or no site is known.
 pub fn load(path: &Path, site: Option<&str>) -> Result<Autoencoder> {
-    let limits = Limits::default();
-    let (checkpoint, configs) = if path.is_dir() {
-        let configs = vec![path.join(CONFIG_FILE), path.join("cfg.json")];
-        (Checkpoint::open(path, &limits), configs)
+    let configs = if path.is_dir() {
+        vec![path.join(CONFIG_FILE), path.join("cfg.json")]
     } else {
         let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        let configs = vec![
+        vec![
             path.with_file_name(format!("{stem}.json")),
             path.with_file_name(format!("{stem}_cfg.json")),
-        ];
-        (Checkpoint::open_file(path, &limits), configs)
+            path.with_file_name("cfg.json"),
+        ]
     };
-    let checkpoint = checkpoint.map_err(ModelError::from)?;
     let site = match site {
         Some(site) => site.to_owned(),
         None => site_of(&configs)?,
     };
+    if path.is_dir() {
+        let checkpoint = Checkpoint::open(path, &Limits::default()).map_err(ModelError::from)?;
+        return from_checkpoint(&checkpoint, site);
+    }
+    if starts_as_archive(path)? {
+        let file = File::open(path)
+            .map_err(FileError::io("open", path))
+            .map_err(ModelError::from)?;
+        return from_pytorch(BufReader::new(file), site);
+    }
+    let checkpoint = Checkpoint::open_file(path, &Limits::default()).map_err(ModelError::from)?;
     from_checkpoint(&checkpoint, site)
 }
 
-/// Reads an autoencoder of `site` from the bytes of a safetensors file; `name` stands for its path
-/// in errors.
+fn starts_as_archive(path: &Path) -> Result<bool> {
+    let mut start = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(ARCHIVE.len() as u64).read_to_end(&mut start))
+        .map_err(FileError::io("open", path))
+        .map_err(ModelError::from)?;
+    Ok(start == ARCHIVE)
+}
+
+/// Reads an autoencoder of `site` from the bytes of a file of weights, safetensors or PyTorch's;
+/// `name` stands for its path in errors.
 ///
 /// # Errors
 /// As [`load`].
@@ -104,41 +139,73 @@ pub fn from_bytes(
     bytes: impl Into<Cow<'static, [u8]>>,
     site: &str,
 ) -> Result<Autoencoder> {
+    let bytes = bytes.into();
+    if bytes.starts_with(&ARCHIVE) {
+        return from_pytorch(std::io::Cursor::new(bytes), site.to_owned());
+    }
     let checkpoint = Checkpoint::from_bytes(name, bytes, &Limits::default());
     from_checkpoint(&checkpoint.map_err(ModelError::from)?, site.to_owned())
 }
 
-/// An autoencoder from an open checkpoint. Shapes are checked before values are read.
 fn from_checkpoint(checkpoint: &Checkpoint, site: String) -> Result<Autoencoder> {
-    let info = checkpoint.info("W_enc").map_err(ModelError::from)?;
-    let [width, features] = info.shape.as_slice() else {
-        let found = format!("{:?}", info.shape);
-        return Err(Error::invalid("shape of W_enc", found, "[width, features]"));
+    let mut shapes = Vec::new();
+    for name in NAMES {
+        let info = checkpoint.info(name).map_err(ModelError::from)?;
+        shapes.push(info.shape.clone());
+    }
+    checked(site, &shapes, |name| {
+        let tensor = checkpoint.tensor(name, DType::F32);
+        Ok(tensor.map_err(ModelError::from)?)
+    })
+}
+
+fn from_pytorch(reader: impl Read + Seek, site: String) -> Result<Autoencoder> {
+    let mut file = engine(PytorchFile::open(reader))?;
+    let mut shapes = Vec::new();
+    for name in NAMES {
+        let shape = file.shape(name).ok_or_else(|| {
+            let known: Vec<&str> = file.names().take(8).collect();
+            let found = format!("one with {}", known.join(", "));
+            Error::invalid("file of an autoencoder", found, format!("one with {name}"))
+        })?;
+        shapes.push(shape.to_vec());
+    }
+    checked(site, &shapes, |name| {
+        let tensor = engine(file.tensor(name))?;
+        engine(engine(tensor.to_dtype(DType::F32))?.contiguous())
+    })
+}
+
+/// An autoencoder of tensors in the order of their names. Shapes are checked before values are
+/// read.
+fn checked(
+    site: String,
+    shapes: &[Vec<usize>],
+    mut read: impl FnMut(&str) -> Result<Tensor>,
+) -> Result<Autoencoder> {
+    let (width, features) = match shapes.first().map(Vec::as_slice) {
+        Some([width, features]) => (*width, *features),
+        found => {
+            let found = format!("{found:?}");
+            return Err(Error::invalid("shape of W_enc", found, "[width, features]"));
+        }
     };
-    let (width, features) = (*width, *features);
     super::check_size(features, width)?;
-    let shapes: [(&str, &[usize]); 4] = [
-        ("W_enc", &[width, features]),
-        ("b_enc", &[features]),
-        ("W_dec", &[features, width]),
-        ("b_dec", &[width]),
+    let expected = [
+        vec![width, features],
+        vec![features],
+        vec![features, width],
+        vec![width],
     ];
-    for (name, shape) in shapes {
-        let found = &checkpoint.info(name).map_err(ModelError::from)?.shape;
-        if found != shape {
-            let what = format!("shape of {name}");
+    for ((name, found), expected) in NAMES.iter().zip(shapes).zip(expected) {
+        if *found != expected {
             return Err(Error::invalid(
-                what,
+                format!("shape of {name}"),
                 format!("{found:?}"),
-                format!("{shape:?}"),
+                format!("{expected:?}"),
             ));
         }
     }
-    let read = |name: &str| -> Result<Tensor> {
-        Ok(checkpoint
-            .tensor(name, DType::F32)
-            .map_err(ModelError::from)?)
-    };
     let encoder = engine(engine(read("W_enc")?.t())?.contiguous())?;
     Autoencoder::new(
         site,
@@ -149,7 +216,7 @@ fn from_checkpoint(checkpoint: &Checkpoint, site: String) -> Result<Autoencoder>
     )
 }
 
-fn site_of(configs: &[std::path::PathBuf]) -> Result<String> {
+fn site_of(configs: &[PathBuf]) -> Result<String> {
     let Some(path) = configs.iter().find(|path| path.is_file()) else {
         return Err(Error::invalid(
             "site of the autoencoder",
@@ -161,21 +228,34 @@ fn site_of(configs: &[std::path::PathBuf]) -> Result<String> {
     let config: Config = serde_json::from_str(&text).map_err(|error| {
         Error::invalid(path.display().to_string(), error, "a config with a `site`")
     })?;
-    config
-        .site
-        .or_else(|| config.act_name.as_deref().and_then(own_name))
+    let known = [config.act_name.as_deref(), config.site.as_deref()];
+    let short = config.site.as_deref().zip(config.layer);
+    let found = known.into_iter().flatten().find_map(own_name);
+    found
+        .or_else(|| short.and_then(|(name, block)| own_name_in(block, name)))
+        .or(config.site)
         .ok_or_else(|| {
             let what = format!("site in {}", path.display());
             Error::invalid(what, "absent", "such as \"blocks.1.attention.mixed\"")
         })
 }
 
-/// `blocks.L.attn.hook_z`, the heads' outputs, under its name here.
+/// A place of TransformerLens, such as `blocks.5.attn.hook_z`, under its name here.
 fn own_name(name: &str) -> Option<String> {
-    let block: usize = name
-        .strip_prefix("blocks.")?
-        .strip_suffix(".attn.hook_z")?
-        .parse()
-        .ok()?;
-    Some(format!("blocks.{block}.attention.mixed"))
+    let (block, place) = name.strip_prefix("blocks.")?.split_once('.')?;
+    let place = place.strip_prefix("attn.").unwrap_or(place);
+    own_name_in(block.parse().ok()?, place.strip_prefix("hook_")?)
+}
+
+/// A place by its short name.
+fn own_name_in(block: usize, place: &str) -> Option<String> {
+    let own = match place {
+        "z" => "attention.mixed",
+        "attn_out" => "attention.out",
+        "mlp_out" => "feedforward.out",
+        "resid_pre" => "in",
+        "resid_post" => "out",
+        _ => return None,
+    };
+    Some(format!("blocks.{block}.{own}"))
 }

@@ -26,7 +26,9 @@ mod splice;
 mod train;
 mod training;
 
-pub use attribution::{Attention, FeatureAttribution, head_shares, logit_effects};
+pub use attribution::{
+    Attention, FeatureAttribution, head_shares, logit_effects, with_value_biases,
+};
 pub use buffer::ActivationBuffer;
 pub use files::{CONFIG_FILE, from_bytes, load, save};
 pub use quality::{Quality, Recovery, recovery};

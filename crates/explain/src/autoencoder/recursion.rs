@@ -138,6 +138,14 @@ fn writers(
     block: usize,
     splits: &BTreeMap<usize, Split>,
 ) -> Result<Vec<Writer>> {
+    let specs = question.model.spec().expanded_blocks();
+    if let Some(index) = specs.iter().take(block).position(|block| block.shortcuts) {
+        return Err(Error::invalid(
+            format!("shortcuts of block {index}"),
+            true,
+            "false: what was written must reach later blocks as it is",
+        ));
+    }
     let mut trace = Trace::new().capture("embeddings")?;
     for index in 0..block {
         for name in [

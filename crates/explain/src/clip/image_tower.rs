@@ -45,6 +45,7 @@ impl std::fmt::Display for Component {
 pub(super) struct Layer {
     pub(super) heads: usize,
     pub(super) groups: usize,
+    /// Features of a value of a head.
     pub(super) head_width: usize,
     /// `W_Oᵀ`, `[heads · head_width, width]`.
     pub(super) output: Tensor,
@@ -302,6 +303,10 @@ fn layer(model: &Model, index: usize, block: &BlockSpec) -> Result<Layer> {
         let expected = "pre-norm or parallel: a norm after the sum mixes what was written";
         return Err(Error::invalid(field("wiring"), "post-norm", expected));
     }
+    if block.shortcuts {
+        let expected = "false: what a layer writes must reach the output as it is";
+        return Err(Error::invalid(field("shortcuts"), true, expected));
+    }
     if block.cross_attention.is_some() {
         return Err(Error::invalid(field("cross_attention"), "given", "absent"));
     }
@@ -320,7 +325,7 @@ fn layer(model: &Model, index: usize, block: &BlockSpec) -> Result<Layer> {
     Ok(Layer {
         heads: attention.heads,
         groups: attention.groups(),
-        head_width: attention.head_width(model.spec().width),
+        head_width: attention.value_width(model.spec().width),
         output: engine(engine(output.t())?.contiguous())?,
         bias,
         feedforward: block.feedforward.is_some(),

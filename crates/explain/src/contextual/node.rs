@@ -145,7 +145,10 @@ pub(super) fn features(
         Place::Mixed | Place::Query => node.head,
         Place::Key | Place::Value => node.head * attention.groups() / attention.heads,
     };
-    let size = attention.head_width(width);
+    let size = match place {
+        Place::Query | Place::Key => attention.head_width(width),
+        Place::Mixed | Place::Value => attention.value_width(width),
+    };
     Ok(head * size..(head + 1) * size)
 }
 
@@ -158,9 +161,9 @@ pub(super) fn masks(
     (dtype, device): (DType, &Device),
 ) -> Result<Tensor> {
     let (attentions, width) = (attentions(model)?, model.spec().width);
-    let inner = attentions
-        .get(block)
-        .map_or(0, |attention| attention.heads * attention.head_width(width));
+    let inner = attentions.get(block).map_or(0, |attention| {
+        attention.heads * attention.value_width(width)
+    });
     let mut mask = vec![0f32; sets.len() * length * inner];
     let rows = mask.chunks_mut((length * inner).max(1)).zip(sets);
     for (row, set) in rows {

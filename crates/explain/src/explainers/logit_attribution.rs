@@ -10,6 +10,7 @@ use crate::explainer::Explainer;
 use crate::{Explanation, Options, Question, Result, Target, Unit};
 use lapidary_kernels::Tensor;
 use lapidary_model::{Input, Model};
+use lapidary_parts::attention::MixerSpec;
 use lapidary_signal::streams::{BiasSplit, Partition, StreamRules, StreamSpace};
 use lapidary_signal::{Signal, Trace};
 
@@ -42,7 +43,9 @@ pub fn direct_logit_attribution(
 fn writers(model: &Model) -> Vec<String> {
     let mut labels = vec!["embeddings".to_owned()];
     for (index, block) in model.spec().expanded_blocks().iter().enumerate() {
-        labels.push(format!("blocks.{index}.attention"));
+        if block.attention != MixerSpec::Absent {
+            labels.push(format!("blocks.{index}.attention"));
+        }
         if block.cross_attention.is_some() {
             labels.push(format!("blocks.{index}.cross_attention"));
         }

@@ -51,6 +51,13 @@ impl<'a> Captured<'a> {
         let specs = question.model.spec().expanded_blocks();
         for (index, block) in specs.iter().enumerate() {
             multi_head(index, block)?;
+            if block.shortcuts {
+                return Err(Error::invalid(
+                    format!("block {index} of the model"),
+                    "one with shortcuts",
+                    format!("one whose residual is added as it is; {OTHERS}"),
+                ));
+            }
             if block.cross_attention.is_some() {
                 return Err(Error::invalid(
                     format!("block {index} of the model"),
@@ -132,22 +139,22 @@ impl<'a> Captured<'a> {
         let spec = multi_head(index, self.spec(index)?)?;
         let (heads, groups) = (spec.heads, spec.groups());
         let width = self.model.spec().width;
-        let head_width = spec.head_width(width);
+        let value_width = spec.value_width(width);
         let path = format!("blocks.{index}.attention");
         // [heads, query, key]
         let weights = self.site(&format!("{path}.weights"))?;
-        // [key, groups · head_width] -> [heads, key, head_width], head h reading its group
+        // [key, groups · value_width] -> [heads, key, value_width], head h reading its group
         let values = self.site(&format!("{path}.value"))?;
         let keys = engine(values.dim(0))?;
-        let values = engine(values.reshape((keys, groups, head_width)))?;
+        let values = engine(values.reshape((keys, groups, value_width)))?;
         let values = engine(engine(values.transpose(0, 1))?.unsqueeze(1))?;
-        let shape = (groups, heads / groups, keys, head_width);
+        let shape = (groups, heads / groups, keys, value_width);
         let values = engine(engine(values.broadcast_as(shape))?.contiguous())?;
-        let values = engine(values.reshape((heads, keys, head_width)))?;
-        // [width, heads · head_width] -> [heads, head_width, width]
+        let values = engine(values.reshape((heads, keys, value_width)))?;
+        // [width, heads · value_width] -> [heads, value_width, width]
         let output = linear(self.model, &format!("{path}.output"))?;
         let by_head = engine(engine(output.dense_weight()?.t())?.contiguous())?;
-        let by_head = engine(by_head.reshape((heads, head_width, width)))?;
+        let by_head = engine(by_head.reshape((heads, value_width, width)))?;
         Ok(Attention {
             weights,
             values,
@@ -213,9 +220,9 @@ fn linear(model: &Model, path: &str) -> Result<Linear> {
 pub(crate) struct Attention {
     /// `A`, `[heads, query, key]`.
     pub(crate) weights: Tensor,
-    /// `V`, `[heads, key, head_width]`.
+    /// `V`, `[heads, key, value_width]`.
     pub(crate) values: Tensor,
-    /// `W_O`, `[heads, head_width, width]`.
+    /// `W_O`, `[heads, value_width, width]`.
     pub(crate) output: Tensor,
     /// `b_O`, `[width]`.
     pub(crate) bias: Option<Tensor>,
@@ -282,9 +289,9 @@ impl Attention {
             (direction.len(), 1),
             self.output.device(),
         ))?;
-        // [heads, head_width, width] · [width, 1] -> [heads, head_width, 1]
+        // [heads, value_width, width] · [width, 1] -> [heads, value_width, 1]
         let along = engine(double(&self.output)?.broadcast_matmul(&column))?;
-        // [heads, key, head_width] · [heads, head_width, 1] -> [heads, key]
+        // [heads, key, value_width] · [heads, value_width, 1] -> [heads, key]
         let along = engine(double(&self.values)?.matmul(&along))?;
         let weights = double(&engine(self.weights.narrow(1, at, 1))?)?;
         let written = engine(engine(along.squeeze(2))?.mul(&engine(weights.squeeze(1))?))?;

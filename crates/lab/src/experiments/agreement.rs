@@ -166,6 +166,7 @@ fn one_seed(size: &Size, seed: u64, found: &mut Found) -> Result<()> {
         length: grammar::LONGEST,
         peak: 1e-3,
         narrow: true,
+        ..Recipe::default()
     };
     let task = Box::new(grammar::Sentences);
     let model = decoder::train_by(recipe, spec, task, size.steps, seed)?;

@@ -122,6 +122,7 @@ impl Encoder {
                 cross_attention: None,
                 shared: false,
                 layer_scale: None,
+                shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 4 * self.width,
                     activation: ActivationSpec::Gelu,

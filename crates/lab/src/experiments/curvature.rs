@@ -149,6 +149,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         });
 
     let claims = vec![
+        projection(&layers)?,
         halved(
             setting.scale,
             before,
@@ -197,6 +198,27 @@ fn curves_of(
     add("random directions", scattered)?;
     let rectangle = with(model, layers, |layer| layer.curved(mass, Keep::Rectangle))?;
     add("both sides alone", rectangle)
+}
+
+/// What stays and what goes are orthogonal, whatever the mass.
+fn projection(layers: &[Layer]) -> Result<Claim> {
+    let energy = |tensor: &Tensor| -> Result<f64> {
+        Ok(frobenius_norm(matrix_from_tensor("weight", tensor)?.as_ref()).powi(2))
+    };
+    let mut largest: f64 = 0.0;
+    for layer in layers {
+        let whole = energy(&layer.weight)?;
+        for mass in MASSES {
+            let sum = energy(&layer.curved(mass, Keep::Staircase)?)? + layer.removed(mass)?;
+            largest = largest.max((sum - whole).abs() / whole.max(f64::MIN_POSITIVE));
+        }
+    }
+    Ok(Claim::new(
+        "The edit is a projection: ‖W‖² = ‖W'‖² + ‖W − W'‖²",
+        "exact",
+        format!("largest relative error {largest:.1e}"),
+        Verdict::of(largest < 1e-10),
+    ))
 }
 
 fn halved(scale: Scale, before: Point, chosen: Option<(f64, Point)>) -> Claim {

@@ -16,7 +16,7 @@ use lapidary_parts::position::PositionSpec;
 use lapidary_train::data::{LanguageTask, Task};
 use lapidary_train::language::{Corpus, Language, Mixture, Split};
 use lapidary_train::spec::{DataSpec, OptimiserSpec, ScheduleSpec, ValidationSpec};
-use lapidary_train::{Decay, TrainSpec, Trainer};
+use lapidary_train::{AlignmentSpec, Decay, Step, TrainSpec, Trainer};
 use std::collections::BTreeMap;
 
 /// Tokens of a sequence.
@@ -52,6 +52,7 @@ pub fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
             cross_attention: None,
             shared: false,
             layer_scale: None,
+            shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * width,
                 activation: ActivationSpec::Gelu,
@@ -133,6 +134,8 @@ pub struct Recipe {
     pub length: usize,
     /// The highest learning rate.
     pub peak: f64,
+    /// A term that keeps the residual stream from turning.
+    pub alignment: Option<AlignmentSpec>,
     /// Whether initial weights have the deviation `1 / √input`, as suits narrow models.
     pub narrow: bool,
 }
@@ -143,6 +146,7 @@ impl Default for Recipe {
             batch: BATCH,
             length: LENGTH,
             peak: 3e-3,
+            alignment: None,
             narrow: false,
         }
     }
@@ -161,6 +165,49 @@ pub fn train_by(
     steps: u64,
     seed: u64,
 ) -> Result<Model> {
+    train_watched(recipe, model, task, steps, seed, |_, _| Ok(()))
+}
+
+/// Trains as [`train_by`]; `watch` gets the model behind each step.
+pub fn train_watched(
+    recipe: Recipe,
+    model: ModelSpec,
+    task: Box<dyn Task>,
+    steps: u64,
+    seed: u64,
+    watch: impl FnMut(&Step, &Model) -> Result<()>,
+) -> Result<Model> {
+    let mut plain = Initialiser::new(seed, DType::F32, Device::Cpu);
+    let mut narrow = Narrow(Initialiser::new(seed, DType::F32, Device::Cpu));
+    let source: &mut dyn ParameterSource = match recipe.narrow {
+        true => &mut narrow,
+        false => &mut plain,
+    };
+    train_from(source, recipe, model, task, steps, seed, watch)
+}
+
+/// Trains a copy of `model` further.
+pub fn train_further(
+    model: &Model,
+    recipe: Recipe,
+    task: Box<dyn Task>,
+    steps: u64,
+    seed: u64,
+) -> Result<Model> {
+    let mut source = model.parameters().clone();
+    let spec = model.spec().clone();
+    train_from(&mut source, recipe, spec, task, steps, seed, |_, _| Ok(()))
+}
+
+fn train_from(
+    source: &mut dyn ParameterSource,
+    recipe: Recipe,
+    model: ModelSpec,
+    task: Box<dyn Task>,
+    steps: u64,
+    seed: u64,
+    mut watch: impl FnMut(&Step, &Model) -> Result<()>,
+) -> Result<Model> {
     let spec = TrainSpec {
         seed,
         steps,
@@ -170,6 +217,7 @@ pub fn train_by(
         clip: Some(1.0),
         average: None,
         recompute: false,
+        alignment: recipe.alignment,
         schedule: ScheduleSpec {
             peak: recipe.peak,
             floor: recipe.peak / 100.0,
@@ -193,15 +241,10 @@ pub fn train_by(
     };
     // The trainer wants a validation task; what is measured here is measured outside of it.
     let validation = Box::new(Nothing(task.vocabulary()));
-    let mut plain = Initialiser::new(seed, DType::F32, Device::Cpu);
-    let mut narrow = Narrow(Initialiser::new(seed, DType::F32, Device::Cpu));
-    let source: &mut dyn ParameterSource = match recipe.narrow {
-        true => &mut narrow,
-        false => &mut plain,
-    };
     let mut trainer = Trainer::with_source(spec, source, task, validation)?;
     for _ in 0..steps {
-        trainer.step()?;
+        let step = trainer.step()?;
+        watch(&step, trainer.model())?;
     }
     Ok(trainer.finished()?)
 }

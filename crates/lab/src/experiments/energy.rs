@@ -4,7 +4,10 @@
 //! The corpus is a grammar of questions whose entropy is known for each token, so that what a
 //! loss levels at can be told from what it must level at.
 
+mod byte_pairs;
+mod fractions;
 mod grammar;
+mod grid;
 
 use super::{after_training, decoder, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
@@ -147,18 +150,27 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
 
     let mut claims = exact(size.width, setting.seed)?;
     claims.extend(trained_claims(setting.scale, entropy, &models, &random));
+    let grid = grid::run(setting)?;
+    claims.extend(grid.claims(setting.scale));
+    let fractions = fractions::run(setting)?;
+    claims.extend(fractions.claims(setting.scale));
+    let mut plots = vec![plot(&models, &random), grid.plot()];
+    plots.extend(fractions.plots());
     Ok(Reproduction {
         setting: format!(
             "decoder of {} blocks, width {}, {} steps of {} windows of {} tokens of a grammar of \
-             questions with {VOCABULARY} words: new ones for ever, {some}, and {few}; one seed",
+             questions with {VOCABULARY} words: new ones for ever, {some}, and {few}; {}; {}; one \
+             seed",
             size.blocks,
             size.width,
             size.steps,
             decoder::BATCH,
-            decoder::LENGTH
+            decoder::LENGTH,
+            grid.setting(),
+            fractions.setting(),
         ),
         claims,
-        plots: vec![plot(&models, &random)],
+        plots,
         ..Reproduction::default()
     })
 }

@@ -5,6 +5,8 @@
 //! text whose second half is random in every window, and on random tokens alone, and are taken
 //! apart on windows of the same kind.
 
+mod addition;
+
 use super::bigram::{TextTask, bytes_split};
 use super::decoder::{self, Positions};
 use super::{after_training, mean};
@@ -206,7 +208,11 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let mut claims = exact_claims(&model, &windows)?;
     claims.extend(trained_claims(setting.scale, &subjects));
     claims.push(topic_claim(setting, &training, &model)?);
-    claims.push(addition_claim());
+    let text = subjects
+        .first()
+        .map_or(f64::NAN, |text| text.mean_of(|l| l.diagnostics.smoothness));
+    let sums = addition::run(setting)?;
+    claims.extend(addition::claims(setting.scale, &sums, text));
     if size.other_steps > 0 {
         for positions in OTHERS {
             let spec = positions.spec(vocabulary, size.width, size.blocks);
@@ -215,6 +221,12 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             subjects.push(subject(&name, &model, &windows)?);
         }
     }
+    let mut plots = plots(&subjects);
+    plots.extend(
+        sums.last()
+            .and_then(|sum| sum.layers.last())
+            .map(spiral_plot),
+    );
     Ok(Reproduction {
         setting: format!(
             "decoders of {} blocks, width {}, windows of {WINDOW} of {what}, {} steps of {} \
@@ -228,7 +240,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             windows.len(),
         ),
         claims,
-        plots: plots(&subjects),
+        plots,
         ..Reproduction::default()
     })
 }
@@ -451,16 +463,6 @@ fn only(kind: Kind) -> Mixture {
         name_copy: weight(Kind::NameCopy),
         brackets: weight(Kind::Brackets),
     }
-}
-
-fn addition_claim() -> Claim {
-    Claim::new(
-        "position vectors of models that add numbers, with and without carries",
-        "8 layers, width 512, 100 000 steps",
-        "not measured",
-        Verdict::NotMeasured,
-    )
-    .noted("training the models of this probe is beyond every scale offered here")
 }
 
 fn plots(subjects: &[Subject]) -> Vec<Plot> {

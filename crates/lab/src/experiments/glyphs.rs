@@ -204,6 +204,7 @@ fn spec(course: &Course) -> ModelSpec {
             cross_attention: None,
             shared: false,
             layer_scale: None,
+            shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * course.width,
                 activation: ActivationSpec::Gelu,

@@ -85,6 +85,7 @@ impl Specimen {
                 cross_attention: None,
                 shared: false,
                 layer_scale: None,
+                shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 4 * WIDTH,
                     activation: Default::default(),

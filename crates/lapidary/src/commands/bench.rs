@@ -78,6 +78,7 @@ fn spec(arguments: &Bench) -> ModelSpec {
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * arguments.width,
             activation: Default::default(),
@@ -163,6 +164,7 @@ fn step(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
         clip: Some(1.0),
         average: None,
         recompute: false,
+        alignment: None,
         schedule: ScheduleSpec {
             peak: 1e-3,
             floor: 1e-3,

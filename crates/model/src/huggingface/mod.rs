@@ -2,5 +2,7 @@
 
 pub mod config;
 pub mod families;
+mod shorter;
 
 pub use config::{Config, ConfigError, Family};
+pub(crate) use shorter::shortened;

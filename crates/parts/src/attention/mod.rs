@@ -20,6 +20,9 @@ pub enum MixerSpec {
     MultiHead(MultiHeadSpec),
     /// A selective state-space recurrence (Gu & Dao, arXiv 2312.00752).
     Mamba(MambaSpec),
+    /// No mixer and no norm before it: the residual passes, and each token keeps to itself. What
+    /// is left of a block whose attention was taken out.
+    Absent,
 }
 
 impl MixerSpec {
@@ -28,6 +31,7 @@ impl MixerSpec {
         match self {
             Self::MultiHead(spec) => spec.validate(width, field),
             Self::Mamba(spec) => spec.validate(width, field),
+            Self::Absent => Ok(()),
         }
     }
 
@@ -35,7 +39,7 @@ impl MixerSpec {
     pub fn is_causal(&self) -> bool {
         match self {
             Self::MultiHead(spec) => spec.causal,
-            Self::Mamba(_) => true,
+            Self::Mamba(_) | Self::Absent => true,
         }
     }
 
@@ -44,6 +48,7 @@ impl MixerSpec {
         match self {
             Self::MultiHead(_) => "multi-head",
             Self::Mamba(_) => "mamba",
+            Self::Absent => "absent",
         }
     }
 }
@@ -58,14 +63,17 @@ pub enum Mixer {
 }
 
 impl Mixer {
-    /// Builds the mixer for tokens of `width`.
-    pub fn new(spec: &MixerSpec, width: usize, parameters: Parameters<'_>) -> Result<Self> {
+    /// Builds the mixer for tokens of `width`; nothing where it is absent.
+    pub fn new(spec: &MixerSpec, width: usize, parameters: Parameters<'_>) -> Result<Option<Self>> {
         Ok(match spec {
             MixerSpec::MultiHead(spec) => {
                 let attention = MultiHeadAttention::new(spec, width, parameters)?;
-                Self::MultiHead(Box::new(attention))
+                Some(Self::MultiHead(Box::new(attention)))
             }
-            MixerSpec::Mamba(spec) => Self::Mamba(Box::new(Mamba::new(spec, width, parameters)?)),
+            MixerSpec::Mamba(spec) => {
+                Some(Self::Mamba(Box::new(Mamba::new(spec, width, parameters)?)))
+            }
+            MixerSpec::Absent => None,
         })
     }
 

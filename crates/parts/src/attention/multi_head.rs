@@ -4,15 +4,16 @@
 //!
 //! ```text
 //! Q = x W_Qᵀ + b_Q                    [batch, query, heads · head_width]
-//! K, V = s W_Kᵀ + b_K, s W_Vᵀ + b_V   [batch, key, groups · head_width], s = x or the memory
+//! K = s W_Kᵀ + b_K                    [batch, key, groups · head_width], s = x or the memory
+//! V = s W_Vᵀ + b_V                    [batch, key, groups · value_width]
 //! y = concat_h( softmax(scale · Q_h K_gᵀ + bias) V_g ) W_Oᵀ + b_O,   g = h · groups / heads
 //! ```
 //!
 //! Cost for `n` queries over the `p` query-key pairs that masks leave: products
-//! `4 n width · head_width · (heads + groups)` with as many keys as queries, and
-//! `p · heads · (4 head_width + 5)` for scores, softmax and mixing; a decoding step pays for its
-//! own row. Memory of the state: `2 · groups · head_width` numbers per token. Parameters:
-//! `2 width · head_width · (heads + groups)` and the biases.
+//! `2 n width · (head_width + value_width) · (heads + groups)` with as many keys as queries, and
+//! `p · heads · (2 head_width + 2 value_width + 5)` for scores, softmax and mixing; a decoding
+//! step pays for its own row. Memory of the state: `groups · (head_width + value_width)` numbers
+//! per token. Parameters: `width · (head_width + value_width) · (heads + groups)` and the biases.
 
 use crate::dropout::dropout;
 use crate::error::{bounded, tensor};
@@ -38,9 +39,12 @@ pub struct MultiHeadSpec {
     /// Number of key/value heads; as many as query heads when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub groups: Option<usize>,
-    /// Features of a head; the width divided by the heads when absent.
+    /// Features of a query and a key of a head; the width divided by the heads when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head_width: Option<usize>,
+    /// Features of a value of a head; as many as of a key when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value_width: Option<usize>,
     /// Whether a token sees only itself and earlier ones.
     #[serde(default)]
     pub causal: bool,
@@ -89,6 +93,7 @@ impl MultiHeadSpec {
             heads,
             groups: None,
             head_width: None,
+            value_width: None,
             causal: false,
             window: None,
             bias: true,
@@ -105,9 +110,20 @@ impl MultiHeadSpec {
         self.groups.unwrap_or(self.heads)
     }
 
-    /// Features of a head.
+    /// Features of a query and a key of a head.
     pub fn head_width(&self, width: usize) -> usize {
         self.head_width.unwrap_or(width / self.heads.max(1))
+    }
+
+    /// Features of a value of a head.
+    pub fn value_width(&self, width: usize) -> usize {
+        self.value_width.unwrap_or_else(|| self.head_width(width))
+    }
+
+    /// What multiplies the scores.
+    pub fn scale(&self, width: usize) -> f64 {
+        self.scale
+            .unwrap_or_else(|| 1.0 / (self.head_width(width) as f64).sqrt())
     }
 
     /// Refuses what cannot be built for tokens of `width`.
@@ -127,9 +143,14 @@ impl MultiHeadSpec {
                 format!("a divisor of the width {width}, or head_width must be given"),
             ));
         }
-        if let Some(head_width) = self.head_width {
-            let widest = MAX_INNER / self.heads;
-            bounded(at("head_width"), head_width, 1..=widest.max(1))?;
+        let widest = (MAX_INNER / self.heads).max(1);
+        for (name, features) in [
+            ("head_width", self.head_width),
+            ("value_width", self.value_width),
+        ] {
+            if let Some(features) = features {
+                bounded(at(name), features, 1..=widest)?;
+            }
         }
         let groups = self.groups();
         if groups == 0 || !self.heads.is_multiple_of(groups) {
@@ -157,7 +178,7 @@ impl MultiHeadSpec {
         }
         match &self.position {
             PositionSpec::Rotary(rotary) => {
-                rotary.validate(self.head_width(width), &at("position"))
+                rotary.validate(self.head_width(width), groups, &at("position"))
             }
             PositionSpec::RelativeBuckets {
                 buckets,
@@ -214,6 +235,7 @@ pub struct MultiHeadAttention {
     path: String,
     spec: MultiHeadSpec,
     head_width: usize,
+    scale: f64,
     query: Linear,
     key: Linear,
     value: Linear,
@@ -245,10 +267,8 @@ impl MultiHeadAttention {
         width: usize,
         mut parameters: Parameters<'_>,
     ) -> Result<Self> {
-        let head_width = spec.head_width(width);
+        let (head_width, value_width) = (spec.head_width(width), spec.value_width(width));
         let (heads, groups) = (spec.heads, spec.groups());
-        let query_width = heads * head_width;
-        let key_width = groups * head_width;
         let norm = |parameters: Parameters<'_>, count: usize| -> Result<Option<Norm>> {
             match &spec.query_key_norm {
                 None => Ok(None),
@@ -265,13 +285,14 @@ impl MultiHeadAttention {
         Ok(Self {
             path: parameters.path().to_owned(),
             head_width,
-            query: parameters.linear("query", "in", width, query_width, spec.bias)?,
-            key: parameters.linear("key", source, width, key_width, spec.bias)?,
-            value: parameters.linear("value", source, width, key_width, spec.bias)?,
+            scale: spec.scale(width),
+            query: parameters.linear("query", "in", width, heads * head_width, spec.bias)?,
+            key: parameters.linear("key", source, width, groups * head_width, spec.bias)?,
+            value: parameters.linear("value", source, width, groups * value_width, spec.bias)?,
             output: parameters.linear(
                 "output",
                 "mixed",
-                query_width,
+                heads * value_width,
                 width,
                 spec.output_bias.unwrap_or(spec.bias),
             )?,
@@ -279,7 +300,7 @@ impl MultiHeadAttention {
             key_norm: norm(parameters.at("key_norm"), groups)?,
             position: Position::new(
                 &spec.position,
-                heads,
+                (heads, groups),
                 head_width,
                 spec.causal,
                 parameters.at("position"),
@@ -338,10 +359,7 @@ impl MultiHeadAttention {
         };
         let (queries, keys) = (q.dims()[1], k.dims()[1]);
         let options = AttentionOptions {
-            scale: self
-                .spec
-                .scale
-                .unwrap_or(1.0 / (self.head_width as f64).sqrt()),
+            scale: self.scale,
             causal,
             window: self.spec.window,
             query_offset: cx.offset,
@@ -402,11 +420,11 @@ impl MultiHeadAttention {
             return Ok((q, k));
         };
         let length = q.dims()[1];
-        let (cos, sin) = rotary.tables(offset, length, q.dtype(), q.device())?;
-        let pairs = rotary.pairs();
-        let q = q.rotary(self.spec.heads, &cos, &sin, pairs)?;
-        let k = k.rotary(self.spec.groups(), &cos, &sin, pairs)?;
-        Ok((q, k))
+        let turn = |x: Signal, heads: usize| -> Result<Signal> {
+            let (cos, sin) = rotary.tables(heads, offset, length, x.dtype(), x.device())?;
+            Ok(x.rotary(heads, &cos, &sin, rotary.pairs())?)
+        };
+        Ok((turn(q, self.spec.heads)?, turn(k, self.spec.groups())?))
     }
 }
 

@@ -2,10 +2,12 @@
 
 mod dense;
 mod gated;
+mod linear;
 mod mixture;
 
 pub use dense::{Dense, DenseSpec};
 pub use gated::{Gated, GatedSpec};
+pub use linear::{LinearMap, LinearSpec};
 pub use mixture::{Mixture, MixtureSpec};
 
 use crate::error::bounded;
@@ -27,24 +29,28 @@ pub enum FeedforwardSpec {
     Gated(GatedSpec),
     /// A sparse mixture of gated experts (Jiang et al., arXiv 2401.04088).
     Mixture(MixtureSpec),
+    /// One linear map: what is left of a block that became one.
+    Linear(LinearSpec),
 }
 
 impl FeedforwardSpec {
     /// Refuses what cannot be built.
     pub fn validate(&self, field: &str) -> Result<()> {
-        bounded(format!("{field}.hidden"), self.hidden(), 1..=MAX_HIDDEN)?;
+        let hidden = || bounded(format!("{field}.hidden"), self.hidden(), 1..=MAX_HIDDEN);
         match self {
-            Self::Dense(_) | Self::Gated(_) => Ok(()),
-            Self::Mixture(spec) => spec.validate(field),
+            Self::Dense(_) | Self::Gated(_) => hidden(),
+            Self::Mixture(spec) => hidden().and_then(|()| spec.validate(field)),
+            Self::Linear(_) => Ok(()),
         }
     }
 
-    /// Width between the layers, of each expert in a mixture.
+    /// Width between the layers, of each expert in a mixture; 0 where there is nothing between.
     pub fn hidden(&self) -> usize {
         match self {
             Self::Dense(spec) => spec.hidden,
             Self::Gated(spec) => spec.hidden,
             Self::Mixture(spec) => spec.hidden,
+            Self::Linear(_) => 0,
         }
     }
 
@@ -54,6 +60,7 @@ impl FeedforwardSpec {
             Self::Dense(_) => "dense",
             Self::Gated(_) => "gated",
             Self::Mixture(_) => "mixture",
+            Self::Linear(_) => "linear",
         }
     }
 }
@@ -67,6 +74,8 @@ pub enum Feedforward {
     Gated(Gated),
     /// A mixture of experts.
     Mixture(Mixture),
+    /// One linear map.
+    Linear(LinearMap),
 }
 
 impl Feedforward {
@@ -76,6 +85,7 @@ impl Feedforward {
             FeedforwardSpec::Dense(spec) => Self::Dense(Dense::new(spec, width, parameters)?),
             FeedforwardSpec::Gated(spec) => Self::Gated(Gated::new(spec, width, parameters)?),
             FeedforwardSpec::Mixture(spec) => Self::Mixture(Mixture::new(spec, width, parameters)?),
+            FeedforwardSpec::Linear(spec) => Self::Linear(LinearMap::new(spec, width, parameters)?),
         })
     }
 
@@ -85,6 +95,7 @@ impl Feedforward {
             Self::Dense(part) => part.forward(x, cx),
             Self::Gated(part) => part.forward(x, cx),
             Self::Mixture(part) => part.forward(x, cx),
+            Self::Linear(part) => part.forward(x, cx),
         }
     }
 }

@@ -27,6 +27,11 @@
 //! `[inner, 1, taps]`, oldest tap first), `x_proj` is `selection`, `dt_proj` is `step`, `A_log`
 //! is `decay_log`, `D` is `skip`, `out_proj` is `output`.
 //!
+//! Without a scan (`scan = false`; Muñoz, Yuan & Jain, Mamba-Shedder, 2025, arXiv 2501.17088)
+//! `y = u ⊙ SiLU(z)`: what computes `Δ`, `B`, `C`, the decay and `D` is not there, and decoding
+//! remembers the convolution's window alone. It costs `inner (2 step_rank + 4 state + 2)`
+//! parameters and all of the recurrence less.
+//!
 //! Under streams and relevance `Δ`, `B`, `C` and the decay are held fixed, `u` is followed, and
 //! the gate obeys the product rule.
 
@@ -69,6 +74,9 @@ pub struct MambaSpec {
     /// Whether the convolution has a bias.
     #[serde(default = "yes")]
     pub convolution_bias: bool,
+    /// Whether there is a recurrence; without one, what the convolution gives goes to the gate.
+    #[serde(default = "yes", skip_serializing_if = "is_true")]
+    pub scan: bool,
 }
 
 fn default_state() -> usize {
@@ -87,6 +95,14 @@ fn yes() -> bool {
     true
 }
 
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_true(value: &bool) -> bool {
+    *value
+}
+
 impl Default for MambaSpec {
     fn default() -> Self {
         Self {
@@ -97,6 +113,7 @@ impl Default for MambaSpec {
             activation: silu(),
             bias: false,
             convolution_bias: yes(),
+            scan: yes(),
         }
     }
 }
@@ -128,31 +145,88 @@ impl MambaSpec {
 pub struct Mamba {
     path: String,
     inner: usize,
-    state: usize,
     taps: usize,
-    step_rank: usize,
     activation: Activation,
     input: Linear,
     /// `[inner, 1, taps]`, oldest tap first.
     kernel: Tensor,
     kernel_bias: Option<Tensor>,
+    recurrence: Option<Recurrence>,
+    output: Linear,
+}
+
+/// The recurrence and what selects its step, entry and exit.
+#[derive(Debug)]
+struct Recurrence {
+    state: usize,
+    step_rank: usize,
     selection: Linear,
     step: Linear,
     /// `ln(−A)`, `[inner, state]`.
     decay_log: Tensor,
     /// `D`, `[inner]`.
     skip: Tensor,
-    output: Linear,
+}
+
+impl Recurrence {
+    fn new(spec: &MambaSpec, width: usize, parameters: &mut Parameters<'_>) -> Result<Self> {
+        let (inner, state) = (spec.inner(width), spec.state);
+        let step_rank = spec.step_rank(width);
+        // Deviation of the uniform distribution that the published code draws from.
+        let step_deviation = (1.0 / (3.0 * step_rank as f64)).sqrt();
+        let selected = step_rank + 2 * state;
+        Ok(Self {
+            state,
+            step_rank,
+            selection: parameters.linear("selection", "convolved", inner, selected, false)?,
+            step: parameters.linear_starting(
+                "step",
+                "step_in",
+                [inner, step_rank],
+                Init::Normal {
+                    deviation: step_deviation,
+                },
+                Some(Init::InverseSoftplusLogUniform {
+                    low: 1e-3,
+                    high: 1e-1,
+                }),
+            )?,
+            decay_log: parameters.tensor("decay_log", &[inner, state], Init::LogRange)?,
+            skip: parameters.tensor("skip", &[inner], Init::Ones)?,
+        })
+    }
+
+    /// `(h · C) + D ⊙ u` for `u` `[batch, length, inner]`, and the last `h`
+    /// `[batch, inner, state]`.
+    fn scan(
+        &self,
+        u: &Signal,
+        initial: Option<Tensor>,
+        site: impl Fn(&str, Signal) -> lapidary_signal::Result<Signal>,
+    ) -> Result<(Signal, Tensor)> {
+        let selected = u.for_selection().linear(&self.selection)?;
+        let step = site("step_in", selected.narrow(2, 0, self.step_rank)?)?;
+        let step = step.linear(&self.step)?.activate(Activation::Softplus)?;
+        let scan = SelectiveScan {
+            step: site("step_size", step)?.into_value(),
+            rate: tensor(activate(&self.decay_log, Activation::Exp)?.neg())?,
+            entry: selected.narrow(2, self.step_rank, self.state)?.into_value(),
+            exit: selected
+                .narrow(2, self.step_rank + self.state, self.state)?
+                .into_value(),
+            initial,
+        };
+        let (scanned, state) = u.selective_scan(&scan)?;
+        Ok((scanned.add(&u.multiply_constant(&self.skip)?)?, state))
+    }
 }
 
 impl Mamba {
     /// Builds the module for tokens of `width`.
     pub fn new(spec: &MambaSpec, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
-        let (inner, state, taps) = (spec.inner(width), spec.state, spec.taps);
-        let step_rank = spec.step_rank(width);
-        // Deviations of the uniform distributions that the published code draws from.
+        let (inner, taps) = (spec.inner(width), spec.taps);
+        // Deviation of the uniform distribution that the published code draws from.
         let tap_deviation = (1.0 / (3.0 * taps as f64)).sqrt();
-        let step_deviation = (1.0 / (3.0 * step_rank as f64)).sqrt();
         let input = parameters.linear("input", "in", width, 2 * inner, spec.bias)?;
         let mut convolution = parameters.at("convolution");
         let kernel = convolution.tensor(
@@ -167,34 +241,19 @@ impl Mamba {
         } else {
             None
         };
-        let selected = step_rank + 2 * state;
-        let selection = parameters.linear("selection", "convolved", inner, selected, false)?;
-        let step = parameters.linear_starting(
-            "step",
-            "step_in",
-            [inner, step_rank],
-            Init::Normal {
-                deviation: step_deviation,
-            },
-            Some(Init::InverseSoftplusLogUniform {
-                low: 1e-3,
-                high: 1e-1,
-            }),
-        )?;
+        let recurrence = match spec.scan {
+            true => Some(Recurrence::new(spec, width, &mut parameters)?),
+            false => None,
+        };
         Ok(Self {
             path: parameters.path().to_owned(),
             inner,
-            state,
             taps,
-            step_rank,
             activation: spec.activation.into(),
             input,
             kernel,
             kernel_bias,
-            selection,
-            step,
-            decay_log: parameters.tensor("decay_log", &[inner, state], Init::LogRange)?,
-            skip: parameters.tensor("skip", &[inner], Init::Ones)?,
+            recurrence,
             output: parameters.linear("output", "mixed", inner, width, spec.bias)?,
         })
     }
@@ -217,30 +276,21 @@ impl Mamba {
         let content = projected.narrow(2, 0, self.inner)?;
         let gate = projected.narrow(2, self.inner, self.inner)?;
 
-        let (content, window) = self.convolve(&content, earlier.as_ref().map(|(w, _)| w))?;
+        let (window, initial) = earlier.unzip();
+        let (content, window) = self.convolve(&content, window.as_ref())?;
         let content = site("convolved", masked(&content, real.as_ref())?)?;
-        let selected = content.for_selection().linear(&self.selection)?;
-        let step = site("step_in", selected.narrow(2, 0, self.step_rank)?)?;
-        let step = step.linear(&self.step)?.activate(Activation::Softplus)?;
-        let scan = SelectiveScan {
-            step: site("step_size", step)?.into_value(),
-            rate: tensor(activate(&self.decay_log, Activation::Exp)?.neg())?,
-            entry: selected.narrow(2, self.step_rank, self.state)?.into_value(),
-            exit: selected
-                .narrow(2, self.step_rank + self.state, self.state)?
-                .into_value(),
-            initial: earlier.map(|(_, state)| state),
+        let (scanned, remembered) = match &self.recurrence {
+            None => (content, MixerState::Window(window)),
+            Some(recurrence) => {
+                let (scanned, state) = recurrence.scan(&content, initial.flatten(), site)?;
+                let state = state.detach();
+                (scanned, MixerState::Recurrent { window, state })
+            }
         };
-        let (scanned, state) = content.selective_scan(&scan)?;
         if let Some(memory) = memory {
-            *memory = MixerState::Recurrent {
-                window,
-                state: state.detach(),
-            };
+            *memory = remembered;
         }
-        let mixed = scanned
-            .add(&content.multiply_constant(&self.skip)?)?
-            .gate(&gate.activate(Activation::Silu)?)?;
+        let mixed = scanned.gate(&gate.activate(Activation::Silu)?)?;
         let mixed = site("mixed", mixed)?;
         Ok(site("out", mixed.linear(&self.output)?)?)
     }
@@ -264,18 +314,28 @@ impl Mamba {
         Ok(Some(here))
     }
 
-    /// What earlier tokens left: the convolution's window and the state.
-    fn recall(&self, x: &Signal, memory: Option<&MixerState>) -> Result<Option<(Tensor, Tensor)>> {
-        let (window, state) = match memory {
-            None | Some(MixerState::Empty) => return Ok(None),
-            Some(MixerState::Recurrent { window, state }) => (window, state),
-            Some(MixerState::Cache(_)) => {
-                return Err(Error::spec(
-                    format!("decode state at {}", self.path),
-                    "a key/value cache",
-                    "that of a recurrence",
-                ));
+    /// What earlier tokens left: the convolution's window, and the state where there is one.
+    fn recall(
+        &self,
+        x: &Signal,
+        memory: Option<&MixerState>,
+    ) -> Result<Option<(Tensor, Option<Tensor>)>> {
+        let wrong = |found: &str| {
+            let expected = match self.recurrence {
+                Some(_) => "that of a recurrence",
+                None => "that of a convolution",
+            };
+            Error::spec(format!("decode state at {}", self.path), found, expected)
+        };
+        let (window, state) = match (memory, &self.recurrence) {
+            (None | Some(MixerState::Empty), _) => return Ok(None),
+            (Some(MixerState::Recurrent { window, state }), Some(_)) => (window, Some(state)),
+            (Some(MixerState::Window(window)), None) => (window, None),
+            (Some(MixerState::Cache(_)), _) => return Err(wrong("a key/value cache")),
+            (Some(MixerState::Recurrent { .. }), None) => {
+                return Err(wrong("that of a recurrence"));
             }
+            (Some(MixerState::Window(_)), Some(_)) => return Err(wrong("that of a convolution")),
         };
         let (batch, _, _) = tensor(x.value().dims3())?;
         let expected = [batch, self.inner, self.taps - 1];
@@ -286,7 +346,7 @@ impl Mamba {
                 format!("{expected:?}"),
             ));
         }
-        Ok(Some((window.clone(), state.clone())))
+        Ok(Some((window.clone(), state.cloned())))
     }
 
     /// The activated convolution of `u` `[batch, length, inner]`, and the last `taps − 1` inputs

@@ -11,6 +11,7 @@ pub(super) fn block(wiring: Wiring, norm: NormSpec, attention: MixerSpec) -> Blo
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        shortcuts: false,
         feedforward: None,
         dropout: 0.0,
     }
@@ -53,6 +54,7 @@ pub(super) fn rotary(
     PositionSpec::Rotary(RotarySpec {
         theta: 100.0,
         width,
+        kept: None,
         interleaved,
         scaling,
     })
@@ -120,6 +122,51 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
                     }),
                 )
             },
+        ),
+        (
+            "narrow values, rotary pairs kept of wider heads, each group its own",
+            block(
+                PreNorm,
+                RMS,
+                multi_head(MultiHeadSpec {
+                    heads: 4,
+                    groups: Some(2),
+                    head_width: Some(4),
+                    value_width: Some(3),
+                    causal: true,
+                    position: PositionSpec::Rotary(RotarySpec {
+                        theta: 100.0,
+                        kept: Some(KeptPairs {
+                            of: 10,
+                            groups: vec![vec![0, 3], vec![1, 4]],
+                        }),
+                        ..RotarySpec::default()
+                    }),
+                    scale: Some(0.3),
+                    ..heads.clone()
+                }),
+            ),
+        ),
+        (
+            "wide values beside unrotated features and interleaved kept pairs",
+            block(
+                PostNorm,
+                LAYER,
+                multi_head(MultiHeadSpec {
+                    head_width: Some(3),
+                    value_width: Some(5),
+                    position: PositionSpec::Rotary(RotarySpec {
+                        theta: 100.0,
+                        interleaved: true,
+                        kept: Some(KeptPairs {
+                            of: 4,
+                            groups: vec![vec![1], vec![0]],
+                        }),
+                        ..RotarySpec::default()
+                    }),
+                    ..heads.clone()
+                }),
+            ),
         ),
         (
             "parallel without norms, interleaved partial rotary",
@@ -191,6 +238,30 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
             },
         ),
         (
+            "shortcuts around narrow heads",
+            BlockSpec {
+                feedforward: gated(Silu, false),
+                shortcuts: true,
+                ..block(
+                    PreNorm,
+                    RMS,
+                    multi_head(MultiHeadSpec {
+                        head_width: Some(6),
+                        causal: true,
+                        ..MultiHeadSpec::new(2)
+                    }),
+                )
+            },
+        ),
+        (
+            "a shortcut around both parts",
+            BlockSpec {
+                feedforward: dense(Gelu, true),
+                shortcuts: true,
+                ..block(Parallel, LAYER, multi_head(MultiHeadSpec::new(2)))
+            },
+        ),
+        (
             "mamba alone",
             block(PreNorm, RMS, MixerSpec::Mamba(mamba.clone())),
         ),
@@ -236,9 +307,41 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
                     MixerSpec::Mamba(MambaSpec {
                         taps: 3,
                         convolution_bias: false,
-                        ..mamba
+                        ..mamba.clone()
                     }),
                 )
+            },
+        ),
+        (
+            "mamba without a scan",
+            block(
+                PreNorm,
+                RMS,
+                MixerSpec::Mamba(MambaSpec {
+                    scan: false,
+                    ..mamba
+                }),
+            ),
+        ),
+        (
+            "no mixer",
+            BlockSpec {
+                feedforward: gated(Silu, true),
+                ..block(PreNorm, LAYER, MixerSpec::Absent)
+            },
+        ),
+        (
+            "no mixer in a parallel block",
+            BlockSpec {
+                feedforward: dense(Gelu, true),
+                ..block(Parallel, RMS, MixerSpec::Absent)
+            },
+        ),
+        (
+            "a linear map",
+            BlockSpec {
+                feedforward: Some(FeedforwardSpec::Linear(LinearSpec { bias: true })),
+                ..block(PreNorm, NormSpec::None, MixerSpec::Absent)
             },
         ),
     ]

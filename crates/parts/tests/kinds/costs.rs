@@ -38,21 +38,34 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
                 inner * (mamba.taps + bias),
                 n * inner * (2 * mamba.taps + bias + 1),
             ));
-            parts.push(linear(inner, rank + 2 * state, false, n));
-            parts.push(linear(rank, inner, true, n));
-            // Softplus; the recurrence; D ⊙ u and its sum; the gate's SiLU and product.
-            parts.push((0, n * inner * (1 + (1 + 7 * state) + 2 + 2)));
-            parts.push((inner * (state + 1), 0));
+            if mamba.scan {
+                parts.push(linear(inner, rank + 2 * state, false, n));
+                parts.push(linear(rank, inner, true, n));
+                // Softplus; the recurrence; D ⊙ u and its sum.
+                parts.push((0, n * inner * (1 + (1 + 7 * state) + 2)));
+                parts.push((inner * (state + 1), 0));
+            }
+            // The gate's SiLU and product.
+            parts.push((0, n * inner * 2));
             parts.push(linear(inner, WIDTH, mamba.bias, n));
         }
+        MixerSpec::Absent => {}
     }
-    parts.push(norm(&spec.norm, WIDTH, n));
-    parts.push((0, n * WIDTH));
+    if spec.attention != MixerSpec::Absent {
+        parts.push(norm(&spec.norm, WIDTH, n));
+        parts.push((0, n * WIDTH));
+    }
     // A number for each feature of each part's output.
     if spec.layer_scale.is_some() {
         let others = [spec.cross_attention.is_some(), spec.feedforward.is_some()];
         let scaled = 1 + others.into_iter().filter(|there| *there).count();
         parts.push((scaled * WIDTH, scaled * n * WIDTH));
+    }
+    if spec.shortcuts {
+        parts.push(linear(WIDTH, WIDTH, false, n));
+        if spec.feedforward.is_some() && spec.wiring == Wiring::PreNorm {
+            parts.push(linear(WIDTH, WIDTH, false, n));
+        }
     }
     if let Some(cross) = &spec.cross_attention {
         parts.extend(attention_formulas(cross, LENGTH * MEMORY, MEMORY));
@@ -82,6 +95,7 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
                     run * (6 * WIDTH * hidden + 2 * hidden + WIDTH),
                 ));
             }
+            FeedforwardSpec::Linear(map) => parts.push(linear(WIDTH, WIDTH, map.bias, n)),
         }
         parts.push(norm(&spec.norm, WIDTH, n));
         parts.push((0, n * WIDTH));
@@ -93,6 +107,7 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
 
 fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(usize, usize)> {
     let (heads, groups, width) = (spec.heads, spec.groups(), spec.head_width(WIDTH));
+    let value_width = spec.value_width(WIDTH);
     let (queries, keys) = (BATCH * LENGTH, BATCH * keys);
     let linear = |input: usize, output: usize, bias: bool, rows: usize| {
         let bias = if bias { output } else { 0 };
@@ -101,14 +116,14 @@ fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(u
     let mut parts = vec![
         linear(WIDTH, heads * width, spec.bias, queries),
         linear(WIDTH, groups * width, spec.bias, keys),
-        linear(WIDTH, groups * width, spec.bias, keys),
+        linear(WIDTH, groups * value_width, spec.bias, keys),
         linear(
-            heads * width,
+            heads * value_width,
             WIDTH,
             spec.output_bias.unwrap_or(spec.bias),
             queries,
         ),
-        (0, BATCH * heads * pairs * (4 * width + 5)),
+        (0, BATCH * heads * pairs * (2 * width + 2 * value_width + 5)),
     ];
     if let Some(QueryKeyNorm { norm, per_head }) = &spec.query_key_norm {
         let (parameters, operations) = match norm {

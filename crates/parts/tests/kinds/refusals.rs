@@ -40,6 +40,13 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
             max_distance,
         })
     };
+    let kept = |of, width, groups| {
+        PositionSpec::Rotary(RotarySpec {
+            width,
+            kept: Some(KeptPairs { of, groups }),
+            ..RotarySpec::default()
+        })
+    };
     let refused = [
         (
             with_heads(MultiHeadSpec::new(0)),
@@ -62,6 +69,45 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
                 ..heads.clone()
             }),
             "b.attention.head_width is 18446744073709551615, but must be between 1 and 524288",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                value_width: Some(0),
+                ..heads.clone()
+            }),
+            "b.attention.value_width is 0, but must be between 1 and 524288",
+        ),
+        (
+            with_position(kept(8, None, vec![vec![0, 1]])),
+            "number of lists in b.attention.position.kept.groups is 1, but must be 2, one list for each group of keys",
+        ),
+        (
+            with_position(kept(8, None, vec![vec![0, 1], vec![3]])),
+            "b.attention.position.kept.groups.1 is [3], but must be 2 rising indices below 4",
+        ),
+        (
+            with_position(kept(8, None, vec![vec![1, 0], vec![2, 3]])),
+            "b.attention.position.kept.groups.0 is [1, 0], but must be 2 rising indices below 4",
+        ),
+        (
+            with_position(kept(8, None, vec![vec![0, 4], vec![2, 3]])),
+            "b.attention.position.kept.groups.0 is [0, 4], but must be 2 rising indices below 4",
+        ),
+        (
+            with_position(kept(8, None, vec![vec![], vec![]])),
+            "b.attention.position.kept.groups.0 is [], but must be 1 rising indices below 4",
+        ),
+        (
+            with_position(kept(7, None, vec![vec![0], vec![1]])),
+            "b.attention.position.kept.of is 7, but must be an even number of at most 1048576",
+        ),
+        (
+            with_position(kept(8, Some(2), vec![vec![0, 1], vec![1, 2]])),
+            "b.attention.position.width is 2, but must be absent or 4, two for each kept pair",
+        ),
+        (
+            with_position(kept(8, None, vec![vec![0, 1, 2], vec![1, 2, 3]])),
+            "b.attention.position.width is 6, but must be an even number of at most 4, the width of a head",
         ),
         (
             with_heads(MultiHeadSpec {
@@ -188,6 +234,32 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
                 ..with_cross(MultiHeadSpec::new(2))
             },
             "b.wiring is \"parallel\", but must be pre-norm or post-norm in a block with cross-attention",
+        ),
+        (
+            BlockSpec {
+                wiring: Wiring::PostNorm,
+                shortcuts: true,
+                ..with_heads(MultiHeadSpec::new(2))
+            },
+            "b.shortcuts is true, but must be false in a post-norm block: its norms change what the residual carries",
+        ),
+        (
+            BlockSpec {
+                shortcuts: true,
+                ..with_cross(MultiHeadSpec::new(2))
+            },
+            "b.shortcuts is true, but must be false in a block with cross-attention",
+        ),
+        (
+            BlockSpec {
+                feedforward: dense(ActivationSpec::Gelu, true),
+                ..block(Wiring::PostNorm, LAYER, MixerSpec::Absent)
+            },
+            "b.attention.kind is \"absent\", but must be a mixer in a post-norm block, whose norm follows it",
+        ),
+        (
+            block(Wiring::PreNorm, LAYER, MixerSpec::Absent),
+            "b.attention.kind is \"absent\", but must be a mixer in a block without any other part",
         ),
         (
             BlockSpec {

@@ -9,7 +9,7 @@ mod windows;
 
 pub use batch::{Batch, IGNORE, Task};
 pub use language::LanguageTask;
-pub use synthetic::{AssociativeRecall, Copying, Induction};
+pub use synthetic::{Addition, AssociativeRecall, Copying, Induction};
 pub use text::{BYTE_VOCABULARY, bytes, words, write_text};
 pub use token_file::{TokenFile, TokenWriter};
 pub use windows::{Order, Windows, split};

@@ -209,3 +209,103 @@ impl Task for Induction {
         Ok(batch)
     }
 }
+
+/// Sums of two numbers of as many digits, the answer's lowest digit first (Song & Zhong, arXiv
+/// 2310.04861, the probe of addition; Lee et al., arXiv 2307.03381, on the order of digits):
+/// `a + b = reversed(c) ;`, one after another. Only the answers and the marks that end them count.
+///
+/// With carries, digits are uniform, the first ones of a number from 1. Without, each column of
+/// digits is uniform among those whose sum is at most 9.
+#[derive(Clone, Copy, Debug)]
+pub struct Addition {
+    least: usize,
+    most: usize,
+    carry: bool,
+}
+
+impl Addition {
+    /// The token of the plus sign; those of digits are below.
+    pub const PLUS: u32 = 10;
+    /// The token of the equals sign.
+    pub const EQUALS: u32 = 11;
+    /// The token that ends an answer.
+    pub const END: u32 = 12;
+
+    /// Sums of numbers of `least` to `most` digits, each number of digits equally likely.
+    pub fn new(least: usize, most: usize, carry: bool) -> Result<Self> {
+        if least == 0 || least > most || most > 1000 {
+            return Err(Error::Setting {
+                name: "digits",
+                found: format!("{least} to {most}"),
+                expected: "from at least 1 to at most 1000",
+            });
+        }
+        Ok(Self { least, most, carry })
+    }
+
+    /// One column: a digit of each number.
+    fn column(&self, first: bool, generator: &mut Generator) -> (u32, u32) {
+        let least = u32::from(first);
+        loop {
+            let digits = (
+                generator.random_range(least..10),
+                generator.random_range(least..10),
+            );
+            if self.carry || digits.0 + digits.1 <= 9 {
+                return digits;
+            }
+        }
+    }
+
+    /// The tokens of one problem, and where its answer starts.
+    pub fn problem(&self, generator: &mut Generator) -> (Vec<u32>, usize) {
+        let count = generator.random_range(self.least..=self.most);
+        let columns: Vec<(u32, u32)> = (0..count)
+            .map(|place| self.column(place == 0, generator))
+            .collect();
+        let mut tokens: Vec<u32> = columns.iter().map(|column| column.0).collect();
+        tokens.push(Self::PLUS);
+        tokens.extend(columns.iter().map(|column| column.1));
+        tokens.push(Self::EQUALS);
+        let start = tokens.len();
+        let mut carried = 0;
+        for (a, b) in columns.iter().rev() {
+            let sum = a + b + carried;
+            tokens.push(sum % 10);
+            carried = sum / 10;
+        }
+        if carried > 0 {
+            tokens.push(carried);
+        }
+        tokens.push(Self::END);
+        (tokens, start)
+    }
+}
+
+impl Task for Addition {
+    fn vocabulary(&self) -> usize {
+        Self::END as usize + 1
+    }
+
+    fn batch(&mut self, generator: &mut Generator, rows: usize, length: usize) -> Result<Batch> {
+        let needed = 3 * self.most + 4;
+        if length < needed {
+            return Err(too_short("addition", length, needed));
+        }
+        let mut batch = Batch::with_capacity(rows, length);
+        for _ in 0..rows {
+            let (mut tokens, mut counts) = (Vec::new(), Vec::new());
+            while tokens.len() <= length {
+                let (problem, start) = self.problem(generator);
+                counts.extend((0..problem.len()).map(|place| place >= start));
+                tokens.extend(problem);
+            }
+            batch.inputs.extend(tokens.iter().take(length));
+            let next = tokens.iter().zip(counts).skip(1).take(length);
+            let target = |(token, counts): (&u32, bool)| if counts { *token } else { IGNORE };
+            batch.targets.extend(next.map(target));
+            batch.rows += 1;
+        }
+        Ok(batch)
+    }
+}

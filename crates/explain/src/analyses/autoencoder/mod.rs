@@ -8,9 +8,11 @@ mod activity;
 mod dashboard;
 mod families;
 mod heads;
+mod over_prompts;
 
 pub use ablation::{Ablation, Against, FeatureEffect, Score, ablation_effects};
 pub use activity::{Activity, Event};
 pub use dashboard::{Choice, report};
 pub use families::{Family, FeatureFamily, feature_families};
 pub use heads::{HeadFeatures, head_features};
+pub use over_prompts::{RankedFeature, RankedFeatures, rank_features};

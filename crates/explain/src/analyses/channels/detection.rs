@@ -239,7 +239,13 @@ impl Search {
         let spec = heads.model().spec();
         let dimension = spec.width - usize::from(heads.is_centred() && spec.width > 1);
         let blocks = spec.blocks.iter().filter_map(super::heads::multi_head);
-        let widest = blocks.map(|block| block.head_width(spec.width)).max();
+        let widest = blocks
+            .map(|block| {
+                block
+                    .head_width(spec.width)
+                    .max(block.value_width(spec.width))
+            })
+            .max();
         let coordinates = widest.unwrap_or(0).min(dimension);
         Ok(Self {
             threshold: options.threshold,

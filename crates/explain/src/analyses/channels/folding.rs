@@ -135,14 +135,14 @@ pub(super) fn with_output(
     Ok(())
 }
 
-/// The output layer of a block's attention `[width, heads · head_width]`, and the width of a head.
+/// The output layer of a block's attention `[width, heads · value_width]`, and `value_width`.
 pub(super) fn output_layer(model: &Model, block: usize) -> Result<(Tensor, usize)> {
     let weight = dense(model, &format!("blocks.{block}.attention.output"))?;
     let blocks = model.spec().expanded_blocks();
     let width = blocks
         .get(block)
         .and_then(multi_head)
-        .map(|spec| spec.head_width(model.spec().width));
+        .map(|spec| spec.value_width(model.spec().width));
     width
         .map(|width| (weight, width))
         .ok_or_else(|| Error::invalid("block", block, "a block with heads"))

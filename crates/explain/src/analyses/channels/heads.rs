@@ -37,11 +37,11 @@ pub struct Head {
     pub query: Matrix,
     /// `W_K` `[width, head_width]`, of the group that the head reads.
     pub key: Matrix,
-    /// `W_V` `[width, head_width]`, of the group that the head reads.
+    /// `W_V` `[width, value_width]`, of the group that the head reads.
     pub value: Matrix,
-    /// `W_O` `[head_width, width]`.
+    /// `W_O` `[value_width, width]`.
     pub output: Matrix,
-    /// `b_V + β W_V` `[head_width]`: what is mixed whatever the head looks at.
+    /// `b_V + β W_V` `[value_width]`: what is mixed whatever the head looks at.
     pub constant: Vec<f64>,
 }
 
@@ -63,6 +63,13 @@ impl<'a> Heads<'a> {
         crate::error::require_written_out(model, "channels")?;
         let blocks = model.spec().expanded_blocks();
         for (index, block) in blocks.iter().enumerate() {
+            if block.shortcuts {
+                return Err(Error::invalid(
+                    format!("shortcuts of block {index}"),
+                    true,
+                    "false: heads are composed as if they read what was written",
+                ));
+            }
             if block.wiring == Wiring::PostNorm {
                 return Err(Error::invalid(
                     format!("wiring of block {index}"),
@@ -109,17 +116,17 @@ impl<'a> Heads<'a> {
     pub fn head(&self, id: HeadId) -> Result<Head> {
         let (block, spec) = self.spec(id)?;
         let width = self.model.spec().width;
-        let head_width = spec.head_width(width);
+        let (head_width, value_width) = (spec.head_width(width), spec.value_width(width));
         let group = id.head / (spec.heads / spec.groups().max(1)).max(1);
         let path = |name: &str| format!("blocks.{}.attention.{name}", id.block);
         let gamma = self.norm_weight(id.block)?;
-        // [head_width, width]
-        let raw = |name: &str, index: usize| -> Result<Tensor> {
+        // [size, width]
+        let raw = |name: &str, index: usize, size: usize| -> Result<Tensor> {
             let weight = dense(self.model, &path(name))?;
-            engine(engine(weight.narrow(0, index * head_width, head_width))?.to_dtype(DType::F64))
+            engine(engine(weight.narrow(0, index * size, size))?.to_dtype(DType::F64))
         };
-        let reading = |name: &str, index: usize| -> Result<Matrix> {
-            let mut weight = raw(name, index)?;
+        let reading = |name: &str, index: usize, size: usize| -> Result<Matrix> {
+            let mut weight = raw(name, index, size)?;
             if let Some(gamma) = &gamma {
                 weight = engine(weight.broadcast_mul(gamma))?;
             }
@@ -128,33 +135,37 @@ impl<'a> Heads<'a> {
             }
             matrix(&engine(weight.t())?)
         };
-        let output = dense(self.model, &path("output"))?; // [width, heads · head_width]
-        let output = engine(output.narrow(1, id.head * head_width, head_width))?;
+        let output = dense(self.model, &path("output"))?; // [width, heads · value_width]
+        let output = engine(output.narrow(1, id.head * value_width, value_width))?;
         let mut output = engine(engine(output.t())?.to_dtype(DType::F64))?;
         if self.centred {
             output = engine(output.broadcast_sub(&engine(output.mean_keepdim(1))?))?;
         }
         Ok(Head {
             id,
-            query: reading("query", id.head)?,
-            key: reading("key", group)?,
-            value: reading("value", group)?,
+            query: reading("query", id.head, head_width)?,
+            key: reading("key", group, head_width)?,
+            value: reading("value", group, value_width)?,
             output: matrix(&output)?,
-            constant: self.constant(id.block, &raw("value", group)?, group * head_width)?,
+            constant: self.constant(
+                id.block,
+                &raw("value", group, value_width)?,
+                group * value_width,
+            )?,
         })
     }
 
     /// `b_V + β W_V`, for the rows of `W_V` from `start` on.
     fn constant(&self, block: usize, value: &Tensor, start: usize) -> Result<Vec<f64>> {
-        let head_width = engine(value.dim(0))?;
+        let value_width = engine(value.dim(0))?;
         let parameters = self.model.parameters();
-        let mut constant = engine(Tensor::zeros(head_width, DType::F64, value.device()))?;
+        let mut constant = engine(Tensor::zeros(value_width, DType::F64, value.device()))?;
         if let Some(beta) = parameters.get(&format!("blocks.{block}.attention_norm.bias")) {
             let beta = engine(engine(beta.to_dtype(DType::F64))?.unsqueeze(1))?;
             constant = engine(engine(value.matmul(&beta))?.squeeze(1))?;
         }
         if let Some(bias) = parameters.get(&format!("blocks.{block}.attention.value.bias")) {
-            let bias = engine(engine(bias.narrow(0, start, head_width))?.to_dtype(DType::F64))?;
+            let bias = engine(engine(bias.narrow(0, start, value_width))?.to_dtype(DType::F64))?;
             constant = engine(constant + bias)?;
         }
         engine(constant.to_vec1::<f64>())
@@ -203,7 +214,7 @@ impl<'a> Heads<'a> {
 pub(super) fn multi_head(block: &BlockSpec) -> Option<&MultiHeadSpec> {
     match &block.attention {
         MixerSpec::MultiHead(spec) => Some(spec),
-        MixerSpec::Mamba(_) => None,
+        MixerSpec::Mamba(_) | MixerSpec::Absent => None,
     }
 }
 

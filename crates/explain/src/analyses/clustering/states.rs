@@ -56,6 +56,13 @@ pub fn layers(question: &Question<'_>) -> Result<Vec<Layer>> {
 /// As [`layers`]; blocks with cross-attention are refused.
 pub fn layers_without_skip(question: &Question<'_>) -> Result<Vec<Layer>> {
     let spec = question.model.spec();
+    if spec.blocks.iter().any(|block| block.shortcuts) {
+        return Err(Error::invalid(
+            "shortcuts",
+            true,
+            "false: the residual is taken out by subtracting it as it is",
+        ));
+    }
     let shared =
         |block: &BlockSpec| block.cross_attention.is_some() || block.wiring == Wiring::Parallel;
     if spec.blocks.iter().any(shared) {

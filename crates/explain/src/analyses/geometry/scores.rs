@@ -41,6 +41,7 @@ pub struct ScoreBlocks {
 struct Projections {
     spec: MultiHeadSpec,
     head_width: usize,
+    scale: f64,
     /// `None` where no norm stands before attention.
     norm: Option<Norm>,
     query: Linear,
@@ -94,12 +95,13 @@ impl Projections {
         let mut attention = block.at("attention");
         Ok(Self {
             head_width,
+            scale: spec.scale(width),
             norm,
             query: attention.linear("query", "in", width, spec.heads * head_width, spec.bias)?,
             key: attention.linear("key", "in", width, spec.groups() * head_width, spec.bias)?,
             position: Position::new(
                 &spec.position,
-                spec.heads,
+                (spec.heads, spec.groups()),
                 head_width,
                 spec.causal,
                 attention.at("position"),
@@ -150,12 +152,12 @@ impl Projections {
         layer.bias().map(part).transpose()
     }
 
-    fn rotate(&self, x: Tensor, skip: usize) -> Result<Tensor> {
+    fn rotate(&self, x: Tensor, head: usize, skip: usize) -> Result<Tensor> {
         let Position::Rotary(rotary) = &self.position else {
             return Ok(x);
         };
         let length = engine(x.dim(1))?;
-        let (cos, sin) = rotary.tables(skip, length, x.dtype(), x.device())?;
+        let (cos, sin) = rotary.tables_of_head(head, skip, length, x.dtype(), x.device())?;
         let x = Signal::from(engine(x.contiguous())?);
         Ok(x.rotary(1, &cos, &sin, rotary.pairs())?.into_value())
     }
@@ -168,8 +170,7 @@ impl Projections {
                 &engine(x.get(index))?,
             )?)
         };
-        let scale = self.spec.scale;
-        let scale = scale.unwrap_or(1.0 / (self.head_width as f64).sqrt());
+        let scale = self.scale;
         let product = part(q, a)? * part(k, b)?.transpose();
         Ok(Matrix::from_fn(product.nrows(), product.ncols(), |i, j| {
             scale * product[(i, j)]
@@ -228,7 +229,7 @@ pub fn score_blocks(
             Some(bias) => engine(projected.broadcast_add(&bias))?,
             None => projected,
         };
-        projections.rotate(projected, skip)
+        projections.rotate(projected, head, skip)
     };
     let groups = projections.spec.groups();
     let q = of(&parts, &projections.query, heads, true)?;

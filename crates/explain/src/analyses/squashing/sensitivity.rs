@@ -241,6 +241,9 @@ impl Part<'_> {
         let MixerSpec::MultiHead(attention) = &block.attention else {
             return Err(self.refused("another mixer", "multi-head attention"));
         };
+        if block.shortcuts {
+            return Err(self.refused("shortcuts", "a residual that is added as it is"));
+        }
         if block.cross_attention.is_some() {
             return Err(self.refused("cross-attention", "no cross-attention"));
         }
@@ -331,12 +334,12 @@ impl Part<'_> {
             self.weight("attention.value")?,
             self.weight("attention.output")?,
         );
-        let head_width = spec.head_width(self.model.spec().width);
+        let value_width = spec.value_width(self.model.spec().width);
         let mut sum: Option<Matrix> = None;
         for head in 0..spec.heads {
             let group = head / (spec.heads / spec.groups().max(1)).max(1);
-            let down = value.as_ref().subrows(group * head_width, head_width);
-            let up = output.as_ref().subcols(head * head_width, head_width);
+            let down = value.as_ref().subrows(group * value_width, value_width);
+            let up = output.as_ref().subcols(head * value_width, value_width);
             let factor = size(&(up * down))?;
             let alpha = matrix_from_tensor("attention weights", &engine(weights.get(head))?)?;
             let own = Matrix::from_fn(alpha.nrows(), alpha.ncols(), |i, j| alpha[(i, j)] * factor);
@@ -375,7 +378,7 @@ impl Part<'_> {
                     .map(|(open, bent)| open * up + bent * through_gate)
                     .collect())
             }
-            _ => Err(self.refused("a mixture", "a dense or gated feed-forward part")),
+            other => Err(self.refused(other.kind(), "a dense or gated feed-forward part")),
         }
     }
 

@@ -9,13 +9,18 @@ use crate::loading;
 use anyhow::{Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
-use lapidary_explain::analyses::autoencoder::{Choice, report};
+use lapidary_explain::analyses::autoencoder::{Choice, rank_features, report};
 use lapidary_explain::autoencoder::{
-    Autoencoder, Centre, Progress, TrainedAutoencoder, TrainingOptions, load, save, train,
+    Autoencoder, Centre, Progress, TrainedAutoencoder, TrainingOptions, head_shares, load, save,
+    train, with_value_biases,
 };
 use lapidary_explain::report::{Plot, Report, Series, Table};
+use lapidary_explain::tasks::Task;
 use lapidary_model::{Model, Package};
 use lapidary_train::language::{Corpus, Split};
+
+/// Most prompts.
+const MOST_PROMPTS: usize = 100_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum CentreArgument {
@@ -71,12 +76,28 @@ pub struct SaeTrain {
 pub struct Sae {
     /// A model directory, or `embedded`
     pub model: String,
-    /// Directory that `sae-train` wrote, or a safetensors file with W_enc, b_enc, W_dec, b_dec
+    /// Directory that `sae-train` wrote, or a file of PyTorch or safetensors with W_enc, b_enc,
+    /// W_dec, b_dec
     #[arg(long, value_name = "PATH")]
     pub sae: PathBuf,
     /// What the autoencoder reads, where no config says so
     #[arg(long)]
     pub site: Option<String>,
+    /// The autoencoder was trained where biases of values are added behind the attention, as
+    /// TransformerLens does; add them to the decoder's
+    #[arg(long)]
+    pub folded_biases: bool,
+    /// In place of a text, generated prompts: leave out each feature that is live at --role, and
+    /// rank by what that changes of the answer; `ioi` (whom something is given to) or
+    /// `greater-than` (years)
+    #[arg(long, value_parser = ["ioi", "greater-than"], conflicts_with_all = ["text", "features"])]
+    pub task: Option<String>,
+    /// The role; `S2`, the second mention of the subject, or `YY`, the year, when absent
+    #[arg(long, requires = "task")]
+    pub role: Option<String>,
+    /// Prompts to generate
+    #[arg(long, default_value_t = 32, requires = "task")]
+    pub prompts: usize,
     /// Text to read; for `embedded`, its own language when absent
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
@@ -156,7 +177,13 @@ pub fn train_one(arguments: &SaeTrain, global: &Global) -> Result<Report> {
 pub fn inspect(arguments: &Sae, global: &Global) -> Result<Report> {
     let package = loading::written_out(&arguments.model, global)?;
     let model = package.text_model()?;
-    let autoencoder: Autoencoder = load(&arguments.sae, arguments.site.as_deref())?;
+    let mut autoencoder = load(&arguments.sae, arguments.site.as_deref())?;
+    if arguments.folded_biases {
+        autoencoder = with_value_biases(model, &autoencoder)?;
+    }
+    if let Some(task) = arguments.task.as_deref().and_then(Task::from_name) {
+        return over_prompts(task, arguments, &package, &autoencoder, global);
+    }
     ensure!(
         arguments.windows > 0,
         "windows is 0, but must be at least 1"
@@ -179,6 +206,42 @@ pub fn inspect(arguments: &Sae, global: &Global) -> Result<Report> {
         name.map_or_else(|| format!("[{token}]"), |name| readable(&name))
     };
     Ok(report(model, &autoencoder, windows, &choice, &name)?)
+}
+
+/// Which features at a role of generated prompts the answer depends on.
+fn over_prompts(
+    task: Task,
+    arguments: &Sae,
+    package: &Package,
+    autoencoder: &Autoencoder,
+    global: &Global,
+) -> Result<Report> {
+    ensure!(
+        (1..=MOST_PROMPTS).contains(&arguments.prompts),
+        "--prompts is {}, but must be between 1 and {MOST_PROMPTS}",
+        arguments.prompts
+    );
+    let model = package.text_model()?;
+    let role = arguments.role.as_deref().unwrap_or(match task {
+        Task::Ioi => "S2",
+        Task::GreaterThan => "YY",
+    });
+    let mut generator = lapidary_train::generator(global.seed);
+    let generated = task.generate(
+        package.tokenizer()?,
+        None,
+        arguments.prompts,
+        &mut generator,
+    )?;
+    let ranked = rank_features(model, autoencoder, &generated.prompts, role)?;
+    let shares = head_shares(model, autoencoder)?;
+    let mut found = ranked.report(autoencoder.site(), &shares, arguments.most);
+    let such = generated.prompts.first();
+    found
+        .notes
+        .extend(such.map(|prompt| format!("such as {:?}", prompt.text)));
+    found.notes.extend(generated.notes);
+    Ok(found)
 }
 
 /// Where windows of tokens come from.

@@ -9,6 +9,7 @@ pub mod clusters;
 pub mod collapse;
 pub mod energy;
 pub mod geometry;
+pub mod linearity;
 pub mod particles;
 pub mod prefix_induction;
 
@@ -27,6 +28,7 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
         Analysis::Channels(arguments) => channels::run(arguments, global)?,
         Analysis::Clusters(arguments) => clusters::run(arguments, global)?,
         Analysis::Energy(arguments) => energy::run(arguments, global)?,
+        Analysis::Linearity(arguments) => linearity::run(arguments, global)?,
         Analysis::Particles(arguments) => particles::run(arguments, global)?,
         Analysis::PrefixInduction(arguments) => prefix_induction::run(arguments, global)?,
         Analysis::Sae(arguments) => autoencoder::inspect(arguments, global)?,

@@ -40,6 +40,7 @@ pub(super) fn tower(config: &AlbertConfig, architecture: &Architecture<'_>) -> R
         repeat,
         shared: true,
         layer_scale: None,
+        shortcuts: false,
         wiring: Wiring::PostNorm,
         norm,
         attention: MixerSpec::MultiHead(MultiHeadSpec::new(config.num_attention_heads)),

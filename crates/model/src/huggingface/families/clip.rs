@@ -37,6 +37,7 @@ fn block(
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden,
             activation: activation(act, "hidden_act")?,

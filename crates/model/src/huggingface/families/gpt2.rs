@@ -46,6 +46,7 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
                 cross_attention: None,
                 shared: false,
                 layer_scale: None,
+                shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden,
                     activation: activation(config.activation_function, "activation_function")?,

@@ -29,6 +29,7 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
         activation: activation(config.hidden_act, "hidden_act")?,
         bias: config.use_bias,
         convolution_bias: config.use_conv_bias,
+        scan: true,
     };
     let block = BlockSpec {
         repeat: config.num_hidden_layers,
@@ -38,6 +39,7 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        shortcuts: false,
         feedforward: None,
         dropout: 0.0,
     };

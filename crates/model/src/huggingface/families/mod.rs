@@ -16,9 +16,11 @@ mod vit;
 
 pub use table::{Layout, NameTable, StoredTensor};
 
+use std::collections::BTreeMap;
+
 use super::config::{Config, Family};
 use crate::spec::ModelSpec;
-use crate::{Checkpoint, Error, Result};
+use crate::{Error, Result};
 use lapidary_kernels::Activation;
 use lapidary_parts::activation::ActivationSpec;
 
@@ -33,10 +35,12 @@ pub struct Tower {
     pub table: NameTable,
 }
 
-/// The towers that `config` describes, and the tensors beside them that belong to no tower. The
-/// checkpoint is only asked which optional heads it holds.
-pub fn towers(config: &Config, checkpoint: &Checkpoint) -> Result<Vec<Tower>> {
-    let architecture = Architecture::new(config, checkpoint);
+/// The shape of each stored tensor, by name.
+pub type Shapes = BTreeMap<String, Vec<usize>>;
+
+/// The towers that `config` describes. `stored` is only asked which optional heads there are.
+pub fn towers(config: &Config, stored: &Shapes) -> Result<Vec<Tower>> {
+    let architecture = Architecture::new(config, stored);
     match &config.family {
         Family::Albert(family) => albert::tower(family, &architecture).map(|tower| vec![tower]),
         Family::Gpt2(family) => gpt2::tower(family, &architecture).map(|tower| vec![tower]),
@@ -52,36 +56,35 @@ pub fn towers(config: &Config, checkpoint: &Checkpoint) -> Result<Vec<Tower>> {
 /// What a family asks about the checkpoint at hand.
 struct Architecture<'a> {
     config: &'a Config,
-    checkpoint: &'a Checkpoint,
+    stored: &'a Shapes,
     name: &'a str,
 }
 
 impl<'a> Architecture<'a> {
-    fn new(config: &'a Config, checkpoint: &'a Checkpoint) -> Self {
+    fn new(config: &'a Config, stored: &'a Shapes) -> Self {
         let name = config.architectures.first().map_or("", String::as_str);
         Self {
             config,
-            checkpoint,
+            stored,
             name,
         }
     }
 
     /// Whether some tensor's name ends with `suffix`.
     fn holds(&self, suffix: &str) -> bool {
-        self.checkpoint.names().any(|name| name.ends_with(suffix))
+        self.stored.keys().any(|name| name.ends_with(suffix))
     }
 
     /// Rows of the stored matrix whose name ends with `suffix`: how many classes a classifier
     /// has.
     fn rows(&self, suffix: &str) -> Result<usize> {
         let missing = || self.wrong(&format!("one whose checkpoint has a tensor {suffix}"));
-        let name = self
-            .checkpoint
-            .names()
-            .find(|name| name.ends_with(suffix))
+        let (_, shape) = self
+            .stored
+            .iter()
+            .find(|(name, _)| name.ends_with(suffix))
             .ok_or_else(missing)?;
-        let info = self.checkpoint.info(name)?;
-        info.shape.first().copied().ok_or_else(missing)
+        shape.first().copied().ok_or_else(missing)
     }
 
     fn wrong(&self, expected: &str) -> Error {

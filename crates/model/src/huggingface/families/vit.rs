@@ -48,6 +48,7 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.intermediate_size,
             activation: activation(config.hidden_act, "hidden_act")?,

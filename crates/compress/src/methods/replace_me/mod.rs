@@ -1,0 +1,301 @@
+//! Replaces a run of blocks by one linear map that the block before it absorbs (ReplaceMe:
+//! Shopkhoev et al. 2025, arXiv 2505.02819).
+//!
+//! With `Y_l` the residual stream that the last part of block `l` is added to, `M_l` what that
+//! part writes, and `X` the stream behind the `n` blocks that go,
+//!
+//! ```text
+//! X_{l+n} ≈ M_l T + Y_l,      T = argmin_T Σ ‖M_l T − (X_{l+n} − Y_l)‖² + α ‖T‖²
+//! W_down ← Tᵀ W_down,  b_down ← Tᵀ b_down
+//! ```
+//!
+//! so that the result has the architecture it had, and no new parameter. The cut is the run over
+//! which the stream turns least, by the mean angle `(1/π) arccos cos(X_l, X_{l+n})` at the last
+//! token of each sequence (at every token where tokens see later ones).
+//!
+//! The map is merged into whatever writes last in block `l`: the down-projection of a
+//! feed-forward part, of each expert of a mixture (a router's weights are numbers, with which the
+//! map commutes), or a mixer's output where there is no feed-forward part. With a norm behind the
+//! addition (post-norm) it cannot be merged.
+
+mod cosine;
+mod cut;
+mod merge;
+
+use lapidary_factor::{AffineMap, Matrix, Regression, matrix_from_tensor};
+use lapidary_kernels::Tensor;
+use lapidary_model::Model;
+
+pub use self::cosine::CosineDescent;
+use self::cosine::descend;
+pub use self::cut::angular_distances;
+use self::cut::{Cut, choose, cuts_of, plan_of};
+use self::merge::{merge, written};
+use crate::edit::Edit;
+use crate::error::engine;
+use crate::method::{Method, Schedule, Settings, Task};
+use crate::methods::block_influence::{block_weights, removable, removed_blocks};
+use crate::observe::{Seen, observe};
+use crate::plan::{Budget, Change, Plan};
+use crate::report::{Compressed, LayerErrors, ModuleReport};
+use crate::{CalibrationData, Requirements, Result};
+
+/// ReplaceMe by least squares in the list of methods.
+pub(crate) const REPLACE_ME: Method = Method {
+    name: "replaceme",
+    summary: "Replaces a run of blocks by a linear map, merged into the block before it",
+    source: "Shopkhoev et al. 2025, arXiv 2505.02819",
+    schedule: Schedule::OneShot,
+    observes: true,
+    requirements,
+    plan: |task, budget| plan(REPLACE_ME.name, task, budget),
+    apply: |task, plan| least_squares(task, plan),
+};
+
+/// ReplaceMe by the angle in the list of methods.
+pub(crate) const REPLACE_ME_COSINE: Method = Method {
+    name: "replaceme-cosine",
+    summary: "ReplaceMe with the map that turns least, found by descent",
+    source: "Shopkhoev et al. 2025, arXiv 2505.02819",
+    schedule: Schedule::LayerByLayer,
+    observes: true,
+    requirements,
+    plan: |task, budget| plan(REPLACE_ME_COSINE.name, task, budget),
+    apply: |task, plan| by_angle(task, plan),
+};
+
+/// How a run of blocks is replaced.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ReplaceMe {
+    /// Runs that the removed blocks are shared out to, each with a map of its own. Runs that meet
+    /// become one.
+    pub cuts: usize,
+    /// `α`, relative to the mean square of an entry of `M`, summed over the tokens.
+    pub ridge: f64,
+    /// Whether `T` only scales each feature by itself.
+    pub diagonal: bool,
+    /// How the angle is made small.
+    pub cosine: CosineDescent,
+}
+
+impl Default for ReplaceMe {
+    fn default() -> Self {
+        Self {
+            cuts: 1,
+            ridge: 0.0,
+            diagonal: false,
+            cosine: CosineDescent::default(),
+        }
+    }
+}
+
+fn requirements(model: &Model, _: &Settings) -> Result<Requirements> {
+    removable(model, REPLACE_ME.name)?;
+    Ok(Requirements::default())
+}
+
+fn plan(name: &str, task: &Task<'_>, budget: &Budget) -> Result<Plan> {
+    removable(task.model, name)?;
+    let removed = removed_blocks(task.model, name, budget)?;
+    let settings = task.settings();
+    let runs = match removed {
+        0 => Vec::new(),
+        _ => choose(
+            task.model,
+            task.observed(name)?,
+            settings.batch,
+            removed,
+            settings.replace_me.cuts,
+        )?,
+    };
+    Ok(plan_of(name, task.model, &runs))
+}
+
+/// Every cut is fitted on what the whole model writes.
+fn least_squares(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
+    let name = REPLACE_ME.name;
+    let cuts = cuts_of(name, task.model, plan)?;
+    let mut edit = Edit::of(task.model);
+    let mut errors = Vec::new();
+    if !cuts.is_empty() {
+        let settings = task.settings();
+        let sums = fits(task.model, task.observed(name)?, settings.batch, &cuts)?;
+        for (cut, sums) in cuts.iter().zip(&sums) {
+            let map = solve(sums, &settings.replace_me)?;
+            merge(&mut edit, cut.anchor, &map)?;
+            errors.push(relative_errors(sums, &map));
+        }
+    }
+    finish(name, task, plan, edit, &cuts, &errors)
+}
+
+/// Each cut is fitted on what the model writes once the cuts before it have been made.
+fn by_angle(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
+    let name = REPLACE_ME_COSINE.name;
+    let cuts = cuts_of(name, task.model, plan)?;
+    let settings = task.settings();
+    let mut whole = Edit::of(task.model);
+    let mut errors = Vec::new();
+    let mut gone = 0;
+    for cut in &cuts {
+        let data = task.observed(name)?;
+        let mut so_far = whole.clone();
+        so_far.remove_blocks(&removed_before(&cuts, cut.anchor))?;
+        let here = Cut {
+            anchor: cut.anchor - gone,
+            ..*cut
+        };
+        let model = so_far.finish()?;
+        let rows = Rows::seen(&model, data, settings.batch, here)?;
+        let map = descend(&rows, &settings.replace_me.cosine, settings.seed)?;
+        merge(&mut whole, cut.anchor, &map)?;
+        errors.push(relative_errors(&rows.sums()?, &map));
+        gone += cut.blocks;
+    }
+    finish(name, task, plan, whole, &cuts, &errors)
+}
+
+/// Blocks that the cuts before `anchor` take out.
+fn removed_before(cuts: &[Cut], anchor: usize) -> std::collections::BTreeSet<usize> {
+    let before = cuts.iter().filter(|cut| cut.anchor < anchor);
+    before.flat_map(|cut| cut.removed()).collect()
+}
+
+fn solve(sums: &Regression, choice: &ReplaceMe) -> Result<AffineMap> {
+    let ridge = choice.ridge * sums.mean_square();
+    Ok(match choice.diagonal {
+        true => sums.solve_diagonal(ridge)?,
+        false => sums.solve(ridge)?,
+    })
+}
+
+/// Of the map, and of leaving the run out (`T = I`), relative to what the run adds.
+fn relative_errors(sums: &Regression, map: &AffineMap) -> [f64; 2] {
+    let width = map.weight.nrows();
+    let identity = AffineMap {
+        weight: Matrix::identity(width, width),
+        bias: vec![0.0; width],
+    };
+    [map, &identity].map(|map| match sums.total() {
+        total if total > 0.0 => (sums.squared_error(map) / total).sqrt(),
+        _ => 0.0,
+    })
+}
+
+/// `M` and `X − Y` of one batch, `[tokens, width]`.
+fn pair(seen: &Seen, model: &Model, cut: Cut) -> Result<(Tensor, Tensor)> {
+    let written = written(model, cut.anchor)?;
+    let added = seen.rows(&format!("{}.out", written))?;
+    // Y = X_l − M_l, whichever way the block is wired.
+    let stream = engine(seen.rows(&format!("blocks.{}.out", cut.anchor))? - added)?;
+    let behind = seen.rows(&format!("blocks.{}.out", cut.anchor + cut.blocks))?;
+    Ok((added.clone(), engine(behind - stream)?))
+}
+
+fn sites(model: &Model, cuts: &[Cut]) -> Result<Vec<String>> {
+    let mut sites = Vec::new();
+    for cut in cuts {
+        sites.push(format!("{}.out", written(model, cut.anchor)?));
+        sites.push(format!("blocks.{}.out", cut.anchor));
+        sites.push(format!("blocks.{}.out", cut.anchor + cut.blocks));
+    }
+    sites.sort();
+    sites.dedup();
+    Ok(sites)
+}
+
+/// The sums of every cut's regression, in one pass.
+fn fits(
+    model: &Model,
+    data: &CalibrationData,
+    batch: usize,
+    cuts: &[Cut],
+) -> Result<Vec<Regression>> {
+    let width = model.spec().width;
+    let mut sums = vec![Regression::through_origin(width, width); cuts.len()];
+    observe(model, data, batch, &sites(model, cuts)?, |seen| {
+        for (cut, sums) in cuts.iter().zip(&mut sums) {
+            let (added, wanted) = pair(seen, model, *cut)?;
+            sums.add(
+                matrix_from_tensor("what a block adds", &added)?.as_ref(),
+                matrix_from_tensor("what it should add", &wanted)?.as_ref(),
+            )?;
+        }
+        Ok(())
+    })?;
+    Ok(sums)
+}
+
+/// The rows of one cut, kept: descent passes over them many times.
+struct Rows {
+    /// `M`, `[tokens, width]`.
+    added: Tensor,
+    /// `X − Y`.
+    wanted: Tensor,
+    /// `Y`.
+    stream: Tensor,
+}
+
+impl Rows {
+    fn seen(model: &Model, data: &CalibrationData, batch: usize, cut: Cut) -> Result<Self> {
+        let (mut added, mut wanted, mut stream) = (Vec::new(), Vec::new(), Vec::new());
+        observe(model, data, batch, &sites(model, &[cut])?, |seen| {
+            let (here, target) = pair(seen, model, cut)?;
+            let behind = seen.rows(&format!("blocks.{}.out", cut.anchor + cut.blocks))?;
+            stream.push(engine(behind - &target)?);
+            added.push(here);
+            wanted.push(target);
+            Ok(())
+        })?;
+        let whole = |parts: &[Tensor]| engine(Tensor::cat(parts, 0));
+        Ok(Self {
+            added: whole(&added)?,
+            wanted: whole(&wanted)?,
+            stream: whole(&stream)?,
+        })
+    }
+
+    fn sums(&self) -> Result<Regression> {
+        let added = matrix_from_tensor("what a block adds", &self.added)?;
+        let wanted = matrix_from_tensor("what it should add", &self.wanted)?;
+        let mut sums = Regression::through_origin(added.ncols(), wanted.ncols());
+        sums.add(added.as_ref(), wanted.as_ref())?;
+        Ok(sums)
+    }
+}
+
+fn finish(
+    name: &str,
+    task: &Task<'_>,
+    plan: &Plan,
+    mut edit: Edit,
+    cuts: &[Cut],
+    errors: &[[f64; 2]],
+) -> Result<Compressed> {
+    let weights = block_weights(task.model);
+    let modules = plan.modules.iter().zip(&weights).enumerate();
+    let modules = modules.map(|(index, (planned, before))| {
+        let leaves = matches!(planned.change, Change::Leave { .. });
+        let mut module = ModuleReport::new(planned, *before, if leaves { *before } else { 0 });
+        let cut = cuts
+            .iter()
+            .zip(errors)
+            .find(|(cut, _)| cut.anchor + 1 == index);
+        if let Some((cut, [map, none])) = cut {
+            let errors = |value| LayerErrors {
+                weighted: value,
+                unweighted: value,
+                predicted_loss_rise: None,
+            };
+            module.chosen = Some(errors(*map));
+            module.note = Some(format!(
+                "blocks.{} absorbs the map; without one the error is {none:.4}",
+                cut.anchor
+            ));
+        }
+        module
+    });
+    let modules = modules.collect();
+    edit.remove_blocks(&cuts.iter().flat_map(|cut| cut.removed()).collect())?;
+    Compressed::new(name, task, edit.finish()?, modules)
+}

@@ -1,0 +1,175 @@
+//! Similar features merged into fewer by optimal transport (DOTResize: Verma, Murray &
+//! Duh 2025, arXiv 2507.04517).
+//!
+//! ```text
+//! C_ij = distance(H_:,i, H_:,S_j)        S the features that others are merged into
+//! P    = entropic plan of C, marginals 1/D and 1/d
+//! T    = D P                             each source's row sums to 1
+//! T    = Q R                             thin QR; the stream is carried as h Q
+//! ```
+//!
+//! An RMS norm commutes with orthogonal maps only, so that `R` goes into the layers around it and
+//! cancels: a reader after `h T` would start with `T⁺ = R⁻¹ Qᵀ`, and `h T T⁺ = h Q Qᵀ`. The result
+//! depends on `T` through its column space alone; whether rows of `T` or its columns sum to one
+//! makes no difference.
+
+use lapidary_factor::{Matrix, qr};
+use lapidary_kernels::Tensor;
+
+use super::coordinates::Selector;
+use super::directions::{Choice, Directions, Stream};
+use super::sinkhorn::transport_plan;
+use crate::error::engine;
+use crate::{Error, Result};
+
+/// A column of a map counts as a combination of those before it when what is left of it is below
+/// this share of the longest.
+const DEPENDENT: f64 = 1e-9;
+
+/// How far two features are from each other, over tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Distance {
+    /// `Σ |x_i − x_j|`.
+    Absolute,
+    /// `Σ (x_i − x_j)²`.
+    Squared,
+    /// `1 − Σ x_i x_j / √(Σ x_i² Σ x_j²)`.
+    Cosine,
+}
+
+/// Distances between all features, `[width, width]`, divided by the median of those between
+/// different ones. `rows` are `[tokens, width]` batch by batch, `second` is `Σ xᵀx`.
+pub(super) fn distances(rows: &[Tensor], second: &Matrix, distance: Distance) -> Result<Matrix> {
+    let width = second.nrows();
+    let length = |i: usize| second[(i, i)].max(0.0);
+    let found = match distance {
+        Distance::Absolute => absolute(rows, width)?,
+        Distance::Squared => Matrix::from_fn(width, width, |i, j| {
+            (length(i) + length(j) - 2.0 * second[(i, j)]).max(0.0)
+        }),
+        Distance::Cosine => Matrix::from_fn(width, width, |i, j| {
+            let scale = (length(i) * length(j)).sqrt();
+            match scale > 0.0 {
+                true => (1.0 - second[(i, j)] / scale).max(0.0),
+                false => f64::from(u8::from(i != j)),
+            }
+        }),
+    };
+    let mut apart: Vec<f64> = (0..width)
+        .flat_map(|i| (0..i).map(move |j| (i, j)))
+        .map(|(i, j)| found[(i, j)])
+        .collect();
+    apart.sort_by(f64::total_cmp);
+    let median = apart.get(apart.len() / 2).copied().unwrap_or(0.0);
+    let scale = if median > 0.0 { 1.0 / median } else { 1.0 };
+    Ok(Matrix::from_fn(width, width, |i, j| scale * found[(i, j)]))
+}
+
+fn absolute(rows: &[Tensor], width: usize) -> Result<Matrix> {
+    let mut sums = Matrix::zeros(width, width);
+    for x in rows {
+        let features = engine(engine(x.t())?.contiguous())?;
+        let features: Vec<Vec<f64>> = engine(features.to_vec2())?;
+        for (i, a) in features.iter().enumerate() {
+            for (j, b) in features.iter().enumerate().take(i) {
+                let sum: f64 = a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum();
+                sums[(i, j)] += sum;
+                sums[(j, i)] += sum;
+            }
+        }
+    }
+    Ok(sums)
+}
+
+/// An orthonormal basis `[rows, columns]` whose first columns span those of `map`, the number of
+/// them, and the condition of the triangle `R` that belongs to them.
+///
+/// `Q` has the signs that make the diagonal of `R` positive, so that a map with orthonormal
+/// columns is its own basis. Columns that are combinations of earlier ones are dropped, and
+/// others put in their place that are orthogonal to all, so that there are as many as in the map.
+pub fn orthonormal(map: &Matrix) -> (Matrix, usize, f64) {
+    let (rows, columns) = (map.nrows(), map.ncols());
+    let first = qr(map.as_ref());
+    let diagonal: Vec<f64> = (0..rows.min(columns)).map(|k| first.r[(k, k)]).collect();
+    let longest = diagonal.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+    let kept: Vec<usize> = (0..diagonal.len())
+        .filter(|&k| diagonal[k].abs() > DEPENDENT * longest)
+        .collect();
+    let lengths = kept.iter().map(|&k| diagonal[k].abs());
+    let condition = lengths.clone().fold(0.0, f64::max) / lengths.fold(f64::INFINITY, f64::min);
+    if kept.len() == columns {
+        let signed = |i: usize, k: usize| first.q[(i, k)] * diagonal[k].signum();
+        return (Matrix::from_fn(rows, columns, signed), columns, condition);
+    }
+    // Householder's Q is orthogonal whatever follows the columns that are kept.
+    let rank = kept.len();
+    let completed = Matrix::from_fn(rows, rows.max(rank), |i, k| match kept.get(k) {
+        Some(&column) => map[(i, column)],
+        None => f64::from(u8::from(i == k - rank)),
+    });
+    let completed = qr(completed.as_ref()).q;
+    let width = columns.min(rows);
+    let basis = Matrix::from_fn(rows, width, |i, k| completed[(i, k)]);
+    (basis, rank, condition)
+}
+
+/// Merging by optimal transport.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Transport {
+    /// Which features others are merged into.
+    pub selector: Selector,
+    /// The cost of moving a feature to another.
+    pub distance: Distance,
+    /// `λ`, on costs whose median is 1.
+    pub temperature: f64,
+    /// Most iterations of Sinkhorn's.
+    pub iterations: usize,
+}
+
+impl Default for Transport {
+    fn default() -> Self {
+        Self {
+            selector: Selector::Magnitude,
+            distance: Distance::Absolute,
+            temperature: 0.1,
+            iterations: 1000,
+        }
+    }
+}
+
+impl Directions for Transport {
+    fn distance(&self) -> Option<Distance> {
+        Some(self.distance)
+    }
+
+    fn choose(&self, stream: &Stream, width: usize) -> Result<Choice> {
+        let Some(distances) = &stream.distances else {
+            let expected = "those that the method asked for";
+            return Err(Error::invalid(
+                "distances between features",
+                "absent",
+                expected,
+            ));
+        };
+        let targets = self.selector.select(stream, width);
+        let cost = Matrix::from_fn(stream.width(), targets.len(), |i, k| {
+            distances[(i, targets[k])]
+        });
+        let found = transport_plan(&cost, self.temperature, self.iterations)?;
+        let sources = stream.width() as f64;
+        let map = Matrix::from_fn(cost.nrows(), cost.ncols(), |i, k| {
+            sources * found.plan[(i, k)]
+        });
+        let (basis, rank, condition) = orthonormal(&map);
+        Ok(Choice {
+            basis,
+            note: Some(format!(
+                "map of rank {rank} of {}, condition of its triangle {condition:.1e}; marginals \
+                 met to {:.0e} after {} iterations",
+                targets.len(),
+                found.error,
+                found.iterations
+            )),
+        })
+    }
+}

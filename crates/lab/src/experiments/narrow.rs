@@ -1,0 +1,154 @@
+//! A trained decoder, texts to choose directions by, and texts to measure on: what experiments on
+//! narrower residual streams share.
+
+use super::decoder::{self, Positions};
+use crate::error::engine;
+use crate::{Result, Scale};
+use lapidary_compress::CalibrationData;
+use lapidary_compress::quality::{Window, perplexity, sliding_windows};
+use lapidary_compress::slicing::{Directions, Sliced, slice};
+use lapidary_kernels::{D, Device, Tensor};
+use lapidary_model::{Input, Model, Pass};
+use lapidary_parts::norm::NormSpec;
+use lapidary_train::data::LanguageTask;
+use lapidary_train::language::{Corpus, Split};
+
+/// Sequences in a forward pass.
+pub const BATCH: usize = 16;
+
+/// How much is done.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    /// Models trained.
+    pub seeds: u64,
+    /// Blocks of the decoder.
+    pub blocks: usize,
+    /// Width of its stream.
+    pub width: usize,
+    /// Steps of training.
+    pub steps: u64,
+    /// Texts that directions are chosen by.
+    pub calibration: u64,
+    /// Texts that are measured on.
+    pub tests: u64,
+}
+
+impl Size {
+    /// What each scale does.
+    pub fn of(scale: Scale) -> Self {
+        let full = Self {
+            seeds: 3,
+            blocks: 6,
+            width: 192,
+            steps: 3000,
+            calibration: 128,
+            tests: 200,
+        };
+        match scale {
+            Scale::Smoke => Self {
+                seeds: 1,
+                blocks: 1,
+                width: 32,
+                steps: 3,
+                calibration: 4,
+                tests: 4,
+            },
+            Scale::Small => Self {
+                seeds: 1,
+                blocks: 3,
+                width: 64,
+                steps: 400,
+                calibration: 48,
+                tests: 48,
+            },
+            Scale::Full => full,
+        }
+    }
+}
+
+/// A decoder with RMS norms and rotary positions, and its texts.
+pub struct Setup {
+    /// The decoder.
+    pub model: Model,
+    /// Texts to choose directions by.
+    pub calibration: CalibrationData,
+    /// Texts to measure on.
+    pub tests: CalibrationData,
+    windows: Vec<Window>,
+}
+
+impl Setup {
+    /// Trains the decoder.
+    pub fn new(size: &Size, seed: u64) -> Result<Self> {
+        let training = decoder::corpus(Split::Training, seed)?;
+        let vocabulary = training.language().vocabulary().size();
+        let mut spec = Positions::Rotary.spec(vocabulary, size.width, size.blocks);
+        let norm = NormSpec::Rms { epsilon: 1e-6 };
+        spec.final_norm = Some(norm);
+        for block in &mut spec.blocks {
+            block.norm = norm;
+        }
+        let texts = |corpus: &Corpus, count: u64| -> Result<Vec<Vec<u32>>> {
+            (0..count)
+                .map(|index| Ok(corpus.window(index, decoder::LENGTH)?))
+                .collect()
+        };
+        let calibration = CalibrationData::windows(texts(&training, size.calibration)?)?;
+        let held_out = texts(&decoder::corpus(Split::HeldOut, seed)?, size.tests)?;
+        let mut windows = Vec::new();
+        for text in &held_out {
+            windows.extend(sliding_windows(text, decoder::LENGTH, decoder::LENGTH / 2)?);
+        }
+        let task = Box::new(LanguageTask::new(training));
+        Ok(Self {
+            model: decoder::train(spec, task, size.steps, seed)?,
+            calibration,
+            tests: CalibrationData::windows(held_out)?,
+            windows,
+        })
+    }
+
+    /// Its stream cut to `width`.
+    pub fn cut(&self, width: usize, shared: bool, by: &dyn Directions) -> Result<Sliced> {
+        Ok(slice(
+            &self.model,
+            &self.calibration,
+            width,
+            shared,
+            by,
+            BATCH,
+        )?)
+    }
+
+    /// Perplexity on texts that nothing was trained or chosen by.
+    pub fn perplexity(&self, model: &Model) -> Result<f64> {
+        Ok(perplexity(model, &self.windows, BATCH)?.value)
+    }
+
+    /// Share of next tokens that come first.
+    pub fn accuracy(&self, model: &Model) -> Result<f64> {
+        let (mut right, mut all) = (0, 0);
+        for window in &self.windows {
+            let tokens = &window.tokens;
+            let ids = engine(Tensor::from_slice(tokens, (1, tokens.len()), &Device::Cpu))?;
+            let output = model.forward(&Input::tokens(ids), Pass::default())?;
+            let logits = output.into_logits()?.into_value();
+            let first: Vec<u32> =
+                engine(engine(engine(logits.argmax(D::Minus1))?.squeeze(0))?.to_vec1())?;
+            let pairs = first
+                .iter()
+                .zip(tokens.iter().skip(1))
+                .skip(window.context - 1);
+            for (found, expected) in pairs {
+                right += usize::from(found == expected);
+                all += 1;
+            }
+        }
+        Ok(right as f64 / all.max(1) as f64)
+    }
+}
+
+/// The width that is left of `width` when the share `sparsity` is cut.
+pub fn left(width: usize, sparsity: f64) -> usize {
+    ((1.0 - sparsity) * width as f64).round() as usize
+}
