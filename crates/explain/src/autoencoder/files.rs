@@ -102,22 +102,19 @@ pub fn load(path: &Path, site: Option<&str>) -> Result<Autoencoder> {
             path.with_file_name("cfg.json"),
         ]
     };
-    let site = match site {
-        Some(site) => site.to_owned(),
-        None => site_of(&configs)?,
-    };
-    if path.is_dir() {
-        let checkpoint = Checkpoint::open(path, &Limits::default()).map_err(ModelError::from)?;
-        return from_checkpoint(&checkpoint, site);
-    }
-    if starts_as_archive(path)? {
+    // What is missing is said of the weights first.
+    let site = || site.map_or_else(|| site_of(&configs), |site| Ok(site.to_owned()));
+    if path.is_file() && starts_as_archive(path)? {
         let file = File::open(path)
             .map_err(FileError::io("open", path))
             .map_err(ModelError::from)?;
-        return from_pytorch(BufReader::new(file), site);
+        return from_pytorch(BufReader::new(file), site()?);
     }
-    let checkpoint = Checkpoint::open_file(path, &Limits::default()).map_err(ModelError::from)?;
-    from_checkpoint(&checkpoint, site)
+    let checkpoint = match path.is_dir() {
+        true => Checkpoint::open(path, &Limits::default()),
+        false => Checkpoint::open_file(path, &Limits::default()),
+    };
+    from_checkpoint(&checkpoint.map_err(ModelError::from)?, site()?)
 }
 
 fn starts_as_archive(path: &Path) -> Result<bool> {
