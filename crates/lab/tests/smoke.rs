@@ -89,6 +89,16 @@ fn fwsvd() {
 }
 
 #[test]
+fn lorap() {
+    check("lorap");
+}
+
+#[test]
+fn modegpt() {
+    check("modegpt");
+}
+
+#[test]
 fn hidden_geometry() {
     check("hidden-geometry");
 }
@@ -144,6 +154,8 @@ fn every_system_is_tested_here() {
             "hidden-geometry",
             "introduction-to-transformers",
             "logit-attribution",
+            "lorap",
+            "modegpt",
             "over-squashing",
             "talking-heads",
         ]
