@@ -7,7 +7,7 @@
 use super::narrowing::{Bench, Size};
 use super::{after_training, mean};
 use crate::error::engine;
-use crate::{Claim, Error, Plot, Reproduction, Result, Scale, Series, Setting};
+use crate::{Claim, Error, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_compress::{LorapSettings, Settings};
 use lapidary_factor::{Metric, WeightedSvd};
 use lapidary_model::Model;
@@ -88,6 +88,8 @@ fn variants() -> [(&'static str, Settings); 6] {
 
 struct Run {
     whole: f64,
+    /// Perplexity when everything is kept.
+    kept: f64,
     /// Perplexity by variant, then by share.
     found: Vec<Vec<f64>>,
     /// Energy at a quarter of the width: query and key, value and output, feed-forward.
@@ -132,7 +134,14 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         )
     };
     let best = |share: usize| (1..NAMES.len()).all(|other| at(0, share) <= at(other, share));
+    let kept = mean(runs.iter().map(|run| run.kept));
     let claims = vec![
+        Claim::new(
+            "a budget of all weights changes nothing",
+            "exact",
+            format!("perplexity {whole:.4} before, {kept:.4} after"),
+            Verdict::of(runs.iter().all(|run| run.kept == run.whole)),
+        ),
         claim(
             "at 20 % fewer weights, LoRAP leaves the lowest perplexity of its variants and baselines",
             "15.69, LLM-Pruner 19.09, dense 12.62 (LLaMA-7B, context 128)",
@@ -208,6 +217,7 @@ fn one_seed(size: &Size, seed: u64) -> Result<Run> {
     }
     Ok(Run {
         whole: bench.perplexity(&bench.model)?,
+        kept: bench.perplexity(&bench.compress("lorap", 1.0, &Settings::default())?.model)?,
         found,
         energy: [
             energy(&bench.model, &["attention.query", "attention.key"])?,

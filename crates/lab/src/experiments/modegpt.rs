@@ -6,7 +6,7 @@
 
 use super::narrowing::{Bench, Size};
 use super::{after_training, mean};
-use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting};
+use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_compress::{Budget, Calibration, CalibrationOptions, Change, Method, ModegptSettings};
 use lapidary_compress::{Settings, Task};
 
@@ -46,6 +46,8 @@ fn size(scale: Scale) -> Size {
 
 struct Run {
     whole: f64,
+    /// Perplexity when everything is kept.
+    kept: f64,
     /// Perplexity by method and share of the blocks' weights that is left.
     points: Vec<(&'static str, f64, f64)>,
     /// At [`SHARE`], as much from each block.
@@ -91,7 +93,14 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             after_training(setting.scale, holds),
         )
     };
+    let kept = mean(runs.iter().map(|run| run.kept));
     let claims = vec![
+        Claim::new(
+            "a budget of all weights changes nothing",
+            "exact",
+            format!("perplexity {whole:.4} before, {kept:.4} after"),
+            Verdict::of(runs.iter().all(|run| run.kept == run.whole)),
+        ),
         claim(
             "at 30 % fewer weights, MoDeGPT leaves a lower perplexity than SVD of single layers",
             "7.51 at 30 %, SliceGPT 10.47, dense 5.12 (Llama-2-7B)",
@@ -160,6 +169,7 @@ fn one_seed(size: &Size, shares: &[f64], seed: u64) -> Result<Run> {
         uniform: bench.perplexity(&uniform)?,
         refit: refit(&bench, &even, whole)?,
         whole,
+        kept: bench.perplexity(&bench.compress("modegpt", 1.0, &defaults)?.model)?,
         points,
     })
 }
