@@ -326,7 +326,6 @@ fn inverted(what: &str, permutation: &[usize]) -> Result<Vec<usize>> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use rand::{RngExt, SeedableRng};

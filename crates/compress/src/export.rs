@@ -37,6 +37,10 @@ pub fn export_dense(model: &Model) -> Result<Model> {
     }
     restore_attention(&mut spec, &mut parameters)?;
     restore_scans(&mut spec, &mut parameters)?;
+    if spec.blocks == model.spec().expanded_blocks() {
+        // Repetitions stay as they were written.
+        spec.blocks.clone_from(&model.spec().blocks);
+    }
     let language_model = matches!(spec.head, HeadSpec::LanguageModel { .. });
     if let InputSpec::Tokens(tokens) = &mut spec.input
         && tokens

@@ -42,7 +42,6 @@ pub fn nearest_distances(points: &Matrix, count: usize) -> Result<Vec<Vec<f64>>>
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -289,7 +289,6 @@ fn inner(a: &Matrix, b: &Matrix) -> f64 {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -101,7 +101,6 @@ fn kernel<E: Into<lapidary_kernels::Error>>(error: E) -> Error {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use lapidary_kernels::{Device, Var};

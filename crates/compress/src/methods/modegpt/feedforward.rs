@@ -71,7 +71,6 @@ fn trace(matrix: &Matrix) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::methods::modegpt::testing::{energy, random, second_moment};
 

@@ -1,5 +1,4 @@
 //! The three decompositions beside NumPy's, from `tests/oracles/modegpt.py`.
-#![allow(clippy::unwrap_used)]
 
 use lapidary_factor::Matrix;
 use lapidary_parts::attention::MultiHeadSpec;

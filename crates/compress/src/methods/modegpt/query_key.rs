@@ -196,7 +196,6 @@ fn narrowed(position: &PositionSpec, head_width: usize, pairs: Vec<Vec<usize>>) 
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::methods::modegpt::testing::second_moment;
     use lapidary_factor::square_root;

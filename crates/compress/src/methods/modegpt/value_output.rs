@@ -93,7 +93,6 @@ pub(crate) fn narrow(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::methods::modegpt::testing::{energy, random, second_moment};
     use lapidary_factor::qr;

@@ -137,7 +137,6 @@ fn adam(
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use lapidary_factor::Matrix;

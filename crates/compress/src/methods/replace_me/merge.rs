@@ -67,7 +67,6 @@ pub(super) fn merge(edit: &mut Edit, index: usize, map: &AffineMap) -> Result<()
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use lapidary_factor::Matrix;
