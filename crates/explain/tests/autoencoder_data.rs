@@ -172,7 +172,7 @@ fn public_files_are_read_and_their_site_is_translated() {
         load(&file, Some("blocks.1.out")).unwrap().site(),
         "blocks.1.out"
     );
-    std::fs::write(directory.path().join("layer5_cfg.json"), config).unwrap();
+    std::fs::write(alone.path().join("layer5_cfg.json"), config).unwrap();
     assert_eq!(
         load(&file, None).unwrap().site(),
         "blocks.5.attention.mixed"
