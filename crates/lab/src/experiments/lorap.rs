@@ -247,5 +247,5 @@ fn energy(model: &Model, parts: &[&str]) -> Result<f64> {
         let squares = || svd.singular_values().iter().map(|s| s * s);
         shares.push(squares().take(rank).sum::<f64>() / squares().sum::<f64>());
     }
-    Ok(mean(shares.into_iter()))
+    Ok(mean(shares))
 }

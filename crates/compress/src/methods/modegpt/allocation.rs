@@ -17,7 +17,7 @@ use crate::{Error, Result};
 /// # Errors
 /// When `mean` is above the cap, or `smoothing` or the cap make no sense.
 pub(crate) fn losses(influences: &[f64], mean: f64, smoothing: f64, cap: f64) -> Result<Vec<f64>> {
-    if !(smoothing > 0.0) {
+    if smoothing.is_nan() || smoothing <= 0.0 {
         return Err(Error::invalid(
             "smoothing of the allocation",
             smoothing,
