@@ -1,11 +1,12 @@
 //! One pass over data that finds out what every method asked for needs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lapidary_kernels::{DType, Tensor};
 use lapidary_model::{Model, Output, Pass};
 
 use crate::data::Batch;
+use crate::edit::block_of;
 use crate::error::engine;
 use crate::fingerprint::Fingerprint;
 use crate::fisher::FisherSums;
@@ -42,6 +43,8 @@ impl Default for CalibrationOptions {
 #[derive(Clone, Debug)]
 pub struct Calibration {
     fingerprint: Fingerprint,
+    /// Hash of the data.
+    data: u128,
     /// Number of examples.
     pub examples: usize,
     /// Number of tokens, without padding.
@@ -64,6 +67,7 @@ impl Calibration {
     ) -> Result<Self> {
         let mut calibration = Self {
             fingerprint: Fingerprint::of(model)?,
+            data: data.hash()?,
             examples: data.len(),
             tokens: data.tokens(),
             objective: None,
@@ -96,6 +100,52 @@ impl Calibration {
         if !requirements.sites().is_empty() {
             calibration.keep(sites.finish()?, requirements)?;
         }
+        Ok(calibration)
+    }
+
+    /// A calibration of `model` with everything in `requirements`, which takes from this one, of
+    /// the `original`, what holds for both: sums at sites before which the two models are the same,
+    /// parameter by parameter. The rest is collected. Gradients depend on every weight and are
+    /// always taken anew.
+    ///
+    /// # Errors
+    /// When this calibration is of other weights than `original`'s, or as [`Calibration::collect`].
+    pub fn carried_over(
+        &self,
+        original: &Model,
+        model: &Model,
+        data: &CalibrationData,
+        requirements: &Requirements,
+        options: CalibrationOptions,
+    ) -> Result<Self> {
+        self.check(original)?;
+        let same = same_blocks(original, model)?;
+        let holds = |statistic: &Statistic| {
+            let mut sites = statistic.sites().peekable();
+            statistic.layer().is_none()
+                && sites.peek().is_some()
+                && sites.all(|site| block_of(site).is_some_and(|(block, _)| block < same))
+        };
+        let known: BTreeMap<Statistic, Tensor> = match self.data == data.hash()? {
+            true => requirements
+                .statistics
+                .iter()
+                .filter(|statistic| holds(statistic))
+                .filter_map(|statistic| {
+                    Some((statistic.clone(), self.statistics.get(statistic)?.clone()))
+                })
+                .collect(),
+            false => BTreeMap::new(),
+        };
+        let missing = requirements.statistics.iter();
+        let missing = Requirements {
+            statistics: missing
+                .filter(|statistic| !known.contains_key(statistic))
+                .cloned()
+                .collect(),
+        };
+        let mut calibration = Self::collect(model, data, &missing, options)?;
+        calibration.statistics.extend(known);
         Ok(calibration)
     }
 
@@ -153,6 +203,39 @@ impl Calibration {
     /// One statistic that is a vector.
     pub fn vector(&self, statistic: &Statistic) -> Result<Vec<f64>> {
         engine(self.tensor(statistic)?.to_vec1::<f64>())
+    }
+}
+
+/// The number of first blocks that two models have alike, with all that comes before them.
+fn same_blocks(one: &Model, other: &Model) -> Result<usize> {
+    if one.spec().width != other.spec().width || one.spec().input != other.spec().input {
+        return Ok(0);
+    }
+    let specs = [one, other].map(|model| model.spec().expanded_blocks());
+    let pairs = specs[0].iter().zip(&specs[1]);
+    let mut same = pairs.take_while(|(one, other)| one == other).count();
+    let [first, second] = [one.parameters(), other.parameters()];
+    let names: BTreeSet<&String> = first.keys().chain(second.keys()).collect();
+    for name in names {
+        let block = match block_of(name) {
+            Some((block, _)) => block,
+            None if name.starts_with("embeddings") => 0,
+            None => continue,
+        };
+        if block < same && !equal(first.get(name), second.get(name))? {
+            same = block;
+        }
+    }
+    Ok(same)
+}
+
+fn equal(one: Option<&Tensor>, other: Option<&Tensor>) -> Result<bool> {
+    match (one, other) {
+        (Some(one), Some(other)) if one.id() == other.id() => Ok(true),
+        (Some(one), Some(other)) => Ok(one.dtype() == other.dtype()
+            && one.dims() == other.dims()
+            && crate::fingerprint::of_values(one)? == crate::fingerprint::of_values(other)?),
+        _ => Ok(false),
     }
 }
 

@@ -5,7 +5,9 @@ use lapidary_model::Input;
 use rand::{Rng, RngExt};
 
 use crate::error::engine;
+use crate::fingerprint::of_values;
 use crate::{Error, Result};
+use xxhash_rust::xxh3::Xxh3;
 
 /// What one example shows to the model.
 #[derive(Clone, Debug)]
@@ -179,6 +181,24 @@ impl CalibrationData {
     /// Number of tokens.
     pub fn tokens(&self) -> usize {
         self.examples.iter().map(Example::tokens).sum()
+    }
+
+    /// A hash of everything in it.
+    pub(crate) fn hash(&self) -> Result<u128> {
+        let mut hash = Xxh3::new();
+        for Example { content, target } in &self.examples {
+            match content {
+                Content::Tokens { ids, types } => {
+                    hash.update(format!("{ids:?}{types:?}").as_bytes());
+                }
+                Content::Pixels(pixels) => {
+                    hash.update(format!("{:?}", pixels.dims()).as_bytes());
+                    hash.update(&of_values(pixels)?.to_le_bytes());
+                }
+            }
+            hash.update(format!("{target:?}").as_bytes());
+        }
+        Ok(hash.digest128())
     }
 
     /// The examples in order, `size` at a time.

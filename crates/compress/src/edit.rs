@@ -60,7 +60,7 @@ impl Edit {
             Error::invalid(
                 format!("parameter {name}"),
                 "absent",
-                "a parameter of the model; factorised layers have to be multiplied out first",
+                "a parameter of the model; factorised and quantised layers have to be written out first",
             )
         })
     }
@@ -105,6 +105,10 @@ impl Edit {
         self.spec.low_rank = ranks
             .filter_map(|(path, rank)| renamed(&path).map(|path| (path, rank)))
             .collect();
+        let quantised = std::mem::take(&mut self.spec.quantised).into_iter();
+        self.spec.quantised = quantised
+            .filter_map(|(name, form)| renamed(&name).map(|name| (name, form)))
+            .collect();
         Ok(())
     }
 
@@ -132,6 +136,7 @@ impl Edit {
         };
         self.parameters.retain(|name, _| !below(name));
         self.spec.low_rank.retain(|layer, _| !below(layer));
+        self.spec.quantised.retain(|name, _| !below(name));
     }
 
     /// The changed model.

@@ -14,13 +14,15 @@ use crate::error::engine;
 use crate::methods::attention_cosine::has_attention;
 use crate::observe::observe;
 use crate::{CalibrationData, Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// A distance or a probability of 0 counts as this much, so that tokens that are alike have a
 /// logarithm.
 const LEAST: f64 = 1e-10;
 
 /// How entropy is estimated from the rows of `Z` `[tokens, width]`, in nats.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "kind")]
 pub enum Estimator {
     /// By the distance `ρ` to the k-th neighbour (Kozachenko & Leonenko 1987):
     /// `H = d E[ln ρ] + ln V_d + ln n − ln k`, `V_d` the volume of the unit ball.
@@ -43,7 +45,8 @@ pub enum Estimator {
 }
 
 /// Which estimator, and which blocks it may choose.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct EntropyChoice {
     /// How entropy is estimated.
     pub estimator: Estimator,

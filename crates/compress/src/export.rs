@@ -12,14 +12,18 @@ use crate::error::engine;
 use crate::factorisation::merged;
 use crate::{Error, Result};
 
-/// The model with every factorised layer multiplied out (in `f64`, rounded once): equal outputs
-/// but for rounding, and nothing saved, for programs that know dense layers only.
+/// The model with every quantised matrix as numbers and every factorised layer multiplied out (in
+/// `f64`, rounded once): equal outputs but for rounding, and nothing saved, for programs that know
+/// dense layers only.
 ///
 /// A table of embeddings that is narrower than the model and read by no language-model head is
 /// multiplied with the map that follows it. Attention that was left out comes back with an output
 /// projection of zero, where another block shows what attention is like here; a recurrence without
 /// its scan comes back with one that passes its input on.
 pub fn export_dense(model: &Model) -> Result<Model> {
+    if !model.spec().quantised.is_empty() {
+        return export_dense(&model.dequantised()?);
+    }
     let mut spec = ModelSpec {
         blocks: model.spec().expanded_blocks(),
         ..model.spec().clone()

@@ -40,6 +40,13 @@ impl Fingerprint {
     }
 }
 
+/// A hash of one tensor's values.
+pub(crate) fn of_values(tensor: &Tensor) -> Result<u128> {
+    let mut hash = Xxh3::new();
+    values(&mut hash, tensor)?;
+    Ok(hash.digest128())
+}
+
 fn values(hash: &mut Xxh3, tensor: &Tensor) -> Result<()> {
     let flat = engine(tensor.flatten_all())?;
     let mut bytes = Vec::with_capacity(flat.elem_count() * 8);

@@ -81,6 +81,16 @@ impl ParameterSource for Watched<'_> {
         self.variables.insert(name.to_owned(), variable);
         Ok(tensor)
     }
+
+    fn packed(&mut self, name: &str, _: &[usize], _: DType) -> lapidary_parts::Result<Tensor> {
+        self.parameters
+            .get(name)
+            .cloned()
+            .ok_or_else(|| lapidary_parts::Error::Parameter {
+                name: name.to_owned(),
+                reason: "is missing".to_owned(),
+            })
+    }
 }
 
 /// What is summed of one layer's gradients.
@@ -140,6 +150,7 @@ impl FisherSums {
                     wants.kronecker = true;
                 }
                 Statistic::InputSquares { .. }
+                | Statistic::InputMagnitudes { .. }
                 | Statistic::Covariance { .. }
                 | Statistic::Similarity { .. } => {}
             }

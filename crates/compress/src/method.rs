@@ -3,12 +3,14 @@
 use lapidary_model::Model;
 
 use crate::entropy::EntropyChoice;
+use crate::methods::quantise::ROUNDING;
 use crate::methods::replace_me::ReplaceMe;
 use crate::methods::slicing::SliceSettings;
-use crate::methods::{LorapSettings, METHODS, ModegptSettings};
+use crate::methods::{LorapSettings, METHODS, ModegptSettings, QuantiseSettings};
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
 use crate::{Calibration, CalibrationData, Error, Requirements, Result, Selection};
+use serde::{Deserialize, Serialize};
 
 /// In which order a method looks and cuts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +38,8 @@ impl Schedule {
 }
 
 /// Choices that are not the budget's. Each method reads those that it documents.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// The layers that factorisations and pruning may touch.
     pub selection: Selection,
@@ -54,6 +57,8 @@ pub struct Settings {
     pub lorap: LorapSettings,
     /// For `modegpt`.
     pub modegpt: ModegptSettings,
+    /// How weights are rounded.
+    pub quantise: QuantiseSettings,
 }
 
 impl Default for Settings {
@@ -67,6 +72,7 @@ impl Default for Settings {
             entropy: EntropyChoice::default(),
             lorap: LorapSettings::default(),
             modegpt: ModegptSettings::default(),
+            quantise: QuantiseSettings::default(),
         }
     }
 }
@@ -154,11 +160,18 @@ impl Method {
         METHODS
     }
 
-    /// The method of that name.
+    /// The method of that name; `activation`, `row-column` and `generalised` are short for the
+    /// factorisations that begin so.
     ///
     /// # Errors
     /// When there is none; the error lists all.
     pub fn find(name: &str) -> Result<&'static Method> {
+        let name = match name {
+            "activation" => "activation-weighted",
+            "row-column" => "row-column-fisher",
+            "generalised" => "generalised-fisher",
+            other => other,
+        };
         METHODS
             .iter()
             .copied()
@@ -170,12 +183,18 @@ impl Method {
             })
     }
 
+    /// Whether it rounds weights where they are: it changes how they are stored and not how many
+    /// there are, so that it has no budget and comes last.
+    pub fn rounds(&self) -> bool {
+        ROUNDING.iter().any(|method| method.name == self.name)
+    }
+
     /// What has to be found out about a model first. Requirements of several methods unite.
     ///
     /// # Errors
     /// When the method is not defined for the model.
     pub fn requirements(&self, model: &Model, settings: &Settings) -> Result<Requirements> {
-        self.check_unshared(model)?;
+        self.check_model(model)?;
         (self.requirements)(model, settings)
     }
 
@@ -202,20 +221,27 @@ impl Method {
         (self.apply)(task, plan)
     }
 
-    /// Every method cuts a matrix by what one place of the model shows it.
-    fn check_unshared(&self, model: &Model) -> Result<()> {
-        match model.shares_weights() {
-            false => Ok(()),
-            true => Err(Error::invalid(
+    /// Every method cuts a matrix by what one place of the model shows it, and needs its numbers.
+    fn check_model(&self, model: &Model) -> Result<()> {
+        if model.shares_weights() {
+            return Err(Error::invalid(
                 "the set of weights",
                 "shared by several blocks",
                 format!("each block's own for {}", self.name),
-            )),
+            ));
         }
+        if !model.spec().quantised.is_empty() {
+            return Err(Error::invalid(
+                "the model",
+                "quantised already",
+                format!("made of numbers for {}: rounding comes last", self.name),
+            ));
+        }
+        Ok(())
     }
 
     fn check(&self, task: &Task<'_>) -> Result<()> {
-        self.check_unshared(task.model)?;
+        self.check_model(task.model)?;
         task.calibration
             .map_or(Ok(()), |calibration| calibration.check(task.model))
     }

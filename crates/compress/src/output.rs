@@ -97,6 +97,11 @@ fn trace(sites: &Arc<Mutex<Sites>>, batch: &Batch<'_>) -> Result<Trace> {
 
 fn changed(original: &Model, other: &Model) -> Result<Sites> {
     let mut sites = Sites::new();
+    let numbers = match other.spec().quantised.is_empty() {
+        true => None,
+        false => Some(other.dequantised()?),
+    };
+    let other = numbers.as_ref().unwrap_or(other);
     for linear in original.linears() {
         let alike = other.linears().iter().any(|candidate| {
             candidate.path == linear.path

@@ -16,6 +16,11 @@ pub enum Statistic {
         /// The site.
         site: String,
     },
+    /// `E|x_i|` over the tokens at a site, `[width]`.
+    InputMagnitudes {
+        /// The site.
+        site: String,
+    },
     /// `E[x xᵀ]` over the tokens at a site, not centred, `[width, width]`.
     Covariance {
         /// The site.
@@ -59,7 +64,9 @@ impl Statistic {
     /// The sites whose activations it needs.
     pub fn sites(&self) -> impl Iterator<Item = &str> {
         let (first, second) = match self {
-            Self::InputSquares { site } | Self::Covariance { site } => (Some(site), None),
+            Self::InputSquares { site }
+            | Self::InputMagnitudes { site }
+            | Self::Covariance { site } => (Some(site), None),
             Self::Similarity { from, to } => (Some(from), Some(to)),
             _ => (None, None),
         };
@@ -69,7 +76,10 @@ impl Statistic {
     /// The layer whose gradients it needs.
     pub fn layer(&self) -> Option<&str> {
         match self {
-            Self::InputSquares { .. } | Self::Covariance { .. } | Self::Similarity { .. } => None,
+            Self::InputSquares { .. }
+            | Self::InputMagnitudes { .. }
+            | Self::Covariance { .. }
+            | Self::Similarity { .. } => None,
             Self::FisherInputs { layer }
             | Self::FisherOutputs { layer }
             | Self::Fisher { layer }
@@ -83,6 +93,7 @@ impl fmt::Display for Statistic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::InputSquares { site } => write!(f, "mean squared activation at {site}"),
+            Self::InputMagnitudes { site } => write!(f, "mean size of activations at {site}"),
             Self::Covariance { site } => write!(f, "second moment at {site}"),
             Self::Similarity { from, to } => write!(f, "mean cosine of {from} and {to}"),
             Self::FisherInputs { layer } => write!(f, "Fisher information per input of {layer}"),
@@ -143,7 +154,9 @@ impl Requirements {
             };
             match statistic {
                 Statistic::Similarity { .. } => 1,
-                Statistic::InputSquares { .. } | Statistic::FisherInputs { .. } => input,
+                Statistic::InputSquares { .. }
+                | Statistic::InputMagnitudes { .. }
+                | Statistic::FisherInputs { .. } => input,
                 Statistic::FisherOutputs { .. } => output,
                 Statistic::Fisher { .. } => input * output,
                 Statistic::Covariance { .. } | Statistic::KroneckerInput { .. } => input * input,

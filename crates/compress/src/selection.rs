@@ -57,6 +57,7 @@ impl Layer {
 /// The layers to compress, by globs over the paths in [`Model::linears`] (`*` also crosses
 /// dots).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Selection {
     /// A layer is chosen when any of these matches it.
     pub layers: Vec<String>,

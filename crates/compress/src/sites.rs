@@ -16,13 +16,15 @@ use crate::{Error, Result};
 /// Where each token id counts as a vector with a single one: the input of the embedding table.
 pub(crate) const TOKEN_IDS: &str = "input_ids";
 
-/// `Σ x_i²` and `Σ x xᵀ` at one site, in `f64`.
+/// `Σ x_i²`, `Σ |x_i|` and `Σ x xᵀ` at one site, in `f64`.
 #[derive(Debug, Default)]
 struct Sums {
     wants_covariance: bool,
     wants_squares: bool,
+    wants_magnitudes: bool,
     rows: u64,
     squares: Option<Tensor>,
+    magnitudes: Option<Tensor>,
     covariance: Option<Tensor>,
 }
 
@@ -32,6 +34,9 @@ impl Sums {
         self.rows += x.dim(0)? as u64;
         if self.wants_squares {
             self.squares = Some(sum(self.squares.take(), x.sqr()?.sum(0)?)?);
+        }
+        if self.wants_magnitudes {
+            self.magnitudes = Some(sum(self.magnitudes.take(), x.abs()?.sum(0)?)?);
         }
         if self.wants_covariance {
             self.covariance = Some(sum(self.covariance.take(), x.t()?.matmul(&x)?)?);
@@ -109,6 +114,9 @@ impl SiteSums {
             match statistic {
                 Statistic::InputSquares { site } => {
                     sites.entry(site.clone()).or_default().wants_squares = true;
+                }
+                Statistic::InputMagnitudes { site } => {
+                    sites.entry(site.clone()).or_default().wants_magnitudes = true;
                 }
                 Statistic::Covariance { site } => {
                     sites.entry(site.clone()).or_default().wants_covariance = true;
@@ -201,6 +209,10 @@ impl SiteSums {
             if let Some(squares) = sums.squares {
                 let statistic = Statistic::InputSquares { site: site.clone() };
                 means.insert(statistic, engine(squares.affine(scale, 0.0))?);
+            }
+            if let Some(magnitudes) = sums.magnitudes {
+                let statistic = Statistic::InputMagnitudes { site: site.clone() };
+                means.insert(statistic, engine(magnitudes.affine(scale, 0.0))?);
             }
             if let Some(covariance) = sums.covariance {
                 let statistic = Statistic::Covariance { site };

@@ -82,13 +82,16 @@ pub(crate) fn engine<T, E: Into<lapidary_kernels::Error>>(
     result.map_err(|error| Error::Kernel(error.into()))
 }
 
-/// Refuses a model whose matrices are not all that its parts do: blocks that share weights, or scale
-/// what their parts write.
+/// Refuses a model whose matrices are not all that its parts do: blocks that share weights, scale what
+/// their parts write, or hold small integers.
 pub(crate) fn require_written_out(model: &Model, what: &str) -> Result<()> {
+    if !model.needs_writing_out() {
+        return Ok(());
+    }
     let found = match (model.shares_weights(), model.scales_layers()) {
-        (false, false) => return Ok(()),
         (true, _) => "one whose blocks share their weights",
         (false, true) => "one with layer scales",
+        (false, false) => "one with quantised matrices",
     };
     Err(Error::invalid(
         format!("model of {what}"),

@@ -30,6 +30,7 @@ mod norm;
 mod optimiser;
 mod product;
 mod pytorch;
+mod quantised;
 mod recompute;
 mod recurrence;
 mod relevance_rules;
@@ -60,6 +61,7 @@ pub use optimiser::{
     AdamW, AdamWOptions, OptimiserState, Parameter, Sgd, SgdOptions, global_gradient_norm,
 };
 pub use pytorch::PytorchFile;
+pub use quantised::{QuantisedMatrix, quantised_linear};
 pub use recompute::Recomputation;
 pub use recurrence::{cumulative_product, cumulative_sum, linear_scan};
 pub use relevance_rules::{balanced_sum, pass_gradient, scale_gradient, stabilised_reciprocal};

@@ -304,6 +304,7 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
         final_norm: None,
         head: HeadSpec::None,
         low_rank: Default::default(),
+        quantised: Default::default(),
     };
     let model = Model::initialised(spec, 0, DType::F32, &Device::Cpu)?;
     let short = metered(&model, length)?;

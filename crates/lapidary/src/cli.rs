@@ -62,6 +62,8 @@ pub enum Verb {
     Inspect(Inspect),
     /// Cut a checkpoint down
     Compress(Compress),
+    /// Write a model for other programs: multiplied out, or as GGUF
+    Export(Export),
     /// Measure a language model's perplexity on a text
     Evaluate(Evaluate),
     /// Continue a text
@@ -278,6 +280,18 @@ pub struct Compress {
     /// A method, or several joined by `+`, one after another; `lapidary parts` lists them
     #[arg(long, default_value = "whitened")]
     pub method: String,
+    /// Stages as a file (TOML): `[[stage]]` with `method`, `ratio` and `settings`
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "ratio", "compare"])]
+    pub recipe: Option<PathBuf>,
+    /// Settings of the methods as a file (TOML)
+    #[arg(long, value_name = "FILE")]
+    pub settings: Option<PathBuf>,
+    /// One setting, such as `quantise.group=64`; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Globs of the layers that factorisations, rounding and pruning may touch, by commas
+    #[arg(long, value_name = "GLOBS")]
+    pub layers: Option<String>,
     /// Share of the weights to remove, between 0 and 1; several methods share it, or have one
     /// each (`0.1+0.2`); with --compare several, by commas
     #[arg(long, default_value = "0.3")]
@@ -312,6 +326,25 @@ pub struct Compress {
     /// Multiply the factors out, so that the result has the original architecture and size
     #[arg(long)]
     pub dense: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(group(ArgGroup::new("form").required(true).multiple(true).args(["dense", "gguf"])))]
+pub struct Export {
+    /// A model directory, or `embedded`
+    pub model: String,
+    /// Multiply factors out and write integers out as numbers
+    #[arg(long)]
+    pub dense: bool,
+    /// GGUF file to write, for llama.cpp
+    #[arg(long, value_name = "FILE", conflicts_with = "out")]
+    pub gguf: Option<PathBuf>,
+    /// Write matrices that are not quantised in half precision
+    #[arg(long, requires = "gguf")]
+    pub half: bool,
+    /// Directory to write; it must not exist
+    #[arg(long, value_name = "DIR", required_unless_present = "gguf")]
+    pub out: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]

@@ -76,12 +76,12 @@ pub fn package(model: &str, global: &Global) -> Result<Package> {
     )
 }
 
-/// As [`package`], with shared blocks and layer scales written out, as methods need it that look
+/// As [`package`], with shared blocks, layer scales and quantised matrices written out, as methods need it that look
 /// parameters up.
 pub fn written_out(model: &str, global: &Global) -> Result<Package> {
     let mut package = package(model, global)?;
     for tower in &mut package.towers {
-        if tower.model.shares_weights() || tower.model.scales_layers() {
+        if tower.model.needs_writing_out() {
             tower.model = tower.model.written_out()?;
         }
     }

@@ -24,7 +24,7 @@ const SECOND: &str = "head.second";
 pub(crate) enum Head {
     None,
     LanguageModel {
-        transform: Option<(Linear, Activation, Norm)>,
+        transform: Option<Box<(Linear, Activation, Norm)>>,
         projection: Option<Linear>,
         output: Linear,
     },
@@ -73,11 +73,8 @@ impl Head {
                         let to = if *narrows { table_width } else { width };
                         let dense = parameters.linear("transform", site, width, to, true)?;
                         site = TRANSFORMED;
-                        Some((
-                            dense,
-                            (*activation).into(),
-                            Norm::new(norm, to, parameters.at("norm"))?,
-                        ))
+                        let norm = Norm::new(norm, to, parameters.at("norm"))?;
+                        Some(Box::new((dense, (*activation).into(), norm)))
                     }
                 };
                 let narrowed = spec.narrows();
@@ -98,7 +95,7 @@ impl Head {
                         )?),
                         false => None,
                     };
-                    Linear::from_weight(Weight::Dense(table.clone()), bias)?
+                    Linear::from_weight(Weight::dense(table.clone()), bias)?
                 } else {
                     parameters.linear("output", site, table_width, vocabulary, *bias)?
                 };
@@ -164,7 +161,7 @@ impl Head {
                 output,
             } => {
                 let mut x = cx.trace.site(format_args!("head.in"), hidden.clone())?;
-                if let Some((dense, activation, norm)) = transform {
+                if let Some((dense, activation, norm)) = transform.as_deref() {
                     x = norm.forward(&x.linear(dense)?.activate(*activation)?)?;
                     x = cx.trace.site(format_args!("head.{TRANSFORMED}"), x)?;
                 }

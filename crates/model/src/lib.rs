@@ -16,6 +16,7 @@ pub mod checkpoint;
 mod error;
 pub mod files;
 pub mod generation;
+pub mod gguf;
 mod head;
 pub mod huggingface;
 mod input;

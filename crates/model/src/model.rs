@@ -7,13 +7,13 @@ use crate::head::Head;
 use crate::input::{Embedding, Input};
 use crate::source::{Initialiser, Recorder};
 use crate::spec::{HeadSpec, ModelSpec};
-use lapidary_kernels::{DType, Device, Recomputation, Tensor, Var};
+use lapidary_kernels::{DType, Device, QuantisedMatrix, Recomputation, Tensor, Var};
 use lapidary_parts::block::Block;
 use lapidary_parts::norm::Norm;
 use lapidary_parts::parameters::{LinearInfo, ParameterSource, Parameters};
 use lapidary_parts::state::DecodeState;
 use lapidary_parts::{Context, Error, Result};
-use lapidary_signal::{Signal, Trace};
+use lapidary_signal::{Matrix, Signal, Trace};
 
 /// A model: a spec, its named parameters, and the modules built from both.
 ///
@@ -22,6 +22,7 @@ use lapidary_signal::{Signal, Trace};
 #[derive(Debug)]
 pub struct Model {
     spec: ModelSpec,
+    dtype: DType,
     parameters: BTreeMap<String, Tensor>,
     variables: BTreeMap<String, Var>,
     linears: Vec<LinearInfo>,
@@ -101,7 +102,9 @@ impl Model {
         let mut linears = Vec::new();
         let ranks = spec.low_rank.clone();
         let width = spec.width;
-        let mut root = Parameters::new(&mut recorder, &ranks, &mut linears);
+        let quantised = spec.quantised.clone();
+        let mut root =
+            Parameters::new(&mut recorder, &ranks, &mut linears).with_quantised(&quantised);
         let embedding = Embedding::new(&spec.input, width, root.at("embeddings"))?;
         let mut blocks = Vec::new();
         for block in &spec.blocks {
@@ -129,13 +132,23 @@ impl Model {
                 "the path of a linear layer",
             ));
         }
+        let dtype = recorder.dtype();
         let Recorder {
             parameters,
             variables,
             ..
         } = recorder;
+        let absent = |name: &&String| !parameters.contains_key(&format!("{name}.codes"));
+        if let Some(unknown) = quantised.keys().find(absent) {
+            return Err(Error::spec(
+                format!("quantised.{unknown}"),
+                "no such matrix",
+                "the weight of a linear layer, or a factor of it",
+            ));
+        }
         Ok(Self {
             spec,
+            dtype,
             parameters,
             variables,
             linears,
@@ -146,10 +159,40 @@ impl Model {
         })
     }
 
+    /// The same model with every quantised matrix as numbers.
+    pub fn dequantised(&self) -> Result<Self> {
+        let mut spec = self.spec.clone();
+        let mut parameters = self.parameters.clone();
+        for (name, form) in std::mem::take(&mut spec.quantised) {
+            let mut take = |part: &str| parameters.remove(&format!("{name}.{part}"));
+            let (codes, scales) = (take("codes"), take("scales"));
+            let (minima, input_scale) = (take("minima"), take("input_scale"));
+            let (Some(codes), Some(scales)) = (codes, scales) else {
+                return Err(Error::spec(
+                    name,
+                    "absent",
+                    "a quantised matrix of the model",
+                ));
+            };
+            let matrix = Matrix::Quantised {
+                weight: QuantisedMatrix::new(form.bits, form.group, codes, scales, minima)?,
+                input_scale,
+                dtype: self.dtype,
+            };
+            let weight = matrix.dense().map_err(lapidary_parts::Error::from)?;
+            parameters.insert(name, weight);
+        }
+        Self::new(spec, &mut parameters)
+    }
+
     /// The same model in the form that methods need which look parameters up: shared blocks are
     /// written out, one for each pass, by names of their own for the same tensors, which take no
-    /// more memory; layer scales are multiplied into the layers before them.
+    /// more memory; layer scales are multiplied into the layers before them; small integers become
+    /// the numbers that they stand for.
     pub fn written_out(&self) -> Result<Self> {
+        if !self.spec.quantised.is_empty() {
+            return self.dequantised()?.written_out();
+        }
         let mut spec = self.spec.clone();
         spec.blocks = self.spec.expanded_blocks();
         let mut parameters = self.parameters.clone();
@@ -186,6 +229,11 @@ impl Model {
         blocks.any(|block| block.layer_scale.is_some())
     }
 
+    /// Whether [`Model::written_out`] differs from it: something is shared, scaled or quantised.
+    pub fn needs_writing_out(&self) -> bool {
+        self.shares_weights() || self.scales_layers() || !self.spec.quantised.is_empty()
+    }
+
     /// Whether some of its blocks share their weights.
     pub fn shares_weights(&self) -> bool {
         let several = |block: &lapidary_parts::block::BlockSpec| block.shared && block.repeat > 1;
@@ -212,9 +260,20 @@ impl Model {
         &self.linears
     }
 
-    /// Number of parameters, tied ones counted once.
+    /// Number of parameters, tied ones counted once. A quantised matrix has as many as the one
+    /// that it stands for.
     pub fn parameter_count(&self) -> usize {
-        self.parameters.values().map(Tensor::elem_count).sum()
+        let count = |(name, tensor): (&String, &Tensor)| {
+            let packed = name.rsplit_once('.').and_then(|(matrix, part)| {
+                self.spec.quantised.get(matrix).map(|form| (form, part))
+            });
+            match packed {
+                Some((form, "codes")) => tensor.elem_count() * 8 / form.bits.max(1) as usize,
+                Some(_) => 0,
+                None => tensor.elem_count(),
+            }
+        };
+        self.parameters.iter().map(count).sum()
     }
 
     /// An empty decode state for this model.
@@ -222,12 +281,9 @@ impl Model {
         DecodeState::new(self.blocks.len())
     }
 
-    /// Element type of the parameters.
+    /// Element type of the parameters; that of dense ones where some are quantised.
     pub fn dtype(&self) -> DType {
-        self.parameters
-            .values()
-            .next()
-            .map_or(DType::F32, Tensor::dtype)
+        self.dtype
     }
 
     /// Where the parameters live.

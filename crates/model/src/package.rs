@@ -259,6 +259,16 @@ impl Package {
             }
             None => {
                 let model = self.single_model()?;
+                if let Some(dtype) = dtype.filter(|_| !model.spec().quantised.is_empty()) {
+                    let expected = "none: integers and their scales are written as they are";
+                    let found = format!("{dtype:?}");
+                    return Err(lapidary_parts::Error::spec(
+                        "type of the parameters of a quantised model",
+                        found,
+                        expected,
+                    )
+                    .into());
+                }
                 let tensors = model
                     .parameters()
                     .iter()
@@ -356,6 +366,25 @@ impl lapidary_parts::parameters::ParameterSource for CheckpointSource<'_> {
         let tensor = self
             .checkpoint
             .tensor_of_shape(name, shape, self.options.dtype)
+            .map_err(|error| wrong(error.to_string()))?;
+        Ok(tensor
+            .to_device(&self.options.device)
+            .map_err(lapidary_kernels::Error::from)?)
+    }
+
+    fn packed(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        dtype: DType,
+    ) -> lapidary_parts::Result<Tensor> {
+        let wrong = |reason: String| lapidary_parts::Error::Parameter {
+            name: name.to_owned(),
+            reason,
+        };
+        let tensor = self
+            .checkpoint
+            .tensor_of_shape(name, shape, dtype)
             .map_err(|error| wrong(error.to_string()))?;
         Ok(tensor
             .to_device(&self.options.device)

@@ -91,6 +91,7 @@ fn normal(rng: &mut ChaCha8Rng) -> f64 {
 pub(crate) struct Recorder<'a> {
     source: &'a mut dyn ParameterSource,
     trainable: bool,
+    dtype: Option<DType>,
     pub(crate) parameters: BTreeMap<String, Tensor>,
     pub(crate) variables: BTreeMap<String, Var>,
 }
@@ -100,6 +101,7 @@ impl<'a> Recorder<'a> {
         Self {
             source,
             trainable,
+            dtype: None,
             parameters: BTreeMap::new(),
             variables: BTreeMap::new(),
         }
@@ -112,6 +114,7 @@ impl ParameterSource for Recorder<'_> {
             return Ok(known.clone());
         }
         let mut tensor = self.source.parameter(name, shape, init)?;
+        self.dtype.get_or_insert(tensor.dtype());
         if self.trainable {
             let variable = Var::from_tensor(&tensor).map_err(lapidary_kernels::Error::from)?;
             tensor = variable.as_tensor().clone();
@@ -119,5 +122,17 @@ impl ParameterSource for Recorder<'_> {
         }
         self.parameters.insert(name.to_owned(), tensor.clone());
         Ok(tensor)
+    }
+
+    /// Integers are constants of a trainable model as well.
+    fn packed(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let tensor = self.source.packed(name, shape, dtype)?;
+        self.parameters.insert(name.to_owned(), tensor.clone());
+        Ok(tensor)
+    }
+
+    /// That of the first parameter, which is a table or a filter of the input.
+    fn dtype(&self) -> DType {
+        self.dtype.unwrap_or(DType::F32)
     }
 }

@@ -27,6 +27,7 @@ use std::collections::BTreeMap;
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::block::BlockSpec;
 use lapidary_parts::norm::NormSpec;
+use lapidary_parts::parameters::Quantisation;
 use lapidary_parts::{Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -57,6 +58,10 @@ pub struct ModelSpec {
     /// Rank of each factorised linear layer, by path (`blocks.0.attention.query`).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub low_rank: BTreeMap<String, usize>,
+    /// How each quantised matrix is stored, by the parameter that it stands for
+    /// (`blocks.0.attention.query.weight`).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub quantised: BTreeMap<String, Quantisation>,
 }
 
 /// What a model reads.

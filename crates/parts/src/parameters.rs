@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 
 use crate::{Error, Result};
-use lapidary_kernels::Tensor;
-use lapidary_signal::{Linear, Weight};
+use lapidary_kernels::{DType, QuantisedMatrix, Tensor};
+use lapidary_signal::{Linear, Matrix, Weight};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 /// How a parameter starts when it is not read from a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,6 +37,41 @@ pub enum Init {
 pub trait ParameterSource {
     /// The parameter `name` of exactly `shape`; `init` is how it starts if the source makes it.
     fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor>;
+
+    /// A tensor of a quantised matrix, of exactly `shape` and `dtype`: integers, or their scales.
+    ///
+    /// # Errors
+    /// When there is none, as in a source that makes initial values.
+    fn packed(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        Err(Error::Parameter {
+            name: name.to_owned(),
+            reason: format!(
+                "is part of a quantised matrix ({dtype:?} {shape:?}), which is made from a dense \
+                 one and has no initial value"
+            ),
+        })
+    }
+
+    /// The type of the parameters, which quantised matrices have once they are written out.
+    fn dtype(&self) -> DType {
+        DType::F32
+    }
+}
+
+/// How a matrix is stored as small integers, beside its scales.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Quantisation {
+    /// Bits of an integer: 4 or 8.
+    pub bits: u32,
+    /// Weights of a row that share a scale: a multiple of 32 that divides the row.
+    pub group: usize,
+    /// Whether each group has a minimum beside its scale.
+    #[serde(default)]
+    pub minima: bool,
+    /// Whether the input is multiplied by a vector first.
+    #[serde(default)]
+    pub input_scale: bool,
 }
 
 /// Ready tensors, such as those of another model.
@@ -44,6 +81,10 @@ impl ParameterSource for BTreeMap<String, Tensor> {
             name: name.to_owned(),
             reason: "is missing".to_owned(),
         })
+    }
+
+    fn packed(&mut self, name: &str, shape: &[usize], _: DType) -> Result<Tensor> {
+        self.parameter(name, shape, Init::Zeros)
     }
 }
 
@@ -64,6 +105,8 @@ pub struct LinearInfo {
     pub bias: bool,
 }
 
+static NONE_QUANTISED: BTreeMap<String, Quantisation> = BTreeMap::new();
+
 fn joined(path: &str, name: &str) -> String {
     if path.is_empty() {
         name.to_owned()
@@ -76,6 +119,7 @@ fn joined(path: &str, name: &str) -> String {
 pub struct Parameters<'a> {
     source: &'a mut dyn ParameterSource,
     ranks: &'a BTreeMap<String, usize>,
+    quantised: &'a BTreeMap<String, Quantisation>,
     linears: &'a mut Vec<LinearInfo>,
     path: String,
     /// Where the parameters are, for a module that shares those of another.
@@ -93,10 +137,17 @@ impl<'a> Parameters<'a> {
         Self {
             source,
             ranks,
+            quantised: &NONE_QUANTISED,
             linears,
             path: String::new(),
             stored: None,
         }
+    }
+
+    /// `quantised` names the matrices that are stored as small integers, as the parameters that
+    /// they stand for: `blocks.0.attention.query.weight`, or a factor `….up`.
+    pub fn with_quantised(self, quantised: &'a BTreeMap<String, Quantisation>) -> Self {
+        Self { quantised, ..self }
     }
 
     /// One level down, at `name`.
@@ -107,6 +158,7 @@ impl<'a> Parameters<'a> {
         Parameters {
             source: &mut *self.source,
             ranks: self.ranks,
+            quantised: self.quantised,
             linears: &mut *self.linears,
             path,
             stored,
@@ -152,6 +204,59 @@ impl<'a> Parameters<'a> {
         Ok(tensor)
     }
 
+    /// One matrix of this module, quantised where the spec says so.
+    fn matrix(&mut self, name: &str, shape: [usize; 2], init: Init) -> Result<Matrix> {
+        let full = self.join_stored(name);
+        let Some(form) = self.quantised.get(&full).copied() else {
+            return Ok(Matrix::Dense(self.tensor(name, &shape, init)?));
+        };
+        let [output, input] = shape;
+        let wrong = |found: String, expected: &str| {
+            Error::spec(format!("quantised.{full}"), found, expected)
+        };
+        if !matches!(form.bits, 4 | 8) {
+            return Err(wrong(form.bits.to_string(), "4 or 8 bits"));
+        }
+        if form.group == 0 || !form.group.is_multiple_of(32) || !input.is_multiple_of(form.group) {
+            return Err(wrong(
+                format!("groups of {} in rows of {input}", form.group),
+                "groups of a multiple of 32 that divides the row",
+            ));
+        }
+        let bytes = input / 8 * form.bits as usize;
+        let groups = [output, input / form.group];
+        let mut part = |part: &str, shape: &[usize], dtype: DType| -> Result<Tensor> {
+            let name = format!("{full}.{part}");
+            let tensor = self.source.packed(&name, shape, dtype)?;
+            if tensor.dims() != shape || tensor.dtype() != dtype {
+                return Err(Error::Parameter {
+                    name,
+                    reason: format!(
+                        "is {:?} {:?}, but the spec needs {dtype:?} {shape:?}",
+                        tensor.dtype(),
+                        tensor.dims()
+                    ),
+                });
+            }
+            Ok(tensor)
+        };
+        let codes = part("codes", &[output, bytes], DType::U8)?;
+        let scales = part("scales", &groups, DType::F16)?;
+        let minima = match form.minima {
+            true => Some(part("minima", &groups, DType::F16)?),
+            false => None,
+        };
+        let input_scale = match form.input_scale {
+            true => Some(self.tensor(&format!("{name}.input_scale"), &[input], Init::Ones)?),
+            false => None,
+        };
+        Ok(Matrix::Quantised {
+            weight: QuantisedMatrix::new(form.bits, form.group, codes, scales, minima)?,
+            input_scale,
+            dtype: self.source.dtype(),
+        })
+    }
+
     /// A linear layer under `name`, factorised where the spec gives it a rank. `input_site` is
     /// the name, within this module, of the site whose value it reads.
     pub fn linear(
@@ -183,10 +288,10 @@ impl<'a> Parameters<'a> {
         let rank = self.ranks.get(&path).copied();
         let mut here = self.at(name);
         let matrix = match rank {
-            None => Weight::Dense(here.tensor("weight", &[output, input], weight)?),
+            None => Weight::Whole(here.matrix("weight", [output, input], weight)?),
             Some(rank) if rank >= 1 && rank <= input.min(output) => Weight::LowRank {
-                down: here.tensor("down", &[rank, input], weight)?,
-                up: here.tensor("up", &[output, rank], weight)?,
+                down: here.matrix("down", [rank, input], weight)?,
+                up: here.matrix("up", [output, rank], weight)?,
             },
             Some(rank) => {
                 let expected = format!("between 1 and {}", input.min(output));

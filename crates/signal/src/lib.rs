@@ -45,7 +45,7 @@ mod tests;
 mod trace;
 
 pub use error::{Error, Result};
-pub use linear::{Linear, Weight};
+pub use linear::{Linear, Matrix, Weight};
 pub use recurrence::SelectiveScan;
 pub use signal::{Lens, Signal};
 pub use trace::{SiteRecord, Trace};

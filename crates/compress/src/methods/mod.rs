@@ -9,12 +9,14 @@ pub(crate) mod entropy;
 pub(crate) mod linearise;
 pub(crate) mod lorap;
 pub(crate) mod modegpt;
+pub(crate) mod quantise;
 pub(crate) mod replace_me;
 pub(crate) mod shedder;
 pub mod slicing;
 
 pub use lorap::LorapSettings;
 pub use modegpt::ModegptSettings;
+pub use quantise::QuantiseSettings;
 
 use crate::factorisation::{
     ACTIVATION_WEIGHTED, FWSVD, GENERALISED_FISHER, ROW_COLUMN_FISHER, SVD, WHITENED,
@@ -25,6 +27,7 @@ use crate::method::Method;
 pub(crate) const METHODS: &[&Method] = &[
     &ACTIVATION_WEIGHTED,
     &attention_cosine::ATTENTION_COSINE,
+    &quantise::AWQ,
     &block_influence::BLOCK_INFLUENCE,
     &channel_magnitude::CHANNEL_MAGNITUDE,
     &slicing::COORDINATE_MAGNITUDE,
@@ -37,6 +40,9 @@ pub(crate) const METHODS: &[&Method] = &[
     &entropy::ENTROPY_BLOCKS,
     &FWSVD,
     &GENERALISED_FISHER,
+    &quantise::GPTQ,
+    &quantise::INT4,
+    &quantise::INT8,
     &linearise::LINEARISE,
     &lorap::LORAP,
     &shedder::MAMBA_SHEDDER,

@@ -96,10 +96,12 @@ fn up_to(model: &Model, block: usize, site: &str) -> Result<Model> {
         .blocks
         .last()
         .is_some_and(|last| last.feedforward.is_some());
-    spec.low_rank.retain(|path, _| match block_of(path) {
+    let stays = |path: &str| match block_of(path) {
         Some(of) => of < block || of == block && (has_feedforward || !path.starts_with(&without)),
         None => path.starts_with("embeddings"),
-    });
+    };
+    spec.low_rank.retain(|path, _| stays(path));
+    spec.quantised.retain(|name, _| stays(name));
     Ok(Model::new(spec, &mut model.parameters().clone())?)
 }
 

@@ -26,7 +26,7 @@ use lapidary_kernels::{DType, Mixture, Tensor, VectorNorm, mixture_distances};
 use lapidary_model::{HeadSpec, Input, Model, Output, Pass};
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::BlockSpec;
-use lapidary_signal::{Linear, Trace, Weight};
+use lapidary_signal::{Linear, Matrix, Trace, Weight};
 
 /// A forward pass whose blocks can be taken apart.
 pub(crate) struct Captured<'a> {
@@ -203,8 +203,11 @@ fn multi_head(index: usize, block: &BlockSpec) -> Result<&MultiHeadSpec> {
 fn linear(model: &Model, path: &str) -> Result<Linear> {
     let find = |name: &str| model.parameters().get(&format!("{path}.{name}")).cloned();
     let weight = match (find("weight"), find("down"), find("up")) {
-        (Some(weight), _, _) => Weight::Dense(weight),
-        (None, Some(down), Some(up)) => Weight::LowRank { down, up },
+        (Some(weight), _, _) => Weight::dense(weight),
+        (None, Some(down), Some(up)) => Weight::LowRank {
+            down: Matrix::Dense(down),
+            up: Matrix::Dense(up),
+        },
         _ => {
             return Err(Error::invalid(
                 format!("the linear layer {path}"),

@@ -139,6 +139,7 @@ impl Encoder {
                 bias: true,
             },
             low_rank: BTreeMap::new(),
+            quantised: BTreeMap::new(),
         }
     }
 }

@@ -67,6 +67,7 @@ pub fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
             transform: None,
         },
         low_rank: BTreeMap::new(),
+        quantised: BTreeMap::new(),
     }
 }
 

@@ -221,6 +221,7 @@ fn spec(course: &Course) -> ModelSpec {
             bias: true,
         },
         low_rank: BTreeMap::new(),
+        quantised: BTreeMap::new(),
     }
 }
 

@@ -96,6 +96,7 @@ impl Specimen {
             final_norm: None,
             head: HeadSpec::None,
             low_rank: BTreeMap::new(),
+            quantised: BTreeMap::new(),
         };
         let mut source = Lively(Initialiser::new(seed, DType::F64, Device::Cpu));
         let model = Model::new(spec.clone(), &mut source)?;

@@ -115,6 +115,7 @@ impl Course {
                 bias: false,
             },
             low_rank: BTreeMap::new(),
+            quantised: BTreeMap::new(),
         }
     }
 
@@ -145,6 +146,7 @@ impl Course {
                 bias: false,
             },
             low_rank: BTreeMap::new(),
+            quantised: BTreeMap::new(),
         }
     }
 

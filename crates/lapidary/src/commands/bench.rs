@@ -109,6 +109,7 @@ fn spec(arguments: &Bench) -> ModelSpec {
             transform: None,
         },
         low_rank: Default::default(),
+        quantised: Default::default(),
     }
 }
 

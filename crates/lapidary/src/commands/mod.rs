@@ -6,6 +6,7 @@ mod demo;
 mod diff;
 mod evaluate;
 pub mod explain;
+mod export;
 mod generate;
 pub mod inspect;
 mod parts;
@@ -29,6 +30,7 @@ pub fn execute(arguments: Cli) -> Result<()> {
         Verb::Diff(arguments) => diff::run(arguments, &global),
         Verb::Inspect(arguments) => inspect::run(arguments, &global),
         Verb::Compress(arguments) => compress::run(arguments, &global),
+        Verb::Export(arguments) => export::run(arguments, &global),
         Verb::Evaluate(arguments) => evaluate::run(arguments, &global),
         Verb::Generate(arguments) => generate::run(arguments, &global),
         Verb::Train(arguments) => train::run(arguments, &global),

@@ -23,9 +23,9 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::share::Share;
 use crate::error::tensor;
-use crate::{Error, Linear, Result, Weight};
+use crate::{Error, Linear, Result};
 use lapidary_kernels::{
-    D, DType, StreamAffine, Tensor, linear, stream_affine, stream_dot, stream_mix, stream_sum,
+    D, DType, StreamAffine, Tensor, stream_affine, stream_dot, stream_mix, stream_sum,
 };
 
 /// Numbers up to which an expression that is asked for its norms is stored rather than
@@ -327,7 +327,7 @@ impl Expression {
                     let after = node.0.streams - stream - 1;
                     total = tensor(total + tensor(products.pad_with_zeros(0, stream, after))?)?;
                 }
-                Kind::Linear(x, layer) => push(&mut open, x, pull_linear(&layer, &f)?)?,
+                Kind::Linear(x, layer) => push(&mut open, x, layer.apply_transposed(&f)?)?,
                 Kind::Scale(x, slope) => push(&mut open, x, tensor(f.broadcast_mul(&slope))?)?,
                 Kind::Centre(x) => {
                     let mean = tensor(f.mean_keepdim(D::Minus1))?;
@@ -589,17 +589,6 @@ fn row_dot(x: &Tensor, f: &Tensor) -> Result<Tensor> {
 /// The dimensions of a value but its last.
 fn rows_of(value: &Tensor) -> &[usize] {
     value.dims().split_last().map_or(&[], |(_, rows)| rows)
-}
-
-/// `f W`.
-fn pull_linear(layer: &Linear, f: &Tensor) -> Result<Tensor> {
-    Ok(match layer.weight() {
-        Weight::Dense(weight) => linear(f, &tensor(weight.t())?, None)?,
-        Weight::LowRank { down, up } => {
-            let f = linear(f, &tensor(up.t())?, None)?;
-            linear(&f, &tensor(down.t())?, None)?
-        }
-    })
 }
 
 /// The field over keys that a field over single queries is pulled back to:

@@ -40,8 +40,8 @@ fn layer(input: usize, output: usize, bias: bool, phase: f64) -> Linear {
 
 fn low_rank(input: usize, rank: usize, output: usize) -> Linear {
     let weight = Weight::LowRank {
-        down: numbers(&[rank, input], 7.0),
-        up: numbers(&[output, rank], 8.0),
+        down: Matrix::Dense(numbers(&[rank, input], 7.0)),
+        up: Matrix::Dense(numbers(&[output, rank], 8.0)),
     };
     Linear::from_weight(weight, Some(numbers(&[output], 9.0))).unwrap()
 }

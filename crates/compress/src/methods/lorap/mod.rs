@@ -32,6 +32,7 @@ use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
 use crate::requirements::{Requirements, Statistic};
 use crate::{Calibration, CalibrationOptions, Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// LoRAP in the list of methods.
 pub(crate) const LORAP: Method = Method {
@@ -48,7 +49,8 @@ pub(crate) const LORAP: Method = Method {
 const MATRICES: [&str; 4] = ["query", "key", "value", "output"];
 
 /// What [`Method`] `lorap` can be told.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct LorapSettings {
     /// Weights of value and output over those of query and key.
     pub ratio: f64,

@@ -37,6 +37,7 @@ use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
 use crate::requirements::{Requirements, Statistic};
 use crate::{Calibration, Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// MoDeGPT in the list of methods.
 pub(crate) const MODEGPT: Method = Method {
@@ -51,7 +52,8 @@ pub(crate) const MODEGPT: Method = Method {
 };
 
 /// What [`Method`] `modegpt` can be told.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct ModegptSettings {
     /// `ε` of the allocation: small takes much from the blocks of least influence, infinity as
     /// much from each.

@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use super::Rows;
 use crate::error::engine;
 use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// How the angle is made small: `T` starts as the identity and follows Adam (Kingma & Ba, arXiv
 /// 1412.6980) on
@@ -19,7 +20,8 @@ use crate::{Error, Result};
 ///
 /// The first does not change when `T` is scaled: its length is what the descent from the identity
 /// leaves of it.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct CosineDescent {
     /// Step size.
     pub rate: f64,

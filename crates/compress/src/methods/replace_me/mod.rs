@@ -39,6 +39,7 @@ use crate::observe::{Seen, observe};
 use crate::plan::{Budget, Change, Plan};
 use crate::report::{Compressed, LayerErrors, ModuleReport};
 use crate::{CalibrationData, Requirements, Result};
+use serde::{Deserialize, Serialize};
 
 /// ReplaceMe by least squares in the list of methods.
 pub(crate) const REPLACE_ME: Method = Method {
@@ -65,7 +66,8 @@ pub(crate) const REPLACE_ME_COSINE: Method = Method {
 };
 
 /// How a run of blocks is replaced.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct ReplaceMe {
     /// Runs that the removed blocks are shared out to, each with a map of its own. Runs that meet
     /// become one.

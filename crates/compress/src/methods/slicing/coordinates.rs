@@ -7,12 +7,14 @@ use rand_chacha::ChaCha8Rng;
 
 use super::directions::{Choice, Directions, Stream};
 use crate::Result;
+use serde::{Deserialize, Serialize};
 
 /// Two features whose difference has at most this share of their squared length are one.
 const SAME: f64 = 1e-12;
 
 /// How features are chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Selector {
     /// The longest columns `‖H_:,j‖`. A copy of a chosen feature comes after all others.
     Magnitude,

@@ -16,12 +16,14 @@ use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
 use crate::requirements::Requirements;
 use crate::{CalibrationData, Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// A basis may be this far from orthonormal.
 const ORTHONORMAL: f64 = 1e-6;
 
 /// Choices of the methods that narrow the stream.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct SliceSettings {
     /// Widths are rounded to a multiple of this.
     pub multiple: usize,

@@ -21,13 +21,15 @@ use super::directions::{Choice, Directions, Stream};
 use super::sinkhorn::transport_plan;
 use crate::error::engine;
 use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// A column of a map counts as a combination of those before it when what is left of it is below
 /// this share of the longest.
 const DEPENDENT: f64 = 1e-9;
 
 /// How far two features are from each other, over tokens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Distance {
     /// `Σ |x_i − x_j|`.
     Absolute,
@@ -114,7 +116,8 @@ pub fn orthonormal(map: &Matrix) -> (Matrix, usize, f64) {
 }
 
 /// Merging by optimal transport.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Transport {
     /// Which features others are merged into.
     pub selector: Selector,

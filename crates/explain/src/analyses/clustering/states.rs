@@ -195,6 +195,15 @@ pub fn iterated(model: &Model, passes: usize) -> Result<Model> {
                 copies(path, blocks.len(), passes).map(move |path| (path, rank))
             })
             .collect(),
+        quantised: model
+            .spec()
+            .quantised
+            .iter()
+            .flat_map(|(name, form)| {
+                let form = *form;
+                copies(name, blocks.len(), passes).map(move |name| (name, form))
+            })
+            .collect(),
         ..model.spec().clone()
     };
     let mut parameters = model

@@ -83,7 +83,8 @@ impl Projections {
         let (width, head_width) = (model.spec().width, spec.head_width(model.spec().width));
         let ranks = model.spec().low_rank.clone();
         let mut linears = Vec::new();
-        let mut root = Parameters::new(&mut source, &ranks, &mut linears);
+        let mut root = Parameters::new(&mut source, &ranks, &mut linears)
+            .with_quantised(&model.spec().quantised);
         let mut blocks = root.at("blocks");
         let mut block = blocks.at(block);
         let norm = match wiring {

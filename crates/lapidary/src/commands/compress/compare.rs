@@ -4,12 +4,13 @@
 use std::time::Instant;
 
 use super::measure::{Measure, Measured};
-use super::stage::{Stage, method};
 use super::{data, windows};
 use crate::cli::{Compress, Global};
 use crate::{loading, output, report};
 use anyhow::{Result, ensure};
-use lapidary_compress::{Calibration, CalibrationOptions, Method, Requirements, Settings};
+use lapidary_compress::{
+    Budget, Calibration, CalibrationOptions, Method, Requirements, Settings, Task,
+};
 use lapidary_explain::report::{Cell, Plot, Report, Series, Table};
 use serde::Serialize;
 
@@ -20,6 +21,8 @@ struct Row {
     ratio: f64,
     /// Share of all parameters that is left.
     kept: f64,
+    /// Share of the bytes of all parameters that is left.
+    bytes: f64,
     measured: Measured,
     divergence: Option<f64>,
     top1: Option<f64>,
@@ -51,7 +54,7 @@ pub(super) fn run(
         "all" => Method::all().to_vec(),
         names => names
             .split(',')
-            .map(|n| method(n.trim()))
+            .map(|name| Ok(Method::find(name.trim())?))
             .collect::<Result<_>>()?,
     };
     let ratios = arguments
@@ -105,15 +108,21 @@ pub(super) fn run(
     let original = measure.of(model)?;
     let mut rows = Vec::new();
     for method in applicable {
-        for ratio in &ratios {
-            let stage = Stage {
-                method,
-                ratio: *ratio,
-            };
+        let ratios: &[f64] = if method.rounds() { &[0.0] } else { &ratios };
+        for &ratio in ratios {
             let started = Instant::now();
-            let cut = stage.cut(model, calibration.as_ref(), data.as_ref(), settings);
+            let task = Task {
+                model,
+                calibration: calibration.as_ref(),
+                data: data.as_ref(),
+                settings: Some(settings),
+            };
+            let cut = match method.plan(&task, &Budget::Keep(1.0 - ratio)) {
+                Ok(plan) => method.apply(&task, &plan),
+                Err(error) => Err(error),
+            };
             let compressed = match cut {
-                Ok((compressed, _)) => compressed.model,
+                Ok(compressed) => compressed.model,
                 Err(error) => {
                     left_out.push((method.name, format!("at {ratio}: {error}")));
                     continue;
@@ -125,8 +134,9 @@ pub(super) fn run(
             let distance = measure.between(model, &compressed)?;
             rows.push(Row {
                 method: method.name,
-                ratio: *ratio,
+                ratio,
                 kept: measured.size.parameters as f64 / original.size.parameters.max(1) as f64,
+                bytes: measured.size.bytes as f64 / original.size.bytes.max(1) as f64,
                 divergence: distance.agreement.map(|agreement| agreement.divergence),
                 top1: distance.agreement.map(|agreement| agreement.top1),
                 cosine: distance.likeness.map(|likeness| likeness.cosine),
@@ -169,6 +179,7 @@ fn shown(
         "method",
         "ratio",
         "parameters kept",
+        "bytes kept",
         "perplexity",
         "KL or 1 − cosine",
         "same answer",
@@ -188,8 +199,12 @@ fn shown(
         let distance = row.divergence.or(row.cosine.map(|cosine| 1.0 - cosine));
         table.push([
             Cell::from(row.method),
-            format!("{}", row.ratio).into(),
+            match row.ratio > 0.0 {
+                true => format!("{}", row.ratio).into(),
+                false => Cell::from("–"),
+            },
             format!("{:.1} %", 100.0 * row.kept).into(),
+            format!("{:.1} %", 100.0 * row.bytes).into(),
             number(row.measured.perplexity.map(|found| found.value)),
             number(distance),
             row.top1.map_or(Cell::from("–"), |share| {
@@ -259,8 +274,8 @@ fn plots(rows: &[Row]) -> Vec<Plot> {
     let all = [
         plot(
             "Quality against size",
-            "share of parameters kept",
-            line(&|row| Some(row.kept)),
+            "share of bytes kept",
+            line(&|row| Some(row.bytes)),
         ),
         plot(
             "Quality against speed",

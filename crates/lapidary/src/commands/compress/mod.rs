@@ -14,14 +14,14 @@ use crate::{loading, output};
 use anyhow::{Context, Result, bail, ensure};
 use lapidary_compress::quality::{Window, sliding_windows};
 use lapidary_compress::{
-    CalibrationData, Compressed, Method, Plan, Report, Settings, Task, export_dense,
+    Calibration, CalibrationData, CalibrationOptions, Change, Done, Method, Plan, Recipe, Report,
+    Seconds, Settings, Stage, Task, export_dense,
 };
 use lapidary_model::{Model, Package, SavedAs};
 use serde_json::json;
 
 use measure::Measure;
 use show::Outcome;
-use stage::{Seconds, stages};
 
 /// Windows to calibrate on, all of which are held.
 const MOST_WINDOWS: usize = 1 << 16;
@@ -35,10 +35,7 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
     if let Some(html) = &arguments.html {
         output::check_writable(html)?;
     }
-    let settings = Settings {
-        seed: global.seed,
-        ..Settings::default()
-    };
+    let settings = stage::settings(arguments, global)?;
     match &arguments.compare {
         Some(methods) => compare::run(methods, arguments, &settings, global),
         None => one(arguments, &settings, global),
@@ -46,7 +43,7 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
 }
 
 fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()> {
-    let stages = stages(&arguments.method, &arguments.ratio)?;
+    let recipe = stage::recipe(arguments)?;
     if let Some(out) = &arguments.out {
         ensure!(
             !out.exists()
@@ -61,35 +58,37 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
     let started = Instant::now();
     let original = package.single_model()?;
     let mut needed_by = None;
-    for stage in &stages {
-        let requirements = stage.method.requirements(original, settings)?;
-        if needed_by.is_none() && (!requirements.is_empty() || stage.method.observes) {
-            needed_by = Some(stage.method);
+    for stage in &recipe.stages {
+        let method = stage.method()?;
+        let requirements = method.requirements(original, Recipe::settings(stage, settings))?;
+        if needed_by.is_none() && (!requirements.is_empty() || method.observes) {
+            needed_by = Some(method);
         }
     }
     let data = data::calibration(&package, original, needed_by, arguments, global)?;
     if arguments.plan_only {
-        return print_plan(original, data.as_ref(), &stages, settings);
+        return print_plan(original, data.as_ref(), &recipe, settings);
     }
     let out = arguments
         .out
         .as_deref()
         .context("--out is missing: the directory to write")?;
-    let mut reports: Vec<(Report, Seconds)> = Vec::new();
-    let mut current: Option<Model> = None;
-    for stage in &stages {
-        let model = current.as_ref().unwrap_or(original);
-        let (compressed, seconds) = match &arguments.plan {
-            Some(path) => by_hand(path, stage.method, model, data.as_ref(), settings)?,
-            None => {
-                let (compressed, _, seconds) = stage.run(model, data.as_ref(), settings)?;
-                (compressed, seconds)
-            }
-        };
-        reports.push((compressed.report, seconds));
-        current = Some(compressed.model);
+    let done = match &arguments.plan {
+        Some(path) => vec![by_hand(path, &recipe, original, data.as_ref(), settings)?],
+        None => recipe.run(original, data.as_ref(), settings)?,
+    };
+    for module in done.iter().flat_map(|done| &done.plan.modules) {
+        if let Change::Leave { reason } = &module.change {
+            tracing::info!("{} stays as it is: {reason}", module.path);
+        }
     }
-    let compressed = current.context("no method was named")?;
+    let mut compressed = None;
+    let mut reports: Vec<(Report, Seconds)> = Vec::new();
+    for done in done {
+        reports.push((done.compressed.report, done.seconds));
+        compressed = Some(done.compressed.model);
+    }
+    let compressed = compressed.context("no method was named")?;
 
     let windows = windows(&package, original, data.as_ref(), arguments)?;
     let measure = Measure {
@@ -128,32 +127,68 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
     }
 }
 
-/// What the first method would do; a plan for a later one depends on it.
+/// What the only method would do; a plan for a later one depends on it.
 fn print_plan(
     model: &Model,
     data: Option<&CalibrationData>,
-    stages: &[stage::Stage],
+    recipe: &Recipe,
     settings: &Settings,
 ) -> Result<()> {
-    let [stage] = stages else {
-        bail!(
-            "--plan-only shows the plan of one method, not of {}",
-            stages.len()
-        );
+    let stage = only_stage(recipe, "--plan-only")?;
+    let method = stage.method()?;
+    let settings = Recipe::settings(stage, settings);
+    let (calibration, _) = calibrated(method, model, data, settings)?;
+    let task = Task {
+        model,
+        calibration: calibration.as_ref(),
+        data,
+        settings: Some(settings),
     };
-    let (_, plan, _) = stage.run(model, data, settings)?;
-    output::print_json(&plan)
+    output::print_json(&method.plan(&task, &stage.budget()?)?)
+}
+
+fn only_stage<'a>(recipe: &'a Recipe, option: &str) -> Result<&'a Stage> {
+    match recipe.stages.as_slice() {
+        [stage] => Ok(stage),
+        several => bail!(
+            "{option} is about the plan of one method, not of {}",
+            several.len()
+        ),
+    }
+}
+
+/// What a method needs to know, and the seconds that it took to find out.
+fn calibrated(
+    method: &Method,
+    model: &Model,
+    data: Option<&CalibrationData>,
+    settings: &Settings,
+) -> Result<(Option<Calibration>, f64)> {
+    let started = Instant::now();
+    let requirements = method.requirements(model, settings)?;
+    let calibration = match data {
+        Some(data) if !requirements.is_empty() => Some(Calibration::collect(
+            model,
+            data,
+            &requirements,
+            CalibrationOptions::default(),
+        )?),
+        _ => None,
+    };
+    Ok((calibration, started.elapsed().as_secs_f64()))
 }
 
 /// Carries out a plan from a file, which `--plan-only` wrote and somebody may have edited.
 fn by_hand(
     path: &Path,
-    method: &Method,
+    recipe: &Recipe,
     model: &Model,
     data: Option<&CalibrationData>,
     settings: &Settings,
-) -> Result<(Compressed, Seconds)> {
+) -> Result<Done> {
     const MOST: u64 = 1 << 24;
+    let stage = only_stage(recipe, "--plan")?;
+    let settings = Recipe::settings(stage, settings);
     let size = std::fs::metadata(path)
         .with_context(|| format!("{} cannot be read", path.display()))?
         .len();
@@ -165,30 +200,23 @@ fn by_hand(
     let text = std::fs::read_to_string(path)?;
     let plan: Plan =
         serde_json::from_str(&text).with_context(|| format!("{} is no plan", path.display()))?;
+    let method = stage.method()?;
+    let (calibration, seconds) = calibrated(method, model, data, settings)?;
     let started = Instant::now();
-    let requirements = method.requirements(model, settings)?;
-    let calibration = match data {
-        Some(data) if !requirements.is_empty() => Some(lapidary_compress::Calibration::collect(
-            model,
-            data,
-            &requirements,
-            Default::default(),
-        )?),
-        _ => None,
-    };
-    let calibrated = started.elapsed().as_secs_f64();
     let task = Task {
         model,
         calibration: calibration.as_ref(),
         data,
         settings: Some(settings),
     };
-    let compressed = method.apply(&task, &plan)?;
-    let seconds = Seconds {
-        calibration: calibrated,
-        cut: started.elapsed().as_secs_f64() - calibrated,
-    };
-    Ok((compressed, seconds))
+    Ok(Done {
+        compressed: method.apply(&task, &plan)?,
+        plan,
+        seconds: Seconds {
+            calibration: seconds,
+            cut: started.elapsed().as_secs_f64(),
+        },
+    })
 }
 
 /// Windows for the perplexity: of the text that was given for it, else of the calibration's.

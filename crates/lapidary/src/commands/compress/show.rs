@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use super::measure::{Distance, Measured};
-use super::stage::{Seconds, changed};
+use super::stage::changed;
 use super::{class, saved_as, stage_json};
 use crate::output;
 use anyhow::Result;
 use comfy_table::{Table, presets};
-use lapidary_compress::Report;
+use lapidary_compress::{Report, Seconds};
 use lapidary_explain::report::{self, Cell, Plot, Series};
 use lapidary_model::SavedAs;
 use serde_json::{Value, json};

@@ -1,124 +1,80 @@
-//! One method after another, each calibrated on what the one before it left.
+//! What is run: a recipe, its settings, and a word for each change.
 
-use std::time::Instant;
+use std::path::Path;
 
-use anyhow::{Result, ensure};
-use lapidary_compress::{
-    Budget, Calibration, CalibrationData, CalibrationOptions, Change, Compressed, Method, Plan,
-    Settings, Task,
-};
-use lapidary_model::Model;
-use serde::Serialize;
+use anyhow::{Context, Result, ensure};
+use lapidary_compress::{Change, Recipe, Settings};
 
-/// A method and the share of weights that it takes away.
-#[derive(Clone, Copy)]
-pub(super) struct Stage {
-    pub(super) method: &'static Method,
-    pub(super) ratio: f64,
-}
+use crate::cli::{Compress, Global};
 
-/// The stages of `a+b` at `0.2` or `0.1+0.2`: one ratio is shared, so that together they take
-/// as much away.
-pub(super) fn stages(methods: &str, ratios: &str) -> Result<Vec<Stage>> {
-    let methods = methods
-        .split('+')
-        .map(|name| method(name.trim()))
-        .collect::<Result<Vec<_>>>()?;
-    let found = ratios
-        .split('+')
-        .map(|text| {
-            let ratio = text.trim().parse::<f64>();
-            ratio.map_err(|_| anyhow::anyhow!("ratio is {text:?}, but must be a number"))
-        })
-        .collect::<Result<Vec<_>>>()?;
-    for ratio in &found {
-        ensure!(
-            *ratio > 0.0 && *ratio < 1.0,
-            "ratio is {ratio}, but must be above 0 and below 1: the share of weights to remove"
-        );
-    }
-    let ratios = match found.as_slice() {
-        [one] => vec![1.0 - (1.0 - one).powf(1.0 / methods.len() as f64); methods.len()],
-        several => several.to_vec(),
+/// Most bytes of a recipe or of settings.
+const MOST: u64 = 1 << 20;
+
+/// The recipe of `--recipe`, or of `--method` and `--ratio`.
+pub(super) fn recipe(arguments: &Compress) -> Result<Recipe> {
+    let Some(path) = &arguments.recipe else {
+        return Ok(Recipe::of(&arguments.method, &arguments.ratio)?);
     };
-    ensure!(
-        ratios.len() == methods.len(),
-        "there are {} ratios for {} methods, but must be one, or one for each",
-        ratios.len(),
-        methods.len()
-    );
-    let stages = methods.into_iter().zip(ratios);
-    Ok(stages
-        .map(|(method, ratio)| Stage { method, ratio })
-        .collect())
+    let recipe: Recipe =
+        toml::from_str(&read(path)?).with_context(|| format!("{} is no recipe", path.display()))?;
+    recipe.check()?;
+    Ok(recipe)
 }
 
-/// The method of that name; short forms are allowed.
-pub(super) fn method(name: &str) -> Result<&'static Method> {
-    Ok(Method::find(match name {
-        "activation" => "activation-weighted",
-        "row-column" => "row-column-fisher",
-        "generalised" => "generalised-fisher",
-        other => other,
-    })?)
-}
-
-/// Where a stage's time went, in seconds.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub(super) struct Seconds {
-    pub(super) calibration: f64,
-    pub(super) cut: f64,
-}
-
-impl Stage {
-    /// Calibrates the model, plans and cuts.
-    pub(super) fn run(
-        self,
-        model: &Model,
-        data: Option<&CalibrationData>,
-        settings: &Settings,
-    ) -> Result<(Compressed, Plan, Seconds)> {
-        let started = Instant::now();
-        let requirements = self.method.requirements(model, settings)?;
-        let calibration = match data {
-            Some(data) if !requirements.is_empty() => {
-                let options = CalibrationOptions::default();
-                Some(Calibration::collect(model, data, &requirements, options)?)
-            }
-            _ => None,
+/// The settings of `--settings`, changed by each `--set key=value`.
+pub(super) fn settings(arguments: &Compress, global: &Global) -> Result<Settings> {
+    let mut table = match &arguments.settings {
+        Some(path) => toml::from_str(&read(path)?)
+            .with_context(|| format!("{} has no settings", path.display()))?,
+        None => toml::Table::new(),
+    };
+    for text in &arguments.set {
+        let (key, value) = text
+            .split_once('=')
+            .with_context(|| format!("--set has {text:?}, but must have KEY=VALUE"))?;
+        // What is no TOML value by itself is a word.
+        let parsed = toml::from_str::<toml::Table>(&format!("{key} = {value}"));
+        let parsed = match parsed {
+            Ok(table) => table,
+            Err(_) => toml::from_str(&format!("{key} = {value:?}"))
+                .with_context(|| format!("--set has {text:?}, which is no setting"))?,
         };
-        let mut seconds = Seconds {
-            calibration: started.elapsed().as_secs_f64(),
-            cut: 0.0,
-        };
-        let (compressed, plan) = self.cut(model, calibration.as_ref(), data, settings)?;
-        seconds.cut = started.elapsed().as_secs_f64() - seconds.calibration;
-        Ok((compressed, plan, seconds))
+        merge(&mut table, parsed);
     }
+    let seed = i64::try_from(global.seed).context("--seed is too large for a setting")?;
+    table.entry("seed").or_insert(toml::Value::Integer(seed));
+    let mut settings: Settings = table.try_into().context("the settings")?;
+    if let Some(globs) = &arguments.layers {
+        settings.selection.layers = globs
+            .split(',')
+            .map(|glob| glob.trim().to_owned())
+            .collect();
+    }
+    Ok(settings)
+}
 
-    /// Plans and cuts what was calibrated already.
-    pub(super) fn cut(
-        self,
-        model: &Model,
-        calibration: Option<&Calibration>,
-        data: Option<&CalibrationData>,
-        settings: &Settings,
-    ) -> Result<(Compressed, Plan)> {
-        let task = Task {
-            model,
-            calibration,
-            data,
-            settings: Some(settings),
-        };
-        let plan = self.method.plan(&task, &Budget::Keep(1.0 - self.ratio))?;
-        for module in &plan.modules {
-            if let Change::Leave { reason } = &module.change {
-                tracing::info!("{} stays as it is: {reason}", module.path);
+/// Puts every value of `from` into `into`, tables within tables.
+fn merge(into: &mut toml::Table, from: toml::Table) {
+    for (key, value) in from {
+        match (into.get_mut(&key), value) {
+            (Some(toml::Value::Table(into)), toml::Value::Table(from)) => merge(into, from),
+            (_, value) => {
+                into.insert(key, value);
             }
         }
-        let compressed = self.method.apply(&task, &plan)?;
-        Ok((compressed, plan))
     }
+}
+
+fn read(path: &Path) -> Result<String> {
+    let size = std::fs::metadata(path)
+        .with_context(|| format!("{} cannot be read", path.display()))?
+        .len();
+    ensure!(
+        size <= MOST,
+        "{} has {size} bytes, but at most {MOST} are read",
+        path.display()
+    );
+    std::fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))
 }
 
 /// What became of a module, in a word or two.

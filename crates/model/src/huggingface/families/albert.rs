@@ -92,6 +92,7 @@ pub(super) fn tower(config: &AlbertConfig, architecture: &Architecture<'_>) -> R
         final_norm: None,
         head,
         low_rank: Default::default(),
+        quantised: Default::default(),
     };
     Ok(Tower {
         name: "",

@@ -106,6 +106,7 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
         final_norm: None,
         head,
         low_rank: Default::default(),
+        quantised: Default::default(),
     };
     Ok(Tower {
         name: "",

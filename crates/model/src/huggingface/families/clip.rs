@@ -109,6 +109,7 @@ fn text(config: &ClipTextConfig, projection: usize) -> Result<Tower> {
             bias: false,
         },
         low_rank: Default::default(),
+        quantised: Default::default(),
     };
     let mut table = NameTable::new(&[]);
     table.same(
@@ -169,6 +170,7 @@ fn vision(config: &ClipVisionConfig, projection: usize) -> Result<Tower> {
             bias: false,
         },
         low_rank: Default::default(),
+        quantised: Default::default(),
     };
     let mut table = NameTable::new(&[]);
     table.add(

@@ -84,6 +84,7 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
         final_norm: Some(norm),
         head,
         low_rank: Default::default(),
+        quantised: Default::default(),
     };
     let prefix = if language_model { "transformer." } else { "" };
     let mut table = NameTable::new(&["transformer."]);

@@ -116,6 +116,7 @@ pub(super) fn tower(config: &LlamaConfig, architecture: &Architecture<'_>) -> Re
             HeadSpec::None
         },
         low_rank: Default::default(),
+        quantised: Default::default(),
     };
     let prefix = if language_model { "model." } else { "" };
     Ok(Tower {

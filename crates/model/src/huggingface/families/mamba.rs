@@ -67,6 +67,7 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
             HeadSpec::None
         },
         low_rank: Default::default(),
+        quantised: Default::default(),
     };
     let prefix = if language_model { "backbone." } else { "" };
     let mut table = NameTable::new(&["backbone."]);

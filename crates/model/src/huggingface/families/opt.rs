@@ -77,6 +77,7 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
         final_norm: final_norm.then_some(norm),
         head,
         low_rank: Default::default(),
+        quantised: Default::default(),
     };
     let prefix = if language_model {
         "model.decoder."

@@ -96,6 +96,7 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
         final_norm: Some(norm),
         head,
         low_rank: Default::default(),
+        quantised: Default::default(),
     };
     Ok(Tower {
         name: "",
