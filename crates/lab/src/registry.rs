@@ -109,6 +109,22 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::clustering::run,
     },
     System {
+        slug: "compression-survey",
+        title: "A Survey on Transformer Compression",
+        authors: "Tang, Wang, Guo, Tu, Han, Hu, Tao",
+        year: 2024,
+        arxiv: Some("2402.05964"),
+        kind: Kind::Compression,
+        parts: &[
+            "compress::awq",
+            "compress::gptq",
+            "compress::int4",
+            "compress::int8",
+            "compress::recipe",
+        ],
+        experiment: experiments::compression_survey::run,
+    },
+    System {
         slug: "contextual-decomposition",
         title: "Efficient Automated Circuit Discovery in Transformers using Contextual \
                 Decomposition",

@@ -157,6 +157,11 @@ fn curvature_edit() {
 }
 
 #[test]
+fn compression_survey() {
+    check("compression-survey");
+}
+
+#[test]
 fn dotresize() {
     check("dotresize");
 }
@@ -182,6 +187,7 @@ fn every_system_is_tested_here() {
             "chefer",
             "clip-text-decomposition",
             "clustering",
+            "compression-survey",
             "contextual-decomposition",
             "curvature-edit",
             "decomposition-xai",

@@ -8,6 +8,7 @@ pub mod chefer;
 pub mod classifier;
 pub mod clip;
 pub mod clustering;
+pub mod compression_survey;
 pub mod contextual;
 pub mod curvature;
 pub mod decoder;

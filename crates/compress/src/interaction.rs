@@ -1,0 +1,149 @@
+//! What two methods cost together beside what each costs alone, and whether their order counts.
+//!
+//! For a loss `L` and methods `A` and `B` that each take a fixed share,
+//!
+//! ```text
+//! Δ(A) = L(A) − L        Δ(A, B) = L(A then B) − L
+//! interaction = Δ(A, B) − Δ(A) − Δ(B)        order effect = Δ(A, B) − Δ(B, A)
+//! ```
+//!
+//! Where the losses were linear and the methods touched different parts both would be zero. A method
+//! that rounds and comes first is run again at the end, since the one after it needs numbers and
+//! gives numbers: what remains of its being first is that the other one saw rounded weights.
+
+use lapidary_model::Model;
+use serde::Serialize;
+
+use crate::method::{Method, Settings};
+use crate::recipe::{Recipe, Stage};
+use crate::{CalibrationData, Result};
+
+/// Two methods, together and alone.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Interaction {
+    /// Place of one method in the list.
+    pub first: usize,
+    /// Place of the other.
+    pub second: usize,
+    /// `Δ` of the first, then the second.
+    pub in_order: f64,
+    /// `Δ` of the second, then the first.
+    pub reversed: f64,
+    /// `Δ(first, second) − Δ(first) − Δ(second)`, the smaller `Δ` of both orders.
+    pub interaction: f64,
+    /// `Δ(first, second) − Δ(second, first)`.
+    pub order_effect: f64,
+}
+
+/// Every pair of some methods.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Interactions {
+    /// The loss of the model as it is.
+    pub whole: f64,
+    /// The methods.
+    pub methods: Vec<Stage>,
+    /// `Δ` of each alone.
+    pub alone: Vec<f64>,
+    /// Each pair once, those that go together.
+    pub pairs: Vec<Interaction>,
+    /// Pairs that do not go together, and why.
+    pub left_out: Vec<(String, String, String)>,
+}
+
+/// Measures every pair of `stages` by `loss`, which is smaller for a better model.
+///
+/// # Errors
+/// When a method by itself is not defined for the model, or the loss fails.
+pub fn interactions(
+    model: &Model,
+    stages: &[Stage],
+    data: Option<&CalibrationData>,
+    settings: &Settings,
+    mut loss: impl FnMut(&Model) -> Result<f64>,
+) -> Result<Interactions> {
+    let whole = loss(model)?;
+    let mut rise = |chain: &[&Stage]| -> Result<f64> {
+        Ok(loss(&after(model, chain, data, settings)?)? - whole)
+    };
+    let alone = stages
+        .iter()
+        .map(|stage| rise(&[stage]))
+        .collect::<Result<Vec<_>>>()?;
+    let (mut pairs, mut left_out) = (Vec::new(), Vec::new());
+    for (first, one) in stages.iter().enumerate() {
+        for (second, other) in stages.iter().enumerate().skip(first + 1) {
+            let both = rise(&[one, other]).and_then(|there| Ok((there, rise(&[other, one])?)));
+            let (in_order, reversed) = match both {
+                Ok(both) => both,
+                Err(error) => {
+                    let names = (one.method.clone(), other.method.clone());
+                    left_out.push((names.0, names.1, error.to_string()));
+                    continue;
+                }
+            };
+            let each = |index: usize| alone.get(index).copied().unwrap_or(0.0);
+            pairs.push(Interaction {
+                first,
+                second,
+                in_order,
+                reversed,
+                interaction: in_order.min(reversed) - each(first) - each(second),
+                order_effect: in_order - reversed,
+            });
+        }
+    }
+    Ok(Interactions {
+        whole,
+        methods: stages.to_vec(),
+        alone,
+        pairs,
+        left_out,
+    })
+}
+
+/// The model after the stages, in numbers between them.
+fn after(
+    model: &Model,
+    chain: &[&Stage],
+    data: Option<&CalibrationData>,
+    settings: &Settings,
+) -> Result<Model> {
+    let mut current: Option<Model> = None;
+    let mut again: Vec<&Stage> = Vec::new();
+    for (index, stage) in chain.iter().enumerate() {
+        let rounds = Method::find(&stage.method)?.rounds();
+        let mut next = alone(current.as_ref().unwrap_or(model), stage, data, settings)?;
+        if rounds && index + 1 < chain.len() {
+            next = next.dequantised()?;
+            again.push(stage);
+        }
+        current = Some(next);
+    }
+    for stage in again {
+        let cut = current.as_ref().unwrap_or(model);
+        // Two methods that round give one rounding: the last.
+        if cut.spec().quantised.is_empty() {
+            current = Some(alone(cut, stage, data, settings)?);
+        }
+    }
+    match current {
+        Some(model) => Ok(model),
+        None => model.written_out().map_err(Into::into),
+    }
+}
+
+fn alone(
+    model: &Model,
+    stage: &Stage,
+    data: Option<&CalibrationData>,
+    settings: &Settings,
+) -> Result<Model> {
+    let recipe = Recipe {
+        stages: vec![stage.clone()],
+    };
+    let mut done = recipe.run(model, data, settings)?;
+    match done.pop() {
+        Some(done) => Ok(done.compressed.model),
+        None => model.written_out().map_err(Into::into),
+    }
+}

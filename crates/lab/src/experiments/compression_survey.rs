@@ -1,0 +1,249 @@
+//! A survey of Transformer compression, as an experiment: families of methods alone, in pairs and in
+//! both orders, and what distillation gives back.
+//!
+//! The survey has no experiments of its own. Its statements about combinations are made on a decoder
+//! of a few blocks: feed-forward features and blocks taken out, matrices factorised, weights rounded.
+
+use super::narrowing::{Bench, Size};
+use super::{after_training, mean};
+use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
+use lapidary_compress::{
+    Fingerprint, HealData, HealSettings, Interactions, Recipe, Settings, Stage, heal, interactions,
+};
+
+/// What is taken away by each method that takes anything.
+const CUT: f64 = 0.25;
+
+const CHANNELS: &str = "channel-magnitude";
+const DEPTH: &str = "block-influence";
+const RANKS: &str = "whitened";
+const INT8: &str = "int8";
+const INT4: &str = "int4";
+const METHODS: [&str; 5] = [CHANNELS, DEPTH, RANKS, INT8, INT4];
+
+fn size(scale: Scale) -> Size {
+    match scale {
+        Scale::Smoke => Size {
+            seeds: 1,
+            width: 32,
+            blocks: 4,
+            steps: 20,
+            calibration: 8,
+            tests: 4,
+        },
+        _ => Size {
+            seeds: 2,
+            width: 96,
+            blocks: 4,
+            steps: 500,
+            calibration: 64,
+            tests: 64,
+        },
+    }
+}
+
+/// What distillation gave back to a student with fewer blocks.
+struct Recovered {
+    whole: f64,
+    cut: f64,
+    healed: f64,
+}
+
+struct Run {
+    table: Interactions,
+    recovered: Recovered,
+    /// Whether one recipe gave the same bytes twice.
+    repeats: bool,
+}
+
+/// Runs the experiment.
+pub fn run(setting: &Setting) -> Result<Reproduction> {
+    let size = size(setting.scale);
+    let steps = match setting.scale {
+        Scale::Smoke => 4,
+        _ => 100,
+    };
+    let runs = (0..size.seeds)
+        .map(|index| one_seed(&size, steps, setting.seed + index))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Reproduction {
+        setting: format!(
+            "generated language; gated decoder of {} blocks, width {}, {} steps of 16; a quarter \
+             taken away by each method that takes, groups of 32; distillation of {steps} steps \
+             after a quarter of the blocks; seeds: {}",
+            size.blocks, size.width, size.steps, size.seeds,
+        ),
+        claims: claims(setting, &runs),
+        plots: vec![plot(&runs)],
+        ..Reproduction::default()
+    })
+}
+
+fn stage(method: &str) -> Stage {
+    Stage {
+        method: method.to_owned(),
+        ratio: (!method.starts_with("int")).then_some(CUT),
+        settings: None,
+    }
+}
+
+fn one_seed(size: &Size, steps: u64, seed: u64) -> Result<Run> {
+    let bench = Bench::train(size, seed)?;
+    let settings = Settings::default();
+    let loss = |model: &lapidary_model::Model| -> lapidary_compress::Result<f64> {
+        Ok(bench.measured(model)?.ln())
+    };
+    let table = interactions(
+        &bench.model,
+        &METHODS.map(stage),
+        Some(&bench.data),
+        &settings,
+        loss,
+    )?;
+    let recipe = Recipe {
+        stages: [CHANNELS, INT4].map(stage).to_vec(),
+    };
+    let once = || -> Result<Option<Fingerprint>> {
+        let done = recipe.run(&bench.model, Some(&bench.data), &settings)?;
+        let last = done
+            .last()
+            .map(|done| Fingerprint::of(&done.compressed.model));
+        Ok(last.transpose()?)
+    };
+    Ok(Run {
+        repeats: once()? == once()?,
+        recovered: recovered(&bench, steps, seed)?,
+        table,
+    })
+}
+
+/// A quarter of the blocks is taken out, and the rest learns what the whole says.
+fn recovered(bench: &Bench, steps: u64, seed: u64) -> Result<Recovered> {
+    let cut = bench.compress(DEPTH, 1.0 - CUT, &Settings::default())?;
+    let data = HealData {
+        training: &bench.data,
+        validation: &bench.data,
+        teacher: Some(&bench.model),
+    };
+    let settings = HealSettings {
+        steps,
+        rate: 1e-3,
+        distil: 1.0,
+        seed,
+        ..HealSettings::default()
+    };
+    let (healed, _) = heal(&cut.model, &data, &settings, |_, _| ())?;
+    Ok(Recovered {
+        whole: bench.perplexity(&bench.model)?.ln(),
+        cut: bench.perplexity(&cut.model)?.ln(),
+        healed: bench.perplexity(&healed)?.ln(),
+    })
+}
+
+fn place(method: &str) -> usize {
+    METHODS.iter().position(|name| *name == method).unwrap_or(0)
+}
+
+/// `Δ` of a method alone, the mean over runs.
+fn alone(runs: &[Run], method: &str) -> f64 {
+    mean(
+        runs.iter()
+            .filter_map(|run| run.table.alone.get(place(method)).copied()),
+    )
+}
+
+/// `Δ` of one method after another, the mean over runs.
+fn in_order(runs: &[Run], first: &str, second: &str) -> f64 {
+    let (first, second) = (place(first), place(second));
+    mean(runs.iter().filter_map(|run| {
+        let pairs = &run.table.pairs;
+        let found = pairs
+            .iter()
+            .find_map(|pair| match (pair.first, pair.second) {
+                (a, b) if (a, b) == (first, second) => Some(pair.in_order),
+                (a, b) if (a, b) == (second, first) => Some(pair.reversed),
+                _ => None,
+            });
+        found
+    }))
+}
+
+fn claims(setting: &Setting, runs: &[Run]) -> Vec<Claim> {
+    let scale = setting.scale;
+    let (channels, int8) = (alone(runs, CHANNELS), alone(runs, INT8));
+    let both = in_order(runs, CHANNELS, INT8);
+    let (cut_first, rounded_first) = (
+        in_order(runs, CHANNELS, INT4),
+        in_order(runs, INT4, CHANNELS),
+    );
+    let gap = |of: fn(&Recovered) -> f64| mean(runs.iter().map(|run| of(&run.recovered)));
+    let (whole, cut, healed) = (gap(|r| r.whole), gap(|r| r.cut), gap(|r| r.healed));
+    let share = (cut - healed) / (cut - whole);
+    let pairs: Vec<String> = METHODS
+        .iter()
+        .enumerate()
+        .flat_map(|(index, first)| {
+            METHODS
+                .iter()
+                .skip(index + 1)
+                .map(move |second| (first, second))
+        })
+        .map(|(first, second)| {
+            let together = in_order(runs, first, second).min(in_order(runs, second, first));
+            let interaction = together - alone(runs, first) - alone(runs, second);
+            format!("{first} and {second} {interaction:+.4}")
+        })
+        .collect();
+    vec![
+        Claim::new(
+            "8 bits after a quarter of the features costs at most a tenth more than the sum of both",
+            "families of compression combine",
+            format!("features {channels:.4}, 8 bits {int8:.4}, both {both:.4} nats"),
+            after_training(scale, both <= 1.1 * (channels + int8)),
+        ),
+        Claim::new(
+            "at 4 bits, rounding before cutting is worse than cutting before rounding",
+            "quantisation comes last",
+            format!("cut first {cut_first:.4}, rounded first {rounded_first:.4} nats"),
+            after_training(scale, rounded_first > cut_first),
+        ),
+        Claim::new(
+            "distillation gives back at least 30 % of what a quarter of the blocks cost",
+            "distillation recovers",
+            format!(
+                "{:.0} %: {whole:.3} nats whole, {cut:.3} cut, {healed:.3} after distillation",
+                100.0 * share
+            ),
+            after_training(scale, share >= 0.3),
+        ),
+        Claim::new(
+            "one recipe gives the same bytes twice",
+            "exact",
+            format!("interactions of every pair, nats: {}", pairs.join("; ")),
+            Verdict::of(runs.iter().all(|run| run.repeats)),
+        ),
+    ]
+}
+
+fn plot(runs: &[Run]) -> Plot {
+    let line = |name: &str, of: &dyn Fn(&str) -> f64| Series {
+        name: name.to_owned(),
+        points: METHODS
+            .iter()
+            .enumerate()
+            .map(|(index, method)| (index as f64, of(method)))
+            .collect(),
+    };
+    Plot {
+        title: "What each method costs alone, and with features taken out before".to_owned(),
+        x: format!("0 to {}: {}", METHODS.len() - 1, METHODS.join(", ")),
+        y: "nats per token".to_owned(),
+        series: vec![
+            line("alone", &|method| alone(runs, method)),
+            line("after a quarter of the features", &|method| match method {
+                CHANNELS => alone(runs, CHANNELS),
+                other => in_order(runs, CHANNELS, other),
+            }),
+        ],
+    }
+}
