@@ -5,7 +5,7 @@ use lapidary_model::Model;
 use crate::entropy::EntropyChoice;
 use crate::methods::replace_me::ReplaceMe;
 use crate::methods::slicing::SliceSettings;
-use crate::methods::{LorapSettings, METHODS, ModegptSettings};
+use crate::methods::{LorapSettings, METHODS, ModegptSettings, PruneSettings};
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
 use crate::{Calibration, CalibrationData, Error, Requirements, Result, Selection};
@@ -54,6 +54,8 @@ pub struct Settings {
     pub lorap: LorapSettings,
     /// For `modegpt`.
     pub modegpt: ModegptSettings,
+    /// For the methods that set weights to zero, or take out whole heads or channels.
+    pub pruning: PruneSettings,
 }
 
 impl Default for Settings {
@@ -67,6 +69,7 @@ impl Default for Settings {
             entropy: EntropyChoice::default(),
             lorap: LorapSettings::default(),
             modegpt: ModegptSettings::default(),
+            pruning: PruneSettings::default(),
         }
     }
 }

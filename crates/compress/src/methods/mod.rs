@@ -9,12 +9,14 @@ pub(crate) mod entropy;
 pub(crate) mod linearise;
 pub(crate) mod lorap;
 pub(crate) mod modegpt;
+pub(crate) mod pruning;
 pub(crate) mod replace_me;
 pub(crate) mod shedder;
 pub mod slicing;
 
 pub use lorap::LorapSettings;
 pub use modegpt::ModegptSettings;
+pub use pruning::{Pattern, PruneSettings, Scope};
 
 use crate::factorisation::{
     ACTIVATION_WEIGHTED, FWSVD, GENERALISED_FISHER, ROW_COLUMN_FISHER, SVD, WHITENED,
@@ -26,6 +28,7 @@ pub(crate) const METHODS: &[&Method] = &[
     &ACTIVATION_WEIGHTED,
     &attention_cosine::ATTENTION_COSINE,
     &block_influence::BLOCK_INFLUENCE,
+    &pruning::CHANNEL_GRADIENT,
     &channel_magnitude::CHANNEL_MAGNITUDE,
     &slicing::COORDINATE_MAGNITUDE,
     &curvature::CURVATURE,
@@ -35,18 +38,24 @@ pub(crate) const METHODS: &[&Method] = &[
     &slicing::DOTRESIZE_SHARED,
     &entropy::ENTROPY_ATTENTION,
     &entropy::ENTROPY_BLOCKS,
+    &pruning::FIRST_ORDER,
     &FWSVD,
     &GENERALISED_FISHER,
     &linearise::LINEARISE,
     &lorap::LORAP,
+    &pruning::MAGNITUDE,
     &shedder::MAMBA_SHEDDER,
     &shedder::MAMBA_SHEDDER_SCAN,
     &modegpt::MODEGPT,
+    &pruning::PRUNE_HEADS,
+    &pruning::RANDOM_WEIGHTS,
     &replace_me::REPLACE_ME,
     &replace_me::REPLACE_ME_COSINE,
     &ROW_COLUMN_FISHER,
+    &pruning::SECOND_ORDER,
     &slicing::SLICEGPT,
     &slicing::SLICEGPT_SHARED,
     &SVD,
+    &pruning::WANDA,
     &WHITENED,
 ];

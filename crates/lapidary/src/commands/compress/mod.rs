@@ -2,6 +2,7 @@
 
 mod compare;
 mod data;
+mod healing;
 mod measure;
 mod show;
 mod stage;
@@ -14,7 +15,7 @@ use crate::{loading, output};
 use anyhow::{Context, Result, bail, ensure};
 use lapidary_compress::quality::{Window, sliding_windows};
 use lapidary_compress::{
-    CalibrationData, Compressed, Method, Plan, Report, Settings, Task, export_dense,
+    CalibrationData, Compressed, Method, Plan, PruneSettings, Report, Settings, Task, export_dense,
 };
 use lapidary_model::{Model, Package, SavedAs};
 use serde_json::json;
@@ -37,6 +38,10 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
     }
     let settings = Settings {
         seed: global.seed,
+        pruning: PruneSettings {
+            pattern: arguments.pattern.unwrap_or_default(),
+            ..PruneSettings::default()
+        },
         ..Settings::default()
     };
     match &arguments.compare {
@@ -89,7 +94,14 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         reports.push((compressed.report, seconds));
         current = Some(compressed.model);
     }
-    let compressed = current.context("no method was named")?;
+    let mut compressed = current.context("no method was named")?;
+    let mut healing = None;
+    if let Some(steps) = arguments.heal {
+        let (healed, report) =
+            healing::run(steps, &package, original, &compressed, arguments, global)?;
+        compressed = healed;
+        healing = Some(report);
+    }
 
     let windows = windows(&package, original, data.as_ref(), arguments)?;
     let measure = Measure {
@@ -113,6 +125,7 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         before,
         after,
         distance,
+        healing,
         held_out: arguments.evaluate.is_some(),
         dense: arguments.dense,
         saved,

@@ -127,6 +127,7 @@ pub(super) fn changed(change: &Change) -> String {
         Change::Factorise { rank } => format!("rank {rank}"),
         Change::Narrow { features } => format!("{features} features"),
         Change::NarrowHeads { query_key, value } => format!("heads of {query_key} and {value}"),
+        Change::FewerHeads { heads } => format!("{heads} heads"),
         Change::Slice { width } => format!("width {width}"),
         Change::Remove => "left out".to_owned(),
         Change::Linearise { blocks: 1 } => "a linear map".to_owned(),
