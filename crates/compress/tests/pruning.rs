@@ -592,7 +592,7 @@ fn what_is_pruned_loads_again() {
             let path = directory.path().join("model");
             Package::new(found.model, None).save(&path, None).unwrap();
             let options = OpenOptions {
-                dtype: Some(DType::F64),
+                dtype: DType::F64,
                 ..OpenOptions::default()
             };
             let package = Package::open(&path, &options).unwrap();

@@ -102,11 +102,15 @@ impl Updates {
                 detail: "the mask is of no parameter of the model".into(),
             });
         }
-        let masked = |tensors: Vec<Tensor>| -> Result<Vec<Tensor>> {
-            let pairs = self.names.iter().zip(&tensors);
-            pairs.map(|(name, tensor)| masks.masked(name, tensor)).collect()
-        };
-        let weights = masked(self.variables.iter().map(|v| v.as_tensor().detach()).collect())?;
+        // A variable cannot be set to itself, so that only those with a mask are.
+        let masked = self.names.iter().zip(&self.variables);
+        let masked = masked.filter(|(name, _)| masks.tensors().contains_key(*name));
+        let weights = masked
+            .map(|(name, variable)| {
+                let weight = masks.masked(name, &variable.as_tensor().detach())?;
+                Ok((variable.clone(), weight))
+            })
+            .collect::<Result<Vec<_>>>()?;
         let mut state = self.state()?;
         for (name, moments) in self.names.iter().zip(&mut state.moments) {
             for moment in moments {
@@ -119,7 +123,9 @@ impl Updates {
             average.resume(shadow.collect::<Result<_>>()?, average.updates())?;
         }
         self.load_state(&state)?;
-        self.set_weights(&weights)?;
+        for (variable, weight) in &weights {
+            set(variable, weight)?;
+        }
         self.masks = masks;
         Ok(())
     }
@@ -204,13 +210,6 @@ impl Updates {
         })
     }
 
-    fn set_weights(&self, weights: &[Tensor]) -> Result<()> {
-        for (variable, weight) in self.variables.iter().zip(weights) {
-            variable.set(weight).map_err(lapidary_kernels::Error::from)?;
-        }
-        Ok(())
-    }
-
     /// Everything that is needed to go on from here: tensors and counters by name.
     pub(crate) fn save(
         &self,
@@ -283,8 +282,13 @@ impl Updates {
         if let Some(average) = &mut self.average {
             average.resume(shadow, positions.get("average").copied().unwrap_or(0))?;
         }
-        self.set_weights(&weights)
+        let mut pairs = self.variables.iter().zip(&weights);
+        pairs.try_for_each(|(variable, weight)| set(variable, weight))
     }
+}
+
+fn set(variable: &Var, value: &Tensor) -> Result<()> {
+    Ok(variable.set(value).map_err(lapidary_kernels::Error::from)?)
 }
 
 /// What the names of masks begin with in a saved state.
