@@ -107,7 +107,11 @@ fn whatever_was_compressed_heals_and_keeps_its_shape_and_zeros() {
             assert!(report.after < report.before, "{method}: {report:?}");
             assert_eq!(healed.spec(), compressed.model.spec(), "{method}");
             assert_eq!(healed.dtype(), DType::F64);
-            assert_eq!(zero_masks(&healed), zero_masks(&compressed.model), "{method}");
+            assert_eq!(
+                zero_masks(&healed),
+                zero_masks(&compressed.model),
+                "{method}"
+            );
             assert_eq!(seen, report.training);
             let pruned = matches!(method, "magnitude" | "second-order");
             assert_eq!(report.zeros > 0, pruned, "{method}");
@@ -133,9 +137,17 @@ fn the_best_on_held_out_examples_comes_out() {
         ..steps(400)
     };
     let (healed, report) = heal(&original, &data, &settings, |_, _| ()).unwrap();
-    let least = report.validation.iter().map(|(_, loss)| *loss).fold(f64::INFINITY, f64::min);
+    let least = report
+        .validation
+        .iter()
+        .map(|(_, loss)| *loss)
+        .fold(f64::INFINITY, f64::min);
     assert_eq!(report.after, least);
-    assert_eq!(report.steps, report.best + 15, "three validations after the best");
+    assert_eq!(
+        report.steps,
+        report.best + 15,
+        "three validations after the best"
+    );
     assert_eq!(report.validation[0], (0, report.before));
     // Measured again, the model that came out has that loss.
     let again = heal(&healed, &data, &steps(0), |_, _| ()).unwrap().1;
@@ -148,8 +160,14 @@ fn the_best_on_held_out_examples_comes_out() {
         ..steps(5)
     };
     let (same, report) = heal(&healed, &data, &bad, |_, _| ()).unwrap();
-    assert_eq!((report.best, report.steps, report.after), (0, 2, report.before));
-    assert_eq!(Fingerprint::of(&same).unwrap(), Fingerprint::of(&healed).unwrap());
+    assert_eq!(
+        (report.best, report.steps, report.after),
+        (0, 2, report.before)
+    );
+    assert_eq!(
+        Fingerprint::of(&same).unwrap(),
+        Fingerprint::of(&healed).unwrap()
+    );
 }
 
 #[test]
@@ -188,12 +206,17 @@ fn the_originals_predictions_are_learned() {
             ..steps(60)
         };
         let (_, own) = heal(&original, &data, &distil, |_, _| ()).unwrap();
-        assert!(own.before.abs() < 1e-12 && own.after <= own.before, "{own:?}");
+        assert!(
+            own.before.abs() < 1e-12 && own.after <= own.before,
+            "{own:?}"
+        );
         let pruned = cut(&original, &training, "magnitude", 0.5).model;
         let (healed, report) = heal(&pruned, &data, &distil, |_, _| ()).unwrap();
         assert!(report.after < 0.5 * report.before, "{report:?}");
         let far = |model: &Model| -> f64 {
-            let pairs = scores(model, &validation).into_iter().zip(scores(&original, &validation));
+            let pairs = scores(model, &validation)
+                .into_iter()
+                .zip(scores(&original, &validation));
             pairs.map(|(a, b)| (a - b).powi(2)).sum()
         };
         assert!(far(&healed) < far(&pruned));
@@ -204,7 +227,11 @@ fn the_originals_predictions_are_learned() {
         let pruned = cut(&original, &training, "magnitude", 0.5).model;
         heal(&pruned, &data, &settings, |_, _| ()).unwrap().1.before
     };
-    close(&[before(0.25)], &[0.75 * before(0.0) + 0.25 * before(1.0)], 1e-12);
+    close(
+        &[before(0.25)],
+        &[0.75 * before(0.0) + 0.25 * before(1.0)],
+        1e-12,
+    );
 }
 
 /// `T² KL` at a temperature is what the definition says.
@@ -223,7 +250,10 @@ fn the_divergence_is_the_definitions() {
         validation: &data,
         teacher: Some(&original),
     };
-    let found = heal(&other, &learned, &settings, |_, _| ()).unwrap().1.before;
+    let found = heal(&other, &learned, &settings, |_, _| ())
+        .unwrap()
+        .1
+        .before;
     let softened = |scores: &[f64]| -> Vec<f64> {
         let all: Vec<f64> = scores.iter().map(|s| (s / temperature).exp()).collect();
         let sum: f64 = all.iter().sum();
@@ -268,10 +298,14 @@ fn classifiers_and_models_without_a_task_heal() {
     };
     let (_, report) = heal(&pruned, &data, &distil, |_, _| ()).unwrap();
     assert!(report.after < 0.7 * report.before, "{report:?}");
-    let error = heal(&pruned, &data, &steps(1), |_, _| ()).unwrap_err().to_string();
+    let error = heal(&pruned, &data, &steps(1), |_, _| ())
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("without a task"), "{error}");
     data.teacher = None;
-    let error = heal(&pruned, &data, &distil, |_, _| ()).unwrap_err().to_string();
+    let error = heal(&pruned, &data, &distil, |_, _| ())
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("original"), "{error}");
 }
 
@@ -301,13 +335,45 @@ fn settings_that_mean_nothing_are_refused_in_words() {
         teacher: Some(&original),
     };
     for (settings, words) in [
-        (HealSettings { rate: 0.0, ..steps(1) }, "rate"),
-        (HealSettings { batch: 0, ..steps(1) }, "batch"),
-        (HealSettings { distil: 1.5, ..steps(1) }, "distillation"),
-        (HealSettings { temperature: 0.0, ..steps(1) }, "temperature"),
-        (HealSettings { rate: f64::NAN, ..steps(1) }, "rate"),
+        (
+            HealSettings {
+                rate: 0.0,
+                ..steps(1)
+            },
+            "rate",
+        ),
+        (
+            HealSettings {
+                batch: 0,
+                ..steps(1)
+            },
+            "batch",
+        ),
+        (
+            HealSettings {
+                distil: 1.5,
+                ..steps(1)
+            },
+            "distillation",
+        ),
+        (
+            HealSettings {
+                temperature: 0.0,
+                ..steps(1)
+            },
+            "temperature",
+        ),
+        (
+            HealSettings {
+                rate: f64::NAN,
+                ..steps(1)
+            },
+            "rate",
+        ),
     ] {
-        let error = heal(&original, &learned, &settings, |_, _| ()).unwrap_err().to_string();
+        let error = heal(&original, &learned, &settings, |_, _| ())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(words), "{error}");
     }
 }
@@ -346,13 +412,22 @@ fn rounds_share_the_steps_and_reach_the_share() {
         let all = zero_masks(model).concat();
         all.iter().filter(|zero| **zero).count() as f64 / all.len() as f64
     };
-    for method in ["magnitude", "random-weights", "first-order", "wanda", "second-order"] {
+    for method in [
+        "magnitude",
+        "random-weights",
+        "first-order",
+        "wanda",
+        "second-order",
+    ] {
         for rounds in [1, 4] {
             let (found, healings) =
                 in_rounds(&original, method, 0.2, rounds, None, &steps(10)).unwrap();
             assert_eq!(healings.len(), rounds);
             assert_eq!(healings.iter().map(|h| h.training.len()).sum::<usize>(), 10);
-            assert!((sparsity(&found.model) - 0.8).abs() < 0.02, "{method} {rounds}");
+            assert!(
+                (sparsity(&found.model) - 0.8).abs() < 0.02,
+                "{method} {rounds}"
+            );
             assert!(healings.last().unwrap().zeros > 0);
         }
     }
@@ -377,8 +452,7 @@ fn rounds_share_the_steps_and_reach_the_share() {
 #[test]
 fn weights_are_rewound_under_the_masks() {
     let (original, early) = (model(DECODER, 3), model(DECODER, 8));
-    let (found, _) =
-        in_rounds(&original, "magnitude", 0.4, 3, Some(&early), &steps(0)).unwrap();
+    let (found, _) = in_rounds(&original, "magnitude", 0.4, 3, Some(&early), &steps(0)).unwrap();
     for (name, tensor) in found.model.parameters() {
         let early = values(&early.parameters()[name]);
         let pairs = values(tensor).into_iter().zip(early);

@@ -130,7 +130,12 @@ fn the_sparsity_is_the_one_that_was_asked_for() {
                         continue;
                     }
                     let found = found.unwrap();
-                    let pruned = zeros(&weights(&found.model).into_values().flatten().collect::<Vec<_>>());
+                    let pruned = zeros(
+                        &weights(&found.model)
+                            .into_values()
+                            .flatten()
+                            .collect::<Vec<_>>(),
+                    );
                     let apart = (pruned as f64 - share * total as f64).abs();
                     let layers = weights(&model).len() as f64;
                     let rows: usize = model
@@ -144,7 +149,10 @@ fn the_sparsity_is_the_one_that_was_asked_for() {
                         Scope::Layer => 0.5 * layers,
                         Scope::Row => 0.5 * rows as f64,
                     };
-                    assert!(apart <= allowed + 1e-9, "{kind} {method} {scope:?} {share}: {apart}");
+                    assert!(
+                        apart <= allowed + 1e-9,
+                        "{kind} {method} {scope:?} {share}: {apart}"
+                    );
                     for module in &found.report.modules {
                         let found = &weights(&found.model)[&module.path];
                         assert_eq!(module.parameters_before, found.len());
@@ -204,8 +212,12 @@ fn a_layer_keeps_its_mask_in_any_scale_but_not_among_others() {
     let data = windows(4, 3);
     // Values by `c` and the output by `1 / c` are the same function.
     let c = 8.0;
-    let scaled = altered(&gated, "blocks.0.attention.value.weight", |w| (w * c).unwrap());
-    let scaled = altered(&scaled, "blocks.0.attention.output.weight", |w| (w / c).unwrap());
+    let scaled = altered(&gated, "blocks.0.attention.value.weight", |w| {
+        (w * c).unwrap()
+    });
+    let scaled = altered(&scaled, "blocks.0.attention.output.weight", |w| {
+        (w / c).unwrap()
+    });
     close(&scores(&scaled, &data), &scores(&gated, &data), 1e-12);
     let masks = |model: &Model, scope: Scope, normalise: bool| -> Vec<bool> {
         let settings = settings(PruneSettings {
@@ -234,7 +246,9 @@ fn a_layer_keeps_its_mask_in_any_scale_but_not_among_others() {
 #[test]
 fn no_layer_collapses() {
     let decoder = model(DECODER, 2);
-    let tiny = altered(&decoder, "blocks.1.attention.key.weight", |w| (w * 1e-6).unwrap());
+    let tiny = altered(&decoder, "blocks.1.attention.key.weight", |w| {
+        (w * 1e-6).unwrap()
+    });
     for (keep_at_least, left) in [(0.01, 3), (0.25, 64)] {
         let settings = settings(PruneSettings {
             scope: Some(Scope::Global),
@@ -282,7 +296,9 @@ fn hidden(compressed: &Compressed) -> Vec<f64> {
 }
 
 fn words(tokens: impl IntoIterator<Item = u32>) -> CalibrationData {
-    let words = tokens.into_iter().map(|token| Example::labelled([token], token % 3));
+    let words = tokens
+        .into_iter()
+        .map(|token| Example::labelled([token], token % 3));
     CalibrationData::new(words.collect()).unwrap()
 }
 
@@ -374,7 +390,10 @@ fn making_up_for_what_goes_loses_less() {
         let (exact, blocks) = (error("second-order", 16), error("second-order", 4));
         let (aware, magnitude) = (error("wanda", 16), error("magnitude", 16));
         // Blocks of four that lose two each choose among few.
-        assert!(exact < blocks && exact < aware, "{kind}: {exact} {blocks} {aware}");
+        assert!(
+            exact < blocks && exact < aware,
+            "{kind}: {exact} {blocks} {aware}"
+        );
         assert!(exact < 0.7 * magnitude, "{kind}: {exact} {magnitude}");
     }
 }
@@ -439,7 +458,11 @@ fn planted_useless_features_go_and_nothing_else_does() {
         cut_by(&planted, &data, method, 1.0 - share, &settings).unwrap()
     };
     let found = by("first-order");
-    close(&scores(&found.model, &data), &scores(&planted, &data), 1e-12);
+    close(
+        &scores(&found.model, &data),
+        &scores(&planted, &data),
+        1e-12,
+    );
     for block in 0..2 {
         let up = &weights(&found.model)[&format!("blocks.{block}.feedforward.up")];
         for (feature, row) in up.chunks(16).enumerate() {
@@ -449,8 +472,18 @@ fn planted_useless_features_go_and_nothing_else_does() {
     }
     // Whole features by the same score.
     let narrow = cut(&planted, &data, "channel-gradient", 1.0 - share);
-    assert!(narrow.report.modules.iter().all(|module| module.change == Change::Narrow { features: 20 }));
-    close(&scores(&narrow.model, &data), &scores(&planted, &data), 1e-12);
+    assert!(
+        narrow
+            .report
+            .modules
+            .iter()
+            .all(|module| module.change == Change::Narrow { features: 20 })
+    );
+    close(
+        &scores(&narrow.model, &data),
+        &scores(&planted, &data),
+        1e-12,
+    );
 }
 
 /// Two inputs that are always equal, read with opposite weights, add nothing; so does one that
@@ -474,7 +507,14 @@ fn second_order_finds_what_adds_up_to_nothing() {
         damping: 1e-10,
         ..PruneSettings::default()
     });
-    let found = cut_by(&planted, &words(0..12), "second-order", 5.0 / 8.0, &settings).unwrap();
+    let found = cut_by(
+        &planted,
+        &words(0..12),
+        "second-order",
+        5.0 / 8.0,
+        &settings,
+    )
+    .unwrap();
     for (before, after) in weight.iter().zip(hidden(&found).chunks(8)) {
         for (column, value) in after.iter().enumerate() {
             match column {
@@ -498,7 +538,9 @@ fn written(model: &Model, data: &CalibrationData) -> Vec<f64> {
             trace: Some(&trace),
             ..Pass::default()
         };
-        model.forward(&lapidary_model::Input::tokens(ids), pass).unwrap();
+        model
+            .forward(&lapidary_model::Input::tokens(ids), pass)
+            .unwrap();
         for record in trace.records().into_values() {
             all.extend(values(record.signal.value()));
         }
@@ -559,7 +601,11 @@ fn a_head_taken_out_is_a_head_that_nothing_reads() {
         assert_eq!(left, groups, "half of the groups of two blocks");
         let masked = Model::new(whole.spec().clone(), &mut masked).unwrap();
         close(&scores(&found.model, &data), &scores(&masked, &data), 1e-12);
-        close(&written(&found.model, &data), &written(&masked, &data), 1e-12);
+        close(
+            &written(&found.model, &data),
+            &written(&masked, &data),
+            1e-12,
+        );
         assert!(found.report.after.parameters < found.report.before.parameters);
         assert!(found.report.after.flops_per_token < found.report.before.flops_per_token);
     }
@@ -570,16 +616,27 @@ fn a_head_taken_out_is_a_head_that_nothing_reads() {
 fn planted_useless_heads_go() {
     let whole = model(DECODER, 9);
     let planted = altered(&whole, "blocks.1.attention.output.weight", |output| {
-        let mask: Vec<f64> = (0..16).map(|i| f64::from(u8::from(i / 4 == 2 || i / 4 == 3))).collect();
+        let mask: Vec<f64> = (0..16)
+            .map(|i| f64::from(u8::from(i / 4 == 2 || i / 4 == 3)))
+            .collect();
         let mask = Tensor::from_vec(mask, (1, 16), &Device::Cpu).unwrap();
         output.broadcast_mul(&mask).unwrap()
     });
     let data = windows(5, 9);
     let found = cut(&planted, &data, "prune-heads", 0.75);
-    let changes: Vec<&Change> = found.report.modules.iter().map(|module| &module.change).collect();
+    let changes: Vec<&Change> = found
+        .report
+        .modules
+        .iter()
+        .map(|module| &module.change)
+        .collect();
     assert!(matches!(changes[0], Change::Leave { .. }));
     assert_eq!(changes[1], &Change::FewerHeads { heads: 2 });
-    close(&scores(&found.model, &data), &scores(&planted, &data), 1e-12);
+    close(
+        &scores(&found.model, &data),
+        &scores(&planted, &data),
+        1e-12,
+    );
 }
 
 #[test]
@@ -646,23 +703,53 @@ fn settings_that_mean_nothing_are_refused_in_words() {
     let decoder = model(DECODER, 2);
     let usual = PruneSettings::default;
     for (pruning, words) in [
-        (PruneSettings { pattern: Pattern::NOfM { n: 4, m: 4 }, ..usual() }, "4 of 4"),
-        (PruneSettings { keep_at_least: 1.0, ..usual() }, "share that each matrix keeps"),
-        (PruneSettings { damping: 0.0, ..usual() }, "damping"),
-        (PruneSettings { block: 0, ..usual() }, "columns of a block"),
         (
-            PruneSettings { block: 6, pattern: Pattern::NOfM { n: 2, m: 4 }, ..usual() },
-            "multiple of 4",
+            PruneSettings {
+                pattern: Pattern::NOfM { n: 4, m: 4 },
+                ..usual()
+            },
+            "4 of 4",
+        ),
+        (
+            PruneSettings {
+                keep_at_least: 1.0,
+                ..usual()
+            },
+            "share that each matrix keeps",
+        ),
+        (
+            PruneSettings {
+                damping: 0.0,
+                ..usual()
+            },
+            "damping",
+        ),
+        (
+            PruneSettings {
+                block: 0,
+                ..usual()
+            },
+            "columns of a block",
         ),
     ] {
         for method in WEIGHTS.into_iter().chain(STRUCTURED) {
             let method = Method::find(method).unwrap();
-            let error = method.requirements(&decoder, &settings(pruning.clone())).unwrap_err();
+            let error = method
+                .requirements(&decoder, &settings(pruning.clone()))
+                .unwrap_err();
             assert!(error.to_string().contains(words), "{error}");
         }
     }
-    let alibi = model(&DECODER.replace("causal = true", "causal = true, position = { kind = \"alibi\" }"), 1);
-    let error = Method::find("prune-heads").unwrap().requirements(&alibi, &Settings::default());
+    let alibi = model(
+        &DECODER.replace(
+            "causal = true",
+            "causal = true, position = { kind = \"alibi\" }",
+        ),
+        1,
+    );
+    let error = Method::find("prune-heads")
+        .unwrap()
+        .requirements(&alibi, &Settings::default());
     assert!(error.unwrap_err().to_string().contains("slope"));
     let table = Settings {
         selection: Selection {
@@ -671,14 +758,19 @@ fn settings_that_mean_nothing_are_refused_in_words() {
         },
         ..Settings::default()
     };
-    let error = Method::find("second-order").unwrap().requirements(&decoder, &table);
+    let error = Method::find("second-order")
+        .unwrap()
+        .requirements(&decoder, &table);
     assert!(error.unwrap_err().to_string().contains("vocabulary"));
     // The others take the table.
     for method in ["magnitude", "random-weights", "first-order", "wanda"] {
         let encoder = model(ENCODER, 1);
         let found = cut_by(&encoder, &labelled(6, 3, 1), method, 0.5, &table).unwrap();
         let name = "embeddings.tokens.weight";
-        assert!(zeros(&values(&found.model.parameters()[name])) > 0, "{method}");
+        assert!(
+            zeros(&values(&found.model.parameters()[name])) > 0,
+            "{method}"
+        );
         let positions = "embeddings.positions.weight";
         let untouched = |model: &Model| {
             let others = model.parameters().iter();
@@ -702,8 +794,10 @@ fn data_of(model: &Model) -> CalibrationData {
         lapidary_model::HeadSpec::Pooled { labels, .. } => *labels,
         _ => None,
     };
-    let sees_both = matches!(model.spec().head, lapidary_model::HeadSpec::LanguageModel { .. })
-        && !model.spec().is_causal();
+    let sees_both = matches!(
+        model.spec().head,
+        lapidary_model::HeadSpec::LanguageModel { .. }
+    ) && !model.spec().is_causal();
     let examples = (0..6).map(|index| {
         let content = match &model.spec().input {
             InputSpec::Patches(patches) => {
@@ -723,7 +817,9 @@ fn data_of(model: &Model) -> CalibrationData {
             content,
             target: match labels {
                 Some(labels) => Target::Label(index % labels as u32),
-                None if sees_both => Target::Tokens((0..8).map(|i| (i % 3 == 0).then_some(5)).collect()),
+                None if sees_both => {
+                    Target::Tokens((0..8).map(|i| (i % 3 == 0).then_some(5)).collect())
+                }
                 None => Target::None,
             },
         }
@@ -734,8 +830,17 @@ fn data_of(model: &Model) -> CalibrationData {
 #[test]
 fn every_family_is_pruned_or_says_why_not() {
     for name in [
-        "gpt2", "opt", "llama", "mistral", "qwen2", "bert-classifier", "bert-masked-lm",
-        "roberta-classifier", "vit", "mamba", "mixtral",
+        "gpt2",
+        "opt",
+        "llama",
+        "mistral",
+        "qwen2",
+        "bert-classifier",
+        "bert-masked-lm",
+        "roberta-classifier",
+        "vit",
+        "mamba",
+        "mixtral",
     ] {
         let package = family(name);
         let model = package.single_model().unwrap();
@@ -745,7 +850,10 @@ fn every_family_is_pruned_or_says_why_not() {
             match (name, method) {
                 ("mamba", "prune-heads") => {
                     let error = found.err().unwrap().to_string();
-                    assert!(error.contains("multi-head attention for prune-heads"), "{error}");
+                    assert!(
+                        error.contains("multi-head attention for prune-heads"),
+                        "{error}"
+                    );
                 }
                 ("mamba", "channel-gradient") => {
                     let error = found.err().unwrap().to_string();
@@ -753,7 +861,10 @@ fn every_family_is_pruned_or_says_why_not() {
                 }
                 (_, method) if STRUCTURED.contains(&method) => {
                     let report = found.unwrap().report;
-                    assert!(report.after.parameters < report.before.parameters, "{name} {method}");
+                    assert!(
+                        report.after.parameters < report.before.parameters,
+                        "{name} {method}"
+                    );
                 }
                 _ => {
                     let pruned = sparsity(&found.unwrap().model);

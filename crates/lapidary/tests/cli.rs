@@ -322,14 +322,21 @@ fn prunes_heals_and_says_what_zeros_take() {
     let again = directory.path().join("again");
     let text = lapidary(&[&arguments[..], &[again.to_str().unwrap()]].concat());
     let text = String::from_utf8(text.assert().success().get_output().stdout.clone()).unwrap();
-    for words in ["healing     3 steps", "zeros       ", "50.0 % zero", "healed on"] {
+    for words in [
+        "healing     3 steps",
+        "zeros       ",
+        "50.0 % zero",
+        "healed on",
+    ] {
         assert!(text.contains(words), "{words} in {text}");
     }
 }
 
 #[test]
 fn times_matrices_with_zeros() {
-    let arguments = ["bench", "sparse", "--width", "16", "--length", "8", "--repeat", "1"];
+    let arguments = [
+        "bench", "sparse", "--width", "16", "--length", "8", "--repeat", "1",
+    ];
     let report = json(&[&arguments[..], &["--json"]].concat());
     let rows = report["measured"].as_array().unwrap();
     let dense = rows.iter().find(|row| row["format"] == "dense").unwrap();
@@ -338,7 +345,10 @@ fn times_matrices_with_zeros() {
     let even = report["csr_breaks_even"]["bytes"].as_f64().unwrap();
     assert!(even > 0.3 && even < 0.5, "{even}");
     lapidary(&arguments).assert().success();
-    refused(&["bench", "sparse", "--width", "6"], &["6", "multiple of 4"]);
+    refused(
+        &["bench", "sparse", "--width", "6"],
+        &["6", "multiple of 4"],
+    );
 }
 
 #[test]
@@ -582,7 +592,11 @@ fn wrong_input_gets_one_sentence() {
         assert!(error.contains(words), "{words} in {error}");
     }
     refused(
-        &[&compress[..], &["--windows", "4", "--heal", "1", "--distil", "2"]].concat(),
+        &[
+            &compress[..],
+            &["--windows", "4", "--heal", "1", "--distil", "2"],
+        ]
+        .concat(),
         &["distillation", "0 to 1"],
     );
     refused(

@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lapidary_kernels::{
-    CrossEntropyOptions, DType, Device, Recomputation, Tensor, cross_entropy,
-};
+use lapidary_kernels::{CrossEntropyOptions, DType, Device, Recomputation, Tensor, cross_entropy};
 use lapidary_model::{Initialiser, Input, Model, Pass};
 use lapidary_parts::parameters::ParameterSource;
 use lapidary_signal::Trace;

@@ -95,7 +95,10 @@ impl Updates {
     /// # Errors
     /// When a mask is of no parameter, or of another shape; nothing has changed then.
     pub fn set_masks(&mut self, masks: Masks) -> Result<()> {
-        let unknown = masks.tensors().keys().find(|name| !self.names.contains(name));
+        let unknown = masks
+            .tensors()
+            .keys()
+            .find(|name| !self.names.contains(name));
         if let Some(name) = unknown {
             return Err(Error::Tensor {
                 name: name.clone(),

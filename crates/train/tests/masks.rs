@@ -91,12 +91,16 @@ fn values(tensors: &BTreeMap<String, Tensor>, name: &str) -> Vec<f32> {
 fn leaks(trainer: &Trainer, names: &[&str], n: usize) -> usize {
     let state = trainer.state().unwrap().tensors;
     let of = |name: &str| {
-        let saved = state.keys().filter(|key| {
-            key.ends_with(name) && !key.starts_with("mask.")
-        });
+        let saved = state
+            .keys()
+            .filter(|key| key.ends_with(name) && !key.starts_with("mask."));
         let leaks = saved.map(|key| {
             let values = values(&state, key);
-            values.iter().step_by(n).filter(|v| v.to_bits() != 0).count()
+            values
+                .iter()
+                .step_by(n)
+                .filter(|v| v.to_bits() != 0)
+                .count()
         });
         leaks.sum::<usize>()
     };
@@ -178,7 +182,10 @@ fn a_resumed_run_keeps_its_masks_and_its_bits() {
 fn a_mask_that_does_not_fit_changes_nothing() {
     let mut trainer = trainer(adamw(), None, 1);
     let before = values(trainer.model().parameters(), QUERY);
-    for (name, shape) in [("blocks.9.attention.query.weight", (16, 16)), (QUERY, (16, 8))] {
+    for (name, shape) in [
+        ("blocks.9.attention.query.weight", (16, 16)),
+        (QUERY, (16, 8)),
+    ] {
         let mask = Tensor::zeros(shape, lapidary_kernels::DType::U8, &Device::Cpu).unwrap();
         let masks = Masks::new([(name.to_owned(), mask)].into()).unwrap();
         let error = trainer.set_masks(masks).unwrap_err().to_string();

@@ -75,7 +75,11 @@ impl Default for HealSettings {
 impl HealSettings {
     fn check(&self) -> Result<()> {
         let wrong = |what: &str, found: String, expected: &str| {
-            Err(Error::invalid(format!("{what} of healing"), found, expected))
+            Err(Error::invalid(
+                format!("{what} of healing"),
+                found,
+                expected,
+            ))
         };
         if !(self.rate > 0.0 && self.rate.is_finite()) {
             return wrong("rate", self.rate.to_string(), "above 0");
@@ -212,7 +216,10 @@ pub fn heal(
         let loss = number(&value)?;
         if !loss.is_finite() {
             return Err(Error::NotFinite {
-                what: format!("the loss of step {step} of healing, at rate {}", settings.rate),
+                what: format!(
+                    "the loss of step {step} of healing, at rate {}",
+                    settings.rate
+                ),
             });
         }
         let mut gradients = engine(value.backward())?;
@@ -273,7 +280,11 @@ pub(crate) fn zeros(model: &Model) -> Result<Masks> {
     let names = Layer::all(model).into_iter();
     let names = names.map(|layer| Layer::weight_name(&layer.path));
     let weights: Vec<(String, Tensor)> = names
-        .filter_map(|name| parameters.get(&name).map(|tensor| (name.clone(), tensor.clone())))
+        .filter_map(|name| {
+            parameters
+                .get(&name)
+                .map(|tensor| (name.clone(), tensor.clone()))
+        })
         .collect();
     let weights = weights.iter().map(|(name, tensor)| (name.as_str(), tensor));
     Ok(Masks::of_zeros(weights)?)
@@ -406,9 +417,8 @@ impl<'a> Lesson<'a> {
             Some(teacher) => Some(self.distance(&output, &teacher, batch)?),
             None => None,
         };
-        let task = || -> Result<Tensor> {
-            engine(self.objective.losses(&output, batch)?.mean_all())
-        };
+        let task =
+            || -> Result<Tensor> { engine(self.objective.losses(&output, batch)?.mean_all()) };
         match learned {
             None => task(),
             Some(learned) if self.distil >= 1.0 => Ok(learned),

@@ -57,7 +57,9 @@ pub fn prune_and_heal(
     let mut current: Option<Compressed> = None;
     for round in 1..=rounds {
         let at = |round: usize| cubic_sparsity(0.0, goal, round as f64 / rounds as f64);
-        let before = current.as_ref().map_or(model, |compressed| &compressed.model);
+        let before = current
+            .as_ref()
+            .map_or(model, |compressed| &compressed.model);
         // What was set to zero is still there, and counts; what was taken out does not.
         let masks = current.as_ref().is_none_or(sets_zeros);
         let keep = match masks {

@@ -132,7 +132,11 @@ fn attentions(model: &Model) -> Result<Vec<Attention>> {
     let mut found = Vec::new();
     for (block, spec) in model.spec().expanded_blocks().iter().enumerate() {
         let refuse = |what: &str, is: &str, expected: &str| {
-            Err(Error::invalid(format!("the {what} of block {block}"), is, expected))
+            Err(Error::invalid(
+                format!("the {what} of block {block}"),
+                is,
+                expected,
+            ))
         };
         let spec = match &spec.attention {
             MixerSpec::MultiHead(spec) => spec,
@@ -152,7 +156,13 @@ fn attentions(model: &Model) -> Result<Vec<Attention>> {
                 "others for prune-heads: the slope of a head follows from how many there are",
             );
         }
-        if matches!(spec.query_key_norm, Some(QueryKeyNorm { per_head: false, .. })) {
+        if matches!(
+            spec.query_key_norm,
+            Some(QueryKeyNorm {
+                per_head: false,
+                ..
+            })
+        ) {
             return refuse(
                 "norm of queries and keys",
                 "over all heads together",
@@ -256,9 +266,8 @@ fn asked<'a>(
             )),
         };
     };
-    let attention = attention.ok_or_else(|| {
-        Error::invalid("plan", &planned.path, "of blocks with attention")
-    })?;
+    let attention = attention
+        .ok_or_else(|| Error::invalid("plan", &planned.path, "of blocks with attention"))?;
     let each = attention.each().max(1);
     match heads >= each && heads <= attention.spec.heads && heads.is_multiple_of(each) {
         true => Ok(Some((attention, heads / each))),

@@ -65,7 +65,10 @@ fn scores(edit: &Edit, unit: &Unit, calibration: &Calibration) -> Result<Vec<f64
     let mut total = super::saliency(edit, &unit.reader(), calibration)?.by_input();
     for writer in unit.writers() {
         let rows = super::saliency(edit, &writer, calibration)?.by_output();
-        total.iter_mut().zip(rows).for_each(|(sum, row)| *sum += row);
+        total
+            .iter_mut()
+            .zip(rows)
+            .for_each(|(sum, row)| *sum += row);
     }
     Ok(total)
 }

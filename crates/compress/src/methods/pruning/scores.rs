@@ -96,12 +96,20 @@ impl Criterion {
             }
             Self::FirstOrder => {
                 let squares = known()?;
-                weights.iter().zip(squares).map(|(w, g)| w * w * g).collect()
+                weights
+                    .iter()
+                    .zip(squares)
+                    .map(|(w, g)| w * w * g)
+                    .collect()
             }
             Self::ActivationAware => {
                 let lengths: Vec<f64> = known()?.into_iter().map(f64::sqrt).collect();
                 let columns = lengths.iter().cycle();
-                weights.iter().zip(columns).map(|(w, x)| w.abs() * x).collect()
+                weights
+                    .iter()
+                    .zip(columns)
+                    .map(|(w, x)| w.abs() * x)
+                    .collect()
             }
         })
     }

@@ -77,7 +77,9 @@ fn plan(task: &Task<'_>, budget: &Budget) -> Result<Plan> {
     check_pattern(&all.pruning, SECOND_ORDER.name, keep)?;
     let (layers, factorised) = matrices::chosen(task.model, &all.selection)?;
     let share = |layer: &Layer| pruned(uniform(layer, &all.pruning, keep));
-    let chosen = layers.iter().map(|layer| matrices::planned(layer, share(layer)));
+    let chosen = layers
+        .iter()
+        .map(|layer| matrices::planned(layer, share(layer)));
     Ok(Plan {
         method: SECOND_ORDER.name.to_owned(),
         modules: chosen.chain(matrices::left(&factorised)).collect(),
@@ -107,7 +109,10 @@ fn apply(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
                 share: *share,
                 by_row: scope == Scope::Row,
                 pattern: all.pruning.pattern,
-                block: all.pruning.block,
+                block: match all.pruning.pattern {
+                    Pattern::Unstructured => all.pruning.block,
+                    Pattern::NOfM { m, .. } => all.pruning.block.next_multiple_of(m),
+                },
             };
             prune(&mut weights, &inverse, rule)?;
             matrices::write(&mut edit, layer, weights)?;
@@ -165,7 +170,10 @@ impl Inverse {
     /// `[width, size − start]`.
     fn from(&self, start: usize, width: usize) -> Matrix {
         let size = self.upper.ncols();
-        let rows = self.upper.as_ref().submatrix(start, start, width, size - start);
+        let rows = self
+            .upper
+            .as_ref()
+            .submatrix(start, start, width, size - start);
         let square = self.upper.as_ref().submatrix(start, start, width, width);
         square.transpose() * rows
     }
@@ -197,7 +205,12 @@ fn prune(weights: &mut [f64], inverse: &Inverse, choice: Choice) -> Result<()> {
             .map(|(row, zeros)| {
                 let block = start..start + width;
                 let row = row.get(block.clone()).unwrap_or_default();
-                order(row, zeros.get(block).unwrap_or_default(), &part, choice.pattern)
+                order(
+                    row,
+                    zeros.get(block).unwrap_or_default(),
+                    &part,
+                    choice.pattern,
+                )
             })
             .collect();
         let end = start + width;

@@ -122,7 +122,10 @@ mod tests {
         assert_eq!(marked(Rule::Together(3), &scores, 3), [1, 2, 4]);
         assert_eq!(marked(Rule::EachRow(1), &scores, 3), [1, 4]);
         assert_eq!(marked(Rule::Groups { n: 1, m: 2 }, &scores, 3), [1, 4]);
-        assert_eq!(marked(Rule::Groups { n: 1, m: 3 }, &scores, 6), [0, 2, 3, 5]);
+        assert_eq!(
+            marked(Rule::Groups { n: 1, m: 3 }, &scores, 6),
+            [0, 2, 3, 5]
+        );
     }
 
     #[test]

@@ -61,7 +61,8 @@ pub struct PruneSettings {
     /// `λ` of `second-order`, in units of the mean square of a layer's inputs.
     pub damping: f64,
     /// Columns among which `second-order` chooses exactly; what it takes there is made up for in all
-    /// columns to the right. As many as a layer has is exact, and costs their cube for each row.
+    /// columns to the right. As many as a layer has is exact, and costs their cube for each row. With a
+    /// pattern, as many more as make its groups whole.
     pub block: usize,
 }
 
@@ -99,15 +100,11 @@ impl PruneSettings {
         if !(self.damping > 0.0 && self.damping.is_finite()) {
             return Err(Error::invalid("damping", self.damping, "above 0"));
         }
-        let unit = match self.pattern {
-            Pattern::Unstructured => 1,
-            Pattern::NOfM { m, .. } => m,
-        };
-        if self.block == 0 || !self.block.is_multiple_of(unit) {
+        if self.block == 0 {
             return Err(Error::invalid(
                 "columns of a block",
                 self.block,
-                format!("a multiple of {unit}, at least that"),
+                "at least 1",
             ));
         }
         Ok(())

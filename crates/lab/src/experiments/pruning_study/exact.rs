@@ -4,9 +4,9 @@ use crate::error::engine;
 use crate::experiments::{decoder, numbers};
 use crate::{Error, Result};
 use lapidary_compress::{
-    Budget, Calibration, CalibrationData, CalibrationOptions, HealData, HealSettings,
-    Method, PruneAndHeal, PruneSettings, Requirements, Scope, Selection, Settings,
-    Statistic, Task, prune_and_heal,
+    Budget, Calibration, CalibrationData, CalibrationOptions, HealData, HealSettings, Method,
+    PruneAndHeal, PruneSettings, Requirements, Scope, Selection, Settings, Statistic, Task,
+    prune_and_heal,
 };
 use lapidary_kernels::{DType, Device};
 use lapidary_model::Model;
@@ -87,13 +87,19 @@ fn zeros(model: &Model, data: &CalibrationData) -> Result<(usize, usize, u64)> {
             let weight = model.parameters().get(&format!("{}.weight", module.path));
             weight.map_or(Ok(Vec::new()), numbers)
         };
-        let pairs = weights(&before.model)?.into_iter().zip(weights(&after.model)?);
+        let pairs = weights(&before.model)?
+            .into_iter()
+            .zip(weights(&after.model)?);
         for (_, after) in pairs.filter(|(before, _)| *before == 0.0) {
             zeros += 1;
             changed += usize::from(after != 0.0);
         }
     }
-    Ok((zeros, changed, reports.iter().map(|report| report.steps).sum()))
+    Ok((
+        zeros,
+        changed,
+        reports.iter().map(|report| report.steps).sum(),
+    ))
 }
 
 /// One weight of each row of a layer goes: the difference between the error and its formula, and the
@@ -109,7 +115,10 @@ fn one_weight(model: &Model, data: &CalibrationData) -> Result<(f64, f64)> {
     let options = CalibrationOptions::default();
     let calibration = Calibration::collect(model, data, &needed, options)?;
     let mut hessian = numbers(calibration.tensor(&statistic)?)?;
-    let mean = (0..WIDTH).filter_map(|i| hessian.get(i * WIDTH + i)).sum::<f64>() / WIDTH as f64;
+    let mean = (0..WIDTH)
+        .filter_map(|i| hessian.get(i * WIDTH + i))
+        .sum::<f64>()
+        / WIDTH as f64;
     for i in 0..WIDTH {
         if let Some(entry) = hessian.get_mut(i * WIDTH + i) {
             *entry += DAMPING * mean;
@@ -148,9 +157,9 @@ fn one_weight(model: &Model, data: &CalibrationData) -> Result<(f64, f64)> {
     let (mut rise, mut gradient) = (0.0f64, 0.0f64);
     for (before, after) in before.chunks(WIDTH).zip(after.chunks(WIDTH)) {
         let delta: Vec<f64> = after.iter().zip(before).map(|(a, b)| a - b).collect();
-        let slope = hessian.chunks(WIDTH).map(|row| -> f64 {
-            row.iter().zip(&delta).map(|(h, d)| h * d).sum()
-        });
+        let slope = hessian
+            .chunks(WIDTH)
+            .map(|row| -> f64 { row.iter().zip(&delta).map(|(h, d)| h * d).sum() });
         let slope: Vec<f64> = slope.collect();
         let error: f64 = slope.iter().zip(&delta).map(|(s, d)| s * d).sum();
         let gone = after.iter().zip(before).zip(&inverse);

@@ -15,13 +15,13 @@ use lapidary_compress::{
 use lapidary_kernels::{SparseSizes, Tensor};
 use lapidary_model::Model;
 use lapidary_train::data::{BYTE_VOCABULARY, LanguageTask, Task};
-use lapidary_train::language::Split;
 use lapidary_train::generator;
+use lapidary_train::language::Split;
 
 /// The highest rate of healing, the largest that the study names.
 pub(super) const RATE: f64 = 5e-4;
-/// Sequences of a forward pass.
-const BATCH: usize = 16;
+/// Sequences of a forward pass, and of a step of healing.
+const BATCH: usize = 8;
 /// Methods that take out whole heads and channels, at these shares.
 const STRUCTURED: [&str; 3] = ["prune-heads", "channel-gradient", "channel-magnitude"];
 const TAKEN_OUT: [f64; 3] = [0.25, 0.5, 0.75];
@@ -87,7 +87,9 @@ impl Curves {
 
     /// Shares and losses of one criterion.
     pub(super) fn curve(&self, method: &str, way: Way) -> Vec<(f64, f64)> {
-        let shares = PLAIN.into_iter().map(|share| (share, self.loss(method, way, share)));
+        let shares = PLAIN
+            .into_iter()
+            .map(|share| (share, self.loss(method, way, share)));
         shares.filter(|(_, loss)| loss.is_finite()).collect()
     }
 
@@ -113,7 +115,10 @@ impl Curves {
             let mut by_share: BTreeMap<u64, Vec<&Point>> = BTreeMap::new();
             for point in &self.points {
                 if (point.method, point.way) == (method, Way::Plain) {
-                    by_share.entry(point.share.to_bits()).or_default().push(point);
+                    by_share
+                        .entry(point.share.to_bits())
+                        .or_default()
+                        .push(point);
                 }
             }
             let points = by_share.into_values().map(|points| {
@@ -201,8 +206,14 @@ pub(super) fn curves(size: Size, setting: &Setting, seed: u64) -> Result<Curves>
         }
         Ok(())
     };
-    let model =
-        decoder::train_watched(Recipe::default(), spec, sides.training, size.steps, seed, watch)?;
+    let model = decoder::train_watched(
+        Recipe::default(),
+        spec,
+        sides.training,
+        size.steps,
+        seed,
+        watch,
+    )?;
     let subject = Subject {
         early: match kept {
             Some(early) => early,
@@ -297,8 +308,12 @@ impl Subject {
             });
             Ok(())
         };
-        let plain = CRITERIA.iter().flat_map(|method| PLAIN.map(|share| (*method, share)));
-        let whole = STRUCTURED.iter().flat_map(|method| TAKEN_OUT.map(|share| (*method, share)));
+        let plain = CRITERIA
+            .iter()
+            .flat_map(|method| PLAIN.map(|share| (*method, share)));
+        let whole = STRUCTURED
+            .iter()
+            .flat_map(|method| TAKEN_OUT.map(|share| (*method, share)));
         for (name, share) in plain.chain(whole) {
             let method = Method::find(name)?;
             let task = Cut {
@@ -312,11 +327,21 @@ impl Subject {
         }
         for name in CRITERIA {
             for share in HEALED {
-                add(name, Way::Healed, share, &self.healed(name, share, 1, None)?)?;
+                add(
+                    name,
+                    Way::Healed,
+                    share,
+                    &self.healed(name, share, 1, None)?,
+                )?;
             }
             for share in IN_ROUNDS {
                 let rounds = self.size.rounds;
-                add(name, Way::Rounds, share, &self.healed(name, share, rounds, None)?)?;
+                add(
+                    name,
+                    Way::Rounds,
+                    share,
+                    &self.healed(name, share, rounds, None)?,
+                )?;
             }
         }
         for share in IN_ROUNDS {

@@ -27,7 +27,7 @@ const CRITERIA: [&str; 5] = [
 /// Shares at which nothing is trained afterwards.
 const PLAIN: [f64; 10] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95];
 /// Shares that are healed.
-const HEALED: [f64; 4] = [0.5, 0.7, 0.8, 0.9];
+const HEALED: [f64; 3] = [0.5, 0.7, 0.9];
 /// Shares that are healed in rounds as well.
 const IN_ROUNDS: [f64; 2] = [0.7, 0.9];
 /// Shares of weights beyond which the smallest are claimed to cost less than random ones.
@@ -64,11 +64,11 @@ impl Size {
             Scale::Small => Self {
                 blocks: 4,
                 width: 128,
-                steps: 400,
+                steps: 300,
                 healing: 40,
                 rounds: 4,
                 calibration: 32,
-                tests: 48,
+                tests: 32,
                 seeds: 3,
             },
             Scale::Full => Self {
@@ -212,8 +212,8 @@ fn rounds_do_no_worse(scale: Scale, curves: &Curves) -> Claim {
     };
     let all = pairs.clone().count();
     let count = pairs.filter(no_worse).count();
-    let [one, many, rewound] = [Way::Healed, Way::Rounds, Way::Rewound]
-        .map(|way| curves.loss("magnitude", way, 0.9));
+    let [one, many, rewound] =
+        [Way::Healed, Way::Rounds, Way::Rewound].map(|way| curves.loss("magnitude", way, 0.9));
     Claim::new(
         "rounds are no worse than one shot with as many steps at 70 % and more",
         "iterative ≥ one-shot at ≥ 70 % (estimate)",
@@ -307,8 +307,16 @@ fn plots(curves: &Curves, noisy: &[noise::Curve]) -> Vec<Plot> {
     let control: f64 = noisy.iter().map(|curve| curve.control).sum();
     vec![
         against_sparsity("One shot, no training", Way::Plain, curves.dense()),
-        against_sparsity("One shot, trained afterwards", Way::Healed, curves.control()),
-        against_sparsity("In rounds, trained in between", Way::Rounds, curves.control()),
+        against_sparsity(
+            "One shot, trained afterwards",
+            Way::Healed,
+            curves.control(),
+        ),
+        against_sparsity(
+            "In rounds, trained in between",
+            Way::Rounds,
+            curves.control(),
+        ),
         Plot {
             title: "Loss against bytes, each matrix stored as is smallest, no training".to_owned(),
             x: "bytes".to_owned(),

@@ -12,7 +12,7 @@ use lapidary_model::{Initialiser, Model};
 use lapidary_train::generator;
 
 /// Shares that are pruned.
-pub(super) const SHARES: [f64; 8] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9];
+pub(super) const SHARES: [f64; 6] = [0.2, 0.3, 0.4, 0.5, 0.6, 0.8];
 
 struct Size {
     examples: usize,
@@ -32,9 +32,9 @@ impl Size {
             },
             Scale::Small => Self {
                 examples: 1000,
-                tests: 1000,
-                steps: 500,
-                healing: 100,
+                tests: 600,
+                steps: 400,
+                healing: 80,
             },
             Scale::Full => Self {
                 examples: 1000,

@@ -54,17 +54,32 @@ pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
         let matrix = drawn(rows, columns, sparsity, global.seed)?;
         let csr = CsrMatrix::from_dense(&matrix)?;
         let bitmap = BitmapMatrix::from_dense(&matrix)?;
-        found.push(measured(arguments, "CSR", sparsity, csr.bytes(), &inputs, |x| {
-            Ok(csr.multiply(x)?)
-        })?);
-        found.push(measured(arguments, "bitmap", sparsity, bitmap.bytes(), &inputs, |x| {
-            Ok(bitmap.multiply(x)?)
-        })?);
+        found.push(measured(
+            arguments,
+            "CSR",
+            sparsity,
+            csr.bytes(),
+            &inputs,
+            |x| Ok(csr.multiply(x)?),
+        )?);
+        found.push(measured(
+            arguments,
+            "bitmap",
+            sparsity,
+            bitmap.bytes(),
+            &inputs,
+            |x| Ok(bitmap.multiply(x)?),
+        )?);
     }
     let pairs = TwoOfFourMatrix::from_dense(&halved(&whole)?)?;
-    found.push(measured(arguments, "2 of 4", 0.5, pairs.bytes(), &inputs, |x| {
-        Ok(pairs.multiply(x)?)
-    })?);
+    found.push(measured(
+        arguments,
+        "2 of 4",
+        0.5,
+        pairs.bytes(),
+        &inputs,
+        |x| Ok(pairs.multiply(x)?),
+    )?);
     let even = |of: fn(&Row) -> f64| break_even(&found, "CSR", of(&dense), of);
     let even = [
         ("bytes", even(|row| row.bytes as f64)),
@@ -88,7 +103,13 @@ pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
 fn shown(found: &[Row], even: &[(&str, Option<f64>)], size: (usize, usize, usize)) -> String {
     let (rows, columns, tokens) = size;
     let mut table = Table::new();
-    let header = ["format", "zeros", "bytes", "one vector, µs", "all tokens, µs"];
+    let header = [
+        "format",
+        "zeros",
+        "bytes",
+        "one vector, µs",
+        "all tokens, µs",
+    ];
     table.load_style(presets::NOTHING).set_header(header);
     for row in found {
         table.add_row([
@@ -102,7 +123,10 @@ fn shown(found: &[Row], even: &[(&str, Option<f64>)], size: (usize, usize, usize
     let mut text = format!("a matrix {rows}×{columns} times 1 and {tokens} vectors\n\n{table}\n\n");
     for (what, sparsity) in even {
         text += &match sparsity {
-            Some(sparsity) => format!("CSR breaks even in {what} at {:.0} % zeros\n", 100.0 * sparsity),
+            Some(sparsity) => format!(
+                "CSR breaks even in {what} at {:.0} % zeros\n",
+                100.0 * sparsity
+            ),
             None => format!("CSR does not break even in {what} at any share of zeros measured\n"),
         };
     }
@@ -113,7 +137,10 @@ fn shown(found: &[Row], even: &[(&str, Option<f64>)], size: (usize, usize, usize
 /// by a straight line; none where the last one still takes more.
 fn break_even(found: &[Row], format: &str, dense: f64, of: fn(&Row) -> f64) -> Option<f64> {
     let rows: Vec<&Row> = found.iter().filter(|row| row.format == format).collect();
-    let first = rows.iter().rposition(|row| of(row) > dense).map_or(0, |last| last + 1);
+    let first = rows
+        .iter()
+        .rposition(|row| of(row) > dense)
+        .map_or(0, |last| last + 1);
     let after = rows.get(first)?;
     let Some(before) = first.checked_sub(1).and_then(|before| rows.get(before)) else {
         return Some(after.sparsity);

@@ -74,5 +74,8 @@ fn examples(
         "--heal has {} example, but needs at least 2: one to train on and one held out",
         all.len()
     );
-    Ok((CalibrationData::new(training)?, CalibrationData::new(validation)?))
+    Ok((
+        CalibrationData::new(training)?,
+        CalibrationData::new(validation)?,
+    ))
 }

@@ -176,11 +176,19 @@ impl Outcome {
     fn stage_lines(&self) -> Vec<String> {
         let mut lines = Vec::new();
         for (report, _) in &self.reports {
-            lines.extend(report.notes.iter().map(|note| format!("zeros       {note}")));
+            lines.extend(
+                report
+                    .notes
+                    .iter()
+                    .map(|note| format!("zeros       {note}")),
+            );
         }
         if let Some(healing) = &self.healing {
             let from = match healing.distil > 0.0 {
-                true => format!(" and the original's predictions (weight {})", healing.distil),
+                true => format!(
+                    " and the original's predictions (weight {})",
+                    healing.distil
+                ),
                 false => String::new(),
             };
             lines.push(format!(
@@ -261,7 +269,10 @@ impl Outcome {
         if let Some(healing) = &self.healing {
             let series = |name: &str, points: &[(u64, f64)]| Series {
                 name: name.to_owned(),
-                points: points.iter().map(|(step, loss)| (*step as f64, *loss)).collect(),
+                points: points
+                    .iter()
+                    .map(|(step, loss)| (*step as f64, *loss))
+                    .collect(),
             };
             plots.push(Plot {
                 title: "Healing".to_owned(),
