@@ -139,6 +139,15 @@ impl Edit {
         self.spec.quantised.retain(|name, _| !below(name));
     }
 
+    /// The changed model up to and with this block: what shows what the block reads.
+    pub(crate) fn through(&self, index: usize) -> Result<Model> {
+        let mut spec = self.spec.clone();
+        spec.blocks.truncate(index + 1);
+        let here = |path: &String| block_of(path).is_none_or(|(block, _)| block <= index);
+        spec.low_rank.retain(|path, _| here(path));
+        Ok(Model::new(spec, &mut self.parameters.clone())?)
+    }
+
     /// The changed model.
     pub(crate) fn finish(mut self) -> Result<Model> {
         Ok(Model::new(self.spec, &mut self.parameters)?)

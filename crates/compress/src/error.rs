@@ -56,6 +56,9 @@ pub enum Error {
     /// An operation failed.
     #[error(transparent)]
     Signal(#[from] lapidary_signal::Error),
+    /// Training failed.
+    #[error(transparent)]
+    Training(#[from] lapidary_train::Error),
     /// A kernel failed.
     #[error(transparent)]
     Kernel(#[from] lapidary_kernels::Error),

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::method::{Method, Settings};
 use crate::recipe::{Recipe, Stage};
-use crate::{CalibrationData, Result};
+use crate::{CalibrationData, Error, Result};
 
 /// Two methods, together and alone.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -54,21 +54,21 @@ pub struct Interactions {
 ///
 /// # Errors
 /// When a method by itself is not defined for the model, or the loss fails.
-pub fn interactions(
+pub fn interactions<E: From<Error> + std::fmt::Display>(
     model: &Model,
     stages: &[Stage],
     data: Option<&CalibrationData>,
     settings: &Settings,
-    mut loss: impl FnMut(&Model) -> Result<f64>,
-) -> Result<Interactions> {
+    mut loss: impl FnMut(&Model) -> std::result::Result<f64, E>,
+) -> std::result::Result<Interactions, E> {
     let whole = loss(model)?;
-    let mut rise = |chain: &[&Stage]| -> Result<f64> {
+    let mut rise = |chain: &[&Stage]| -> std::result::Result<f64, E> {
         Ok(loss(&after(model, chain, data, settings)?)? - whole)
     };
     let alone = stages
         .iter()
         .map(|stage| rise(&[stage]))
-        .collect::<Result<Vec<_>>>()?;
+        .collect::<std::result::Result<Vec<_>, E>>()?;
     let (mut pairs, mut left_out) = (Vec::new(), Vec::new());
     for (first, one) in stages.iter().enumerate() {
         for (second, other) in stages.iter().enumerate().skip(first + 1) {

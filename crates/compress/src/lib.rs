@@ -7,8 +7,8 @@
 //! 3. [`Plan::new`] gives each layer its share of a [`Budget`]; nothing is cut yet.
 //! 4. [`Plan::apply`] makes the [`Compressed`] model with a [`Report`], and refuses statistics
 //!    that belong to other weights.
-//! 5. [`quality`] measures what is left; [`Compressed::trainable`] is where fine-tuning starts;
-//!    [`export_dense`] multiplies the factors out again.
+//! 5. [`quality`] measures what is left; [`heal`] trains it further; [`export_dense`] multiplies the
+//!    factors out again.
 //!
 //! ```
 //! use lapidary_compress::{
@@ -49,6 +49,7 @@ mod export;
 pub mod factorisation;
 mod fingerprint;
 pub mod fisher;
+mod heal;
 mod interaction;
 mod method;
 mod methods;
@@ -69,6 +70,9 @@ pub use error::{Error, Result};
 pub use export::{export_dense, two_layer_parameters};
 pub use factorisation::Factorisation;
 pub use fingerprint::Fingerprint;
+pub use heal::{
+    HealData, HealReport, HealSettings, PruneAndHeal, cubic_sparsity, heal, prune_and_heal,
+};
 pub use interaction::{Interaction, Interactions, interactions};
 pub use method::{Method, Schedule, Settings, Task};
 pub use methods::curvature;
@@ -76,7 +80,9 @@ pub use methods::linearise::linearity_scores;
 pub use methods::replace_me::{CosineDescent, ReplaceMe, angular_distances};
 pub use methods::shedder::{Search, SearchStep, Shed};
 pub use methods::slicing;
-pub use methods::{LorapSettings, ModegptSettings, QuantiseSettings};
+pub use methods::{
+    LorapSettings, ModegptSettings, Pattern, PruneSettings, QuantiseSettings, Scope,
+};
 pub use objective::Objective;
 pub use output::output_errors;
 pub use plan::{Budget, Change, ModulePlan, Plan};

@@ -6,7 +6,7 @@ use crate::entropy::EntropyChoice;
 use crate::methods::quantise::ROUNDING;
 use crate::methods::replace_me::ReplaceMe;
 use crate::methods::slicing::SliceSettings;
-use crate::methods::{LorapSettings, METHODS, ModegptSettings, QuantiseSettings};
+use crate::methods::{LorapSettings, METHODS, ModegptSettings, PruneSettings, QuantiseSettings};
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
 use crate::{Calibration, CalibrationData, Error, Requirements, Result, Selection};
@@ -59,6 +59,8 @@ pub struct Settings {
     pub modegpt: ModegptSettings,
     /// How weights are rounded.
     pub quantise: QuantiseSettings,
+    /// For the methods that set weights to zero, or take out whole heads or channels.
+    pub pruning: PruneSettings,
 }
 
 impl Default for Settings {
@@ -73,6 +75,7 @@ impl Default for Settings {
             lorap: LorapSettings::default(),
             modegpt: ModegptSettings::default(),
             quantise: QuantiseSettings::default(),
+            pruning: PruneSettings::default(),
         }
     }
 }

@@ -64,6 +64,11 @@ pub enum Change {
         /// Features of a value.
         value: usize,
     },
+    /// Whole heads of attention are taken out, with their groups of keys and values.
+    FewerHeads {
+        /// Query heads that are left.
+        heads: usize,
+    },
     /// The residual stream at a module's input becomes narrower.
     Slice {
         /// Features of a token that are left.

@@ -137,6 +137,8 @@ pub struct Report {
     pub tokens: usize,
     /// Every module that the plan speaks of.
     pub modules: Vec<ModuleReport>,
+    /// What else there is to say of the whole.
+    pub notes: Vec<String>,
     /// The model before.
     pub before: Size,
     /// The model after.
@@ -186,6 +188,7 @@ impl Compressed {
                     .or(task.data.map(CalibrationData::tokens))
                     .unwrap_or(0),
                 modules,
+                notes: Vec::new(),
                 before: Size::of(task.model),
                 after: Size::of(&model),
             },

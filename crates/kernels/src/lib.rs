@@ -39,6 +39,7 @@ mod rows;
 mod simd;
 mod softmax;
 mod sort;
+mod sparse;
 mod streams;
 #[cfg(test)]
 mod test_data;
@@ -69,6 +70,7 @@ pub use rotary::{merged_rotary, rotary};
 pub use rows::{reject_rows, unit_rows};
 pub use softmax::{log_softmax, softmax};
 pub use sort::{sort, top_k};
+pub use sparse::{BitmapMatrix, CsrMatrix, SparseSizes, TwoOfFourMatrix};
 pub use streams::{
     StreamAffine, StreamBuffer, StreamShare, stream_affine, stream_dot, stream_mix, stream_mix_own,
     stream_squares, stream_sum,

@@ -291,6 +291,27 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::squashing::run,
     },
     System {
+        slug: "pruning-study",
+        title: "Can pruning make Large Language Models more efficient?",
+        authors: "Gholami, Omar",
+        year: 2023,
+        arxiv: Some("2310.04573"),
+        kind: Kind::Compression,
+        parts: &[
+            "compress::magnitude",
+            "compress::random-weights",
+            "compress::first-order",
+            "compress::wanda",
+            "compress::second-order",
+            "compress::prune-heads",
+            "compress::channel-gradient",
+            "compress::heal",
+            "train::Masks",
+            "kernels::CsrMatrix",
+        ],
+        experiment: experiments::pruning_study::run,
+    },
+    System {
         slug: "replaceme",
         title: "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block \
                 Linearization",

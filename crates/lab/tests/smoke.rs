@@ -137,6 +137,11 @@ fn mamba_shedder() {
 }
 
 #[test]
+fn pruning_study() {
+    check("pruning-study");
+}
+
+#[test]
 fn replaceme() {
     check("replaceme");
 }
@@ -203,6 +208,7 @@ fn every_system_is_tested_here() {
             "mamba-shedder",
             "modegpt",
             "over-squashing",
+            "pruning-study",
             "replaceme",
             "slicegpt",
             "talking-heads",

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use lapidary_compress::Pattern;
 use lapidary_explain::contextual::Phrase;
 use lapidary_explain::{Explainer, explainers};
 
@@ -273,7 +274,7 @@ pub enum Analysis {
     Circuit(crate::commands::inspect::circuit::Circuit),
 }
 
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Clone)]
 pub struct Compress {
     /// A model directory, or `embedded`
     pub model: String,
@@ -326,6 +327,29 @@ pub struct Compress {
     /// Multiply the factors out, so that the result has the original architecture and size
     #[arg(long)]
     pub dense: bool,
+    /// Train the compressed model for so many steps on the calibration text, of which a tenth is
+    /// held out to tell when it is best
+    #[arg(long, value_name = "STEPS", conflicts_with_all = ["compare", "plan_only"])]
+    pub heal: Option<u64>,
+    /// Highest learning rate of --heal
+    #[arg(long, value_name = "RATE", default_value_t = 1e-4, requires = "heal")]
+    pub heal_rate: f64,
+    /// Weight of the original's predictions in the loss of --heal, between 0 and 1
+    #[arg(long, value_name = "WEIGHT", default_value_t = 0.0, requires = "heal")]
+    pub distil: f64,
+    /// Where methods that set weights to zero may do so: `N:M` leaves N of every M neighbours, as
+    /// 2:4, at the ratio that this comes to; anywhere when absent
+    #[arg(long, value_name = "N:M", value_parser = pattern)]
+    pub pattern: Option<Pattern>,
+}
+
+fn pattern(text: &str) -> Result<Pattern, String> {
+    let numbers = text.split_once(':');
+    let numbers = numbers.and_then(|(n, m)| Some((n.parse().ok()?, m.parse().ok()?)));
+    match numbers {
+        Some((n, m)) if 0 < n && n < m => Ok(Pattern::NOfM { n, m }),
+        _ => Err("must be two numbers, the first below the second, as in 2:4".to_owned()),
+    }
 }
 
 #[derive(Args, Debug)]
@@ -463,7 +487,7 @@ pub struct Reproduce {
 
 #[derive(Args, Debug)]
 pub struct Bench {
-    /// forward, step, explain, generate or start
+    /// forward, step, explain, generate or sparse
     #[arg(default_value = "step")]
     pub work: String,
     /// Model directory for the works that need one

@@ -283,6 +283,75 @@ fn generation_is_the_same_with_and_without_a_cache() {
 }
 
 #[test]
+fn prunes_heals_and_says_what_zeros_take() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("cut");
+    let page = directory.path().join("page.html");
+    let arguments = [
+        "compress",
+        "embedded",
+        "--method",
+        "second-order",
+        "--ratio",
+        "0.5",
+        "--pattern",
+        "2:4",
+        "--windows",
+        "4",
+        "--window",
+        "32",
+        "--heal",
+        "3",
+        "--heal-rate",
+        "0.0003",
+        "--distil",
+        "0.5",
+        "--html",
+        page.to_str().unwrap(),
+        "--out",
+    ];
+    let report = json(&[&arguments[..], &[out.to_str().unwrap(), "--json"]].concat());
+    let healing = &report["healing"];
+    assert_eq!(healing["training"].as_array().unwrap().len(), 3);
+    assert!(healing["after"].as_f64().unwrap() <= healing["before"].as_f64().unwrap());
+    assert!(healing["zeros"].as_u64().unwrap() > 0);
+    let note = report["report"]["notes"][0].as_str().unwrap();
+    assert!(note.contains("as 2 of 4"), "{note}");
+    let page = std::fs::read_to_string(&page).unwrap();
+    assert!(page.contains("Healing") && page.contains("as 2 of 4"));
+    let again = directory.path().join("again");
+    let mut text = lapidary(&[&arguments[..], &[again.to_str().unwrap()]].concat());
+    let text = String::from_utf8(text.assert().success().get_output().stdout.clone()).unwrap();
+    for words in [
+        "healing     3 steps",
+        "zeros       ",
+        "50.0 % zero",
+        "healed on",
+    ] {
+        assert!(text.contains(words), "{words} in {text}");
+    }
+}
+
+#[test]
+fn times_matrices_with_zeros() {
+    let arguments = [
+        "bench", "sparse", "--width", "16", "--length", "8", "--repeat", "1",
+    ];
+    let report = json(&[&arguments[..], &["--json"]].concat());
+    let rows = report["measured"].as_array().unwrap();
+    let dense = rows.iter().find(|row| row["format"] == "dense").unwrap();
+    assert_eq!(dense["bytes"], 4 * 64 * 16);
+    assert!(rows.iter().any(|row| row["format"] == "CSR"));
+    let even = report["csr_breaks_even"]["bytes"].as_f64().unwrap();
+    assert!(even > 0.3 && even < 0.5, "{even}");
+    lapidary(&arguments).assert().success();
+    refused(
+        &["bench", "sparse", "--width", "6"],
+        &["6", "multiple of 4"],
+    );
+}
+
+#[test]
 fn compresses_saves_loads_and_explains_again() {
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("cut");
@@ -512,6 +581,24 @@ fn wrong_input_gets_one_sentence() {
     );
     let most = usize::MAX.to_string();
     let compress = ["compress", "embedded", "--ratio", "0.3", "--out", "x"];
+    for (more, words) in [
+        (&["--heal-rate", "0.1"][..], "--heal"),
+        (&["--pattern", "4:2"], "2:4"),
+        (&["--pattern", "two"], "2:4"),
+        (&["--method", "magnitude", "--pattern", "2:4"], "2 of 4"),
+    ] {
+        let done = lapidary(&[&compress[..], more].concat()).assert().failure();
+        let error = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+        assert!(error.contains(words), "{words} in {error}");
+    }
+    refused(
+        &[
+            &compress[..],
+            &["--windows", "4", "--heal", "1", "--distil", "2"],
+        ]
+        .concat(),
+        &["distillation", "0 to 1"],
+    );
     refused(
         &[&compress[..], &["--windows", &most]].concat(),
         &["windows", "65536"],

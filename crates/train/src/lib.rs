@@ -2,7 +2,8 @@
 //!
 //! - [`language`]: a small English-like language with known evidence for every prediction.
 //! - [`data`]: text and token files, windows over them, and generated [`data::Task`]s.
-//! - [`Schedule`], [`Gradients`], [`MovingAverage`]: what surrounds an optimiser step.
+//! - [`Schedule`], [`Gradients`], [`MovingAverage`], [`Masks`]: what surrounds an optimiser step;
+//!   [`Updates`]: the step itself, whatever the loss.
 //! - [`log`]: JSON lines, TensorBoard event files, and a progress line on a terminal.
 //! - [`TrainSpec`], [`Trainer`], [`run`]: a run as data, a step at a time, and in a directory.
 //! - [`state`]: the training state on disk.
@@ -16,19 +17,23 @@ mod error;
 mod gradients;
 pub mod language;
 pub mod log;
+mod masks;
 mod random;
 mod run;
 mod schedule;
 pub mod spec;
 pub mod state;
 mod trainer;
+mod updates;
 
 pub use alignment::{AlignmentKind, AlignmentSpec};
 pub use ema::MovingAverage;
 pub use error::{Error, Result};
 pub use gradients::Gradients;
+pub use masks::Masks;
 pub use random::{Generator, GeneratorState, generator};
 pub use run::{Finished, run};
 pub use schedule::{Decay, Schedule};
 pub use spec::TrainSpec;
 pub use trainer::{Step, Trainer, batch_loss};
+pub use updates::{UpdateOptions, Updates};

@@ -2,10 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lapidary_kernels::{
-    AdamW, CrossEntropyOptions, DType, Device, OptimiserState, Parameter, Recomputation, Sgd,
-    Tensor, Var, cross_entropy,
-};
+use lapidary_kernels::{CrossEntropyOptions, DType, Device, Recomputation, Tensor, cross_entropy};
 use lapidary_model::{Initialiser, Input, Model, Pass};
 use lapidary_parts::parameters::ParameterSource;
 use lapidary_signal::Trace;
@@ -14,8 +11,8 @@ use rand::Rng;
 use crate::data::{Batch, IGNORE, Task};
 use crate::state::TrainingState;
 use crate::{
-    Error, Generator, GeneratorState, Gradients, MovingAverage, Result, Schedule, TrainSpec,
-    generator,
+    Error, Generator, GeneratorState, Gradients, Masks, Result, Schedule, TrainSpec, UpdateOptions,
+    Updates, generator,
 };
 
 /// What one step did.
@@ -33,36 +30,12 @@ pub struct Step {
     pub tokens: u64,
 }
 
-enum Optimiser {
-    AdamW(AdamW),
-    Sgd(Sgd),
-}
-
-impl Optimiser {
-    fn state(&self) -> lapidary_kernels::Result<OptimiserState> {
-        match self {
-            Self::AdamW(optimiser) => optimiser.state(),
-            Self::Sgd(optimiser) => optimiser.state(),
-        }
-    }
-
-    fn load_state(&mut self, state: &OptimiserState) -> lapidary_kernels::Result<()> {
-        match self {
-            Self::AdamW(optimiser) => optimiser.load_state(state),
-            Self::Sgd(optimiser) => optimiser.load_state(state),
-        }
-    }
-}
-
 /// A model under training.
 pub struct Trainer {
     spec: TrainSpec,
     schedule: Schedule,
     model: Model,
-    names: Vec<String>,
-    variables: Vec<Var>,
-    optimiser: Optimiser,
-    average: Option<MovingAverage>,
+    updates: Updates,
     training: Box<dyn Task>,
     validation: Box<dyn Task>,
     generator: Generator,
@@ -104,37 +77,20 @@ impl Trainer {
         }
         let model =
             Model::trainable(spec.model.clone(), source).map_err(lapidary_model::Error::from)?;
-        let (names, variables): (Vec<String>, Vec<Var>) = model
-            .variables()
-            .iter()
-            .map(|(name, variable)| (name.clone(), variable.clone()))
-            .unzip();
-        let parameters = parameters(&spec, &names, &variables);
-        let peak = spec.schedule.peak;
-        let optimiser = match (spec.optimiser.adamw(peak), spec.optimiser.sgd(peak)) {
-            (Some(options), _) => Optimiser::AdamW(AdamW::new(parameters, options)?),
-            (None, Some(options)) => Optimiser::Sgd(Sgd::new(parameters, options)?),
-            (None, None) => {
-                return Err(Error::Setting {
-                    name: "optimiser",
-                    found: "none".into(),
-                    expected: "adamw or sgd",
-                });
-            }
+        let options = UpdateOptions {
+            optimiser: spec.optimiser,
+            peak: spec.schedule.peak,
+            clip: spec.clip,
+            average: spec.average,
+            groups: spec.groups.clone(),
         };
-        let average = match spec.average {
-            Some(decay) => Some(MovingAverage::new(&variables, decay, true)?),
-            None => None,
-        };
+        let updates = Updates::new(&model, &options)?;
         Ok(Self {
             schedule: spec.schedule(),
             generator: generator(spec.seed),
             spec,
             model,
-            names,
-            variables,
-            optimiser,
-            average,
+            updates,
             training,
             validation,
             step: 0,
@@ -154,6 +110,15 @@ impl Trainer {
     /// What the run was told.
     pub fn spec(&self) -> &TrainSpec {
         &self.spec
+    }
+
+    /// Sets what is masked to zero and keeps it there in all further steps, through momentum and
+    /// decay; see [`Updates::set_masks`].
+    ///
+    /// # Errors
+    /// When a mask is of no parameter, or of another shape.
+    pub fn set_masks(&mut self, masks: Masks) -> Result<()> {
+        self.updates.set_masks(masks)
     }
 
     /// Does one step.
@@ -194,7 +159,7 @@ impl Trainer {
                 recomputation.add_to(&mut gradients)?;
             }
             if self.spec.accumulate > 1 {
-                sum.accumulate(Gradients::take(&mut gradients, &self.variables))?;
+                sum.accumulate(Gradients::take(&mut gradients, self.updates.variables()))?;
             }
             store = Some(gradients);
         }
@@ -204,38 +169,21 @@ impl Trainer {
             expected: "at least 1",
         })?;
         if self.spec.accumulate > 1 {
-            for (variable, gradient) in self.variables.iter().zip(sum.tensors()) {
+            for (variable, gradient) in self.updates.variables().iter().zip(sum.tensors()) {
                 if let Some(gradient) = gradient {
                     store.insert(variable.as_tensor(), gradient.clone());
                 }
             }
         }
-        let mut scale = 1.0 / self.spec.accumulate as f64;
-        let norm = {
-            let gradients: Vec<&Tensor> = self
-                .variables
-                .iter()
-                .filter_map(|variable| store.get(variable.as_tensor()))
-                .collect();
-            scale * lapidary_kernels::global_gradient_norm(&gradients)?
-        };
-        if !loss.is_finite() || !norm.is_finite() {
+        if !loss.is_finite() {
             return Err(Error::Setting {
-                name: "loss or gradient",
-                found: format!("{loss} (norm {norm}) at step {}", self.step + 1),
+                name: "loss",
+                found: format!("{loss} at step {}", self.step + 1),
                 expected: "finite; lower the learning rate, or clip",
             });
         }
-        if let Some(limit) = self.spec.clip.filter(|limit| norm > *limit) {
-            scale *= limit / norm;
-        }
-        match &mut self.optimiser {
-            Optimiser::AdamW(optimiser) => optimiser.step(&store, rate, scale)?,
-            Optimiser::Sgd(optimiser) => optimiser.step(&store, rate, scale)?,
-        }
-        if let Some(average) = &mut self.average {
-            average.update(&self.variables)?;
-        }
+        let scale = 1.0 / self.spec.accumulate as f64;
+        let norm = self.updates.step(&mut store, rate, scale)?;
         self.step += 1;
         Ok(Step {
             step: self.step,
@@ -249,9 +197,9 @@ impl Trainer {
     /// Mean loss on the validation task, in nats, always on the same batches; with a moving
     /// average, that of the averaged parameters.
     pub fn validate(&mut self) -> Result<f64> {
-        self.swap_average()?;
+        self.updates.swap_average()?;
         let result = self.validation_loss();
-        self.swap_average()?;
+        self.updates.swap_average()?;
         result
     }
 
@@ -271,26 +219,13 @@ impl Trainer {
         Ok(sum / counted.max(1) as f64)
     }
 
-    fn swap_average(&mut self) -> Result<()> {
-        if let Some(average) = &mut self.average {
-            average.swap(&self.variables)?;
-        }
-        Ok(())
-    }
-
     /// The trained parameters, averaged where the spec says so, as a model that is no longer
     /// trainable.
     pub fn finished(&mut self) -> Result<Model> {
-        self.swap_average()?;
-        let mut parameters = BTreeMap::new();
-        for (name, variable) in self.names.iter().zip(&self.variables) {
-            let copy = variable
-                .as_tensor()
-                .copy()
-                .map_err(lapidary_kernels::Error::from)?;
-            parameters.insert(name.clone(), copy.detach());
-        }
-        self.swap_average()?;
+        self.updates.swap_average()?;
+        let parameters = self.updates.parameters();
+        self.updates.swap_average()?;
+        let mut parameters = parameters?;
         Ok(Model::new(self.spec.model.clone(), &mut parameters)
             .map_err(lapidary_model::Error::from)?)
     }
@@ -298,25 +233,8 @@ impl Trainer {
     /// Everything that is needed to go on from here bit for bit.
     pub fn state(&self) -> Result<TrainingState> {
         let mut tensors = BTreeMap::new();
-        for (name, variable) in self.names.iter().zip(&self.variables) {
-            tensors.insert(format!("parameter.{name}"), variable.as_tensor().detach());
-        }
-        let optimiser = self.optimiser.state()?;
-        for (name, moments) in self.names.iter().zip(optimiser.moments) {
-            for (index, moment) in moments.into_iter().enumerate() {
-                tensors.insert(format!("moment.{index}.{name}"), moment);
-            }
-        }
-        let mut positions = BTreeMap::from([
-            ("training".to_owned(), self.training.position()),
-            ("optimiser".to_owned(), optimiser.step),
-        ]);
-        if let Some(average) = &self.average {
-            positions.insert("average".to_owned(), average.updates());
-            for (name, shadow) in self.names.iter().zip(average.shadow()) {
-                tensors.insert(format!("average.{name}"), shadow.clone());
-            }
-        }
+        let mut positions = BTreeMap::from([("training".to_owned(), self.training.position())]);
+        self.updates.save(&mut tensors, &mut positions)?;
         Ok(TrainingState {
             step: self.step,
             generators: BTreeMap::from([(
@@ -354,47 +272,8 @@ impl Trainer {
                 expected: "the same as now; start a new run in another directory",
             });
         }
-        let take = |key: String| {
-            state.tensors.get(&key).cloned().ok_or(Error::Setting {
-                name: "tensor of the saved run",
-                found: format!("no {key}"),
-                expected: "one for each parameter",
-            })
-        };
-        let moments_of = match self.optimiser {
-            Optimiser::AdamW(_) => 2,
-            Optimiser::Sgd(_) => 1,
-        };
-        let mut moments = Vec::with_capacity(self.names.len());
-        for name in &self.names {
-            let all: Result<Vec<Tensor>> = (0..moments_of)
-                .map(|index| take(format!("moment.{index}.{name}")))
-                .collect();
-            moments.push(all?);
-        }
-        let step = state
-            .positions
-            .get("optimiser")
-            .copied()
-            .unwrap_or(state.step);
-        self.optimiser
-            .load_state(&OptimiserState { step, moments })?;
-        if let Some(average) = &mut self.average {
-            let shadow: Result<Vec<Tensor>> = self
-                .names
-                .iter()
-                .map(|name| take(format!("average.{name}")))
-                .collect();
-            average.resume(
-                shadow?,
-                state.positions.get("average").copied().unwrap_or(0),
-            )?;
-        }
-        for (name, variable) in self.names.iter().zip(&self.variables) {
-            variable
-                .set(&take(format!("parameter.{name}"))?)
-                .map_err(lapidary_kernels::Error::from)?;
-        }
+        self.updates
+            .restore(&state.tensors, &state.positions, state.step)?;
         if let Some(generator) = state.generators.get("training") {
             self.generator = generator.restore();
         }
@@ -407,30 +286,6 @@ impl Trainer {
 
 /// Keeps the draws of validation apart from those of training.
 const VALIDATION_SEED: u64 = 0x5eed_0f7a_11da_7e00;
-
-/// Every variable with its group's settings; norms and biases without decay.
-fn parameters(spec: &TrainSpec, names: &[String], variables: &[Var]) -> Vec<Parameter> {
-    names
-        .iter()
-        .zip(variables)
-        .map(|(name, variable)| {
-            let group = spec
-                .groups
-                .iter()
-                .find(|group| name.starts_with(&group.path));
-            let usual = if variable.rank() < 2 {
-                0.0
-            } else {
-                spec.optimiser.weight_decay()
-            };
-            Parameter {
-                variable: variable.clone(),
-                weight_decay: Some(group.and_then(|group| group.weight_decay).unwrap_or(usual)),
-                rate_factor: group.map_or(1.0, |group| group.rate_factor),
-            }
-        })
-        .collect()
-}
 
 /// Mean cross-entropy of the next tokens of a batch, in nats.
 pub fn batch_loss(model: &Model, batch: &Batch, pass: Pass<'_>) -> Result<Tensor> {

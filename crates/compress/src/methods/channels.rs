@@ -111,7 +111,8 @@ pub(crate) fn select_inputs(edit: &mut Edit, path: &str, kept: &[usize]) -> Resu
     edit.put(weight, &columns)
 }
 
-fn select(tensor: &Tensor, dimension: usize, kept: &[usize]) -> Result<Tensor> {
+/// Leaves some indices of a dimension.
+pub(crate) fn select(tensor: &Tensor, dimension: usize, kept: &[usize]) -> Result<Tensor> {
     let indices: Vec<u32> = kept.iter().map(|index| *index as u32).collect();
     let indices = engine(Tensor::from_vec(indices, kept.len(), tensor.device()))?;
     engine(tensor.index_select(&indices, dimension))

@@ -9,6 +9,7 @@ pub(crate) mod entropy;
 pub(crate) mod linearise;
 pub(crate) mod lorap;
 pub(crate) mod modegpt;
+pub(crate) mod pruning;
 pub(crate) mod quantise;
 pub(crate) mod replace_me;
 pub(crate) mod shedder;
@@ -16,6 +17,7 @@ pub mod slicing;
 
 pub use lorap::LorapSettings;
 pub use modegpt::ModegptSettings;
+pub use pruning::{Pattern, PruneSettings, Scope};
 pub use quantise::QuantiseSettings;
 
 use crate::factorisation::{
@@ -29,6 +31,7 @@ pub(crate) const METHODS: &[&Method] = &[
     &attention_cosine::ATTENTION_COSINE,
     &quantise::AWQ,
     &block_influence::BLOCK_INFLUENCE,
+    &pruning::CHANNEL_GRADIENT,
     &channel_magnitude::CHANNEL_MAGNITUDE,
     &slicing::COORDINATE_MAGNITUDE,
     &curvature::CURVATURE,
@@ -38,6 +41,7 @@ pub(crate) const METHODS: &[&Method] = &[
     &slicing::DOTRESIZE_SHARED,
     &entropy::ENTROPY_ATTENTION,
     &entropy::ENTROPY_BLOCKS,
+    &pruning::FIRST_ORDER,
     &FWSVD,
     &GENERALISED_FISHER,
     &quantise::GPTQ,
@@ -45,14 +49,19 @@ pub(crate) const METHODS: &[&Method] = &[
     &quantise::INT8,
     &linearise::LINEARISE,
     &lorap::LORAP,
+    &pruning::MAGNITUDE,
     &shedder::MAMBA_SHEDDER,
     &shedder::MAMBA_SHEDDER_SCAN,
     &modegpt::MODEGPT,
+    &pruning::PRUNE_HEADS,
+    &pruning::RANDOM_WEIGHTS,
     &replace_me::REPLACE_ME,
     &replace_me::REPLACE_ME_COSINE,
     &ROW_COLUMN_FISHER,
+    &pruning::SECOND_ORDER,
     &slicing::SLICEGPT,
     &slicing::SLICEGPT_SHARED,
     &SVD,
+    &pruning::WANDA,
     &WHITENED,
 ];

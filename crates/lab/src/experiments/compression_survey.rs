@@ -10,6 +10,7 @@ use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_compress::{
     Fingerprint, HealData, HealSettings, Interactions, Recipe, Settings, Stage, heal, interactions,
 };
+use lapidary_model::Model;
 
 /// What is taken away by each method that takes anything.
 const CUT: f64 = 0.25;
@@ -90,9 +91,7 @@ fn stage(method: &str) -> Stage {
 fn one_seed(size: &Size, steps: u64, seed: u64) -> Result<Run> {
     let bench = Bench::train(size, seed)?;
     let settings = Settings::default();
-    let loss = |model: &lapidary_model::Model| -> lapidary_compress::Result<f64> {
-        Ok(bench.measured(model)?.ln())
-    };
+    let loss = |model: &Model| -> Result<f64> { Ok(bench.perplexity(model)?.ln()) };
     let table = interactions(
         &bench.model,
         &METHODS.map(stage),
@@ -157,14 +156,13 @@ fn in_order(runs: &[Run], first: &str, second: &str) -> f64 {
     let (first, second) = (place(first), place(second));
     mean(runs.iter().filter_map(|run| {
         let pairs = &run.table.pairs;
-        let found = pairs
+        pairs
             .iter()
             .find_map(|pair| match (pair.first, pair.second) {
                 (a, b) if (a, b) == (first, second) => Some(pair.in_order),
                 (a, b) if (a, b) == (second, first) => Some(pair.reversed),
                 _ => None,
-            });
-        found
+            })
     }))
 }
 

@@ -31,6 +31,7 @@ pub mod modegpt;
 pub mod narrow;
 pub mod narrowing;
 pub mod polarity;
+pub mod pruning_study;
 pub mod replace_me;
 pub mod slicegpt;
 pub mod squashing;

@@ -91,11 +91,6 @@ impl Bench {
 
     /// Perplexity on the held-out text.
     pub fn perplexity(&self, model: &Model) -> Result<f64> {
-        Ok(self.measured(model)?)
-    }
-
-    /// As [`Bench::perplexity`], for what expects errors of compression.
-    pub fn measured(&self, model: &Model) -> lapidary_compress::Result<f64> {
         Ok(perplexity(model, &self.held_out, 16)?.value)
     }
 

@@ -306,11 +306,7 @@ fn block_of(model: &Model, planned: &ModulePlan) -> Result<usize> {
 /// What a block reads now that those before it are cut. The blocks after it are not run.
 fn look(task: &Task<'_>, edit: &Edit, index: usize, block: &BlockSpec) -> Result<Calibration> {
     let data = task.observed(LORAP.name)?;
-    let mut spec = edit.spec.clone();
-    spec.blocks.truncate(index + 1);
-    let here = |path: &String| crate::edit::block_of(path).is_none_or(|(block, _)| block <= index);
-    spec.low_rank.retain(|path, _| here(path));
-    let so_far = Model::new(spec, &mut edit.parameters.clone())?;
+    let so_far = edit.through(index)?;
     let options = CalibrationOptions {
         batch: task.settings().batch,
         ..CalibrationOptions::default()

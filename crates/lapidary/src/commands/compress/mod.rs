@@ -2,6 +2,7 @@
 
 mod compare;
 mod data;
+mod healing;
 mod measure;
 mod show;
 mod stage;
@@ -14,8 +15,8 @@ use crate::{loading, output};
 use anyhow::{Context, Result, bail, ensure};
 use lapidary_compress::quality::{Window, sliding_windows};
 use lapidary_compress::{
-    Calibration, CalibrationData, CalibrationOptions, Change, Done, Method, Plan, Recipe, Report,
-    Seconds, Settings, Stage, Task, export_dense,
+    Calibration, CalibrationData, CalibrationOptions, Change, Done, HealReport, Method, Plan,
+    Recipe, Report, Seconds, Settings, Stage, Task, export_dense,
 };
 use lapidary_model::{Model, Package, SavedAs};
 use serde_json::json;
@@ -73,9 +74,20 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         .out
         .as_deref()
         .context("--out is missing: the directory to write")?;
-    let done = match &arguments.plan {
-        Some(path) => vec![by_hand(path, &recipe, original, data.as_ref(), settings)?],
-        None => recipe.run(original, data.as_ref(), settings)?,
+    let (done, healing) = match &arguments.plan {
+        Some(path) => {
+            let mut done = by_hand(path, &recipe, original, data.as_ref(), settings)?;
+            let model = &done.compressed.model;
+            let (model, report) = healed(model, &package, original, arguments, global)?.unzip();
+            if let Some(model) = model {
+                done.compressed.model = model;
+            }
+            (vec![done], report)
+        }
+        None => {
+            let heal = |model: &Model| healed(model, &package, original, arguments, global);
+            cut_heal_and_round(&recipe, original, data.as_ref(), settings, heal)?
+        }
     };
     for module in done.iter().flat_map(|done| &done.plan.modules) {
         if let Change::Leave { reason } = &module.change {
@@ -112,6 +124,7 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         before,
         after,
         distance,
+        healing,
         held_out: arguments.evaluate.is_some(),
         dense: arguments.dense,
         saved,
@@ -124,6 +137,56 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
     match global.json {
         true => output::print_json(&outcome.json()?),
         false => output::print(&outcome.text()),
+    }
+}
+
+/// The stages that cut, then healing, then the one that rounds.
+fn cut_heal_and_round(
+    recipe: &Recipe,
+    original: &Model,
+    data: Option<&CalibrationData>,
+    settings: &Settings,
+    heal: impl FnOnce(&Model) -> Result<Option<(Model, HealReport)>>,
+) -> Result<(Vec<Done>, Option<HealReport>)> {
+    let (mut cutting, mut rounding) = (Vec::new(), Vec::new());
+    for stage in recipe.stages.clone() {
+        match stage.method()?.rounds() {
+            true => rounding.push(stage),
+            false => cutting.push(stage),
+        }
+    }
+    let mut done = match cutting.is_empty() {
+        true => Vec::new(),
+        false => Recipe { stages: cutting }.run(original, data, settings)?,
+    };
+    let cut = done.last().map_or(original, |done| &done.compressed.model);
+    let (healed, report) = heal(cut)?.unzip();
+    if rounding.is_empty() {
+        if let Some((model, last)) = healed.zip(done.last_mut()) {
+            last.compressed.model = model;
+        }
+        return Ok((done, report));
+    }
+    let rounded =
+        Recipe { stages: rounding }.run(healed.as_ref().unwrap_or(cut), data, settings)?;
+    done.extend(rounded);
+    Ok((done, report))
+}
+
+/// What `--heal` makes of the model, when it is asked for.
+fn healed(
+    model: &Model,
+    package: &Package,
+    original: &Model,
+    arguments: &Compress,
+    global: &Global,
+) -> Result<Option<(Model, HealReport)>> {
+    match arguments.heal {
+        Some(steps) => {
+            let healed = healing::run(steps, package, original, model, arguments, global)?;
+            Ok(Some(healed))
+        }
+        None => Ok(None),
     }
 }
 

@@ -8,7 +8,7 @@ use super::{class, saved_as, stage_json};
 use crate::output;
 use anyhow::Result;
 use comfy_table::{Table, presets};
-use lapidary_compress::{Report, Seconds};
+use lapidary_compress::{HealReport, Report, Seconds};
 use lapidary_explain::report::{self, Cell, Plot, Series};
 use lapidary_model::SavedAs;
 use serde_json::{Value, json};
@@ -19,6 +19,8 @@ pub(super) struct Outcome {
     pub(super) before: Measured,
     pub(super) after: Measured,
     pub(super) distance: Distance,
+    /// How it healed, if it was trained further.
+    pub(super) healing: Option<HealReport>,
     /// Whether the perplexity is that of a text which was not calibrated on.
     pub(super) held_out: bool,
     pub(super) dense: bool,
@@ -41,9 +43,10 @@ impl Outcome {
     }
 
     fn text_measured(&self) -> &'static str {
-        match self.held_out {
-            true => "the text of --evaluate",
-            false => "the calibration text",
+        match (self.held_out, &self.healing) {
+            (true, _) => "the text of --evaluate",
+            (false, None) => "the calibration text",
+            (false, Some(_)) => "the calibration text, which it was healed on",
         }
     }
 
@@ -67,6 +70,7 @@ impl Outcome {
             },
             "before": self.before,
             "after": self.after,
+            "healing": self.healing,
             "saved_as": saved_as(self.saved),
             "directory": self.directory,
             "seconds": self.seconds,
@@ -168,6 +172,40 @@ impl Outcome {
         lines
     }
 
+    /// Lines about each stage as a whole, and about healing.
+    fn stage_lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for (report, _) in &self.reports {
+            lines.extend(
+                report
+                    .notes
+                    .iter()
+                    .map(|note| format!("zeros       {note}")),
+            );
+        }
+        if let Some(healing) = &self.healing {
+            let from = match healing.distil > 0.0 {
+                true => format!(
+                    " and the original's predictions (weight {})",
+                    healing.distil
+                ),
+                false => String::new(),
+            };
+            lines.push(format!(
+                "healing     {} steps on {} examples by {}{from}: {:.4} -> {:.4} on held-out ones, best \
+                 after {}, {:.1} s",
+                healing.steps,
+                output::grouped(healing.examples),
+                healing.objective,
+                healing.before,
+                healing.after,
+                healing.best,
+                healing.seconds
+            ));
+        }
+        lines
+    }
+
     /// For the terminal.
     pub(super) fn text(&self) -> String {
         let mut text = String::new();
@@ -181,7 +219,7 @@ impl Outcome {
                 _ => text += &format!("{name:<11} {before} -> {after}\n"),
             }
         }
-        for line in self.distance_lines() {
+        for line in self.distance_lines().into_iter().chain(self.stage_lines()) {
             text += &format!("{line}\n");
         }
         let merged = match self.dense {
@@ -219,7 +257,7 @@ impl Outcome {
         let points = (0..)
             .map(f64::from)
             .zip(self.distance.block_errors.iter().copied());
-        let plot = Plot {
+        let mut plots = vec![Plot {
             title: "Relative error of the residual stream".to_owned(),
             x: "block".to_owned(),
             y: "error".to_owned(),
@@ -227,15 +265,31 @@ impl Outcome {
                 name: self.methods(),
                 points: points.collect(),
             }],
-        };
+        }];
+        if let Some(healing) = &self.healing {
+            let series = |name: &str, points: &[(u64, f64)]| Series {
+                name: name.to_owned(),
+                points: points
+                    .iter()
+                    .map(|(step, loss)| (*step as f64, *loss))
+                    .collect(),
+            };
+            plots.push(Plot {
+                title: "Healing".to_owned(),
+                x: "steps".to_owned(),
+                y: "loss".to_owned(),
+                series: vec![
+                    series("trained on", &healing.training),
+                    series("held out", &healing.validation),
+                ],
+            });
+        }
+        plots.retain(|plot| plot.series.iter().any(|series| !series.points.is_empty()));
         report::Report {
             title: format!("Compressed by {}", self.methods()),
-            notes: self.distance_lines(),
+            notes: [self.distance_lines(), self.stage_lines()].concat(),
             tables,
-            plots: match self.distance.block_errors.is_empty() {
-                true => Vec::new(),
-                false => vec![plot],
-            },
+            plots,
             ..report::Report::default()
         }
     }

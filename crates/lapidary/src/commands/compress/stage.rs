@@ -44,6 +44,9 @@ pub(super) fn settings(arguments: &Compress, global: &Global) -> Result<Settings
     let seed = i64::try_from(global.seed).context("--seed is too large for a setting")?;
     table.entry("seed").or_insert(toml::Value::Integer(seed));
     let mut settings: Settings = table.try_into().context("the settings")?;
+    if let Some(pattern) = arguments.pattern {
+        settings.pruning.pattern = pattern;
+    }
     if let Some(globs) = &arguments.layers {
         settings.selection.layers = globs
             .split(',')
@@ -83,6 +86,7 @@ pub(super) fn changed(change: &Change) -> String {
         Change::Factorise { rank } => format!("rank {rank}"),
         Change::Narrow { features } => format!("{features} features"),
         Change::NarrowHeads { query_key, value } => format!("heads of {query_key} and {value}"),
+        Change::FewerHeads { heads } => format!("{heads} heads"),
         Change::Slice { width } => format!("width {width}"),
         Change::Remove => "left out".to_owned(),
         Change::Linearise { blocks: 1 } => "a linear map".to_owned(),

@@ -1,5 +1,7 @@
 //! `lapidary bench`: how fast this machine is at what matters.
 
+mod sparse;
+
 use std::time::Instant;
 
 use crate::cli::{Bench, Global};
@@ -19,7 +21,7 @@ use lapidary_train::spec::{CheckpointSpec, DataSpec, OptimiserSpec, ScheduleSpec
 use lapidary_train::{TrainSpec, Trainer};
 use serde_json::json;
 
-const WORKS: &str = "forward, step, explain or generate";
+const WORKS: &str = "forward, step, explain, generate or sparse";
 
 pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
     ensure!(arguments.repeat >= 1, "repeat is 0, but must be at least 1");
@@ -28,6 +30,9 @@ pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
         "vocabulary is {}, but must be at least 4",
         arguments.vocabulary
     );
+    if arguments.work == "sparse" {
+        return sparse::run(arguments, global);
+    }
     let mut times = match arguments.work.as_str() {
         "step" => step(arguments, global)?,
         "forward" => forward(arguments, global)?,

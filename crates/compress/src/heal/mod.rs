@@ -1,0 +1,488 @@
+//! Training a compressed model further, so that it makes up for what was cut.
+//!
+//! The loss is the task's, that of the original's predictions, or both:
+//!
+//! ```text
+//! (1 − α) L_task + α T² KL(softmax(z_original / T) ‖ softmax(z / T))
+//! ```
+//!
+//! (Hinton et al. 2015, arXiv 1503.02531). Whatever shape the compression left is trained: factors,
+//! narrower parts, fewer blocks. Weights that are exactly zero, which pruning leaves, stay zero. What
+//! comes out is the best of what was validated on the way, the unhealed model included.
+
+mod rounds;
+
+pub use rounds::{PruneAndHeal, cubic_sparsity, prune_and_heal};
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use lapidary_kernels::{D, DType, SoftmaxMask, Tensor, log_softmax};
+use lapidary_model::{Model, Output};
+use lapidary_train::spec::OptimiserSpec;
+use lapidary_train::{Decay, Generator, Masks, Schedule, UpdateOptions, Updates, generator};
+use rand::seq::SliceRandom;
+use serde::{Deserialize, Serialize};
+
+use crate::calibration::forward;
+use crate::data::{Batch, real_rows};
+use crate::error::engine;
+use crate::{CalibrationData, Error, Example, Layer, Objective, Result};
+
+/// How a compressed model is trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HealSettings {
+    /// Steps, if nothing stops earlier.
+    pub steps: u64,
+    /// The highest learning rate: it rises over a tenth of the steps and falls to zero as a cosine.
+    /// 1e-5 to 5e-4, less for larger models.
+    pub rate: f64,
+    /// Decay of matrices.
+    pub weight_decay: f64,
+    /// Examples of a step.
+    pub batch: usize,
+    /// `α`: the weight of the original's predictions, from 0 to 1.
+    pub distil: f64,
+    /// `T`: the temperature of both predictions.
+    pub temperature: f64,
+    /// Steps between validations; a tenth of the steps when 0.
+    pub every: u64,
+    /// Validations without a new best after which training stops; never when 0.
+    pub patience: usize,
+    /// Whether weights of linear layers and of the table of embeddings that are exactly zero stay so.
+    pub keep_zeros: bool,
+    /// Seed of the order of examples.
+    pub seed: u64,
+}
+
+impl Default for HealSettings {
+    fn default() -> Self {
+        Self {
+            steps: 100,
+            rate: 1e-4,
+            weight_decay: 0.01,
+            batch: 8,
+            distil: 0.0,
+            temperature: 1.0,
+            every: 0,
+            patience: 5,
+            keep_zeros: true,
+            seed: 0,
+        }
+    }
+}
+
+impl HealSettings {
+    fn check(&self) -> Result<()> {
+        let wrong = |what: &str, found: String, expected: &str| {
+            Err(Error::invalid(
+                format!("{what} of healing"),
+                found,
+                expected,
+            ))
+        };
+        if !(self.rate > 0.0 && self.rate.is_finite()) {
+            return wrong("rate", self.rate.to_string(), "above 0");
+        }
+        if self.batch == 0 {
+            return wrong("batch", "0".to_owned(), "at least 1");
+        }
+        if !(0.0..=1.0).contains(&self.distil) {
+            return wrong("weight of distillation", self.distil.to_string(), "0 to 1");
+        }
+        if !(self.temperature > 0.0 && self.temperature.is_finite()) {
+            return wrong("temperature", self.temperature.to_string(), "above 0");
+        }
+        Ok(())
+    }
+}
+
+/// What a model is healed on.
+#[derive(Clone, Copy, Debug)]
+pub struct HealData<'a> {
+    /// What it is trained on.
+    pub training: &'a CalibrationData,
+    /// What decides when it is best.
+    pub validation: &'a CalibrationData,
+    /// The original, whose predictions it learns.
+    pub teacher: Option<&'a Model>,
+}
+
+/// How a model healed. Losses are those that were trained, in nats per example where it is the task's.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct HealReport {
+    /// What the task's loss is.
+    pub objective: Objective,
+    /// The weight of the original's predictions.
+    pub distil: f64,
+    /// Steps done.
+    pub steps: u64,
+    /// Steps after which the model was best, which is what came out; 0 when it was best unhealed.
+    pub best: u64,
+    /// Loss on the validation examples before, that is at step 0.
+    pub before: f64,
+    /// Loss on the validation examples of what came out.
+    pub after: f64,
+    /// Step and loss on its batch, each step.
+    pub training: Vec<(u64, f64)>,
+    /// Step and loss on the validation examples.
+    pub validation: Vec<(u64, f64)>,
+    /// Weights that were kept at zero.
+    pub zeros: usize,
+    /// Examples trained on, each counted once.
+    pub examples: usize,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// Trains a copy of `model`, telling `progress` each step and its loss, and gives the best of what
+/// was validated, in the type that the model has.
+///
+/// ```
+/// use lapidary_compress::{CalibrationData, HealData, HealSettings, heal};
+/// use lapidary_kernels::{DType, Device};
+/// use lapidary_model::{Model, ModelSpec};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let spec: ModelSpec = toml::from_str(r#"
+///     width = 8
+///     input = { kind = "tokens", vocabulary = 16, length = 8 }
+///     head = { kind = "language-model" }
+///     [[blocks]]
+///     attention = { kind = "multi-head", heads = 2, causal = true }
+/// "#)?;
+/// let model = Model::initialised(spec, 1, DType::F32, &Device::Cpu)?;
+/// let windows = CalibrationData::windows([vec![1, 2, 3, 1, 2, 3], vec![2, 3, 1, 2, 3, 1]])?;
+/// let data = HealData { training: &windows, validation: &windows, teacher: None };
+/// let settings = HealSettings { steps: 20, rate: 1e-2, ..HealSettings::default() };
+/// let (_, report) = heal(&model, &data, &settings, |_, _| ())?;
+/// assert!(report.after < report.before);
+/// # Ok(()) }
+/// ```
+///
+/// # Errors
+/// When the data does not fit the model, a model without a task has no teacher, the loss or its
+/// gradient is not finite, or the model is neither in floating point nor on the CPU.
+pub fn heal(
+    model: &Model,
+    data: &HealData<'_>,
+    settings: &HealSettings,
+    mut progress: impl FnMut(u64, f64),
+) -> Result<(Model, HealReport)> {
+    settings.check()?;
+    if !model.spec().quantised.is_empty() {
+        return Err(Error::invalid(
+            "the model to be healed",
+            "quantised",
+            "made of numbers: healing comes before rounding",
+        ));
+    }
+    let started = Instant::now();
+    let lesson = Lesson::of(model, data, settings)?;
+    let student = Model::trainable(model.spec().clone(), &mut trained(model)?)?;
+    let mut updates = Updates::new(
+        &student,
+        &UpdateOptions {
+            optimiser: adam(settings.weight_decay),
+            peak: settings.rate,
+            clip: Some(1.0),
+            ..UpdateOptions::default()
+        },
+    )?;
+    let masks = match settings.keep_zeros {
+        true => zeros(model)?,
+        false => Masks::default(),
+    };
+    let zeros = masks.zeros();
+    updates.set_masks(masks)?;
+    let schedule = Schedule {
+        peak: settings.rate,
+        floor: 0.0,
+        warm_up: settings.steps / 10,
+        steps: settings.steps,
+        decay: Decay::Cosine,
+    };
+    let every = match settings.every {
+        0 => (settings.steps / 10).max(1),
+        every => every,
+    };
+    let mut order = Order::new(data.training, settings.seed);
+    let mut best = Best {
+        step: 0,
+        loss: lesson.mean(&student, data.validation, settings.batch)?,
+        parameters: None,
+        since: 0,
+    };
+    let before = best.loss;
+    let mut training = Vec::new();
+    let mut validation = vec![(0, before)];
+    for step in 1..=settings.steps {
+        let examples = order.next(settings.batch);
+        let batch = Batch::new(&examples, &student.device())?;
+        let value = lesson.loss(&student, &batch)?;
+        let loss = number(&value)?;
+        if !loss.is_finite() {
+            return Err(Error::NotFinite {
+                what: format!(
+                    "the loss of step {step} of healing, at rate {}",
+                    settings.rate
+                ),
+            });
+        }
+        let mut gradients = engine(value.backward())?;
+        updates.step(&mut gradients, schedule.rate(step - 1), 1.0)?;
+        training.push((step, loss));
+        progress(step, loss);
+        if step.is_multiple_of(every) || step == settings.steps {
+            let loss = lesson.mean(&student, data.validation, settings.batch)?;
+            validation.push((step, loss));
+            best.see(step, loss, || Ok(updates.parameters()?))?;
+            if settings.patience > 0 && best.since >= settings.patience {
+                break;
+            }
+        }
+    }
+    let report = HealReport {
+        objective: lesson.objective,
+        distil: settings.distil,
+        steps: training.len() as u64,
+        best: best.step,
+        before,
+        after: best.loss,
+        training,
+        validation,
+        zeros,
+        examples: data.training.len(),
+        seconds: started.elapsed().as_secs_f64(),
+    };
+    Ok((best.model(model)?, report))
+}
+
+fn adam(weight_decay: f64) -> OptimiserSpec {
+    OptimiserSpec::Adamw {
+        beta1: 0.9,
+        beta2: 0.99,
+        epsilon: 1e-8,
+        weight_decay,
+    }
+}
+
+/// The parameters in a type that optimisers take.
+fn trained(model: &Model) -> Result<BTreeMap<String, Tensor>> {
+    let parameters = model.parameters().iter();
+    parameters
+        .map(|(name, tensor)| {
+            let tensor = match tensor.dtype() {
+                DType::F16 | DType::BF16 => engine(tensor.detach().to_dtype(DType::F32))?,
+                _ => tensor.detach(),
+            };
+            Ok((name.clone(), tensor))
+        })
+        .collect()
+}
+
+/// Masks of what is exactly zero in linear layers and in the table of embeddings.
+pub(crate) fn zeros(model: &Model) -> Result<Masks> {
+    let parameters = model.parameters();
+    let names = Layer::all(model).into_iter();
+    let names = names.map(|layer| Layer::weight_name(&layer.path));
+    let weights: Vec<(String, Tensor)> = names
+        .filter_map(|name| {
+            parameters
+                .get(&name)
+                .map(|tensor| (name.clone(), tensor.clone()))
+        })
+        .collect();
+    let weights = weights.iter().map(|(name, tensor)| (name.as_str(), tensor));
+    Ok(Masks::of_zeros(weights)?)
+}
+
+/// The best model so far.
+struct Best {
+    step: u64,
+    loss: f64,
+    /// Absent while it is the unhealed one.
+    parameters: Option<BTreeMap<String, Tensor>>,
+    /// Validations since.
+    since: usize,
+}
+
+impl Best {
+    fn see(
+        &mut self,
+        step: u64,
+        loss: f64,
+        parameters: impl FnOnce() -> Result<BTreeMap<String, Tensor>>,
+    ) -> Result<()> {
+        if loss < self.loss {
+            *self = Self {
+                step,
+                loss,
+                parameters: Some(parameters()?),
+                since: 0,
+            };
+        } else {
+            self.since += 1;
+        }
+        Ok(())
+    }
+
+    /// As a model in the type of `original`.
+    fn model(self, original: &Model) -> Result<Model> {
+        let mut parameters = match self.parameters {
+            Some(parameters) => parameters,
+            None => trained(original)?,
+        };
+        for (name, tensor) in original.parameters() {
+            if let Some(healed) = parameters.get_mut(name) {
+                *healed = engine(healed.to_dtype(tensor.dtype()))?;
+            }
+        }
+        Ok(Model::new(original.spec().clone(), &mut parameters)?)
+    }
+}
+
+/// Examples in an order drawn anew each time that all have been seen.
+struct Order<'a> {
+    examples: &'a [Example],
+    left: Vec<usize>,
+    random: Generator,
+}
+
+impl<'a> Order<'a> {
+    fn new(data: &'a CalibrationData, seed: u64) -> Self {
+        Self {
+            examples: data.examples(),
+            left: Vec::new(),
+            random: generator(seed),
+        }
+    }
+
+    fn next(&mut self, count: usize) -> Vec<Example> {
+        let mut drawn = Vec::with_capacity(count);
+        while drawn.len() < count.min(self.examples.len()) {
+            if self.left.is_empty() {
+                self.left = (0..self.examples.len()).collect();
+                self.left.shuffle(&mut self.random);
+            }
+            let example = self.left.pop().and_then(|index| self.examples.get(index));
+            drawn.extend(example.cloned());
+        }
+        drawn
+    }
+}
+
+/// What is learned.
+struct Lesson<'a> {
+    objective: Objective,
+    teacher: Option<&'a Model>,
+    distil: f64,
+    temperature: f64,
+}
+
+impl<'a> Lesson<'a> {
+    fn of(model: &Model, data: &HealData<'a>, settings: &HealSettings) -> Result<Self> {
+        let objective = Objective::of(model, data.training)?;
+        if Objective::of(model, data.validation)? != objective {
+            return Err(Error::invalid(
+                "the validation examples",
+                "of another task than the training examples",
+                "of the same",
+            ));
+        }
+        if settings.distil > 0.0 && data.teacher.is_none() {
+            return Err(Error::invalid(
+                "the original, whose predictions are to be learned",
+                "absent",
+                "given, or the weight of distillation 0",
+            ));
+        }
+        if objective == Objective::Representation && settings.distil < 1.0 {
+            return Err(Error::invalid(
+                "weight of distillation",
+                settings.distil,
+                "1 for a model and examples without a task, which can only learn the original's \
+                 hidden vectors",
+            ));
+        }
+        Ok(Self {
+            objective,
+            teacher: data.teacher,
+            distil: settings.distil,
+            temperature: settings.temperature,
+        })
+    }
+
+    /// The mean loss of a batch's examples.
+    fn loss(&self, model: &Model, batch: &Batch<'_>) -> Result<Tensor> {
+        let output = forward(model, batch, None)?;
+        let teacher = match self.teacher.filter(|_| self.distil > 0.0) {
+            Some(teacher) => Some(forward(teacher, batch, None)?),
+            None => None,
+        };
+        let learned = match teacher {
+            Some(teacher) => Some(self.distance(&output, &teacher, batch)?),
+            None => None,
+        };
+        let task =
+            || -> Result<Tensor> { engine(self.objective.losses(&output, batch)?.mean_all()) };
+        match learned {
+            None => task(),
+            Some(learned) if self.distil >= 1.0 => Ok(learned),
+            Some(learned) => {
+                let task = engine(task()?.affine(1.0 - self.distil, 0.0))?;
+                engine(task + engine(learned.affine(self.distil, 0.0))?)
+            }
+        }
+    }
+
+    /// How far predictions are from the original's, or hidden vectors where nothing is predicted.
+    fn distance(&self, output: &Output, teacher: &Output, batch: &Batch<'_>) -> Result<Tensor> {
+        let rows = |x: &Tensor| engine(real_rows(x, batch.real.as_ref()));
+        let (Some(found), Some(wanted)) = (&output.logits, &teacher.logits) else {
+            let found = rows(output.hidden.value())?;
+            let wanted = rows(&teacher.hidden.value().detach())?;
+            alike(&found, &wanted)?;
+            let length = number(&engine(engine(wanted.sqr())?.sum_all())?)?;
+            let error = engine(engine(engine(found - wanted)?.sqr())?.sum_all())?;
+            return engine(error.affine(1.0 / length.max(f64::MIN_POSITIVE), 0.0));
+        };
+        let found = rows(found.value())?;
+        let wanted = engine(rows(&wanted.value().detach())?.to_dtype(found.dtype()))?;
+        alike(&found, &wanted)?;
+        let logarithms = |scores: &Tensor| -> Result<Tensor> {
+            let cooled = engine(scores.affine(1.0 / self.temperature, 0.0))?;
+            Ok(log_softmax(&cooled, &SoftmaxMask::default())?)
+        };
+        let (found, wanted) = (logarithms(&found)?, logarithms(&wanted)?.detach());
+        let gap = engine(&wanted - found)?;
+        let divergence = engine(engine(engine(wanted.exp())? * gap)?.sum(D::Minus1))?;
+        let scale = self.temperature * self.temperature;
+        engine(engine(divergence.mean_all())?.affine(scale, 0.0))
+    }
+
+    /// The mean loss over all examples.
+    fn mean(&self, model: &Model, data: &CalibrationData, size: usize) -> Result<f64> {
+        let mut sum = 0.0;
+        for batch in data.batches(size, &model.device()) {
+            let batch = batch?;
+            sum += number(&self.loss(model, &batch)?)? * batch.examples.len() as f64;
+        }
+        Ok(sum / data.len() as f64)
+    }
+}
+
+fn alike(found: &Tensor, wanted: &Tensor) -> Result<()> {
+    match found.dims() == wanted.dims() {
+        true => Ok(()),
+        false => Err(Error::invalid(
+            "what the original says of a batch",
+            format!("{:?}", wanted.dims()),
+            format!("{:?}, as the compressed model does", found.dims()),
+        )),
+    }
+}
+
+fn number(scalar: &Tensor) -> Result<f64> {
+    engine(engine(scalar.detach().to_dtype(DType::F64))?.to_scalar::<f64>())
+}

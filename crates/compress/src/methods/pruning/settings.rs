@@ -1,0 +1,117 @@
+//! What pruning can be told.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// Among which weights the smallest scores are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scope {
+    /// All chosen layers together, each losing what it can spare.
+    Global,
+    /// Each layer by itself.
+    Layer,
+    /// Each row of a layer, which is what one of its outputs reads.
+    Row,
+}
+
+/// Where zeros may be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pattern {
+    /// Anywhere.
+    #[default]
+    Unstructured,
+    /// Of every `m` neighbours of a row, `n` stay; a last, shorter group keeps as many, if it has
+    /// them. 2 of 4 is what the sparse units of GPUs multiply (Mishra et al. 2021, arXiv
+    /// 2104.08378).
+    NOfM {
+        /// Weights that stay.
+        n: usize,
+        /// Weights of a group.
+        m: usize,
+    },
+}
+
+impl Pattern {
+    /// Weights of a row of `columns` that it takes away, where it says so.
+    pub(super) fn pruned(self, columns: usize) -> Option<usize> {
+        match self {
+            Self::Unstructured => None,
+            Self::NOfM { n, m } => {
+                let (groups, rest) = (columns / m.max(1), columns % m.max(1));
+                Some(groups * m.saturating_sub(n) + rest.saturating_sub(n))
+            }
+        }
+    }
+}
+
+/// What the methods that set weights to zero, or take out whole heads or channels, can be told.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PruneSettings {
+    /// Among which weights the smallest are looked for; what the method's source does when absent:
+    /// `magnitude`, `random-weights` and `second-order` in each layer, `first-order`,
+    /// `prune-heads` and `channel-gradient` in the whole model, `wanda` in each row.
+    pub scope: Option<Scope>,
+    /// Whether, in the whole model, the scores of `magnitude` and `wanda` are measured in units of
+    /// their layer's root mean square: layers differ in scale, and a layer may be scaled with the
+    /// inverse in the next one. The scores of the other methods are losses, which compare.
+    pub normalise: bool,
+    /// Where zeros may be.
+    pub pattern: Pattern,
+    /// The share of each matrix that stays whatever the scores say, so that no layer collapses.
+    pub keep_at_least: f64,
+    /// `λ` of `second-order`, in units of the mean square of a layer's inputs.
+    pub damping: f64,
+    /// Columns among which `second-order` chooses exactly; what it takes there is made up for in all
+    /// columns to the right. As many as a layer has is exact, and costs their cube for each row. With a
+    /// pattern, as many more as make its groups whole.
+    pub block: usize,
+}
+
+impl Default for PruneSettings {
+    fn default() -> Self {
+        Self {
+            scope: None,
+            normalise: true,
+            pattern: Pattern::Unstructured,
+            keep_at_least: 0.01,
+            damping: 0.01,
+            block: 64,
+        }
+    }
+}
+
+impl PruneSettings {
+    pub(super) fn check(&self) -> Result<()> {
+        if let Pattern::NOfM { n, m } = self.pattern
+            && !(n >= 1 && n < m)
+        {
+            return Err(Error::invalid(
+                "pattern",
+                format!("{n} of {m}"),
+                "at least 1 of more than that",
+            ));
+        }
+        if !(0.0..1.0).contains(&self.keep_at_least) {
+            return Err(Error::invalid(
+                "share that each matrix keeps",
+                self.keep_at_least,
+                "at least 0 and below 1",
+            ));
+        }
+        if !(self.damping > 0.0 && self.damping.is_finite()) {
+            return Err(Error::invalid("damping", self.damping, "above 0"));
+        }
+        if self.block == 0 {
+            return Err(Error::invalid(
+                "columns of a block",
+                self.block,
+                "at least 1",
+            ));
+        }
+        Ok(())
+    }
+}

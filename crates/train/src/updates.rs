@@ -1,0 +1,322 @@
+//! One step of the variables of a model: clipping, masks, optimiser and moving average, whatever
+//! the loss was.
+
+use std::collections::BTreeMap;
+
+use lapidary_kernels::{
+    AdamW, GradStore, OptimiserState, Parameter, Sgd, Tensor, Var, global_gradient_norm,
+};
+use lapidary_model::Model;
+
+use crate::spec::{GroupSpec, OptimiserSpec};
+use crate::{Error, Masks, MovingAverage, Result};
+
+enum Optimiser {
+    AdamW(AdamW),
+    Sgd(Sgd),
+}
+
+/// How variables are moved.
+#[derive(Clone, Debug, Default)]
+pub struct UpdateOptions {
+    /// The optimiser.
+    pub optimiser: OptimiserSpec,
+    /// The rate that a schedule starts from.
+    pub peak: f64,
+    /// Largest norm of a step's gradient.
+    pub clip: Option<f64>,
+    /// Decay of a moving average of the parameters.
+    pub average: Option<f64>,
+    /// Parameters that are trained otherwise than the rest.
+    pub groups: Vec<GroupSpec>,
+}
+
+/// The variables of a trainable model, and what moves them.
+pub struct Updates {
+    names: Vec<String>,
+    variables: Vec<Var>,
+    optimiser: Optimiser,
+    clip: Option<f64>,
+    average: Option<MovingAverage>,
+    masks: Masks,
+}
+
+impl Updates {
+    /// Of the variables of `model`, at rest. Norms and biases are not decayed.
+    ///
+    /// # Errors
+    /// When a variable is neither `f32` nor `f64` on the CPU.
+    pub fn new(model: &Model, options: &UpdateOptions) -> Result<Self> {
+        let (names, variables): (Vec<String>, Vec<Var>) = model
+            .variables()
+            .iter()
+            .map(|(name, variable)| (name.clone(), variable.clone()))
+            .unzip();
+        let parameters = parameters(options, &names, &variables);
+        let (optimiser, peak) = (&options.optimiser, options.peak);
+        let optimiser = match (optimiser.adamw(peak), optimiser.sgd(peak)) {
+            (Some(options), _) => Optimiser::AdamW(AdamW::new(parameters, options)?),
+            (None, Some(options)) => Optimiser::Sgd(Sgd::new(parameters, options)?),
+            (None, None) => {
+                return Err(Error::Setting {
+                    name: "optimiser",
+                    found: "none".into(),
+                    expected: "adamw or sgd",
+                });
+            }
+        };
+        let average = match options.average {
+            Some(decay) => Some(MovingAverage::new(&variables, decay, true)?),
+            None => None,
+        };
+        Ok(Self {
+            names,
+            variables,
+            optimiser,
+            clip: options.clip,
+            average,
+            masks: Masks::default(),
+        })
+    }
+
+    /// The variables, in the order of their names.
+    pub(crate) fn variables(&self) -> &[Var] {
+        &self.variables
+    }
+
+    /// The masks in force.
+    pub fn masks(&self) -> &Masks {
+        &self.masks
+    }
+
+    /// Sets what is masked to zero, in the weights, in the optimiser's moments and in the moving
+    /// average, and keeps it there from now on. Masks that were in force before are not any more.
+    ///
+    /// # Errors
+    /// When a mask is of no parameter, or of another shape; nothing has changed then.
+    pub fn set_masks(&mut self, masks: Masks) -> Result<()> {
+        let unknown = masks
+            .tensors()
+            .keys()
+            .find(|name| !self.names.contains(name));
+        if let Some(name) = unknown {
+            return Err(Error::Tensor {
+                name: name.clone(),
+                detail: "the mask is of no parameter of the model".into(),
+            });
+        }
+        // A variable cannot be set to itself, so that only those with a mask are.
+        let masked = self.names.iter().zip(&self.variables);
+        let masked = masked.filter(|(name, _)| masks.tensors().contains_key(*name));
+        let weights = masked
+            .map(|(name, variable)| {
+                let weight = masks.masked(name, &variable.as_tensor().detach())?;
+                Ok((variable.clone(), weight))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let mut state = self.state()?;
+        for (name, moments) in self.names.iter().zip(&mut state.moments) {
+            for moment in moments {
+                *moment = masks.masked(name, moment)?;
+            }
+        }
+        if let Some(average) = &mut self.average {
+            let shadow = self.names.iter().zip(average.shadow());
+            let shadow = shadow.map(|(name, shadow)| masks.masked(name, shadow));
+            average.resume(shadow.collect::<Result<_>>()?, average.updates())?;
+        }
+        self.load_state(&state)?;
+        for (variable, weight) in &weights {
+            set(variable, weight)?;
+        }
+        self.masks = masks;
+        Ok(())
+    }
+
+    /// Does one step along gradients that were summed `1 / scale` times, and returns their norm before
+    /// clipping. What is masked has no gradient.
+    ///
+    /// # Errors
+    /// When the norm is not finite: nothing has changed then.
+    pub fn step(&mut self, gradients: &mut GradStore, rate: f64, scale: f64) -> Result<f64> {
+        for (name, variable) in self.names.iter().zip(&self.variables) {
+            if let Some(gradient) = gradients.get(variable.as_tensor())
+                && self.masks.tensors().contains_key(name)
+            {
+                let masked = self.masks.masked(name, &gradient.detach())?;
+                gradients.insert(variable.as_tensor(), masked);
+            }
+        }
+        let all: Vec<&Tensor> = self
+            .variables
+            .iter()
+            .filter_map(|variable| gradients.get(variable.as_tensor()))
+            .collect();
+        let norm = scale * global_gradient_norm(&all)?;
+        if !norm.is_finite() {
+            return Err(Error::Setting {
+                name: "norm of the gradient",
+                found: norm.to_string(),
+                expected: "finite; lower the learning rate, or clip",
+            });
+        }
+        let scale = match self.clip {
+            Some(limit) if norm > limit => scale * (limit / norm),
+            _ => scale,
+        };
+        match &mut self.optimiser {
+            Optimiser::AdamW(optimiser) => optimiser.step(gradients, rate, scale)?,
+            Optimiser::Sgd(optimiser) => optimiser.step(gradients, rate, scale)?,
+        }
+        if let Some(average) = &mut self.average {
+            average.update(&self.variables)?;
+        }
+        Ok(norm)
+    }
+
+    /// Puts the averages in the place of the parameters; a second call undoes it.
+    pub(crate) fn swap_average(&mut self) -> Result<()> {
+        if let Some(average) = &mut self.average {
+            average.swap(&self.variables)?;
+        }
+        Ok(())
+    }
+
+    /// Copies of the parameters as they are.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn parameters(&self) -> Result<BTreeMap<String, Tensor>> {
+        let pairs = self.names.iter().zip(&self.variables);
+        pairs
+            .map(|(name, variable)| {
+                let copy = variable.as_tensor().copy();
+                Ok((
+                    name.clone(),
+                    copy.map_err(lapidary_kernels::Error::from)?.detach(),
+                ))
+            })
+            .collect()
+    }
+
+    fn state(&self) -> Result<OptimiserState> {
+        Ok(match &self.optimiser {
+            Optimiser::AdamW(optimiser) => optimiser.state()?,
+            Optimiser::Sgd(optimiser) => optimiser.state()?,
+        })
+    }
+
+    fn load_state(&mut self, state: &OptimiserState) -> Result<()> {
+        Ok(match &mut self.optimiser {
+            Optimiser::AdamW(optimiser) => optimiser.load_state(state)?,
+            Optimiser::Sgd(optimiser) => optimiser.load_state(state)?,
+        })
+    }
+
+    /// Everything that is needed to go on from here: tensors and counters by name.
+    pub(crate) fn save(
+        &self,
+        tensors: &mut BTreeMap<String, Tensor>,
+        positions: &mut BTreeMap<String, u64>,
+    ) -> Result<()> {
+        for (name, variable) in self.names.iter().zip(&self.variables) {
+            tensors.insert(format!("parameter.{name}"), variable.as_tensor().detach());
+        }
+        for (name, mask) in self.masks.tensors() {
+            tensors.insert(format!("{MASK}{name}"), mask.clone());
+        }
+        let state = self.state()?;
+        for (name, moments) in self.names.iter().zip(state.moments) {
+            for (index, moment) in moments.into_iter().enumerate() {
+                tensors.insert(format!("moment.{index}.{name}"), moment);
+            }
+        }
+        positions.insert("optimiser".to_owned(), state.step);
+        if let Some(average) = &self.average {
+            positions.insert("average".to_owned(), average.updates());
+            for (name, shadow) in self.names.iter().zip(average.shadow()) {
+                tensors.insert(format!("average.{name}"), shadow.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on from what [`Self::save`] gave; `step` where no counter of the optimiser was saved.
+    pub(crate) fn restore(
+        &mut self,
+        tensors: &BTreeMap<String, Tensor>,
+        positions: &BTreeMap<String, u64>,
+        step: u64,
+    ) -> Result<()> {
+        let take = |key: String| {
+            tensors.get(&key).cloned().ok_or(Error::Setting {
+                name: "tensor of the saved run",
+                found: format!("no {key}"),
+                expected: "one for each parameter",
+            })
+        };
+        let all = |prefix: &str| -> Result<Vec<Tensor>> {
+            let names = self.names.iter();
+            names.map(|name| take(format!("{prefix}.{name}"))).collect()
+        };
+        let moments_of = match self.optimiser {
+            Optimiser::AdamW(_) => 2,
+            Optimiser::Sgd(_) => 1,
+        };
+        let mut moments = vec![Vec::new(); self.names.len()];
+        for index in 0..moments_of {
+            let found = all(&format!("moment.{index}"))?;
+            for (moments, moment) in moments.iter_mut().zip(found) {
+                moments.push(moment);
+            }
+        }
+        let weights = all("parameter")?;
+        let shadow = match self.average {
+            Some(_) => all("average")?,
+            None => Vec::new(),
+        };
+        let masks = tensors.iter().filter_map(|(key, tensor)| {
+            let name = key.strip_prefix(MASK)?;
+            Some((name.to_owned(), tensor.clone()))
+        });
+        self.masks = Masks::new(masks.collect())?;
+        let step = positions.get("optimiser").copied().unwrap_or(step);
+        self.load_state(&OptimiserState { step, moments })?;
+        if let Some(average) = &mut self.average {
+            average.resume(shadow, positions.get("average").copied().unwrap_or(0))?;
+        }
+        let mut pairs = self.variables.iter().zip(&weights);
+        pairs.try_for_each(|(variable, weight)| set(variable, weight))
+    }
+}
+
+fn set(variable: &Var, value: &Tensor) -> Result<()> {
+    Ok(variable.set(value).map_err(lapidary_kernels::Error::from)?)
+}
+
+/// What the names of masks begin with in a saved state.
+const MASK: &str = "mask.";
+
+/// Every variable with its group's settings; norms and biases without decay.
+fn parameters(options: &UpdateOptions, names: &[String], variables: &[Var]) -> Vec<Parameter> {
+    names
+        .iter()
+        .zip(variables)
+        .map(|(name, variable)| {
+            let group = options
+                .groups
+                .iter()
+                .find(|group| name.starts_with(&group.path));
+            let usual = if variable.rank() < 2 {
+                0.0
+            } else {
+                options.optimiser.weight_decay()
+            };
+            Parameter {
+                variable: variable.clone(),
+                weight_decay: Some(group.and_then(|group| group.weight_decay).unwrap_or(usual)),
+                rate_factor: group.map_or(1.0, |group| group.rate_factor),
+            }
+        })
+        .collect()
+}
