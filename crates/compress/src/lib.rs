@@ -69,6 +69,7 @@ pub use factorisation::Factorisation;
 pub use fingerprint::Fingerprint;
 pub use method::{Method, Schedule, Settings, Task};
 pub use methods::curvature;
+pub use methods::fuse::{FuseLoss, FuseSettings, Gate, macro_influences};
 pub use methods::linearise::linearity_scores;
 pub use methods::replace_me::{CosineDescent, ReplaceMe, angular_distances};
 pub use methods::shedder::{Search, SearchStep, Shed};

@@ -3,6 +3,7 @@
 use lapidary_model::Model;
 
 use crate::entropy::EntropyChoice;
+use crate::methods::fuse::FuseSettings;
 use crate::methods::replace_me::ReplaceMe;
 use crate::methods::slicing::SliceSettings;
 use crate::methods::{LorapSettings, METHODS, ModegptSettings};
@@ -50,6 +51,8 @@ pub struct Settings {
     pub replace_me: ReplaceMe,
     /// How entropy is estimated, and which blocks it may choose.
     pub entropy: EntropyChoice,
+    /// How blocks take in those that go.
+    pub fuse: FuseSettings,
     /// For `lorap`.
     pub lorap: LorapSettings,
     /// For `modegpt`.
@@ -65,6 +68,7 @@ impl Default for Settings {
             slicing: SliceSettings::default(),
             replace_me: ReplaceMe::default(),
             entropy: EntropyChoice::default(),
+            fuse: FuseSettings::default(),
             lorap: LorapSettings::default(),
             modegpt: ModegptSettings::default(),
         }

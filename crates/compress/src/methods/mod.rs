@@ -6,6 +6,7 @@ pub(crate) mod channel_magnitude;
 pub(crate) mod channels;
 pub mod curvature;
 pub(crate) mod entropy;
+pub(crate) mod fuse;
 pub(crate) mod linearise;
 pub(crate) mod lorap;
 pub(crate) mod modegpt;
@@ -35,10 +36,13 @@ pub(crate) const METHODS: &[&Method] = &[
     &slicing::DOTRESIZE_SHARED,
     &entropy::ENTROPY_ATTENTION,
     &entropy::ENTROPY_BLOCKS,
+    &fuse::FUSE_LORA,
+    &fuse::FUSEGPT,
     &FWSVD,
     &GENERALISED_FISHER,
     &linearise::LINEARISE,
     &lorap::LORAP,
+    &fuse::MACRO_INFLUENCE,
     &shedder::MAMBA_SHEDDER,
     &shedder::MAMBA_SHEDDER_SCAN,
     &modegpt::MODEGPT,

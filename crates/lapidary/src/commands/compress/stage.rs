@@ -131,6 +131,7 @@ pub(super) fn changed(change: &Change) -> String {
         Change::Remove => "left out".to_owned(),
         Change::Linearise { blocks: 1 } => "a linear map".to_owned(),
         Change::Linearise { blocks } => format!("a linear map for {blocks} blocks"),
+        Change::Fuse { from } => format!("takes over from blocks.{from}"),
         Change::Prune { share } => format!("{:.1} % zero", 100.0 * share),
         Change::Edit { mass } => format!("{:.1} % kept", 100.0 * mass),
         Change::Quantise { bits, group } => format!("{bits} bits, groups of {group}"),
