@@ -312,6 +312,10 @@ pub struct Compress {
     /// Multiply the factors out, so that the result has the original architecture and size
     #[arg(long)]
     pub dense: bool,
+    /// Have modegpt and lorap plan shapes that a Hugging Face config can say: heads and attention stay,
+    /// and every feed-forward part is narrowed alike
+    #[arg(long, conflicts_with = "plan")]
+    pub uniform: bool,
 }
 
 #[derive(Args, Debug)]

@@ -310,21 +310,14 @@ fn depths(trials: &[Trial], order: usize) -> Vec<(f64, f64)> {
                 let both = trial.by_blocks.get(place)?;
                 both.get(order).map(|loss| loss.exp())
             });
-            let losses: Vec<f64> = losses.collect();
-            ((place + 1) as f64, mean(&losses))
+            ((place + 1) as f64, mean(losses))
         })
         .collect()
 }
 
 fn claims(scale: Scale, trials: &[Trial]) -> Vec<Claim> {
-    let perplexity = |way: Way| -> f64 {
-        let each: Vec<f64> = trials.iter().map(|trial| trial.loss(way).exp()).collect();
-        mean(&each)
-    };
-    let missed = |way: Way| -> f64 {
-        let each: Vec<f64> = trials.iter().map(|trial| trial.missed(way)).collect();
-        mean(&each)
-    };
+    let perplexity = |way: Way| mean(trials.iter().map(|trial| trial.loss(way).exp()));
+    let missed = |way: Way| mean(trials.iter().map(|trial| trial.missed(way)));
     let listed = |ways: &[Way], of: &dyn Fn(Way) -> f64| {
         let each = ways
             .iter()
@@ -336,7 +329,7 @@ fn claims(scale: Scale, trials: &[Trial]) -> Vec<Claim> {
         trials.iter().filter(won).count()
     };
     let all = trials.len();
-    let whole: Vec<f64> = trials.iter().map(|trial| trial.whole.exp()).collect();
+    let whole = mean(trials.iter().map(|trial| trial.whole.exp()));
     let largest = |of: fn(&Exact) -> f64| {
         let each = trials.iter().map(|trial| of(&trial.exact));
         each.fold(0.0, f64::max)
@@ -368,7 +361,7 @@ fn claims(scale: Scale, trials: &[Trial]) -> Vec<Claim> {
             "expected of a quarter of the blocks",
             format!(
                 "whole {:.3}, {}; FuseGPT before LoRA on {} of {all} seeds",
-                mean(&whole),
+                whole,
                 listed(
                     &[Way::Fuse, Way::Lora, Way::MacroInfluence],
                     &perplexity

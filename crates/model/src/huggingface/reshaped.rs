@@ -88,16 +88,14 @@ fn described(config: &Config, original: &ModelSpec, spec: &ModelSpec) -> Option<
         return None;
     }
     for ((name, old), (_, new)) in before.into_iter().zip(after) {
-        if old == new {
-            continue;
+        if new.is_null() {
+            fields.remove(name);
+        } else if new != old {
+            if let Some(alias) = alias(&config.family, name) {
+                fields.remove(alias);
+            }
+            fields.insert(name.to_owned(), new);
         }
-        if let Some(alias) = alias(&config.family, name) {
-            fields.remove(alias);
-        }
-        match new {
-            Value::Null => fields.remove(name),
-            new => fields.insert(name.to_owned(), new),
-        };
     }
     windows(&mut fields, spec);
     // As a reader will find it, digits and all.
@@ -160,7 +158,9 @@ fn said(family: &Family, spec: &ModelSpec) -> Option<Vec<(&'static str, Value)>>
         }
         MixerSpec::Mamba(mamba) => {
             let (inner, rank) = (mamba.inner(width), mamba.step_rank(width));
-            said.push(("expand", Value::from(inner as f64 / width.max(1) as f64)));
+            // `transformers` takes a whole number.
+            let expand = inner.checked_div(width).filter(|expand| expand * width == inner)?;
+            said.push(("expand", Value::from(expand)));
             said.push(("time_step_rank", unless(rank == width.div_ceil(16), rank)));
         }
         MixerSpec::Absent => return None,

@@ -33,12 +33,12 @@ enum Learned {
 impl Learned {
     /// A gate of the form of `like`; a vector has one for each entry.
     fn gate(kind: Gate, rank: usize, like: &Tensor, generator: &mut ChaCha8Rng) -> Result<Self> {
-        match (kind, *like.dims()) {
-            (Gate::LowRank, [output, input]) => {
+        match (kind, like.dims()) {
+            (Gate::LowRank, &[output, input]) => {
                 let sizes = [output, rank.clamp(1, output.min(input).max(1)), input];
                 Self::product(sizes, like, generator)
             }
-            (Gate::Row, [output, _]) => Ok(Self::Rows(zeros(&[output, 1], like)?)),
+            (Gate::Row, &[output, _]) => Ok(Self::Rows(zeros(&[output, 1], like)?)),
             _ => Self::entries(like),
         }
     }

@@ -35,10 +35,15 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
     if let Some(html) = &arguments.html {
         output::check_writable(html)?;
     }
-    let settings = Settings {
+    let mut settings = Settings {
         seed: global.seed,
         ..Settings::default()
     };
+    if arguments.uniform {
+        settings.modegpt.smoothing = f64::INFINITY;
+        settings.modegpt.heads = false;
+        settings.lorap.attention = false;
+    }
     match &arguments.compare {
         Some(methods) => compare::run(methods, arguments, &settings, global),
         None => one(arguments, &settings, global),
