@@ -50,6 +50,8 @@ fn uniform() -> Settings {
 /// Compresses a family's fixture, saves it and loads it again: as what, and whether all that it gives
 /// is the same to the last bit.
 fn saved(family: &str, method: &str, settings: &Settings) -> SavedAs {
+    // Shortcuts pay where much is cut.
+    let keep = if method == "slicegpt" { 0.5 } else { 0.75 };
     let package = Package::open(&fixture(family), &OpenOptions::default()).unwrap();
     let model = package.single_model().unwrap();
     let data = CalibrationData::new((0..12).map(|seed| example(model, seed)).collect()).unwrap();
@@ -64,7 +66,7 @@ fn saved(family: &str, method: &str, settings: &Settings) -> SavedAs {
         data: Some(&data),
         settings: Some(settings),
     };
-    let plan = method.plan(&task, &Budget::Keep(0.75)).unwrap();
+    let plan = method.plan(&task, &Budget::Keep(keep)).unwrap();
     let compressed = method.apply(&task, &plan).unwrap();
     assert!(compressed.report.after.parameters < compressed.report.before.parameters);
     let input = match &data.examples()[0].content {

@@ -441,13 +441,12 @@ fn hidden(spec: &mut ModelSpec, features: usize) {
     }
 }
 
-/// A stream of 24 features, heads of 8 as before.
+/// A stream of 24 features, heads as before.
 fn narrow_stream(spec: &mut ModelSpec) {
     spec.width = 24;
     for block in &mut spec.blocks {
         let attention = attention(block);
-        attention.scale = Some(attention.scale(32));
-        attention.head_width = Some(8);
+        attention.head_width = Some(attention.head_width(32));
         block.norm = NormSpec::Rms { epsilon: 1e-5 / 3.0 };
     }
     spec.final_norm = Some(NormSpec::Rms { epsilon: 1e-5 / 3.0 });

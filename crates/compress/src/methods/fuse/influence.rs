@@ -1,6 +1,6 @@
 //! How much the last hidden vectors turn when a block is left out.
 
-use lapidary_kernels::{DType, Tensor};
+use lapidary_kernels::{DType, Tensor, unit_rows};
 use lapidary_model::{HeadSpec, Model, Pass};
 use lapidary_signal::{Signal, Trace};
 
@@ -38,7 +38,7 @@ pub(super) fn influences(stack: &Model, data: &CalibrationData, batch: usize) ->
         let batch = batch?;
         let trace = Trace::new().capture("blocks.*.in")?;
         let whole = run(stack, &batch, None, Some(&trace))?;
-        let whole = units(&whole, &batch)?;
+        let whole = exact(&whole, &batch)?;
         rows += engine(whole.dim(0))?;
         for (site, record) in trace.records() {
             let Some((index, "in")) = block_of(&site) else {
@@ -46,11 +46,8 @@ pub(super) fn influences(stack: &Model, data: &CalibrationData, batch: usize) ->
             };
             let entering = Signal::from(record.signal.into_value().detach());
             let without = run(stack, &batch, Some((index + 1, &entering)), None)?;
-            let turned = engine(&whole - units(&without, &batch)?)?;
-            let squares = engine(engine(turned.sqr())?.sum_all())?;
             if let Some(sum) = sums.get_mut(index) {
-                // 1 − cos(a, b) = ½ ‖a/‖a‖ − b/‖b‖‖², which is 0 for equal vectors and never less.
-                *sum += 0.5 * engine(squares.to_scalar::<f64>())?;
+                *sum += turn(&whole, &exact(&without, &batch)?)?;
             }
         }
     }
@@ -76,13 +73,17 @@ pub(super) fn run(
     Ok(stack.forward(&batch.input, pass)?.hidden.into_value())
 }
 
-/// Real rows of length 1 in `f64`; a row without length stays as it is.
-fn units(hidden: &Tensor, batch: &Batch<'_>) -> Result<Tensor> {
+/// Real rows in `f64`.
+fn exact(hidden: &Tensor, batch: &Batch<'_>) -> Result<Tensor> {
     let rows = engine(real_rows(&hidden.detach(), batch.real.as_ref()))?;
-    let rows = engine(rows.to_dtype(DType::F64))?;
-    let squares = engine(engine(rows.sqr())?.sum_keepdim(1))?;
-    let lengths = engine(engine(squares.sqrt())?.maximum(f64::MIN_POSITIVE))?;
-    engine(rows.broadcast_div(&lengths))
+    engine(rows.to_dtype(DType::F64))
+}
+
+/// `Σ (1 − cos(a, b))` over rows, as `½ ‖a/‖a‖ − b/‖b‖‖²`, which is 0 for equal rows and never less.
+fn turn(a: &Tensor, b: &Tensor) -> Result<f64> {
+    let apart = engine(unit_rows(a)? - unit_rows(b)?)?;
+    let squares = engine(engine(apart.sqr())?.sum_all())?;
+    Ok(0.5 * engine(squares.to_scalar::<f64>())?)
 }
 
 /// The first examples, at most `count`.
@@ -93,4 +94,20 @@ pub(super) fn first(data: &CalibrationData, count: usize) -> Result<CalibrationD
     }
     let examples = data.examples().iter().take(count).cloned();
     CalibrationData::new(examples.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::golden;
+    use super::*;
+
+    #[test]
+    fn the_turn_of_rows_is_numpys() {
+        let document = golden();
+        let (stream, behind) = (document.matrix("stream"), document.matrix("behind"));
+        let rows = stream.dim(0).unwrap() as f64;
+        let found = turn(&behind, &stream).unwrap() / rows;
+        assert!((found - document.number("influence")).abs() < 1e-12);
+        assert_eq!(turn(&stream, &stream).unwrap(), 0.0);
+    }
 }

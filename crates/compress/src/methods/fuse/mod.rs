@@ -16,6 +16,8 @@
 
 mod influence;
 mod stack;
+#[cfg(test)]
+mod testing;
 mod tune;
 mod weights;
 

@@ -177,8 +177,18 @@ impl FuseLoss {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::golden;
     use super::*;
     use lapidary_kernels::Device;
+
+    #[test]
+    fn the_divergence_is_numpys() {
+        let document = golden();
+        let (given, wanted) = (document.matrix("stream"), document.matrix("behind"));
+        let found = FuseLoss::Divergence.of(&given, &wanted).unwrap();
+        let found: f64 = found.to_scalar().unwrap();
+        assert!((found - document.number("divergence")).abs() < 1e-12);
+    }
 
     #[test]
     fn losses_are_what_they_say() {

@@ -168,8 +168,33 @@ pub(super) fn working(dtype: DType) -> DType {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::golden;
     use super::*;
     use rand::SeedableRng;
+
+    #[test]
+    fn fused_matrices_and_their_gradients_are_numpys() {
+        let document = golden();
+        let given = document.inside("fused");
+        let mut generator = ChaCha8Rng::seed_from_u64(1);
+        let mut fused = Fused::matrix(&given.matrix("own"), 2, &mut generator).unwrap();
+        let gone = given.matrix("gone");
+        fused
+            .take_in(&gone, Gate::LowRank, 3, &mut generator)
+            .unwrap();
+        let variables = fused.corrections().into_iter().chain(fused.gates());
+        let variables: Vec<Var> = variables.collect();
+        for (variable, name) in variables.iter().zip(["b", "a", "p", "q"]) {
+            variable.set(&given.matrix(name)).unwrap();
+        }
+        let value = fused.value().unwrap();
+        close(&value, &document.matrix("effective"));
+        let loss = (value * given.matrix("cotangent")).unwrap();
+        let store = loss.sum_all().unwrap().backward().unwrap();
+        for (variable, name) in variables.iter().skip(2).zip(["by_p", "by_q"]) {
+            close(store.get(variable.as_tensor()).unwrap(), &document.matrix(name));
+        }
+    }
 
     fn drawn(shape: &[usize], seed: u64) -> Tensor {
         let mut generator = ChaCha8Rng::seed_from_u64(seed);
