@@ -297,7 +297,7 @@ pub struct Compress {
     /// Text to measure the perplexity on, instead of the calibration text
     #[arg(long, value_name = "FILE")]
     pub evaluate: Option<PathBuf>,
-    /// Only measure: `all` methods, or those named, by commas; nothing is written
+    /// Only measure: `all` methods that do not train, or those named, by commas; nothing is written
     #[arg(long, value_name = "METHODS", conflicts_with_all = ["out", "plan", "plan_only"])]
     pub compare: Option<String>,
     /// Print what the method would do as JSON, which --plan carries out
