@@ -90,13 +90,16 @@ fn run(method: &str, ratio: &str, from: &Path, to: &Path) -> Result<SavedAs, Box
 fn example(spec: &ModelSpec, seed: usize) -> Result<Example, Box<dyn Error>> {
     Ok(match &spec.input {
         InputSpec::Tokens(tokens) => {
-            let id = |at: usize| (3 + (at * 7 + seed * 13 + at * at * 5) % (tokens.vocabulary - 3)) as u32;
+            let id = |at: usize| {
+                (3 + (at * 7 + seed * 13 + at * at * 5) % (tokens.vocabulary - 3)) as u32
+            };
             Example::window((0..10).map(id).collect::<Vec<u32>>())
         }
         InputSpec::Patches(patches) => {
             let shape = (patches.channels, patches.image[0], patches.image[1]);
             let count = shape.0 * shape.1 * shape.2;
-            let number = |at: usize| ((at * 37 + seed * 101 + at * at % 13) % 29) as f32 / 14.0 - 1.0;
+            let number =
+                |at: usize| ((at * 37 + seed * 101 + at * at % 13) % 29) as f32 / 14.0 - 1.0;
             let pixels = (0..count).map(number).collect::<Vec<f32>>();
             Example {
                 content: Content::Pixels(Tensor::from_vec(pixels, shape, &Device::Cpu)?),

@@ -15,7 +15,10 @@ use lapidary_model::{Input, InputSpec, Model, OpenOptions, Package, Pass, SavedA
 use lapidary_signal::Trace;
 
 fn settings(fuse: FuseSettings) -> Settings {
-    Settings { fuse, ..Settings::default() }
+    Settings {
+        fuse,
+        ..Settings::default()
+    }
 }
 
 /// Few steps, large enough to be seen.
@@ -75,6 +78,25 @@ fn removed(plan: &Plan) -> Vec<&str> {
         .collect()
 }
 
+/// What a model writes at a site, sequence by sequence.
+fn written(model: &Model, data: &CalibrationData, site: &str) -> Vec<f64> {
+    let mut found = Vec::new();
+    for example in data.examples() {
+        let Content::Tokens { ids, .. } = &example.content else {
+            panic!("{example:?}");
+        };
+        let ids = Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap();
+        let trace = Trace::new().capture(site).unwrap();
+        let pass = Pass {
+            trace: Some(&trace),
+            ..Pass::default()
+        };
+        model.forward(&Input::tokens(ids), pass).unwrap();
+        found.extend(values(trace.signal(site).unwrap().value()));
+    }
+    found
+}
+
 /// Relative errors of the groups, as reported.
 fn misses(compressed: &Compressed) -> Vec<f64> {
     let modules = compressed.report.modules.iter();
@@ -99,10 +121,8 @@ fn a_block_that_does_nothing_has_no_influence_and_goes_first() {
                 assert_eq!(removed(&plan), [format!("blocks.{block}")], "{method}");
                 if method == "macro-influence" {
                     let other = windows(5, 99);
-                    let (found, expected) = (
-                        scores(&compressed.model, &other),
-                        scores(&model, &other),
-                    );
+                    let (found, expected) =
+                        (scores(&compressed.model, &other), scores(&model, &other));
                     assert_eq!(found, expected);
                 }
             }
@@ -119,30 +139,13 @@ fn influence_is_what_two_whole_models_give() {
         let found = macro_influences(&whole, &data, 3).unwrap();
         let last = |model: &Model| -> Vec<Vec<f64>> {
             let blocks = model.spec().expanded_blocks().len();
-            let site = format!("blocks.{}.out", blocks - 1);
-            let mut rows = Vec::new();
-            for example in data.examples() {
-                let Content::Tokens { ids, .. } = &example.content else {
-                    panic!();
-                };
-                let ids = Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap();
-                let trace = Trace::new().capture(&site).unwrap();
-                let pass = Pass {
-                    trace: Some(&trace),
-                    ..Pass::default()
-                };
-                model.forward(&Input::tokens(ids), pass).unwrap();
-                let seen = values(trace.signal(&site).unwrap().value());
-                rows.extend(seen.chunks(16).map(<[f64]>::to_vec));
-            }
-            rows
+            let found = written(model, &data, &format!("blocks.{}.out", blocks - 1));
+            found.chunks(16).map(<[f64]>::to_vec).collect()
         };
         let reference = last(&whole);
         for (block, found) in found.iter().enumerate() {
             let method = Method::find("macro-influence").unwrap();
-            let mut plan = method
-                .plan(&Task::new(&whole), &Budget::Keep(1.0))
-                .unwrap();
+            let mut plan = method.plan(&Task::new(&whole), &Budget::Keep(1.0)).unwrap();
             plan.modules[block].change = Change::Remove;
             let without = plan.apply(&whole, None).unwrap().model;
             let cosines = reference.iter().zip(last(&without)).map(|(a, b)| {
@@ -254,24 +257,8 @@ fn tuning_by_the_divergence_lowers_it() {
     let model = model(&blocks(DECODER, 4), 9);
     let divergence = |other: &Model| -> f64 {
         // All four blocks are one group, so that the last hidden vectors are its output.
-        let hidden = |model: &Model, site: &str| -> Vec<f64> {
-            let mut rows = Vec::new();
-            for example in data.examples() {
-                let Content::Tokens { ids, .. } = &example.content else {
-                    panic!();
-                };
-                let ids = Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap();
-                let trace = Trace::new().capture(site).unwrap();
-                let pass = Pass {
-                    trace: Some(&trace),
-                    ..Pass::default()
-                };
-                model.forward(&Input::tokens(ids), pass).unwrap();
-                rows.extend(values(trace.signal(site).unwrap().value()));
-            }
-            rows
-        };
-        let (p, q) = (hidden(&model, "blocks.3.out"), hidden(other, "blocks.2.out"));
+        let p = written(&model, &data, "blocks.3.out");
+        let q = written(other, &data, "blocks.2.out");
         let log_softmax = |row: &[f64]| -> Vec<f64> {
             let sum: f64 = row.iter().map(|x| x.exp()).sum();
             row.iter().map(|x| x - sum.ln()).collect()
@@ -290,6 +277,37 @@ fn tuning_by_the_divergence_lowers_it() {
         let (tuned, _) = compress(method, &model, &data, 0.75, fuse(20)).unwrap();
         let (before, after) = (divergence(&untuned.model), divergence(&tuned.model));
         assert!(after < 0.9 * before, "{method}: {before} -> {after}");
+    }
+}
+
+/// The report is of the fused group; the model that comes out, its matrices multiplied out, misses the
+/// group's output by as much.
+#[test]
+fn folded_matrices_give_what_the_fused_ones_gave() {
+    let data = windows(10, 20);
+    for spec in [DECODER, GATED, ENCODER] {
+        let model = model(&blocks(spec, 4), 16);
+        for gate in [Gate::LowRank, Gate::Row, Gate::Full] {
+            let fuse = FuseSettings { gate, ..quick() };
+            let (fused, _) = compress("fusegpt", &model, &data, 0.75, fuse).unwrap();
+            // All four blocks are one group.
+            let entering = written(&model, &data, "blocks.0.in");
+            let wanted = written(&model, &data, "blocks.3.out");
+            let given = written(&fused.model, &data, "blocks.2.out");
+            let squares = |a: &[f64], b: &[f64]| -> f64 {
+                a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum()
+            };
+            let missed = (squares(&given, &wanted) / squares(&entering, &wanted)).sqrt();
+            let reported = misses(&fused)[0];
+            assert!((missed - reported).abs() < 1e-10, "{missed} {reported}");
+            let names = |model: &Model| -> Vec<String> {
+                let own = model.parameters().keys();
+                own.filter(|name| !name.starts_with("blocks.3."))
+                    .cloned()
+                    .collect()
+            };
+            assert!(fused.model.parameters().keys().eq(&names(&model)));
+        }
     }
 }
 
@@ -378,7 +396,10 @@ fn plans_are_obeyed() {
     for wrong in [
         vec![module(1, Change::Fuse { from: 2 })],
         vec![module(1, Change::Remove), module(1, Change::Remove)],
-        vec![module(1, Change::Remove), module(2, Change::Fuse { from: 3 })],
+        vec![
+            module(1, Change::Remove),
+            module(2, Change::Fuse { from: 3 }),
+        ],
         vec![module(9, Change::Remove)],
         vec![module(1, Change::Narrow { features: 2 })],
     ] {
@@ -401,7 +422,13 @@ fn what_is_left_decodes_as_it_reads() {
         let mut numbers: Vec<usize> = fused
             .parameters()
             .keys()
-            .filter_map(|name| name.strip_prefix("blocks.")?.split('.').next()?.parse().ok())
+            .filter_map(|name| {
+                name.strip_prefix("blocks.")?
+                    .split('.')
+                    .next()?
+                    .parse()
+                    .ok()
+            })
             .collect();
         numbers.dedup();
         assert_eq!(numbers, [0, 1]);
@@ -439,13 +466,41 @@ feedforward = { kind = "dense", hidden = 20 }
     let uneven = DECODER.replace("[head]", wide);
     refused(&uneven, quick(), "blocks.2.feedforward.down");
     let low = "[low_rank]\n\"blocks.0.attention.query\" = 4\n[head]";
-    refused(&DECODER.replace("[head]", low), quick(), "multiply factorised layers out");
+    refused(
+        &DECODER.replace("[head]", low),
+        quick(),
+        "multiply factorised layers out",
+    );
     for (fuse, expected) in [
-        (FuseSettings { group: 1, ..quick() }, "blocks of a group"),
+        (
+            FuseSettings {
+                group: 1,
+                ..quick()
+            },
+            "blocks of a group",
+        ),
         (FuseSettings { rank: 0, ..quick() }, "rank of gates"),
-        (FuseSettings { rate: f64::NAN, ..quick() }, "learning rate"),
-        (FuseSettings { evaluation: 0, ..quick() }, "sequences"),
-        (FuseSettings { gate_rate: 1e300, ..quick() }, "finite"),
+        (
+            FuseSettings {
+                rate: f64::NAN,
+                ..quick()
+            },
+            "learning rate",
+        ),
+        (
+            FuseSettings {
+                evaluation: 0,
+                ..quick()
+            },
+            "sequences",
+        ),
+        (
+            FuseSettings {
+                gate_rate: 1e300,
+                ..quick()
+            },
+            "finite",
+        ),
     ] {
         refused(DECODER, fuse, expected);
     }
@@ -535,7 +590,9 @@ fn published_families_stay_what_they_are() {
     let package = Package::open(&fixtures.join("albert"), &OpenOptions::default()).unwrap();
     let model = package.single_model().unwrap();
     let data = CalibrationData::new(vec![example(model, 1)]).unwrap();
-    let error = compress("fusegpt", model, &data, 0.5, quick()).err().unwrap();
+    let error = compress("fusegpt", model, &data, 0.5, quick())
+        .err()
+        .unwrap();
     assert!(error.to_string().contains("shared"), "{error}");
 }
 

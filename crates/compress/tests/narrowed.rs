@@ -22,7 +22,8 @@ fn fixture(family: &str) -> std::path::PathBuf {
 fn example(model: &Model, seed: usize) -> Example {
     match &model.spec().input {
         InputSpec::Tokens(tokens) => {
-            let ids = (0..10).map(|at| ((at * 7 + seed * 13 + at * at * 5) % tokens.vocabulary) as u32);
+            let ids =
+                (0..10).map(|at| ((at * 7 + seed * 13 + at * at * 5) % tokens.vocabulary) as u32);
             Example::window(ids.collect::<Vec<u32>>())
         }
         InputSpec::Patches(patches) => {
@@ -79,14 +80,25 @@ fn saved(family: &str, method: &str, settings: &Settings) -> SavedAs {
         let output = model.forward(&input, Pass::default()).unwrap();
         let logits = output.logits.map(|logits| values(logits.value()));
         let hidden = values(output.hidden.value());
-        hidden.into_iter().chain(logits.unwrap_or_default()).collect()
+        hidden
+            .into_iter()
+            .chain(logits.unwrap_or_default())
+            .collect()
     };
     let expected = given(&compressed.model);
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("out");
-    let saved = package.with_model(compressed.model).save(&out, None).unwrap();
+    let saved = package
+        .with_model(compressed.model)
+        .save(&out, None)
+        .unwrap();
     let again = Package::open(&out, &OpenOptions::default()).unwrap();
-    assert_eq!(given(again.single_model().unwrap()), expected, "{family} {}", method.name);
+    assert_eq!(
+        given(again.single_model().unwrap()),
+        expected,
+        "{family} {}",
+        method.name
+    );
     saved
 }
 
@@ -95,7 +107,11 @@ fn saved(family: &str, method: &str, settings: &Settings) -> SavedAs {
 #[test]
 fn a_narrower_stream_of_rms_norms_is_stock() {
     for family in ["llama", "mistral", "mixtral", "qwen2"] {
-        for method in ["slicegpt-shared", "dotresize-shared", "coordinate-magnitude"] {
+        for method in [
+            "slicegpt-shared",
+            "dotresize-shared",
+            "coordinate-magnitude",
+        ] {
             let found = saved(family, method, &Settings::default());
             assert_eq!(found, SavedAs::HuggingFace, "{family} {method}");
         }

@@ -447,9 +447,13 @@ fn narrow_stream(spec: &mut ModelSpec) {
     for block in &mut spec.blocks {
         let attention = attention(block);
         attention.head_width = Some(attention.head_width(32));
-        block.norm = NormSpec::Rms { epsilon: 1e-5 / 3.0 };
+        block.norm = NormSpec::Rms {
+            epsilon: 1e-5 / 3.0,
+        };
     }
-    spec.final_norm = Some(NormSpec::Rms { epsilon: 1e-5 / 3.0 });
+    spec.final_norm = Some(NormSpec::Rms {
+        epsilon: 1e-5 / 3.0,
+    });
     if let HeadSpec::LanguageModel { tied, .. } = &mut spec.head {
         *tied = false;
     }
@@ -576,15 +580,29 @@ fn saves(family: &str, package: Package, expected: SavedAs) {
     let out = directory.path().join("out");
     assert_eq!(package.save(&out, None).unwrap(), expected, "{family}");
     let again = Package::open(&out, &OpenOptions::default()).unwrap();
-    let (before, after) = (package.single_model().unwrap(), again.single_model().unwrap());
-    assert_eq!(before.parameter_count(), after.parameter_count(), "{family}");
+    let (before, after) = (
+        package.single_model().unwrap(),
+        again.single_model().unwrap(),
+    );
+    assert_eq!(
+        before.parameter_count(),
+        after.parameter_count(),
+        "{family}"
+    );
     let input = input_of(&Case::open(family), before);
     let given = |model: &Model| -> Vec<Vec<f32>> {
         let output = model.forward(&input, Pass::default()).unwrap();
         let found = [Some(output.hidden), output.pooled, output.logits];
         let found = found.into_iter().flatten();
         found
-            .map(|signal| signal.into_value().flatten_all().unwrap().to_vec1().unwrap())
+            .map(|signal| {
+                signal
+                    .into_value()
+                    .flatten_all()
+                    .unwrap()
+                    .to_vec1()
+                    .unwrap()
+            })
             .collect()
     };
     assert_eq!(given(before), given(after), "{family}");

@@ -362,10 +362,7 @@ fn claims(scale: Scale, trials: &[Trial]) -> Vec<Claim> {
             format!(
                 "whole {:.3}, {}; FuseGPT before LoRA on {} of {all} seeds",
                 whole,
-                listed(
-                    &[Way::Fuse, Way::Lora, Way::MacroInfluence],
-                    &perplexity
-                ),
+                listed(&[Way::Fuse, Way::Lora, Way::MacroInfluence], &perplexity),
                 wins(Way::Fuse, Way::Lora)
             ),
             after_training(
@@ -408,7 +405,10 @@ fn claims(scale: Scale, trials: &[Trial]) -> Vec<Claim> {
         Claim::new(
             "the fused group comes nearer to what it gave than that of LoRA alone",
             "the loss that both are tuned by",
-            listed(&[Way::Fuse, Way::Lora, Way::FastLora, Way::FuseSquares], &missed),
+            listed(
+                &[Way::Fuse, Way::Lora, Way::FastLora, Way::FuseSquares],
+                &missed,
+            ),
             after_training(scale, missed(Way::Fuse) < missed(Way::Lora)),
         )
         .noted("relative to what the group adds; the last group, by each method's own order"),

@@ -113,7 +113,13 @@ fn said(family: &Family, spec: &ModelSpec) -> Option<Vec<(&'static str, Value)>>
         false => Value::from(value),
     };
     let [layers, wide, heads, inner, epsilon] = match family {
-        Family::Gpt2(_) => ["n_layer", "n_embd", "n_head", "n_inner", "layer_norm_epsilon"],
+        Family::Gpt2(_) => [
+            "n_layer",
+            "n_embd",
+            "n_head",
+            "n_inner",
+            "layer_norm_epsilon",
+        ],
         Family::Opt(_) => [
             "num_hidden_layers",
             "hidden_size",
@@ -128,7 +134,13 @@ fn said(family: &Family, spec: &ModelSpec) -> Option<Vec<(&'static str, Value)>>
             "intermediate_size",
             "rms_norm_eps",
         ],
-        Family::Mamba(_) => ["num_hidden_layers", "hidden_size", "", "", "layer_norm_epsilon"],
+        Family::Mamba(_) => [
+            "num_hidden_layers",
+            "hidden_size",
+            "",
+            "",
+            "layer_norm_epsilon",
+        ],
         Family::Albert(_) | Family::Bert(_) | Family::Vit(_) => [
             "num_hidden_layers",
             "hidden_size",
@@ -159,7 +171,9 @@ fn said(family: &Family, spec: &ModelSpec) -> Option<Vec<(&'static str, Value)>>
         MixerSpec::Mamba(mamba) => {
             let (inner, rank) = (mamba.inner(width), mamba.step_rank(width));
             // `transformers` takes a whole number.
-            let expand = inner.checked_div(width).filter(|expand| expand * width == inner)?;
+            let expand = inner
+                .checked_div(width)
+                .filter(|expand| expand * width == inner)?;
             said.push(("expand", Value::from(expand)));
             said.push(("time_step_rank", unless(rank == width.div_ceil(16), rank)));
         }

@@ -90,7 +90,11 @@ fn turn(a: &Tensor, b: &Tensor) -> Result<f64> {
 pub(super) fn first(data: &CalibrationData, count: usize) -> Result<CalibrationData> {
     if count == 0 {
         let expected = "at least 1";
-        return Err(Error::invalid("sequences that influence is measured on", count, expected));
+        return Err(Error::invalid(
+            "sequences that influence is measured on",
+            count,
+            expected,
+        ));
     }
     let examples = data.examples().iter().take(count).cloned();
     CalibrationData::new(examples.collect())

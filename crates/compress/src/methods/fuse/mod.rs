@@ -25,8 +25,8 @@ use std::collections::BTreeSet;
 
 use lapidary_model::Model;
 
-use self::influence::{first, influences};
 pub use self::influence::macro_influences;
+use self::influence::{first, influences};
 use self::stack::{Stack, alike, group};
 use self::tune::{Distances, Group, tune};
 pub use self::weights::Gate;
@@ -154,11 +154,7 @@ fn fusible(model: &Model, name: &str) -> Result<Requirements> {
 }
 
 /// The block that goes next.
-fn least_influence(
-    stack: &Stack,
-    data: &CalibrationData,
-    batch: usize,
-) -> Result<Option<usize>> {
+fn least_influence(stack: &Stack, data: &CalibrationData, batch: usize) -> Result<Option<usize>> {
     let scores = influences(&stack.model(stack.left())?, data, batch)?;
     let numbered = stack.left().iter().zip(scores);
     let least = numbered.min_by(|a, b| a.1.total_cmp(&b.1));
@@ -215,7 +211,14 @@ fn plan(name: &str, task: &Task<'_>, budget: &Budget, recycle: bool) -> Result<P
         touched.extend(group.blocks.iter().copied());
         match settings.fuse.rescore_fused && step + 1 < count {
             true => {
-                tune(&mut stack, &group, data, settings.batch, recycle, &settings.fuse)?;
+                tune(
+                    &mut stack,
+                    &group,
+                    data,
+                    settings.batch,
+                    recycle,
+                    &settings.fuse,
+                )?;
             }
             false => stack.remove(gone),
         }
@@ -311,7 +314,9 @@ fn apply(name: &str, task: &Task<'_>, plan: &Plan, recycle: bool) -> Result<Comp
             .map(|(place, _)| place)
             .collect();
         let (from, to) = (places.first().copied(), places.last().copied());
-        let run = from.zip(to).and_then(|(from, to)| stack.left().get(from..=to));
+        let run = from
+            .zip(to)
+            .and_then(|(from, to)| stack.left().get(from..=to));
         let group = Group {
             blocks: run.unwrap_or_default().to_vec(),
             gone: step.gone,

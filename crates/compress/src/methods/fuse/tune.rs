@@ -2,9 +2,7 @@
 
 use std::f64::consts::PI;
 
-use lapidary_kernels::{
-    AdamW, AdamWOptions, DType, Parameter, SoftmaxMask, Tensor, log_softmax,
-};
+use lapidary_kernels::{AdamW, AdamWOptions, DType, Parameter, SoftmaxMask, Tensor, log_softmax};
 use lapidary_model::Model;
 use lapidary_signal::Signal;
 
@@ -90,7 +88,9 @@ pub(super) fn tune(
         let Some(shown) = shown.get(step % shown.len()) else {
             break;
         };
-        let loss = settings.loss.of(&given(&stack.model(&kept)?, shown)?, &shown.wanted)?;
+        let loss = settings
+            .loss
+            .of(&given(&stack.model(&kept)?, shown)?, &shown.wanted)?;
         let value = engine(engine(loss.to_dtype(DType::F64))?.to_scalar::<f64>())?;
         if !value.is_finite() {
             return Err(Error::invalid(

@@ -192,7 +192,10 @@ mod tests {
         let loss = (value * given.matrix("cotangent")).unwrap();
         let store = loss.sum_all().unwrap().backward().unwrap();
         for (variable, name) in variables.iter().skip(2).zip(["by_p", "by_q"]) {
-            close(store.get(variable.as_tensor()).unwrap(), &document.matrix(name));
+            close(
+                store.get(variable.as_tensor()).unwrap(),
+                &document.matrix(name),
+            );
         }
     }
 
@@ -334,8 +337,12 @@ mod tests {
         let shapes: Vec<&[usize]> = gates.iter().map(|gate| gate.dims()).collect();
         assert_eq!(shapes, [&[5, 4][..], &[4, 4], &[5, 4]]);
         gates[0].set(&gates[0].ones_like().unwrap()).unwrap();
-        gates[1].set(&(gates[1].ones_like().unwrap() * 0.25).unwrap()).unwrap();
-        gates[2].set(&(gates[2].ones_like().unwrap() * 3.0).unwrap()).unwrap();
+        gates[1]
+            .set(&(gates[1].ones_like().unwrap() * 0.25).unwrap())
+            .unwrap();
+        gates[2]
+            .set(&(gates[2].ones_like().unwrap() * 3.0).unwrap())
+            .unwrap();
         let expected = ((own + first).unwrap() + (second * 3.0).unwrap()).unwrap();
         close(&fused.value().unwrap(), &expected);
     }
