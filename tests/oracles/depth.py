@@ -4,7 +4,7 @@
 
 writes tests/fixtures/depth.json: rows drawn with a seed, the map of ReplaceMe by `lstsq` and by
 ridge, linearity scores by residuals, anisotropy by singular values, the best rotation by SVD, and
-the three estimators of entropy. Made with NumPy 2.4.6.
+the three estimators of entropy, macro influence, and a fused matrix with the gradients of its gate. Made with NumPy 2.4.6.
 """
 
 import json
@@ -59,6 +59,28 @@ def renyi(z, order):
     return math.log(np.mean(kernel ** (order - 1))) / (1 - order)
 
 
+def softmax(x):
+    e = np.exp(x - x.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def fused(own, gone, b, a, p, q, cotangent):
+    """The sum of `cotangent * W_eff` has these gradients by `p` and `q`, entry by entry."""
+    by_p, by_q = np.zeros_like(p), np.zeros_like(q)
+    for o in range(own.shape[0]):
+        for i in range(own.shape[1]):
+            by_p[o] += cotangent[o, i] * gone[o, i] * q[:, i]
+            by_q[:, i] += cotangent[o, i] * gone[o, i] * p[o]
+    return own + b @ a + (p @ q) * gone, by_p, by_q
+
+
+cosines = np.sum(out * y, 1) / np.linalg.norm(out, axis=1) / np.linalg.norm(y, axis=1)
+divergence = np.mean(np.sum(softmax(out) * np.log(softmax(out) / softmax(y)), 1))
+shapes = {"own": (5, 4), "gone": (5, 4), "b": (5, 2), "a": (2, 4), "p": (5, 3), "q": (3, 4)}
+shapes["cotangent"] = (5, 4)
+matrices = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+effective, by_p, by_q = fused(**matrices)
+
 ridge = 2.5
 values = np.linalg.svd(out - out.mean(0), compute_uv=False) ** 2
 document = {
@@ -75,6 +97,12 @@ document = {
     "neighbours": neighbours(out, 5),
     "buckets": buckets(out, 10),
     "renyi": renyi(out, 4.0),
+    "influence": 1 - np.mean(cosines),
+    "divergence": divergence,
+    "fused": {name: matrix.tolist() for name, matrix in matrices.items()},
+    "effective": effective.tolist(),
+    "by_p": by_p.tolist(),
+    "by_q": by_q.tolist(),
 }
 path = Path(__file__).parents[1] / "fixtures" / "depth.json"
 path.write_text(json.dumps(document) + "\n")

@@ -6,9 +6,11 @@
     python tests/oracles/families.py --verify DIR         does transformers load DIR, and agree?
     python tests/oracles/families.py --verify DIR --case tests/fixtures/families/gpt2/case.safetensors
     python tests/oracles/families.py --round-trip target/debug/examples/copy
+    python tests/oracles/families.py --narrow target/debug/examples/narrow
 
-The last one has every fixture loaded and saved by Lapidary (`cargo build -p lapidary-model --example
-copy`) and loads what was saved with transformers.
+The last two have fixtures loaded and saved by Lapidary (`cargo build -p lapidary-model --example copy`,
+`cargo build -p lapidary-compress --example narrow`), the last one compressed in every way that leaves a
+stock shape, and load what was saved with transformers.
 
 Each fixture is a Hugging Face directory (`config.json`, `model.safetensors` or shards, tokenizer
 files) beside `case.safetensors`, which holds inputs under their Hugging Face names and the f32
@@ -513,12 +515,55 @@ def round_trip(copy: Path, names: list[str]) -> None:
         sys.exit(f"some are further than {TOLERANCE:.0e}")
 
 
+# What leaves a shape that a config of the family can say.
+STREAM = ["slicegpt-shared", "dotresize-shared", "coordinate-magnitude"]
+HIDDEN = ["channel-magnitude", "modegpt", "lorap"]
+DEPTH = ["macro-influence", "fusegpt"]
+NARROW = {
+    "bert-masked-lm": HIDDEN + DEPTH,
+    "gpt2": HIDDEN + DEPTH,
+    "llama": STREAM + HIDDEN + DEPTH,
+    "llama-tied": STREAM + HIDDEN,
+    "mamba": DEPTH,
+    "mistral": STREAM + HIDDEN + DEPTH,
+    "mixtral": STREAM + HIDDEN + DEPTH,
+    "olmoe": HIDDEN + DEPTH,
+    "opt": HIDDEN + DEPTH,
+    "opt-projected": HIDDEN + DEPTH,
+    "qwen2": STREAM + HIDDEN + DEPTH,
+    "roberta-masked-lm": HIDDEN + DEPTH,
+    "vit": HIDDEN + DEPTH,
+}
+
+
+def narrow(program: Path, names: list[str]) -> None:
+    """Has each fixture compressed by `narrow METHOD RATIO FROM TO`, and loads that with transformers."""
+    failed = False
+    print(f"{'fixture':20} {'method':22} {'saved as':12} {'largest difference':>20}")
+    for name in names:
+        for method in NARROW.get(name, []):
+            ratio = "0.5" if method in DEPTH else "0.25"
+            with tempfile.TemporaryDirectory() as parent:
+                saved = Path(parent) / "saved"
+                command = [program, method, ratio, ROOT / name, saved]
+                form = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                stock = form.strip() == "HuggingFace"
+                worst = float("inf")
+                if stock:
+                    worst = max(compare(saved, saved / "case.safetensors").values())
+            failed |= not worst <= TOLERANCE
+            print(f"{name:20} {method:22} {form.strip():12} {worst:20.3e}")
+    if failed:
+        sys.exit(f"some are not stock, or further than {TOLERANCE:.0e}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="fixtures to write (all)")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="a directory to load and compare")
     parser.add_argument("--case", type=Path, help="the case to compare with (DIR/case.safetensors)")
     parser.add_argument("--round-trip", type=Path, metavar="COPY", help="a program that loads and saves")
+    parser.add_argument("--narrow", type=Path, metavar="NARROW", help="a program that compresses")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -532,6 +577,9 @@ def main() -> None:
     names = arguments.names or list(FAMILIES)
     if arguments.round_trip:
         round_trip(arguments.round_trip, names)
+        return
+    if arguments.narrow:
+        narrow(arguments.narrow, names)
         return
     for name in names:
         make(name)

@@ -76,6 +76,7 @@ pub use heal::{
 pub use interaction::{Interaction, Interactions, interactions};
 pub use method::{Method, Schedule, Settings, Task};
 pub use methods::curvature;
+pub use methods::fuse::{FuseLoss, FuseSettings, Gate, macro_influences};
 pub use methods::linearise::linearity_scores;
 pub use methods::replace_me::{CosineDescent, ReplaceMe, angular_distances};
 pub use methods::shedder::{Search, SearchStep, Shed};

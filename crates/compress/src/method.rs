@@ -3,6 +3,7 @@
 use lapidary_model::Model;
 
 use crate::entropy::EntropyChoice;
+use crate::methods::fuse::FuseSettings;
 use crate::methods::quantise::ROUNDING;
 use crate::methods::replace_me::ReplaceMe;
 use crate::methods::slicing::SliceSettings;
@@ -53,6 +54,8 @@ pub struct Settings {
     pub replace_me: ReplaceMe,
     /// How entropy is estimated, and which blocks it may choose.
     pub entropy: EntropyChoice,
+    /// How blocks take in those that go.
+    pub fuse: FuseSettings,
     /// For `lorap`.
     pub lorap: LorapSettings,
     /// For `modegpt`.
@@ -72,6 +75,7 @@ impl Default for Settings {
             slicing: SliceSettings::default(),
             replace_me: ReplaceMe::default(),
             entropy: EntropyChoice::default(),
+            fuse: FuseSettings::default(),
             lorap: LorapSettings::default(),
             modegpt: ModegptSettings::default(),
             quantise: QuantiseSettings::default(),

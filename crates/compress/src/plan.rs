@@ -81,6 +81,13 @@ pub enum Change {
         /// Blocks that the map stands for.
         blocks: usize,
     },
+    /// A block takes over from one that goes: its matrices take in those of that block, or, in the
+    /// control, are tuned without them. The plan is carried out in its order, so that a block may
+    /// be named several times.
+    Fuse {
+        /// The block that goes.
+        from: usize,
+    },
     /// Weights are set to zero.
     Prune {
         /// Share of the weights.

@@ -196,6 +196,16 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::entropy_pruning::run,
     },
     System {
+        slug: "fusegpt",
+        title: "FuseGPT: Learnable Layers Fusion of Generative Pre-trained Transformers",
+        authors: "Pei, Zhen, Yu, Pan, Yuan, Yu",
+        year: 2024,
+        arxiv: Some("2411.14507"),
+        kind: Kind::Compression,
+        parts: &["compress::fusegpt", "compress::macro_influence"],
+        experiment: experiments::fusegpt::run,
+    },
+    System {
         slug: "fwsvd",
         title: "Language model compression with weighted low-rank factorization",
         authors: "Hsu, Hua, Chang, Lou, Shen, Jin",

@@ -84,6 +84,11 @@ fn decompx() {
 }
 
 #[test]
+fn fusegpt() {
+    check("fusegpt");
+}
+
+#[test]
 fn fwsvd() {
     check("fwsvd");
 }
@@ -199,6 +204,7 @@ fn every_system_is_tested_here() {
             "decompx",
             "dotresize",
             "entropy-pruning",
+            "fusegpt",
             "fwsvd",
             "hidden-geometry",
             "introduction-to-transformers",

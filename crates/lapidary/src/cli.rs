@@ -312,7 +312,7 @@ pub struct Compress {
     /// Text to measure the perplexity on, instead of the calibration text
     #[arg(long, value_name = "FILE")]
     pub evaluate: Option<PathBuf>,
-    /// Only measure: `all` methods, or those named, by commas; nothing is written
+    /// Only measure: `all` methods that do not train, or those named, by commas; nothing is written
     #[arg(long, value_name = "METHODS", conflicts_with_all = ["out", "plan", "plan_only"])]
     pub compare: Option<String>,
     /// Print what the method would do as JSON, which --plan carries out
@@ -327,6 +327,10 @@ pub struct Compress {
     /// Multiply the factors out, so that the result has the original architecture and size
     #[arg(long)]
     pub dense: bool,
+    /// Have modegpt and lorap plan shapes that a Hugging Face config can say: heads and attention stay,
+    /// and every feed-forward part is narrowed alike
+    #[arg(long, conflicts_with = "plan")]
+    pub uniform: bool,
     /// Train the compressed model for so many steps on the calibration text, of which a tenth is
     /// held out to tell when it is best
     #[arg(long, value_name = "STEPS", conflicts_with_all = ["compare", "plan_only"])]

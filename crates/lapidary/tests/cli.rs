@@ -402,6 +402,60 @@ fn compresses_saves_loads_and_explains_again() {
     assert!(dense.join("config.json").is_file());
 }
 
+/// Fewer blocks, and narrower parts where all are alike, are shapes that other programs know.
+#[test]
+fn stock_shapes_are_written_as_such() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = "the farmer near the dogs sings and the dogs sing ".repeat(40);
+    let text = write(&directory, "text", text.as_bytes());
+    let compress = |name: &str, method: &str, ratio: &str, more: &[&str]| {
+        let model = family(name);
+        let arguments = [
+            "compress",
+            &model,
+            "--method",
+            method,
+            "--ratio",
+            ratio,
+            "--calibrate",
+            &text,
+            "--windows",
+            "4",
+            "--window",
+            "16",
+            "--json",
+        ];
+        json(&[&arguments[..], more].concat())
+    };
+    for (name, method, ratio, stock) in [
+        ("gpt2", "modegpt", "0.25", true),
+        ("llama", "lorap", "0.25", true),
+        ("llama", "slicegpt-shared", "0.25", true),
+        ("gpt2", "slicegpt-shared", "0.25", false),
+        ("llama", "fusegpt", "0.5", true),
+    ] {
+        let out = directory.path().join(format!("{name}-{method}"));
+        let out = out.to_str().unwrap();
+        let report = compress(name, method, ratio, &["--uniform", "--out", out]);
+        let expected = if stock { "hugging-face" } else { "lapidary" };
+        assert_eq!(report["saved_as"], expected, "{name} {method}");
+        assert!(report["kept"].as_f64().unwrap() < 1.0);
+    }
+    let plan = compress("llama", "fusegpt", "0.5", &["--plan-only"]);
+    assert_eq!(plan["modules"][0]["change"], "remove");
+    assert!(
+        plan["modules"][1]["change"]["fuse"]["from"].is_u64(),
+        "{plan}"
+    );
+    let compared = ["--compare", "all"];
+    let compared = compress("llama", "svd", "0.3", &compared);
+    let left_out = compared["left_out"].as_array().unwrap();
+    let trains = left_out
+        .iter()
+        .filter(|pair| pair[1].as_str().unwrap().contains("trains"));
+    assert_eq!(trains.count(), 2, "{left_out:?}");
+}
+
 #[test]
 fn trains_and_resumes_to_the_same_weights() {
     let directory = tempfile::tempdir().unwrap();

@@ -14,7 +14,7 @@ use crate::checkpoint::{WriteOptions, write_checkpoint};
 use crate::files::{FileError, StagedDirectory, read_text, write_beside};
 use crate::huggingface::config::CONFIG_FILE;
 use crate::huggingface::families::{NameTable, Shapes, towers};
-use crate::huggingface::shortened;
+use crate::huggingface::reshaped;
 use crate::{Checkpoint, Config, Error, Limits, Model, ModelSpec, Result, Tokenizer};
 use lapidary_kernels::{DType, Device, Tensor};
 
@@ -289,7 +289,7 @@ impl Package {
     }
 
     /// Config and tensors of the family's own form, when every tower still has the spec that the
-    /// config describes, or the only one has fewer blocks and is otherwise as a config can say.
+    /// config describes, or the only one has a shape that another config can say.
     #[allow(clippy::type_complexity, reason = "a config beside its tensors")]
     fn as_huggingface(&self) -> Result<Option<(Cow<'_, Config>, Vec<(String, Tensor)>)>> {
         let Origin::HuggingFace {
@@ -308,17 +308,16 @@ impl Package {
             let mut names: Vec<&String> = named.collect();
             names.sort();
             names.dedup();
-            if !names.into_iter().eq(model.parameters().keys()) {
+            // Equal names may still hold other widths than the config says.
+            let shapes = |spec: &ModelSpec| (spec.width, spec.expanded_blocks());
+            if !names.into_iter().eq(model.parameters().keys())
+                || shapes(model.spec()) != shapes(spec)
+            {
                 if self.towers.len() != 1 || !extra.is_empty() {
                     return Ok(None);
                 }
-                let shorter = shortened(config, table, model)?;
-                return Ok(shorter.map(|(config, tensors)| (Cow::Owned(config), tensors)));
-            }
-            // Equal names may still hold other widths than the config says.
-            let shapes = |spec: &ModelSpec| (spec.width, spec.expanded_blocks());
-            if shapes(model.spec()) != shapes(spec) {
-                return Ok(None);
+                let other = reshaped(config, spec, table, model)?;
+                return Ok(other.map(|(config, tensors)| (Cow::Owned(config), tensors)));
             }
             tensors.extend(table.write(model.parameters())?);
         }

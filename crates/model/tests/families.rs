@@ -10,7 +10,13 @@
 use std::path::{Path, PathBuf};
 
 use lapidary_kernels::{D, DType, Device, Tensor};
-use lapidary_model::{Checkpoint, Input, Limits, Model, OpenOptions, Package, Pass, SavedAs};
+use lapidary_model::{
+    Checkpoint, HeadSpec, Input, Limits, Model, ModelSpec, OpenOptions, Package, Pass, SavedAs,
+};
+use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
+use lapidary_parts::block::BlockSpec;
+use lapidary_parts::feedforward::FeedforwardSpec;
+use lapidary_parts::norm::NormSpec;
 use lapidary_signal::Trace;
 
 const FAMILIES: [&str; 23] = [
@@ -405,6 +411,201 @@ fn fewer_blocks_that_no_config_describes_are_saved_with_their_spec() {
     let saved = package.with_model(shorter).save(&out, None).unwrap();
     assert_eq!(saved, SavedAs::Lapidary);
     Package::open(&out, &OpenOptions::default()).unwrap();
+}
+
+/// A model of a changed spec with some parameters, in place of the one at hand.
+fn remade(package: Package, change: impl Fn(&mut ModelSpec)) -> Package {
+    let mut spec = package.single_model().unwrap().spec().clone();
+    spec.blocks = spec.expanded_blocks();
+    change(&mut spec);
+    let model = Model::initialised(spec, 7, DType::F32, &Device::Cpu).unwrap();
+    package.with_model(model)
+}
+
+fn attention(block: &mut BlockSpec) -> &mut MultiHeadSpec {
+    match &mut block.attention {
+        MixerSpec::MultiHead(attention) => attention,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// As many hidden features in every block.
+fn hidden(spec: &mut ModelSpec, features: usize) {
+    for block in &mut spec.blocks {
+        match &mut block.feedforward {
+            Some(FeedforwardSpec::Dense(dense)) => dense.hidden = features,
+            Some(FeedforwardSpec::Gated(gated)) => gated.hidden = features,
+            Some(FeedforwardSpec::Mixture(mixture)) => mixture.hidden = features,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// A stream of 24 features, heads as before.
+fn narrow_stream(spec: &mut ModelSpec) {
+    spec.width = 24;
+    for block in &mut spec.blocks {
+        let attention = attention(block);
+        attention.head_width = Some(attention.head_width(32));
+        block.norm = NormSpec::Rms {
+            epsilon: 1e-5 / 3.0,
+        };
+    }
+    spec.final_norm = Some(NormSpec::Rms {
+        epsilon: 1e-5 / 3.0,
+    });
+    if let HeadSpec::LanguageModel { tied, .. } = &mut spec.head {
+        *tied = false;
+    }
+}
+
+/// A stream of 24 features and heads of 6.
+fn narrow_everything(spec: &mut ModelSpec) {
+    spec.width = 24;
+    hidden(spec, 40);
+    for block in &mut spec.blocks {
+        attention(block).head_width = None;
+    }
+}
+
+type Change = fn(&mut ModelSpec);
+
+/// A narrower model is of its family when a config says its shape: what is read back from it is the
+/// same, to the last bit of what it gives.
+#[test]
+fn narrower_models_are_still_of_the_family() {
+    let forty: Change = |spec| hidden(spec, 40);
+    let cases: [(&str, Change); 24] = [
+        ("albert-masked-lm", forty),
+        ("bert", forty),
+        ("bert-classifier", forty),
+        ("bert-classifier", narrow_everything),
+        ("bert-masked-lm", narrow_everything),
+        ("deit", forty),
+        ("deit", narrow_everything),
+        ("gpt2", forty),
+        ("gpt2", narrow_everything),
+        ("llama", forty),
+        ("llama", narrow_everything),
+        ("llama", narrow_stream),
+        ("llama-tied", narrow_stream),
+        ("mistral", narrow_stream),
+        ("mixtral", forty),
+        ("mixtral", narrow_stream),
+        ("olmoe", forty),
+        ("opt", forty),
+        ("opt", narrow_everything),
+        ("opt-projected", forty),
+        ("qwen2", narrow_stream),
+        ("roberta-classifier", narrow_everything),
+        ("roberta-masked-lm", forty),
+        ("vit", narrow_everything),
+    ];
+    for (family, change) in cases {
+        let package = Package::open(&fixture(family), &OpenOptions::default()).unwrap();
+        // One set of weights for all layers stays one.
+        let package = match family {
+            "albert-masked-lm" => {
+                let mut spec = package.single_model().unwrap().spec().clone();
+                change(&mut spec);
+                let model = Model::initialised(spec, 7, DType::F32, &Device::Cpu).unwrap();
+                package.with_model(model)
+            }
+            _ => remade(package, change),
+        };
+        saves(family, package, SavedAs::HuggingFace);
+    }
+}
+
+/// What no config says is saved with its spec.
+#[test]
+fn other_narrower_models_are_saved_with_their_spec() {
+    let cases: [(&str, Change); 8] = [
+        // Blocks of different widths.
+        ("gpt2", |spec| {
+            hidden(spec, 40);
+            spec.blocks.truncate(1);
+            let mut other = spec.clone();
+            hidden(&mut other, 44);
+            spec.blocks.extend(other.blocks);
+        }),
+        // Heads whose widths do not add up to the stream's.
+        ("gpt2", |spec| {
+            spec.width = 24;
+            for block in &mut spec.blocks {
+                attention(block).head_width = Some(8);
+            }
+        }),
+        ("bert-classifier", |spec| {
+            for block in &mut spec.blocks {
+                attention(block).head_width = Some(6);
+            }
+        }),
+        // Values of another width than keys.
+        ("llama", |spec| {
+            for block in &mut spec.blocks {
+                attention(block).value_width = Some(6);
+            }
+        }),
+        // Scores that are divided by something else.
+        ("llama", |spec| {
+            for block in &mut spec.blocks {
+                attention(block).scale = Some(0.5);
+            }
+        }),
+        // Norms of another kind.
+        ("opt", |spec| {
+            for block in &mut spec.blocks {
+                block.norm = NormSpec::Rms { epsilon: 1e-5 };
+            }
+        }),
+        // Biases that the family does not have.
+        ("qwen2", |spec| {
+            for block in &mut spec.blocks {
+                attention(block).output_bias = Some(true);
+            }
+        }),
+        // Norms of queries and keys that are not as wide as the stream.
+        ("olmoe", narrow_stream),
+    ];
+    for (family, change) in cases {
+        let package = Package::open(&fixture(family), &OpenOptions::default()).unwrap();
+        saves(family, remade(package, change), SavedAs::Lapidary);
+    }
+}
+
+/// Saves and loads again: the same scores, bit for bit.
+fn saves(family: &str, package: Package, expected: SavedAs) {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("out");
+    assert_eq!(package.save(&out, None).unwrap(), expected, "{family}");
+    let again = Package::open(&out, &OpenOptions::default()).unwrap();
+    let (before, after) = (
+        package.single_model().unwrap(),
+        again.single_model().unwrap(),
+    );
+    assert_eq!(
+        before.parameter_count(),
+        after.parameter_count(),
+        "{family}"
+    );
+    let input = input_of(&Case::open(family), before);
+    let given = |model: &Model| -> Vec<Vec<f32>> {
+        let output = model.forward(&input, Pass::default()).unwrap();
+        let found = [Some(output.hidden), output.pooled, output.logits];
+        let found = found.into_iter().flatten();
+        found
+            .map(|signal| {
+                signal
+                    .into_value()
+                    .flatten_all()
+                    .unwrap()
+                    .to_vec1()
+                    .unwrap()
+            })
+            .collect()
+    };
+    assert_eq!(given(before), given(after), "{family}");
 }
 
 fn without_first_block(model: &Model) -> Model {

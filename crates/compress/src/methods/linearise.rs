@@ -40,11 +40,11 @@ pub(crate) const LINEARISE: Method = Method {
     schedule: Schedule::OneShot,
     observes: true,
     requirements: |model: &Model, _: &Settings| {
-        one_stream(model)?;
+        one_stream(model, LINEARISE.name)?;
         Ok(Requirements::default())
     },
     plan: |task, budget| {
-        one_stream(task.model)?;
+        one_stream(task.model, LINEARISE.name)?;
         let mut plan = plan(LINEARISE.name, task, budget)?;
         for module in &mut plan.modules {
             if module.change == Change::Remove {
@@ -75,7 +75,7 @@ pub(crate) const DELETE_LINEAR: Method = Method {
 };
 
 /// Blocks of any wiring read and write one stream, unless they read a memory too.
-fn one_stream(model: &Model) -> Result<()> {
+pub(crate) fn one_stream(model: &Model, method: &str) -> Result<()> {
     let blocks = model.spec().expanded_blocks();
     match blocks
         .iter()
@@ -85,7 +85,7 @@ fn one_stream(model: &Model) -> Result<()> {
         Some(index) => Err(Error::invalid(
             format!("block {index}"),
             "one with cross-attention",
-            format!("one without for {}", LINEARISE.name),
+            format!("one without for {method}"),
         )),
     }
 }

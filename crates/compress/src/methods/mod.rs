@@ -6,6 +6,7 @@ pub(crate) mod channel_magnitude;
 pub(crate) mod channels;
 pub mod curvature;
 pub(crate) mod entropy;
+pub(crate) mod fuse;
 pub(crate) mod linearise;
 pub(crate) mod lorap;
 pub(crate) mod modegpt;
@@ -42,6 +43,8 @@ pub(crate) const METHODS: &[&Method] = &[
     &entropy::ENTROPY_ATTENTION,
     &entropy::ENTROPY_BLOCKS,
     &pruning::FIRST_ORDER,
+    &fuse::FUSE_LORA,
+    &fuse::FUSEGPT,
     &FWSVD,
     &GENERALISED_FISHER,
     &quantise::GPTQ,
@@ -49,6 +52,7 @@ pub(crate) const METHODS: &[&Method] = &[
     &quantise::INT8,
     &linearise::LINEARISE,
     &lorap::LORAP,
+    &fuse::MACRO_INFLUENCE,
     &pruning::MAGNITUDE,
     &shedder::MAMBA_SHEDDER,
     &shedder::MAMBA_SHEDDER_SCAN,

@@ -17,6 +17,7 @@ pub mod depth;
 pub mod dotresize;
 pub mod energy;
 pub mod entropy_pruning;
+pub mod fusegpt;
 pub mod fwsvd;
 pub mod geometry;
 pub mod glyphs;

@@ -2,7 +2,7 @@
 
 pub mod config;
 pub mod families;
-mod shorter;
+mod reshaped;
 
 pub use config::{Config, ConfigError, Family};
-pub(crate) use shorter::shortened;
+pub(crate) use reshaped::reshaped;

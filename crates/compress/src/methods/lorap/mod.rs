@@ -59,6 +59,9 @@ pub struct LorapSettings {
     /// Whether every block is cut by what the whole model showed, from the calibration, instead
     /// of by what it reads once those before it are cut.
     pub one_shot: bool,
+    /// Whether attention is factorised too. Without, only feed-forward parts change, all alike: a
+    /// shape that configs of published families can say.
+    pub attention: bool,
 }
 
 impl Default for LorapSettings {
@@ -67,6 +70,7 @@ impl Default for LorapSettings {
             ratio: 3.0,
             spared: 0.01,
             one_shot: false,
+            attention: true,
         }
     }
 }
@@ -138,7 +142,9 @@ fn plan(task: &Task<'_>, budget: &Budget) -> Result<Plan> {
     requirements(task.model, &task.settings())?;
     let mut modules = Vec::new();
     for (index, block) in task.model.spec().expanded_blocks().iter().enumerate() {
-        modules.extend(planned_attention(task.model, index, keep, settings.ratio)?);
+        if settings.attention {
+            modules.extend(planned_attention(task.model, index, keep, settings.ratio)?);
+        }
         modules.extend(planned_feedforward(
             task.model, index, block, keep, &settings,
         )?);

@@ -62,6 +62,9 @@ pub struct ModegptSettings {
     pub cap: f64,
     /// The ridge of the leverage scores, in units of the mean square of a hidden feature.
     pub ridge: f64,
+    /// Whether heads become narrower too. Without, and with infinite smoothing, every feed-forward
+    /// part has the same fewer features: a shape that configs of published families can say.
+    pub heads: bool,
 }
 
 impl Default for ModegptSettings {
@@ -70,19 +73,22 @@ impl Default for ModegptSettings {
             smoothing: 0.1,
             cap: 0.8,
             ridge: 1.0,
+            heads: true,
         }
     }
 }
 
-fn requirements(model: &Model, _: &Settings) -> Result<Requirements> {
+fn requirements(model: &Model, settings: &Settings) -> Result<Requirements> {
     let mut statistics = std::collections::BTreeSet::new();
     for (index, block) in model.spec().expanded_blocks().iter().enumerate() {
-        heads(index, block)?;
-        let path = channels::attention(index);
         statistics.insert(similarity(index));
-        statistics.insert(squares(format!("{path}.query")));
-        statistics.insert(squares(format!("{path}.key")));
-        statistics.insert(covariance(format!("{path}.in")));
+        if settings.modegpt.heads {
+            heads(index, block)?;
+            let path = channels::attention(index);
+            statistics.insert(squares(format!("{path}.query")));
+            statistics.insert(squares(format!("{path}.key")));
+            statistics.insert(covariance(format!("{path}.in")));
+        }
         let hidden = Unit::of(index, block);
         statistics.extend(hidden.iter().map(|unit| covariance(unit.hidden_site())));
     }
@@ -127,7 +133,9 @@ fn plan(task: &Task<'_>, budget: &Budget) -> Result<Plan> {
     let mut modules = Vec::new();
     let blocks = model.spec().expanded_blocks();
     for ((index, block), loss) in blocks.iter().enumerate().zip(losses) {
-        modules.push(planned_attention(model, index, block, 1.0 - loss)?);
+        if settings.heads {
+            modules.push(planned_attention(model, index, block, 1.0 - loss)?);
+        }
         modules.extend(planned_feedforward(model, index, block, 1.0 - loss));
     }
     Ok(Plan {

@@ -9,7 +9,7 @@ use crate::cli::{Compress, Global};
 use crate::{loading, output, report};
 use anyhow::{Result, ensure};
 use lapidary_compress::{
-    Budget, Calibration, CalibrationOptions, Method, Requirements, Settings, Task,
+    Budget, Calibration, CalibrationOptions, Method, Requirements, Schedule, Settings, Task,
 };
 use lapidary_explain::report::{Cell, Plot, Report, Series, Table};
 use serde::Serialize;
@@ -50,6 +50,7 @@ pub(super) fn run(
     settings: &Settings,
     global: &Global,
 ) -> Result<()> {
+    let every = methods == "all";
     let methods: Vec<&'static Method> = match methods {
         "all" => Method::all().to_vec(),
         names => names
@@ -73,6 +74,11 @@ pub(super) fn run(
     let mut requirements = Requirements::default();
     let mut applicable = Vec::new();
     for method in methods {
+        if every && method.schedule == Schedule::Training {
+            let reason = "it trains while it cuts: name it to have it measured";
+            left_out.push((method.name, reason.to_owned()));
+            continue;
+        }
         match method.requirements(model, settings) {
             Ok(needed) => {
                 requirements = requirements.union(needed);

@@ -44,6 +44,11 @@ pub(super) fn settings(arguments: &Compress, global: &Global) -> Result<Settings
     let seed = i64::try_from(global.seed).context("--seed is too large for a setting")?;
     table.entry("seed").or_insert(toml::Value::Integer(seed));
     let mut settings: Settings = table.try_into().context("the settings")?;
+    if arguments.uniform {
+        settings.modegpt.smoothing = f64::INFINITY;
+        settings.modegpt.heads = false;
+        settings.lorap.attention = false;
+    }
     if let Some(pattern) = arguments.pattern {
         settings.pruning.pattern = pattern;
     }
@@ -91,6 +96,7 @@ pub(super) fn changed(change: &Change) -> String {
         Change::Remove => "left out".to_owned(),
         Change::Linearise { blocks: 1 } => "a linear map".to_owned(),
         Change::Linearise { blocks } => format!("a linear map for {blocks} blocks"),
+        Change::Fuse { from } => format!("takes over from blocks.{from}"),
         Change::Prune { share } => format!("{:.1} % zero", 100.0 * share),
         Change::Edit { mass } => format!("{:.1} % kept", 100.0 * mass),
         Change::Quantise { bits, group } => format!("{bits} bits, groups of {group}"),

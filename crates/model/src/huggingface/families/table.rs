@@ -84,24 +84,6 @@ impl NameTable {
         &self.tensors
     }
 
-    /// The table of the same model with the first `count` blocks alone.
-    pub(crate) fn of_blocks(&self, count: usize) -> Self {
-        let kept = |stored: &&StoredTensor| {
-            stored.parameters.iter().all(|name| {
-                let block = name
-                    .strip_prefix("blocks.")
-                    .and_then(|rest| rest.split('.').next());
-                block
-                    .and_then(|index| index.parse::<usize>().ok())
-                    .is_none_or(|index| index < count)
-            })
-        };
-        Self {
-            tensors: self.tensors.iter().filter(kept).cloned().collect(),
-            prefixes: self.prefixes.clone(),
-        }
-    }
-
     /// The name under which `checkpoint` has `key`, trying the older spellings too.
     fn resolve(&self, key: &str, checkpoint: &Checkpoint) -> Option<String> {
         spellings(key, &self.prefixes)
