@@ -59,6 +59,9 @@ pub enum Error {
     /// A kernel failed.
     #[error(transparent)]
     Kernel(#[from] lapidary_kernels::Error),
+    /// A search failed.
+    #[error(transparent)]
+    Search(#[from] lapidary_search::Error),
 }
 
 /// The result of a compression.

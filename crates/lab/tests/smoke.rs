@@ -137,6 +137,11 @@ fn mamba_shedder() {
 }
 
 #[test]
+fn rducb() {
+    check("rducb");
+}
+
+#[test]
 fn replaceme() {
     check("replaceme");
 }
@@ -197,6 +202,7 @@ fn every_system_is_tested_here() {
             "mamba-shedder",
             "modegpt",
             "over-squashing",
+            "rducb",
             "replaceme",
             "slicegpt",
             "talking-heads",

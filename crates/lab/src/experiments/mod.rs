@@ -30,6 +30,7 @@ pub mod modegpt;
 pub mod narrow;
 pub mod narrowing;
 pub mod polarity;
+pub mod rducb;
 pub mod replace_me;
 pub mod slicegpt;
 pub mod squashing;

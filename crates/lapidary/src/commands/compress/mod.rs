@@ -1,5 +1,6 @@
 //! `lapidary compress`: fewer parameters, and what that cost.
 
+mod auto;
 mod compare;
 mod data;
 mod measure;
@@ -39,6 +40,9 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
         seed: global.seed,
         ..Settings::default()
     };
+    if arguments.auto {
+        return auto::run(arguments, global);
+    }
     match &arguments.compare {
         Some(methods) => compare::run(methods, arguments, &settings, global),
         None => one(arguments, &settings, global),
@@ -47,16 +51,7 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
 
 fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()> {
     let stages = stages(&arguments.method, &arguments.ratio)?;
-    if let Some(out) = &arguments.out {
-        ensure!(
-            !out.exists()
-                || out
-                    .read_dir()
-                    .is_ok_and(|mut entries| entries.next().is_none()),
-            "{} exists and is not an empty directory; give a new one",
-            out.display()
-        );
-    }
+    check_empty(arguments)?;
     let package = loading::package(&arguments.model, global)?;
     let started = Instant::now();
     let original = package.single_model()?;
@@ -71,10 +66,6 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
     if arguments.plan_only {
         return print_plan(original, data.as_ref(), &stages, settings);
     }
-    let out = arguments
-        .out
-        .as_deref()
-        .context("--out is missing: the directory to write")?;
     let mut reports: Vec<(Report, Seconds)> = Vec::new();
     let mut current: Option<Model> = None;
     for stage in &stages {
@@ -89,27 +80,55 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         reports.push((compressed.report, seconds));
         current = Some(compressed.model);
     }
-    let compressed = current.context("no method was named")?;
+    let made = Made {
+        reports,
+        model: current.context("no method was named")?,
+        search: None,
+        started,
+    };
+    conclude(package, made, data.as_ref(), arguments, global)
+}
 
-    let windows = windows(&package, original, data.as_ref(), arguments)?;
+/// A model that is ready to be measured and written.
+struct Made {
+    reports: Vec<(Report, Seconds)>,
+    model: Model,
+    search: Option<auto::Searched>,
+    started: Instant,
+}
+
+/// Measures what was made, writes it and says what it is.
+fn conclude(
+    package: Package,
+    made: Made,
+    data: Option<&CalibrationData>,
+    arguments: &Compress,
+    global: &Global,
+) -> Result<()> {
+    let out = arguments
+        .out
+        .as_deref()
+        .context("--out is missing: the directory to write")?;
+    let original = package.single_model()?;
+    let windows = windows(&package, original, data, arguments)?;
     let measure = Measure {
         package: &package,
         embedded: arguments.model == "embedded",
-        data: data.as_ref(),
+        data,
         windows: &windows,
     };
     let before = measure.of(original)?;
-    let after = measure.of(&compressed)?;
-    let distance = measure.between(original, &compressed)?;
-    let result = if arguments.dense {
-        export_dense(&compressed)?
-    } else {
-        compressed
+    let after = measure.of(&made.model)?;
+    let distance = measure.between(original, &made.model)?;
+    let result = match arguments.dense {
+        true => export_dense(&made.model)?,
+        false => made.model,
     };
     let package = package.with_model(result);
     let saved = package.save(out, None)?;
     let outcome = Outcome {
-        reports,
+        reports: made.reports,
+        search: made.search,
         before,
         after,
         distance,
@@ -117,7 +136,7 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         dense: arguments.dense,
         saved,
         directory: out.to_owned(),
-        seconds: started.elapsed().as_secs_f64(),
+        seconds: made.started.elapsed().as_secs_f64(),
     };
     if let Some(html) = &arguments.html {
         output::write_text(html, &crate::report::analysis_page(&outcome.report())?)?;
@@ -126,6 +145,22 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         true => output::print_json(&outcome.json()?),
         false => output::print(&outcome.text()),
     }
+}
+
+/// Refuses a directory that something is in.
+fn check_empty(arguments: &Compress) -> Result<()> {
+    let Some(out) = &arguments.out else {
+        return Ok(());
+    };
+    ensure!(
+        !out.exists()
+            || out
+                .read_dir()
+                .is_ok_and(|mut entries| entries.next().is_none()),
+        "{} exists and is not an empty directory; give a new one",
+        out.display()
+    );
+    Ok(())
 }
 
 /// What the first method would do; a plan for a later one depends on it.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::auto::Searched;
 use super::measure::{Distance, Measured};
 use super::stage::{Seconds, changed};
 use super::{class, saved_as, stage_json};
@@ -16,6 +17,8 @@ use serde_json::{Value, json};
 /// All that a compression did and cost.
 pub(super) struct Outcome {
     pub(super) reports: Vec<(Report, Seconds)>,
+    /// How a mix was found, when it was searched for.
+    pub(super) search: Option<Searched>,
     pub(super) before: Measured,
     pub(super) after: Measured,
     pub(super) distance: Distance,
@@ -56,6 +59,7 @@ impl Outcome {
             "methods": self.methods(),
             "report": self.reports.last().map(|(report, _)| report),
             "stages": stages.collect::<Result<Vec<_>>>()?,
+            "search": self.search,
             "kept": self.kept(),
             "agreement_on_calibration": self.distance.agreement,
             "likeness_on_calibration": self.distance.likeness,
@@ -175,6 +179,9 @@ impl Outcome {
             text += &format!("{}\n\n", modules(report));
         }
         text += &format!("method      {}\n", self.methods());
+        if let Some(search) = &self.search {
+            text += &search.text();
+        }
         for [name, before, after] in self.lines() {
             match name.as_str() {
                 "writes" => text += &format!("writes      {before}\n         -> {after}\n"),
@@ -228,14 +235,19 @@ impl Outcome {
                 points: points.collect(),
             }],
         };
+        let mut plots = Vec::new();
+        if let Some(search) = &self.search {
+            tables.push(search.table());
+            plots.push(search.plot());
+        }
+        if !self.distance.block_errors.is_empty() {
+            plots.push(plot);
+        }
         report::Report {
             title: format!("Compressed by {}", self.methods()),
             notes: self.distance_lines(),
             tables,
-            plots: match self.distance.block_errors.is_empty() {
-                true => Vec::new(),
-                false => vec![plot],
-            },
+            plots,
             ..report::Report::default()
         }
     }
