@@ -4,14 +4,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::{AdditiveProcess, Domain, Hyperparameters, Point, Result};
 
-/// How hyper-parameters are fitted: steps of resilient propagation (Riedmiller & Braun 1993) on
-/// their logarithms, where each has a step of its own that grows while the gradient keeps its sign
-/// and shrinks when it changes.
+/// How hyper-parameters are fitted: by a few steps up the gradient of the likelihood each time, none
+/// longer than `reach`. They are carried from one time to the next, so that they change slowly
+/// while little is known.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fit {
     /// Steps each time; 0 leaves them as they are.
     pub steps: usize,
+    /// Longest step, over all length-scales and amplitudes together.
+    pub reach: f64,
     /// Least and largest length-scale.
     pub lengths: (f64, f64),
     /// Least and largest amplitude.
@@ -21,19 +23,18 @@ pub struct Fit {
 impl Default for Fit {
     fn default() -> Self {
         Self {
-            steps: 16,
-            lengths: (0.02, 10.0),
-            amplitudes: (1e-3, 1e2),
+            steps: 2,
+            reach: 1.0,
+            lengths: (1e-2, 1e5),
+            amplitudes: (0.1f64.sqrt(), 1e5),
         }
     }
 }
 
-const FIRST_STEP: f64 = 0.1;
-const LARGEST_STEP: f64 = 0.5;
-const GROWTH: f64 = 1.2;
-const SHRINKAGE: f64 = 0.5;
+/// Times that a step which does not climb is halved before it is given up.
+const HALVINGS: i32 = 6;
 
-/// The hyper-parameters of the largest likelihood that was met from `start` on.
+/// Hyper-parameters of a likelihood no smaller than that of `start`.
 ///
 /// # Errors
 /// When [`AdditiveProcess::new`] refuses the arguments.
@@ -50,53 +51,53 @@ pub fn fitted(
         AdditiveProcess::new(domain, cliques.to_vec(), scales, noise, points, values)
     };
     let mut here = start.clone();
-    let mut best = (f64::NEG_INFINITY, here.clone());
-    let dimensions = domain.dimensions();
-    let mut lengths = Steps::new(dimensions);
-    let mut amplitudes = Steps::new(dimensions);
-    for step in 0..=fit.steps {
-        let process = process(&here)?;
-        let likelihood = process.log_likelihood();
-        if likelihood > best.0 {
-            best = (likelihood, here.clone());
-        }
-        if step == fit.steps {
+    let mut current = process(&here)?;
+    for _ in 0..fit.steps {
+        let slope = slope(&current, &here);
+        let norm = slope.lengths.iter().chain(&slope.amplitudes);
+        let norm = norm.map(|s| s * s).sum::<f64>().sqrt();
+        if !(norm > 0.0 && norm.is_finite()) {
             break;
         }
-        let gradient = process.gradient();
-        lengths.climb(&mut here.lengths, &gradient.lengths, fit.lengths);
-        amplitudes.climb(&mut here.amplitudes, &gradient.amplitudes, fit.amplitudes);
-    }
-    Ok(best.1)
-}
-
-struct Steps {
-    sizes: Vec<f64>,
-    slopes: Vec<f64>,
-}
-
-impl Steps {
-    fn new(count: usize) -> Self {
-        Self {
-            sizes: vec![FIRST_STEP; count],
-            slopes: vec![0.0; count],
-        }
-    }
-
-    fn climb(&mut self, values: &mut [f64], slopes: &[f64], (low, high): (f64, f64)) {
-        for (i, value) in values.iter_mut().enumerate() {
-            let slope = slopes[i];
-            let agreement = slope * self.slopes[i];
-            if agreement > 0.0 {
-                self.sizes[i] = (self.sizes[i] * GROWTH).min(LARGEST_STEP);
-            } else if agreement < 0.0 {
-                self.sizes[i] *= SHRINKAGE;
-            }
-            self.slopes[i] = slope;
-            if slope != 0.0 && slope.is_finite() {
-                *value = (*value * (self.sizes[i] * slope.signum()).exp()).clamp(low, high);
+        let longest = fit.reach.min(norm) / norm;
+        let mut found = None;
+        for halving in 0..HALVINGS {
+            let there = moved(&here, &slope, longest * 0.5f64.powi(halving), fit);
+            let next = process(&there)?;
+            if next.log_likelihood() > current.log_likelihood() {
+                found = Some((there, next));
+                break;
             }
         }
+        let Some((there, next)) = found else {
+            break;
+        };
+        (here, current) = (there, next);
+    }
+    Ok(here)
+}
+
+/// The gradient by the numbers themselves.
+fn slope(process: &AdditiveProcess, at: &Hyperparameters) -> Hyperparameters {
+    let gradient = process.gradient();
+    let over = |slopes: Vec<f64>, values: &[f64]| {
+        let pairs = slopes.into_iter().zip(values);
+        pairs.map(|(slope, value)| slope / value).collect()
+    };
+    Hyperparameters {
+        lengths: over(gradient.lengths, &at.lengths),
+        amplitudes: over(gradient.amplitudes, &at.amplitudes),
+    }
+}
+
+fn moved(from: &Hyperparameters, slope: &Hyperparameters, by: f64, fit: &Fit) -> Hyperparameters {
+    let within = |values: &[f64], slopes: &[f64], (low, high): (f64, f64)| {
+        let pairs = values.iter().zip(slopes);
+        pairs.map(|(value, slope)| (value + by * slope).clamp(low, high)).collect()
+    };
+    Hyperparameters {
+        lengths: within(&from.lengths, &slope.lengths, fit.lengths),
+        amplitudes: within(&from.amplitudes, &slope.amplitudes, fit.amplitudes),
     }
 }
 
@@ -122,6 +123,7 @@ mod tests {
         };
         let fit = Fit {
             steps: 40,
+            amplitudes: (1e-3, 1e2),
             ..Fit::default()
         };
         let found = fitted(&domain, &cliques, &start, 0.01, &points, &values, &fit).unwrap();

@@ -4,6 +4,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Domain, Error, Point, Result};
 
+/// How a process sees what was observed. Its prior mean is zero either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scale {
+    /// As it is, as in the published code: where little is known, zero is expected. So zero should be
+    /// a bad value, and the amplitudes should suit the values.
+    AsGiven,
+    /// Less the mean, over the standard deviation: where little is known, the mean is expected.
+    Standardised,
+}
+
 /// Points and what was observed there, in order.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct History {
@@ -36,8 +47,15 @@ impl History {
         self.points.iter().any(|other| other == point)
     }
 
-    /// The values less their mean, over their standard deviation.
-    pub(crate) fn standardised(&self) -> Vec<f64> {
+    /// The values in a scale.
+    pub(crate) fn scaled(&self, scale: Scale) -> Vec<f64> {
+        match scale {
+            Scale::AsGiven => self.values.clone(),
+            Scale::Standardised => self.standardised(),
+        }
+    }
+
+    fn standardised(&self) -> Vec<f64> {
         let count = self.len().max(1) as f64;
         let mean = self.values.iter().sum::<f64>() / count;
         let variance = self.values.iter().map(|y| (y - mean).powi(2)).sum::<f64>() / count;

@@ -55,7 +55,7 @@ pub use error::{Error, Result};
 pub use fit::{Fit, fitted};
 pub use forest::{Forest, edge_probabilities, spanning_trees};
 pub use functions::TestFunction;
-pub use history::History;
+pub use history::{History, Scale};
 pub use kernel::Hyperparameters;
 pub use messages::{Costs, Minimum, minimise};
 pub use process::{AdditiveProcess, Marginal};

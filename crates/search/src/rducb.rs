@@ -3,9 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::stepper::{Course, State};
-use crate::{Domain, Error, Fit, Forest, History, Hyperparameters, Optimiser, Point, Result};
+use crate::{Domain, Error, Fit, Forest, History, Hyperparameters, Optimiser, Point, Result, Scale};
 
-/// Choices of [`Rducb`]; the published ones by default.
+/// Choices of [`Rducb`]; those of the published code by default.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RducbSettings {
@@ -13,7 +13,9 @@ pub struct RducbSettings {
     pub initial: usize,
     /// Edges of a forest over the number of variables: below 1.
     pub edges: f64,
-    /// Variance of the noise, where observations have variance 1.
+    /// How observations are seen.
+    pub scale: Scale,
+    /// Variance of the noise, in this scale.
     pub noise: f64,
     /// `w_t = exploration · ln 2t`.
     pub exploration: f64,
@@ -32,7 +34,8 @@ impl Default for RducbSettings {
         Self {
             initial: 10,
             edges: 0.2,
-            noise: 0.01,
+            scale: Scale::AsGiven,
+            noise: 0.1,
             exploration: 0.5,
             chunks: 4,
             length: 0.1,
@@ -43,10 +46,28 @@ impl Default for RducbSettings {
 }
 
 impl RducbSettings {
+    /// For values of which only differences count: standardised, with amplitudes that together make
+    /// a variance of about 1 over `dimensions` variables, and bounds that reach less far.
+    pub fn standardised(dimensions: usize) -> Self {
+        let defaults = Self::default();
+        Self {
+            scale: Scale::Standardised,
+            exploration: 0.1,
+            noise: 0.01,
+            amplitude: 1.0 / dimensions.max(1) as f64,
+            fit: Fit {
+                amplitudes: (1e-4, 1e2),
+                ..defaults.fit
+            },
+            ..defaults
+        }
+    }
+
     pub(crate) fn state(&self, domain: Domain, seed: u64) -> Result<State> {
         let dimensions = domain.dimensions();
         let course = Course {
             initial: self.initial,
+            scale: self.scale,
             noise: self.noise,
             exploration: self.exploration,
             fit: self.fit.clone(),

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::acquisition::lower_confidence_bound;
 use crate::{
-    AdditiveProcess, Domain, Error, Fit, Forest, History, Hyperparameters, Point, Result, fitted,
-    zoom,
+    AdditiveProcess, Domain, Error, Fit, Forest, History, Hyperparameters, Point, Result, Scale,
+    fitted, zoom,
 };
 
 /// A search that is asked where to look and told what was there.
@@ -34,7 +34,9 @@ pub trait Optimiser {
 pub(crate) struct Course {
     /// Points that are drawn before the first process.
     pub(crate) initial: usize,
-    /// Variance of the noise, where observations have variance 1.
+    /// How observations are seen.
+    pub(crate) scale: Scale,
+    /// Variance of the noise.
     pub(crate) noise: f64,
     /// `w_t = exploration · ln 2t`.
     pub(crate) exploration: f64,
@@ -85,7 +87,11 @@ impl State {
         if course.initial == 0 {
             return Err(Error::invalid("number of initial points", 0, "at least 1"));
         }
-        for (what, value) in [("noise", course.noise), ("exploration", course.exploration)] {
+        for (what, value) in [
+            ("noise", course.noise),
+            ("exploration", course.exploration),
+            ("reach", course.fit.reach),
+        ] {
             if !(value >= 0.0 && value.is_finite()) {
                 return Err(Error::invalid(what, value, "at least 0"));
             }
@@ -146,7 +152,7 @@ impl State {
             &self.hyperparameters,
             self.course.noise,
             &self.history.points,
-            &self.history.standardised(),
+            &self.history.scaled(self.course.scale),
             &self.course.fit,
         )?;
         Ok(())
@@ -159,7 +165,7 @@ impl State {
             &self.hyperparameters,
             self.course.noise,
             &self.history.points,
-            &self.history.standardised(),
+            &self.history.scaled(self.course.scale),
         )
     }
 

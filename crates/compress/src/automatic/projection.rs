@@ -54,7 +54,8 @@ impl Candidates {
             }
         }
         let mut chosen = at(low);
-        spend(&places, &mut chosen, room.saturating_sub(total(&chosen)));
+        let left = room.saturating_sub(total(&chosen));
+        spend(&places, &mut chosen, left);
         places
             .iter()
             .zip(chosen)

@@ -5,7 +5,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::stepper::{Course, State};
 use crate::{
-    AdditiveProcess, Domain, Fit, History, Hyperparameters, Optimiser, Point, Result,
+    AdditiveProcess, Domain, Fit, History, Hyperparameters, Optimiser, Point, Result, Scale,
 };
 
 /// Choices of [`GlobalProcess`].
@@ -38,7 +38,11 @@ impl Default for GlobalSettings {
             noise: 0.01,
             exploration: 0.5,
             length: 0.3,
-            fit: Fit::default(),
+            fit: Fit {
+                steps: 16,
+                amplitudes: (1e-3, 1e2),
+                ..Fit::default()
+            },
             refit: 5,
             draws: 200,
             sweeps: 2,
@@ -66,6 +70,7 @@ impl GlobalProcess {
         let root = (dimensions as f64).sqrt();
         let course = Course {
             initial: settings.initial,
+            scale: Scale::Standardised,
             noise: settings.noise,
             exploration: settings.exploration,
             fit: settings.fit.clone(),
@@ -86,7 +91,7 @@ impl GlobalProcess {
         let grown = self.process.take().zip(history.points.last());
         if let Some((process, last)) = grown
             && !since.is_multiple_of(self.settings.refit.max(1))
-            && let Ok(grown) = process.grown(&self.state.domain, last, &history.standardised())
+            && let Ok(grown) = process.grown(&self.state.domain, last, &history.scaled(self.state.course.scale))
         {
             return Ok(grown);
         }

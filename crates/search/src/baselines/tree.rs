@@ -140,7 +140,7 @@ mod tests {
             search: RducbSettings {
                 initial: 60,
                 length: 0.5,
-                ..RducbSettings::default()
+                ..RducbSettings::standardised(4)
             },
             ..TreeSettings::default()
         };
