@@ -62,15 +62,32 @@ impl Place {
     }
 
     fn at(&self, name: &str) -> String {
-        self.directory.path().join(name).to_str().unwrap().to_owned()
+        self.directory
+            .path()
+            .join(name)
+            .to_str()
+            .unwrap()
+            .to_owned()
     }
 
     fn run(&self, more: &[&str]) -> Vec<String> {
         let base = [
-            "compress", &self.model, "--auto", "--calibrate", &self.text, "--windows", "8",
-            "--window", "16", "--budget", "0.9x",
+            "compress",
+            &self.model,
+            "--auto",
+            "--calibrate",
+            &self.text,
+            "--windows",
+            "8",
+            "--window",
+            "16",
+            "--budget",
+            "0.9x",
         ];
-        base.iter().chain(more).map(|word| (*word).to_owned()).collect()
+        base.iter()
+            .chain(more)
+            .map(|word| (*word).to_owned())
+            .collect()
     }
 }
 
@@ -92,7 +109,10 @@ fn a_mix_is_searched_written_and_loaded() {
     let budget = search["budget"].as_u64().unwrap();
     let before = found["before"]["size"]["parameters"].as_u64().unwrap();
     assert_eq!(budget, (0.9 * before as f64) as u64);
-    let least = tried.iter().map(|one| one["loss"].as_f64().unwrap()).fold(f64::INFINITY, f64::min);
+    let least = tried
+        .iter()
+        .map(|one| one["loss"].as_f64().unwrap())
+        .fold(f64::INFINITY, f64::min);
     let best = &tried[search["best"].as_u64().unwrap() as usize];
     assert_eq!(best["loss"].as_f64().unwrap(), least);
     assert_eq!(best["parameters"], found["after"]["size"]["parameters"]);
@@ -100,7 +120,11 @@ fn a_mix_is_searched_written_and_loaded() {
     assert_eq!(search["mix"]["parameters"], best["parameters"]);
     assert_eq!(found["methods"], "auto");
     assert_eq!(search["examples"], 2);
-    assert!(std::fs::read_to_string(html).unwrap().contains("Search of the mix"));
+    assert!(
+        std::fs::read_to_string(html)
+            .unwrap()
+            .contains("Search of the mix")
+    );
     let spec = json(&["spec", &out]);
     assert!(spec.is_object());
 
@@ -110,9 +134,8 @@ fn a_mix_is_searched_written_and_loaded() {
     for word in ["8 mixes", "uniform whitened", "best, mix", "written to"] {
         assert!(text.contains(word), "{word:?} is not in {text}");
     }
-    let weights = |directory: &str| {
-        std::fs::read(Path::new(directory).join("model.safetensors")).unwrap()
-    };
+    let weights =
+        |directory: &str| std::fs::read(Path::new(directory).join("model.safetensors")).unwrap();
     assert_eq!(weights(&out), weights(&again));
 }
 
@@ -121,12 +144,26 @@ fn a_search_goes_on_from_its_file_and_refuses_another_s() {
     let place = Place::new();
     let state = place.at("state.json");
     let (whole, first, second) = (place.at("whole"), place.at("first"), place.at("second"));
-    let all = json(&words(&place.run(&["--evaluations", "14", "--out", &whole])));
+    let all = json(&words(&place.run(&[
+        "--evaluations",
+        "14",
+        "--out",
+        &whole,
+    ])));
     let part = place.run(&["--evaluations", "5", "--state", &state, "--out", &first]);
-    assert_eq!(json(&words(&part))["search"]["tried"].as_array().unwrap().len(), 5);
+    assert_eq!(
+        json(&words(&part))["search"]["tried"]
+            .as_array()
+            .unwrap()
+            .len(),
+        5
+    );
     let kept = std::fs::read(&state).unwrap();
     let rest = place.run(&["--evaluations", "14", "--state", &state, "--out", &second]);
-    assert_eq!(json(&words(&rest))["search"]["tried"], all["search"]["tried"]);
+    assert_eq!(
+        json(&words(&rest))["search"]["tried"],
+        all["search"]["tried"]
+    );
     assert_ne!(std::fs::read(&state).unwrap(), kept);
 
     let third = place.at("third");
@@ -134,7 +171,10 @@ fn a_search_goes_on_from_its_file_and_refuses_another_s() {
         let base = ["--state", state.as_str(), "--out", third.as_str()];
         place.run(&[&base[..], more].concat())
     };
-    refused(&words(&with(&["--seed", "3"])), &["settings", "another search"]);
+    refused(
+        &words(&with(&["--seed", "3"])),
+        &["settings", "another search"],
+    );
     refused(&words(&with(&["--mix", "svd,whitened"])), &["settings"]);
     let longer = place.at("longer.txt");
     std::fs::write(&longer, "a lazy fox and the brown dog run ".repeat(60)).unwrap();
@@ -142,7 +182,10 @@ fn a_search_goes_on_from_its_file_and_refuses_another_s() {
         true => longer.clone(),
         false => word,
     });
-    refused(&words(&elsewhere.collect::<Vec<_>>()), &["calibration data", "another search"]);
+    refused(
+        &words(&elsewhere.collect::<Vec<_>>()),
+        &["calibration data", "another search"],
+    );
     std::fs::write(&state, "{}").unwrap();
     refused(&words(&with(&[])), &["state.json", "no state of a search"]);
     assert!(!Path::new(&third).exists());
@@ -154,8 +197,21 @@ fn wrong_budgets_and_methods_are_refused() {
     let out = place.at("cut");
     let with = |budget: &str, mix: &str| {
         let arguments = [
-            "compress", &place.model, "--auto", "--calibrate", &place.text, "--windows", "8",
-            "--window", "16", "--out", &out, "--budget", budget, "--mix", mix,
+            "compress",
+            &place.model,
+            "--auto",
+            "--calibrate",
+            &place.text,
+            "--windows",
+            "8",
+            "--window",
+            "16",
+            "--out",
+            &out,
+            "--budget",
+            budget,
+            "--mix",
+            mix,
         ];
         arguments.map(str::to_owned).to_vec()
     };
@@ -167,7 +223,9 @@ fn wrong_budgets_and_methods_are_refused() {
     for arguments in [
         &["compress", "embedded", "--auto", "--out", "x"][..],
         &["compress", "embedded", "--budget", "0.7x", "--out", "x"],
-        &["compress", "embedded", "--auto", "--budget", "0.7x", "--method", "svd", "--out", "x"],
+        &[
+            "compress", "embedded", "--auto", "--budget", "0.7x", "--method", "svd", "--out", "x",
+        ],
     ] {
         lapidary(arguments).assert().failure().code(2);
     }

@@ -59,10 +59,14 @@ mod tests {
         let mut generator = ChaCha8Rng::seed_from_u64(9);
         let forest = Forest::random(4, 2, &mut generator).unwrap();
         let points: Vec<_> = (0..8).map(|_| domain.random(&mut generator)).collect();
-        let values: Vec<f64> = points.iter().map(|_| generator.random_range(-1.0..1.0)).collect();
+        let values: Vec<f64> = points
+            .iter()
+            .map(|_| generator.random_range(-1.0..1.0))
+            .collect();
         let scales = Hyperparameters::new(4, 0.3, 0.5);
         let process =
-            AdditiveProcess::new(&domain, forest.cliques(), &scales, 0.01, &points, &values).unwrap();
+            AdditiveProcess::new(&domain, forest.cliques(), &scales, 0.01, &points, &values)
+                .unwrap();
         let every: Vec<Vec<usize>> = (0..4).map(|_| (0..6).collect()).collect();
         let mut before: Option<Costs> = None;
         for weight in [0.0, 0.5, 2.0] {
@@ -76,7 +80,11 @@ mod tests {
                 assert!(found.value < mean);
             }
             if let Some(before) = &before {
-                let cells = before.pair.iter().flatten().zip(costs.pair.iter().flatten());
+                let cells = before
+                    .pair
+                    .iter()
+                    .flatten()
+                    .zip(costs.pair.iter().flatten());
                 assert!(cells.clone().count() == 72 && cells.into_iter().all(|(b, a)| a < b));
             }
             before = Some(costs);

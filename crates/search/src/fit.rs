@@ -93,7 +93,9 @@ fn slope(process: &AdditiveProcess, at: &Hyperparameters) -> Hyperparameters {
 fn moved(from: &Hyperparameters, slope: &Hyperparameters, by: f64, fit: &Fit) -> Hyperparameters {
     let within = |values: &[f64], slopes: &[f64], (low, high): (f64, f64)| {
         let pairs = values.iter().zip(slopes);
-        pairs.map(|(value, slope)| (value + by * slope).clamp(low, high)).collect()
+        pairs
+            .map(|(value, slope)| (value + by * slope).clamp(low, high))
+            .collect()
     };
     Hyperparameters {
         lengths: within(&from.lengths, &slope.lengths, fit.lengths),

@@ -347,7 +347,9 @@ mod tests {
         assert!(Forest::new(3, vec![(0, 3)]).is_err());
         let mut generator = ChaCha8Rng::seed_from_u64(5);
         assert!(Forest::random(3, 3, &mut generator).is_err());
-        assert!(serde_json::from_str::<Forest>(r#"{"dimensions":2,"edges":[[0,1],[1,0]]}"#).is_err());
+        assert!(
+            serde_json::from_str::<Forest>(r#"{"dimensions":2,"edges":[[0,1],[1,0]]}"#).is_err()
+        );
     }
 
     #[test]

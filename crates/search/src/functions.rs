@@ -180,7 +180,10 @@ mod tests {
             at_hartmann[*place] = value;
         }
         let cases = [
-            (TestFunction::StyblinskiTang { dimensions: 5 }, vec![-2.903_534_027_771; 5]),
+            (
+                TestFunction::StyblinskiTang { dimensions: 5 },
+                vec![-2.903_534_027_771; 5],
+            ),
             (TestFunction::Rosenbrock { dimensions: 4 }, vec![1.0; 4]),
             (TestFunction::Lure { dimensions: 6 }, vec![0.5; 6]),
             (hartmann, at_hartmann),
@@ -188,12 +191,18 @@ mod tests {
         let mut generator = ChaCha8Rng::seed_from_u64(4);
         for (function, at) in cases {
             let least = function.value(&at);
-            assert!((least - function.least()).abs() < 1e-6, "{function:?} {least}");
+            assert!(
+                (least - function.least()).abs() < 1e-6,
+                "{function:?} {least}"
+            );
             let domain = function.domain(41).unwrap();
             for _ in 0..2000 {
                 let point = domain.random(&mut generator);
                 assert!(function.value(&domain.values(&point).unwrap()) >= least);
-                let near: Vec<f64> = at.iter().map(|x| x + 0.02 * generator.random::<f64>()).collect();
+                let near: Vec<f64> = at
+                    .iter()
+                    .map(|x| x + 0.02 * generator.random::<f64>())
+                    .collect();
                 assert!(function.value(&near) >= least - 1e-9);
             }
         }

@@ -79,7 +79,11 @@ impl History {
         if self.points.len() != self.values.len() || self.values.iter().any(|v| !v.is_finite()) {
             return Err(Error::invalid(
                 "history",
-                format!("{} points and {} values", self.points.len(), self.values.len()),
+                format!(
+                    "{} points and {} values",
+                    self.points.len(),
+                    self.values.len()
+                ),
                 "one finite value for each point",
             ));
         }

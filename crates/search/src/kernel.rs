@@ -81,7 +81,13 @@ impl Kernel {
         let amplitudes = &hyperparameters.amplitudes;
         let variances = cliques
             .iter()
-            .map(|clique| clique.iter().map(|i| amplitudes[*i].powi(2)).sum::<f64>().sqrt())
+            .map(|clique| {
+                clique
+                    .iter()
+                    .map(|i| amplitudes[*i].powi(2))
+                    .sum::<f64>()
+                    .sqrt()
+            })
             .collect();
         let distances: Vec<Vec<f64>> = hyperparameters
             .lengths
@@ -90,7 +96,9 @@ impl Kernel {
             .map(|(variable, length)| {
                 let places = domain.places(variable);
                 let step = 1.0 / (places.saturating_sub(1).max(1) as f64 * length);
-                (0..places).map(|apart| (apart as f64 * step).powi(2)).collect()
+                (0..places)
+                    .map(|apart| (apart as f64 * step).powi(2))
+                    .collect()
             })
             .collect();
         let correlations = distances

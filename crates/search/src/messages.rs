@@ -24,9 +24,11 @@ impl Costs {
     /// The sum at a choice.
     pub fn at(&self, forest: &Forest, choice: &[usize]) -> f64 {
         let single = self.single.iter().zip(choice).map(|(costs, a)| costs[*a]);
-        let pair = forest.edges().iter().zip(&self.pair).map(|(&(i, j), costs)| {
-            costs[choice[i] * self.single[j].len() + choice[j]]
-        });
+        let pair = forest
+            .edges()
+            .iter()
+            .zip(&self.pair)
+            .map(|(&(i, j), costs)| costs[choice[i] * self.single[j].len() + choice[j]]);
         single.sum::<f64>() + pair.sum::<f64>()
     }
 
@@ -179,6 +181,11 @@ mod tests {
             single: vec![vec![0.0; 2], vec![0.0; 3]],
             pair: vec![vec![0.0; 5]],
         };
-        assert!(minimise(&forest, &costs).unwrap_err().to_string().contains("shape"));
+        assert!(
+            minimise(&forest, &costs)
+                .unwrap_err()
+                .to_string()
+                .contains("shape")
+        );
     }
 }

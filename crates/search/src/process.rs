@@ -139,7 +139,8 @@ impl AdditiveProcess {
         let mut buffer = vec![0.0; size];
         for (query, (clique, places)) in queries.iter().enumerate() {
             let places = places.iter().copied();
-            self.kernel.against(*clique, places, &self.columns, 0, &mut buffer);
+            self.kernel
+                .against(*clique, places, &self.columns, 0, &mut buffer);
             rows.col_mut(query)
                 .iter_mut()
                 .zip(&buffer)
@@ -160,7 +161,8 @@ impl AdditiveProcess {
         for (number, point) in points.iter().enumerate() {
             for (clique, variables) in self.kernel.cliques.iter().enumerate() {
                 let places = variables.iter().map(|i| point[*i]);
-                self.kernel.against(clique, places, &self.columns, 0, &mut buffer);
+                self.kernel
+                    .against(clique, places, &self.columns, 0, &mut buffer);
                 rows.col_mut(number)
                     .iter_mut()
                     .zip(&buffer)
@@ -189,7 +191,12 @@ impl AdditiveProcess {
 
     /// `−½ yᵀ K⁻¹ y − ½ log |K| − n/2 log 2π`.
     pub fn log_likelihood(&self) -> f64 {
-        let fit: f64 = self.values.iter().zip(&self.weights).map(|(y, w)| y * w).sum();
+        let fit: f64 = self
+            .values
+            .iter()
+            .zip(&self.weights)
+            .map(|(y, w)| y * w)
+            .sum();
         let constant = self.values.len() as f64 * std::f64::consts::TAU.ln();
         -0.5 * (fit + self.cholesky.log_determinant() + constant)
     }
@@ -265,14 +272,18 @@ mod tests {
         let grids = (0..dimensions).map(|i| (0..5 + 3 * i).map(|p| p as f64).collect());
         let domain = Domain::new(grids.collect()).unwrap();
         let mut positive = |low: f64, high: f64| -> Vec<f64> {
-            (0..dimensions).map(|_| generator.random_range(low..high)).collect()
+            (0..dimensions)
+                .map(|_| generator.random_range(low..high))
+                .collect()
         };
         let scales = Hyperparameters {
             lengths: positive(0.1, 0.6),
             amplitudes: positive(0.3, 1.5),
         };
         let points = (0..count).map(|_| domain.random(&mut generator)).collect();
-        let values = (0..count).map(|_| generator.random_range(-1.0..1.0)).collect();
+        let values = (0..count)
+            .map(|_| generator.random_range(-1.0..1.0))
+            .collect();
         Drawn {
             domain,
             scales,
@@ -285,14 +296,18 @@ mod tests {
     impl Drawn {
         fn process(&self, cliques: Vec<Vec<usize>>, noise: f64) -> AdditiveProcess {
             let (points, values) = (&self.points, &self.values);
-            AdditiveProcess::new(&self.domain, cliques, &self.scales, noise, points, values).unwrap()
+            AdditiveProcess::new(&self.domain, cliques, &self.scales, noise, points, values)
+                .unwrap()
         }
     }
 
     /// The covariance written out, from what stands in the paper.
     fn covariance(drawn: &Drawn, cliques: &[Vec<usize>], a: &[usize], b: &[usize]) -> f64 {
         let term = |clique: &Vec<usize>| -> f64 {
-            let variance = clique.iter().map(|i| drawn.scales.amplitudes[*i].powi(2)).sum::<f64>();
+            let variance = clique
+                .iter()
+                .map(|i| drawn.scales.amplitudes[*i].powi(2))
+                .sum::<f64>();
             let distance = clique.iter().map(|i| {
                 let width = (drawn.domain.places(*i) - 1) as f64;
                 ((a[*i] as f64 - b[*i] as f64) / width / drawn.scales.lengths[*i]).powi(2)
@@ -338,7 +353,9 @@ mod tests {
             let inverse = Mat::from_fn(10, 10, |i, j| -> f64 {
                 let vectors = eigen.U();
                 let values = eigen.S().column_vector();
-                (0..10).map(|k| vectors[(i, k)] * vectors[(j, k)] / values[k]).sum()
+                (0..10)
+                    .map(|k| vectors[(i, k)] * vectors[(j, k)] / values[k])
+                    .sum()
             });
             for _ in 0..10 {
                 let point = drawn.domain.random(&mut drawn.generator);
@@ -380,12 +397,24 @@ mod tests {
         let cliques = vec![vec![0, 3], vec![1], vec![2]];
         let (points, values) = (&drawn.points[..11], &drawn.values[..11]);
         let before = AdditiveProcess::new(
-            &drawn.domain, cliques.clone(), &drawn.scales, 0.01, points, values,
+            &drawn.domain,
+            cliques.clone(),
+            &drawn.scales,
+            0.01,
+            points,
+            values,
         );
-        let grown = before.unwrap().grown(&drawn.domain, &drawn.points[11], &drawn.values).unwrap();
+        let grown = before
+            .unwrap()
+            .grown(&drawn.domain, &drawn.points[11], &drawn.values)
+            .unwrap();
         let fresh = drawn.process(cliques, 0.01);
         assert!((grown.log_likelihood() - fresh.log_likelihood()).abs() < 1e-9);
-        for (a, b) in grown.predict(&drawn.points).iter().zip(fresh.predict(&drawn.points)) {
+        for (a, b) in grown
+            .predict(&drawn.points)
+            .iter()
+            .zip(fresh.predict(&drawn.points))
+        {
             assert!((a.mean - b.mean).abs() < 1e-9 && (a.variance - b.variance).abs() < 1e-9);
         }
     }
@@ -400,9 +429,16 @@ mod tests {
             let gradient = drawn.process(cliques.clone(), 0.03).gradient();
             let at = |scales: Hyperparameters| {
                 let (points, values) = (&drawn.points, &drawn.values);
-                AdditiveProcess::new(&drawn.domain, cliques.clone(), &scales, 0.03, points, values)
-                    .unwrap()
-                    .log_likelihood()
+                AdditiveProcess::new(
+                    &drawn.domain,
+                    cliques.clone(),
+                    &scales,
+                    0.03,
+                    points,
+                    values,
+                )
+                .unwrap()
+                .log_likelihood()
             };
             let step: f64 = 1e-5;
             for variable in 0..5 {
@@ -419,7 +455,10 @@ mod tests {
                     (false, gradient.amplitudes[variable]),
                 ] {
                     let slope = (moved(of_length, step) - moved(of_length, -step)) / (2.0 * step);
-                    assert!((found - slope).abs() < 1e-6 * (1.0 + slope.abs()), "{found} {slope}");
+                    assert!(
+                        (found - slope).abs() < 1e-6 * (1.0 + slope.abs()),
+                        "{found} {slope}"
+                    );
                 }
             }
         }

@@ -3,7 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::stepper::{Course, State};
-use crate::{Domain, Error, Fit, Forest, History, Hyperparameters, Optimiser, Point, Result, Scale};
+use crate::{
+    Domain, Error, Fit, Forest, History, Hyperparameters, Optimiser, Point, Result, Scale,
+};
 
 /// Choices of [`Rducb`]; those of the published code by default.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -84,7 +84,8 @@ mod tests {
                 .edges()
                 .iter()
                 .map(|&(i, j)| {
-                    let row = |a: usize| candidates[j].iter().map(move |b| number(a, *b, i + 9 * j));
+                    let row =
+                        |a: usize| candidates[j].iter().map(move |b| number(a, *b, i + 9 * j));
                     candidates[i].iter().flat_map(|a| row(*a)).collect()
                 })
                 .collect(),
@@ -101,10 +102,11 @@ mod tests {
             let every: Vec<Vec<usize>> = (0..4).map(|i| (0..domain.places(i)).collect()).collect();
             let exact = minimise(&forest, &made_up(&forest, &every)).unwrap();
             for chunks in [7, 12] {
-                let (point, minimum) = zoom(&domain, &forest, chunks, &mut generator, |candidates| {
-                    Ok(made_up(&forest, candidates))
-                })
-                .unwrap();
+                let (point, minimum) =
+                    zoom(&domain, &forest, chunks, &mut generator, |candidates| {
+                        Ok(made_up(&forest, candidates))
+                    })
+                    .unwrap();
                 assert_eq!(point, exact.choice);
                 assert_eq!(minimum.value, exact.value);
             }

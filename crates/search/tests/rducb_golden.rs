@@ -48,22 +48,34 @@ fn fixture() -> Fixture {
 
 fn close(found: f64, expected: f64) {
     let difference = (found - expected).abs();
-    assert!(difference < 1e-9 * (1.0 + expected.abs()), "{found} {expected}");
+    assert!(
+        difference < 1e-9 * (1.0 + expected.abs()),
+        "{found} {expected}"
+    );
 }
 
 #[test]
 fn terms_likelihood_and_gradient() {
     let fixture = fixture();
-    let grids = fixture.places.iter().map(|places| (0..*places).map(|p| p as f64).collect());
+    let grids = fixture
+        .places
+        .iter()
+        .map(|places| (0..*places).map(|p| p as f64).collect());
     let domain = Domain::new(grids.collect()).unwrap();
     let scales = Hyperparameters {
         lengths: fixture.lengths,
         amplitudes: fixture.amplitudes,
     };
     let (points, values) = (&fixture.points, &fixture.values);
-    let process =
-        AdditiveProcess::new(&domain, fixture.cliques, &scales, fixture.noise, points, values)
-            .unwrap();
+    let process = AdditiveProcess::new(
+        &domain,
+        fixture.cliques,
+        &scales,
+        fixture.noise,
+        points,
+        values,
+    )
+    .unwrap();
     close(process.log_likelihood(), fixture.likelihood);
     let gradient = process.gradient();
     for (found, expected) in gradient.lengths.iter().zip(&fixture.by_length) {

@@ -77,12 +77,17 @@ fn a_state_that_does_not_fit_is_refused() {
     let broken = |change: &dyn Fn(&mut serde_json::Value)| {
         let mut text = good.clone();
         change(&mut text);
-        serde_json::from_value::<Rducb>(text).unwrap_err().to_string()
+        serde_json::from_value::<Rducb>(text)
+            .unwrap_err()
+            .to_string()
     };
     let place = broken(&|state| state["state"]["history"]["points"][1][2] = 31.into());
     assert!(place.contains("below 31"), "{place}");
     let count = broken(&|state| {
-        state["state"]["history"]["values"].as_array_mut().unwrap().pop();
+        state["state"]["history"]["values"]
+            .as_array_mut()
+            .unwrap()
+            .pop();
     });
     assert!(count.contains("3 points and 2 values"), "{count}");
     broken(&|state| state["state"]["hyperparameters"]["lengths"][0] = (-1.0).into());

@@ -120,9 +120,11 @@ pub(super) fn requirements(
     methods: &[&'static Method],
     settings: &Settings,
 ) -> Result<Requirements> {
-    methods.iter().try_fold(Requirements::default(), |all, method| {
-        Ok(all.union(method.requirements(model, settings)?))
-    })
+    methods
+        .iter()
+        .try_fold(Requirements::default(), |all, method| {
+            Ok(all.union(method.requirements(model, settings)?))
+        })
 }
 
 impl Candidates {
@@ -186,7 +188,10 @@ impl Candidates {
                 .collect();
             return Err(Error::invalid(
                 "methods to mix",
-                format!("none that can be mixed for this model ({})", reasons.join("; ")),
+                format!(
+                    "none that can be mixed for this model ({})",
+                    reasons.join("; ")
+                ),
                 "with at least one that factorises or narrows modules, or leaves out blocks",
             ));
         }
@@ -221,7 +226,9 @@ impl Candidates {
 
     pub(super) fn removed_weights(&self, plan: &Plan) -> usize {
         let blocks = removed_blocks(plan);
-        let weights = blocks.iter().filter_map(|block| self.block_weights.get(*block));
+        let weights = blocks
+            .iter()
+            .filter_map(|block| self.block_weights.get(*block));
         weights.sum()
     }
 
@@ -232,7 +239,9 @@ impl Candidates {
         let levels: Vec<f64> = (1..=settings.levels)
             .map(|level| level as f64 / settings.levels as f64)
             .collect();
-        let mut grids = vec![steps(self.depth.as_ref().map_or(0, |(_, plans)| plans.len()) + 1)];
+        let mut grids = vec![steps(
+            self.depth.as_ref().map_or(0, |(_, plans)| plans.len()) + 1,
+        )];
         grids.extend(self.places.iter().map(|_| levels.clone()));
         grids.extend(self.contested().map(|place| steps(place.ways.len())));
         Ok(Domain::new(grids)?)
@@ -269,7 +278,10 @@ impl Candidates {
 
     pub(super) fn start_names(&self) -> Vec<String> {
         let methods = self.methods();
-        methods.iter().map(|method| format!("uniform {method}")).collect()
+        methods
+            .iter()
+            .map(|method| format!("uniform {method}"))
+            .collect()
     }
 
     /// The uniform mixes: of each method, where it can be used, and the first of the others elsewhere.
@@ -316,8 +328,13 @@ impl Candidates {
 
 /// The blocks that a plan leaves out.
 pub(super) fn removed_blocks(plan: &Plan) -> BTreeSet<usize> {
-    let removed = plan.modules.iter().filter(|module| module.change == Change::Remove);
-    removed.filter_map(|module| block_number(&module.path)).collect()
+    let removed = plan
+        .modules
+        .iter()
+        .filter(|module| module.change == Change::Remove);
+    removed
+        .filter_map(|module| block_number(&module.path))
+        .collect()
 }
 
 fn block_number(path: &str) -> Option<usize> {
@@ -330,11 +347,17 @@ fn removals(task: &Task<'_>, method: &Method, most: usize) -> Vec<Plan> {
     let plan = |count: usize| {
         let keep = 1.0 - count as f64 / blocks as f64;
         let mut plan = method.plan(task, &Budget::Keep(keep)).ok()?;
-        plan.modules.retain(|module| module.change == Change::Remove);
-        let whole = plan.modules.iter().all(|module| block_number(&module.path).is_some());
+        plan.modules
+            .retain(|module| module.change == Change::Remove);
+        let whole = plan
+            .modules
+            .iter()
+            .all(|module| block_number(&module.path).is_some());
         (whole && plan.modules.len() == count).then_some(plan)
     };
-    (1..=most.min(blocks.saturating_sub(1))).map_while(plan).collect()
+    (1..=most.min(blocks.saturating_sub(1)))
+        .map_while(plan)
+        .collect()
 }
 
 /// What a method can make of each group, from its plans at rising shares.
@@ -352,7 +375,8 @@ fn of_method(task: &Task<'_>, method: &'static Method) -> Result<Vec<((usize, Gr
         };
         let mut here: BTreeMap<(usize, Group), Step> = BTreeMap::new();
         for planned in plan.modules {
-            let (Some(place), Some(saved)) = (Group::of(&planned.path), saved(task.model, &planned))
+            let (Some(place), Some(saved)) =
+                (Group::of(&planned.path), saved(task.model, &planned))
             else {
                 continue;
             };

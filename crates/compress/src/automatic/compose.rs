@@ -59,7 +59,11 @@ impl<'a> Composer<'a> {
         let mut edit = Edit::of(self.model);
         let mut removed = Default::default();
         for plan in &mix.plans {
-            if plan.modules.iter().any(|module| module.change == Change::Remove) {
+            if plan
+                .modules
+                .iter()
+                .any(|module| module.change == Change::Remove)
+            {
                 removed = removed_blocks(plan);
             } else if Factorisation::from_str(&plan.method).is_ok() {
                 self.factorise(&mut edit, plan)?;
@@ -104,12 +108,16 @@ impl<'a> Composer<'a> {
             let key = (plan.method.clone(), planned.path.clone());
             !self.factors.contains_key(&key)
         };
-        let modules = plan.modules.iter().filter(unknown).map(|planned| ModulePlan {
-            change: Change::Factorise {
-                rank: planned.input.min(planned.output),
-            },
-            ..planned.clone()
-        });
+        let modules = plan
+            .modules
+            .iter()
+            .filter(unknown)
+            .map(|planned| ModulePlan {
+                change: Change::Factorise {
+                    rank: planned.input.min(planned.output),
+                },
+                ..planned.clone()
+            });
         let whole = Plan {
             method: plan.method.clone(),
             modules: modules.collect(),
@@ -127,7 +135,8 @@ impl<'a> Composer<'a> {
                 })
             };
             let pair = (get("down")?, get("up")?);
-            self.factors.insert((plan.method.clone(), planned.path), pair);
+            self.factors
+                .insert((plan.method.clone(), planned.path), pair);
         }
         Ok(())
     }
@@ -144,11 +153,15 @@ fn graft(edit: &mut Edit, from: &Model, path: &str) -> Result<()> {
     let parameters = parameters.map(|(name, tensor)| (name.clone(), tensor.clone()));
     edit.parameters.extend(parameters);
     let ranks = from.spec().low_rank.iter().filter(|(name, _)| inside(name));
-    edit.spec.low_rank.extend(ranks.map(|(name, rank)| (name.clone(), *rank)));
+    edit.spec
+        .low_rank
+        .extend(ranks.map(|(name, rank)| (name.clone(), *rank)));
     if let Some((index, "feedforward")) = block_of(path) {
         let blocks = from.spec().expanded_blocks();
         if let Some(block) = blocks.get(index) {
-            edit.block(index)?.feedforward.clone_from(&block.feedforward);
+            edit.block(index)?
+                .feedforward
+                .clone_from(&block.feedforward);
         }
     }
     Ok(())

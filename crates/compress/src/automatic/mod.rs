@@ -180,8 +180,10 @@ impl<'a> Automatic<'a> {
         };
         let candidates = Candidates::new(&task, &methods, left_out, &settings)?;
         let (domain, starts) = (candidates.domain(&settings)?, candidates.starts(&settings));
-        let search = Rducb::new(domain, RducbSettings::default(), settings.seed)?;
-        let state = AutomaticState::new(model, data, held_out, settings, search.starting_at(starts)?)?;
+        let course = RducbSettings::standardised(domain.dimensions());
+        let search = Rducb::new(domain, course, settings.seed)?;
+        let state =
+            AutomaticState::new(model, data, held_out, settings, search.starting_at(starts)?)?;
         Ok(Self {
             score: Score::of(model, held_out),
             composer: Composer::new(model, data, calibration, shared),
@@ -246,9 +248,12 @@ impl<'a> Automatic<'a> {
         let point = self.state.search.suggest()?;
         let mix = self.mix(&point)?;
         let composed = self.composer.compose(&mix)?;
-        let loss = self
-            .score
-            .measure(self.model, &composed, self.held_out, self.state.settings.batch)?;
+        let loss = self.score.measure(
+            self.model,
+            &composed,
+            self.held_out,
+            self.state.settings.batch,
+        )?;
         // A mix whose loss is no number is as bad as the worst.
         let worst = self.state.evaluations.iter().map(|e| e.loss);
         let loss = match loss.is_finite() {
@@ -318,6 +323,7 @@ impl<'a> Automatic<'a> {
     /// The loss of the original on the same data.
     pub fn original_loss(&self) -> Result<f64> {
         let batch = self.state.settings.batch;
-        self.score.measure(self.model, self.model, self.held_out, batch)
+        self.score
+            .measure(self.model, self.model, self.held_out, batch)
     }
 }

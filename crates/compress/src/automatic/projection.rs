@@ -31,7 +31,9 @@ impl Candidates {
         let total = |chosen: &[usize]| -> usize {
             let saved = places.iter().zip(chosen).map(|((place, _, way), step)| {
                 let steps = place.ways.get(*way).map(|way| &way.steps);
-                steps.and_then(|steps| steps.get(*step)).map_or(0, |step| step.saved)
+                steps
+                    .and_then(|steps| steps.get(*step))
+                    .map_or(0, |step| step.saved)
             });
             self.whole - taken - saved.sum::<usize>()
         };
@@ -75,7 +77,11 @@ fn step_at(place: &Place, way: usize, share: f64) -> usize {
     let allowed = (share.min(1.0) * place.weights as f64).round() as usize;
     let fits = |step: &Step| place.weights - step.saved.min(place.weights) <= allowed;
     // The more a step saves the earlier it comes.
-    way.steps.iter().take_while(|step| fits(step)).count().saturating_sub(1)
+    way.steps
+        .iter()
+        .take_while(|step| fits(step))
+        .count()
+        .saturating_sub(1)
 }
 
 /// Raises steps while one fits into what is left over.

@@ -31,9 +31,9 @@ impl Score {
             HeadSpec::None => false,
         };
         match Objective::of(model, data) {
-            Ok(
-                objective @ (Objective::NextToken | Objective::TargetTokens | Objective::Label),
-            ) => Self::Loss(objective),
+            Ok(objective @ (Objective::NextToken | Objective::TargetTokens | Objective::Label)) => {
+                Self::Loss(objective)
+            }
             _ if scored => Self::Divergence,
             _ => Self::Cosine,
         }

@@ -84,7 +84,10 @@ impl AutomaticState {
         let history = self.search.history();
         let tried = self.evaluations.iter();
         let same = history.len() == self.evaluations.len()
-            && history.points.iter().eq(tried.clone().map(|one| &one.point))
+            && history
+                .points
+                .iter()
+                .eq(tried.clone().map(|one| &one.point))
             && history.values.iter().eq(tried.map(|one| &one.loss));
         if !same || self.search.domain() != fresh.search.domain() {
             return Err(Error::invalid(

@@ -91,7 +91,11 @@ impl GlobalProcess {
         let grown = self.process.take().zip(history.points.last());
         if let Some((process, last)) = grown
             && !since.is_multiple_of(self.settings.refit.max(1))
-            && let Ok(grown) = process.grown(&self.state.domain, last, &history.scaled(self.state.course.scale))
+            && let Ok(grown) = process.grown(
+                &self.state.domain,
+                last,
+                &history.scaled(self.state.course.scale),
+            )
         {
             return Ok(grown);
         }
@@ -105,9 +109,13 @@ impl GlobalProcess {
         let domain = &self.state.domain;
         let best_of = |points: Vec<Point>| -> Option<Point> {
             let marginals = process.predict(&points);
-            let bounds = marginals.iter().map(|m| m.mean - weight * m.variance.sqrt());
+            let bounds = marginals
+                .iter()
+                .map(|m| m.mean - weight * m.variance.sqrt());
             let pairs = points.into_iter().zip(bounds);
-            pairs.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(point, _)| point)
+            pairs
+                .min_by(|a, b| a.1.total_cmp(&b.1))
+                .map(|(point, _)| point)
         };
         let mut points: Vec<Point> = (0..self.settings.draws)
             .map(|_| domain.random(generator))

@@ -151,6 +151,10 @@ mod tests {
             search.observe(point, x[1] * x[3] + 0.2 * x[0]).unwrap();
         }
         search.suggest().unwrap();
-        assert!(search.forest().edges().contains(&(1, 3)), "{:?}", search.forest());
+        assert!(
+            search.forest().edges().contains(&(1, 3)),
+            "{:?}",
+            search.forest()
+        );
     }
 }

@@ -94,7 +94,9 @@ impl Trial {
             let at = |step: usize| mean(curves.iter().filter_map(|curve| curve.get(step).copied()));
             Series {
                 name: way.name().to_owned(),
-                points: (0..length).map(|step| (step as f64 + 1.0, at(step))).collect(),
+                points: (0..length)
+                    .map(|step| (step as f64 + 1.0, at(step)))
+                    .collect(),
             }
         };
         Plot {

@@ -116,7 +116,9 @@ fn allocation(
     let found = search.best_model()?.model;
     if found.parameter_count() > search.state().settings.parameters {
         let count = found.parameter_count();
-        return Err(Error::Experiment(format!("{count} parameters are too many")));
+        return Err(Error::Experiment(format!(
+            "{count} parameters are too many"
+        )));
     }
     Ok(Allocation {
         method,
@@ -124,7 +126,12 @@ fn allocation(
         whole: loss(&subject.model)?,
         uniform,
         found: loss(&found)?,
-        trace: search.state().evaluations.iter().map(|one| one.loss).collect(),
+        trace: search
+            .state()
+            .evaluations
+            .iter()
+            .map(|one| one.loss)
+            .collect(),
     })
 }
 

@@ -42,14 +42,19 @@ pub(super) fn means_add_up() -> Result<f64> {
     let (points, tests) = (draw(30), draw(20));
     let values: Vec<f64> = points.iter().map(|point| point[0] as f64 / 20.0).collect();
     let scales = Hyperparameters::new(8, 0.3, 0.5);
-    let process = AdditiveProcess::new(&domain, forest.cliques(), &scales, NOISE, &points, &values)?;
+    let process =
+        AdditiveProcess::new(&domain, forest.cliques(), &scales, NOISE, &points, &values)?;
     let whole = process.predict(&tests);
     let differences = tests.iter().zip(whole).map(|(point, whole)| {
-        let terms = process.cliques().iter().enumerate().map(|(clique, variables)| {
-            let places: Vec<usize> = variables.iter().map(|i| point[*i]).collect();
-            let found = process.marginals(&[(clique, &places)]);
-            found.iter().map(|term| term.mean).sum::<f64>()
-        });
+        let terms = process
+            .cliques()
+            .iter()
+            .enumerate()
+            .map(|(clique, variables)| {
+                let places: Vec<usize> = variables.iter().map(|i| point[*i]).collect();
+                let found = process.marginals(&[(clique, &places)]);
+                found.iter().map(|term| term.mean).sum::<f64>()
+            });
         (terms.sum::<f64>() - whole.mean).abs()
     });
     Ok(differences.fold(0.0, f64::max))
@@ -67,28 +72,37 @@ pub(super) struct Point {
 pub(super) fn trade_off(seed: u64) -> Result<Vec<Point>> {
     let domain = Domain::uniform(DIMENSIONS, 0.0, 1.0, 150)?;
     let all_pairs = (DIMENSIONS * (DIMENSIONS - 1) / 2) as f64;
-    [0, DIMENSIONS / 4, DIMENSIONS / 2, 3 * DIMENSIONS / 4, DIMENSIONS - 1]
-        .into_iter()
-        .map(|edges| {
-            let gains = (0..FORESTS).map(|draw| {
-                let mut generator = lapidary_train::generator(seed + draw);
-                let points: Vec<_> = (0..POINTS).map(|_| domain.random(&mut generator)).collect();
-                let forest = Forest::random(DIMENSIONS, edges, &mut generator)?;
-                gain(&domain, &forest, &points)
-            });
-            let gains = gains.collect::<Result<Vec<_>>>()?;
-            Ok(Point {
-                edges,
-                gain: mean(gains),
-                missed: 1.0 - edges as f64 / all_pairs,
-            })
+    [
+        0,
+        DIMENSIONS / 4,
+        DIMENSIONS / 2,
+        3 * DIMENSIONS / 4,
+        DIMENSIONS - 1,
+    ]
+    .into_iter()
+    .map(|edges| {
+        let gains = (0..FORESTS).map(|draw| {
+            let mut generator = lapidary_train::generator(seed + draw);
+            let points: Vec<_> = (0..POINTS).map(|_| domain.random(&mut generator)).collect();
+            let forest = Forest::random(DIMENSIONS, edges, &mut generator)?;
+            gain(&domain, &forest, &points)
+        });
+        let gains = gains.collect::<Result<Vec<_>>>()?;
+        Ok(Point {
+            edges,
+            gain: mean(gains),
+            missed: 1.0 - edges as f64 / all_pairs,
         })
-        .collect()
+    })
+    .collect()
 }
 
 fn gain(domain: &Domain, forest: &Forest, points: &[Vec<usize>]) -> Result<f64> {
     let cliques = forest.cliques();
-    let total: f64 = cliques.iter().map(|clique| (clique.len() as f64).sqrt()).sum();
+    let total: f64 = cliques
+        .iter()
+        .map(|clique| (clique.len() as f64).sqrt())
+        .sum();
     let scales = Hyperparameters::new(DIMENSIONS, 0.3, 1.0 / total);
     let zeros = vec![0.0; points.len()];
     let process = AdditiveProcess::new(domain, cliques, &scales, NOISE, points, &zeros)?;
@@ -116,7 +130,10 @@ pub(super) fn plot(points: &[Point]) -> Plot {
         y: "share of pairs that are missed".to_owned(),
         series: vec![Series {
             name: format!("forests over {DIMENSIONS} variables"),
-            points: points.iter().map(|point| (point.gain, point.missed)).collect(),
+            points: points
+                .iter()
+                .map(|point| (point.gain, point.missed))
+                .collect(),
         }],
     }
 }

@@ -230,7 +230,11 @@ impl Searched {
 
     /// The score of each mix, and the best so far.
     pub(super) fn plot(&self) -> Plot {
-        let losses = || (1..).map(f64::from).zip(self.tried.iter().map(|one| one.loss));
+        let losses = || {
+            (1..)
+                .map(f64::from)
+                .zip(self.tried.iter().map(|one| one.loss))
+        };
         let least = losses().scan(f64::INFINITY, |least, (number, loss)| {
             *least = least.min(loss);
             Some((number, *least))
