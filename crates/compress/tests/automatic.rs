@@ -115,10 +115,10 @@ fn only_ratios_of_densities_count() {
             .mix(&std::iter::once(0).chain(places).collect::<Vec<_>>())
             .unwrap()
     };
-    // Levels are one less than densities: 1/8 and 2/8, 2/8 and 4/8, 4/8 and 8/8.
-    assert_eq!(at(&[0]), at(&[7]));
-    assert_eq!(at(&[0, 1]), at(&[1, 3]));
-    assert_eq!(at(&[1, 3]), at(&[3, 7]));
+    // Nine levels from a half to two: four further is twice as dense.
+    assert_eq!(at(&[0]), at(&[8]));
+    assert_eq!(at(&[0, 4]), at(&[4, 8]));
+    assert_eq!(at(&[1, 3]), at(&[5, 7]));
     assert_ne!(at(&[0, 1]), at(&[1, 0]));
 }
 

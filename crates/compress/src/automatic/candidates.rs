@@ -236,8 +236,10 @@ impl Candidates {
     /// that has several.
     pub(super) fn domain(&self, settings: &AutomaticSettings) -> Result<Domain> {
         let steps = |count: usize| (0..count).map(|step| step as f64).collect::<Vec<f64>>();
-        let levels: Vec<f64> = (1..=settings.levels)
-            .map(|level| level as f64 / settings.levels as f64)
+        // From half to double, even in the logarithm.
+        let last = settings.levels.saturating_sub(1).max(1) as f64;
+        let levels: Vec<f64> = (0..settings.levels)
+            .map(|level| (2.0 * level as f64 / last - 1.0).exp2())
             .collect();
         let mut grids = vec![steps(
             self.depth.as_ref().map_or(0, |(_, plans)| plans.len()) + 1,
@@ -291,7 +293,7 @@ impl Candidates {
                 let found = place.ways.iter().position(|way| way.method == method);
                 found.unwrap_or(0)
             });
-            let densities = self.places.iter().map(|_| settings.levels - 1);
+            let densities = self.places.iter().map(|_| settings.levels / 2);
             std::iter::once(0).chain(densities).chain(ways).collect()
         };
         self.methods().into_iter().map(start).collect()

@@ -57,7 +57,8 @@ pub struct AutomaticSettings {
     pub methods: Vec<String>,
     /// Mixes that are tried, the uniform ones included.
     pub evaluations: usize,
-    /// Different densities that a proposal can give a group.
+    /// Different densities that a proposal can give a group, from half to double; an odd number, so
+    /// that one of them is as dense as the others on average.
     pub levels: usize,
     /// Most blocks that may go.
     pub removable: usize,
@@ -77,7 +78,7 @@ impl AutomaticSettings {
             parameters,
             methods: Self::METHODS.map(str::to_owned).to_vec(),
             evaluations: 60,
-            levels: 8,
+            levels: 9,
             removable: 4,
             batch: 8,
             seed: 0,

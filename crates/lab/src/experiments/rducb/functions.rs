@@ -19,6 +19,8 @@ const NOISE: f64 = 0.15;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
     Rducb,
+    /// RDUCB on standardised values, which the published code does not do.
+    Standardised,
     Random,
     Tree,
     Global,
@@ -26,8 +28,9 @@ pub(super) enum Way {
 }
 
 impl Way {
-    pub(super) const ALL: [Self; 5] = [
+    pub(super) const ALL: [Self; 6] = [
         Self::Rducb,
+        Self::Standardised,
         Self::Random,
         Self::Tree,
         Self::Global,
@@ -37,6 +40,7 @@ impl Way {
     fn name(self) -> &'static str {
         match self {
             Self::Rducb => "RDUCB",
+            Self::Standardised => "RDUCB on standardised values",
             Self::Random => "random points",
             Self::Tree => "learned tree",
             Self::Global => "one process",
@@ -48,6 +52,10 @@ impl Way {
         let global = GlobalSettings::default();
         Ok(match self {
             Self::Rducb => Box::new(Rducb::new(domain, RducbSettings::default(), seed)?),
+            Self::Standardised => {
+                let settings = RducbSettings::standardised(domain.dimensions());
+                Box::new(Rducb::new(domain, settings, seed)?)
+            }
             Self::Random => Box::new(RandomSearch::new(domain, seed)),
             Self::Tree => Box::new(LearnedTree::new(domain, TreeSettings::default(), seed)?),
             Self::Global => Box::new(GlobalProcess::new(domain, global, seed)?),

@@ -137,7 +137,7 @@ fn claims(
                     scale,
                     Way::ALL
                         .into_iter()
-                        .filter(|way| *way != Way::Rducb)
+                        .filter(|way| !matches!(way, Way::Rducb | Way::Standardised))
                         .all(|way| own.tied_or_better(&trial.of(way))),
                 ),
             )

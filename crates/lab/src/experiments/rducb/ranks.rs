@@ -8,7 +8,7 @@ use crate::experiments::depth::{self, BATCH, Subject};
 use crate::{Error, Plot, Result, Scale, Series};
 
 /// Share of the parameters that may be left.
-const KEPT: f64 = 0.6;
+const KEPT: f64 = 0.4;
 
 /// Loss of a mix, in nats per token.
 #[derive(Clone, Copy, Debug)]
