@@ -58,10 +58,13 @@ pub enum Error {
     Signal(#[from] lapidary_signal::Error),
     /// Training failed.
     #[error(transparent)]
-    Training(#[from] lapidary_train::Error),
+    Training(Box<lapidary_train::Error>),
     /// A kernel failed.
     #[error(transparent)]
     Kernel(#[from] lapidary_kernels::Error),
+    /// A search failed.
+    #[error(transparent)]
+    Search(#[from] lapidary_search::Error),
 }
 
 /// The result of a compression.
@@ -87,4 +90,10 @@ pub(crate) fn engine<T, E: Into<lapidary_kernels::Error>>(
     result: std::result::Result<T, E>,
 ) -> Result<T> {
     result.map_err(|error| Error::Kernel(error.into()))
+}
+
+impl From<lapidary_train::Error> for Error {
+    fn from(error: lapidary_train::Error) -> Self {
+        Self::Training(Box::new(error))
+    }
 }

@@ -7,8 +7,8 @@ use lapidary_model::Model;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::Result;
 use crate::error::engine;
+use crate::{CalibrationData, Content, Result};
 
 /// A 128-bit hash (XXH3) of the names, shapes, types and values of a model's parameters: the
 /// same on every machine, and different as soon as one weight is. It guards against mistakes,
@@ -35,8 +35,30 @@ impl Fingerprint {
             }
             values(&mut hash, tensor)?;
         }
+        Ok(Self::digest(&hash))
+    }
+
+    /// The fingerprint of data: of its tokens or images, and of what should have been said.
+    pub(crate) fn of_data(data: &CalibrationData) -> Result<Self> {
+        let mut hash = Xxh3::new();
+        for example in data.examples() {
+            match &example.content {
+                Content::Tokens { ids, types } => {
+                    hash.update(format!("{ids:?} {types:?}").as_bytes());
+                }
+                Content::Pixels(tensor) => {
+                    hash.update(format!("{:?}", tensor.dims()).as_bytes());
+                    values(&mut hash, tensor)?;
+                }
+            }
+            hash.update(format!("{:?}", example.target).as_bytes());
+        }
+        Ok(Self::digest(&hash))
+    }
+
+    fn digest(hash: &Xxh3) -> Self {
         let digest = hash.digest128();
-        Ok(Self([(digest >> 64) as u64, digest as u64]))
+        Self([(digest >> 64) as u64, digest as u64])
     }
 }
 

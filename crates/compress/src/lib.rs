@@ -39,6 +39,7 @@
 //! # Ok(()) }
 //! ```
 
+pub mod automatic;
 mod calibration;
 mod data;
 pub mod dimension;

@@ -32,6 +32,9 @@ pub enum Error {
     /// Training failed.
     #[error(transparent)]
     Train(Box<lapidary_train::Error>),
+    /// A search failed.
+    #[error(transparent)]
+    Search(#[from] lapidary_search::Error),
     /// A signal's operation failed.
     #[error(transparent)]
     Signal(#[from] lapidary_signal::Error),

@@ -322,6 +322,16 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::pruning_study::run,
     },
     System {
+        slug: "rducb",
+        title: "Are Random Decompositions all we need in High Dimensional Bayesian Optimisation?",
+        authors: "Ziomek, Bou-Ammar",
+        year: 2023,
+        arxiv: Some("2301.12844"),
+        kind: Kind::Compression,
+        parts: &["search::rducb", "compress::automatic"],
+        experiment: experiments::rducb::run,
+    },
+    System {
         slug: "replaceme",
         title: "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block \
                 Linearization",

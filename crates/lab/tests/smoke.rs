@@ -147,6 +147,11 @@ fn pruning_study() {
 }
 
 #[test]
+fn rducb() {
+    check("rducb");
+}
+
+#[test]
 fn replaceme() {
     check("replaceme");
 }
@@ -215,6 +220,7 @@ fn every_system_is_tested_here() {
             "modegpt",
             "over-squashing",
             "pruning-study",
+            "rducb",
             "replaceme",
             "slicegpt",
             "talking-heads",

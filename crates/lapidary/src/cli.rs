@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use lapidary_compress::Pattern;
+use lapidary_compress::automatic::AutomaticSettings;
 use lapidary_explain::contextual::Phrase;
 use lapidary_explain::{Explainer, explainers};
 
@@ -331,6 +332,22 @@ pub struct Compress {
     /// and every feed-forward part is narrowed alike
     #[arg(long, conflicts_with = "plan")]
     pub uniform: bool,
+    /// Search for a mix of methods, module by module, within --budget
+    #[arg(long, requires = "budget", conflicts_with_all = ["method", "ratio", "compare", "plan", "plan_only"])]
+    pub auto: bool,
+    /// What may be left of the model's parameters: a share (`0.7x`), or a number of them
+    #[arg(long, requires = "auto")]
+    pub budget: Option<String>,
+    /// Mixes to try
+    #[arg(long, default_value_t = 60, requires = "auto")]
+    pub evaluations: usize,
+    /// Methods to mix, by commas
+    #[arg(long, value_name = "METHODS", value_delimiter = ',', requires = "auto",
+        default_values_t = AutomaticSettings::METHODS.map(str::to_owned))]
+    pub mix: Vec<String>,
+    /// File that the search is kept in after each mix, and goes on from
+    #[arg(long, value_name = "FILE", requires = "auto")]
+    pub state: Option<PathBuf>,
     /// Train the compressed model for so many steps on the calibration text, of which a tenth is
     /// held out to tell when it is best
     #[arg(long, value_name = "STEPS", conflicts_with_all = ["compare", "plan_only"])]

@@ -181,7 +181,8 @@ fn every_parameter_of_a_llama_is_there_and_queries_are_turned() {
         .values()
         .map(|(_, _, values)| values.len())
         .sum();
-    assert_eq!(count, parameters.values().map(Tensor::elem_count).sum());
+    let all: usize = parameters.values().map(Tensor::elem_count).sum();
+    assert_eq!(count, all);
     let (dims, _, values) = &file.tensors["blk.1.ffn_down.weight"];
     assert_eq!(dims, &[64, 96]);
     assert_eq!(

@@ -346,6 +346,7 @@ fn spec() -> impl Strategy<Value = ModelSpec> {
     let final_norm = proptest::option::of(norm());
     (size(), input(), blocks, final_norm, head(), ranks).prop_map(
         |(width, input, blocks, final_norm, head, low_rank)| ModelSpec {
+            quantised: Default::default(),
             width,
             input,
             blocks,

@@ -207,10 +207,11 @@ impl Updates {
     }
 
     fn load_state(&mut self, state: &OptimiserState) -> Result<()> {
-        Ok(match &mut self.optimiser {
+        match &mut self.optimiser {
             Optimiser::AdamW(optimiser) => optimiser.load_state(state)?,
             Optimiser::Sgd(optimiser) => optimiser.load_state(state)?,
-        })
+        }
+        Ok(())
     }
 
     /// Everything that is needed to go on from here: tensors and counters by name.

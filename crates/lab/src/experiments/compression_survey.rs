@@ -104,10 +104,10 @@ fn one_seed(size: &Size, steps: u64, seed: u64) -> Result<Run> {
     };
     let once = || -> Result<Option<Fingerprint>> {
         let done = recipe.run(&bench.model, Some(&bench.data), &settings)?;
-        let last = done
-            .last()
-            .map(|done| Fingerprint::of(&done.compressed.model));
-        Ok(last.transpose()?)
+        match done.last() {
+            Some(done) => Ok(Some(Fingerprint::of(&done.compressed.model)?)),
+            None => Ok(None),
+        }
     };
     Ok(Run {
         repeats: once()? == once()?,

@@ -254,8 +254,8 @@ fn trial(size: Size, removed: usize, scale: Scale, seed: u64) -> Result<Trial> {
 /// Of the block that went last.
 fn missed(cut: &Compressed) -> Option<f64> {
     let gone = cut.report.modules.iter();
-    let gone = gone.filter(|module| module.change == Change::Remove);
-    gone.last()?.chosen.map(|errors| errors.unweighted)
+    let mut gone = gone.filter(|module| module.change == Change::Remove);
+    gone.next_back()?.chosen.map(|errors| errors.unweighted)
 }
 
 fn exact(subject: &Subject, size: Size, removed: usize, seed: u64) -> Result<Exact> {

@@ -33,6 +33,7 @@ pub mod narrow;
 pub mod narrowing;
 pub mod polarity;
 pub mod pruning_study;
+pub mod rducb;
 pub mod replace_me;
 pub mod slicegpt;
 pub mod squashing;

@@ -8,7 +8,7 @@ mod rounding;
 mod streams;
 mod trace;
 
-use crate::{Linear, Signal, Weight};
+use crate::{Linear, Matrix, Signal, Weight};
 use lapidary_kernels::{
     Activation, AttentionOptions, DType, Device, RotaryPairs, Tensor, check::difference,
 };

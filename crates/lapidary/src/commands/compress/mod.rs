@@ -1,5 +1,6 @@
 //! `lapidary compress`: fewer parameters, and what that cost.
 
+mod auto;
 mod compare;
 mod data;
 mod healing;
@@ -37,6 +38,9 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
         output::check_writable(html)?;
     }
     let settings = stage::settings(arguments, global)?;
+    if arguments.auto {
+        return auto::run(arguments, global);
+    }
     match &arguments.compare {
         Some(methods) => compare::run(methods, arguments, &settings, global),
         None => one(arguments, &settings, global),
@@ -45,16 +49,7 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
 
 fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()> {
     let recipe = stage::recipe(arguments)?;
-    if let Some(out) = &arguments.out {
-        ensure!(
-            !out.exists()
-                || out
-                    .read_dir()
-                    .is_ok_and(|mut entries| entries.next().is_none()),
-            "{} exists and is not an empty directory; give a new one",
-            out.display()
-        );
-    }
+    check_empty(arguments)?;
     let package = loading::package(&arguments.model, global)?;
     let started = Instant::now();
     let original = package.single_model()?;
@@ -70,10 +65,6 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
     if arguments.plan_only {
         return print_plan(original, data.as_ref(), &recipe, settings);
     }
-    let out = arguments
-        .out
-        .as_deref()
-        .context("--out is missing: the directory to write")?;
     let (done, healing) = match &arguments.plan {
         Some(path) => {
             let mut done = by_hand(path, &recipe, original, data.as_ref(), settings)?;
@@ -100,36 +91,66 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         reports.push((done.compressed.report, done.seconds));
         compressed = Some(done.compressed.model);
     }
-    let compressed = compressed.context("no method was named")?;
+    let made = Made {
+        reports,
+        model: compressed.context("no method was named")?,
+        search: None,
+        healing,
+        started,
+    };
+    conclude(package, made, data.as_ref(), arguments, global)
+}
 
-    let windows = windows(&package, original, data.as_ref(), arguments)?;
+/// A model that is ready to be measured and written.
+struct Made {
+    reports: Vec<(Report, Seconds)>,
+    model: Model,
+    search: Option<auto::Searched>,
+    healing: Option<HealReport>,
+    started: Instant,
+}
+
+/// Measures what was made, writes it and says what it is.
+fn conclude(
+    package: Package,
+    made: Made,
+    data: Option<&CalibrationData>,
+    arguments: &Compress,
+    global: &Global,
+) -> Result<()> {
+    let out = arguments
+        .out
+        .as_deref()
+        .context("--out is missing: the directory to write")?;
+    let original = package.single_model()?;
+    let windows = windows(&package, original, data, arguments)?;
     let measure = Measure {
         package: &package,
         embedded: arguments.model == "embedded",
-        data: data.as_ref(),
+        data,
         windows: &windows,
     };
     let before = measure.of(original)?;
-    let after = measure.of(&compressed)?;
-    let distance = measure.between(original, &compressed)?;
-    let result = if arguments.dense {
-        export_dense(&compressed)?
-    } else {
-        compressed
+    let after = measure.of(&made.model)?;
+    let distance = measure.between(original, &made.model)?;
+    let result = match arguments.dense {
+        true => export_dense(&made.model)?,
+        false => made.model,
     };
     let package = package.with_model(result);
     let saved = package.save(out, None)?;
     let outcome = Outcome {
-        reports,
+        reports: made.reports,
+        search: made.search,
         before,
         after,
         distance,
-        healing,
+        healing: made.healing,
         held_out: arguments.evaluate.is_some(),
         dense: arguments.dense,
         saved,
         directory: out.to_owned(),
-        seconds: started.elapsed().as_secs_f64(),
+        seconds: made.started.elapsed().as_secs_f64(),
     };
     if let Some(html) = &arguments.html {
         output::write_text(html, &crate::report::analysis_page(&outcome.report())?)?;
@@ -188,6 +209,22 @@ fn healed(
         }
         None => Ok(None),
     }
+}
+
+/// Refuses a directory that something is in.
+fn check_empty(arguments: &Compress) -> Result<()> {
+    let Some(out) = &arguments.out else {
+        return Ok(());
+    };
+    ensure!(
+        !out.exists()
+            || out
+                .read_dir()
+                .is_ok_and(|mut entries| entries.next().is_none()),
+        "{} exists and is not an empty directory; give a new one",
+        out.display()
+    );
+    Ok(())
 }
 
 /// What the only method would do; a plan for a later one depends on it.

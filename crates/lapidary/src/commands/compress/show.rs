@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::auto::Searched;
 use super::measure::{Distance, Measured};
 use super::stage::changed;
 use super::{class, saved_as, stage_json};
@@ -16,6 +17,8 @@ use serde_json::{Value, json};
 /// All that a compression did and cost.
 pub(super) struct Outcome {
     pub(super) reports: Vec<(Report, Seconds)>,
+    /// How a mix was found, when it was searched for.
+    pub(super) search: Option<Searched>,
     pub(super) before: Measured,
     pub(super) after: Measured,
     pub(super) distance: Distance,
@@ -59,6 +62,7 @@ impl Outcome {
             "methods": self.methods(),
             "report": self.reports.last().map(|(report, _)| report),
             "stages": stages.collect::<Result<Vec<_>>>()?,
+            "search": self.search,
             "kept": self.kept(),
             "agreement_on_calibration": self.distance.agreement,
             "likeness_on_calibration": self.distance.likeness,
@@ -213,6 +217,9 @@ impl Outcome {
             text += &format!("{}\n\n", modules(report));
         }
         text += &format!("method      {}\n", self.methods());
+        if let Some(search) = &self.search {
+            text += &search.text();
+        }
         for [name, before, after] in self.lines() {
             match name.as_str() {
                 "writes" => text += &format!("writes      {before}\n         -> {after}\n"),
@@ -257,7 +264,7 @@ impl Outcome {
         let points = (0..)
             .map(f64::from)
             .zip(self.distance.block_errors.iter().copied());
-        let mut plots = vec![Plot {
+        let plot = Plot {
             title: "Relative error of the residual stream".to_owned(),
             x: "block".to_owned(),
             y: "error".to_owned(),
@@ -265,7 +272,15 @@ impl Outcome {
                 name: self.methods(),
                 points: points.collect(),
             }],
-        }];
+        };
+        let mut plots = Vec::new();
+        if let Some(search) = &self.search {
+            tables.push(search.table());
+            plots.push(search.plot());
+        }
+        if !self.distance.block_errors.is_empty() {
+            plots.push(plot);
+        }
         if let Some(healing) = &self.healing {
             let series = |name: &str, points: &[(u64, f64)]| Series {
                 name: name.to_owned(),
@@ -284,7 +299,6 @@ impl Outcome {
                 ],
             });
         }
-        plots.retain(|plot| plot.series.iter().any(|series| !series.points.is_empty()));
         report::Report {
             title: format!("Compressed by {}", self.methods()),
             notes: [self.distance_lines(), self.stage_lines()].concat(),
