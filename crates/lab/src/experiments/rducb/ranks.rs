@@ -7,7 +7,7 @@ use lapidary_compress::quality::{Window, perplexity};
 use crate::experiments::depth::{self, BATCH, Subject};
 use crate::{Error, Plot, Result, Scale, Series};
 
-/// Share of the parameters that may be left.
+/// Share of the weights of matrices in blocks that may be left: tables of embeddings stay.
 const KEPT: f64 = 0.4;
 
 /// Loss of a mix, in nats per token.
@@ -68,7 +68,7 @@ fn evaluations(scale: Scale) -> usize {
 
 pub(super) fn describe(scale: Scale) -> String {
     format!(
-        "{}; ranks at {KEPT} of the parameters, compared on half of the held-out windows and \
+        "{}; ranks at {KEPT} of the weights in blocks, compared on half of the held-out windows and \
          measured on the others",
         size(scale).describe()
     )
@@ -92,13 +92,20 @@ fn allocation(
     seed: u64,
 ) -> Result<Allocation> {
     let held_out = CalibrationData::windows(compared.iter().map(|window| window.tokens.clone()))?;
-    let whole = subject.model.parameter_count();
+    let matrices: usize = subject
+        .model
+        .linears()
+        .iter()
+        .filter(|linear| linear.path.starts_with("blocks."))
+        .map(|linear| linear.input * linear.output)
+        .sum();
+    let taken = ((1.0 - KEPT) * matrices as f64) as usize;
     let settings = AutomaticSettings {
         methods: vec![method.to_owned()],
         evaluations,
         batch: BATCH,
         seed,
-        ..AutomaticSettings::new((KEPT * whole as f64) as usize)
+        ..AutomaticSettings::new(subject.model.parameter_count() - taken)
     };
     let mut search = Automatic::new(&subject.model, &subject.data, &held_out, settings)?;
     let loss = |model: &lapidary_model::Model| -> Result<Loss> {
