@@ -19,7 +19,6 @@ use crate::product::{Into, Matrix, Threads, multiply};
 use crate::simd::{self, LANES};
 use crate::{Activation, DType, Device, Error, Result, Tensor, elementwise, linear_activation};
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 use unpack::{BLOCK, Bits};
 
 /// A matrix `[output, input]` of 4-bit or 8-bit integers in groups.
@@ -276,6 +275,16 @@ const FEW_ROWS: usize = 4;
 /// Rows of the matrix that are written out at a time for many rows of `x`.
 const PANEL: usize = 128;
 
+/// A finite `f16` as `f32`, exactly: its bits are in the place of those of a number `2¹¹²` times
+/// smaller. Written out, since a call would keep the loops around it from being vectors.
+#[inline(always)]
+fn single(half: f16) -> f32 {
+    const UP: f32 = f32::from_bits((127 + 112) << 23);
+    let bits = u32::from(half.to_bits());
+    let size = f32::from_bits((bits & 0x7fff) << 13) * UP;
+    f32::from_bits(size.to_bits() | (bits & 0x8000) << 16)
+}
+
 /// The tensors of a matrix, locked for reading.
 struct Raw<'a> {
     matrix: &'a QuantisedMatrix,
@@ -343,50 +352,56 @@ impl Slices<'_> {
         &self.codes[output * bytes..(output + 1) * bytes]
     }
 
+    /// Scales of one row, and its minima where there are any.
+    fn row_scales(&self, row: usize) -> (&[f16], Option<&[f16]>) {
+        let part = row * self.groups()..(row + 1) * self.groups();
+        (
+            &self.scales[part.clone()],
+            self.minima.map(|all| &all[part]),
+        )
+    }
+
     /// Writes rows `first..` out as weights.
     fn write_out(&self, first: usize, weights: &mut [f32]) {
-        let (input, groups) = (self.input, self.groups());
+        let input = self.input;
         if input == 0 {
             return;
         }
         let rows = weights.len() / input;
         let shared = Shared::new(weights);
         host::share(rows, input, |range| {
-            let (mut scales, mut minima) = (vec![0.0; groups], vec![0.0; groups]);
-            for row in range {
-                self.row_scales(first + row, &mut scales, &mut minima);
-                // SAFETY: rows are disjoint.
-                let weights = unsafe { shared.part(row * input, input) };
-                let codes = self.row(first + row);
-                simd::vectorised(
-                    #[inline(always)]
-                    || self.write_row(codes, &scales, &minima, weights),
-                );
-            }
+            simd::vectorised(
+                #[inline(always)]
+                || {
+                    for row in range.clone() {
+                        // SAFETY: rows are disjoint.
+                        let weights = unsafe { shared.part(row * input, input) };
+                        match self.bits {
+                            Bits::Four => self.write_row::<true>(first + row, weights),
+                            Bits::Eight => self.write_row::<false>(first + row, weights),
+                        }
+                    }
+                },
+            );
         });
     }
 
     #[inline(always)]
-    fn write_row(&self, codes: &[u8], scales: &[f32], minima: &[f32], weights: &mut [f32]) {
-        let bytes = self.bits.bytes(self.group);
-        let groups = codes.chunks_exact(bytes).zip(scales).zip(minima);
-        for (((codes, s), m), weights) in groups.zip(weights.chunks_exact_mut(self.group)) {
-            let blocks = codes.chunks_exact(self.bits.bytes(BLOCK));
+    fn write_row<const FOUR: bool>(&self, row: usize, weights: &mut [f32]) {
+        let bits = if FOUR { Bits::Four } else { Bits::Eight };
+        let (scales, minima) = self.row_scales(row);
+        let groups = self.row(row).chunks_exact(bits.bytes(self.group));
+        let groups = groups.zip(scales).zip(weights.chunks_exact_mut(self.group));
+        for (g, ((codes, s), weights)) in groups.enumerate() {
+            let s = single(*s);
+            let m = minima.map_or(0.0, |minima| single(minima[g]));
+            let blocks = codes.chunks_exact(bits.bytes(BLOCK));
             for (codes, weights) in blocks.zip(weights.chunks_exact_mut(BLOCK)) {
-                let q = self.bits.block(codes, self.minima.is_some());
+                let q = bits.block(codes, minima.is_some());
                 for (w, q) in weights.iter_mut().zip(q) {
-                    *w = q.mul_add(*s, *m);
+                    *w = q.mul_add(s, m);
                 }
             }
-        }
-    }
-
-    /// Scales and minima of a row; zeros for minima that are not there.
-    fn row_scales(&self, row: usize, scales: &mut [f32], minima: &mut [f32]) {
-        let part = row * self.groups()..(row + 1) * self.groups();
-        self.scales[part.clone()].convert_to_f32_slice(scales);
-        if let Some(all) = self.minima {
-            all[part].convert_to_f32_slice(minima);
         }
     }
 
@@ -407,43 +422,52 @@ impl Slices<'_> {
         };
         let shared = Shared::new(y);
         host::share(output, rows * input, |range| {
-            let (mut scales, mut minima) = (vec![0.0; groups], vec![0.0; groups]);
-            for o in range {
-                self.row_scales(o, &mut scales, &mut minima);
-                let codes = self.row(o);
-                for (row, x) in x.chunks_exact(input).enumerate() {
-                    let sums = sums.get(row * groups..(row + 1) * groups).unwrap_or(&[]);
-                    let dot = simd::vectorised(
-                        #[inline(always)]
-                        || self.dot(codes, &scales, x),
-                    );
-                    let offset: f32 = minima.iter().zip(sums).map(|(m, sum)| m * sum).sum();
-                    // SAFETY: each output column belongs to one range.
-                    let slot = unsafe { shared.part(row * output + o, 1) };
-                    slot.copy_from_slice(&[dot + offset]);
-                }
-            }
+            simd::vectorised(
+                #[inline(always)]
+                || {
+                    for o in range.clone() {
+                        for (row, x) in x.chunks_exact(input).enumerate() {
+                            let dot = match self.bits {
+                                Bits::Four => self.dot::<true>(o, x),
+                                Bits::Eight => self.dot::<false>(o, x),
+                            };
+                            let sums = sums.get(row * groups..(row + 1) * groups);
+                            let minima = self.row_scales(o).1.zip(sums);
+                            let offset: f32 = minima.map_or(0.0, |(minima, sums)| {
+                                let pairs = minima.iter().zip(sums);
+                                pairs.map(|(m, sum)| single(*m) * sum).sum()
+                            });
+                            // SAFETY: each output column belongs to one range.
+                            let slot = unsafe { shared.part(row * output + o, 1) };
+                            slot.copy_from_slice(&[dot + offset]);
+                        }
+                    }
+                },
+            );
         });
     }
 
-    /// `Σ_g s_g Σ_{i ∈ g} q_i x_i`.
+    /// `Σ_g s_g Σ_{i ∈ g} q_i x_i` of row `row`.
     #[inline(always)]
-    fn dot(&self, codes: &[u8], scales: &[f32], x: &[f32]) -> f32 {
+    fn dot<const FOUR: bool>(&self, row: usize, x: &[f32]) -> f32 {
+        let bits = if FOUR { Bits::Four } else { Bits::Eight };
+        let (scales, minima) = self.row_scales(row);
         let mut total = [0.0f32; LANES];
-        let bytes = self.bits.bytes(self.group);
-        let groups = codes.chunks_exact(bytes).zip(x.chunks_exact(self.group));
-        for ((codes, x), s) in groups.zip(scales) {
+        let groups = self.row(row).chunks_exact(bits.bytes(self.group));
+        let groups = groups.zip(x.chunks_exact(self.group)).zip(scales);
+        for ((codes, x), s) in groups {
             let mut sums = [0.0f32; LANES];
-            let blocks = codes.chunks_exact(self.bits.bytes(BLOCK));
+            let blocks = codes.chunks_exact(bits.bytes(BLOCK));
             for (codes, x) in blocks.zip(x.chunks_exact(BLOCK)) {
-                let q = self.bits.block(codes, self.minima.is_some());
+                let q = bits.block(codes, minima.is_some());
                 for lane in 0..LANES {
                     let low = q[lane].mul_add(x[lane], sums[lane]);
                     sums[lane] = q[lane + LANES].mul_add(x[lane + LANES], low);
                 }
             }
+            let s = single(*s);
             for lane in 0..LANES {
-                total[lane] = sums[lane].mul_add(*s, total[lane]);
+                total[lane] = sums[lane].mul_add(s, total[lane]);
             }
         }
         simd::sum(&total)
@@ -546,6 +570,16 @@ mod tests {
                     let worst = flat.into_iter().fold(0.0, f64::max);
                     assert!(worst < 1e-4, "{bits} bits, {rows} rows: {worst}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn halves_become_singles_exactly() {
+        for bits in 0..=u16::MAX {
+            let half = f16::from_bits(bits);
+            if half.is_finite() {
+                assert_eq!(single(half).to_bits(), half.to_f32().to_bits(), "{half}");
             }
         }
     }

@@ -124,7 +124,7 @@ mod tests {
         assert_eq!(marked(Rule::Groups { n: 1, m: 2 }, &scores, 3), [1, 4]);
         assert_eq!(
             marked(Rule::Groups { n: 1, m: 3 }, &scores, 6),
-            [0, 2, 3, 5]
+            [1, 2, 4, 5]
         );
     }
 
