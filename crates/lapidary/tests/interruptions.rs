@@ -3,6 +3,7 @@
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -213,7 +214,10 @@ fn a_run_that_was_interrupted_leaves_nothing_half_written() {
     let out = run.at("interrupted");
     let while_writing = run.torment(&out, |child| {
         interrupt(child);
-        assert_eq!(child.wait().unwrap().code(), Some(130));
+        // Before the program has come so far as to handle it, it ends by the signal itself.
+        let status = child.wait().unwrap();
+        let early = status.signal() == Some(2) && !out.exists();
+        assert!(early || status.code() == Some(130), "{status}");
         assert_eq!(temporaries(&out), [""; 0]);
     });
     assert!(
