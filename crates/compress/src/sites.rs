@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_kernels::{DType, Device, SecondMoment, Tensor};
 use lapidary_model::Input;
 use lapidary_signal::Trace;
 
@@ -16,7 +16,7 @@ use crate::{Error, Result};
 /// Where each token id counts as a vector with a single one: the input of the embedding table.
 pub(crate) const TOKEN_IDS: &str = "input_ids";
 
-/// `Σ x_i²`, `Σ |x_i|` and `Σ x xᵀ` at one site, in `f64`.
+/// `Σ x_i²`, `Σ |x_i|` and `Σ x xᵀ` at one site.
 #[derive(Debug, Default)]
 struct Sums {
     wants_covariance: bool,
@@ -25,21 +25,29 @@ struct Sums {
     rows: u64,
     squares: Option<Tensor>,
     magnitudes: Option<Tensor>,
-    covariance: Option<Tensor>,
+    covariance: Option<SecondMoment>,
 }
 
 impl Sums {
     fn add(&mut self, x: &Tensor, real: Option<&Tensor>) -> lapidary_kernels::Result<()> {
-        let x = real_rows(&x.detach(), real)?.to_dtype(DType::F64)?;
-        self.rows += x.dim(0)? as u64;
+        let x = real_rows(&x.detach(), real)?;
+        let (rows, width) = x.dims2()?;
+        self.rows += rows as u64;
+        if self.wants_covariance {
+            let covariance = self.covariance.take();
+            let mut covariance = covariance.unwrap_or_else(|| SecondMoment::new(width));
+            covariance.add(&x)?;
+            self.covariance = Some(covariance);
+        }
+        if !self.wants_squares && !self.wants_magnitudes {
+            return Ok(());
+        }
+        let x = x.to_dtype(DType::F64)?;
         if self.wants_squares {
             self.squares = Some(sum(self.squares.take(), x.sqr()?.sum(0)?)?);
         }
         if self.wants_magnitudes {
             self.magnitudes = Some(sum(self.magnitudes.take(), x.abs()?.sum(0)?)?);
-        }
-        if self.wants_covariance {
-            self.covariance = Some(sum(self.covariance.take(), x.t()?.matmul(&x)?)?);
         }
         Ok(())
     }
@@ -216,7 +224,8 @@ impl SiteSums {
             }
             if let Some(covariance) = sums.covariance {
                 let statistic = Statistic::Covariance { site };
-                means.insert(statistic, engine(covariance.affine(scale, 0.0))?);
+                let sum = covariance.sum()?;
+                means.insert(statistic, engine(sum.affine(scale, 0.0))?);
             }
         }
         Ok(means)

@@ -8,7 +8,10 @@
 //! `P = e^{S-L}`, and with `δ = Σ ∂O ∘ O` per query
 //! `∂V += Pᵀ ∂O`, `∂S = P ∘ (∂O Vᵀ - δ)`, `∂Q += scale ∂S K`, `∂K += scale ∂Sᵀ Q`, `∂bias += ∂S`.
 
+mod part;
 mod tiles;
+
+pub use part::{AttentionPart, PartOptions, attention_part};
 
 use crate::host::{self, Host, by_dtype, fused};
 use crate::simd::Real;
@@ -228,6 +231,7 @@ fn saved<'a, T: Real>([log_sums, output, gradient]: &'a [Host; 3]) -> Candle<til
         log_sums: log_sums.ordered()?,
         output: output.ordered()?,
         gradient: gradient.ordered()?,
+        log_sums_gradient: std::borrow::Cow::Borrowed(&[]),
     })
 }
 
@@ -374,6 +378,7 @@ impl Problem {
             offset: options.query_offset,
             key_padding,
             merged: false,
+            positions: None,
         })
     }
 }

@@ -272,8 +272,12 @@ pub fn quantised_linear(
 /// Rows up to which each meets the integers by itself.
 const FEW_ROWS: usize = 4;
 
-/// Rows of the matrix that are written out at a time for many rows of `x`.
-const PANEL: usize = 128;
+/// Rows of the matrix that meet a row of `x` together.
+const TOGETHER: usize = 4;
+
+/// Weights that are written out at a time for many rows of `x`: enough that threads seldom meet,
+/// few enough to stay in a core's cache.
+const PANEL: usize = 1 << 18;
 
 /// A finite `f16` as `f32`, exactly: its bits are in the place of those of a number `2¹¹²` times
 /// smaller. Written out, since a call would keep the loops around it from being vectors.
@@ -342,17 +346,20 @@ struct Slices<'a> {
 }
 
 impl Slices<'_> {
+    #[inline(always)]
     fn groups(&self) -> usize {
         self.input / self.group
     }
 
     /// The integers of one row.
+    #[inline(always)]
     fn row(&self, output: usize) -> &[u8] {
         let bytes = self.bits.bytes(self.input);
         &self.codes[output * bytes..(output + 1) * bytes]
     }
 
     /// Scales of one row, and its minima where there are any.
+    #[inline(always)]
     fn row_scales(&self, row: usize) -> (&[f16], Option<&[f16]>) {
         let part = row * self.groups()..(row + 1) * self.groups();
         (
@@ -414,10 +421,7 @@ impl Slices<'_> {
         let rows = x.len() / input;
         // Σ of each group of x, which its minimum multiplies.
         let sums: Vec<f32> = match self.minima {
-            Some(_) => x
-                .chunks_exact(self.group)
-                .map(|part| part.iter().sum())
-                .collect(),
+            Some(_) => x.chunks_exact(self.group).map(simd::sum).collect(),
             None => Vec::new(),
         };
         let shared = Shared::new(y);
@@ -425,21 +429,13 @@ impl Slices<'_> {
             simd::vectorised(
                 #[inline(always)]
                 || {
-                    for o in range.clone() {
-                        for (row, x) in x.chunks_exact(input).enumerate() {
-                            let dot = match self.bits {
-                                Bits::Four => self.dot::<true>(o, x),
-                                Bits::Eight => self.dot::<false>(o, x),
-                            };
-                            let sums = sums.get(row * groups..(row + 1) * groups);
-                            let minima = self.row_scales(o).1.zip(sums);
-                            let offset: f32 = minima.map_or(0.0, |(minima, sums)| {
-                                let pairs = minima.iter().zip(sums);
-                                pairs.map(|(m, sum)| single(*m) * sum).sum()
-                            });
-                            // SAFETY: each output column belongs to one range.
-                            let slot = unsafe { shared.part(row * output + o, 1) };
-                            slot.copy_from_slice(&[dot + offset]);
+                    for (row, x) in x.chunks_exact(input).enumerate() {
+                        let sums = sums.get(row * groups..(row + 1) * groups);
+                        // SAFETY: each column of the result belongs to one range.
+                        let y = unsafe { shared.part(row * output + range.start, range.len()) };
+                        match self.bits {
+                            Bits::Four => self.multiply_one::<true>(range.start, x, sums, y),
+                            Bits::Eight => self.multiply_one::<false>(range.start, x, sums, y),
                         }
                     }
                 },
@@ -447,38 +443,79 @@ impl Slices<'_> {
         });
     }
 
-    /// `Σ_g s_g Σ_{i ∈ g} q_i x_i` of row `row`.
+    /// Rows `first..` of the matrix times `x`, a few of them together, so that their sums need not
+    /// wait for each other.
     #[inline(always)]
-    fn dot<const FOUR: bool>(&self, row: usize, x: &[f32]) -> f32 {
+    fn multiply_one<const FOUR: bool>(
+        &self,
+        first: usize,
+        x: &[f32],
+        sums: Option<&[f32]>,
+        y: &mut [f32],
+    ) {
+        let (tiles, rest) = y.as_chunks_mut::<TOGETHER>();
+        let left = first + tiles.len() * TOGETHER;
+        for (tile, y) in tiles.iter_mut().enumerate() {
+            *y = self.dots::<FOUR, TOGETHER>(first + tile * TOGETHER, x, sums);
+        }
+        for (row, y) in rest.iter_mut().enumerate() {
+            let [dot] = self.dots::<FOUR, 1>(left + row, x, sums);
+            *y = dot;
+        }
+    }
+
+    /// `Σ_g (s_g Σ_{i ∈ g} q_i x_i + m_g Σ_{i ∈ g} x_i)` of rows `first..first + N`.
+    #[inline(always)]
+    fn dots<const FOUR: bool, const N: usize>(
+        &self,
+        first: usize,
+        x: &[f32],
+        sums: Option<&[f32]>,
+    ) -> [f32; N] {
         let bits = if FOUR { Bits::Four } else { Bits::Eight };
-        let (scales, minima) = self.row_scales(row);
-        let mut total = [0.0f32; LANES];
-        let groups = self.row(row).chunks_exact(bits.bytes(self.group));
-        let groups = groups.zip(x.chunks_exact(self.group)).zip(scales);
-        for ((codes, x), s) in groups {
-            let mut sums = [0.0f32; LANES];
-            let blocks = codes.chunks_exact(bits.bytes(BLOCK));
-            for (codes, x) in blocks.zip(x.chunks_exact(BLOCK)) {
-                let q = bits.block(codes, minima.is_some());
+        let bytes = bits.bytes(self.group);
+        let codes: [&[u8]; N] = std::array::from_fn(|n| self.row(first + n));
+        let scales: [(&[f16], Option<&[f16]>); N] =
+            std::array::from_fn(|n| self.row_scales(first + n));
+        let mut totals = [[0.0f32; LANES]; N];
+        for (g, x) in x.chunks_exact(self.group).enumerate() {
+            for n in 0..N {
+                let (scales, minima) = scales[n];
+                let mut part = [0.0f32; LANES];
+                let blocks = codes[n][g * bytes..(g + 1) * bytes].chunks_exact(bits.bytes(BLOCK));
+                for (codes, x) in blocks.zip(x.chunks_exact(BLOCK)) {
+                    let q = bits.block(codes, minima.is_some());
+                    for lane in 0..LANES {
+                        let low = q[lane].mul_add(x[lane], part[lane]);
+                        part[lane] = q[lane + LANES].mul_add(x[lane + LANES], low);
+                    }
+                }
+                let s = single(scales[g]);
                 for lane in 0..LANES {
-                    let low = q[lane].mul_add(x[lane], sums[lane]);
-                    sums[lane] = q[lane + LANES].mul_add(x[lane + LANES], low);
+                    totals[n][lane] = part[lane].mul_add(s, totals[n][lane]);
                 }
             }
-            let s = single(*s);
-            for lane in 0..LANES {
-                total[lane] = sums[lane].mul_add(s, total[lane]);
-            }
         }
-        simd::sum(&total)
+        std::array::from_fn(|n| {
+            let minima = scales[n].1.zip(sums);
+            let offset: f32 = minima.map_or(0.0, |(minima, sums)| {
+                let pairs = minima.iter().zip(sums);
+                pairs.map(|(m, sum)| single(*m) * sum).sum()
+            });
+            simd::sum(&totals[n]) + offset
+        })
     }
 
     /// `y = x Wᵀ`, a panel of weights at a time.
     fn multiply_many(&self, x: &[f32], rows: usize, y: &mut [f32]) {
         let (input, output) = (self.input, self.output);
-        let mut panel = host::unwritten::<f32>(PANEL.min(output) * input);
-        for start in (0..output).step_by(PANEL) {
-            let width = PANEL.min(output - start);
+        if input == 0 {
+            return y.fill(0.0);
+        }
+        let panel_rows = PANEL.div_ceil(input).min(output).max(1);
+        let mut panel = host::unwritten::<f32>(panel_rows * input);
+        for start in (0..output).step_by(panel_rows) {
+            let width = panel_rows.min(output - start);
             let weights = &mut panel[..width * input];
             self.write_out(start, weights);
             multiply(

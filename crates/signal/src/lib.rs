@@ -33,6 +33,7 @@ pub mod contextual;
 mod error;
 mod linear;
 pub mod meter;
+mod mixing;
 mod operations;
 mod recurrence;
 pub mod relevance;
@@ -46,6 +47,7 @@ mod trace;
 
 pub use error::{Error, Result};
 pub use linear::{Linear, Matrix, Weight};
+pub use mixing::Mixing;
 pub use recurrence::SelectiveScan;
 pub use signal::{Lens, Signal};
 pub use trace::{SiteRecord, Trace};

@@ -31,6 +31,44 @@ pub(super) struct Problem {
     pub(super) key_padding: Option<Vec<u8>>,
     /// Whether queries, keys and values came with heads side by side.
     pub(super) merged: bool,
+    /// Where queries and keys stand, where that is not the order they lie in.
+    pub(super) positions: Option<Positions>,
+}
+
+/// Positions of queries and keys that were gathered from somewhere.
+pub(super) struct Positions {
+    /// `[batch, query]`.
+    pub(super) queries: Vec<u32>,
+    /// `[batch, key]`.
+    pub(super) keys: Vec<u32>,
+    /// Added to the score of a query and the key at its own position.
+    pub(super) own: f64,
+}
+
+impl Positions {
+    /// Adds what belongs to a query's own position to a row of scores for `keys`, and masks what
+    /// it may not see.
+    fn mask<T: Real>(
+        &self,
+        p: &Problem,
+        (batch, query): (usize, usize),
+        keys: &Range<usize>,
+        scores: &mut [T],
+    ) {
+        let position = self.queries[batch * p.queries + query];
+        let own = T::of(self.own);
+        let window = p.window.map_or(u32::MAX, |window| {
+            u32::try_from(window).unwrap_or(u32::MAX).max(1) - 1
+        });
+        let keys = &self.keys[batch * p.keys..][keys.clone()];
+        for (score, &key) in scores.iter_mut().zip(keys) {
+            if (p.causal && key > position) || key.abs_diff(position) > window {
+                *score = T::NEG_INFINITY;
+            } else if key == position {
+                *score += own;
+            }
+        }
+    }
 }
 
 impl Problem {
@@ -44,6 +82,9 @@ impl Problem {
 
     /// The keys that query `i` may see, padding aside.
     fn visible(&self, i: usize) -> Range<usize> {
+        if self.positions.is_some() {
+            return 0..self.keys;
+        }
         let position = i + self.offset;
         let mut end = self.keys;
         let mut start = 0;
@@ -197,6 +238,9 @@ fn score_tile<T: Real>(
         let end = visible.end.clamp(keys.start, keys.end) - keys.start;
         row[..first].fill(T::NEG_INFINITY);
         row[end.max(first)..].fill(T::NEG_INFINITY);
+        if let Some(positions) = &p.positions {
+            positions.mask(p, (batch, i), keys, row);
+        }
         if let Some(keep) = keep {
             for (score, &keep) in row.iter_mut().zip(&keep[keys.clone()]) {
                 if keep == 0 {
@@ -324,6 +368,8 @@ pub(super) struct Saved<'a, T: Clone> {
     /// Merged, like the gradient with respect to it.
     pub(super) output: Cow<'a, [T]>,
     pub(super) gradient: Cow<'a, [T]>,
+    /// Gradient with respect to `L`, `[batch, heads, query]`; empty where nothing reads it.
+    pub(super) log_sums_gradient: Cow<'a, [T]>,
 }
 
 /// Gradients, packed in the order of the arguments; `bias` is `[batch, heads, query, key]`, or
@@ -376,6 +422,8 @@ pub(super) fn backward<T: Real>(
                     let output_row = |row: usize| first + row * step;
                     let log_sums = &saved.log_sums
                         [(batch * p.heads + head) * p.queries + queries.start..][..queries.len()];
+                    let first_sum = (batch * p.heads + head) * p.queries + queries.start;
+                    let d_log_sums = saved.log_sums_gradient.get(first_sum..);
                     let mut deltas = [T::zero(); QUERIES];
                     simd::vectorised(
                         #[inline(always)]
@@ -383,6 +431,10 @@ pub(super) fn backward<T: Real>(
                             for (row, delta) in deltas[..queries.len()].iter_mut().enumerate() {
                                 let at = output_row(row)..output_row(row) + p.value_width;
                                 *delta = simd::dot(&saved.output[at.clone()], &saved.gradient[at]);
+                            }
+                            // ∂L/∂S = P, so that a gradient of L counts against δ.
+                            for (delta, d) in deltas.iter_mut().zip(d_log_sums.unwrap_or(&[])) {
+                                *delta -= *d;
                             }
                         },
                     );

@@ -3,6 +3,7 @@
 mod contextual;
 mod explicit;
 mod meter;
+mod mixing;
 mod relevance;
 mod rounding;
 mod streams;

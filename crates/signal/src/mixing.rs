@@ -1,0 +1,123 @@
+//! Mixing positions by any map that is linear in the values, its weights decided beforehand.
+
+use std::fmt;
+
+use crate::error::tensor;
+use crate::meter::bytes_of;
+use crate::relevance::{AttentionRule, Form};
+use crate::{Error, Lens, Result, Signal};
+use lapidary_kernels::Tensor;
+
+/// `y = W v`: a map along positions whose weights were computed from queries and keys, and which
+/// need not lay them out to apply them.
+pub trait Mixing: fmt::Debug {
+    /// `[batch, heads, queries, keys]`.
+    fn sizes(&self) -> [usize; 4];
+
+    /// `W v`, `[batch, heads, queries, width]`, for values `[batch, heads, keys, width]` of any
+    /// width.
+    ///
+    /// # Errors
+    /// Those of the kernels.
+    fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor>;
+
+    /// Multiplications and additions of [`Mixing::mix`] and of what stands before it, the
+    /// projections left out, for values of `width`.
+    fn operations(&self, width: usize) -> u64;
+
+    /// `W` itself, `[batch, heads, queries, keys]`: what [`Mixing::mix`] makes of unit vectors,
+    /// unless there is a shorter way.
+    ///
+    /// # Errors
+    /// As [`Mixing::mix`].
+    fn weights(&self, like: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        let [batch, heads, _, keys] = self.sizes();
+        let units = Tensor::eye(keys, like.dtype(), like.device())?;
+        self.mix(
+            &units
+                .broadcast_as((batch, heads, keys, keys))?
+                .contiguous()?,
+        )
+    }
+}
+
+impl Signal {
+    /// The tensor that the weights of a [`Mixing`] are computed from: under relevance with as much
+    /// of the gradient as the rule for attention leaves, under streams and relevant parts, which
+    /// freeze weights, with none.
+    ///
+    /// Under the uniform rule half of the gradient is left, as where scores are products of two
+    /// such tensors, so that together they have what the scores have.
+    pub fn for_weights(&self) -> Result<Tensor> {
+        match &self.lens {
+            Lens::Relevance(rules) => match rules.attention {
+                AttentionRule::Detach => Ok(self.value.detach()),
+                AttentionRule::Uniform | AttentionRule::PassSoftmax => {
+                    let half = tensor(tensor(self.value.ones_like())? * 0.5)?;
+                    Ok(lapidary_kernels::scale_gradient(&self.value, &half)?)
+                }
+                AttentionRule::Gradient => Ok(self.value.clone()),
+            },
+            Lens::Streams(_) | Lens::Contextual(_) => Ok(self.value.detach()),
+            Lens::Plain | Lens::Meter(..) | Lens::Rounded(_) => Ok(self.value.clone()),
+        }
+    }
+
+    /// Mixes this signal's positions, `[batch, heads, keys, width]`, as `mixing` does.
+    ///
+    /// Without a lens, and under the meter, no weights are laid out. Under streams, relevant parts
+    /// and rounding they are, and frozen. Under relevance the values get what the rule for
+    /// attention gives them, and the rest passes through the weights as the gradient of whatever
+    /// computed them times its input.
+    ///
+    /// # Errors
+    /// When shapes do not fit; for rules that relevance through a softmax is passed on by, and for
+    /// relevance carried in explicit form through weights.
+    pub fn mix_through(&self, mixing: &dyn Mixing) -> Result<Self> {
+        let [batch, heads, _, keys] = mixing.sizes();
+        let fits = matches!(*self.value.dims(), [b, h, k, _] if [b, h, k] == [batch, heads, keys]);
+        if !fits {
+            let expected = format!("[{batch}, {heads}, {keys}, width]");
+            return Err(Error::invalid(
+                "shape of the values to mix",
+                self.value.dims(),
+                expected,
+            ));
+        }
+        match &self.lens {
+            Lens::Plain => Ok(Self::from(mixing.mix(&self.value)?)),
+            Lens::Meter(meter, _) => {
+                let value = mixing.mix(&self.value)?;
+                let width = tensor(self.value.dim(3))?;
+                meter.count(
+                    mixing.operations(width),
+                    bytes_of(&self.value) + bytes_of(&value),
+                );
+                Ok(self.carry(value))
+            }
+            Lens::Streams(_) | Lens::Contextual(_) => {
+                self.mix(&mixing.weights(&self.value)?.detach())
+            }
+            Lens::Rounded(_) => self.mix(&mixing.weights(&self.value)?),
+            Lens::Relevance(rules) => {
+                let weights = mixing.weights(&self.value)?;
+                let weights = match (rules.attention, rules.form) {
+                    (AttentionRule::Detach, _) => weights.detach(),
+                    (AttentionRule::Uniform | AttentionRule::Gradient, Form::ModifiedGradient) => {
+                        weights
+                    }
+                    (AttentionRule::PassSoftmax, _) | (_, Form::Explicit) => {
+                        return Err(Error::Undefined {
+                            lens: "relevance",
+                            operation: "weights that are not a softmax",
+                            advice: "choose rules that hold the weights fixed (cp-lrp, \
+                                     cp-lrp-explicit) or that are carried by the gradient (attnlrp, \
+                                     gradient-x-input)",
+                        });
+                    }
+                };
+                Ok(self.carry(rules.mix(&weights, &self.value)?))
+            }
+        }
+    }
+}
