@@ -6,9 +6,9 @@
     .venv/bin/python scripts/bench_compress.py [--rounds 1] [--windows 128] [--method slicegpt,modegpt]
 
 The work: a random pre-norm decoder (12 blocks of width 768, 12 heads, feed-forward width 3072), windows of 512
-tokens, 30 % cut. PyTorch's versions are written as the papers say them: one pass over the windows that sums the
-covariances a method needs in double precision, then a decomposition for each site or module, and products that
-fold the result into the weights. Each run is a process of its own; the median over rounds is printed, with the most
+tokens, 30 % cut. PyTorch's versions are written as the papers say them: MoDeGPT with one pass over the windows that
+sums the covariances it needs, SliceGPT block by block through what is sliced already; sums in double precision, a
+decomposition for each site or module, and products that fold the result into the weights. Each run is a process of its own; the median over rounds is printed, with the most
 memory that a process held.
 """
 
@@ -99,21 +99,52 @@ def covariances(model, windows, wanted):
 
 
 def slicegpt(model, windows):
+    """Block by block, statistics taken of what is sliced so far: two passes through each block, as the authors' code."""
     import torch
+    import torch.nn.functional as F
 
-    sums = covariances(model, windows, {"attention", "feedforward", "last"})
     kept = int(KEEP * WIDTH)
+
+    def basis(parts):
+        total = sum(part.double().reshape(-1, part.shape[-1]).T @ part.double().reshape(-1, part.shape[-1]) for part in parts)
+        return torch.linalg.eigh(total)[1].flip(1)[:, :kept]
+
+    def run(block, x, shortcuts=None):
+        batch = x.shape[0]
+        split = lambda y: y.view(batch, LENGTH, HEADS, -1).transpose(1, 2)
+        width = x.shape[-1]
+        h = F.rms_norm(x, (width,))
+        q, k, v = split(block.q(h)), split(block.k(h)), split(block.v(h))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        carried = x if shortcuts is None else x @ shortcuts[0]
+        middle = carried + block.out(y.transpose(1, 2).reshape(batch, LENGTH, WIDTH))
+        hidden = F.gelu(block.up(F.rms_norm(middle, (middle.shape[-1],))))
+        carried = middle if shortcuts is None else middle @ shortcuts[1]
+        return middle, carried + block.down(hidden)
+
+    parameter = lambda x: torch.nn.Parameter(x.float())
     with torch.no_grad():
-        bases = {site: torch.linalg.eigh(c)[1].flip(1)[:, :kept] for site, c in sums.items()}
-        for index, block in enumerate(model.blocks):
-            a, f = bases[f"{index}.attention"], bases[f"{index}.feedforward"]
-            after = bases.get(f"{index + 1}.attention", bases["last"])
+        ids = [torch.randint(0, VOCABULARY, (min(8, windows - s), LENGTH)) for s in range(0, windows, 8)]
+        states = [model.tokens(part) + model.positions.weight for part in ids]
+        here = basis(states)
+        states = [(x.double() @ here).float() for x in states]
+        for block in model.blocks:
             for layer in (block.q, block.k, block.v):
-                layer.weight = torch.nn.Parameter((layer.weight.double() @ a).float())
-            block.out.weight = torch.nn.Parameter((f.T @ block.out.weight.double()).float())
-            block.up.weight = torch.nn.Parameter((block.up.weight.double() @ f).float())
-            block.down.weight = torch.nn.Parameter((after.T @ block.down.weight.double()).float())
-            block.shortcuts = (a.T @ f).float(), (f.T @ after).float()
+                layer.weight = parameter(layer.weight.double() @ here)
+            # First pass: the stream between attention and the feed-forward part, still whole.
+            lifted = here.T.float(), torch.eye(WIDTH)
+            middle = basis([run(block, x, lifted)[0] for x in states])
+            block.out.weight = parameter(middle.T @ block.out.weight.double())
+            block.out.bias = parameter(middle.T @ block.out.bias.double())
+            block.up.weight = parameter(block.up.weight.double() @ middle)
+            first = (here.T @ middle).float()
+            # Second pass: what leaves the block, whole.
+            after = basis([run(block, x, (first, middle.T.float()))[1] for x in states])
+            block.down.weight = parameter(after.T @ block.down.weight.double())
+            block.down.bias = parameter(after.T @ block.down.bias.double())
+            shortcuts = first, (middle.T @ after).float()
+            states = [run(block, x, shortcuts)[1] for x in states]
+            here = after
 
 
 def modegpt(model, windows):
