@@ -435,6 +435,9 @@ pub fn repeat_groups(x: &Tensor, heads: usize) -> Result<Tensor> {
             format!("a divisor of {heads} heads"),
         ));
     }
+    if groups == heads {
+        return Ok(x.clone());
+    }
     Ok(x.unsqueeze(2)?
         .broadcast_as((batch, groups, heads / groups, length, width))?
         .reshape((batch, heads, length, width))?)

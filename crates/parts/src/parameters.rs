@@ -174,6 +174,15 @@ impl<'a> Parameters<'a> {
         }
     }
 
+    /// The place `name` beside the blocks of the model, for parameters that several modules share.
+    pub fn at_root(self, name: impl Into<String>) -> Self {
+        Self {
+            path: name.into(),
+            stored: None,
+            ..self
+        }
+    }
+
     /// This module's path, such as `blocks.3.attention`.
     pub fn path(&self) -> &str {
         &self.path

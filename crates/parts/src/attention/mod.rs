@@ -1,8 +1,10 @@
 //! Parts that mix tokens.
 
+pub mod mechanism;
 mod multi_head;
 
-pub use multi_head::{MultiHeadAttention, MultiHeadSpec, QueryKeyNorm};
+pub use mechanism::MechanismSpec;
+pub use multi_head::{MultiHeadAttention, MultiHeadSpec, QueryKeyNorm, QueryKeySharing};
 
 use crate::parameters::Parameters;
 use crate::recurrent::{Mamba, MambaSpec};
