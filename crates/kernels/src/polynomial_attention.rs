@@ -177,25 +177,36 @@ impl PolynomialAttention {
                 expected,
             ));
         }
-        let (k, v) = (Host::new(k), Host::new(v));
         let monomials = self.monomials(width);
+        let shape = [batch, heads, monomials, value_width];
+        let sizes = [batch * heads, length, width, value_width];
+        let (k, v) = (Host::new(k), Host::new(v));
         Ok(by_dtype!(host::dtype(k.storage()?), T => {
-            let (k, v) = (k.ordered::<T>()?, v.ordered::<T>()?);
-            let each = monomials * value_width;
-            let mut states = vec![T::zero(); batch * heads * each];
-            let factors = self.keys(width);
-            let mut written = Vec::new();
-            for (head, state) in states.chunks_exact_mut(each.max(1)).enumerate() {
-                for range in chunks(length, self.chunk) {
-                    let k = rows(&k, width, head, length, &range);
-                    let v = rows(&v, value_width, head, length, &range);
-                    let psi = factors.expand(k, 0, &mut written);
-                    let v = Matrix::packed(v, range.len(), value_width);
-                    multiply(state, value_width, Into::Add, T::one(), psi.transposed(), v, Threads::One);
-                }
-            }
-            host::tensor(states, &[batch, heads, monomials, value_width])
+            host::tensor(self.collect::<T>(&k.ordered()?, &v.ordered()?, sizes), &shape)
         })?)
+    }
+
+    /// [`PolynomialAttention::state`] for `heads`, `length`, `width` and `value_width`.
+    fn collect<T: Real>(
+        &self,
+        k: &[T],
+        v: &[T],
+        [heads, length, width, value_width]: [usize; 4],
+    ) -> Vec<T> {
+        let factors = self.keys(width);
+        let each = factors.count * value_width;
+        let mut states = vec![T::zero(); heads * each];
+        let mut written = Vec::new();
+        for (head, state) in states.chunks_exact_mut(each.max(1)).enumerate() {
+            for range in chunks(length, self.chunk) {
+                let k = rows(k, width, head, length, &range);
+                let v = rows(v, value_width, head, length, &range);
+                let psi = factors.expand(k, 0, &mut written);
+                let v = Matrix::packed(v, range.len(), value_width);
+                product(state, Into::Add, psi.transposed(), v);
+            }
+        }
+        states
     }
 
     /// What queries `[batch, heads, query, width]` read from such a state:
@@ -216,24 +227,35 @@ impl PolynomialAttention {
                 expected,
             ));
         }
+        let shape = [batch, heads, length, value_width];
+        let sizes = [batch * heads, length, width, value_width];
         let (q, state) = (Host::new(q), Host::new(state));
         Ok(by_dtype!(host::dtype(q.storage()?), T => {
-            let (q, state) = (q.ordered::<T>()?, state.ordered::<T>()?);
-            let mut output = vec![T::zero(); batch * heads * length * value_width];
-            let factors = self.queries(width);
-            let mut written = Vec::new();
-            for head in 0..batch * heads {
-                let state = &state[head * monomials * value_width..][..monomials * value_width];
-                let state = Matrix::packed(state, monomials, value_width);
-                for range in chunks(length, self.chunk) {
-                    let phi = factors.expand(rows(&q, width, head, length, &range), 0, &mut written);
-                    let start = (head * length + range.start) * value_width;
-                    let output = &mut output[start..start + range.len() * value_width];
-                    multiply(output, value_width, Into::Replace, T::one(), phi, state, Threads::One);
-                }
-            }
-            host::tensor(output, &[batch, heads, length, value_width])
+            host::tensor(self.found::<T>(&q.ordered()?, &state.ordered()?, sizes), &shape)
         })?)
+    }
+
+    /// [`PolynomialAttention::read`] for `heads`, `length`, `width` and `value_width`.
+    fn found<T: Real>(
+        &self,
+        q: &[T],
+        states: &[T],
+        [heads, length, width, value_width]: [usize; 4],
+    ) -> Vec<T> {
+        let factors = self.queries(width);
+        let each = factors.count * value_width;
+        let mut output = vec![T::zero(); heads * length * value_width];
+        let mut written = Vec::new();
+        for (head, state) in states.chunks_exact(each.max(1)).enumerate() {
+            let state = Matrix::packed(state, factors.count, value_width);
+            for range in chunks(length, self.chunk) {
+                let phi = factors.expand(rows(q, width, head, length, &range), 0, &mut written);
+                let start = (head * length + range.start) * value_width;
+                let output = &mut output[start..start + range.len() * value_width];
+                product(output, Into::Replace, phi, state);
+            }
+        }
+        output
     }
 
     /// `Φ`.

@@ -63,7 +63,7 @@ pub struct LionSpec {
     /// How it is computed; parameters and results do not depend on it.
     #[serde(default)]
     pub form: LionForm,
-    /// Whether the first token stands for all and is at no distance from any.
+    /// Whether the first token is a class token, which does not decay: `λ = 1`.
     #[serde(default)]
     pub class_token: bool,
     /// Curves over an image, instead of the order of the tokens.

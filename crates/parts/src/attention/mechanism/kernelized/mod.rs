@@ -182,11 +182,19 @@ impl FeatureMap {
     /// # Errors
     /// Those of the tensor engine.
     pub fn features(&self, x: &Tensor, seed: u64) -> Result<Tensor> {
-        let projected = self.spectrum.project(x, self.count, seed)?;
+        let projected = self.project(x, seed)?;
         match self.read_out {
             ReadOut::Fourier { smoothing } => self.waves(&projected, smoothing),
             ReadOut::Positive { .. } => self.exponentials(&self.exponents(x, &projected)?),
         }
+    }
+
+    /// `ω · x` `[batch, heads · components, length, count]`, for the frequencies of a seed.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn project(&self, x: &Tensor, seed: u64) -> Result<Tensor> {
+        self.spectrum.project(x, self.count, seed)
     }
 
     /// As [`FeatureMap::features`], of queries and of keys, which `kept` `[batch, 1, key, 1]` leaves.
@@ -200,7 +208,7 @@ impl FeatureMap {
         let [q, mut k] = match self.read_out {
             ReadOut::Positive { stabilise: true } => {
                 let exponents = |x: &Tensor| -> Result<Tensor> {
-                    self.exponents(x, &self.spectrum.project(x, self.count, seed)?)
+                    self.exponents(x, &self.project(x, seed)?)
                 };
                 let (q, mut k) = (exponents(q)?, exponents(k)?);
                 if let Some(kept) = kept {
