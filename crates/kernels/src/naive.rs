@@ -393,6 +393,30 @@ pub fn linear_attention(
     Ok((scores * kept)?.matmul(&v.contiguous()?)?)
 }
 
+/// [`crate::PolynomialAttention::sums`], with its scores laid out.
+pub fn polynomial_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    [constant, linear, square]: [f64; 3],
+    causal: bool,
+) -> Result<Tensor> {
+    let inner = q.contiguous()?.matmul(&k.transpose(2, 3)?.contiguous()?)?;
+    let scores = ((inner.sqr()? * square)? + inner.affine(linear, constant)?)?;
+    let scores = match causal {
+        false => scores,
+        true => {
+            let length = q.dim(2)?;
+            let kept: Vec<f64> = (0..length * length)
+                .map(|at| f64::from(u8::from(at % length <= at / length)))
+                .collect();
+            let kept = Tensor::from_vec(kept, (length, length), q.device())?;
+            scores.broadcast_mul(&kept.to_dtype(q.dtype())?)?
+        }
+    };
+    Ok(scores.matmul(&v.contiguous()?)?)
+}
+
 /// `softmax(scale · Q Kᵀ + bias) V`, `[batch, heads, query, value_width]`.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let weights = attention_weights(q, k, options)?;

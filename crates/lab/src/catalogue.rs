@@ -11,7 +11,7 @@ use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{
     AbsolutePosition, HeadSpec, Input, InputSpec, Model, ModelSpec, Pass, TokenInput,
 };
-use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
+use lapidary_parts::attention::{MechanismSpec, MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, MixtureSpec};
 use lapidary_parts::norm::NormSpec;
@@ -168,6 +168,37 @@ fn candidates(width: usize) -> Vec<Candidate> {
             none,
             attention(MultiHeadSpec {
                 window: Some(64),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "lion",
+            "linear attention in both directions with a selective decay (Afzal et al., 2025)",
+            none,
+            attention(MultiHeadSpec {
+                causal: false,
+                mechanism: MechanismSpec::Lion(Default::default()),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "fastmax",
+            "a polynomial of second degree of the scores, factorised (Gerami et al., 2024)",
+            none,
+            attention(MultiHeadSpec {
+                mechanism: MechanismSpec::Fastmax(Default::default()),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "kernelized",
+            "random features of a learned kernel (Chowdhury et al., 2021)",
+            none,
+            attention(MultiHeadSpec {
+                mechanism: MechanismSpec::Kernelized(Default::default()),
                 ..base.clone()
             }),
         ),

@@ -16,6 +16,8 @@ pub enum Kind {
     Tutorial,
     /// A theory, made executable.
     Theory,
+    /// A way to mix tokens.
+    Attention,
 }
 
 /// A system from a paper.
@@ -196,6 +198,16 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::entropy_pruning::run,
     },
     System {
+        slug: "fastmax",
+        title: "FAST: Factorizable Attention for Speeding up Transformers",
+        authors: "Gerami, Hoover, Dulepet, Duraiswami",
+        year: 2024,
+        arxiv: Some("2402.07901"),
+        kind: Kind::Attention,
+        parts: &["parts::attention::mechanism::fastmax"],
+        experiment: experiments::fastmax::run,
+    },
+    System {
         slug: "fusegpt",
         title: "FuseGPT: Learnable Layers Fusion of Generative Pre-trained Transformers",
         authors: "Pei, Zhen, Yu, Pan, Yuan, Yu",
@@ -236,6 +248,16 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::introduction::run,
     },
     System {
+        slug: "kernelized-transformer",
+        title: "On Learning the Transformer Kernel",
+        authors: "Chowdhury, Solomou, Dubey, Sachan",
+        year: 2021,
+        arxiv: Some("2110.08323"),
+        kind: Kind::Attention,
+        parts: &["parts::attention::mechanism::kernelized"],
+        experiment: experiments::kernelized::run,
+    },
+    System {
         slug: "linearity",
         title: "Your Transformer is Secretly Linear",
         authors: "Razzhigaev, Mikhalchuk, Goncharova, Gerasimenko, Oseledets, Dimitrov, Kuznetsov",
@@ -248,6 +270,16 @@ static SYSTEMS: &[System] = &[
             "compress::delete-linear",
         ],
         experiment: experiments::linearity::run,
+    },
+    System {
+        slug: "lion",
+        title: "Linear Attention for Efficient Bidirectional Sequence Modeling",
+        authors: "Afzal, Abad Rocamora, Candogan, Puigdemont, Tonin, Wu, Shoaran, Cevher",
+        year: 2025,
+        arxiv: Some("2502.16249"),
+        kind: Kind::Attention,
+        parts: &["parts::attention::mechanism::lion"],
+        experiment: experiments::lion::run,
     },
     System {
         slug: "logit-attribution",

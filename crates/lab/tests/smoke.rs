@@ -84,6 +84,21 @@ fn decompx() {
 }
 
 #[test]
+fn fastmax() {
+    check("fastmax");
+}
+
+#[test]
+fn kernelized_transformer() {
+    check("kernelized-transformer");
+}
+
+#[test]
+fn lion() {
+    check("lion");
+}
+
+#[test]
 fn fusegpt() {
     check("fusegpt");
 }
@@ -209,11 +224,14 @@ fn every_system_is_tested_here() {
             "decompx",
             "dotresize",
             "entropy-pruning",
+            "fastmax",
             "fusegpt",
             "fwsvd",
             "hidden-geometry",
             "introduction-to-transformers",
+            "kernelized-transformer",
             "linearity",
+            "lion",
             "logit-attribution",
             "lorap",
             "mamba-shedder",

@@ -22,6 +22,13 @@ pub enum Init {
         /// Standard deviation.
         deviation: f64,
     },
+    /// Equally spaced along the last dimension.
+    Spaced {
+        /// The first number.
+        first: f64,
+        /// The last one.
+        last: f64,
+    },
     /// `ln(1), ln(2), …` along the last dimension: the S4D-real start of a state-space decay.
     LogRange,
     /// The value whose softplus is log-uniform between the bounds: the step sizes of Mamba.

@@ -21,6 +21,13 @@ pub enum MixerState {
     },
     /// Last inputs of a short convolution without a recurrence, `[batch, channels, taps − 1]`.
     Window(Tensor),
+    /// Sums over features of earlier keys.
+    Sums {
+        /// `[batch, heads, features, value_width + 1]`, the last column that of the weights alone.
+        sums: Tensor,
+        /// Logarithm of the decay between the last token and the next, `[batch, heads, 1]`.
+        decay: Option<Tensor>,
+    },
 }
 
 /// The memory of a whole model.
@@ -117,9 +124,9 @@ impl MixerState {
                 Ok((keys.clone(), values.clone()))
             }
             Self::Cache(cache) => cache.append(keys, values),
-            Self::Recurrent { .. } | Self::Window(_) => Err(Error::spec(
+            Self::Recurrent { .. } | Self::Window(_) | Self::Sums { .. } => Err(Error::spec(
                 "decode state",
-                "that of a recurrence or a convolution",
+                "that of a recurrence, a convolution or sums",
                 "a key/value cache",
             )),
         }

@@ -332,6 +332,7 @@ impl Mamba {
             (Some(MixerState::Recurrent { window, state }), Some(_)) => (window, Some(state)),
             (Some(MixerState::Window(window)), None) => (window, None),
             (Some(MixerState::Cache(_)), _) => return Err(wrong("a key/value cache")),
+            (Some(MixerState::Sums { .. }), _) => return Err(wrong("sums over keys")),
             (Some(MixerState::Recurrent { .. }), None) => {
                 return Err(wrong("that of a recurrence"));
             }

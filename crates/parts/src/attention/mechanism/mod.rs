@@ -12,7 +12,11 @@
 //! A new one is a file here, a variant of [`MechanismSpec`] and a line in [`MechanismSpec::spec`];
 //! [`linformer`] is the shortest.
 
+pub mod fastmax;
+pub mod kernelized;
 pub mod linformer;
+pub mod lion;
+mod sums;
 
 use std::fmt;
 
@@ -22,7 +26,10 @@ use crate::state::MixerState;
 use crate::{Context, Error, Result};
 use lapidary_kernels::{DType, Tensor};
 use lapidary_signal::Mixing;
+use fastmax::FastmaxSpec;
+use kernelized::KernelizedSpec;
 use linformer::LinformerSpec;
+use lion::LionSpec;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +42,12 @@ pub enum MechanismSpec {
     Softmax,
     /// Keys and values projected along the sequence (Wang et al., arXiv 2006.04768).
     Linformer(LinformerSpec),
+    /// Linear attention in both directions, with a decay (Afzal et al., arXiv 2502.16249).
+    Lion(LionSpec),
+    /// A polynomial of the scores, factorised (Gerami et al., arXiv 2402.07901).
+    Fastmax(FastmaxSpec),
+    /// Random features of a learned kernel (Chowdhury et al., arXiv 2110.08323).
+    Kernelized(KernelizedSpec),
 }
 
 impl MechanismSpec {
@@ -43,6 +56,9 @@ impl MechanismSpec {
         match self {
             Self::Softmax => None,
             Self::Linformer(spec) => Some(spec),
+            Self::Lion(spec) => Some(spec),
+            Self::Fastmax(spec) => Some(spec),
+            Self::Kernelized(spec) => Some(spec),
         }
     }
 
