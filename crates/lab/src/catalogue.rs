@@ -11,7 +11,11 @@ use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{
     AbsolutePosition, HeadSpec, Input, InputSpec, Model, ModelSpec, Pass, TokenInput,
 };
-use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
+use lapidary_parts::attention::mechanism::MechanismSpec;
+use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
+use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
+use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
+use lapidary_parts::attention::{MixerSpec, MultiHeadSpec, QueryKeySharing};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, MixtureSpec};
 use lapidary_parts::norm::NormSpec;
@@ -96,6 +100,12 @@ fn candidates(width: usize) -> Vec<Candidate> {
             ..base.clone()
         })
     };
+    let through = |mechanism| {
+        attention(MultiHeadSpec {
+            mechanism,
+            ..base.clone()
+        })
+    };
     let with = |feedforward| BlockSpec {
         feedforward: Some(feedforward),
         ..attention(base.clone())
@@ -170,6 +180,65 @@ fn candidates(width: usize) -> Vec<Candidate> {
                 window: Some(64),
                 ..base.clone()
             }),
+        ),
+        entry(
+            "attention",
+            "sparse, strided by 16",
+            "the last 16 and every 16th before (Child et al., 2019)",
+            none,
+            through(MechanismSpec::Sparse(SparseSpec {
+                pattern: SparsePattern::Strided { stride: 16 },
+                steps: Steps::Merged,
+            })),
+        ),
+        entry(
+            "attention",
+            "sparse, fixed by 16",
+            "its block of 16 and the last 2 of every block (Child et al., 2019)",
+            none,
+            through(MechanismSpec::Sparse(SparseSpec {
+                pattern: SparsePattern::Fixed {
+                    stride: 16,
+                    summaries: 2,
+                    groups: 1,
+                },
+                steps: Steps::Merged,
+            })),
+        ),
+        entry(
+            "attention",
+            "reformer, chunks of 32",
+            "tokens that hash alike, in two rounds (Kitaev et al., 2020)",
+            none,
+            attention(MultiHeadSpec {
+                sharing: QueryKeySharing::QueryKey,
+                mechanism: MechanismSpec::Reformer(ReformerSpec {
+                    rounds: 2,
+                    buckets: vec![16],
+                    ..ReformerSpec::new(32)
+                }),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "combiner, segments of 16",
+            "its segment, all earlier ones in summary (Ren et al., 2021)",
+            none,
+            through(MechanismSpec::Combiner(CombinerSpec {
+                form: CombinerForm::Fixed { segment: 16 },
+                log_count: false,
+            })),
+        ),
+        entry(
+            "attention",
+            "combiner, log-sparse",
+            "itself, and spans that double before it (Ren et al., 2021)",
+            none,
+            through(MechanismSpec::Combiner(CombinerSpec {
+                form: CombinerForm::LogSparse,
+                log_count: false,
+            })),
         ),
         entry(
             "attention",
@@ -341,7 +410,7 @@ fn tokens(length: usize) -> Result<Input> {
     ))?))
 }
 
-fn metered(model: &Model, length: usize) -> Result<std::sync::Arc<Meter>> {
+pub(crate) fn metered(model: &Model, length: usize) -> Result<std::sync::Arc<Meter>> {
     let meter = Meter::new();
     let start = meter.clone();
     let trace = Trace::new().replace("embeddings", move |_, signal| {

@@ -21,6 +21,13 @@ pub enum MixerState {
     },
     /// Last inputs of a short convolution without a recurrence, `[batch, channels, taps − 1]`.
     Window(Tensor),
+    /// Keys and values of every token so far, and where they were hashed to.
+    Hashed {
+        /// Keys and values.
+        cache: KeyValueCache,
+        /// The bucket of every token in each round of each head, token by token.
+        buckets: Vec<u32>,
+    },
 }
 
 /// The memory of a whole model.
@@ -117,9 +124,9 @@ impl MixerState {
                 Ok((keys.clone(), values.clone()))
             }
             Self::Cache(cache) => cache.append(keys, values),
-            Self::Recurrent { .. } | Self::Window(_) => Err(Error::spec(
+            Self::Recurrent { .. } | Self::Window(_) | Self::Hashed { .. } => Err(Error::spec(
                 "decode state",
-                "that of a recurrence or a convolution",
+                "that of a recurrence, a convolution or hashed keys",
                 "a key/value cache",
             )),
         }

@@ -331,7 +331,9 @@ impl Mamba {
             (None | Some(MixerState::Empty), _) => return Ok(None),
             (Some(MixerState::Recurrent { window, state }), Some(_)) => (window, Some(state)),
             (Some(MixerState::Window(window)), None) => (window, None),
-            (Some(MixerState::Cache(_)), _) => return Err(wrong("a key/value cache")),
+            (Some(MixerState::Cache(_) | MixerState::Hashed { .. }), _) => {
+                return Err(wrong("a key/value cache"));
+            }
             (Some(MixerState::Recurrent { .. }), None) => {
                 return Err(wrong("that of a recurrence"));
             }

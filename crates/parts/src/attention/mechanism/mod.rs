@@ -12,7 +12,11 @@
 //! A new one is a file here, a variant of [`MechanismSpec`] and a line in [`MechanismSpec::spec`];
 //! [`linformer`] is the shortest.
 
+mod blocks;
+pub mod combiner;
 pub mod linformer;
+pub mod reformer;
+pub mod sparse;
 
 use std::fmt;
 
@@ -20,11 +24,16 @@ use crate::error::tensor;
 use crate::parameters::Parameters;
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
+use combiner::CombinerSpec;
 use lapidary_kernels::{DType, Tensor};
 use lapidary_signal::Mixing;
 use linformer::LinformerSpec;
+use reformer::ReformerSpec;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use sparse::SparseSpec;
+
+use super::QueryKeySharing;
 
 /// Which mechanism, and how it is set up.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -35,6 +44,12 @@ pub enum MechanismSpec {
     Softmax,
     /// Keys and values projected along the sequence (Wang et al., arXiv 2006.04768).
     Linformer(LinformerSpec),
+    /// A pattern of about `√n` earlier tokens (Child et al., arXiv 1904.10509).
+    Sparse(SparseSpec),
+    /// Tokens that hash alike (Kitaev et al., arXiv 2001.04451).
+    Reformer(ReformerSpec),
+    /// Some tokens directly, all others in summaries of spans (Ren et al., arXiv 2107.05768).
+    Combiner(CombinerSpec),
 }
 
 impl MechanismSpec {
@@ -43,6 +58,9 @@ impl MechanismSpec {
         match self {
             Self::Softmax => None,
             Self::Linformer(spec) => Some(spec),
+            Self::Sparse(spec) => Some(spec),
+            Self::Reformer(spec) => Some(spec),
+            Self::Combiner(spec) => Some(spec),
         }
     }
 
@@ -70,6 +88,8 @@ pub struct Heads {
     pub causal: bool,
     /// What scores are multiplied by, where a mechanism has scores.
     pub scale: f64,
+    /// Which projections are one and the same.
+    pub sharing: QueryKeySharing,
 }
 
 /// What a mechanism can be asked for, beyond seeing all tokens of a sequence with pads.
