@@ -508,15 +508,15 @@ pub struct Reproduce {
 
 #[derive(Args, Debug)]
 pub struct Bench {
-    /// forward, step, explain, generate or sparse
+    /// forward, step, explain, generate, compress or sparse
     #[arg(default_value = "step")]
     pub work: String,
     /// Model directory for the works that need one
     #[arg(long)]
     pub model: Option<String>,
-    /// Method of the work `explain`
-    #[arg(long, default_value = "decompx", value_parser = methods())]
-    pub method: String,
+    /// Method of the works `explain` (decompx when absent) and `compress` (slicegpt)
+    #[arg(long)]
+    pub method: Option<String>,
     /// Width of the tokens
     #[arg(long, default_value_t = 256)]
     pub width: usize,

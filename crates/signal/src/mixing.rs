@@ -102,29 +102,34 @@ impl Signal {
                 );
                 Ok(self.carry(value))
             }
-            Lens::Streams(_) | Lens::Contextual(_) => {
-                self.mix(&mixing.weights(&self.value)?.detach())
+            _ => self.mix_by(&self.mixing_weights(mixing)?),
+        }
+    }
+
+    /// The weights of [`Signal::mix_through`] `[batch, heads, queries, keys]`, laid out, for those who
+    /// look at them before [`Signal::mix_by`].
+    ///
+    /// # Errors
+    /// As [`Signal::mix_through`].
+    pub fn mixing_weights(&self, mixing: &dyn Mixing) -> Result<Self> {
+        let weights = tensor(mixing.weights(&self.value)?.contiguous())?;
+        let Lens::Relevance(rules) = &self.lens else {
+            return Ok(match self.lens {
+                Lens::Streams(_) | Lens::Contextual(_) => Self::from(weights.detach()),
+                _ => Self::from(weights),
+            });
+        };
+        match (rules.attention, rules.form) {
+            (AttentionRule::Detach, _) => Ok(self.carry(weights.detach())),
+            (AttentionRule::Uniform | AttentionRule::Gradient, Form::ModifiedGradient) => {
+                Ok(self.carry(weights))
             }
-            Lens::Rounded(_) => self.mix(&mixing.weights(&self.value)?),
-            Lens::Relevance(rules) => {
-                let weights = mixing.weights(&self.value)?;
-                let weights = match (rules.attention, rules.form) {
-                    (AttentionRule::Detach, _) => weights.detach(),
-                    (AttentionRule::Uniform | AttentionRule::Gradient, Form::ModifiedGradient) => {
-                        weights
-                    }
-                    (AttentionRule::PassSoftmax, _) | (_, Form::Explicit) => {
-                        return Err(Error::Undefined {
-                            lens: "relevance",
-                            operation: "weights that are not a softmax",
-                            advice: "choose rules that hold the weights fixed (cp-lrp, \
-                                     cp-lrp-explicit) or that are carried by the gradient (attnlrp, \
-                                     gradient-x-input)",
-                        });
-                    }
-                };
-                Ok(self.carry(rules.mix(&weights, &self.value)?))
-            }
+            (AttentionRule::PassSoftmax, _) | (_, Form::Explicit) => Err(Error::Undefined {
+                lens: "relevance",
+                operation: "weights that are not a softmax",
+                advice: "choose rules that hold the weights fixed (cp-lrp, cp-lrp-explicit) or that \
+                         are carried by the gradient (attnlrp, gradient-x-input)",
+            }),
         }
     }
 }

@@ -16,11 +16,11 @@
 //! per token. Parameters: `width · (head_width + value_width) · (heads + groups)` and the biases.
 
 use super::mechanism::{self, Mechanism, MechanismPass, MechanismSpec, Memory, Resumed};
-use crate::dropout::dropout;
+use crate::dropout::{dropout, seed_of_site};
 use crate::error::{bounded, tensor};
 use crate::norm::{Norm, NormSpec};
 use crate::parameters::Parameters;
-use crate::position::{Position, PositionSpec};
+use crate::position::{Position, PositionSpec, Span};
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
 use lapidary_kernels::{AttentionOptions, Tensor, naive};
@@ -29,7 +29,6 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 const MAX_INNER: usize = 1 << 20;
-const MAX_BUCKETS: usize = 1 << 12;
 
 /// Multi-head attention.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -210,13 +209,11 @@ impl MultiHeadSpec {
             norm.validate(&at("query_key_norm.norm"))?;
         }
         self.validate_sharing(width, field)?;
-        let scores = match (self.window, &self.position, self.dropout > 0.0) {
+        let scores = match (self.window, self.position.is_bias(), self.dropout > 0.0) {
             (Some(_), ..) => Some("a window"),
-            (None, PositionSpec::Alibi | PositionSpec::RelativeBuckets { .. }, _) => {
-                Some("a bias added to scores")
-            }
-            (.., true) => Some("dropout of weights"),
-            (.., false) => None,
+            (None, true, _) => Some("a bias added to scores"),
+            (None, false, true) => Some("dropout of weights"),
+            (None, false, false) => None,
         };
         mechanism::validate(
             &self.mechanism,
@@ -224,32 +221,8 @@ impl MultiHeadSpec {
             (false, scores),
             &at("mechanism"),
         )?;
-        match &self.position {
-            PositionSpec::Rotary(rotary) => {
-                rotary.validate(self.head_width(width), groups, &at("position"))
-            }
-            PositionSpec::RelativeBuckets {
-                buckets,
-                max_distance,
-            } => {
-                let least = if self.causal { 2 } else { 4 };
-                bounded(at("position.buckets"), *buckets, least..=MAX_BUCKETS)?;
-                let exact = if self.causal {
-                    buckets / 2
-                } else {
-                    buckets / 4
-                };
-                if *max_distance <= exact {
-                    return Err(Error::spec(
-                        at("position.max_distance"),
-                        max_distance,
-                        format!("above {exact}, the distances that have a bucket of their own"),
-                    ));
-                }
-                Ok(())
-            }
-            PositionSpec::None | PositionSpec::Alibi => Ok(()),
-        }
+        self.position
+            .validate(groups, self.head_width(width), self.causal, &at("position"))
     }
 
     fn validate_sharing(&self, width: usize, field: &str) -> Result<()> {
@@ -460,16 +433,19 @@ impl MultiHeadAttention {
             Some(key) => site("key", source.for_scores().linear(key)?)?,
             None => q.clone(),
         };
-        // Under a lens, values are followed where queries are frozen.
-        let v = site(
-            "value",
-            source.linear_values(self.value.as_ref().unwrap_or(&self.query))?,
-        )?;
+        let v = match (&self.value, source.lens()) {
+            (Some(value), _) => source.linear_values(value)?,
+            (None, Lens::Plain | Lens::Meter(..) | Lens::Rounded(_)) => q.clone(),
+            // Values are followed where queries are frozen.
+            (None, _) => source.linear_values(&self.query)?,
+        };
+        let v = site("value", v)?;
         let q = self.normalise(&q, &self.query_norm)?;
         let k = self.normalise(&k, &self.key_norm)?;
         let (q, k) = self.rotate(q, k, cx.offset)?;
         if let Some(mechanism) = &self.mechanism {
-            let mixed = self.through(mechanism.as_ref(), [x, &q, &k, &v], key_padding, cx, state)?;
+            let mixed =
+                self.through(mechanism.as_ref(), [x, &q, &k, &v], key_padding, cx, state)?;
             let mixed = site("mixed", mixed)?;
             return Ok(site("out", mixed.linear_output(&self.output)?)?);
         }
@@ -484,9 +460,16 @@ impl MultiHeadAttention {
             window: self.spec.window,
             query_offset: cx.offset,
             key_padding: key_padding.cloned(),
-            bias: self
-                .position
-                .bias(queries, keys, cx.offset, q.dtype(), q.device())?,
+            bias: self.position.bias(
+                Span {
+                    queries,
+                    keys,
+                    offset: cx.offset,
+                    draw: cx.draw.map(|seed| seed_of_site(seed, &self.path)),
+                },
+                q.dtype(),
+                q.device(),
+            )?,
         };
         let mixed = site("mixed", self.mix(&q, &k, &v, &options, cx)?)?;
         Ok(site("out", mixed.linear_output(&self.output)?)?)
@@ -540,7 +523,7 @@ impl MultiHeadAttention {
         let mixed = match cx.trace.wants(site) {
             // Counted as if never laid out, so that looking at the weights doesn't change the cost.
             true if !matches!(values.lens(), Lens::Meter(..)) => {
-                let weights = Signal::from(mixing.weights(values.value())?);
+                let weights = values.mixing_weights(mixing.as_ref())?;
                 values.mix_by(&cx.trace.site(site, weights)?)?
             }
             _ => values.mix_through(mixing.as_ref())?,

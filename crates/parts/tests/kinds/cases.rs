@@ -60,6 +60,102 @@ pub(super) fn rotary(
     })
 }
 
+/// Attention whose weights come from `mechanism`.
+pub(super) fn through(mechanism: MechanismSpec) -> MultiHeadSpec {
+    MultiHeadSpec {
+        mechanism,
+        ..MultiHeadSpec::new(2)
+    }
+}
+
+pub(super) fn linformer(sharing: Sharing, projection: Projection) -> MechanismSpec {
+    MechanismSpec::Linformer(LinformerSpec {
+        slots: 3,
+        longest: 9,
+        sharing,
+        projection,
+    })
+}
+
+/// Blocks that together use every mechanism and every bias.
+fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
+    let multi_head = |spec| block(Wiring::PreNorm, LAYER, MixerSpec::MultiHead(spec));
+    let causal = |position| MultiHeadSpec {
+        causal: true,
+        position,
+        ..MultiHeadSpec::new(2)
+    };
+    let fire = FireSpec {
+        hidden: 4,
+        initial_length: 4,
+        ..FireSpec::default()
+    };
+    vec![
+        ("fire", multi_head(causal(PositionSpec::Fire(fire.clone())))),
+        (
+            "fire in both directions",
+            multi_head(MultiHeadSpec {
+                causal: false,
+                ..causal(PositionSpec::Fire(FireSpec { layers: 1, ..fire }))
+            }),
+        ),
+        (
+            "kerple, logarithmic",
+            multi_head(causal(PositionSpec::KerpleLogarithmic)),
+        ),
+        (
+            "kerple, power",
+            multi_head(causal(PositionSpec::KerplePower)),
+        ),
+        (
+            "sandwich",
+            multi_head(causal(PositionSpec::Sandwich { width: 6 })),
+        ),
+        (
+            "queries that are keys",
+            multi_head(MultiHeadSpec {
+                sharing: QueryKeySharing::QueryKey,
+                ..causal(PositionSpec::None)
+            }),
+        ),
+        (
+            "queries that are keys and values",
+            multi_head(MultiHeadSpec {
+                sharing: QueryKeySharing::All,
+                bias: false,
+                output_bias: Some(true),
+                ..causal(PositionSpec::None)
+            }),
+        ),
+        (
+            "linformer",
+            multi_head(through(linformer(Sharing::Headwise, Projection::Learned))),
+        ),
+        (
+            "linformer of each head, grouped keys",
+            multi_head(MultiHeadSpec {
+                groups: Some(1),
+                ..through(linformer(Sharing::None, Projection::Learned))
+            }),
+        ),
+        (
+            "linformer with one projection for all layers",
+            multi_head(through(linformer(Sharing::Layerwise, Projection::Learned))),
+        ),
+        (
+            "linformer by means",
+            multi_head(through(linformer(Sharing::KeyValue, Projection::Mean))),
+        ),
+        (
+            "linformer by convolution",
+            multi_head(through(linformer(
+                Sharing::Headwise,
+                Projection::Convolution,
+            ))),
+        ),
+    ]
+}
+
 /// Blocks that together use every kind.
 pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
     use ActivationSpec::{Gelu, GeluTanh, Identity, QuickGelu, Relu, Sigmoid, Silu, Tanh};
@@ -83,7 +179,8 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
         step_rank: Some(2),
         ..MambaSpec::default()
     };
-    vec![
+    let mut all = mechanisms();
+    all.extend(vec![
         (
             "plain bidirectional",
             BlockSpec {
@@ -344,5 +441,6 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
                 ..block(PreNorm, NormSpec::None, MixerSpec::Absent)
             },
         ),
-    ]
+    ]);
+    all
 }

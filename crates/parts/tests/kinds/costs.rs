@@ -113,17 +113,24 @@ fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(u
         let bias = if bias { output } else { 0 };
         (input * output + bias, rows * (2 * input * output + bias))
     };
+    let own = |there: bool, layer: (usize, usize)| if there { layer } else { (0, 0) };
     let mut parts = vec![
         linear(WIDTH, heads * width, spec.bias, queries),
-        linear(WIDTH, groups * width, spec.bias, keys),
-        linear(WIDTH, groups * value_width, spec.bias, keys),
+        own(
+            spec.sharing == QueryKeySharing::None,
+            linear(WIDTH, groups * width, spec.bias, keys),
+        ),
+        own(
+            spec.sharing != QueryKeySharing::All,
+            linear(WIDTH, groups * value_width, spec.bias, keys),
+        ),
         linear(
             heads * value_width,
             WIDTH,
             spec.output_bias.unwrap_or(spec.bias),
             queries,
         ),
-        (0, BATCH * heads * pairs * (2 * width + 2 * value_width + 5)),
+        mechanism_formula(spec, pairs, keys / BATCH),
     ];
     if let Some(QueryKeyNorm { norm, per_head }) = &spec.query_key_norm {
         let (parameters, operations) = match norm {
@@ -137,7 +144,16 @@ fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(u
         }
     }
     match &spec.position {
-        PositionSpec::None | PositionSpec::Alibi => {}
+        PositionSpec::None | PositionSpec::Alibi | PositionSpec::Sandwich { .. } => {}
+        PositionSpec::KerpleLogarithmic | PositionSpec::KerplePower => parts.push((2 * heads, 0)),
+        PositionSpec::Fire(fire) => {
+            let outputs = if spec.causal { heads } else { 2 * heads };
+            let square = (fire.layers - 1) * (fire.hidden * fire.hidden + fire.hidden);
+            parts.push((
+                2 + 2 * fire.hidden + square + (fire.hidden + 1) * outputs,
+                0,
+            ));
+        }
         PositionSpec::Rotary(_) => parts.push((0, 3 * queries * (heads + groups) * width)),
         PositionSpec::RelativeBuckets { buckets, .. } => parts.push((buckets * heads, 0)),
     }
@@ -164,6 +180,32 @@ fn counted_work_and_parameters_equal_the_formulas() {
             block.forward(x, &cx, None).unwrap();
             let total = meter.total().flops as usize;
             assert_eq!(total, operations, "operations of {}", case.name);
+        }
+    }
+}
+
+/// What stands between the projections: parameters, and operations on `keys` keys a sequence, or
+/// `pairs` of a query and a key that masks leave.
+fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize, usize) {
+    let widths = spec.head_width(WIDTH) + spec.value_width(WIDTH);
+    let heads = BATCH * spec.heads;
+    match &spec.mechanism {
+        MechanismSpec::Softmax => (0, heads * pairs * (2 * widths + 5)),
+        MechanismSpec::Linformer(linformer) => {
+            let slots = linformer.slots;
+            let (meets, one) = match linformer.projection {
+                Projection::Learned => (slots, slots * linformer.longest),
+                Projection::Mean => (1, 0),
+                Projection::Convolution => (1, linformer.longest.div_ceil(slots)),
+            };
+            let matrices = match linformer.sharing {
+                Sharing::None => 2 * spec.heads,
+                Sharing::Headwise => 2,
+                Sharing::KeyValue | Sharing::Layerwise => 1,
+            };
+            let projections = 2 * meets * keys * widths;
+            let softmax = LENGTH * slots * (2 * widths + 5);
+            (matrices * one, heads * (projections + softmax))
         }
     }
 }

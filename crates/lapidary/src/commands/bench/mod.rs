@@ -1,5 +1,6 @@
 //! `lapidary bench`: how fast this machine is at what matters.
 
+mod compress;
 mod sparse;
 
 use std::time::Instant;
@@ -21,7 +22,7 @@ use lapidary_train::spec::{CheckpointSpec, DataSpec, OptimiserSpec, ScheduleSpec
 use lapidary_train::{TrainSpec, Trainer};
 use serde_json::json;
 
-const WORKS: &str = "forward, step, explain, generate or sparse";
+const WORKS: &str = "forward, step, explain, generate, compress or sparse";
 
 pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
     ensure!(arguments.repeat >= 1, "repeat is 0, but must be at least 1");
@@ -30,8 +31,10 @@ pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
         "vocabulary is {}, but must be at least 4",
         arguments.vocabulary
     );
-    if arguments.work == "sparse" {
-        return sparse::run(arguments, global);
+    match arguments.work.as_str() {
+        "sparse" => return sparse::run(arguments, global),
+        "compress" => return compress::run(arguments, global),
+        _ => {}
     }
     let mut times = match arguments.work.as_str() {
         "step" => step(arguments, global)?,
@@ -210,7 +213,7 @@ fn explain(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
         HeadSpec::None | HeadSpec::Pooled { labels: None, .. } => Target::Representation,
         _ => Target::class(0),
     };
-    let method = explainer(&arguments.method)?;
+    let method = explainer(arguments.method.as_deref().unwrap_or("decompx"))?;
     let question = Question::new(&model, &input);
     timed(arguments, || {
         method.explain(&question, target, &Options::default())?;
@@ -220,22 +223,28 @@ fn explain(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
 
 fn generate(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
     let model = model(arguments, global)?;
-    let prompt = ids(&model, 1, arguments.length)?
-        .flatten_all()?
-        .to_vec1::<u32>()?;
+    timed(arguments, || written(&model, arguments.length, 32))
+}
+
+/// Writes so many tokens after a prompt of `length`.
+fn written(model: &Model, length: usize, new_tokens: usize) -> Result<()> {
+    let prompt = ids(model, 1, length)?.flatten_all()?.to_vec1::<u32>()?;
     let options = lapidary_model::generation::GenerationOptions {
-        new_tokens: 32,
+        new_tokens,
         ..Default::default()
     };
-    timed(arguments, || {
-        lapidary_model::generation::generate(
-            &model,
-            std::slice::from_ref(&prompt),
-            &options,
-            |_, _| std::ops::ControlFlow::Continue(()),
-        )?;
-        Ok(())
-    })
+    lapidary_model::generation::generate(
+        model,
+        std::slice::from_ref(&prompt),
+        &options,
+        |_, _| std::ops::ControlFlow::Continue(()),
+    )?;
+    Ok(())
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// The most memory this process has held, where the system tells.

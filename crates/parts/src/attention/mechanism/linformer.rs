@@ -224,7 +224,9 @@ fn project(
             let neighbours = spec.neighbours();
             let used = keys.div_ceil(neighbours);
             let x = x.pad_with_zeros(2, 0, used * neighbours - keys)?;
-            let windows = x.contiguous()?.reshape((batch, heads, used, neighbours, width))?;
+            let windows = x
+                .contiguous()?
+                .reshape((batch, heads, used, neighbours, width))?;
             let slots = match weights {
                 None => windows.mean(3)?,
                 Some(weights) => {
