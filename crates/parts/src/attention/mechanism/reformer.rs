@@ -150,7 +150,8 @@ impl Describe for ReformerSpec {
         bounded(at("rounds"), self.rounds, 1..=MAX_ROUNDS)?;
         bounded(at("before"), self.before, 0..=MAX_NEIGHBOURS)?;
         bounded(at("after"), self.after, 0..=MAX_NEIGHBOURS)?;
-        bounded(at("number of buckets"), self.buckets.len(), 0..=MAX_DIGITS)?;
+        let digits = format!("number of {}", at("buckets"));
+        bounded(digits, self.buckets.len(), 0..=MAX_DIGITS)?;
         for &digit in &self.buckets {
             if !digit.is_multiple_of(2) || !(2..=MAX_BUCKETS).contains(&digit) {
                 let expected = format!("even numbers between 2 and {MAX_BUCKETS}");

@@ -116,7 +116,7 @@ impl Describe for SparseSpec {
             SparsePattern::LogSparse if self.steps != Steps::Merged => {
                 return Err(Error::spec(
                     at("steps"),
-                    format!("{:?}", self.steps),
+                    self.steps,
                     "merged: log-sparse has one step",
                 ));
             }
