@@ -21,6 +21,17 @@ pub enum MixerState {
     },
     /// Last inputs of a short convolution without a recurrence, `[batch, channels, taps − 1]`.
     Window(Tensor),
+    /// Keys and values of those tokens that later ones may still see.
+    Kept {
+        /// `[batch, kept, heads · head_width]`.
+        keys: Tensor,
+        /// `[batch, kept, heads · value_width]`.
+        values: Tensor,
+        /// Which tokens they are of, rising.
+        places: Vec<usize>,
+        /// Tokens so far.
+        length: usize,
+    },
     /// Keys and values of every token so far, and where they were hashed to.
     Hashed {
         /// Keys and values.
@@ -124,11 +135,13 @@ impl MixerState {
                 Ok((keys.clone(), values.clone()))
             }
             Self::Cache(cache) => cache.append(keys, values),
-            Self::Recurrent { .. } | Self::Window(_) | Self::Hashed { .. } => Err(Error::spec(
-                "decode state",
-                "that of a recurrence, a convolution or hashed keys",
-                "a key/value cache",
-            )),
+            Self::Recurrent { .. } | Self::Window(_) | Self::Kept { .. } | Self::Hashed { .. } => {
+                Err(Error::spec(
+                    "decode state",
+                    "that of a recurrence, a convolution, a pattern or hashed keys",
+                    "a key/value cache",
+                ))
+            }
         }
     }
 }

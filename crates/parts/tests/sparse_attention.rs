@@ -8,8 +8,11 @@ mod common;
 
 use attention::{Given, HEAD_WIDTH, HEADS, Subject, dot, growth, mask, softmax, spec};
 use common::{assert_near, contracted, gradient_error, random};
+use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::MechanismSpec;
 use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
+use lapidary_parts::state::MixerState;
+use lapidary_signal::{Signal, Trace};
 
 fn subject(pattern: SparsePattern, steps: Steps) -> Subject {
     let mechanism = MechanismSpec::Sparse(SparseSpec { pattern, steps });
@@ -226,6 +229,50 @@ fn decoding_equals_the_parallel_pass() {
             let stepped = subject.decode(&x, chunks);
             assert_near(&stepped, &whole, 1e-12, &format!("{pattern:?} {steps:?}"));
         }
+    }
+}
+
+/// What is kept while decoding is what later tokens may see: the last `l` or the own block in the near
+/// steps, the columns in the far one of fixed.
+#[test]
+fn caches_hold_what_later_tokens_may_see() {
+    let (length, stride) = (14, 5);
+    let x = random(&[1, length, attention::WIDTH], 1);
+    for (pattern, steps, expected) in [
+        (
+            SparsePattern::Strided { stride },
+            Steps::First,
+            vec![10, 11, 12, 13],
+        ),
+        (
+            SparsePattern::Axial { stride },
+            Steps::First,
+            vec![10, 11, 12, 13],
+        ),
+        (fixed(stride, 1, 1), Steps::First, vec![10, 11, 12, 13]),
+        (fixed(stride, 1, 1), Steps::Second, vec![4, 9]),
+        (fixed(stride, 2, 1), Steps::Second, vec![3, 4, 8, 9, 13]),
+        (
+            fixed(stride, 1, 2),
+            Steps::Merged,
+            vec![3, 4, 8, 9, 10, 11, 12, 13],
+        ),
+    ] {
+        let attention = subject(pattern, steps).attention();
+        let (trace, mut state) = (Trace::new(), MixerState::Empty);
+        for offset in 0..length {
+            let cx = Context {
+                offset,
+                ..Context::new(&trace)
+            };
+            let here = Signal::from(x.narrow(1, offset, 1).unwrap());
+            attention.forward(&here, &cx, Some(&mut state)).unwrap();
+        }
+        let MixerState::Kept { keys, places, .. } = &state else {
+            panic!("{state:?}");
+        };
+        assert_eq!(places, &expected, "{pattern:?} {steps:?}");
+        assert_eq!(keys.dims(), [1, expected.len(), attention::WIDTH]);
     }
 }
 

@@ -331,7 +331,10 @@ impl Mamba {
             (None | Some(MixerState::Empty), _) => return Ok(None),
             (Some(MixerState::Recurrent { window, state }), Some(_)) => (window, Some(state)),
             (Some(MixerState::Window(window)), None) => (window, None),
-            (Some(MixerState::Cache(_) | MixerState::Hashed { .. }), _) => {
+            (
+                Some(MixerState::Cache(_) | MixerState::Hashed { .. } | MixerState::Kept { .. }),
+                _,
+            ) => {
                 return Err(wrong("a key/value cache"));
             }
             (Some(MixerState::Recurrent { .. }), None) => {

@@ -36,14 +36,43 @@ pub(super) struct At {
 pub(super) struct Sequences {
     /// `[batch, heads, queries, keys]`.
     pub(super) sizes: [usize; 4],
-    /// Where the real tokens of each sequence lie among its keys.
+    /// Tokens so far, pads among them.
+    all: usize,
+    /// Where the real tokens of each sequence lie among all.
     real: Vec<Vec<usize>>,
+    /// Where each of all lies among the keys; itself where all are there.
+    rows: Option<Vec<usize>>,
 }
 
 impl Sequences {
     /// Those of `q` and `k`, `[batch, heads, length, width]`: queries are the last of the keys'
     /// tokens.
     pub(super) fn new(q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Self> {
+        let all = tensor(k.dim(2))?;
+        Self::among(q, k, all, pass)
+    }
+
+    /// Those of keys of which only some are left of earlier tokens: those at `places`, rising.
+    pub(super) fn kept(
+        q: &Tensor,
+        k: &Tensor,
+        places: &[usize],
+        pass: &MechanismPass<'_>,
+    ) -> Result<Self> {
+        let all = places.last().map_or(0, |last| last + 1);
+        let mut rows = vec![0; all];
+        for (row, &place) in places.iter().enumerate() {
+            if let Some(at) = rows.get_mut(place) {
+                *at = row;
+            }
+        }
+        Ok(Self {
+            rows: Some(rows),
+            ..Self::among(q, k, all, pass)?
+        })
+    }
+
+    fn among(q: &Tensor, k: &Tensor, all: usize, pass: &MechanismPass<'_>) -> Result<Self> {
         let (batch, heads, queries, _) = tensor(q.dims4())?;
         let keys = tensor(k.dim(2))?;
         if queries > keys {
@@ -54,16 +83,18 @@ impl Sequences {
             ));
         }
         let real = match pass.keep {
-            None => vec![(0..keys).collect(); batch],
+            None => vec![(0..all).collect(); batch],
             Some(keep) => {
                 let keep = tensor(keep.to_vec2::<u8>())?;
-                let real = |keep: Vec<u8>| (0..keys).filter(|&j| keep.get(j) == Some(&1)).collect();
+                let real = |keep: Vec<u8>| (0..all).filter(|&j| keep.get(j) == Some(&1)).collect();
                 keep.into_iter().map(real).collect()
             }
         };
         Ok(Self {
             sizes: [batch, heads, queries, keys],
+            all,
             real,
+            rows: None,
         })
     }
 
@@ -74,13 +105,13 @@ impl Sequences {
 
     /// Every head of every sequence.
     pub(super) fn iter(&self) -> impl Iterator<Item = Sequence<'_>> {
-        let [_, heads, queries, keys] = self.sizes;
+        let [_, heads, ..] = self.sizes;
         self.real.iter().enumerate().flat_map(move |(batch, real)| {
             (0..heads).map(move |head| Sequence {
                 head,
                 index: batch * heads + head,
-                sizes: [queries, keys],
                 real,
+                of: self,
             })
         })
     }
@@ -92,9 +123,8 @@ pub(super) struct Sequence<'a> {
     pub(super) head: usize,
     /// In `[batch · heads]`.
     pub(super) index: usize,
-    /// Queries and keys, pads among them.
-    sizes: [usize; 2],
     real: &'a [usize],
+    of: &'a Sequences,
 }
 
 impl Sequence<'_> {
@@ -105,8 +135,8 @@ impl Sequence<'_> {
 
     /// The first token that is a query too; all after it are.
     pub(super) fn first(&self) -> usize {
-        let [queries, keys] = self.sizes;
-        self.real.partition_point(|&j| j < keys - queries)
+        let [_, _, queries, _] = self.of.sizes;
+        self.real.partition_point(|&j| j < self.of.all - queries)
     }
 
     /// The tokens that are queries too.
@@ -116,23 +146,33 @@ impl Sequence<'_> {
 
     /// A token as a query.
     pub(super) fn query(&self, token: usize) -> At {
-        let [queries, keys] = self.sizes;
+        let [_, _, queries, _] = self.of.sizes;
         At {
-            row: self.index * queries + self.lies(token) + queries - keys,
+            row: self.index * queries + self.place(token) + queries - self.of.all,
             position: token,
         }
     }
 
     /// A token as a key.
     pub(super) fn key(&self, token: usize) -> At {
+        let [.., keys] = self.of.sizes;
         At {
-            row: self.index * self.sizes[1] + self.lies(token),
+            row: self.index * keys + self.lies(token),
             position: token,
         }
     }
 
     /// Where a token lies among the keys, pads among them.
     pub(super) fn lies(&self, token: usize) -> usize {
+        let place = self.place(token);
+        match &self.of.rows {
+            None => place,
+            Some(rows) => rows.get(place).copied().unwrap_or_default(),
+        }
+    }
+
+    /// Where a token lies among all, pads among them.
+    pub(super) fn place(&self, token: usize) -> usize {
         self.real.get(token).copied().unwrap_or_default()
     }
 }

@@ -487,7 +487,7 @@ impl Mechanism for Reformer {
                 *buckets = joined.flat_map(|(old, new)| [old, new].concat()).collect();
                 (keys, values, buckets.clone())
             }
-            MixerState::Cache(_) | MixerState::Recurrent { .. } | MixerState::Window(_) => {
+            _ => {
                 return Err(Error::spec(
                     format!("decode state at {}", pass.path),
                     "another mixer's",

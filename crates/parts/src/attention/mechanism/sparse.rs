@@ -27,11 +27,16 @@
 //!
 //! Cost: for each pair that a pattern leaves `2 head_width + 2 value_width + 5`; at most
 //! `l + ⌈n / l⌉` pairs for a query (strided, axial), or `l + c ⌈n / l⌉` (fixed). No parameters.
+//!
+//! While decoding, keys and values are kept only as long as a later token may see them: the last `l`
+//! in the first step of strided, the own block in that of the others, the columns in the second
+//! step of fixed; every column of strided and axial is read again, and all of it is kept.
 
-use super::blocks::{At, Blocks, Rule, Sequence, Sequences, Sparse};
-use super::{Abilities, Describe, Heads, Mechanism, MechanismPass};
-use crate::error::bounded;
+use super::blocks::{At, Blocks, Rule, Sequence, Sequences, Sparse, apart, resumed, side_by_side};
+use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
+use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
+use crate::state::MixerState;
 use crate::{Error, Result};
 use lapidary_kernels::Tensor;
 use lapidary_signal::Mixing;
@@ -159,18 +164,11 @@ struct SparseAttention {
     scale: f64,
 }
 
-impl Mechanism for SparseAttention {
-    fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
-        let sequences = Sequences::new(q, k, pass)?;
+impl SparseAttention {
+    fn among(&self, sequences: &Sequences, q: &Tensor, k: &Tensor) -> Result<Sparse> {
         let (mut near, mut far) = (Blocks::default(), Blocks::default());
         for sequence in sequences.iter() {
-            let even = sequence.head.is_multiple_of(2);
-            let (takes_near, takes_far) = match self.spec.steps {
-                Steps::First => (true, false),
-                Steps::Second => (false, true),
-                Steps::Merged => (true, true),
-                Steps::ByHead => (even, !even),
-            };
+            let (takes_near, takes_far) = self.spec.takes(sequence.head);
             if takes_near {
                 self.spec.near(&sequence, &mut near);
             }
@@ -187,16 +185,130 @@ impl Mechanism for SparseAttention {
             _ => None,
         };
         let steps = [(near, Rule { window, ..causal }), (far, causal)];
-        Ok(Box::new(Sparse::new(
-            &sequences,
-            (q, k),
-            self.scale,
-            steps,
-        )?))
+        Sparse::new(sequences, (q, k), self.scale, steps)
+    }
+
+    /// Which of the rows of keys, and where they are from, a later token may still see.
+    fn needed(&self, sequences: &Sequences, places: &[usize]) -> Vec<(usize, usize)> {
+        let mut needed = vec![false; places.last().map_or(0, |last| last + 1)];
+        for sequence in sequences.iter() {
+            for token in 0..sequence.len() {
+                let place = needed.get_mut(sequence.place(token));
+                if let Some(needed) = place.filter(|needed| !**needed) {
+                    *needed = self.spec.keeps(sequence.head, token, sequence.len());
+                }
+            }
+        }
+        let all = places.iter().copied().enumerate();
+        all.filter(|(_, place)| needed.get(*place) == Some(&true))
+            .collect()
+    }
+}
+
+impl Mechanism for SparseAttention {
+    fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
+        let sequences = Sequences::new(q, k, pass)?;
+        Ok(Box::new(self.among(&sequences, q, k)?))
+    }
+
+    fn memory(&self) -> Memory {
+        match (self.spec.pattern, self.spec.steps) {
+            (SparsePattern::Fixed { .. }, _) | (_, Steps::First) => Memory::Own,
+            // Every token is in a column that is read again.
+            (SparsePattern::Strided { .. } | SparsePattern::Axial { .. }, _)
+            | (SparsePattern::LogSparse, _) => Memory::KeysAndValues,
+        }
+    }
+
+    fn resume(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        state: &mut MixerState,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Resumed> {
+        let (_, heads, new, _) = tensor(k.dims4())?;
+        let (mut keys, mut values) = (side_by_side(k)?, side_by_side(v)?);
+        let (mut places, earlier) = match state {
+            MixerState::Empty => (Vec::new(), 0),
+            MixerState::Kept {
+                keys: old_keys,
+                values: old_values,
+                places,
+                length,
+            } => {
+                keys = tensor(Tensor::cat(&[&*old_keys, &keys], 1))?;
+                values = tensor(Tensor::cat(&[&*old_values, &values], 1))?;
+                (std::mem::take(places), *length)
+            }
+            _ => {
+                return Err(Error::spec(
+                    format!("decode state at {}", pass.path),
+                    "another mixer's",
+                    "that of a pattern",
+                ));
+            }
+        };
+        let length = earlier + new;
+        places.extend(earlier..length);
+        let all = apart(&keys, heads)?;
+        let sequences = Sequences::kept(q, &all, &places, pass)?;
+        let whole = self.among(&sequences, q, &all)?;
+        let step = resumed(whole, &apart(&values, heads)?, new)?;
+        let needed = self.needed(&sequences, &places);
+        let rows: Vec<u32> = needed.iter().map(|(row, _)| *row as u32).collect();
+        let rows = tensor(Tensor::new(rows, keys.device()))?;
+        let left = |x: &Tensor| tensor(x.detach().contiguous()?.index_select(&rows, 1));
+        *state = MixerState::Kept {
+            keys: left(&keys)?,
+            values: left(&values)?,
+            places: needed.into_iter().map(|(_, place)| place).collect(),
+            length,
+        };
+        Ok(step)
     }
 }
 
 impl SparseSpec {
+    /// Which steps a head takes.
+    fn takes(&self, head: usize) -> (bool, bool) {
+        let even = head.is_multiple_of(2);
+        match self.steps {
+            Steps::First => (true, false),
+            Steps::Second => (false, true),
+            Steps::Merged => (true, true),
+            Steps::ByHead => (even, !even),
+        }
+    }
+
+    /// Which of the `groups` runs of columns a head sees.
+    fn run_of(&self, head: usize, groups: usize) -> usize {
+        match self.steps {
+            Steps::ByHead => head / 2 % groups,
+            _ => head % groups,
+        }
+    }
+
+    /// Whether a head sees `token` from `next` on.
+    fn keeps(&self, head: usize, token: usize, next: usize) -> bool {
+        let (near, far) = self.takes(head);
+        match self.pattern {
+            SparsePattern::Strided { stride } => far || next - token < stride,
+            SparsePattern::Axial { stride } => far || token / stride == next / stride,
+            SparsePattern::Fixed {
+                stride,
+                summaries,
+                groups,
+            } => {
+                let run = (stride - 1 - token % stride) / summaries;
+                (near && token / stride == next / stride)
+                    || (far && run == self.run_of(head, groups))
+            }
+            SparsePattern::LogSparse => true,
+        }
+    }
+
     /// Blocks of the first step.
     fn near(&self, sequence: &Sequence<'_>, blocks: &mut Blocks) {
         let (queries, length) = (sequence.queries(), sequence.len());
@@ -251,12 +363,8 @@ impl SparseSpec {
                 summaries,
                 groups,
             } => {
-                let turn = match self.steps {
-                    Steps::ByHead => sequence.head / 2,
-                    _ => sequence.head,
-                };
                 // The run ends that many columns before its block does.
-                let behind = turn % groups * summaries;
+                let behind = self.run_of(sequence.head, groups) * summaries;
                 let over = (stride..=length.next_multiple_of(stride))
                     .step_by(stride)
                     .flat_map(|end| {
