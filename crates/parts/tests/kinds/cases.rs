@@ -202,6 +202,39 @@ fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
             }),
         ),
         (
+            "sparse codes in the place of the stream",
+            BlockSpec {
+                feedforward: Some(FeedforwardSpec::SparseCode(SparseCodeSpec::default())),
+                ..block(
+                    Wiring::Replacing,
+                    LAYER,
+                    MixerSpec::MultiHead(MultiHeadSpec {
+                        sharing: QueryKeySharing::All,
+                        bias: false,
+                        output_bias: Some(true),
+                        ..MultiHeadSpec::new(2)
+                    }),
+                )
+            },
+        ),
+        (
+            "codes in an over-complete dictionary",
+            BlockSpec {
+                feedforward: Some(FeedforwardSpec::SparseCode(SparseCodeSpec {
+                    atoms: Some(14),
+                    ..SparseCodeSpec::default()
+                })),
+                ..block(
+                    Wiring::Replacing,
+                    RMS,
+                    MixerSpec::MultiHead(MultiHeadSpec {
+                        causal: true,
+                        ..MultiHeadSpec::new(2)
+                    }),
+                )
+            },
+        ),
+        (
             "linformer",
             multi_head(through(linformer(Sharing::Headwise, Projection::Learned))),
         ),

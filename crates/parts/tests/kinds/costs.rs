@@ -96,9 +96,18 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
                 ));
             }
             FeedforwardSpec::Linear(map) => parts.push(linear(WIDTH, WIDTH, map.bias, n)),
+            FeedforwardSpec::SparseCode(code) => parts.push(match code.atoms {
+                None => (WIDTH * WIDTH, n * (4 * WIDTH * WIDTH + 6 * WIDTH)),
+                Some(atoms) => (
+                    WIDTH * atoms,
+                    n * (8 * WIDTH * atoms + 7 * atoms + 2 * WIDTH),
+                ),
+            }),
         }
         parts.push(norm(&spec.norm, WIDTH, n));
-        parts.push((0, n * WIDTH));
+        if spec.wiring != Wiring::Replacing {
+            parts.push((0, n * WIDTH));
+        }
     }
     parts
         .into_iter()

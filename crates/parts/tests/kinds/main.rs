@@ -24,7 +24,7 @@ use lapidary_parts::attention::{
 };
 use lapidary_parts::block::{Block, BlockSpec, Wiring};
 use lapidary_parts::feedforward::{
-    DenseSpec, FeedforwardSpec, GatedSpec, LinearSpec, Mixture, MixtureSpec,
+    DenseSpec, FeedforwardSpec, GatedSpec, LinearSpec, Mixture, MixtureSpec, SparseCodeSpec,
 };
 use lapidary_parts::norm::NormSpec;
 use lapidary_parts::position::{FireSpec, KeptPairs, PositionSpec, RotaryScaling, RotarySpec};
@@ -58,13 +58,13 @@ macro_rules! kinds {
 }
 
 kinds!(mixer, MIXERS, MixerSpec: MultiHead, Mamba, Absent);
-kinds!(feedforward, FEEDFORWARDS, FeedforwardSpec: Dense, Gated, Mixture, Linear);
+kinds!(feedforward, FEEDFORWARDS, FeedforwardSpec: Dense, Gated, Mixture, Linear, SparseCode);
 kinds!(norm, NORMS, NormSpec: Layer, Rms, None);
 kinds!(position, POSITIONS, PositionSpec:
     None, Rotary, Alibi, RelativeBuckets, KerpleLogarithmic, KerplePower, Sandwich, Fire);
 kinds!(mechanism, MECHANISMS, MechanismSpec: Softmax, Linformer, Sparse, Reformer, Combiner);
 kinds!(scaling, SCALINGS, RotaryScaling: None, Linear, Llama3);
-kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel);
+kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel, Replacing);
 kinds!(activation, ACTIVATIONS, ActivationSpec:
     Identity, Relu, Gelu, GeluTanh, QuickGelu, Silu, Tanh, Sigmoid);
 
@@ -88,7 +88,7 @@ fn every_kind_has_a_case() {
                 FeedforwardSpec::Dense(dense) => Some(activation(&dense.activation)),
                 FeedforwardSpec::Gated(gated) => Some(activation(&gated.activation)),
                 FeedforwardSpec::Mixture(mixture) => Some(activation(&mixture.activation)),
-                FeedforwardSpec::Linear(_) => None,
+                FeedforwardSpec::Linear(_) | FeedforwardSpec::SparseCode(_) => None,
             });
         }
         if let MixerSpec::Mamba(mamba) = &spec.attention {

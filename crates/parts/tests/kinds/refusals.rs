@@ -67,6 +67,57 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
     };
     let refused = [
         (
+            with_feedforward(Some(FeedforwardSpec::SparseCode(SparseCodeSpec {
+                step: -1.0,
+                ..SparseCodeSpec::default()
+            }))),
+            "b.feedforward.step is -1.0, but must be a number of at least 0",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..through(linformer(Sharing::Headwise, Projection::Learned))
+            }),
+            "b.attention.mechanism is \"linformer in causal attention\", but must be a causal \
+             mechanism: every weight of linformer depends on later tokens too",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                window: Some(3),
+                ..through(linformer(Sharing::Headwise, Projection::Learned))
+            }),
+            "b.attention.mechanism is \"linformer with a window\", but must be softmax, or attention \
+             without a window: linformer has no scores to mask or add to",
+        ),
+        (
+            with_heads(through(MechanismSpec::Linformer(LinformerSpec {
+                slots: 0,
+                longest: 9,
+                sharing: Sharing::None,
+                projection: Projection::Mean,
+            }))),
+            "b.attention.mechanism.slots is 0, but must be between 1 and 65536",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                groups: Some(1),
+                sharing: QueryKeySharing::QueryKey,
+                ..MultiHeadSpec::new(2)
+            }),
+            "b.attention.groups is 1, but must be 2, as queries that are keys too ask for",
+        ),
+        (
+            with_position(PositionSpec::Fire(FireSpec {
+                layers: 3,
+                ..FireSpec::default()
+            })),
+            "b.attention.position.layers is 3, but must be between 1 and 2",
+        ),
+        (
+            with_position(PositionSpec::Sandwich { width: 0 }),
+            "b.attention.position.width is 0, but must be between 2 and 65536",
+        ),
+        (
             with_heads(MultiHeadSpec::new(0)),
             "b.attention.heads is 0, but must be between 1 and the width 8",
         ),
@@ -367,7 +418,8 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
                 shortcuts: true,
                 ..with_heads(MultiHeadSpec::new(2))
             },
-            "b.shortcuts is true, but must be false in a post-norm block: its norms change what the residual carries",
+            "b.shortcuts is true, but must be false in a post-norm or replacing block, whose parts change what \
+             the residual carries",
         ),
         (
             BlockSpec {
