@@ -262,6 +262,7 @@ impl MultiHeadSpec {
             head_width: self.head_width(width),
             causal: self.causal,
             scale: self.scale(width),
+            sharing: self.sharing,
         }
     }
 

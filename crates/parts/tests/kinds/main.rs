@@ -15,7 +15,10 @@ use common::{
 };
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::activation::ActivationSpec;
+use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
 use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
+use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
+use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
 use lapidary_parts::attention::{
     MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeyNorm, QueryKeySharing,
 };
@@ -59,7 +62,7 @@ kinds!(feedforward, FEEDFORWARDS, FeedforwardSpec: Dense, Gated, Mixture, Linear
 kinds!(norm, NORMS, NormSpec: Layer, Rms, None);
 kinds!(position, POSITIONS, PositionSpec:
     None, Rotary, Alibi, RelativeBuckets, KerpleLogarithmic, KerplePower, Sandwich, Fire);
-kinds!(mechanism, MECHANISMS, MechanismSpec: Softmax, Linformer);
+kinds!(mechanism, MECHANISMS, MechanismSpec: Softmax, Linformer, Sparse, Reformer, Combiner);
 kinds!(scaling, SCALINGS, RotaryScaling: None, Linear, Llama3);
 kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel, Replacing);
 kinds!(activation, ACTIVATIONS, ActivationSpec:
@@ -193,6 +196,12 @@ impl Case {
             || matches!(heads.mechanism, MechanismSpec::Linformer(_))
     }
 
+    /// Whether later tokens change the order in which earlier ones are added up.
+    fn sorts_tokens(&self) -> bool {
+        matches!(&self.spec.attention, MixerSpec::MultiHead(heads)
+            if matches!(heads.mechanism, MechanismSpec::Reformer(_)))
+    }
+
     fn is_mamba_with_bias(&self) -> bool {
         matches!(&self.spec.attention, MixerSpec::Mamba(mamba) if mamba.bias && mamba.taps > 1)
     }
@@ -269,7 +278,8 @@ fn causal_kinds_do_not_see_the_future_and_others_do() {
         let after = rows(&case.run(&other), 0, kept);
         let found = difference(&before, &after);
         if case.spec.attention.is_causal() {
-            assert_eq!(found, 0.0, "{}", case.name);
+            let rounding = if case.sorts_tokens() { 1e-12 } else { 0.0 };
+            assert!(found <= rounding, "{}: {found:e}", case.name);
         } else {
             assert!(found > 1e-3, "{}", case.name);
         }

@@ -122,6 +122,7 @@ fn measured(
         head_width,
         causal: candidate.causal,
         scale: 1.0 / (head_width as f64).sqrt(),
+        sharing: candidate.sharing,
     };
     let spec = candidate.spec(length);
     let mechanism = match spec.spec() {

@@ -66,12 +66,7 @@ pub enum Learned {
 }
 
 impl SpectrumSpec {
-    pub(super) fn validate(
-        &self,
-        spec: &KernelizedSpec,
-        heads: &Heads,
-        field: &str,
-    ) -> Result<()> {
+    pub(super) fn validate(&self, spec: &KernelizedSpec, heads: &Heads, field: &str) -> Result<()> {
         let count = spec.frequencies(heads.head_width);
         let fourier = matches!(spec.features, ReadOut::Fourier { .. });
         let refuse = |name: &str, found: usize, expected: &str| {
@@ -106,7 +101,11 @@ impl SpectrumSpec {
                 }
             }
             Self::Generator => match count < 2 {
-                true => refuse("count", count, "at least 2, for the variance of a batch norm"),
+                true => refuse(
+                    "count",
+                    count,
+                    "at least 2, for the variance of a batch norm",
+                ),
                 false => Ok(()),
             },
         }
