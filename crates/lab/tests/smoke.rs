@@ -99,6 +99,21 @@ fn lion() {
 }
 
 #[test]
+fn linformer() {
+    check("linformer");
+}
+
+#[test]
+fn fire() {
+    check("fire");
+}
+
+#[test]
+fn white_box() {
+    check("crate");
+}
+
+#[test]
 fn fusegpt() {
     check("fusegpt");
 }
@@ -235,18 +250,21 @@ fn every_system_is_tested_here() {
             "combiner",
             "compression-survey",
             "contextual-decomposition",
+            "crate",
             "curvature-edit",
             "decomposition-xai",
             "decompx",
             "dotresize",
             "entropy-pruning",
             "fastmax",
+            "fire",
             "fusegpt",
             "fwsvd",
             "hidden-geometry",
             "introduction-to-transformers",
             "kernelized-transformer",
             "linearity",
+            "linformer",
             "lion",
             "logit-attribution",
             "lorap",

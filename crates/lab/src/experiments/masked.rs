@@ -1,7 +1,7 @@
 //! Masked language modelling: text with tokens hidden, and how well a model names them.
 
 use super::classifier::{Narrow, fit};
-use super::{bigram, decoder, mean, numbers};
+use super::{bigram, decoder, mean, number, numbers};
 use crate::error::engine;
 use crate::{Result, Setting};
 use lapidary_kernels::{CrossEntropyOptions, DType, Device, Tensor, cross_entropy};
@@ -74,6 +74,16 @@ pub struct Course {
     pub seed: u64,
 }
 
+/// A trained model and what it knows of held-out text.
+pub struct Study {
+    /// The model.
+    pub model: Model,
+    /// Share of hidden tokens that it names, in percent.
+    pub accuracy: f64,
+    /// Mean cross-entropy of hidden tokens, in nats.
+    pub loss: f64,
+}
+
 impl Text {
     /// The token that hides others: one more than those of the text.
     pub fn mask(&self) -> u32 {
@@ -83,6 +93,11 @@ impl Text {
     /// Trains a model whose vocabulary is one larger than the text's, and gives the share of hidden
     /// tokens of held-out text that it names, in percent.
     pub fn accuracy(&mut self, spec: ModelSpec, course: &Course) -> Result<f64> {
+        Ok(self.study(spec, course)?.accuracy)
+    }
+
+    /// Trains such a model and asks it about held-out text.
+    pub fn study(&mut self, spec: ModelSpec, course: &Course) -> Result<Study> {
         let mut source = Narrow(Initialiser::new(course.seed, DType::F32, Device::Cpu));
         let model = Model::trainable(spec, &mut source)?;
         let mut draws = generator(course.seed);
@@ -101,15 +116,32 @@ impl Text {
             )?)
         })?;
         let mut draws = generator(course.seed ^ 0xa5c);
-        let mut shares = Vec::new();
+        let (mut shares, mut losses) = (Vec::new(), Vec::new());
         for _ in 0..course.questions {
             let (inputs, targets) = hide(self.held_out.as_mut(), course, mask, &mut draws)?;
-            let said = engine(logits(&trained, &inputs, None)?.argmax(1))?;
+            let logits = logits(&trained, &inputs, None)?;
+            let options = CrossEntropyOptions {
+                ignore_index: Some(IGNORED),
+                ..CrossEntropyOptions::default()
+            };
+            let loss = cross_entropy(&logits, &engine(targets.flatten_all())?, &options)?;
+            losses.push(number(&loss)?);
+            let said = engine(logits.argmax(1))?;
             let pairs = numbers(&said)?.into_iter().zip(numbers(&targets)?);
             let asked = pairs.filter(|(_, target)| *target != f64::from(IGNORED));
             shares.extend(asked.map(|(said, target)| f64::from(u8::from(said == target))));
         }
-        Ok(100.0 * mean(shares))
+        Ok(Study {
+            model: trained,
+            accuracy: 100.0 * mean(shares),
+            loss: mean(losses),
+        })
+    }
+
+    /// Sequences of held-out text as they are, `[rows, length]`.
+    pub fn windows(&mut self, rows: usize, length: usize, seed: u64) -> Result<Tensor> {
+        let batch = self.held_out.batch(&mut generator(seed), rows, length)?;
+        engine(Tensor::from_vec(batch.inputs, (rows, length), &Device::Cpu))
     }
 }
 
