@@ -84,13 +84,7 @@ impl PolynomialAttention {
     }
 
     /// Multiplications and additions of [`PolynomialAttention::sums`] for one head.
-    pub fn operations(
-        &self,
-        queries: usize,
-        keys: usize,
-        width: usize,
-        value_width: usize,
-    ) -> u64 {
+    pub fn operations(&self, queries: usize, keys: usize, width: usize, value_width: usize) -> u64 {
         let monomials = self.monomials(width) as u64;
         let (both, value_width) = ((queries + keys) as u64, value_width as u64);
         let factored = both * monomials * (2 * value_width + 2);
@@ -615,7 +609,9 @@ impl<T: Real> Head<'_, T> {
     ) {
         let state = self.state(&scratch.state).transposed();
         let factors = self.attention.queries(self.sizes.width);
-        scratch.slopes.resize(range.len() * factors.count, T::zero());
+        scratch
+            .slopes
+            .resize(range.len() * factors.count, T::zero());
         product(&mut scratch.slopes, Into::Replace, g, state);
         let (q, stream) = (self.q(range).data, self.query_stream(range));
         factors.contract(q, stream, &mut scratch.slopes, gradients.q(range));
@@ -632,7 +628,9 @@ impl<T: Real> Head<'_, T> {
         let state = self.state(&scratch.state);
         product(gradients.v(range), Into::Add, psi, state);
         let factors = self.attention.keys(self.sizes.width);
-        scratch.slopes.resize(range.len() * factors.count, T::zero());
+        scratch
+            .slopes
+            .resize(range.len() * factors.count, T::zero());
         let v = self.v(range);
         product(&mut scratch.slopes, Into::Replace, v, state.transposed());
         let (k, stream) = (self.k(range).data, self.key_stream(range));
@@ -937,9 +935,8 @@ mod tests {
                 };
                 let (q, k, v) = (&*vars[0], &*vars[1], &*vars[2]);
                 let fused = gradients(attention.sums(q, k, v).unwrap());
-                let plain = gradients(
-                    naive::polynomial_attention(q, k, v, coefficients, causal).unwrap(),
-                );
+                let plain =
+                    gradients(naive::polynomial_attention(q, k, v, coefficients, causal).unwrap());
                 for (fused, plain) in fused.iter().zip(&plain) {
                     let scale = plain.abs().unwrap().max_all().unwrap();
                     let scale = scale.to_scalar::<f64>().unwrap();
@@ -1025,7 +1022,11 @@ mod tests {
         let (q, v) = (x(&[1, 2, 5, 3]), x(&[1, 2, 5, 4]));
         assert!(attention.sums(&q, &q, &v).is_ok());
         assert!(attention.sums(&q, &v, &v).is_err());
-        assert!(attention.sums(&q, &x(&[1, 2, 4, 3]), &x(&[1, 2, 4, 4])).is_err());
+        assert!(
+            attention
+                .sums(&q, &x(&[1, 2, 4, 3]), &x(&[1, 2, 4, 4]))
+                .is_err()
+        );
         assert!(attention.sums(&q, &q, &x(&[1, 2, 4, 4])).is_err());
         assert!(attention.read(&q, &x(&[1, 2, 9, 4])).is_err());
         assert!(attention.state(&q, &x(&[1, 2, 4, 4])).is_err());

@@ -61,7 +61,9 @@ impl ParameterSource for Initialiser {
             Init::Spaced { first, last } => {
                 let width = shape.last().copied().unwrap_or(1).max(1);
                 let step = (last - first) / (width.max(2) - 1) as f64;
-                (0..count).map(|i| first + step * (i % width) as f64).collect()
+                (0..count)
+                    .map(|i| first + step * (i % width) as f64)
+                    .collect()
             }
             Init::LogRange => {
                 let last = shape.last().copied().unwrap_or(1).max(1);

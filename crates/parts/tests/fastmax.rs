@@ -89,7 +89,10 @@ fn normalised(x: &Tensor, normalisation: Normalisation) -> Vec<Vec<f64>> {
 fn brute_force(spec: &FastmaxSpec, causal: bool, [q, k, v]: [&Tensor; 3]) -> Tensor {
     let (batch, heads, queries, _) = q.dims4().unwrap();
     let (keys, value_width) = (k.dim(2).unwrap(), v.dim(3).unwrap());
-    let (q, k) = (normalised(q, spec.normalisation), normalised(k, spec.normalisation));
+    let (q, k) = (
+        normalised(q, spec.normalisation),
+        normalised(k, spec.normalisation),
+    );
     let scale = match spec.normalisation {
         Normalisation::None => 0.5,
         _ => 1.0,
@@ -236,7 +239,10 @@ fn small_scores_approach_softmax_with_order_one_more_than_the_degree() {
             common::difference(&found, &softmax)
         };
         let order = (error(1e-2) / error(1e-3)).log10();
-        assert!((order - (degree as f64 + 1.0)).abs() < 0.1, "{degree}: {order}");
+        assert!(
+            (order - (degree as f64 + 1.0)).abs() < 0.1,
+            "{degree}: {order}"
+        );
     }
 }
 
@@ -265,13 +271,19 @@ fn pads_count_in_neither_sum() {
     let short = |x: &Tensor| x.narrow(2, 0, 4).unwrap().contiguous().unwrap();
     each(|spec, causal| {
         // The longest keys are pads.
-        let k = Tensor::cat(&[&short(&k), &(k.narrow(2, 4, 2).unwrap() * 9.0).unwrap()], 2).unwrap();
+        let k = Tensor::cat(
+            &[&short(&k), &(k.narrow(2, 4, 2).unwrap() * 9.0).unwrap()],
+            2,
+        )
+        .unwrap();
         let padded = mixing_padded(spec, causal, [&q, &k], Some(&keep));
         let weights = padded.weights(&v).unwrap();
         let of_pads = weights.narrow(3, 4, 2).unwrap();
         assert_eq!(values(&of_pads).into_iter().fold(0.0, f64::max), 0.0);
         let found = short(&padded.mix(&v).unwrap());
-        let alone = mixing(spec, causal, &short(&q), &short(&k)).mix(&short(&v)).unwrap();
+        let alone = mixing(spec, causal, &short(&q), &short(&k))
+            .mix(&short(&v))
+            .unwrap();
         assert_near(&found, &alone, 1e-10, &format!("{spec:?}"));
     });
 }
@@ -361,7 +373,14 @@ fn impossible_specs_are_refused() {
     };
     let base = FastmaxSpec::default;
     assert_eq!(
-        refused(FastmaxSpec { degree: 3, ..base() }, false, 4),
+        refused(
+            FastmaxSpec {
+                degree: 3,
+                ..base()
+            },
+            false,
+            4
+        ),
         "m.degree is 3, but must be 1 or 2"
     );
     assert_eq!(

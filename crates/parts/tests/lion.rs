@@ -6,18 +6,12 @@ mod common;
 use common::{Map, assert_near, build, difference, draw, random, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::Context;
-use lapidary_parts::attention::mechanism::lion::{
-    Curve, LionDecay, LionForm, LionImage, LionSpec,
-};
+use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
 use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass};
 use lapidary_parts::state::MixerState;
 use lapidary_signal::{Mixing, Trace};
 
-const DECAYS: [LionDecay; 3] = [
-    LionDecay::None,
-    LionDecay::Constant,
-    LionDecay::Selective,
-];
+const DECAYS: [LionDecay; 3] = [LionDecay::None, LionDecay::Constant, LionDecay::Selective];
 const FORMS: [LionForm; 5] = [
     LionForm::Parallel,
     LionForm::Recurrent,
@@ -101,7 +95,11 @@ fn module(spec: &LionSpec, causal: bool, map: &Map) -> Box<dyn Mechanism> {
     build(map, |p| spec.build(&heads(causal), p)).unwrap()
 }
 
-fn with<R>(given: &Given, keep: Option<&Tensor>, use_it: impl FnOnce(&MechanismPass<'_>) -> R) -> R {
+fn with<R>(
+    given: &Given,
+    keep: Option<&Tensor>,
+    use_it: impl FnOnce(&MechanismPass<'_>) -> R,
+) -> R {
     let trace = Trace::new();
     let context = Context::new(&trace);
     use_it(&MechanismPass {
@@ -429,7 +427,10 @@ fn one_curve_of_one_row_is_the_order_of_the_tokens() {
 #[test]
 fn two_curves_average_the_masks_of_each() {
     let given = Given::new(1, 12);
-    let map = Map::from([("decay".to_owned(), tensor(vec![0.4, 1.1, -0.3, 0.7], &[2, 2]))]);
+    let map = Map::from([(
+        "decay".to_owned(),
+        tensor(vec![0.4, 1.1, -0.3, 0.7], &[2, 2]),
+    )]);
     let spec = on_image(LionDecay::Constant, 4, &[Curve::Rows, Curve::Columns]);
     let found = bare_mask(&spec, &map, &given);
     let place = |curve: Curve| {
@@ -464,7 +465,11 @@ fn curves_visit_every_patch_once_and_step_to_a_neighbour() {
             assert!(visited.into_iter().eq(0..rows * columns));
             for step in order.windows(2) {
                 let [(r, c), (s, d)] = [step[0], step[1]].map(|at| (at / columns, at % columns));
-                assert_eq!(r.abs_diff(s) + c.abs_diff(d), 1, "{curve:?} {rows}x{columns}");
+                assert_eq!(
+                    r.abs_diff(s) + c.abs_diff(d),
+                    1,
+                    "{curve:?} {rows}x{columns}"
+                );
             }
         }
     }
@@ -604,7 +609,10 @@ fn work_grows_linearly_unless_the_mask_is_laid_out() {
             let given = Given::new(1, length);
             mixing(spec, causal, &map, &given).operations(3) as f64
         };
-        ((work(1024) / work(256)).log2() / 2.0, (work(512) / work(256)).log2())
+        (
+            (work(1024) / work(256)).log2() / 2.0,
+            (work(512) / work(256)).log2(),
+        )
     };
     for decay in DECAYS {
         for (form, claimed) in [
@@ -617,7 +625,10 @@ fn work_grows_linearly_unless_the_mask_is_laid_out() {
                 ..on_image(decay, 16, &[Curve::Rows, Curve::Columns])
             };
             let (four, two) = exponent(&spec, false);
-            assert!((four - claimed).abs() < 0.1 && (two - claimed).abs() < 0.1, "{form:?}");
+            assert!(
+                (four - claimed).abs() < 0.1 && (two - claimed).abs() < 0.1,
+                "{form:?}"
+            );
         }
         let (four, _) = exponent(&spec(decay), true);
         assert!((four - 1.0).abs() < 0.1);
@@ -626,9 +637,8 @@ fn work_grows_linearly_unless_the_mask_is_laid_out() {
 
 #[test]
 fn impossible_specs_are_refused() {
-    let refused = |spec: LionSpec, causal: bool| {
-        spec.validate(&heads(causal), "m").unwrap_err().to_string()
-    };
+    let refused =
+        |spec: LionSpec, causal: bool| spec.validate(&heads(causal), "m").unwrap_err().to_string();
     assert_eq!(
         refused(
             LionSpec {
@@ -660,7 +670,10 @@ fn impossible_specs_are_refused() {
         "m.image is \"given\", but must be absent in causal attention, which has one order"
     );
     assert_eq!(
-        refused(on_image(LionDecay::None, 2, &[Curve::Rows, Curve::Rows]), false),
+        refused(
+            on_image(LionDecay::None, 2, &[Curve::Rows, Curve::Rows]),
+            false
+        ),
         "m.image.curves is [Rows, Rows], but must be rows, columns or both, each once"
     );
 }

@@ -141,7 +141,9 @@ const DIGITS: Measures = Measures {
 
 /// Means of accuracies in percent, listed.
 fn listed(found: &[(&str, f64)]) -> String {
-    let each = found.iter().map(|(name, right)| format!("{name} {right:.1} %"));
+    let each = found
+        .iter()
+        .map(|(name, right)| format!("{name} {right:.1} %"));
     each.collect::<Vec<_>>().join(", ")
 }
 
@@ -266,7 +268,9 @@ impl ParameterSource for Large {
         init: Init,
     ) -> lapidary_parts::Result<Tensor> {
         let tensor = self.0.parameter(name, shape, init)?;
-        let is_score = ["query.weight", "key.weight"].iter().any(|part| name.ends_with(part));
+        let is_score = ["query.weight", "key.weight"]
+            .iter()
+            .any(|part| name.ends_with(part));
         let factor = if is_score { 8.0 } else { 1.0 };
         Ok((tensor * factor).map_err(lapidary_kernels::Error::from)?)
     }
@@ -277,7 +281,10 @@ fn with_large_weights(setting: &Setting, size: &Size) -> Result<Claim> {
     let training = digits(count, setting.seed);
     let held_out = digits(count / 2, setting.seed ^ 0xd161);
     let mut found = Vec::new();
-    for (name, normalisation) in [("token", Normalisation::Token), ("none", Normalisation::None)] {
+    for (name, normalisation) in [
+        ("token", Normalisation::Token),
+        ("none", Normalisation::None),
+    ] {
         for degree in [1, 2] {
             let course = Course {
                 steps,

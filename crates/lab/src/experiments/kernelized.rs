@@ -106,9 +106,8 @@ impl Sample {
     fn new(sequences: usize, seed: u64) -> Result<Self> {
         let mut source = Initialiser::new(seed, DType::F32, Device::Cpu);
         let shape = [sequences, 1, LENGTH, WIDTH];
-        let mut draw = |name: &str, deviation: f64| {
-            source.parameter(name, &shape, Init::Normal { deviation })
-        };
+        let mut draw =
+            |name: &str, deviation: f64| source.parameter(name, &shape, Init::Normal { deviation });
         let (q, k, v) = (draw("q", 0.4)?, draw("k", 0.4)?, draw("v", 1.0)?);
         let y = teacher(&q, &k, &v)?;
         Ok(Self { q, k, v, y })
@@ -214,7 +213,13 @@ fn error(module: &dyn Mechanism, sample: &Sample, draw: Option<u64>) -> Result<T
 }
 
 /// The error of a student on held-out sequences after training, over several draws.
-fn taught(spec: &KernelizedSpec, size: &Size, sample: &Sample, asked: &Sample, seed: u64) -> Result<f64> {
+fn taught(
+    spec: &KernelizedSpec,
+    size: &Size,
+    sample: &Sample,
+    asked: &Sample,
+    seed: u64,
+) -> Result<f64> {
     let (module, variables) = student(spec, seed)?;
     if !variables.is_empty() {
         let parameters = variables.iter().map(|variable| Parameter {
@@ -270,7 +275,9 @@ fn recovery(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
                 after_training(setting.scale, fixed >= 3.0 * learned),
             )
             .noted(match name {
-                "a generator" => "its tanh keeps frequencies within [−1, 1]; the kernel's lie at ±3",
+                "a generator" => {
+                    "its tanh keeps frequencies within [−1, 1]; the kernel's lie at ±3"
+                }
                 _ => "",
             }),
         );
@@ -280,8 +287,7 @@ fn recovery(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
 
 /// The variants that are compared on lists.
 fn ways() -> Vec<(&'static str, MechanismSpec)> {
-    let kernelized =
-        |spectrum, features| MechanismSpec::Kernelized(spec(spectrum, features, None));
+    let kernelized = |spectrum, features| MechanismSpec::Kernelized(spec(spectrum, features, None));
     let fastfood = SpectrumSpec::Fastfood {
         learned: Learned::Scaling,
     };
@@ -332,8 +338,12 @@ fn on_lists(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
         found.map_or(f64::NAN, |(_, right)| *right)
     };
     let positive = found.iter().filter(|(name, _)| name.ends_with("positive"));
-    let least = positive.map(|(_, right)| *right).fold(f64::INFINITY, f64::min);
-    let each = found.iter().map(|(name, right)| format!("{name} {right:.1} %"));
+    let least = positive
+        .map(|(_, right)| *right)
+        .fold(f64::INFINITY, f64::min);
+    let each = found
+        .iter()
+        .map(|(name, right)| format!("{name} {right:.1} %"));
     let listed = each.collect::<Vec<_>>().join(", ");
     Ok(vec![
         Claim::new(
@@ -394,7 +404,11 @@ fn costs(size: &Size) -> Result<(Claim, Plot)> {
         "operations grow linearly with the length",
         "linear up to 4000 tokens",
         format!("exponents: {}", each.collect::<Vec<_>>().join(", ")),
-        Verdict::of(counted.iter().all(|(_, slope, _)| (slope - 1.0).abs() < 0.1)),
+        Verdict::of(
+            counted
+                .iter()
+                .all(|(_, slope, _)| (slope - 1.0).abs() < 0.1),
+        ),
     );
     let plot = Plot {
         title: "Time of attention, one head of 8 features".to_owned(),

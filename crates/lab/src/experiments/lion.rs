@@ -14,9 +14,7 @@ use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{HeadSpec, Initialiser};
 use lapidary_parts::Context;
 use lapidary_parts::attention::MechanismSpec;
-use lapidary_parts::attention::mechanism::lion::{
-    Curve, LionDecay, LionForm, LionImage, LionSpec,
-};
+use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
 use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass};
 use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
 use lapidary_signal::{Mixing, Trace};
@@ -191,7 +189,9 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
     }
     let right = |way: Way| mean(found.get(way.name()).cloned().unwrap_or_default());
     let listed = |ways: &[Way]| {
-        let each = ways.iter().map(|way| format!("{} {:.1} %", way.name(), right(*way)));
+        let each = ways
+            .iter()
+            .map(|way| format!("{} {:.1} %", way.name(), right(*way)));
         each.collect::<Vec<_>>().join(", ")
     };
     Ok(vec![

@@ -94,7 +94,11 @@ impl Text {
                 ignore_index: Some(IGNORED),
                 ..CrossEntropyOptions::default()
             };
-            Ok(cross_entropy(&logits, &engine(targets.flatten_all())?, &options)?)
+            Ok(cross_entropy(
+                &logits,
+                &engine(targets.flatten_all())?,
+                &options,
+            )?)
         })?;
         let mut draws = generator(course.seed ^ 0xa5c);
         let mut shares = Vec::new();

@@ -2,8 +2,8 @@
 //! operators, and how a comparison is run.
 
 use super::classifier::{Labelled, Narrow, batch, fit, probabilities};
-use crate::error::engine;
 use crate::Result;
+use crate::error::engine;
 use lapidary_explain::faithfulness::masking::most_likely;
 use lapidary_kernels::{CrossEntropyOptions, DType, Device, Tensor, cross_entropy};
 use lapidary_model::{
@@ -90,7 +90,11 @@ pub fn list_operations(count: usize, seed: u64) -> Vec<Labelled> {
 }
 
 /// Writes an expression of at most `depth` levels and gives its value.
-fn expression(generator: &mut lapidary_train::Generator, depth: usize, tokens: &mut Vec<u32>) -> u32 {
+fn expression(
+    generator: &mut lapidary_train::Generator,
+    depth: usize,
+    tokens: &mut Vec<u32>,
+) -> u32 {
     // The outermost is a list; deeper down, three of four are digits.
     if depth == 0 || (tokens.len() > 1 && generator.random_bool(0.75)) {
         let digit = generator.random_range(0..10);

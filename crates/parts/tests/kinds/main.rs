@@ -15,7 +15,12 @@ use common::{
 };
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::activation::ActivationSpec;
+use lapidary_parts::attention::mechanism::fastmax::{FastmaxSpec, Normalisation};
+use lapidary_parts::attention::mechanism::kernelized::{
+    KernelizedSpec, Learned, ReadOut, SpectrumSpec,
+};
 use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
+use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
 use lapidary_parts::attention::{
     MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeyNorm, QueryKeySharing,
 };
@@ -59,7 +64,7 @@ kinds!(feedforward, FEEDFORWARDS, FeedforwardSpec: Dense, Gated, Mixture, Linear
 kinds!(norm, NORMS, NormSpec: Layer, Rms, None);
 kinds!(position, POSITIONS, PositionSpec:
     None, Rotary, Alibi, RelativeBuckets, KerpleLogarithmic, KerplePower, Sandwich, Fire);
-kinds!(mechanism, MECHANISMS, MechanismSpec: Softmax, Linformer);
+kinds!(mechanism, MECHANISMS, MechanismSpec: Softmax, Linformer, Lion, Fastmax, Kernelized);
 kinds!(scaling, SCALINGS, RotaryScaling: None, Linear, Llama3);
 kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel);
 kinds!(activation, ACTIVATIONS, ActivationSpec:
@@ -190,7 +195,11 @@ impl Case {
             return false;
         };
         matches!(heads.position, PositionSpec::Fire(_))
-            || matches!(heads.mechanism, MechanismSpec::Linformer(_))
+            || match &heads.mechanism {
+                MechanismSpec::Linformer(_) => true,
+                MechanismSpec::Lion(lion) => lion.class_token || lion.image.is_some(),
+                _ => false,
+            }
     }
 
     fn is_mamba_with_bias(&self) -> bool {

@@ -156,11 +156,7 @@ impl Describe for FastmaxSpec {
         }
         if !self.coefficients.iter().all(|a| a.is_finite()) {
             let expected = "three finite numbers";
-            return Err(Error::spec(
-                at("coefficients"),
-                self.coefficients,
-                expected,
-            ));
+            return Err(Error::spec(at("coefficients"), self.coefficients, expected));
         }
         if !(0.0..1.0).contains(&self.dropout) {
             let expected = "at least 0 and below 1";
@@ -223,7 +219,10 @@ impl Fastmax {
         };
         let q = tensor(self.normalise(q, here)? * (scale / self.spec.temperature))?;
         let k = self.normalise(k, kept.as_ref())?;
-        let dropout = pass.context.dropout_seed.filter(|_| self.spec.dropout > 0.0);
+        let dropout = pass
+            .context
+            .dropout_seed
+            .filter(|_| self.spec.dropout > 0.0);
         let before = match self.spec.normalisation {
             Normalisation::None => q.elem_count(),
             Normalisation::Token => 6 * (q.elem_count() + k.elem_count()),

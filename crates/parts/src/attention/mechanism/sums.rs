@@ -146,10 +146,7 @@ impl<S: Sums> Mixing for Normalised<S> {
 }
 
 /// The sums of earlier tokens in a decode state, and the logarithm of the decay that follows them.
-pub(super) fn earlier(
-    state: &MixerState,
-    path: &str,
-) -> Result<Option<(Tensor, Option<Tensor>)>> {
+pub(super) fn earlier(state: &MixerState, path: &str) -> Result<Option<(Tensor, Option<Tensor>)>> {
     match state {
         MixerState::Empty => Ok(None),
         MixerState::Sums { sums, decay } => Ok(Some((sums.clone(), decay.clone()))),
@@ -216,11 +213,7 @@ pub(super) fn resume<S: Remembered + 'static>(
 
 /// The mask of the last `keys` keys as numbers of `dtype`, `[batch, 1, key, 1]`: those that a pass
 /// itself brings.
-pub(super) fn kept(
-    pass: &MechanismPass<'_>,
-    keys: usize,
-    dtype: DType,
-) -> Result<Option<Tensor>> {
+pub(super) fn kept(pass: &MechanismPass<'_>, keys: usize, dtype: DType) -> Result<Option<Tensor>> {
     let Some(kept) = pass.kept(dtype)? else {
         return Ok(None);
     };

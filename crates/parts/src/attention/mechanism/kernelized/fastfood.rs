@@ -111,7 +111,11 @@ pub fn hadamard(x: &Tensor) -> Result<Tensor> {
     let width = x.dims().last().copied().unwrap_or(0);
     if !width.is_power_of_two() {
         let expected = "a power of two";
-        return Err(Error::spec("length of a Hadamard transform", width, expected));
+        return Err(Error::spec(
+            "length of a Hadamard transform",
+            width,
+            expected,
+        ));
     }
     let rows = x.elem_count() / width;
     let mut y = tensor(tensor(x.contiguous())?.reshape((rows, width)))?;
@@ -119,7 +123,10 @@ pub fn hadamard(x: &Tensor) -> Result<Tensor> {
     while half < width {
         // Pairs that lie `half` apart become their sum and their difference.
         let pairs = tensor(y.reshape((rows, width / (2 * half), 2, half)))?;
-        let (a, b) = (tensor(pairs.narrow(2, 0, 1))?, tensor(pairs.narrow(2, 1, 1))?);
+        let (a, b) = (
+            tensor(pairs.narrow(2, 0, 1))?,
+            tensor(pairs.narrow(2, 1, 1))?,
+        );
         let both = [tensor(&a + &b)?, tensor(&a - &b)?];
         y = tensor(tensor(Tensor::cat(&both, 2))?.reshape((rows, width)))?;
         half *= 2;

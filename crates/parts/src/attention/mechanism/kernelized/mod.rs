@@ -207,9 +207,8 @@ impl FeatureMap {
     ) -> Result<[Tensor; 2]> {
         let [q, mut k] = match self.read_out {
             ReadOut::Positive { stabilise: true } => {
-                let exponents = |x: &Tensor| -> Result<Tensor> {
-                    self.exponents(x, &self.project(x, seed)?)
-                };
+                let exponents =
+                    |x: &Tensor| -> Result<Tensor> { self.exponents(x, &self.project(x, seed)?) };
                 let (q, mut k) = (exponents(q)?, exponents(k)?);
                 if let Some(kept) = kept {
                     // Far below any exponent, and finite.
@@ -236,7 +235,11 @@ impl FeatureMap {
         let waves = tensor(Tensor::cat(&[cosines, sines], D::Minus1))?;
         let waves = tensor(waves * (1.0 / self.count as f64).sqrt())?;
         let (batch, heads, length, _) = tensor(waves.dims4())?;
-        let constant = tensor(Tensor::full(smoothing, (batch, heads, length, 1), waves.device()))?;
+        let constant = tensor(Tensor::full(
+            smoothing,
+            (batch, heads, length, 1),
+            waves.device(),
+        ))?;
         let constant = tensor(constant.to_dtype(waves.dtype()))?;
         tensor(Tensor::cat(&[waves, constant], 3))
     }
@@ -280,10 +283,18 @@ impl Kernelized {
         let kept = kept(pass, tensor(k.dim(2))?, k.dtype())?;
         let root = self.heads.scale.sqrt();
         let (q, k) = (tensor(q * root)?, tensor(k * root)?);
-        let rows = q.elem_count().checked_div(self.heads.head_width).unwrap_or(0)
-            + k.elem_count().checked_div(self.heads.head_width).unwrap_or(0);
+        let rows = q
+            .elem_count()
+            .checked_div(self.heads.head_width)
+            .unwrap_or(0)
+            + k.elem_count()
+                .checked_div(self.heads.head_width)
+                .unwrap_or(0);
         let [q, k] = self.map.both(&q, &k, kept.as_ref(), seed)?;
-        let each = self.map.spectrum.operations(self.heads.head_width, self.map.count)
+        let each = self
+            .map
+            .spectrum
+            .operations(self.heads.head_width, self.map.count)
             + 2 * self.map.width() as u64;
         let before = rows as u64 * each;
         let features = Features {
@@ -302,7 +313,12 @@ impl Kernelized {
 
 impl Mechanism for Kernelized {
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
-        Ok(Box::new(self.sums(q, k, draw_seed(pass, self.seed), pass)?))
+        Ok(Box::new(self.sums(
+            q,
+            k,
+            draw_seed(pass, self.seed),
+            pass,
+        )?))
     }
 
     fn memory(&self) -> Memory {

@@ -29,13 +29,12 @@ const EPSILON: f64 = 1e-5;
 const LEAK: f64 = 0.01;
 
 /// What frequencies are drawn from.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum SpectrumSpec {
     /// The standard normal distribution, not learned: the kernel `exp(−‖x − y‖²/2)`.
     Gaussian,
     /// Normal distributions with learned means and covariances.
-    #[default]
     Mixture {
         /// Components of a head, whose attentions are averaged with learned weights; one without a
         /// weight when absent.
@@ -65,13 +64,14 @@ pub enum Learned {
     All,
 }
 
+impl Default for SpectrumSpec {
+    fn default() -> Self {
+        Self::Mixture { components: None }
+    }
+}
+
 impl SpectrumSpec {
-    pub(super) fn validate(
-        &self,
-        spec: &KernelizedSpec,
-        heads: &Heads,
-        field: &str,
-    ) -> Result<()> {
+    pub(super) fn validate(&self, spec: &KernelizedSpec, heads: &Heads, field: &str) -> Result<()> {
         let count = spec.frequencies(heads.head_width);
         let fourier = matches!(spec.features, ReadOut::Fourier { .. });
         let refuse = |name: &str, found: usize, expected: &str| {
@@ -106,7 +106,11 @@ impl SpectrumSpec {
                 }
             }
             Self::Generator => match count < 2 {
-                true => refuse("count", count, "at least 2, for the variance of a batch norm"),
+                true => refuse(
+                    "count",
+                    count,
+                    "at least 2, for the variance of a batch norm",
+                ),
                 false => Ok(()),
             },
         }
