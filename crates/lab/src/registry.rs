@@ -18,6 +18,8 @@ pub enum Kind {
     Theory,
     /// A way to mix tokens.
     Attention,
+    /// A part of a Transformer.
+    Part,
 }
 
 /// A system from a paper.
@@ -109,6 +111,16 @@ static SYSTEMS: &[System] = &[
         kind: Kind::Theory,
         parts: &["explain::analyses::clustering"],
         experiment: experiments::clustering::run,
+    },
+    System {
+        slug: "combiner",
+        title: "Combiner: Full Attention Transformer with Sparse Computation Cost",
+        authors: "Ren, Dai, Dai, Yang, Leskovec, Schuurmans, Dai",
+        year: 2021,
+        arxiv: Some("2107.05768"),
+        kind: Kind::Part,
+        parts: &["parts::attention::mechanism::combiner"],
+        experiment: experiments::combiner::run,
     },
     System {
         slug: "compression-survey",
@@ -364,6 +376,16 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::rducb::run,
     },
     System {
+        slug: "reformer",
+        title: "Reformer: The Efficient Transformer",
+        authors: "Kitaev, Kaiser, Levskaya",
+        year: 2020,
+        arxiv: Some("2001.04451"),
+        kind: Kind::Part,
+        parts: &["parts::attention::mechanism::reformer"],
+        experiment: experiments::reformer::run,
+    },
+    System {
         slug: "replaceme",
         title: "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block \
                 Linearization",
@@ -387,6 +409,16 @@ static SYSTEMS: &[System] = &[
             "compress::dimension",
         ],
         experiment: experiments::slicegpt::run,
+    },
+    System {
+        slug: "sparse-transformer",
+        title: "Generating Long Sequences with Sparse Transformers",
+        authors: "Child, Gray, Radford, Sutskever",
+        year: 2019,
+        arxiv: Some("1904.10509"),
+        kind: Kind::Part,
+        parts: &["parts::attention::mechanism::sparse"],
+        experiment: experiments::sparse_transformer::run,
     },
     System {
         slug: "talking-heads",

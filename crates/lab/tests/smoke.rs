@@ -207,6 +207,21 @@ fn modegpt() {
 }
 
 #[test]
+fn sparse_transformer() {
+    check("sparse-transformer");
+}
+
+#[test]
+fn reformer() {
+    check("reformer");
+}
+
+#[test]
+fn combiner() {
+    check("combiner");
+}
+
+#[test]
 fn every_system_is_tested_here() {
     let slugs: Vec<&str> = systems().iter().map(|system| system.slug).collect();
     assert_eq!(
@@ -217,6 +232,7 @@ fn every_system_is_tested_here() {
             "chefer",
             "clip-text-decomposition",
             "clustering",
+            "combiner",
             "compression-survey",
             "contextual-decomposition",
             "curvature-edit",
@@ -239,8 +255,10 @@ fn every_system_is_tested_here() {
             "over-squashing",
             "pruning-study",
             "rducb",
+            "reformer",
             "replaceme",
             "slicegpt",
+            "sparse-transformer",
             "talking-heads",
         ]
     );

@@ -1,6 +1,7 @@
 //! The experiments, one file for each system, and what several of them use.
 
 pub mod agreement;
+pub mod attending;
 pub mod attributes;
 pub mod autoencoder;
 pub mod bigram;
@@ -8,6 +9,7 @@ pub mod chefer;
 pub mod classifier;
 pub mod clip;
 pub mod clustering;
+pub mod combiner;
 pub mod compression_survey;
 pub mod contextual;
 pub mod curvature;
@@ -38,9 +40,11 @@ pub mod narrowing;
 pub mod polarity;
 pub mod pruning_study;
 pub mod rducb;
+pub mod reformer;
 pub mod replace_me;
 pub mod sequences;
 pub mod slicegpt;
+pub mod sparse_transformer;
 pub mod squashing;
 pub mod talking_heads;
 pub mod topics;

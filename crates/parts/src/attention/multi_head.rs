@@ -137,6 +137,17 @@ impl MultiHeadSpec {
         }
     }
 
+    /// What sets this attention apart from the usual one, softmax over keys and values of their own;
+    /// nothing where nothing does. For whoever reasons about its products of weights.
+    pub fn peculiarity(&self) -> Option<&'static str> {
+        match (self.mechanism.spec(), self.sharing) {
+            (Some(mechanism), _) => Some(mechanism.kind()),
+            (None, QueryKeySharing::None) => None,
+            (None, QueryKeySharing::QueryKey) => Some("queries that are keys"),
+            (None, QueryKeySharing::All) => Some("queries that are keys and values"),
+        }
+    }
+
     /// Key/value heads.
     pub fn groups(&self) -> usize {
         self.groups.unwrap_or(self.heads)
@@ -251,6 +262,7 @@ impl MultiHeadSpec {
             head_width: self.head_width(width),
             causal: self.causal,
             scale: self.scale(width),
+            sharing: self.sharing,
         }
     }
 

@@ -213,6 +213,80 @@ fn linear() -> Vec<(&'static str, BlockSpec)> {
     ]
 }
 
+/// Heads that meet some of the keys. One chunk holds everything where tokens are sorted and causal,
+/// so that what is met doesn't hang on later ones.
+fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
+    let sparse = |pattern, steps| MultiHeadSpec {
+        causal: true,
+        ..through(MechanismSpec::Sparse(SparseSpec { pattern, steps }))
+    };
+    let combiner = |form| MultiHeadSpec {
+        causal: true,
+        ..through(MechanismSpec::Combiner(CombinerSpec {
+            form,
+            log_count: true,
+        }))
+    };
+    let reformer = |rounds, chunk| MultiHeadSpec {
+        sharing: QueryKeySharing::QueryKey,
+        ..through(MechanismSpec::Reformer(ReformerSpec {
+            rounds,
+            buckets: vec![4],
+            ..ReformerSpec::new(chunk)
+        }))
+    };
+    let strided = SparsePattern::Strided { stride: 2 };
+    let fixed = SparsePattern::Fixed {
+        stride: 3,
+        summaries: 1,
+        groups: 2,
+    };
+    vec![
+        ("strided, merged", sparse(strided, Steps::Merged)),
+        ("strided, by head", sparse(strided, Steps::ByHead)),
+        ("fixed, columns of each head", sparse(fixed, Steps::Merged)),
+        (
+            "log-sparse, grouped keys, rotary",
+            MultiHeadSpec {
+                groups: Some(1),
+                position: rotary(false, None, RotaryScaling::None),
+                ..sparse(SparsePattern::LogSparse, Steps::Merged)
+            },
+        ),
+        (
+            "hashed",
+            MultiHeadSpec {
+                causal: true,
+                ..reformer(2, 8)
+            },
+        ),
+        ("hashed in both directions", reformer(1, 2)),
+        (
+            "segments and their summaries",
+            combiner(CombinerForm::Fixed { segment: 2 }),
+        ),
+        (
+            "segments and their summaries in both directions",
+            MultiHeadSpec {
+                causal: false,
+                ..combiner(CombinerForm::Fixed { segment: 2 })
+            },
+        ),
+        ("doubling spans", combiner(CombinerForm::LogSparse)),
+        (
+            "columns and rows in summary",
+            combiner(CombinerForm::Mixture {
+                columns: 2,
+                joint: false,
+            }),
+        ),
+        (
+            "earlier rows in summary",
+            combiner(CombinerForm::RowMajor { columns: 2 }),
+        ),
+    ]
+}
+
 /// Blocks that together use every mechanism and every bias.
 fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
     let multi_head = |spec| block(Wiring::PreNorm, LAYER, MixerSpec::MultiHead(spec));
@@ -262,6 +336,39 @@ fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
                 output_bias: Some(true),
                 ..causal(PositionSpec::None)
             }),
+        ),
+        (
+            "sparse codes in the place of the stream",
+            BlockSpec {
+                feedforward: Some(FeedforwardSpec::SparseCode(SparseCodeSpec::default())),
+                ..block(
+                    Wiring::Replacing,
+                    LAYER,
+                    MixerSpec::MultiHead(MultiHeadSpec {
+                        sharing: QueryKeySharing::All,
+                        bias: false,
+                        output_bias: Some(true),
+                        ..MultiHeadSpec::new(2)
+                    }),
+                )
+            },
+        ),
+        (
+            "codes in an over-complete dictionary",
+            BlockSpec {
+                feedforward: Some(FeedforwardSpec::SparseCode(SparseCodeSpec {
+                    atoms: Some(14),
+                    ..SparseCodeSpec::default()
+                })),
+                ..block(
+                    Wiring::Replacing,
+                    RMS,
+                    MixerSpec::MultiHead(MultiHeadSpec {
+                        causal: true,
+                        ..MultiHeadSpec::new(2)
+                    }),
+                )
+            },
         ),
         (
             "linformer",
@@ -317,6 +424,10 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
     };
     let mut all = mechanisms();
     all.extend(linear());
+    all.extend(sparse().into_iter().map(|(name, spec)| {
+        let spec = MixerSpec::MultiHead(spec);
+        (name, block(PreNorm, LAYER, spec))
+    }));
     all.extend(vec![
         (
             "plain bidirectional",

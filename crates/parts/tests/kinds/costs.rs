@@ -96,9 +96,18 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
                 ));
             }
             FeedforwardSpec::Linear(map) => parts.push(linear(WIDTH, WIDTH, map.bias, n)),
+            FeedforwardSpec::SparseCode(code) => parts.push(match code.atoms {
+                None => (WIDTH * WIDTH, n * (4 * WIDTH * WIDTH + 6 * WIDTH)),
+                Some(atoms) => (
+                    WIDTH * atoms,
+                    n * (8 * WIDTH * atoms + 7 * atoms + 2 * WIDTH),
+                ),
+            }),
         }
         parts.push(norm(&spec.norm, WIDTH, n));
-        parts.push((0, n * WIDTH));
+        if spec.wiring != Wiring::Replacing {
+            parts.push((0, n * WIDTH));
+        }
     }
     parts
         .into_iter()
@@ -210,7 +219,84 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
         MechanismSpec::Lion(lion) => lion_formula(spec, lion, keys),
         MechanismSpec::Fastmax(fastmax) => (0, fastmax_formula(spec, fastmax, keys)),
         MechanismSpec::Kernelized(kernelized) => kernelized_formula(spec, kernelized, keys),
+        MechanismSpec::Sparse(sparse) => {
+            let merging = match sparse.pattern {
+                SparsePattern::LogSparse => 0,
+                _ => 2 * LENGTH * (2 * spec.value_width(WIDTH) + 4),
+            };
+            let met = (0..spec.heads).map(|head| pairs_of_pattern(sparse, head));
+            let met = BATCH * met.sum::<usize>();
+            (0, met * (2 * widths + 5) + heads * merging)
+        }
+        MechanismSpec::Reformer(reformer) => {
+            let width = spec.head_width(WIDTH);
+            let hashing = 2 * width * keys * reformer.rounds * reformer.buckets[0] / 2;
+            let merging = match reformer.rounds {
+                1 => 0,
+                rounds => rounds * LENGTH * (2 * spec.value_width(WIDTH) + 4),
+            };
+            // Every chunk of the ring meets itself and the one before.
+            let met = match reformer.chunk >= LENGTH {
+                true => 2 * reformer.rounds * pairs,
+                false => reformer.rounds * LENGTH * 2 * reformer.chunk,
+            };
+            (0, heads * (met * (2 * widths + 5) + hashing + merging))
+        }
+        MechanismSpec::Combiner(combiner) => {
+            let value = spec.value_width(WIDTH);
+            let pair = 2 * widths + 5;
+            let merging = |parts: usize| parts * LENGTH * (2 * value + 4);
+            let operations = match combiner.form {
+                CombinerForm::Fixed { segment: 2 } if spec.causal => {
+                    (9 + 6 + 4) * pair + merging(2)
+                }
+                CombinerForm::Fixed { segment: 2 } => (12 + 12 + 6) * pair + merging(2),
+                // 1 + the ones among the binary digits of 0 … 5; spans 0, 2, 4 of one token, 0 of
+                // two, 0 of four.
+                CombinerForm::LogSparse => (6 + 7 + (3 + 2 + 4)) * pair + merging(2),
+                // Columns of 1 + 2 + 3, rows of 1 before; the other column above, and its first two
+                // beginnings; one side of each earlier row, the other being empty, and both rows'
+                // ends of one token.
+                CombinerForm::Mixture {
+                    columns: 2,
+                    joint: false,
+                } => {
+                    let direct = 12 + 3;
+                    let vertical = (direct + 4 + 6) * pair + merging(3);
+                    let horizontal = (direct + 6 + 6) * pair + merging(3);
+                    vertical + horizontal + 2 * LENGTH * value
+                }
+                CombinerForm::RowMajor { columns: 2 } => {
+                    let keys = 12 * (4 * spec.head_width(WIDTH) + 5);
+                    (9 + 6 + 12) * pair + merging(2) + keys
+                }
+                other => panic!("no formula for {other:?}"),
+            };
+            (0, heads * operations)
+        }
     }
+}
+
+/// Pairs of a query and a key that a head meets in a sequence.
+fn pairs_of_pattern(sparse: &SparseSpec, head: usize) -> usize {
+    let sees = |i: usize, j: usize| match sparse.pattern {
+        SparsePattern::Strided { stride } => {
+            let steps = [i - j < stride, (i - j) % stride == 0];
+            match sparse.steps {
+                Steps::ByHead => steps[head % 2],
+                _ => steps[0] || steps[1],
+            }
+        }
+        SparsePattern::Fixed {
+            stride,
+            summaries: 1,
+            groups,
+        } => i / stride == j / stride || stride - 1 - j % stride == head % groups,
+        SparsePattern::LogSparse => i == j || (i - j).is_power_of_two(),
+        other => panic!("no formula for {other:?}"),
+    };
+    let pairs = (0..LENGTH).flat_map(|i| (0..=i).map(move |j| (i, j)));
+    pairs.filter(|(i, j)| sees(*i, *j)).count()
 }
 
 /// Sums over the past of one head and sequence: no longer than a chunk.

@@ -15,18 +15,21 @@ use common::{
 };
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::activation::ActivationSpec;
+use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
 use lapidary_parts::attention::mechanism::fastmax::{FastmaxSpec, Normalisation};
 use lapidary_parts::attention::mechanism::kernelized::{
     KernelizedSpec, Learned, ReadOut, SpectrumSpec,
 };
 use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
 use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
+use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
+use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
 use lapidary_parts::attention::{
     MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeyNorm, QueryKeySharing,
 };
 use lapidary_parts::block::{Block, BlockSpec, Wiring};
 use lapidary_parts::feedforward::{
-    DenseSpec, FeedforwardSpec, GatedSpec, LinearSpec, Mixture, MixtureSpec,
+    DenseSpec, FeedforwardSpec, GatedSpec, LinearSpec, Mixture, MixtureSpec, SparseCodeSpec,
 };
 use lapidary_parts::norm::NormSpec;
 use lapidary_parts::position::{FireSpec, KeptPairs, PositionSpec, RotaryScaling, RotarySpec};
@@ -60,13 +63,14 @@ macro_rules! kinds {
 }
 
 kinds!(mixer, MIXERS, MixerSpec: MultiHead, Mamba, Absent);
-kinds!(feedforward, FEEDFORWARDS, FeedforwardSpec: Dense, Gated, Mixture, Linear);
+kinds!(feedforward, FEEDFORWARDS, FeedforwardSpec: Dense, Gated, Mixture, Linear, SparseCode);
 kinds!(norm, NORMS, NormSpec: Layer, Rms, None);
 kinds!(position, POSITIONS, PositionSpec:
     None, Rotary, Alibi, RelativeBuckets, KerpleLogarithmic, KerplePower, Sandwich, Fire);
-kinds!(mechanism, MECHANISMS, MechanismSpec: Softmax, Linformer, Lion, Fastmax, Kernelized);
+kinds!(mechanism, MECHANISMS, MechanismSpec:
+    Softmax, Linformer, Lion, Fastmax, Kernelized, Sparse, Reformer, Combiner);
 kinds!(scaling, SCALINGS, RotaryScaling: None, Linear, Llama3);
-kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel);
+kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel, Replacing);
 kinds!(activation, ACTIVATIONS, ActivationSpec:
     Identity, Relu, Gelu, GeluTanh, QuickGelu, Silu, Tanh, Sigmoid);
 
@@ -90,7 +94,7 @@ fn every_kind_has_a_case() {
                 FeedforwardSpec::Dense(dense) => Some(activation(&dense.activation)),
                 FeedforwardSpec::Gated(gated) => Some(activation(&gated.activation)),
                 FeedforwardSpec::Mixture(mixture) => Some(activation(&mixture.activation)),
-                FeedforwardSpec::Linear(_) => None,
+                FeedforwardSpec::Linear(_) | FeedforwardSpec::SparseCode(_) => None,
             });
         }
         if let MixerSpec::Mamba(mamba) = &spec.attention {
@@ -202,6 +206,12 @@ impl Case {
             }
     }
 
+    /// Whether later tokens change the order in which earlier ones are added up.
+    fn sorts_tokens(&self) -> bool {
+        matches!(&self.spec.attention, MixerSpec::MultiHead(heads)
+            if matches!(heads.mechanism, MechanismSpec::Reformer(_)))
+    }
+
     fn is_mamba_with_bias(&self) -> bool {
         matches!(&self.spec.attention, MixerSpec::Mamba(mamba) if mamba.bias && mamba.taps > 1)
     }
@@ -278,7 +288,8 @@ fn causal_kinds_do_not_see_the_future_and_others_do() {
         let after = rows(&case.run(&other), 0, kept);
         let found = difference(&before, &after);
         if case.spec.attention.is_causal() {
-            assert_eq!(found, 0.0, "{}", case.name);
+            let rounding = if case.sorts_tokens() { 1e-12 } else { 0.0 };
+            assert!(found <= rounding, "{}: {found:e}", case.name);
         } else {
             assert!(found > 1e-3, "{}", case.name);
         }

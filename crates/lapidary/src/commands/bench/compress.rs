@@ -38,7 +38,10 @@ pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
 
     let options = CalibrationOptions::default();
     pass(&model, &rows[..1])?;
-    let forward = seconds(|| rows.chunks(options.batch).try_for_each(|part| pass(&model, part)))?;
+    let forward = seconds(|| {
+        rows.chunks(options.batch)
+            .try_for_each(|part| pass(&model, part))
+    })?;
     let requirements = method.requirements(&model, &settings)?;
     let mut calibration = None;
     let calibrated = seconds(|| {
@@ -61,15 +64,17 @@ pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
     })?;
     let peak = super::peak_memory();
     let speeds = match &compressed {
-        Some(compressed) => Some([speed(&model, arguments)?, speed(&compressed.model, arguments)?]),
+        Some(compressed) => Some([
+            speed(&model, arguments)?,
+            speed(&compressed.model, arguments)?,
+        ]),
         None => None,
     };
-    let parameters = |model: &Model| -> usize {
-        model.parameters().values().map(Tensor::elem_count).sum()
-    };
-    let kept = compressed.as_ref().map(|after| {
-        parameters(&after.model) as f64 / parameters(&model) as f64
-    });
+    let parameters =
+        |model: &Model| -> usize { model.parameters().values().map(Tensor::elem_count).sum() };
+    let kept = compressed
+        .as_ref()
+        .map(|after| parameters(&after.model) as f64 / parameters(&model) as f64);
     if global.json {
         return output::print_json(&json!({
             "work": "compress",

@@ -12,10 +12,14 @@
 //! A new one is a file here, a variant of [`MechanismSpec`] and a line in [`MechanismSpec::spec`];
 //! [`linformer`] is the shortest.
 
+mod blocks;
+pub mod combiner;
 pub mod fastmax;
 pub mod kernelized;
 pub mod linformer;
 pub mod lion;
+pub mod reformer;
+pub mod sparse;
 mod sums;
 
 use std::fmt;
@@ -24,14 +28,19 @@ use crate::error::tensor;
 use crate::parameters::Parameters;
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
+use combiner::CombinerSpec;
 use fastmax::FastmaxSpec;
 use kernelized::KernelizedSpec;
 use lapidary_kernels::{DType, Tensor};
 use lapidary_signal::Mixing;
 use linformer::LinformerSpec;
 use lion::LionSpec;
+use reformer::ReformerSpec;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use sparse::SparseSpec;
+
+use super::QueryKeySharing;
 
 /// Which mechanism, and how it is set up.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -48,6 +57,12 @@ pub enum MechanismSpec {
     Fastmax(FastmaxSpec),
     /// Random features of a learned kernel (Chowdhury et al., arXiv 2110.08323).
     Kernelized(KernelizedSpec),
+    /// A pattern of about `√n` earlier tokens (Child et al., arXiv 1904.10509).
+    Sparse(SparseSpec),
+    /// Tokens that hash alike (Kitaev et al., arXiv 2001.04451).
+    Reformer(ReformerSpec),
+    /// Some tokens directly, all others in summaries of spans (Ren et al., arXiv 2107.05768).
+    Combiner(CombinerSpec),
 }
 
 impl MechanismSpec {
@@ -59,6 +74,9 @@ impl MechanismSpec {
             Self::Lion(spec) => Some(spec),
             Self::Fastmax(spec) => Some(spec),
             Self::Kernelized(spec) => Some(spec),
+            Self::Sparse(spec) => Some(spec),
+            Self::Reformer(spec) => Some(spec),
+            Self::Combiner(spec) => Some(spec),
         }
     }
 
@@ -86,6 +104,8 @@ pub struct Heads {
     pub causal: bool,
     /// What scores are multiplied by, where a mechanism has scores.
     pub scale: f64,
+    /// Which projections are one and the same.
+    pub sharing: QueryKeySharing,
 }
 
 /// What a mechanism can be asked for, beyond seeing all tokens of a sequence with pads.
