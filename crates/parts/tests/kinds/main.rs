@@ -16,7 +16,12 @@ use common::{
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
+use lapidary_parts::attention::mechanism::fastmax::{FastmaxSpec, Normalisation};
+use lapidary_parts::attention::mechanism::kernelized::{
+    KernelizedSpec, Learned, ReadOut, SpectrumSpec,
+};
 use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
+use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
 use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
 use lapidary_parts::attention::{
@@ -62,7 +67,8 @@ kinds!(feedforward, FEEDFORWARDS, FeedforwardSpec: Dense, Gated, Mixture, Linear
 kinds!(norm, NORMS, NormSpec: Layer, Rms, None);
 kinds!(position, POSITIONS, PositionSpec:
     None, Rotary, Alibi, RelativeBuckets, KerpleLogarithmic, KerplePower, Sandwich, Fire);
-kinds!(mechanism, MECHANISMS, MechanismSpec: Softmax, Linformer, Sparse, Reformer, Combiner);
+kinds!(mechanism, MECHANISMS, MechanismSpec:
+    Softmax, Linformer, Lion, Fastmax, Kernelized, Sparse, Reformer, Combiner);
 kinds!(scaling, SCALINGS, RotaryScaling: None, Linear, Llama3);
 kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel, Replacing);
 kinds!(activation, ACTIVATIONS, ActivationSpec:
@@ -193,7 +199,11 @@ impl Case {
             return false;
         };
         matches!(heads.position, PositionSpec::Fire(_))
-            || matches!(heads.mechanism, MechanismSpec::Linformer(_))
+            || match &heads.mechanism {
+                MechanismSpec::Linformer(_) => true,
+                MechanismSpec::Lion(lion) => lion.class_token || lion.image.is_some(),
+                _ => false,
+            }
     }
 
     /// Whether later tokens change the order in which earlier ones are added up.

@@ -259,7 +259,7 @@ impl Mechanism for SparseAttention {
         let needed = self.needed(&sequences, &places);
         let rows: Vec<u32> = needed.iter().map(|(row, _)| *row as u32).collect();
         let rows = tensor(Tensor::new(rows, keys.device()))?;
-        let left = |x: &Tensor| tensor(x.detach().contiguous()?.index_select(&rows, 1));
+        let left = |x: &Tensor| tensor(x.detach().index_select(&rows, 1));
         *state = MixerState::Kept {
             keys: left(&keys)?,
             values: left(&values)?,

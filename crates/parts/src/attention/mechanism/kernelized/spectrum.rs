@@ -29,13 +29,12 @@ const EPSILON: f64 = 1e-5;
 const LEAK: f64 = 0.01;
 
 /// What frequencies are drawn from.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum SpectrumSpec {
     /// The standard normal distribution, not learned: the kernel `exp(−‖x − y‖²/2)`.
     Gaussian,
     /// Normal distributions with learned means and covariances.
-    #[default]
     Mixture {
         /// Components of a head, whose attentions are averaged with learned weights; one without a
         /// weight when absent.
@@ -63,6 +62,12 @@ pub enum Learned {
     Scaling,
     /// `S`, `G` and `B`.
     All,
+}
+
+impl Default for SpectrumSpec {
+    fn default() -> Self {
+        Self::Mixture { components: None }
+    }
 }
 
 impl SpectrumSpec {
