@@ -16,6 +16,7 @@ mod blocks;
 pub mod combiner;
 pub mod linformer;
 pub mod reformer;
+mod sequences;
 pub mod sparse;
 
 use std::fmt;
