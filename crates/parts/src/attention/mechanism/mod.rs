@@ -19,6 +19,7 @@ pub mod kernelized;
 pub mod linformer;
 pub mod lion;
 pub mod reformer;
+mod sequences;
 pub mod sparse;
 mod sums;
 

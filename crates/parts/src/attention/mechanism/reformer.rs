@@ -29,9 +29,8 @@
 //! `rounds · c (1 + before + after)` pairs for a query; `head_width · rounds · Σ buckets` for each
 //! token that is hashed; sorting. No parameters.
 
-use super::blocks::{
-    At, Bias, Blocks, Part, Rule, Sequences, Sparse, apart, resumed, rows, side_by_side,
-};
+use super::blocks::{Bias, Blocks, Part, Rule, Sparse, apart, resumed, rows, side_by_side};
+use super::sequences::{At, Sequences};
 use super::{
     Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, QueryKeySharing, Resumed,
     draw_seed,

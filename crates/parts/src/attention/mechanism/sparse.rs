@@ -32,7 +32,8 @@
 //! in the first step of strided, the own block in that of the others, the columns in the second
 //! step of fixed; every column of strided and axial is read again, and all of it is kept.
 
-use super::blocks::{At, Blocks, Rule, Sequence, Sequences, Sparse, apart, resumed, side_by_side};
+use super::blocks::{Blocks, Rule, Sparse, apart, resumed, side_by_side};
+use super::sequences::{At, Sequence, Sequences};
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
 use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
