@@ -6,6 +6,7 @@ mod common;
 use common::{Map, assert_near, build, random, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::Context;
+use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::fastmax::{FastmaxSpec, Normalisation};
 use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass};
 use lapidary_parts::state::MixerState;
@@ -20,6 +21,7 @@ fn heads(causal: bool, head_width: usize) -> Heads {
         head_width,
         causal,
         scale: 0.5,
+        sharing: QueryKeySharing::None,
     }
 }
 

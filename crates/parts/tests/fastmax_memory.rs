@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use common::{Map, build, random};
 use lapidary_kernels::{DType, Tensor, Var};
 use lapidary_parts::Context;
+use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::fastmax::FastmaxSpec;
 use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass};
 use lapidary_signal::{Mixing, Trace};
@@ -46,6 +47,7 @@ fn largest(length: usize, width: usize, causal: bool) -> usize {
         head_width: width,
         causal,
         scale: 1.0,
+        sharing: QueryKeySharing::None,
     };
     let spec = FastmaxSpec::default();
     let module = build(&Map::new(), |p| spec.build(&heads, p)).unwrap();

@@ -6,6 +6,7 @@ mod common;
 use common::{Map, assert_near, build, difference, draw, random, tensor, values};
 use lapidary_kernels::{Device, Tensor};
 use lapidary_parts::Context;
+use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::kernelized::{
     FeatureMap, KernelizedSpec, Learned, ReadOut, SpectrumSpec, hadamard,
 };
@@ -24,6 +25,7 @@ fn heads(causal: bool, head_width: usize) -> Heads {
         head_width,
         causal,
         scale: 0.5,
+        sharing: QueryKeySharing::None,
     }
 }
 

@@ -5,6 +5,7 @@ mod common;
 
 use common::{Map, assert_near, build, difference, draw, gradient_error, random, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
 use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass};
 use lapidary_parts::{Context, Result};
@@ -22,6 +23,7 @@ fn heads() -> Heads {
         head_width: WIDTH,
         causal: false,
         scale: 0.5,
+        sharing: QueryKeySharing::None,
     }
 }
 

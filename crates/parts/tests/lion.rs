@@ -6,6 +6,7 @@ mod common;
 use common::{Map, assert_near, build, difference, draw, random, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::Context;
+use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
 use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass};
 use lapidary_parts::state::MixerState;
@@ -27,6 +28,7 @@ fn heads(causal: bool) -> Heads {
         head_width: 4,
         causal,
         scale: 0.5,
+        sharing: QueryKeySharing::None,
     }
 }
 

@@ -63,7 +63,10 @@ impl Size {
             Scale::Full => Self {
                 width: 128,
                 blocks: 4,
-                recipe: Recipe { batch: 32, ..recipe },
+                recipe: Recipe {
+                    batch: 32,
+                    ..recipe
+                },
                 steps: 5000,
                 seeds: 3,
                 batches: 64,
@@ -109,12 +112,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         setting: format!(
             "{what}; decoders of {} blocks of width {} with {HEADS} heads, {} steps of {} windows of {}, \
              {} seed(s)",
-            size.blocks,
-            size.width,
-            size.steps,
-            size.recipe.batch,
-            size.recipe.length,
-            size.seeds
+            size.blocks, size.width, size.steps, size.recipe.batch, size.recipe.length, size.seeds
         ),
         claims,
         plots,
@@ -126,7 +124,12 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
 struct Given(BTreeMap<String, Vec<f64>>);
 
 impl ParameterSource for Given {
-    fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> lapidary_parts::Result<Tensor> {
+    fn parameter(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        init: Init,
+    ) -> lapidary_parts::Result<Tensor> {
         match self.0.get(name) {
             Some(values) => Ok(Tensor::from_vec(values.clone(), shape, &Device::Cpu)
                 .map_err(lapidary_kernels::Error::from)?),
@@ -176,9 +179,17 @@ fn exact() -> Result<Vec<Claim>> {
     };
     let (r1, r2) = (1.3, 0.4);
     let whole = (r2 * LONGEST + 1.0).ln();
-    let kerple = bias(&one(FireTransform::Logarithm), &mut network(r2, -r1 * whole), LENGTH)?;
+    let kerple = bias(
+        &one(FireTransform::Logarithm),
+        &mut network(r2, -r1 * whole),
+        LENGTH,
+    )?;
     let slope = 2f64.powi(-8);
-    let alibi = bias(&one(FireTransform::Linear), &mut network(0.1, -slope * LONGEST), LENGTH)?;
+    let alibi = bias(
+        &one(FireTransform::Linear),
+        &mut network(0.1, -slope * LONGEST),
+        LENGTH,
+    )?;
     let mut worst = 0f64;
     for i in 0..LENGTH {
         for j in 0..=i {
@@ -205,7 +216,12 @@ fn decoder(size: &Size, vocabulary: usize, position: &PositionSpec, table: bool)
         ..MultiHeadSpec::new(HEADS)
     };
     let longest = size.lengths.last().copied().unwrap_or(size.recipe.length);
-    let mut spec = attending::spec(vocabulary, size.width, longest, &vec![attention; size.blocks]);
+    let mut spec = attending::spec(
+        vocabulary,
+        size.width,
+        longest,
+        &vec![attention; size.blocks],
+    );
     if let InputSpec::Tokens(tokens) = &mut spec.input {
         match table {
             true => tokens.length = size.recipe.length,
@@ -230,7 +246,13 @@ fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>, Vec<Pl
         let mut by_length: Vec<Vec<f64>> = vec![Vec::new(); size.lengths.len()];
         for seed in (setting.seed..).take(size.seeds as usize) {
             let spec = decoder(size, 256, &position, table);
-            let model = train_by(size.recipe, spec, Box::new(training.clone()), size.steps, seed)?;
+            let model = train_by(
+                size.recipe,
+                spec,
+                Box::new(training.clone()),
+                size.steps,
+                seed,
+            )?;
             for (each, &length) in by_length.iter_mut().zip(&size.lengths) {
                 // A table has no row for what is longer.
                 if table && length > size.recipe.length {
@@ -262,7 +284,13 @@ fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>, Vec<Pl
                 .get(name)
                 .into_iter()
                 .flatten()
-                .map(|loss| if loss.is_nan() { "–".to_owned() } else { format!("{loss:.3}") })
+                .map(|loss| {
+                    if loss.is_nan() {
+                        "–".to_owned()
+                    } else {
+                        format!("{loss:.3}")
+                    }
+                })
                 .collect();
             format!("{name} {}", each.join(" "))
         })
@@ -312,5 +340,9 @@ fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>, Vec<Pl
             })
             .collect(),
     };
-    Ok(("the bytes of Tiny Shakespeare".to_owned(), claims, vec![plot]))
+    Ok((
+        "the bytes of Tiny Shakespeare".to_owned(),
+        claims,
+        vec![plot],
+    ))
 }

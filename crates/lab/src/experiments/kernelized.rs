@@ -14,6 +14,7 @@ use lapidary_kernels::{AdamW, AdamWOptions, DType, Device, Parameter, Tensor, Va
 use lapidary_model::Initialiser;
 use lapidary_parts::Context;
 use lapidary_parts::attention::MechanismSpec;
+use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::kernelized::{
     KernelizedSpec, Learned, ReadOut, SpectrumSpec,
 };
@@ -172,6 +173,7 @@ const HEADS: Heads = Heads {
     head_width: WIDTH,
     causal: false,
     scale: 1.0,
+    sharing: QueryKeySharing::None,
 };
 
 fn student(spec: &KernelizedSpec, seed: u64) -> Result<(Box<dyn Mechanism>, Vec<Var>)> {

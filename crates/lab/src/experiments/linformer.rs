@@ -14,6 +14,7 @@ use lapidary_kernels::{AttentionOptions, DType, Device, Tensor, attention};
 use lapidary_model::{HeadSpec, Initialiser, Input, Pass};
 use lapidary_parts::Context;
 use lapidary_parts::attention::MechanismSpec;
+use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
 use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass};
 use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
@@ -134,7 +135,9 @@ fn normal(rows: usize, columns: usize, deviation: f64, seed: u64) -> Result<Matr
 fn softmax_rows(scores: &Matrix) -> Matrix {
     let mut weights = scores.clone();
     for i in 0..weights.nrows() {
-        let most = (0..weights.ncols()).map(|j| weights[(i, j)]).fold(f64::NEG_INFINITY, f64::max);
+        let most = (0..weights.ncols())
+            .map(|j| weights[(i, j)])
+            .fold(f64::NEG_INFINITY, f64::max);
         let mut sum = 0.0;
         for j in 0..weights.ncols() {
             weights[(i, j)] = (weights[(i, j)] - most).exp();
@@ -171,8 +174,7 @@ fn projections(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
         let values = &r * &v;
         let weights = softmax_rows(&slots_scores);
         let constructed = weights * values;
-        let constructed =
-            Matrix::from_fn(1, WIDTH, |i, j| (-delta).exp() * constructed[(i, j)]);
+        let constructed = Matrix::from_fn(1, WIDTH, |i, j| (-delta).exp() * constructed[(i, j)]);
         Ok([first, norm(&(constructed - &exact)) / norm(&exact)])
     };
     let average = |length: usize, slots: usize| -> Result<[f64; 2]> {
@@ -209,10 +211,7 @@ fn projections(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
     ])
 }
 
-fn on_hidden_tokens(
-    setting: &Setting,
-    size: &Size,
-) -> Result<(String, Vec<Claim>, Vec<Plot>)> {
+fn on_hidden_tokens(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>, Vec<Plot>)> {
     let mut text = text(setting)?;
     let measures = Measures {
         vocabulary: text.vocabulary + 1,
@@ -241,13 +240,24 @@ fn on_hidden_tokens(
     }
     let of = |sharing, slots| losses.get(&(sharing, slots)).copied().unwrap_or(f64::NAN);
     let row = |sharing: Sharing| {
-        let each: Vec<String> = size.slots.iter().map(|&k| format!("{:.3}", of(sharing, k))).collect();
+        let each: Vec<String> = size
+            .slots
+            .iter()
+            .map(|&k| format!("{:.3}", of(sharing, k)))
+            .collect();
         format!("{sharing:?} {}", each.join(" "))
     };
     let table: Vec<String> = size.sharings.iter().map(|&sharing| row(sharing)).collect();
-    let told = format!("dense {:.3}; slots {:?}: {}", dense.loss, size.slots, table.join("; "));
+    let told = format!(
+        "dense {:.3}; slots {:?}: {}",
+        dense.loss,
+        size.slots,
+        table.join("; ")
+    );
     let falls = size.sharings.iter().all(|&sharing| {
-        size.slots.windows(2).all(|w| matches!(w, [a, b] if of(sharing, *b) <= of(sharing, *a)))
+        size.slots
+            .windows(2)
+            .all(|w| matches!(w, [a, b] if of(sharing, *b) <= of(sharing, *a)))
     });
     let quarter = of(Sharing::Headwise, size.masked.length / 4);
     let apart = size
@@ -315,10 +325,18 @@ fn spectrum(dense: &Study, windows: Tensor) -> Result<(Vec<f64>, Plot)> {
                 *point += so_far / (batch * heads) as f64;
             }
         }
-        shares.push(curve.get((length / 4).saturating_sub(1)).copied().unwrap_or(f64::NAN));
+        shares.push(
+            curve
+                .get((length / 4).saturating_sub(1))
+                .copied()
+                .unwrap_or(f64::NAN),
+        );
         series.push(Series {
             name: format!("block {block}"),
-            points: (1..).zip(&curve).map(|(i, share)| (f64::from(i), *share)).collect(),
+            points: (1..)
+                .zip(&curve)
+                .map(|(i, share)| (f64::from(i), *share))
+                .collect(),
         });
     }
     Ok((
@@ -377,6 +395,7 @@ fn speed(setting: &Setting, size: &Size) -> Result<Claim> {
         head_width: WIDTH,
         causal: false,
         scale: 0.125,
+        sharing: QueryKeySharing::None,
     };
     let spec = LinformerSpec {
         slots: 128,
@@ -411,7 +430,10 @@ fn speed(setting: &Setting, size: &Size) -> Result<Claim> {
     Ok(Claim::new(
         "at 4096 tokens and 128 slots it is at least three times as fast as dense attention",
         "3.4 times at 4096, 20 times at 65536 (GPU)",
-        format!("{ratio:.1} times at {} tokens, of this program's own dense attention", size.longest),
+        format!(
+            "{ratio:.1} times at {} tokens, of this program's own dense attention",
+            size.longest
+        ),
         after_training(setting.scale, ratio >= 3.0),
     )
     .noted("on a machine that may do other things besides"))

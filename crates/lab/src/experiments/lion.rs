@@ -14,6 +14,7 @@ use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{HeadSpec, Initialiser};
 use lapidary_parts::Context;
 use lapidary_parts::attention::MechanismSpec;
+use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
 use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass};
 use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
@@ -254,6 +255,7 @@ const HEADS: Heads = Heads {
     head_width: 16,
     causal: false,
     scale: 0.25,
+    sharing: QueryKeySharing::None,
 };
 
 /// Parameters of width enough that decays differ.

@@ -83,7 +83,11 @@ impl Size {
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
-    let mut claims = vec![gradient(setting.seed)?, denoising(setting.seed), steps(setting.seed)?];
+    let mut claims = vec![
+        gradient(setting.seed)?,
+        denoising(setting.seed),
+        steps(setting.seed)?,
+    ];
     let (more, plots) = on_digits(setting, &size)?;
     claims.extend(more);
     let (what, more) = on_text(setting, &size)?;
@@ -150,7 +154,9 @@ fn denoising(seed: u64) -> Claim {
                 *weight = if *weight > THRESHOLD { THRESHOLD } else { 0.0 };
             }
         });
-        z = Matrix::from_fn(z.nrows(), z.ncols(), |i, j| z[(i, j)] + STEP * attended[(i, j)]);
+        z = Matrix::from_fn(z.nrows(), z.ncols(), |i, j| {
+            z[(i, j)] + STEP * attended[(i, j)]
+        });
         for (before, after) in before.iter().zip(signal_to_noise(&z, &bases)) {
             worst = worst.max((after / before - (1.0 + STEP * THRESHOLD)).abs());
         }
@@ -185,8 +191,14 @@ fn steps(seed: u64) -> Result<Claim> {
         rates.push(rate(&z, &bases, 0.5)?);
         ratios.push(mean(signal_to_noise(&z, &bases)));
     }
-    let falling = rates.windows(2).take_while(|w| matches!(w, [a, b] if b < a)).count();
-    let rising = ratios.windows(2).take_while(|w| matches!(w, [a, b] if b > a)).count();
+    let falling = rates
+        .windows(2)
+        .take_while(|w| matches!(w, [a, b] if b < a))
+        .count();
+    let rising = ratios
+        .windows(2)
+        .take_while(|w| matches!(w, [a, b] if b > a))
+        .count();
     let ends = |values: &[f64]| {
         let (first, last) = (values.first(), values.last());
         format!(
@@ -260,7 +272,11 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> 
             rate: 3e-3,
             seed,
         };
-        let sequences: Vec<&[u32]> = held_out.iter().take(32).map(|e| e.tokens.as_slice()).collect();
+        let sequences: Vec<&[u32]> = held_out
+            .iter()
+            .take(32)
+            .map(|e| e.tokens.as_slice())
+            .collect();
         for (index, spec) in [&usual, &own].into_iter().enumerate() {
             let model = train(spec.clone(), &training, &course)?;
             right[index].push(percent_right(&model, &held_out)?);
@@ -279,7 +295,12 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> 
     let [usual_right, own_right] = right.map(mean);
     let share = parameters[1] as f64 / parameters[0] as f64;
     let trained = averaged(&audits);
-    let falls = |values: &[f64]| values.windows(2).filter(|w| matches!(w, [a, b] if b < a)).count();
+    let falls = |values: &[f64]| {
+        values
+            .windows(2)
+            .filter(|w| matches!(w, [a, b] if b < a))
+            .count()
+    };
     let told = |values: &[f64]| {
         let each: Vec<String> = values.iter().map(|value| format!("{value:.2}")).collect();
         each.join(", ")
@@ -298,7 +319,11 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> 
         Claim::new(
             "after training the coding rate falls from block to block, at least twice of three times",
             "figure: it falls through the layers, the last one or two aside",
-            format!("rates {}; before training {}", told(&trained.rates), told(&averaged(&initial).rates)),
+            format!(
+                "rates {}; before training {}",
+                told(&trained.rates),
+                told(&averaged(&initial).rates)
+            ),
             after_training(setting.scale, falls(&trained.rates) >= 2),
         ),
         Claim::new(
@@ -314,7 +339,10 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> 
     ];
     let series = |name: &str, values: &[f64]| Series {
         name: name.to_owned(),
-        points: (1..).zip(values).map(|(block, value)| (f64::from(block), *value)).collect(),
+        points: (1..)
+            .zip(values)
+            .map(|(block, value)| (f64::from(block), *value))
+            .collect(),
     };
     let plots = vec![
         Plot {
@@ -340,7 +368,10 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> 
 }
 
 fn in_blocks(model: &Model) -> usize {
-    let of_blocks = model.parameters().iter().filter(|(name, _)| name.starts_with("blocks."));
+    let of_blocks = model
+        .parameters()
+        .iter()
+        .filter(|(name, _)| name.starts_with("blocks."));
     of_blocks.map(|(_, parameter)| parameter.elem_count()).sum()
 }
 
@@ -358,7 +389,14 @@ fn averaged(audits: &[Audit]) -> Audit {
     let over = |of: fn(&Audit) -> &Vec<f64>| {
         let blocks = audits.first().map_or(0, |audit| of(audit).len());
         (0..blocks)
-            .map(|block| mean(audits.iter().filter_map(|audit| of(audit).get(block).copied()).collect::<Vec<_>>()))
+            .map(|block| {
+                mean(
+                    audits
+                        .iter()
+                        .filter_map(|audit| of(audit).get(block).copied())
+                        .collect::<Vec<_>>(),
+                )
+            })
             .collect()
     };
     Audit {
@@ -369,7 +407,9 @@ fn averaged(audits: &[Audit]) -> Audit {
 
 fn audit(model: &Model, sequences: &[&[u32]]) -> Result<Audit> {
     let (input, padding) = super::classifier::batch(sequences)?;
-    let trace = Trace::new().capture("blocks.*.attention.query")?.capture("blocks.*.feedforward.code")?;
+    let trace = Trace::new()
+        .capture("blocks.*.attention.query")?
+        .capture("blocks.*.feedforward.code")?;
     model.forward(
         &input,
         Pass {
@@ -392,7 +432,14 @@ fn audit(model: &Model, sequences: &[&[u32]]) -> Result<Audit> {
                     values.get(start..start + each).unwrap_or(&[])
                 };
                 let lengths: Vec<f64> = (0..length)
-                    .map(|j| token(j).iter().map(|x| x * x).sum::<f64>().sqrt().max(1e-12))
+                    .map(|j| {
+                        token(j)
+                            .iter()
+                            .map(|x| x * x)
+                            .sum::<f64>()
+                            .sqrt()
+                            .max(1e-12)
+                    })
                     .collect();
                 let w = Matrix::from_fn(each, length, |i, j| token(j)[i] / lengths[j]);
                 let identity = Matrix::from_fn(each, each, |i, j| f64::from(u8::from(i == j)));
@@ -404,7 +451,9 @@ fn audit(model: &Model, sequences: &[&[u32]]) -> Result<Audit> {
         let code = trace.signal(&format!("blocks.{block}.feedforward.code"))?;
         let values = numbers(code.value())?;
         let active = values.iter().filter(|value| **value != 0.0).count();
-        audit.active.push(active as f64 / values.len().max(1) as f64);
+        audit
+            .active
+            .push(active as f64 / values.len().max(1) as f64);
     }
     Ok(audit)
 }
@@ -447,7 +496,8 @@ fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>)> {
     let [gpt, square, over] = losses.as_slice() else {
         return Ok(("no text".to_owned(), Vec::new()));
     };
-    let told = format!("Transformer {gpt:.3}, square {square:.3}, over-complete {over:.3} nats a byte");
+    let told =
+        format!("Transformer {gpt:.3}, square {square:.3}, over-complete {over:.3} nats a byte");
     Ok((
         "the bytes of Tiny Shakespeare".to_owned(),
         vec![

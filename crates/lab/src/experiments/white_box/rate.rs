@@ -69,7 +69,9 @@ pub(super) fn rate_gradient(z: &Matrix, bases: &[Matrix], precision: f64) -> Res
         });
         let solved = cholesky("Gram matrix", shifted.as_ref())?.solve(projected.as_ref())?;
         let step = basis * solved;
-        sum = Matrix::from_fn(z.nrows(), z.ncols(), |i, j| sum[(i, j)] + scale * step[(i, j)]);
+        sum = Matrix::from_fn(z.nrows(), z.ncols(), |i, j| {
+            sum[(i, j)] + scale * step[(i, j)]
+        });
     }
     Ok(sum)
 }
