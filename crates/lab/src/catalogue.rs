@@ -465,7 +465,7 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
     let model = Model::initialised(spec, 0, DType::F32, &Device::Cpu)?;
     let short = metered(&model, length)?;
     let long = metered(&model, 2 * length)?;
-    let input = tokens(length)?;
+    let input = tokens(&model, length)?;
     let mut times: Vec<f64> = (0..5)
         .map(|_| {
             let started = Instant::now();
@@ -488,8 +488,9 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
     })
 }
 
-fn tokens(length: usize) -> Result<Input> {
-    let ids: Vec<u32> = (0..length).map(|i| (i * 7 % VOCABULARY) as u32).collect();
+fn tokens(model: &Model, length: usize) -> Result<Input> {
+    let vocabulary = model.spec().vocabulary().unwrap_or(VOCABULARY).max(1);
+    let ids: Vec<u32> = (0..length).map(|i| (i * 7 % vocabulary) as u32).collect();
     Ok(Input::tokens(engine(Tensor::from_vec(
         ids,
         (1, length),
@@ -504,7 +505,7 @@ pub(crate) fn metered(model: &Model, length: usize) -> Result<std::sync::Arc<Met
         Ok(signal.into_metered(start.clone()))
     })?;
     model.forward(
-        &tokens(length)?,
+        &tokens(model, length)?,
         Pass {
             trace: Some(&trace),
             ..Pass::default()

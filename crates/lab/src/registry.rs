@@ -359,6 +359,16 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::mamba_shedder::run,
     },
     System {
+        slug: "mixers",
+        title: "All mechanisms of attention on the same tasks",
+        authors: "–",
+        year: 2026,
+        arxiv: None,
+        kind: Kind::Attention,
+        parts: &["parts::attention::mechanism"],
+        experiment: experiments::mixers::run,
+    },
+    System {
         slug: "modegpt",
         title: "MoDeGPT: Modular Decomposition for Large Language Model Compression",
         authors: "Lin, Gao, Smith, Patel, Tuli, Shen, Jin, Hsu",

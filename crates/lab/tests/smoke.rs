@@ -109,6 +109,11 @@ fn fire() {
 }
 
 #[test]
+fn mixers() {
+    check("mixers");
+}
+
+#[test]
 fn white_box() {
     check("crate");
 }
@@ -269,6 +274,7 @@ fn every_system_is_tested_here() {
             "logit-attribution",
             "lorap",
             "mamba-shedder",
+            "mixers",
             "modegpt",
             "over-squashing",
             "pruning-study",

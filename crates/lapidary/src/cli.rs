@@ -559,6 +559,9 @@ pub struct Bench {
     /// Tokens in a sequence
     #[arg(long, default_value_t = 256)]
     pub length: usize,
+    /// Shortest sequences of the work `mixers`, which doubles them up to --length
+    #[arg(long, default_value_t = 256)]
+    pub least: usize,
     /// Sequences at a time
     #[arg(long, default_value_t = 8)]
     pub batch: usize,

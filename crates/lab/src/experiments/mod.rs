@@ -36,6 +36,7 @@ pub mod lorap;
 pub mod mamba_shedder;
 pub mod masked;
 pub mod mini_clip;
+pub mod mixers;
 pub mod modegpt;
 pub mod narrow;
 pub mod narrowing;

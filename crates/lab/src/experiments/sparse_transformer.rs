@@ -124,7 +124,7 @@ impl ParameterSource for DepthScaled {
         let writes =
             name.ends_with("attention.output.weight") || name.ends_with("feedforward.down.weight");
         let init = match (init, shape.last()) {
-            (Init::Normal { .. }, _) if name == "head.weight" => Init::Zeros,
+            (Init::Normal { .. }, _) if name.starts_with("head.") => Init::Zeros,
             (Init::Normal { .. }, Some(inputs)) => {
                 let scale = match (writes, self.scaled) {
                     (true, true) => 1.0 / ((2 * self.blocks) as f64).sqrt(),

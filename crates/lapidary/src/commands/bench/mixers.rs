@@ -17,7 +17,6 @@ use serde_json::json;
 use crate::cli::{Bench, Global};
 use crate::output;
 
-const SHORTEST: usize = 256;
 /// Beyond this, what grows with the square of the length is left out.
 const QUADRATIC: usize = 16_384;
 
@@ -32,7 +31,7 @@ struct Row {
 }
 
 /// Queries, keys and values of `--batch` sequences with `--heads` heads of `--width / --heads`
-/// features, from 256 tokens to `--length`.
+/// features, from `--least` tokens to `--length`.
 pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
     ensure!(
         arguments.heads >= 1 && arguments.width.is_multiple_of(arguments.heads),
@@ -53,7 +52,7 @@ pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
         names.join("; ")
     );
     let mut rows = Vec::new();
-    let mut length = SHORTEST.min(arguments.length);
+    let mut length = arguments.least.clamp(1, arguments.length.max(1));
     while length <= arguments.length {
         for candidate in &chosen {
             if !candidate.quadratic || length <= QUADRATIC {
