@@ -169,7 +169,7 @@ pub(super) fn resume<S: Remembered + 'static>(
 ) -> Result<Resumed> {
     let before = earlier(state, pass.path)?.map(|(sums, _)| sums);
     let values = step.spread(v)?;
-    let after = step.sums.remember(&values, None)?;
+    let after = step.sums.remember(&values, before.as_ref())?;
     if let Some(before) = before.as_ref().filter(|sums| sums.dims() != after.dims()) {
         return Err(Error::spec(
             format!("shape of the decode state at {}", pass.path),
@@ -197,12 +197,8 @@ pub(super) fn resume<S: Remembered + 'static>(
             (step, past)
         }
     };
-    let sums = match &before {
-        None => after,
-        Some(before) => step.sums.remember(&values, Some(before))?,
-    };
     *state = MixerState::Sums {
-        sums: sums.detach(),
+        sums: after.detach(),
         decay: decay.map(|decay| decay.detach()),
     };
     Ok(Resumed {
