@@ -337,10 +337,10 @@ impl Factors {
             return;
         }
         let mut start = 0;
-        for m in 0..width {
+        for (m, own) in x.iter().enumerate() {
             let pairs = &mut pairs[start..start + width - m];
-            pairs[0] = square * x[m] * x[m];
-            let scale = product * x[m];
+            pairs[0] = square * *own * *own;
+            let scale = product * *own;
             for (to, x) in pairs[1..].iter_mut().zip(&x[m + 1..]) {
                 *to = scale * *x;
             }
@@ -374,12 +374,11 @@ impl Factors {
             return;
         }
         let mut start = 0;
-        for m in 0..width {
+        for (m, own) in x.iter().enumerate() {
             let pairs = &pairs[start..start + width - m];
-            let own = (square + square) * x[m] * pairs[0];
             let others = product * simd::dot(&pairs[1..], &x[m + 1..]);
-            gradient[m] += own + others;
-            simd::add_scaled(&mut gradient[m + 1..], &pairs[1..], product * x[m]);
+            gradient[m] += (square + square) * *own * pairs[0] + others;
+            simd::add_scaled(&mut gradient[m + 1..], &pairs[1..], product * *own);
             start += width - m;
         }
     }

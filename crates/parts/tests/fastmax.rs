@@ -215,11 +215,12 @@ fn the_gradient_of_a_score_is_bounded_as_that_of_softmax() {
     let gradients = y.sum_all().unwrap().backward().unwrap();
     let slopes = values(gradients.get(&k).unwrap());
     let (y, v, k) = (values(&y), values(&v), values(k.as_tensor()));
-    for at in 0..18 {
-        let distance = (v[at] - y[at / 9]).abs();
-        assert!(slopes[at].abs() <= weights[at] * distance * (1.0 + 1e-12));
-        let exact = ratio(k[at]) * weights[at] * distance;
-        assert!((slopes[at].abs() - exact).abs() < 1e-12);
+    let all = slopes.iter().zip(&weights).zip(v.iter().zip(&k));
+    for (at, ((slope, weight), (v, k))) in all.enumerate() {
+        let distance = (v - y[at / 9]).abs();
+        assert!(slope.abs() <= weight * distance * (1.0 + 1e-12));
+        let exact = ratio(*k) * weight * distance;
+        assert!((slope.abs() - exact).abs() < 1e-12);
     }
 }
 

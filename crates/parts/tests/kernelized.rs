@@ -344,8 +344,8 @@ fn fastfood_is_the_product_of_its_factors() {
                 .sum()
         };
         let scale = (width as f64).powf(1.5);
-        for i in 0..width {
-            let row: Vec<f64> = (0..width).map(|j| inner(i, j) / (scale * g[i])).collect();
+        for (i, g) in g.iter().enumerate() {
+            let row: Vec<f64> = (0..width).map(|j| inner(i, j) / (scale * g)).collect();
             let ones = row.iter().filter(|x| (**x - 1.0).abs() < 1e-9).count();
             let zeros = row.iter().filter(|x| x.abs() < 1e-9).count();
             assert_eq!((ones, zeros), (1, width - 1), "{row:?}");

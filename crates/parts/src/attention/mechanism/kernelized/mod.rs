@@ -136,7 +136,7 @@ impl Describe for KernelizedSpec {
 
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
         let at = |name: &str| format!("{field}.{name}");
-        if !(heads.scale > 0.0) {
+        if heads.scale.is_nan() || heads.scale <= 0.0 {
             let expected = "softmax where the scale is not positive: its root multiplies queries \
                             and keys";
             return Err(Error::spec(at("kind"), "kernelized", expected));
