@@ -33,7 +33,7 @@ fn step(pattern: SparsePattern, second: bool, turn: usize, i: usize, j: usize) -
         && match (pattern, second) {
             (SparsePattern::Strided { stride }, false) => i - j < stride,
             (SparsePattern::Strided { stride } | SparsePattern::Axial { stride }, true) => {
-                (i - j) % stride == 0
+                (i - j).is_multiple_of(stride)
             }
             (SparsePattern::Fixed { stride, .. } | SparsePattern::Axial { stride }, false) => {
                 i / stride == j / stride

@@ -281,7 +281,7 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
 fn pairs_of_pattern(sparse: &SparseSpec, head: usize) -> usize {
     let sees = |i: usize, j: usize| match sparse.pattern {
         SparsePattern::Strided { stride } => {
-            let steps = [i - j < stride, (i - j) % stride == 0];
+            let steps = [i - j < stride, (i - j).is_multiple_of(stride)];
             match sparse.steps {
                 Steps::ByHead => steps[head % 2],
                 _ => steps[0] || steps[1],

@@ -132,7 +132,7 @@ impl Tokens<'_> {
                 let token = |i: usize| if mirrored { length - 1 - i } else { i };
                 let first = total + lists.len();
                 // Only spans of an even number that another one follows are looked back at.
-                let spans = ((length.saturating_sub(1) >> level) + 1) / 2;
+                let spans = (length.saturating_sub(1) >> level).div_ceil(2);
                 lists.extend((0..spans).map(|span| {
                     let start = (2 * span) << level;
                     let span = start..start + (1 << level);
