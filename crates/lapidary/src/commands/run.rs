@@ -188,7 +188,8 @@ fn summary(document: &Value, prefix: &str) -> String {
     let Value::Object(entries) = document else {
         return text;
     };
-    for (name, value) in entries {
+    // The distance is told in a sentence of its own.
+    for (name, value) in entries.iter().filter(|(name, _)| *name != "distance") {
         match value {
             Value::Object(_) => text += &summary(value, &format!("{prefix}{name} ")),
             tensor => {
