@@ -750,7 +750,12 @@ fn settings_that_mean_nothing_are_refused_in_words() {
     let error = Method::find("prune-heads")
         .unwrap()
         .requirements(&alibi, &Settings::default());
-    assert!(error.unwrap_err().to_string().contains("slope"));
+    assert!(
+        error
+            .unwrap_err()
+            .to_string()
+            .contains("how many there are")
+    );
     let table = Settings {
         selection: Selection {
             embeddings: true,

@@ -124,9 +124,9 @@ fn remembered(model: &Model) -> Vec<usize> {
     };
     model.forward(&Input::tokens(ids), pass).unwrap();
     let count = |mixer: &MixerState| match mixer {
-        MixerState::Empty | MixerState::Cache(_) => 0,
         MixerState::Recurrent { window, state } => window.elem_count() + state.elem_count(),
         MixerState::Window(window) => window.elem_count(),
+        _ => 0,
     };
     state.mixers.iter().map(count).collect()
 }

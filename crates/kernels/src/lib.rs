@@ -29,6 +29,7 @@ mod mixture;
 pub mod naive;
 mod norm;
 mod optimiser;
+mod polynomial_attention;
 mod product;
 mod pytorch;
 mod quantised;
@@ -58,12 +59,16 @@ pub use error::{Error, Result};
 pub use fourier::{causal_depthwise_convolution, fft_convolution, inverse_real_fft, real_fft};
 pub use gather::{embedding, gather, scatter_add};
 pub use linear::{linear, linear_activation};
-pub use linear_attention::{Direction, linear_attention};
+pub use linear_attention::{
+    Direction, linear_attention, linear_attention_in_chunks, linear_attention_operations,
+    operations_in_chunks,
+};
 pub use mixture::{Mixture, VectorNorm, mixture_distances};
 pub use norm::{layer_norm, rms_norm};
 pub use optimiser::{
     AdamW, AdamWOptions, OptimiserState, Parameter, Sgd, SgdOptions, global_gradient_norm,
 };
+pub use polynomial_attention::{FactorDropout, PolynomialAttention};
 pub use pytorch::PytorchFile;
 pub use quantised::{QuantisedMatrix, quantised_linear};
 pub use recompute::Recomputation;

@@ -23,7 +23,7 @@ use std::ops::Range;
 
 type Candle<T> = candle_core::Result<T>;
 
-/// Positions that meet each other directly.
+/// Positions that meet each other directly, unless another number is asked for.
 const CHUNK: usize = 64;
 
 /// Which positions are summed over.
@@ -62,6 +62,22 @@ pub fn linear_attention(
     log_decay: Option<&Tensor>,
     direction: Direction,
 ) -> Result<Tensor> {
+    linear_attention_in_chunks(q, k, v, log_decay, direction, CHUNK)
+}
+
+/// [`linear_attention`], where `chunk` positions meet each other directly: with 1 it is the
+/// recurrence, and from the length on all scores are laid out.
+///
+/// # Errors
+/// As there.
+pub fn linear_attention_in_chunks(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    log_decay: Option<&Tensor>,
+    direction: Direction,
+    chunk: usize,
+) -> Result<Tensor> {
     let (batch, heads, length, features) = q.dims4()?;
     let refuse = |name: &'static str, found: &[usize], expected: String| {
         Err(Error::argument("linear attention", name, found, expected))
@@ -93,6 +109,7 @@ pub fn linear_attention(
             length,
             features,
             value_width,
+            chunk: chunk.clamp(1, length.max(1)),
         },
         decays: log_decay.is_some(),
     };
@@ -104,6 +121,26 @@ pub fn linear_attention(
     Ok(q.apply_op3(&keys, v, operation)?)
 }
 
+/// Multiplications and additions of [`linear_attention`] for one head: the products of each chunk
+/// with itself, and for each position the adding to and the reading of the state, decays left out.
+pub fn linear_attention_operations(length: usize, features: usize, value_width: usize) -> u64 {
+    operations_in_chunks(length, features, value_width, CHUNK)
+}
+
+/// [`linear_attention_operations`] for [`linear_attention_in_chunks`].
+pub fn operations_in_chunks(
+    length: usize,
+    features: usize,
+    value_width: usize,
+    chunk: usize,
+) -> u64 {
+    let chunk = chunk.clamp(1, length.max(1));
+    let (whole, rest) = ((length / chunk) as u64, (length % chunk) as u64);
+    let pairs = whole * (chunk * chunk) as u64 + rest * rest;
+    let (features, width) = (features as u64, value_width as u64);
+    2 * pairs * (features + width) + 4 * length as u64 * features * width
+}
+
 #[derive(Clone, Copy)]
 struct Sizes {
     /// Of all sequences.
@@ -111,6 +148,7 @@ struct Sizes {
     length: usize,
     features: usize,
     value_width: usize,
+    chunk: usize,
 }
 
 /// Rows of all heads, `stride` apart.
@@ -141,6 +179,7 @@ impl<'a, T: Real> Side<'a, T> {
 struct Head<'a, T> {
     direction: Direction,
     length: usize,
+    chunk: usize,
     index: usize,
     q: Side<'a, T>,
     k: Side<'a, T>,
@@ -161,13 +200,13 @@ struct Scratch<T> {
 }
 
 impl<T: Real> Scratch<T> {
-    fn new(features: usize, value_width: usize) -> Self {
+    fn new(features: usize, value_width: usize, chunk: usize) -> Self {
         Self {
             state: vec![T::zero(); features * value_width],
-            scores: vec![T::zero(); CHUNK * CHUNK],
-            read: vec![T::zero(); CHUNK * value_width],
-            scaled: vec![T::zero(); CHUNK * features],
-            sums: vec![T::zero(); CHUNK],
+            scores: vec![T::zero(); chunk * chunk],
+            read: vec![T::zero(); chunk * value_width],
+            scaled: vec![T::zero(); chunk * features],
+            sums: vec![T::zero(); chunk],
         }
     }
 }
@@ -176,13 +215,13 @@ impl<T: Real> Head<'_, T> {
     /// Writes all positions of the head, `[length, value_width]`.
     fn run(&self, scratch: &mut Scratch<T>, output: &mut [T]) {
         scratch.state.fill(T::zero());
-        let chunks = self.length.div_ceil(CHUNK);
+        let chunks = self.length.div_ceil(self.chunk);
         for step in 0..chunks {
-            let chunk = match self.direction {
+            let index = match self.direction {
                 Direction::Past => step,
                 Direction::Future => chunks - 1 - step,
             };
-            let range = chunk * CHUNK..self.length.min((chunk + 1) * CHUNK);
+            let range = index * self.chunk..self.length.min((index + 1) * self.chunk);
             let width = self.v.width;
             let output = &mut output[range.start * width..range.end * width];
             self.chunk(&range, step == 0, scratch, output);
@@ -325,19 +364,25 @@ impl Sums {
         [q, k, v]: [Side<T>; 3],
         decay: Option<&[T]>,
     ) -> Vec<T> {
-        let Sizes { heads, length, .. } = self.sizes;
+        let Sizes {
+            heads,
+            length,
+            chunk,
+            ..
+        } = self.sizes;
         let (features, width) = (q.width, v.width);
         let mut output = host::unwritten::<T>(heads * length * width);
         let shared = Shared::new(&mut output);
-        let work = length * (features * width + CHUNK * (features + width));
+        let work = length * (features * width + chunk * (features + width));
         host::share(heads, work, |range| {
-            let mut scratch = Scratch::new(features, width);
+            let mut scratch = Scratch::new(features, width, chunk);
             for index in range {
                 // SAFETY: heads are disjoint.
                 let output = unsafe { shared.part(index * length * width, length * width) };
                 let head = Head {
                     direction,
                     length,
+                    chunk,
                     index,
                     q,
                     k,
@@ -562,6 +607,24 @@ mod tests {
         let future =
             linear_attention(&flip(&q), &flip(&k), &flip(&v), None, Direction::Future).unwrap();
         assert!(difference(&past, &flip(&future)).unwrap() < 1e-12);
+    }
+
+    #[test]
+    fn the_size_of_chunks_changes_nothing() {
+        for direction in BOTH {
+            let length = 70;
+            let q = arange(&[1, 2, length, 4], 1.0, DType::F64);
+            let k = arange(&[1, 2, length, 4], 2.0, DType::F64);
+            let v = arange(&[1, 2, length, 3], 3.0, DType::F64);
+            let decay = decay(&[1, 2, length], DType::F64);
+            let of = |chunk| {
+                linear_attention_in_chunks(&q, &k, &v, Some(&decay), direction, chunk).unwrap()
+            };
+            let laid_out = of(length);
+            for chunk in [1, 3, 64, 1000] {
+                assert!(difference(&of(chunk), &laid_out).unwrap() < 1e-12);
+            }
+        }
     }
 
     #[test]

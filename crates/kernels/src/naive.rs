@@ -4,10 +4,16 @@
 //! something to be compared with, and so that a reader sees each formula once, bare.
 
 use crate::{
-    Activation, AttentionOptions, AttentionPart, AutoencoderGradients, AutoencoderWeights,
-    CrossEntropyOptions, D, DType, Direction, Error, PartOptions, Result, RotaryPairs, SoftmaxMask,
-    Tensor, Var,
+    Activation, AutoencoderGradients, AutoencoderWeights, CrossEntropyOptions, D, DType, Error,
+    Result, RotaryPairs, SoftmaxMask, Tensor, Var,
     mixture::{Mixture, VectorNorm},
+};
+
+mod attention;
+
+pub use attention::{
+    attention, attention_part, attention_softmax, attention_weights, linear_attention,
+    polynomial_attention,
 };
 
 const MASKED: f64 = f64::NEG_INFINITY;
@@ -261,144 +267,6 @@ pub fn mixture_distances(
     Ok((distances, measure(reference)?))
 }
 
-/// The attention weights `softmax(scale · Q Kᵀ + bias)`, `[batch, heads, query, key]`.
-pub fn attention_weights(q: &Tensor, k: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
-    let k = repeat_groups(k, q.dim(1)?)?;
-    let scores = (q.contiguous()?.matmul(&k.transpose(2, 3)?.contiguous()?)? * options.scale)?;
-    attention_softmax(&scores, options)
-}
-
-/// The weights that scaled scores `[batch, heads, query, key]` give once the bias is added and
-/// the masks are put on.
-pub fn attention_softmax(scores: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
-    softmax(&masked_scores(scores, options)?, &SoftmaxMask::default())
-}
-
-/// Scaled scores with the bias added and what is masked at `-∞`.
-fn masked_scores(scores: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
-    let (batch, _, queries, keys) = scores.dims4()?;
-    let mut scores = match &options.bias {
-        Some(bias) => scores.broadcast_add(bias)?,
-        None => scores.clone(),
-    };
-    let offset = options.query_offset;
-    scores = scores.broadcast_add(&keep_to_bias(
-        queries,
-        keys,
-        scores.dtype(),
-        scores.device(),
-        |i, j| {
-            (!options.causal || j <= i + offset)
-                && options.window.is_none_or(|w| (i + offset).abs_diff(j) < w)
-        },
-    )?)?;
-    if let Some(keep) = &options.key_padding {
-        let keep = keep.reshape((batch, 1, 1, keys))?;
-        let zero = Tensor::zeros((batch, 1, 1, keys), scores.dtype(), scores.device())?;
-        let masked = zero.affine(1.0, MASKED)?;
-        scores = scores.broadcast_add(&keep.where_cond(&zero, &masked)?)?;
-    }
-    Ok(scores)
-}
-
-/// [`crate::attention_part`], with its scores laid out.
-pub fn attention_part(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    options: &PartOptions,
-) -> Result<AttentionPart> {
-    let (batch, heads, queries, _) = q.dims4()?;
-    let k = repeat_groups(k, heads)?;
-    let keys = k.dim(2)?;
-    let plain = &options.attention;
-    let scores = (q.contiguous()?.matmul(&k.transpose(2, 3)?.contiguous()?)? * plain.scale)?;
-    let scores = match &options.positions {
-        None => masked_scores(&scores, plain)?,
-        Some([query, key]) => {
-            let (query, key) = (query.to_vec2::<u32>()?, key.to_vec2::<u32>()?);
-            let mut added = Vec::with_capacity(batch * queries * keys);
-            for (query, key) in query.iter().zip(&key) {
-                for i in query {
-                    added.extend(key.iter().map(|j| {
-                        let window = plain.window.unwrap_or(usize::MAX);
-                        match (plain.causal && j > i, i.abs_diff(*j) as usize >= window) {
-                            (false, false) if i == j => options.own,
-                            (false, false) => 0.0,
-                            _ => MASKED,
-                        }
-                    }));
-                }
-            }
-            let added = Tensor::from_vec(added, (batch, 1, queries, keys), q.device())?;
-            let unordered = AttentionOptions {
-                causal: false,
-                window: None,
-                ..plain.clone()
-            };
-            let scores = scores.broadcast_add(&added.to_dtype(scores.dtype())?)?;
-            masked_scores(&scores, &unordered)?
-        }
-    };
-    // Finite, so that a query that sees nothing gets zeros and not 0/0.
-    let maximum = scores.max_keepdim(D::Minus1)?.maximum(-1e30)?.detach();
-    let weights = scores.broadcast_sub(&maximum)?.exp()?;
-    let total = weights.sum_keepdim(D::Minus1)?;
-    let total = total.maximum(f64::from(f32::MIN_POSITIVE))?;
-    let v = repeat_groups(v, heads)?.contiguous()?;
-    Ok(AttentionPart {
-        output: weights.matmul(&v)?.broadcast_div(&total)?,
-        log_sums: (total.log()? + maximum)?.squeeze(3)?,
-    })
-}
-
-/// [`crate::linear_attention`], with its scores laid out.
-pub fn linear_attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    log_decay: Option<&Tensor>,
-    direction: Direction,
-) -> Result<Tensor> {
-    let (batch, heads, length, _) = q.dims4()?;
-    let scores = q.contiguous()?.matmul(&k.transpose(2, 3)?.contiguous()?)?;
-    let sees = |i: usize, j: usize| match direction {
-        Direction::Past => j <= i,
-        Direction::Future => j >= i,
-    };
-    let kept: Vec<f64> = (0..length * length)
-        .map(|at| f64::from(u8::from(sees(at / length, at % length))))
-        .collect();
-    let kept = Tensor::from_vec(kept, (length, length), q.device())?.to_dtype(q.dtype())?;
-    let kept = match log_decay {
-        None => kept.broadcast_as(scores.shape())?,
-        Some(decay) => {
-            // C_i, as a product with a triangle of ones.
-            let below = (0..length * length)
-                .map(|at| f64::from(u8::from(at / length <= at % length)))
-                .collect::<Vec<f64>>();
-            let below = Tensor::from_vec(below, (length, length), q.device())?;
-            let below = below.to_dtype(q.dtype())?;
-            let flat = decay.contiguous()?.reshape((batch * heads, length))?;
-            let sums = flat.matmul(&below)?.reshape((batch, heads, length, 1))?;
-            let distance = sums.broadcast_sub(&sums.transpose(2, 3)?)?;
-            let distance = match direction {
-                Direction::Past => distance,
-                Direction::Future => distance.neg()?,
-            };
-            // What is on the wrong side has grown instead of decayed.
-            distance.minimum(0.0)?.exp()?.broadcast_mul(&kept)?
-        }
-    };
-    Ok((scores * kept)?.matmul(&v.contiguous()?)?)
-}
-
-/// `softmax(scale · Q Kᵀ + bias) V`, `[batch, heads, query, value_width]`.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
-    let weights = attention_weights(q, k, options)?;
-    Ok(weights.matmul(&repeat_groups(v, q.dim(1)?)?.contiguous()?)?)
-}
-
 /// `x` in value, with its gradient multiplied by `factor` of the same shape.
 pub fn scale_gradient(x: &Tensor, factor: &Tensor) -> Result<Tensor> {
     // x - detach(x) is exactly zero, so the value is untouched.
@@ -434,6 +302,9 @@ pub fn repeat_groups(x: &Tensor, heads: usize) -> Result<Tensor> {
             groups,
             format!("a divisor of {heads} heads"),
         ));
+    }
+    if groups == heads {
+        return Ok(x.clone());
     }
     Ok(x.unsqueeze(2)?
         .broadcast_as((batch, groups, heads / groups, length, width))?

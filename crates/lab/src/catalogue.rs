@@ -11,7 +11,11 @@ use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{
     AbsolutePosition, HeadSpec, Input, InputSpec, Model, ModelSpec, Pass, TokenInput,
 };
-use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
+use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
+use lapidary_parts::attention::mechanism::linformer::LinformerSpec;
+use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
+use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
+use lapidary_parts::attention::{MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeySharing};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, MixtureSpec};
 use lapidary_parts::norm::NormSpec;
@@ -54,7 +58,7 @@ struct Candidate {
 
 /// Measures every part at `width` and `length`, with heads of 64 where the width allows.
 pub fn catalogue(width: usize, length: usize) -> Result<Vec<Entry>> {
-    candidates(width)
+    candidates(width, 2 * length)
         .into_iter()
         .map(|candidate| measure(candidate, width, length))
         .collect()
@@ -83,7 +87,8 @@ fn mixer_block(attention: MixerSpec) -> BlockSpec {
     }
 }
 
-fn candidates(width: usize) -> Vec<Candidate> {
+/// Every part, for sequences of up to `longest` tokens.
+fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
     let heads = heads(width);
     let base = MultiHeadSpec {
         causal: true,
@@ -93,6 +98,12 @@ fn candidates(width: usize) -> Vec<Candidate> {
     let positioned = |position| {
         attention(MultiHeadSpec {
             position,
+            ..base.clone()
+        })
+    };
+    let through = |mechanism| {
+        attention(MultiHeadSpec {
+            mechanism,
             ..base.clone()
         })
     };
@@ -173,6 +184,106 @@ fn candidates(width: usize) -> Vec<Candidate> {
         ),
         entry(
             "attention",
+            "linformer, 64 slots",
+            "keys and values projected along the sequence (Wang et al., 2020)",
+            none,
+            attention(MultiHeadSpec {
+                causal: false,
+                mechanism: MechanismSpec::Linformer(LinformerSpec {
+                    slots: 64,
+                    longest,
+                    sharing: Default::default(),
+                    projection: Default::default(),
+                }),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "lion",
+            "linear attention in both directions with a selective decay (Afzal et al., 2025)",
+            none,
+            attention(MultiHeadSpec {
+                causal: false,
+                mechanism: MechanismSpec::Lion(Default::default()),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "fastmax",
+            "a polynomial of second degree of the scores, factorised (Gerami et al., 2024)",
+            none,
+            through(MechanismSpec::Fastmax(Default::default())),
+        ),
+        entry(
+            "attention",
+            "kernelized",
+            "random features of a learned kernel (Chowdhury et al., 2021)",
+            none,
+            through(MechanismSpec::Kernelized(Default::default())),
+        ),
+        entry(
+            "attention",
+            "sparse, strided by 16",
+            "the last 16 and every 16th before (Child et al., 2019)",
+            none,
+            through(MechanismSpec::Sparse(SparseSpec {
+                pattern: SparsePattern::Strided { stride: 16 },
+                steps: Steps::Merged,
+            })),
+        ),
+        entry(
+            "attention",
+            "sparse, fixed by 16",
+            "its block of 16 and the last 2 of every block (Child et al., 2019)",
+            none,
+            through(MechanismSpec::Sparse(SparseSpec {
+                pattern: SparsePattern::Fixed {
+                    stride: 16,
+                    summaries: 2,
+                    groups: 1,
+                },
+                steps: Steps::Merged,
+            })),
+        ),
+        entry(
+            "attention",
+            "reformer, chunks of 32",
+            "tokens that hash alike, in two rounds (Kitaev et al., 2020)",
+            none,
+            attention(MultiHeadSpec {
+                sharing: QueryKeySharing::QueryKey,
+                mechanism: MechanismSpec::Reformer(ReformerSpec {
+                    rounds: 2,
+                    buckets: vec![16],
+                    ..ReformerSpec::new(32)
+                }),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "combiner, segments of 16",
+            "its segment, all earlier ones in summary (Ren et al., 2021)",
+            none,
+            through(MechanismSpec::Combiner(CombinerSpec {
+                form: CombinerForm::Fixed { segment: 16 },
+                log_count: false,
+            })),
+        ),
+        entry(
+            "attention",
+            "combiner, log-sparse",
+            "itself, and spans that double before it (Ren et al., 2021)",
+            none,
+            through(MechanismSpec::Combiner(CombinerSpec {
+                form: CombinerForm::LogSparse,
+                log_count: false,
+            })),
+        ),
+        entry(
+            "attention",
             "mamba",
             "selective state-space recurrence (Gu & Dao, 2023)",
             none,
@@ -208,6 +319,16 @@ fn candidates(width: usize) -> Vec<Candidate> {
                 activation: silu,
                 normalise: true,
             })),
+        ),
+        entry(
+            "feedforward",
+            "sparse-code",
+            "one step towards a sparse code in a square dictionary (Yu et al., 2023)",
+            none,
+            BlockSpec {
+                wiring: Wiring::Replacing,
+                ..with(FeedforwardSpec::SparseCode(Default::default()))
+            },
         ),
         entry(
             "norm",
@@ -262,6 +383,34 @@ fn candidates(width: usize) -> Vec<Candidate> {
             }),
         ),
         entry(
+            "position",
+            "kerple-logarithmic",
+            "a learned logarithmic penalty of the distance (Chi et al., 2022)",
+            none,
+            positioned(PositionSpec::KerpleLogarithmic),
+        ),
+        entry(
+            "position",
+            "kerple-power",
+            "a learned power of the distance (Chi et al., 2022)",
+            none,
+            positioned(PositionSpec::KerplePower),
+        ),
+        entry(
+            "position",
+            "sandwich",
+            "the product of two sinusoidal embeddings (Chi et al., 2023)",
+            none,
+            positioned(PositionSpec::Sandwich { width: 128 }),
+        ),
+        entry(
+            "position",
+            "fire",
+            "a small network of the distance relative to the position (Li et al., 2023)",
+            none,
+            positioned(PositionSpec::Fire(Default::default())),
+        ),
+        entry(
             "wiring",
             "pre-norm",
             "norms before the parts (Xiong et al., 2020)",
@@ -281,6 +430,13 @@ fn candidates(width: usize) -> Vec<Candidate> {
             "both parts read the same input (Wang & Komatsuzaki, 2021)",
             none,
             wired(Wiring::Parallel),
+        ),
+        entry(
+            "wiring",
+            "replacing",
+            "the second part's output takes the place of the stream (Yu et al., 2023)",
+            none,
+            wired(Wiring::Replacing),
         ),
     ]
 }
@@ -309,7 +465,7 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
     let model = Model::initialised(spec, 0, DType::F32, &Device::Cpu)?;
     let short = metered(&model, length)?;
     let long = metered(&model, 2 * length)?;
-    let input = tokens(length)?;
+    let input = tokens(&model, length)?;
     let mut times: Vec<f64> = (0..5)
         .map(|_| {
             let started = Instant::now();
@@ -332,8 +488,9 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
     })
 }
 
-fn tokens(length: usize) -> Result<Input> {
-    let ids: Vec<u32> = (0..length).map(|i| (i * 7 % VOCABULARY) as u32).collect();
+fn tokens(model: &Model, length: usize) -> Result<Input> {
+    let vocabulary = model.spec().vocabulary().unwrap_or(VOCABULARY).max(1);
+    let ids: Vec<u32> = (0..length).map(|i| (i * 7 % vocabulary) as u32).collect();
     Ok(Input::tokens(engine(Tensor::from_vec(
         ids,
         (1, length),
@@ -341,14 +498,14 @@ fn tokens(length: usize) -> Result<Input> {
     ))?))
 }
 
-fn metered(model: &Model, length: usize) -> Result<std::sync::Arc<Meter>> {
+pub(crate) fn metered(model: &Model, length: usize) -> Result<std::sync::Arc<Meter>> {
     let meter = Meter::new();
     let start = meter.clone();
     let trace = Trace::new().replace("embeddings", move |_, signal| {
         Ok(signal.into_metered(start.clone()))
     })?;
     model.forward(
-        &tokens(length)?,
+        &tokens(model, length)?,
         Pass {
             trace: Some(&trace),
             ..Pass::default()

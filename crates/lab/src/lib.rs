@@ -7,6 +7,7 @@
 pub mod catalogue;
 mod error;
 pub mod experiments;
+pub mod mechanisms;
 mod registry;
 mod reproduction;
 

@@ -16,6 +16,10 @@ pub enum Kind {
     Tutorial,
     /// A theory, made executable.
     Theory,
+    /// A way to mix tokens.
+    Attention,
+    /// A part of a Transformer.
+    Part,
 }
 
 /// A system from a paper.
@@ -109,6 +113,16 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::clustering::run,
     },
     System {
+        slug: "combiner",
+        title: "Combiner: Full Attention Transformer with Sparse Computation Cost",
+        authors: "Ren, Dai, Dai, Yang, Leskovec, Schuurmans, Dai",
+        year: 2021,
+        arxiv: Some("2107.05768"),
+        kind: Kind::Part,
+        parts: &["parts::attention::mechanism::combiner"],
+        experiment: experiments::combiner::run,
+    },
+    System {
         slug: "compression-survey",
         title: "A Survey on Transformer Compression",
         authors: "Tang, Wang, Guo, Tu, Han, Hu, Tao",
@@ -134,6 +148,20 @@ static SYSTEMS: &[System] = &[
         kind: Kind::Explanation,
         parts: &["signal::contextual", "explain::contextual"],
         experiment: experiments::contextual::run,
+    },
+    System {
+        slug: "crate",
+        title: "White-Box Transformers via Sparse Rate Reduction",
+        authors: "Yu, Buchanan, Pai, Chu, Wu, Tong, Haeffele, Ma",
+        year: 2023,
+        arxiv: Some("2306.01129"),
+        kind: Kind::Attention,
+        parts: &[
+            "parts::attention::QueryKeySharing",
+            "parts::feedforward::SparseCodeSpec",
+            "parts::block::Wiring",
+        ],
+        experiment: experiments::white_box::run,
     },
     System {
         slug: "curvature-edit",
@@ -196,6 +224,26 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::entropy_pruning::run,
     },
     System {
+        slug: "fastmax",
+        title: "FAST: Factorizable Attention for Speeding up Transformers",
+        authors: "Gerami, Hoover, Dulepet, Duraiswami",
+        year: 2024,
+        arxiv: Some("2402.07901"),
+        kind: Kind::Attention,
+        parts: &["parts::attention::mechanism::fastmax"],
+        experiment: experiments::fastmax::run,
+    },
+    System {
+        slug: "fire",
+        title: "Functional Interpolation for Relative Positions Improves Long Context Transformers",
+        authors: "Li, You, Guruganesh, Ainslie, Ontanon, Zaheer, Sanghai, Yang, Kumar, Bhojanapalli",
+        year: 2023,
+        arxiv: Some("2310.04418"),
+        kind: Kind::Part,
+        parts: &["parts::position::fire"],
+        experiment: experiments::fire::run,
+    },
+    System {
         slug: "fusegpt",
         title: "FuseGPT: Learnable Layers Fusion of Generative Pre-trained Transformers",
         authors: "Pei, Zhen, Yu, Pan, Yuan, Yu",
@@ -236,6 +284,16 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::introduction::run,
     },
     System {
+        slug: "kernelized-transformer",
+        title: "On Learning the Transformer Kernel",
+        authors: "Chowdhury, Solomou, Dubey, Sachan",
+        year: 2021,
+        arxiv: Some("2110.08323"),
+        kind: Kind::Attention,
+        parts: &["parts::attention::mechanism::kernelized"],
+        experiment: experiments::kernelized::run,
+    },
+    System {
         slug: "linearity",
         title: "Your Transformer is Secretly Linear",
         authors: "Razzhigaev, Mikhalchuk, Goncharova, Gerasimenko, Oseledets, Dimitrov, Kuznetsov",
@@ -248,6 +306,26 @@ static SYSTEMS: &[System] = &[
             "compress::delete-linear",
         ],
         experiment: experiments::linearity::run,
+    },
+    System {
+        slug: "linformer",
+        title: "Linformer: Self-Attention with Linear Complexity",
+        authors: "Wang, Li, Khabsa, Fang, Ma",
+        year: 2020,
+        arxiv: Some("2006.04768"),
+        kind: Kind::Attention,
+        parts: &["parts::attention::mechanism::linformer"],
+        experiment: experiments::linformer::run,
+    },
+    System {
+        slug: "lion",
+        title: "Linear Attention for Efficient Bidirectional Sequence Modeling",
+        authors: "Afzal, Abad Rocamora, Candogan, Puigdemont, Tonin, Wu, Shoaran, Cevher",
+        year: 2025,
+        arxiv: Some("2502.16249"),
+        kind: Kind::Attention,
+        parts: &["parts::attention::mechanism::lion"],
+        experiment: experiments::lion::run,
     },
     System {
         slug: "logit-attribution",
@@ -279,6 +357,16 @@ static SYSTEMS: &[System] = &[
         kind: Kind::Compression,
         parts: &["compress::mamba-shedder", "compress::mamba-shedder-scan"],
         experiment: experiments::mamba_shedder::run,
+    },
+    System {
+        slug: "mixers",
+        title: "All mechanisms of attention on the same tasks",
+        authors: "–",
+        year: 2026,
+        arxiv: None,
+        kind: Kind::Attention,
+        parts: &["parts::attention::mechanism"],
+        experiment: experiments::mixers::run,
     },
     System {
         slug: "modegpt",
@@ -332,6 +420,16 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::rducb::run,
     },
     System {
+        slug: "reformer",
+        title: "Reformer: The Efficient Transformer",
+        authors: "Kitaev, Kaiser, Levskaya",
+        year: 2020,
+        arxiv: Some("2001.04451"),
+        kind: Kind::Part,
+        parts: &["parts::attention::mechanism::reformer"],
+        experiment: experiments::reformer::run,
+    },
+    System {
         slug: "replaceme",
         title: "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block \
                 Linearization",
@@ -355,6 +453,16 @@ static SYSTEMS: &[System] = &[
             "compress::dimension",
         ],
         experiment: experiments::slicegpt::run,
+    },
+    System {
+        slug: "sparse-transformer",
+        title: "Generating Long Sequences with Sparse Transformers",
+        authors: "Child, Gray, Radford, Sutskever",
+        year: 2019,
+        arxiv: Some("1904.10509"),
+        kind: Kind::Part,
+        parts: &["parts::attention::mechanism::sparse"],
+        experiment: experiments::sparse_transformer::run,
     },
     System {
         slug: "talking-heads",

@@ -84,6 +84,41 @@ fn decompx() {
 }
 
 #[test]
+fn fastmax() {
+    check("fastmax");
+}
+
+#[test]
+fn kernelized_transformer() {
+    check("kernelized-transformer");
+}
+
+#[test]
+fn lion() {
+    check("lion");
+}
+
+#[test]
+fn linformer() {
+    check("linformer");
+}
+
+#[test]
+fn fire() {
+    check("fire");
+}
+
+#[test]
+fn mixers() {
+    check("mixers");
+}
+
+#[test]
+fn white_box() {
+    check("crate");
+}
+
+#[test]
 fn fusegpt() {
     check("fusegpt");
 }
@@ -192,6 +227,21 @@ fn modegpt() {
 }
 
 #[test]
+fn sparse_transformer() {
+    check("sparse-transformer");
+}
+
+#[test]
+fn reformer() {
+    check("reformer");
+}
+
+#[test]
+fn combiner() {
+    check("combiner");
+}
+
+#[test]
 fn every_system_is_tested_here() {
     let slugs: Vec<&str> = systems().iter().map(|system| system.slug).collect();
     assert_eq!(
@@ -202,27 +252,37 @@ fn every_system_is_tested_here() {
             "chefer",
             "clip-text-decomposition",
             "clustering",
+            "combiner",
             "compression-survey",
             "contextual-decomposition",
+            "crate",
             "curvature-edit",
             "decomposition-xai",
             "decompx",
             "dotresize",
             "entropy-pruning",
+            "fastmax",
+            "fire",
             "fusegpt",
             "fwsvd",
             "hidden-geometry",
             "introduction-to-transformers",
+            "kernelized-transformer",
             "linearity",
+            "linformer",
+            "lion",
             "logit-attribution",
             "lorap",
             "mamba-shedder",
+            "mixers",
             "modegpt",
             "over-squashing",
             "pruning-study",
             "rducb",
+            "reformer",
             "replaceme",
             "slicegpt",
+            "sparse-transformer",
             "talking-heads",
         ]
     );

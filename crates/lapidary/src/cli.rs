@@ -8,6 +8,7 @@ use lapidary_compress::Pattern;
 use lapidary_compress::automatic::AutomaticSettings;
 use lapidary_explain::contextual::Phrase;
 use lapidary_explain::{Explainer, explainers};
+use lapidary_parts::attention::MechanismSpec;
 
 /// Takes Transformers apart: explains a prediction by decomposing it, cuts a checkpoint down,
 /// builds and trains models from published parts.
@@ -99,6 +100,10 @@ pub struct Run {
     /// Also print what is written at these sites (`blocks.*.attention.out`)
     #[arg(long, value_name = "GLOB")]
     pub sites: Vec<String>,
+    /// Run with another mechanism of attention, and say how far the outputs are from the model's
+    /// own: `linformer{slots=64,longest=512}`
+    #[arg(long, value_name = "MECHANISM", value_parser = mechanism)]
+    pub replace_attention: Option<MechanismSpec>,
 }
 
 /// One input.
@@ -120,6 +125,26 @@ fn methods() -> PossibleValuesParser {
     let value = |one: &Explainer| PossibleValue::new(one.name).help(one.summary);
     let all = PossibleValue::new("all").help("Every method that is defined for the model");
     PossibleValuesParser::new(explainers().iter().map(value).chain([all]))
+}
+
+/// `name` or `name{field=value,…}`, the fields as in a spec.
+fn mechanism(text: &str) -> Result<MechanismSpec, String> {
+    let (name, fields) = match text.split_once('{') {
+        None => (text, ""),
+        Some((name, rest)) => match rest.strip_suffix('}') {
+            Some(fields) => (name, fields),
+            None => return Err("the brace that opens its fields is not closed".to_owned()),
+        },
+    };
+    #[derive(serde::Deserialize)]
+    struct Document {
+        mechanism: MechanismSpec,
+    }
+    let comma = if fields.trim().is_empty() { "" } else { ", " };
+    let document = format!("mechanism = {{ kind = {name:?}{comma}{fields} }}");
+    let document: Document =
+        toml::from_str(&document).map_err(|error| error.message().to_owned())?;
+    Ok(document.mechanism)
 }
 
 fn phrase(text: &str) -> Result<Phrase, String> {
@@ -381,6 +406,10 @@ pub struct Export {
     /// Multiply factors out and write integers out as numbers
     #[arg(long)]
     pub dense: bool,
+    /// Put another mechanism in the place of attention's softmax, with parameters of its own from
+    /// --seed: `linformer{slots=64,longest=512}`
+    #[arg(long, value_name = "MECHANISM", value_parser = mechanism)]
+    pub replace_attention: Option<MechanismSpec>,
     /// GGUF file to write, for llama.cpp
     #[arg(long, value_name = "FILE", conflicts_with = "out")]
     pub gguf: Option<PathBuf>,
@@ -508,13 +537,14 @@ pub struct Reproduce {
 
 #[derive(Args, Debug)]
 pub struct Bench {
-    /// forward, step, explain, generate, compress or sparse
+    /// forward, step, explain, generate, compress, mixers or sparse
     #[arg(default_value = "step")]
     pub work: String,
     /// Model directory for the works that need one
     #[arg(long)]
     pub model: Option<String>,
-    /// Method of the works `explain` (decompx when absent) and `compress` (slicegpt)
+    /// Method of the works `explain` (decompx when absent) and `compress` (slicegpt), or the one
+    /// mechanism that `mixers` measures
     #[arg(long)]
     pub method: Option<String>,
     /// Width of the tokens
@@ -529,6 +559,9 @@ pub struct Bench {
     /// Tokens in a sequence
     #[arg(long, default_value_t = 256)]
     pub length: usize,
+    /// Shortest sequences of the work `mixers`, which doubles them up to --length
+    #[arg(long, default_value_t = 256)]
+    pub least: usize,
     /// Sequences at a time
     #[arg(long, default_value_t = 8)]
     pub batch: usize,

@@ -217,7 +217,9 @@ fn a_run_that_was_interrupted_leaves_nothing_half_written() {
         // Before the program has come so far as to handle it, it ends by the signal itself.
         let status = child.wait().unwrap();
         let early = status.signal() == Some(2) && !out.exists();
-        assert!(early || status.code() == Some(130), "{status}");
+        // On a busy machine the run may have come to its end meanwhile.
+        let ended = status.success();
+        assert!(early || ended || status.code() == Some(130), "{status}");
         assert_eq!(temporaries(&out), [""; 0]);
     });
     assert!(

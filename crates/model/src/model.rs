@@ -42,6 +42,8 @@ pub struct Pass<'a> {
     pub trace: Option<&'a Trace>,
     /// Seed of dropout; evaluation when absent.
     pub dropout_seed: Option<u64>,
+    /// Seed of what mixers draw anew in this pass; their own draw, always the same, when `None`.
+    pub draw: Option<u64>,
     /// What was decoded before; updated.
     pub state: Option<&'a mut DecodeState>,
     /// Scores of the last position only.
@@ -323,6 +325,7 @@ impl Model {
             key_padding: pass.padding,
             offset: state.as_ref().map_or(0, |state| state.length),
             dropout_seed: pass.dropout_seed,
+            draw: pass.draw,
             memory: pass.memory,
         };
         let (first, mut x) = match pass.start {
@@ -412,13 +415,14 @@ fn recompute(
 ) -> Result<Signal> {
     let block = block.clone();
     let padding = cx.key_padding.cloned();
-    let (offset, dropout_seed) = (cx.offset, cx.dropout_seed);
+    let (offset, dropout_seed, draw) = (cx.offset, cx.dropout_seed, cx.draw);
     let part = move |x: &Tensor| {
         let trace = Trace::new();
         let cx = Context {
             key_padding: padding.as_ref(),
             offset,
             dropout_seed,
+            draw,
             ..Context::new(&trace)
         };
         match block.forward(Signal::from(x.clone()), &cx, None) {

@@ -58,6 +58,13 @@ impl ParameterSource for Initialiser {
             Init::Normal { deviation } => {
                 (0..count).map(|_| deviation * normal(&mut rng)).collect()
             }
+            Init::Spaced { first, last } => {
+                let width = shape.last().copied().unwrap_or(1).max(1);
+                let step = (last - first) / (width.max(2) - 1) as f64;
+                (0..count)
+                    .map(|i| first + step * (i % width) as f64)
+                    .collect()
+            }
             Init::LogRange => {
                 let last = shape.last().copied().unwrap_or(1).max(1);
                 (0..count).map(|i| ((i % last + 1) as f64).ln()).collect()

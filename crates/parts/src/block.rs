@@ -32,6 +32,26 @@ pub enum Wiring {
     /// `z = x + A(N₁ x) + F(N₂ x)` (Wang & Komatsuzaki, GPT-J, 2021, whose norms are one and the
     /// same; with two, Black et al., GPT-NeoX, arXiv 2204.06745).
     Parallel,
+    /// `y = x + A(N₁ x); z = F(N₂ y)`: what the second part gives takes the place of the stream (Yu
+    /// et al., CRATE, arXiv 2306.01129).
+    Replacing,
+}
+
+impl Wiring {
+    /// The wiring's name in a spec.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PreNorm => "pre-norm",
+            Self::PostNorm => "post-norm",
+            Self::Parallel => "parallel",
+            Self::Replacing => "replacing",
+        }
+    }
+
+    /// Whether each part adds to one residual stream, which nothing else changes.
+    pub fn adds(self) -> bool {
+        matches!(self, Self::PreNorm | Self::Parallel)
+    }
 }
 
 /// One block.
@@ -156,8 +176,9 @@ impl BlockSpec {
 
     fn validate_shortcuts(&self, field: &str) -> Result<()> {
         let obstacle = match (self.wiring, &self.cross_attention) {
-            (Wiring::PostNorm, _) => {
-                "false in a post-norm block: its norms change what the residual carries"
+            (Wiring::PostNorm | Wiring::Replacing, _) => {
+                "false in a post-norm or replacing block, whose parts change what the residual \
+                 carries"
             }
             (_, Some(_)) => "false in a block with cross-attention",
             _ => return Ok(()),
@@ -296,6 +317,10 @@ impl Block {
         };
         let x = match &self.feedforward {
             None => x,
+            Some((around, part)) if self.wiring == Wiring::Replacing => {
+                let y = part.forward(&around.norm.forward(&x)?, cx)?;
+                self.written(y, around, "feedforward", cx)?
+            }
             Some((around, part)) => {
                 let shortcut = self.feedforward_shortcut.as_ref();
                 let site = format_args!("{}.feedforward_shortcut.in", self.path);
@@ -338,7 +363,7 @@ impl Block {
                 let y = self.written(part(&x)?, around, name, cx)?;
                 around.norm.forward(&x.add(&y)?)
             }
-            Wiring::PreNorm | Wiring::Parallel => {
+            Wiring::PreNorm | Wiring::Parallel | Wiring::Replacing => {
                 let y = part(&around.norm.forward(&x)?)?;
                 Ok(passed(&x, shortcut)?.add(&self.written(y, around, name, cx)?)?)
             }

@@ -15,6 +15,9 @@ pub struct Context<'a> {
     /// Seed of this step's dropout, or `None` when evaluating. A mask depends on the seed and
     /// the site alone, so that recomputing a block draws the same one.
     pub dropout_seed: Option<u64>,
+    /// Seed of what this pass draws anew: subsets of keys, random features, rotations of hashes.
+    /// `None`: each module's own draw, always the same.
+    pub draw: Option<u64>,
     /// What cross-attention reads: `[batch, length, width]` and its padding.
     pub memory: Option<(&'a Signal, Option<&'a Tensor>)>,
 }
@@ -27,6 +30,7 @@ impl<'a> Context<'a> {
             key_padding: None,
             offset: 0,
             dropout_seed: None,
+            draw: None,
             memory: None,
         }
     }

@@ -35,7 +35,7 @@ pub(crate) fn dropout(
 }
 
 /// FNV-1a, so that the masks of a run are the same whichever compiler built the program.
-fn seed_of_site(seed: u64, site: &str) -> u64 {
+pub(crate) fn seed_of_site(seed: u64, site: &str) -> u64 {
     let bytes = seed.to_le_bytes().into_iter().chain(site.bytes());
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)

@@ -22,6 +22,13 @@ pub enum Init {
         /// Standard deviation.
         deviation: f64,
     },
+    /// Equally spaced along the last dimension.
+    Spaced {
+        /// The first number.
+        first: f64,
+        /// The last one.
+        last: f64,
+    },
     /// `ln(1), ln(2), …` along the last dimension: the S4D-real start of a state-space decay.
     LogRange,
     /// The value whose softplus is log-uniform between the bounds: the step sizes of Mamba.
@@ -170,6 +177,15 @@ impl<'a> Parameters<'a> {
     pub fn shared_with(self, path: impl Into<String>) -> Self {
         Self {
             stored: Some(path.into()),
+            ..self
+        }
+    }
+
+    /// The place `name` beside the blocks of the model, for parameters that several modules share.
+    pub fn at_root(self, name: impl Into<String>) -> Self {
+        Self {
+            path: name.into(),
+            stored: None,
             ..self
         }
     }

@@ -21,6 +21,31 @@ pub enum MixerState {
     },
     /// Last inputs of a short convolution without a recurrence, `[batch, channels, taps − 1]`.
     Window(Tensor),
+    /// Sums over features of earlier keys.
+    Sums {
+        /// `[batch, heads, features, value_width + 1]`, the last column that of the weights alone.
+        sums: Tensor,
+        /// Logarithm of the decay between the last token and the next, `[batch, heads, 1]`.
+        decay: Option<Tensor>,
+    },
+    /// Keys and values of those tokens that later ones may still see.
+    Kept {
+        /// `[batch, kept, heads · head_width]`.
+        keys: Tensor,
+        /// `[batch, kept, heads · value_width]`.
+        values: Tensor,
+        /// Which tokens they are of, rising.
+        places: Vec<usize>,
+        /// Tokens so far.
+        length: usize,
+    },
+    /// Keys and values of every token so far, and where they were hashed to.
+    Hashed {
+        /// Keys and values.
+        cache: KeyValueCache,
+        /// The bucket of every token in each round of each head, token by token.
+        buckets: Vec<u32>,
+    },
 }
 
 /// The memory of a whole model.
@@ -109,6 +134,19 @@ fn grow(x: &Tensor, capacity: usize) -> Result<Tensor> {
 }
 
 impl MixerState {
+    /// What is remembered, in words.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Empty => "nothing",
+            Self::Cache(_) => "keys and values",
+            Self::Recurrent { .. } => "the state of a recurrence",
+            Self::Window(_) => "the window of a convolution",
+            Self::Sums { .. } => "sums over keys",
+            Self::Kept { .. } => "keys and values of a pattern",
+            Self::Hashed { .. } => "hashed keys and values",
+        }
+    }
+
     /// Appends keys and values to the cache, starting it when empty, and gives all so far.
     pub fn cache(&mut self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
         match self {
@@ -117,11 +155,7 @@ impl MixerState {
                 Ok((keys.clone(), values.clone()))
             }
             Self::Cache(cache) => cache.append(keys, values),
-            Self::Recurrent { .. } | Self::Window(_) => Err(Error::spec(
-                "decode state",
-                "that of a recurrence or a convolution",
-                "a key/value cache",
-            )),
+            other => Err(Error::spec("decode state", other.name(), "keys and values")),
         }
     }
 }

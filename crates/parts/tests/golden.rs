@@ -8,7 +8,7 @@ use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::Context;
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::feedforward::{Mixture, MixtureSpec};
-use lapidary_parts::position::{Position, PositionSpec};
+use lapidary_parts::position::{Position, PositionSpec, Span};
 use lapidary_parts::recurrent::{Mamba, MambaSpec};
 use lapidary_parts::state::MixerState;
 use lapidary_signal::{Signal, Trace};
@@ -88,6 +88,15 @@ fn check_mamba(name: &str, spec: &MambaSpec) {
     }
 }
 
+fn span(queries: usize, keys: usize, offset: usize) -> Span {
+    Span {
+        queries,
+        keys,
+        offset,
+        draw: None,
+    }
+}
+
 #[test]
 fn mamba_equals_transformers() {
     let spec = MambaSpec {
@@ -158,7 +167,7 @@ fn alibi_equals_transformers() {
     for heads in [4, 6, 8, 12] {
         let position = position(&PositionSpec::Alibi, heads, true, &Map::new());
         let bias = position
-            .bias(7, 7, 0, DType::F64, &Device::Cpu)
+            .bias(span(7, 7, 0), DType::F64, &Device::Cpu)
             .unwrap()
             .unwrap();
         let theirs = values(&case[&format!("alibi.{heads}")]);
@@ -186,7 +195,7 @@ fn relative_buckets_equal_transformers() {
             let map = Map::from([("buckets".to_owned(), tensor(numbers, &[buckets, 1]))]);
             let position = position(&spec, 1, causal, &map);
             let ours = |queries, keys, offset| -> Tensor {
-                let bias = position.bias(queries, keys, offset, DType::F64, &Device::Cpu);
+                let bias = position.bias(span(queries, keys, offset), DType::F64, &Device::Cpu);
                 bias.unwrap().unwrap().flatten_all().unwrap()
             };
             // A query at 600 sees the keys at distances −600 ..= 600.

@@ -6,7 +6,7 @@ use crate::error::tensor;
 use crate::meter::bytes_of;
 use crate::relevance::{AttentionRule, Form};
 use crate::{Error, Lens, Result, Signal};
-use lapidary_kernels::Tensor;
+use lapidary_kernels::{Tensor, naive};
 
 /// `y = W v`: a map along positions whose weights were computed from queries and keys, and which
 /// need not lay them out to apply them.
@@ -63,7 +63,8 @@ impl Signal {
         }
     }
 
-    /// Mixes this signal's positions, `[batch, heads, keys, width]`, as `mixing` does.
+    /// Mixes this signal's positions, `[batch, groups, keys, width]`, as `mixing` does, whose number of
+    /// heads is a multiple of the groups.
     ///
     /// Without a lens, and under the meter, no weights are laid out. Under streams, relevant parts
     /// and rounding they are, and frozen. Under relevance the values get what the rule for
@@ -75,9 +76,12 @@ impl Signal {
     /// relevance carried in explicit form through weights.
     pub fn mix_through(&self, mixing: &dyn Mixing) -> Result<Self> {
         let [batch, heads, _, keys] = mixing.sizes();
-        let fits = matches!(*self.value.dims(), [b, h, k, _] if [b, h, k] == [batch, heads, keys]);
+        let fits = matches!(
+            *self.value.dims(),
+            [b, groups, k, _] if [b, k] == [batch, keys] && groups > 0 && heads.is_multiple_of(groups)
+        );
         if !fits {
-            let expected = format!("[{batch}, {heads}, {keys}, width]");
+            let expected = format!("[{batch}, a divisor of {heads}, {keys}, width]");
             return Err(Error::invalid(
                 "shape of the values to mix",
                 self.value.dims(),
@@ -85,9 +89,12 @@ impl Signal {
             ));
         }
         match &self.lens {
-            Lens::Plain => Ok(Self::from(mixing.mix(&self.value)?)),
+            Lens::Plain => {
+                let spread = naive::repeat_groups(&self.value, heads)?;
+                Ok(Self::from(mixing.mix(&spread)?))
+            }
             Lens::Meter(meter, _) => {
-                let value = mixing.mix(&self.value)?;
+                let value = mixing.mix(&naive::repeat_groups(&self.value, heads)?)?;
                 let width = tensor(self.value.dim(3))?;
                 meter.count(
                     mixing.operations(width),
@@ -95,29 +102,34 @@ impl Signal {
                 );
                 Ok(self.carry(value))
             }
-            Lens::Streams(_) | Lens::Contextual(_) => {
-                self.mix(&mixing.weights(&self.value)?.detach())
+            _ => self.mix_by(&self.mixing_weights(mixing)?),
+        }
+    }
+
+    /// The weights of [`Signal::mix_through`] `[batch, heads, queries, keys]`, laid out, for those who
+    /// look at them before [`Signal::mix_by`].
+    ///
+    /// # Errors
+    /// As [`Signal::mix_through`].
+    pub fn mixing_weights(&self, mixing: &dyn Mixing) -> Result<Self> {
+        let weights = tensor(mixing.weights(&self.value)?.contiguous())?;
+        let Lens::Relevance(rules) = &self.lens else {
+            return Ok(match self.lens {
+                Lens::Streams(_) | Lens::Contextual(_) => Self::from(weights.detach()),
+                _ => Self::from(weights),
+            });
+        };
+        match (rules.attention, rules.form) {
+            (AttentionRule::Detach, _) => Ok(self.carry(weights.detach())),
+            (AttentionRule::Uniform | AttentionRule::Gradient, Form::ModifiedGradient) => {
+                Ok(self.carry(weights))
             }
-            Lens::Rounded(_) => self.mix(&mixing.weights(&self.value)?),
-            Lens::Relevance(rules) => {
-                let weights = mixing.weights(&self.value)?;
-                let weights = match (rules.attention, rules.form) {
-                    (AttentionRule::Detach, _) => weights.detach(),
-                    (AttentionRule::Uniform | AttentionRule::Gradient, Form::ModifiedGradient) => {
-                        weights
-                    }
-                    (AttentionRule::PassSoftmax, _) | (_, Form::Explicit) => {
-                        return Err(Error::Undefined {
-                            lens: "relevance",
-                            operation: "weights that are not a softmax",
-                            advice: "choose rules that hold the weights fixed (cp-lrp, \
-                                     cp-lrp-explicit) or that are carried by the gradient (attnlrp, \
-                                     gradient-x-input)",
-                        });
-                    }
-                };
-                Ok(self.carry(rules.mix(&weights, &self.value)?))
-            }
+            (AttentionRule::PassSoftmax, _) | (_, Form::Explicit) => Err(Error::Undefined {
+                lens: "relevance",
+                operation: "weights that are not a softmax",
+                advice: "choose rules that hold the weights fixed (cp-lrp, cp-lrp-explicit) or that \
+                         are carried by the gradient (attnlrp, gradient-x-input)",
+            }),
         }
     }
 }

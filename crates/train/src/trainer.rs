@@ -144,6 +144,7 @@ impl Trainer {
             };
             let pass = Pass {
                 dropout_seed: Some(dropout_seed.wrapping_add(part as u64)),
+                draw: Some(dropout_seed.wrapping_add(part as u64)),
                 recomputation: recomputation.as_ref(),
                 trace: streams.as_ref(),
                 ..Pass::default()

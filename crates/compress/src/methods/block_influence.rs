@@ -11,7 +11,6 @@
 use std::collections::BTreeSet;
 
 use lapidary_model::Model;
-use lapidary_parts::block::Wiring;
 
 use crate::edit::Edit;
 use crate::method::{Method, Schedule, Settings, Task};
@@ -69,10 +68,10 @@ fn apply(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
 /// Refuses models whose blocks are not additions to one residual stream.
 pub(crate) fn removable(model: &Model, method: &str) -> Result<()> {
     for (index, block) in model.spec().expanded_blocks().iter().enumerate() {
-        if block.wiring == Wiring::PostNorm {
+        if !block.wiring.adds() {
             return Err(Error::invalid(
                 format!("the wiring of block {index}"),
-                "post-norm",
+                block.wiring.name(),
                 format!(
                     "pre-norm or parallel for {method}: only there a block is an addition to the \
                      residual stream"

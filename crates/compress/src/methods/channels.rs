@@ -31,7 +31,7 @@ impl Unit {
             gated,
         };
         match &block.feedforward {
-            None | Some(FeedforwardSpec::Linear(_)) => Vec::new(),
+            None | Some(FeedforwardSpec::Linear(_) | FeedforwardSpec::SparseCode(_)) => Vec::new(),
             Some(FeedforwardSpec::Dense(spec)) => vec![unit(path, spec.hidden, false)],
             Some(FeedforwardSpec::Gated(spec)) => vec![unit(path, spec.hidden, true)],
             Some(FeedforwardSpec::Mixture(spec)) => (0..spec.experts)
@@ -84,7 +84,7 @@ pub(crate) fn attention(index: usize) -> String {
 /// Writes a block's new number of hidden features into its spec.
 pub(crate) fn set_hidden(edit: &mut Edit, index: usize, features: usize) -> Result<()> {
     match &mut edit.block(index)?.feedforward {
-        None | Some(FeedforwardSpec::Linear(_)) => {}
+        None | Some(FeedforwardSpec::Linear(_) | FeedforwardSpec::SparseCode(_)) => {}
         Some(FeedforwardSpec::Dense(spec)) => spec.hidden = features,
         Some(FeedforwardSpec::Gated(spec)) => spec.hidden = features,
         Some(FeedforwardSpec::Mixture(spec)) => spec.hidden = features,

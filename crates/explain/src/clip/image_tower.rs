@@ -6,7 +6,7 @@ use crate::{Error, Result};
 use lapidary_kernels::{DType, Tensor};
 use lapidary_model::{HeadSpec, InputSpec, Model, Pool};
 use lapidary_parts::attention::MixerSpec;
-use lapidary_parts::block::{BlockSpec, Wiring};
+use lapidary_parts::block::BlockSpec;
 use lapidary_parts::norm::NormSpec;
 use serde::Serialize;
 
@@ -299,9 +299,13 @@ impl<'a> ImageTower<'a> {
 /// Layer scales multiply the entries: `ls_1` what heads write, `ls_2` what feed-forward parts do.
 fn layer(model: &Model, index: usize, block: &BlockSpec) -> Result<Layer> {
     let field = |name: &str| format!("blocks.{index}.{name}");
-    if block.wiring == Wiring::PostNorm {
+    if !block.wiring.adds() {
         let expected = "pre-norm or parallel: a norm after the sum mixes what was written";
-        return Err(Error::invalid(field("wiring"), "post-norm", expected));
+        return Err(Error::invalid(
+            field("wiring"),
+            block.wiring.name(),
+            expected,
+        ));
     }
     if block.shortcuts {
         let expected = "false: what a layer writes must reach the output as it is";

@@ -29,6 +29,13 @@ impl Contributions {
     /// counts as the token's own.
     pub(crate) fn of(self, captured: &Captured<'_>, index: usize) -> Result<Vec<Vec<f64>>> {
         let shares = match (self, captured.spec(index)?.wiring) {
+            (_, Wiring::Replacing) => {
+                return Err(Error::invalid(
+                    format!("the wiring of block {index}"),
+                    "replacing",
+                    "one with a residual around each part; decompx takes any",
+                ));
+            }
             (Self::Alti, Wiring::PostNorm) => alti_after_norm(captured, index)?,
             (Self::Alti, Wiring::PreNorm | Wiring::Parallel) => alti(captured, index)?,
             (Self::GlobEnc, Wiring::PostNorm) => globenc(captured, index)?,

@@ -5,7 +5,7 @@ use super::{Candle, applies};
 use crate::host::{self, Host, by_dtype};
 use crate::simd::Real;
 use crate::{AttentionOptions, DType, Error, Result, Tensor, naive};
-use candle_core::{CpuStorage, CustomOp3, Layout, Shape, WithDType};
+use candle_core::{CpuStorage, CustomOp3, Layout, Shape};
 use std::borrow::Cow;
 
 /// Which keys of a part a query may attend to.

@@ -200,7 +200,8 @@ pub fn train_further(
     train_from(&mut source, recipe, spec, task, steps, seed, |_, _| Ok(()))
 }
 
-fn train_from(
+/// Trains a model that starts from what `source` gives; `watch` gets it behind each step.
+pub fn train_from(
     source: &mut dyn ParameterSource,
     recipe: Recipe,
     model: ModelSpec,

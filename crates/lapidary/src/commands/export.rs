@@ -14,6 +14,12 @@ pub fn run(arguments: &Export, global: &Global) -> Result<()> {
         let dense = export_dense(package.single_model()?)?;
         package = package.with_model(dense);
     }
+    if let Some(mechanism) = &arguments.replace_attention {
+        let replaced = package
+            .single_model()?
+            .with_mechanism(mechanism, global.seed)?;
+        package = package.with_model(replaced);
+    }
     match &arguments.gguf {
         Some(path) => {
             let float = match arguments.half {

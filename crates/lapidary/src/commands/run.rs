@@ -4,9 +4,10 @@ use crate::cli::{Global, Run};
 use crate::tensors::Tensors;
 use crate::{loading, output};
 use anyhow::{Result, ensure};
-use lapidary_kernels::{DType, Tensor};
-use lapidary_model::{Input, Pass};
+use lapidary_kernels::{DType, SoftmaxMask, Tensor, log_softmax};
+use lapidary_model::{Input, Output, Pass};
 use lapidary_signal::Trace;
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 pub fn run(arguments: &Run, global: &Global) -> Result<()> {
@@ -14,6 +15,7 @@ pub fn run(arguments: &Run, global: &Global) -> Result<()> {
     let path = &arguments.input;
     let tensors = Tensors::read(path, &loading::device(global)?)?;
     let mut results = Map::new();
+    let mut distances = Vec::new();
     for tower in &package.towers {
         let Some(input) = tensors.input(&tower.model) else {
             ensure!(
@@ -37,8 +39,23 @@ pub fn run(arguments: &Run, global: &Global) -> Result<()> {
             trace: Some(&trace),
             ..Pass::default()
         };
-        let out = tower.model.forward(&input, pass)?;
         let mut result = Map::new();
+        let out = match &arguments.replace_attention {
+            None => tower.model.forward(&input, pass)?,
+            Some(mechanism) => {
+                let plain = Pass {
+                    padding,
+                    ..Pass::default()
+                };
+                let own = tower.model.forward(&input, plain)?;
+                let replaced = tower.model.with_mechanism(mechanism, global.seed)?;
+                let out = replaced.forward(&input, pass)?;
+                let distance = Distance::between(&own, &out)?;
+                result.insert("distance".to_owned(), serde_json::to_value(&distance)?);
+                distances.push(distance);
+                out
+            }
+        };
         result.insert("hidden".to_owned(), tensor_json(out.hidden.value())?);
         if let Some(pooled) = &out.pooled {
             result.insert("pooled".to_owned(), tensor_json(pooled.value())?);
@@ -76,7 +93,66 @@ pub fn run(arguments: &Run, global: &Global) -> Result<()> {
     if global.json {
         return output::print_json(&document);
     }
-    output::print(&summary(&document, ""))
+    let mut text = summary(&document, "");
+    for distance in &distances {
+        text.push_str(&distance.told());
+    }
+    output::print(&text)
+}
+
+/// How far the outputs of a changed model are from those of the original.
+#[derive(Serialize)]
+struct Distance {
+    /// `‖h' − h‖ / ‖h‖` of the last hidden vectors.
+    relative_error_of_hidden: f64,
+    /// Mean over positions of `KL(p ‖ p')`, in nats, where there are scores.
+    divergence: Option<f64>,
+    /// Share of positions with the same most likely answer.
+    same_answer: Option<f64>,
+}
+
+impl Distance {
+    fn between(own: &Output, other: &Output) -> Result<Self> {
+        let (h, changed) = (own.hidden.value(), other.hidden.value());
+        let norm = |x: &Tensor| -> Result<f64> {
+            let sum = x.to_dtype(DType::F64)?.sqr()?.sum_all()?;
+            Ok(sum.to_scalar::<f64>()?.sqrt())
+        };
+        let relative = norm(&(changed - h)?)? / norm(h)?.max(f64::MIN_POSITIVE);
+        let (mut divergence, mut same) = (None, None);
+        if let (Some(own), Some(other)) = (&own.logits, &other.logits) {
+            let flat = |x: &Tensor| -> Result<Tensor> {
+                let last = x.dims().last().copied().unwrap_or(1);
+                let rows = x.reshape(((), last))?.to_dtype(DType::F64)?;
+                Ok(log_softmax(&rows, &SoftmaxMask::default())?)
+            };
+            let (p, q) = (flat(own.value())?, flat(other.value())?);
+            let each = (p.exp()? * (&p - &q)?)?.sum(1)?.mean_all()?;
+            divergence = Some(each.to_scalar::<f64>()?);
+            let agree = p.argmax(1)?.eq(&q.argmax(1)?)?.to_dtype(DType::F64)?;
+            same = Some(agree.mean_all()?.to_scalar::<f64>()?);
+        }
+        Ok(Self {
+            relative_error_of_hidden: relative,
+            divergence,
+            same_answer: same,
+        })
+    }
+
+    fn told(&self) -> String {
+        let mut text = format!(
+            "from the model's own outputs: relative error of hidden vectors {:.4}",
+            self.relative_error_of_hidden
+        );
+        if let (Some(divergence), Some(same)) = (self.divergence, self.same_answer) {
+            text.push_str(&format!(
+                ", KL divergence {divergence:.4} nats, {:.1} % same answers",
+                100.0 * same
+            ));
+        }
+        text.push('\n');
+        text
+    }
 }
 
 /// A tensor as nested lists, at full precision.
@@ -112,7 +188,8 @@ fn summary(document: &Value, prefix: &str) -> String {
     let Value::Object(entries) = document else {
         return text;
     };
-    for (name, value) in entries {
+    // The distance is told in a sentence of its own.
+    for (name, value) in entries.iter().filter(|(name, _)| *name != "distance") {
         match value {
             Value::Object(_) => text += &summary(value, &format!("{prefix}{name} ")),
             tensor => {

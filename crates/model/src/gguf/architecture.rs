@@ -183,6 +183,9 @@ fn plain<'a>(index: usize, block: &'a BlockSpec, width: usize) -> Result<Plain<'
     let standard = attention
         .scale
         .is_none_or(|scale| (scale - 1.0 / (head as f64).sqrt()).abs() < 1e-12);
+    if let Some(peculiarity) = attention.peculiarity() {
+        return Err(refused(&name("attention"), peculiarity, "softmax"));
+    }
     if !attention.causal
         || attention.window.is_some()
         || attention.query_key_norm.is_some()

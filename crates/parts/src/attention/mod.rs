@@ -1,8 +1,10 @@
 //! Parts that mix tokens.
 
+pub mod mechanism;
 mod multi_head;
 
-pub use multi_head::{MultiHeadAttention, MultiHeadSpec, QueryKeyNorm};
+pub use mechanism::MechanismSpec;
+pub use multi_head::{MultiHeadAttention, MultiHeadSpec, QueryKeyNorm, QueryKeySharing};
 
 use crate::parameters::Parameters;
 use crate::recurrent::{Mamba, MambaSpec};
@@ -15,6 +17,10 @@ use serde::{Deserialize, Serialize};
 /// Which mixer, and how it is set up.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a spec is made once for each block, and most have the largest"
+)]
 pub enum MixerSpec {
     /// Softmax attention with several heads (Vaswani et al., arXiv 1706.03762).
     MultiHead(MultiHeadSpec),

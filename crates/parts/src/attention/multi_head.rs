@@ -15,20 +15,20 @@
 //! step pays for its own row. Memory of the state: `groups · (head_width + value_width)` numbers
 //! per token. Parameters: `width · (head_width + value_width) · (heads + groups)` and the biases.
 
-use crate::dropout::dropout;
+use super::mechanism::{self, Mechanism, MechanismPass, MechanismSpec, Memory, Resumed};
+use crate::dropout::{dropout, seed_of_site};
 use crate::error::{bounded, tensor};
 use crate::norm::{Norm, NormSpec};
 use crate::parameters::Parameters;
-use crate::position::{Position, PositionSpec};
+use crate::position::{Position, PositionSpec, Span};
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
-use lapidary_kernels::{AttentionOptions, Tensor};
+use lapidary_kernels::{AttentionOptions, Tensor, naive};
 use lapidary_signal::{Lens, Linear, Signal};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 const MAX_INNER: usize = 1 << 20;
-const MAX_BUCKETS: usize = 1 << 12;
 
 /// Multi-head attention.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -69,6 +69,36 @@ pub struct MultiHeadSpec {
     /// Probability with which an attention weight is dropped in training.
     #[serde(default)]
     pub dropout: f64,
+    /// Which projections are one and the same.
+    #[serde(default, skip_serializing_if = "QueryKeySharing::is_none")]
+    pub sharing: QueryKeySharing,
+    /// How queries and keys become a mixing of the values.
+    #[serde(default, skip_serializing_if = "MechanismSpec::is_softmax")]
+    pub mechanism: MechanismSpec,
+}
+
+/// Which of the projections to queries, keys and values are one and the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum QueryKeySharing {
+    /// Each its own.
+    #[default]
+    None,
+    /// Keys are queries: there is no `key`.
+    QueryKey,
+    /// Keys and values are queries: there is neither `key` nor `value`.
+    All,
+}
+
+impl QueryKeySharing {
+    /// Whether there are three projections.
+    #[allow(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde asks for a reference"
+    )]
+    pub fn is_none(&self) -> bool {
+        *self == Self::None
+    }
 }
 
 /// Where queries and keys are normalised before their product.
@@ -102,6 +132,19 @@ impl MultiHeadSpec {
             query_key_norm: None,
             scale: None,
             dropout: 0.0,
+            sharing: QueryKeySharing::None,
+            mechanism: MechanismSpec::Softmax,
+        }
+    }
+
+    /// What sets this attention apart from the usual one, softmax over keys and values of their own;
+    /// nothing where nothing does. For whoever reasons about its products of weights.
+    pub fn peculiarity(&self) -> Option<&'static str> {
+        match (self.mechanism.spec(), self.sharing) {
+            (Some(mechanism), _) => Some(mechanism.kind()),
+            (None, QueryKeySharing::None) => None,
+            (None, QueryKeySharing::QueryKey) => Some("queries that are keys"),
+            (None, QueryKeySharing::All) => Some("queries that are keys and values"),
         }
     }
 
@@ -176,31 +219,50 @@ impl MultiHeadSpec {
         if let Some(QueryKeyNorm { norm, .. }) = &self.query_key_norm {
             norm.validate(&at("query_key_norm.norm"))?;
         }
-        match &self.position {
-            PositionSpec::Rotary(rotary) => {
-                rotary.validate(self.head_width(width), groups, &at("position"))
-            }
-            PositionSpec::RelativeBuckets {
-                buckets,
-                max_distance,
-            } => {
-                let least = if self.causal { 2 } else { 4 };
-                bounded(at("position.buckets"), *buckets, least..=MAX_BUCKETS)?;
-                let exact = if self.causal {
-                    buckets / 2
-                } else {
-                    buckets / 4
-                };
-                if *max_distance <= exact {
-                    return Err(Error::spec(
-                        at("position.max_distance"),
-                        max_distance,
-                        format!("above {exact}, the distances that have a bucket of their own"),
-                    ));
-                }
-                Ok(())
-            }
-            PositionSpec::None | PositionSpec::Alibi => Ok(()),
+        self.validate_sharing(width, field)?;
+        let scores = match (self.window, self.position.is_bias(), self.dropout > 0.0) {
+            (Some(_), ..) => Some("a window"),
+            (None, true, _) => Some("a bias added to scores"),
+            (None, false, true) => Some("dropout of weights"),
+            (None, false, false) => None,
+        };
+        mechanism::validate(
+            &self.mechanism,
+            &self.sizes(width),
+            (false, scores),
+            &at("mechanism"),
+        )?;
+        self.position
+            .validate(groups, self.head_width(width), self.causal, &at("position"))
+    }
+
+    fn validate_sharing(&self, width: usize, field: &str) -> Result<()> {
+        if self.sharing.is_none() {
+            return Ok(());
+        }
+        let refuse = |name: &str, found: usize, expected: usize| {
+            let expected = format!("{expected}, as queries that are keys too ask for");
+            Err(Error::spec(format!("{field}.{name}"), found, expected))
+        };
+        if self.groups() != self.heads {
+            return refuse("groups", self.groups(), self.heads);
+        }
+        let (keys, values) = (self.head_width(width), self.value_width(width));
+        if self.sharing == QueryKeySharing::All && keys != values {
+            return refuse("value_width", values, keys);
+        }
+        Ok(())
+    }
+
+    /// The heads as a mechanism sees them.
+    pub fn sizes(&self, width: usize) -> mechanism::Heads {
+        mechanism::Heads {
+            width,
+            heads: self.heads,
+            head_width: self.head_width(width),
+            causal: self.causal,
+            scale: self.scale(width),
+            sharing: self.sharing,
         }
     }
 
@@ -224,7 +286,15 @@ impl MultiHeadSpec {
         if self.position != PositionSpec::None {
             return refuse("position.kind", self.position.kind(), "none");
         }
-        Ok(())
+        if !self.sharing.is_none() {
+            return refuse("sharing", "given", "none");
+        }
+        mechanism::validate(
+            &self.mechanism,
+            &self.sizes(width),
+            (true, None),
+            &format!("{field}.mechanism"),
+        )
     }
 }
 
@@ -237,12 +307,16 @@ pub struct MultiHeadAttention {
     head_width: usize,
     scale: f64,
     query: Linear,
-    key: Linear,
-    value: Linear,
+    /// Absent where queries are keys.
+    key: Option<Linear>,
+    /// Absent where queries are values.
+    value: Option<Linear>,
     output: Linear,
     query_norm: Option<Norm>,
     key_norm: Option<Norm>,
     position: Position,
+    /// Absent where it is softmax.
+    mechanism: Option<Box<dyn Mechanism>>,
 }
 
 impl MultiHeadAttention {
@@ -287,8 +361,20 @@ impl MultiHeadAttention {
             head_width,
             scale: spec.scale(width),
             query: parameters.linear("query", "in", width, heads * head_width, spec.bias)?,
-            key: parameters.linear("key", source, width, groups * head_width, spec.bias)?,
-            value: parameters.linear("value", source, width, groups * value_width, spec.bias)?,
+            key: match spec.sharing {
+                QueryKeySharing::None => {
+                    let keys = groups * head_width;
+                    Some(parameters.linear("key", source, width, keys, spec.bias)?)
+                }
+                QueryKeySharing::QueryKey | QueryKeySharing::All => None,
+            },
+            value: match spec.sharing {
+                QueryKeySharing::None | QueryKeySharing::QueryKey => {
+                    let values = groups * value_width;
+                    Some(parameters.linear("value", source, width, values, spec.bias)?)
+                }
+                QueryKeySharing::All => None,
+            },
             output: parameters.linear(
                 "output",
                 "mixed",
@@ -305,6 +391,12 @@ impl MultiHeadAttention {
                 spec.causal,
                 parameters.at("position"),
             )?,
+            mechanism: match spec.mechanism.spec() {
+                None => None,
+                Some(mechanism) => {
+                    Some(mechanism.build(&spec.sizes(width), parameters.at("mechanism"))?)
+                }
+            },
             spec: spec.clone(),
         })
     }
@@ -348,11 +440,26 @@ impl MultiHeadAttention {
             cx.trace.site(format_args!("{}.{name}", self.path), signal)
         };
         let q = site("query", x.for_scores().linear(&self.query)?)?;
-        let k = site("key", source.for_scores().linear(&self.key)?)?;
-        let v = site("value", source.linear_values(&self.value)?)?;
+        let k = match &self.key {
+            Some(key) => site("key", source.for_scores().linear(key)?)?,
+            None => q.clone(),
+        };
+        let v = match (&self.value, source.lens()) {
+            (Some(value), _) => source.linear_values(value)?,
+            (None, Lens::Plain | Lens::Meter(..) | Lens::Rounded(_)) => q.clone(),
+            // Values are followed where queries are frozen.
+            (None, _) => source.linear_values(&self.query)?,
+        };
+        let v = site("value", v)?;
         let q = self.normalise(&q, &self.query_norm)?;
         let k = self.normalise(&k, &self.key_norm)?;
         let (q, k) = self.rotate(q, k, cx.offset)?;
+        if let Some(mechanism) = &self.mechanism {
+            let mixed =
+                self.through(mechanism.as_ref(), [x, &q, &k, &v], key_padding, cx, state)?;
+            let mixed = site("mixed", mixed)?;
+            return Ok(site("out", mixed.linear_output(&self.output)?)?);
+        }
         let (k, v) = match state {
             Some(state) => recall(state, k, v)?,
             None => (k, v),
@@ -364,12 +471,79 @@ impl MultiHeadAttention {
             window: self.spec.window,
             query_offset: cx.offset,
             key_padding: key_padding.cloned(),
-            bias: self
-                .position
-                .bias(queries, keys, cx.offset, q.dtype(), q.device())?,
+            bias: self.position.bias(
+                Span {
+                    queries,
+                    keys,
+                    offset: cx.offset,
+                    draw: cx.draw.map(|seed| seed_of_site(seed, &self.path)),
+                },
+                q.dtype(),
+                q.device(),
+            )?,
         };
         let mixed = site("mixed", self.mix(&q, &k, &v, &options, cx)?)?;
         Ok(site("out", mixed.linear_output(&self.output)?)?)
+    }
+
+    /// Mixes by a mechanism that is not softmax: `x` `[batch, query, width]`, queries, keys and
+    /// values with heads side by side.
+    fn through(
+        &self,
+        mechanism: &dyn Mechanism,
+        [x, q, k, v]: [&Signal; 4],
+        key_padding: Option<&Tensor>,
+        cx: &Context<'_>,
+        state: Option<&mut MixerState>,
+    ) -> Result<Signal> {
+        let (heads, groups) = (self.spec.heads, self.spec.groups());
+        let tokens = x.for_weights()?;
+        let pass = MechanismPass {
+            path: &self.path,
+            tokens: &tokens,
+            keep: key_padding,
+            offset: cx.offset,
+            context: cx,
+        };
+        let (k, v, own) = match state {
+            None => (k.clone(), v.clone(), None),
+            Some(state) if mechanism.memory() == Memory::KeysAndValues => {
+                let (k, v) = recall(state, k.clone(), v.clone())?;
+                (k, v, None)
+            }
+            Some(state) => (k.clone(), v.clone(), Some(state)),
+        };
+        let each = |x: &Signal, heads: usize| -> Result<Tensor> {
+            let split = x.split_heads(heads)?.for_weights()?;
+            Ok(naive::repeat_groups(&split, self.spec.heads)?)
+        };
+        let (q, k) = (each(q, heads)?, each(&k, groups)?);
+        let values = v.split_heads(groups)?;
+        let resumed = match own {
+            None => None,
+            Some(state) => {
+                let v = naive::repeat_groups(values.value(), heads)?;
+                Some(mechanism.resume(&q, &k, &v, state, &pass)?)
+            }
+        };
+        let (mixing, past) = match resumed {
+            Some(Resumed { mixing, past }) => (mixing, Some(past)),
+            None => (mechanism.mixing(&q, &k, &pass)?, None),
+        };
+        let site = format_args!("{}.weights", self.path);
+        let mixed = match cx.trace.wants(site) {
+            // Counted as if never laid out, so that looking at the weights doesn't change the cost.
+            true if !matches!(values.lens(), Lens::Meter(..)) => {
+                let weights = values.mixing_weights(mixing.as_ref())?;
+                values.mix_by(&cx.trace.site(site, weights)?)?
+            }
+            _ => values.mix_through(mixing.as_ref())?,
+        };
+        let mixed = match past {
+            Some(past) => mixed.add_constant(&past)?,
+            None => mixed,
+        };
+        Ok(mixed.merge_heads()?)
     }
 
     /// Attention proper. The weights are only ever laid out when a site asks for them or

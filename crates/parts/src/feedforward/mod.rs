@@ -4,11 +4,13 @@ mod dense;
 mod gated;
 mod linear;
 mod mixture;
+mod sparse_code;
 
 pub use dense::{Dense, DenseSpec};
 pub use gated::{Gated, GatedSpec};
 pub use linear::{LinearMap, LinearSpec};
 pub use mixture::{Mixture, MixtureSpec};
+pub use sparse_code::{SparseCode, SparseCodeSpec};
 
 use crate::error::bounded;
 use crate::parameters::Parameters;
@@ -31,6 +33,8 @@ pub enum FeedforwardSpec {
     Mixture(MixtureSpec),
     /// One linear map: what is left of a block that became one.
     Linear(LinearSpec),
+    /// A sparse code in a learned dictionary (Yu et al., CRATE, arXiv 2306.01129).
+    SparseCode(SparseCodeSpec),
 }
 
 impl FeedforwardSpec {
@@ -41,6 +45,7 @@ impl FeedforwardSpec {
             Self::Dense(_) | Self::Gated(_) => hidden(),
             Self::Mixture(spec) => hidden().and_then(|()| spec.validate(field)),
             Self::Linear(_) => Ok(()),
+            Self::SparseCode(spec) => spec.validate(field),
         }
     }
 
@@ -51,6 +56,7 @@ impl FeedforwardSpec {
             Self::Gated(spec) => spec.hidden,
             Self::Mixture(spec) => spec.hidden,
             Self::Linear(_) => 0,
+            Self::SparseCode(spec) => spec.atoms.unwrap_or(0),
         }
     }
 
@@ -61,6 +67,7 @@ impl FeedforwardSpec {
             Self::Gated(_) => "gated",
             Self::Mixture(_) => "mixture",
             Self::Linear(_) => "linear",
+            Self::SparseCode(_) => "sparse-code",
         }
     }
 }
@@ -76,6 +83,8 @@ pub enum Feedforward {
     Mixture(Mixture),
     /// One linear map.
     Linear(LinearMap),
+    /// A sparse code.
+    SparseCode(SparseCode),
 }
 
 impl Feedforward {
@@ -86,6 +95,9 @@ impl Feedforward {
             FeedforwardSpec::Gated(spec) => Self::Gated(Gated::new(spec, width, parameters)?),
             FeedforwardSpec::Mixture(spec) => Self::Mixture(Mixture::new(spec, width, parameters)?),
             FeedforwardSpec::Linear(spec) => Self::Linear(LinearMap::new(spec, width, parameters)?),
+            FeedforwardSpec::SparseCode(spec) => {
+                Self::SparseCode(SparseCode::new(spec, width, parameters)?)
+            }
         })
     }
 
@@ -96,6 +108,7 @@ impl Feedforward {
             Self::Gated(part) => part.forward(x, cx),
             Self::Mixture(part) => part.forward(x, cx),
             Self::Linear(part) => part.forward(x, cx),
+            Self::SparseCode(part) => part.forward(x, cx),
         }
     }
 }

@@ -331,11 +331,7 @@ impl Mamba {
             (None | Some(MixerState::Empty), _) => return Ok(None),
             (Some(MixerState::Recurrent { window, state }), Some(_)) => (window, Some(state)),
             (Some(MixerState::Window(window)), None) => (window, None),
-            (Some(MixerState::Cache(_)), _) => return Err(wrong("a key/value cache")),
-            (Some(MixerState::Recurrent { .. }), None) => {
-                return Err(wrong("that of a recurrence"));
-            }
-            (Some(MixerState::Window(_)), Some(_)) => return Err(wrong("that of a convolution")),
+            (Some(other), _) => return Err(wrong(other.name())),
         };
         let (batch, _, _) = tensor(x.value().dims3())?;
         let expected = [batch, self.inner, self.taps - 1];

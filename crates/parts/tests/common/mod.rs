@@ -35,6 +35,7 @@ impl ParameterSource for Drawn {
             Init::Normal { .. } => (0.0, 0.4),
             Init::Constant(number) => (number, 0.1),
             Init::LogRange => (0.5, 0.4),
+            Init::Spaced { first, last } => ((first + last) / 2.0, 0.4),
             Init::InverseSoftplusLogUniform { .. } => (-1.0, 0.5),
         };
         let values = (0..shape.iter().product())

@@ -60,6 +60,345 @@ pub(super) fn rotary(
     })
 }
 
+/// Attention whose weights come from `mechanism`.
+pub(super) fn through(mechanism: MechanismSpec) -> MultiHeadSpec {
+    MultiHeadSpec {
+        mechanism,
+        ..MultiHeadSpec::new(2)
+    }
+}
+
+pub(super) fn linformer(sharing: Sharing, projection: Projection) -> MechanismSpec {
+    MechanismSpec::Linformer(LinformerSpec {
+        slots: 3,
+        longest: 9,
+        sharing,
+        projection,
+    })
+}
+
+fn lion(decay: LionDecay) -> LionSpec {
+    LionSpec {
+        decay,
+        ..LionSpec::default()
+    }
+}
+
+fn fastmax(degree: usize, normalisation: Normalisation) -> MechanismSpec {
+    MechanismSpec::Fastmax(FastmaxSpec {
+        degree,
+        normalisation,
+        ..FastmaxSpec::default()
+    })
+}
+
+fn kernelized(spectrum: SpectrumSpec, features: ReadOut) -> MechanismSpec {
+    MechanismSpec::Kernelized(KernelizedSpec {
+        spectrum,
+        features,
+        ..KernelizedSpec::default()
+    })
+}
+
+/// Blocks whose attention is a sum over features.
+fn linear() -> Vec<(&'static str, BlockSpec)> {
+    let multi_head = |spec| block(Wiring::PreNorm, LAYER, MixerSpec::MultiHead(spec));
+    let plain = |mechanism| multi_head(through(mechanism));
+    let causal = |mechanism| {
+        multi_head(MultiHeadSpec {
+            causal: true,
+            ..through(mechanism)
+        })
+    };
+    let fourier = ReadOut::Fourier { smoothing: 0.6 };
+    let positive = |stabilise| ReadOut::Positive { stabilise };
+    let mixture = |components| SpectrumSpec::Mixture { components };
+    let fastfood = |learned| SpectrumSpec::Fastfood { learned };
+    vec![
+        (
+            "lion without decay",
+            plain(MechanismSpec::Lion(lion(LionDecay::None))),
+        ),
+        (
+            "lion with a decay for each head, causal",
+            causal(MechanismSpec::Lion(lion(LionDecay::Constant))),
+        ),
+        (
+            "lion with a decay for each token",
+            plain(MechanismSpec::Lion(lion(LionDecay::Selective))),
+        ),
+        (
+            "lion with a decay for each token, step by step, causal, grouped keys",
+            multi_head(MultiHeadSpec {
+                causal: true,
+                groups: Some(1),
+                value_width: Some(3),
+                ..through(MechanismSpec::Lion(LionSpec {
+                    form: LionForm::Recurrent,
+                    ..lion(LionDecay::Selective)
+                }))
+            }),
+        ),
+        (
+            "lion laid out, with a class token",
+            plain(MechanismSpec::Lion(LionSpec {
+                form: LionForm::Parallel,
+                class_token: true,
+                ..lion(LionDecay::Constant)
+            })),
+        ),
+        (
+            "lion on an image",
+            plain(MechanismSpec::Lion(LionSpec {
+                image: Some(LionImage {
+                    columns: 3,
+                    curves: vec![Curve::Rows, Curve::Columns],
+                }),
+                ..lion(LionDecay::Selective)
+            })),
+        ),
+        ("fastmax, causal", causal(fastmax(2, Normalisation::Token))),
+        (
+            "fastmax of first degree",
+            plain(fastmax(1, Normalisation::Token)),
+        ),
+        (
+            "fastmax by the longest",
+            plain(fastmax(2, Normalisation::Max { limit: 0.8 })),
+        ),
+        (
+            "fastmax as it comes, causal, grouped keys",
+            multi_head(MultiHeadSpec {
+                causal: true,
+                groups: Some(1),
+                ..through(fastmax(2, Normalisation::None))
+            }),
+        ),
+        (
+            "waves of a mixture, causal",
+            causal(kernelized(mixture(None), fourier)),
+        ),
+        (
+            "waves of two mixtures",
+            plain(kernelized(mixture(Some(2)), fourier)),
+        ),
+        (
+            "exponentials of two mixtures, causal",
+            causal(kernelized(mixture(Some(2)), positive(false))),
+        ),
+        (
+            "exponentials of learned fastfood, causal",
+            causal(kernelized(fastfood(Learned::All), positive(false))),
+        ),
+        (
+            "waves of scaled fastfood",
+            plain(kernelized(fastfood(Learned::Scaling), fourier)),
+        ),
+        (
+            "exponentials of a generator, causal",
+            causal(kernelized(SpectrumSpec::Generator, positive(false))),
+        ),
+        (
+            "waves of a generator",
+            plain(kernelized(SpectrumSpec::Generator, fourier)),
+        ),
+        (
+            "exponentials kept in range",
+            plain(kernelized(mixture(None), positive(true))),
+        ),
+        (
+            "exponentials of normal frequencies",
+            plain(kernelized(SpectrumSpec::Gaussian, positive(false))),
+        ),
+    ]
+}
+
+/// Heads that meet some of the keys. One chunk holds everything where tokens are sorted and causal,
+/// so that what is met doesn't hang on later ones.
+fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
+    let sparse = |pattern, steps| MultiHeadSpec {
+        causal: true,
+        ..through(MechanismSpec::Sparse(SparseSpec { pattern, steps }))
+    };
+    let combiner = |form| MultiHeadSpec {
+        causal: true,
+        ..through(MechanismSpec::Combiner(CombinerSpec {
+            form,
+            log_count: true,
+        }))
+    };
+    let reformer = |rounds, chunk| MultiHeadSpec {
+        sharing: QueryKeySharing::QueryKey,
+        ..through(MechanismSpec::Reformer(ReformerSpec {
+            rounds,
+            buckets: vec![4],
+            ..ReformerSpec::new(chunk)
+        }))
+    };
+    let strided = SparsePattern::Strided { stride: 2 };
+    let fixed = SparsePattern::Fixed {
+        stride: 3,
+        summaries: 1,
+        groups: 2,
+    };
+    vec![
+        ("strided, merged", sparse(strided, Steps::Merged)),
+        ("strided, by head", sparse(strided, Steps::ByHead)),
+        ("fixed, columns of each head", sparse(fixed, Steps::Merged)),
+        (
+            "log-sparse, grouped keys, rotary",
+            MultiHeadSpec {
+                groups: Some(1),
+                position: rotary(false, None, RotaryScaling::None),
+                ..sparse(SparsePattern::LogSparse, Steps::Merged)
+            },
+        ),
+        (
+            "hashed",
+            MultiHeadSpec {
+                causal: true,
+                ..reformer(2, 8)
+            },
+        ),
+        ("hashed in both directions", reformer(1, 2)),
+        (
+            "segments and their summaries",
+            combiner(CombinerForm::Fixed { segment: 2 }),
+        ),
+        (
+            "segments and their summaries in both directions",
+            MultiHeadSpec {
+                causal: false,
+                ..combiner(CombinerForm::Fixed { segment: 2 })
+            },
+        ),
+        ("doubling spans", combiner(CombinerForm::LogSparse)),
+        (
+            "columns and rows in summary",
+            combiner(CombinerForm::Mixture {
+                columns: 2,
+                joint: false,
+            }),
+        ),
+        (
+            "earlier rows in summary",
+            combiner(CombinerForm::RowMajor { columns: 2 }),
+        ),
+    ]
+}
+
+/// Blocks that together use every mechanism and every bias.
+fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
+    let multi_head = |spec| block(Wiring::PreNorm, LAYER, MixerSpec::MultiHead(spec));
+    let causal = |position| MultiHeadSpec {
+        causal: true,
+        position,
+        ..MultiHeadSpec::new(2)
+    };
+    let fire = FireSpec {
+        hidden: 4,
+        initial_length: 4,
+        ..FireSpec::default()
+    };
+    vec![
+        ("fire", multi_head(causal(PositionSpec::Fire(fire.clone())))),
+        (
+            "fire in both directions",
+            multi_head(MultiHeadSpec {
+                causal: false,
+                ..causal(PositionSpec::Fire(FireSpec { layers: 1, ..fire }))
+            }),
+        ),
+        (
+            "kerple, logarithmic",
+            multi_head(causal(PositionSpec::KerpleLogarithmic)),
+        ),
+        (
+            "kerple, power",
+            multi_head(causal(PositionSpec::KerplePower)),
+        ),
+        (
+            "sandwich",
+            multi_head(causal(PositionSpec::Sandwich { width: 6 })),
+        ),
+        (
+            "queries that are keys",
+            multi_head(MultiHeadSpec {
+                sharing: QueryKeySharing::QueryKey,
+                ..causal(PositionSpec::None)
+            }),
+        ),
+        (
+            "queries that are keys and values",
+            multi_head(MultiHeadSpec {
+                sharing: QueryKeySharing::All,
+                bias: false,
+                output_bias: Some(true),
+                ..causal(PositionSpec::None)
+            }),
+        ),
+        (
+            "sparse codes in the place of the stream",
+            BlockSpec {
+                feedforward: Some(FeedforwardSpec::SparseCode(SparseCodeSpec::default())),
+                ..block(
+                    Wiring::Replacing,
+                    LAYER,
+                    MixerSpec::MultiHead(MultiHeadSpec {
+                        sharing: QueryKeySharing::All,
+                        bias: false,
+                        output_bias: Some(true),
+                        ..MultiHeadSpec::new(2)
+                    }),
+                )
+            },
+        ),
+        (
+            "codes in an over-complete dictionary",
+            BlockSpec {
+                feedforward: Some(FeedforwardSpec::SparseCode(SparseCodeSpec {
+                    atoms: Some(14),
+                    ..SparseCodeSpec::default()
+                })),
+                ..block(
+                    Wiring::Replacing,
+                    RMS,
+                    MixerSpec::MultiHead(MultiHeadSpec {
+                        causal: true,
+                        ..MultiHeadSpec::new(2)
+                    }),
+                )
+            },
+        ),
+        (
+            "linformer",
+            multi_head(through(linformer(Sharing::Headwise, Projection::Learned))),
+        ),
+        (
+            "linformer of each head, grouped keys",
+            multi_head(MultiHeadSpec {
+                groups: Some(1),
+                ..through(linformer(Sharing::None, Projection::Learned))
+            }),
+        ),
+        (
+            "linformer with one projection for all layers",
+            multi_head(through(linformer(Sharing::Layerwise, Projection::Learned))),
+        ),
+        (
+            "linformer by means",
+            multi_head(through(linformer(Sharing::KeyValue, Projection::Mean))),
+        ),
+        (
+            "linformer by convolution",
+            multi_head(through(linformer(
+                Sharing::Headwise,
+                Projection::Convolution,
+            ))),
+        ),
+    ]
+}
+
 /// Blocks that together use every kind.
 pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
     use ActivationSpec::{Gelu, GeluTanh, Identity, QuickGelu, Relu, Sigmoid, Silu, Tanh};
@@ -83,7 +422,13 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
         step_rank: Some(2),
         ..MambaSpec::default()
     };
-    vec![
+    let mut all = mechanisms();
+    all.extend(linear());
+    all.extend(sparse().into_iter().map(|(name, spec)| {
+        let spec = MixerSpec::MultiHead(spec);
+        (name, block(PreNorm, LAYER, spec))
+    }));
+    all.extend(vec![
         (
             "plain bidirectional",
             BlockSpec {
@@ -344,5 +689,6 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
                 ..block(PreNorm, NormSpec::None, MixerSpec::Absent)
             },
         ),
-    ]
+    ]);
+    all
 }

@@ -96,9 +96,18 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
                 ));
             }
             FeedforwardSpec::Linear(map) => parts.push(linear(WIDTH, WIDTH, map.bias, n)),
+            FeedforwardSpec::SparseCode(code) => parts.push(match code.atoms {
+                None => (WIDTH * WIDTH, n * (4 * WIDTH * WIDTH + 6 * WIDTH)),
+                Some(atoms) => (
+                    WIDTH * atoms,
+                    n * (8 * WIDTH * atoms + 7 * atoms + 2 * WIDTH),
+                ),
+            }),
         }
         parts.push(norm(&spec.norm, WIDTH, n));
-        parts.push((0, n * WIDTH));
+        if spec.wiring != Wiring::Replacing {
+            parts.push((0, n * WIDTH));
+        }
     }
     parts
         .into_iter()
@@ -113,17 +122,24 @@ fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(u
         let bias = if bias { output } else { 0 };
         (input * output + bias, rows * (2 * input * output + bias))
     };
+    let own = |there: bool, layer: (usize, usize)| if there { layer } else { (0, 0) };
     let mut parts = vec![
         linear(WIDTH, heads * width, spec.bias, queries),
-        linear(WIDTH, groups * width, spec.bias, keys),
-        linear(WIDTH, groups * value_width, spec.bias, keys),
+        own(
+            spec.sharing == QueryKeySharing::None,
+            linear(WIDTH, groups * width, spec.bias, keys),
+        ),
+        own(
+            spec.sharing != QueryKeySharing::All,
+            linear(WIDTH, groups * value_width, spec.bias, keys),
+        ),
         linear(
             heads * value_width,
             WIDTH,
             spec.output_bias.unwrap_or(spec.bias),
             queries,
         ),
-        (0, BATCH * heads * pairs * (2 * width + 2 * value_width + 5)),
+        mechanism_formula(spec, pairs, keys / BATCH),
     ];
     if let Some(QueryKeyNorm { norm, per_head }) = &spec.query_key_norm {
         let (parameters, operations) = match norm {
@@ -137,7 +153,16 @@ fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(u
         }
     }
     match &spec.position {
-        PositionSpec::None | PositionSpec::Alibi => {}
+        PositionSpec::None | PositionSpec::Alibi | PositionSpec::Sandwich { .. } => {}
+        PositionSpec::KerpleLogarithmic | PositionSpec::KerplePower => parts.push((2 * heads, 0)),
+        PositionSpec::Fire(fire) => {
+            let outputs = if spec.causal { heads } else { 2 * heads };
+            let square = (fire.layers - 1) * (fire.hidden * fire.hidden + fire.hidden);
+            parts.push((
+                2 + 2 * fire.hidden + square + (fire.hidden + 1) * outputs,
+                0,
+            ));
+        }
         PositionSpec::Rotary(_) => parts.push((0, 3 * queries * (heads + groups) * width)),
         PositionSpec::RelativeBuckets { buckets, .. } => parts.push((buckets * heads, 0)),
     }
@@ -166,4 +191,206 @@ fn counted_work_and_parameters_equal_the_formulas() {
             assert_eq!(total, operations, "operations of {}", case.name);
         }
     }
+}
+
+/// What stands between the projections: parameters, and operations on `keys` keys a sequence, or
+/// `pairs` of a query and a key that masks leave.
+fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize, usize) {
+    let widths = spec.head_width(WIDTH) + spec.value_width(WIDTH);
+    let heads = BATCH * spec.heads;
+    match &spec.mechanism {
+        MechanismSpec::Softmax => (0, heads * pairs * (2 * widths + 5)),
+        MechanismSpec::Linformer(linformer) => {
+            let slots = linformer.slots;
+            let (meets, one) = match linformer.projection {
+                Projection::Learned => (slots, slots * linformer.longest),
+                Projection::Mean => (1, 0),
+                Projection::Convolution => (1, linformer.longest.div_ceil(slots)),
+            };
+            let matrices = match linformer.sharing {
+                Sharing::None => 2 * spec.heads,
+                Sharing::Headwise => 2,
+                Sharing::KeyValue | Sharing::Layerwise => 1,
+            };
+            let projections = 2 * meets * keys * widths;
+            let softmax = LENGTH * slots * (2 * widths + 5);
+            (matrices * one, heads * (projections + softmax))
+        }
+        MechanismSpec::Lion(lion) => lion_formula(spec, lion, keys),
+        MechanismSpec::Fastmax(fastmax) => (0, fastmax_formula(spec, fastmax, keys)),
+        MechanismSpec::Kernelized(kernelized) => kernelized_formula(spec, kernelized, keys),
+        MechanismSpec::Sparse(sparse) => {
+            let merging = match sparse.pattern {
+                SparsePattern::LogSparse => 0,
+                _ => 2 * LENGTH * (2 * spec.value_width(WIDTH) + 4),
+            };
+            let met = (0..spec.heads).map(|head| pairs_of_pattern(sparse, head));
+            let met = BATCH * met.sum::<usize>();
+            (0, met * (2 * widths + 5) + heads * merging)
+        }
+        MechanismSpec::Reformer(reformer) => {
+            let width = spec.head_width(WIDTH);
+            let hashing = 2 * width * keys * reformer.rounds * reformer.buckets[0] / 2;
+            let merging = match reformer.rounds {
+                1 => 0,
+                rounds => rounds * LENGTH * (2 * spec.value_width(WIDTH) + 4),
+            };
+            // Every chunk of the ring meets itself and the one before.
+            let met = match reformer.chunk >= LENGTH {
+                true => 2 * reformer.rounds * pairs,
+                false => reformer.rounds * LENGTH * 2 * reformer.chunk,
+            };
+            (0, heads * (met * (2 * widths + 5) + hashing + merging))
+        }
+        MechanismSpec::Combiner(combiner) => {
+            let value = spec.value_width(WIDTH);
+            let pair = 2 * widths + 5;
+            let merging = |parts: usize| parts * LENGTH * (2 * value + 4);
+            let operations = match combiner.form {
+                CombinerForm::Fixed { segment: 2 } if spec.causal => {
+                    (9 + 6 + 4) * pair + merging(2)
+                }
+                CombinerForm::Fixed { segment: 2 } => (12 + 12 + 6) * pair + merging(2),
+                // 1 + the ones among the binary digits of 0 … 5; spans 0, 2, 4 of one token, 0 of
+                // two, 0 of four.
+                CombinerForm::LogSparse => (6 + 7 + (3 + 2 + 4)) * pair + merging(2),
+                // Columns of 1 + 2 + 3, rows of 1 before; the other column above, and its first two
+                // beginnings; one side of each earlier row, the other being empty, and both rows'
+                // ends of one token.
+                CombinerForm::Mixture {
+                    columns: 2,
+                    joint: false,
+                } => {
+                    let direct = 12 + 3;
+                    let vertical = (direct + 4 + 6) * pair + merging(3);
+                    let horizontal = (direct + 6 + 6) * pair + merging(3);
+                    vertical + horizontal + 2 * LENGTH * value
+                }
+                CombinerForm::RowMajor { columns: 2 } => {
+                    let keys = 12 * (4 * spec.head_width(WIDTH) + 5);
+                    (9 + 6 + 12) * pair + merging(2) + keys
+                }
+                other => panic!("no formula for {other:?}"),
+            };
+            (0, heads * operations)
+        }
+    }
+}
+
+/// Pairs of a query and a key that a head meets in a sequence.
+fn pairs_of_pattern(sparse: &SparseSpec, head: usize) -> usize {
+    let sees = |i: usize, j: usize| match sparse.pattern {
+        SparsePattern::Strided { stride } => {
+            let steps = [i - j < stride, (i - j).is_multiple_of(stride)];
+            match sparse.steps {
+                Steps::ByHead => steps[head % 2],
+                _ => steps[0] || steps[1],
+            }
+        }
+        SparsePattern::Fixed {
+            stride,
+            summaries: 1,
+            groups,
+        } => i / stride == j / stride || stride - 1 - j % stride == head % groups,
+        SparsePattern::LogSparse => i == j || (i - j).is_power_of_two(),
+        other => panic!("no formula for {other:?}"),
+    };
+    let pairs = (0..LENGTH).flat_map(|i| (0..=i).map(move |j| (i, j)));
+    pairs.filter(|(i, j)| sees(*i, *j)).count()
+}
+
+/// Sums over the past of one head and sequence: no longer than a chunk.
+fn past(n: usize, features: usize, width: usize) -> usize {
+    2 * n * n * (features + width) + 4 * n * features * width
+}
+
+fn lion_formula(spec: &MultiHeadSpec, lion: &LionSpec, n: usize) -> (usize, usize) {
+    let (heads, features) = (spec.heads, spec.head_width(WIDTH));
+    let (values, width) = (spec.value_width(WIDTH), spec.value_width(WIDTH) + 1);
+    let curves = lion.image.as_ref().map_or(1, |image| image.curves.len());
+    let (parameters, logits) = match lion.decay {
+        LionDecay::None => (0, 0),
+        LionDecay::Constant => (curves * heads, 0),
+        LionDecay::Selective => (curves * heads * (WIDTH + 1), curves * (2 * WIDTH + 2)),
+    };
+    let each = if lion.decay == LionDecay::None { 3 } else { 5 };
+    let both = 2 * past(n, features, width) + n * (2 * features + 4 * width);
+    let sums = match (spec.causal, lion.decay, lion.form) {
+        (true, _, LionForm::Recurrent) => n * past(1, features, width),
+        (true, ..) => past(n, features, width),
+        (false, _, LionForm::Parallel) => n * n * (2 * (features + width) + 8 * curves),
+        (false, LionDecay::None, _) => 4 * n * features * width,
+        (false, ..) => curves * both,
+    };
+    let before = n * (2 * each * features + logits);
+    (
+        parameters,
+        BATCH * heads * (before + sums + n * (values + 1)),
+    )
+}
+
+fn fastmax_formula(spec: &MultiHeadSpec, fastmax: &FastmaxSpec, n: usize) -> usize {
+    let (d, width) = (spec.head_width(WIDTH), spec.value_width(WIDTH) + 1);
+    let monomials = 1 + d + (fastmax.degree - 1) * d * (d + 1) / 2;
+    let before = match fastmax.normalisation {
+        Normalisation::None => n * d,
+        Normalisation::Token => 12 * n * d,
+        Normalisation::Max { .. } => 8 * n * d,
+    };
+    let within = if spec.causal {
+        n * n * (2 * d + 4 + 2 * width)
+    } else {
+        0
+    };
+    let sums = 2 * n * monomials * (2 * width + 2) + within;
+    BATCH * spec.heads * (before + sums + n * width)
+}
+
+fn kernelized_formula(
+    spec: &MultiHeadSpec,
+    kernelized: &KernelizedSpec,
+    n: usize,
+) -> (usize, usize) {
+    let (heads, d) = (spec.heads, spec.head_width(WIDTH));
+    let (values, width) = (spec.value_width(WIDTH), spec.value_width(WIDTH) + 1);
+    // Four features: the power of two from 4 ln 4 = 5.5 on, or one frequency for each.
+    let (components, count, projection, parameters) = match &kernelized.spectrum {
+        SpectrumSpec::Gaussian => (None, 8, 8 * 2 * d, 0),
+        SpectrumSpec::Mixture { components } => {
+            let each = components.unwrap_or(1);
+            let spread = match kernelized.features {
+                ReadOut::Fourier { .. } => d * d,
+                ReadOut::Positive { .. } => d,
+            };
+            let weights = components.map_or(0, |components| heads * components);
+            let parameters = heads * each * (d + spread) + weights;
+            (*components, 8, each * 8 * 2 * d, parameters)
+        }
+        SpectrumSpec::Fastfood { learned } => {
+            let diagonals = match learned {
+                Learned::None => 0,
+                Learned::Scaling => 1,
+                Learned::All => 3,
+            };
+            (None, d, d * (2 * 2 + 4), diagonals * heads * d)
+        }
+        SpectrumSpec::Generator => {
+            let layer = |input: usize, output: usize| input * output + output;
+            let hidden = layer(d / 2, 2 * d) + 4 * d + layer(2 * d, 4 * d) + 8 * d;
+            (None, 8, 8 * 2 * d, hidden + layer(4 * d, d))
+        }
+    };
+    let features = match kernelized.features {
+        ReadOut::Fourier { .. } => 2 * count + 1,
+        ReadOut::Positive { .. } => count,
+    };
+    let sums = match spec.causal {
+        true => past(n, features, width),
+        false => 4 * n * features * width,
+    };
+    let averaged = if components.is_some() { 3 } else { 1 };
+    let each = components.unwrap_or(1);
+    let after = n * (averaged * values + 1);
+    let before = 2 * n * (projection + 2 * features);
+    (parameters, BATCH * heads * (before + each * (sums + after)))
 }

@@ -47,7 +47,76 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
             ..RotarySpec::default()
         })
     };
+    let sparse = |stride, summaries, groups, steps| {
+        let pattern = SparsePattern::Fixed {
+            stride,
+            summaries,
+            groups,
+        };
+        through(MechanismSpec::Sparse(SparseSpec { pattern, steps }))
+    };
+    let reformer = |spec: ReformerSpec| MultiHeadSpec {
+        sharing: QueryKeySharing::QueryKey,
+        ..through(MechanismSpec::Reformer(spec))
+    };
+    let combiner = |form| {
+        through(MechanismSpec::Combiner(CombinerSpec {
+            form,
+            log_count: false,
+        }))
+    };
     let refused = [
+        (
+            with_feedforward(Some(FeedforwardSpec::SparseCode(SparseCodeSpec {
+                step: -1.0,
+                ..SparseCodeSpec::default()
+            }))),
+            "b.feedforward.step is -1.0, but must be a number of at least 0",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..through(linformer(Sharing::Headwise, Projection::Learned))
+            }),
+            "b.attention.mechanism is \"linformer in causal attention\", but must be a causal \
+             mechanism: every weight of linformer depends on later tokens too",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                window: Some(3),
+                ..through(linformer(Sharing::Headwise, Projection::Learned))
+            }),
+            "b.attention.mechanism is \"linformer with a window\", but must be softmax, or attention \
+             without a window: linformer has no scores to mask or add to",
+        ),
+        (
+            with_heads(through(MechanismSpec::Linformer(LinformerSpec {
+                slots: 0,
+                longest: 9,
+                sharing: Sharing::None,
+                projection: Projection::Mean,
+            }))),
+            "b.attention.mechanism.slots is 0, but must be between 1 and 65536",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                groups: Some(1),
+                sharing: QueryKeySharing::QueryKey,
+                ..MultiHeadSpec::new(2)
+            }),
+            "b.attention.groups is 1, but must be 2, as queries that are keys too ask for",
+        ),
+        (
+            with_position(PositionSpec::Fire(FireSpec {
+                layers: 3,
+                ..FireSpec::default()
+            })),
+            "b.attention.position.layers is 3, but must be between 1 and 2",
+        ),
+        (
+            with_position(PositionSpec::Sandwich { width: 0 }),
+            "b.attention.position.width is 0, but must be between 2 and 65536",
+        ),
         (
             with_heads(MultiHeadSpec::new(0)),
             "b.attention.heads is 0, but must be between 1 and the width 8",
@@ -76,6 +145,114 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
                 ..heads.clone()
             }),
             "b.attention.value_width is 0, but must be between 1 and 524288",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..sparse(0, 1, 1, Steps::Merged)
+            }),
+            "b.attention.mechanism.pattern.stride is 0, but must be between 1 and 16777216",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..sparse(4, 5, 1, Steps::Merged)
+            }),
+            "b.attention.mechanism.pattern.summaries is 5, but must be between 1 and 4",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..sparse(5, 2, 3, Steps::Merged)
+            }),
+            "b.attention.mechanism.pattern.groups is 3, but must be between 1 and 2",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                heads: 1,
+                ..sparse(5, 2, 2, Steps::ByHead)
+            }),
+            "b.attention.mechanism.steps is \"by-head with one head\", but must be first, second or merged, or two heads at least",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..through(MechanismSpec::Sparse(SparseSpec {
+                    pattern: SparsePattern::LogSparse,
+                    steps: Steps::First,
+                }))
+            }),
+            "b.attention.mechanism.steps is First, but must be merged: log-sparse has one step",
+        ),
+        (
+            with_heads(sparse(4, 1, 1, Steps::Merged)),
+            "b.attention.mechanism is \"sparse in bidirectional attention\", but must be another mechanism, or causal = true: sparse looks back only",
+        ),
+        (
+            with_heads(through(MechanismSpec::Reformer(ReformerSpec::new(4)))),
+            "b.attention.mechanism is \"reformer with keys of their own\", but must be one with sharing = \"query-key\" beside it: tokens are sorted by queries that are keys too",
+        ),
+        (
+            with_heads(reformer(ReformerSpec::new(0))),
+            "b.attention.mechanism.chunk is 0, but must be between 1 and 1048576",
+        ),
+        (
+            with_heads(reformer(ReformerSpec {
+                rounds: 65,
+                ..ReformerSpec::new(4)
+            })),
+            "b.attention.mechanism.rounds is 65, but must be between 1 and 64",
+        ),
+        (
+            with_heads(reformer(ReformerSpec {
+                before: 65,
+                ..ReformerSpec::new(4)
+            })),
+            "b.attention.mechanism.before is 65, but must be between 0 and 64",
+        ),
+        (
+            with_heads(reformer(ReformerSpec {
+                after: 65,
+                ..ReformerSpec::new(4)
+            })),
+            "b.attention.mechanism.after is 65, but must be between 0 and 64",
+        ),
+        (
+            with_heads(reformer(ReformerSpec {
+                buckets: vec![4, 3],
+                ..ReformerSpec::new(4)
+            })),
+            "b.attention.mechanism.buckets is 3, but must be even numbers between 2 and 4096",
+        ),
+        (
+            with_heads(reformer(ReformerSpec {
+                buckets: vec![4; 5],
+                ..ReformerSpec::new(4)
+            })),
+            "number of b.attention.mechanism.buckets is 5, but must be between 0 and 4",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..combiner(CombinerForm::Fixed { segment: 0 })
+            }),
+            "b.attention.mechanism.form.segment is 0, but must be between 1 and 16777216",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..combiner(CombinerForm::Vertical { columns: 0 })
+            }),
+            "b.attention.mechanism.form.columns is 0, but must be between 1 and 16777216",
+        ),
+        (
+            with_heads(combiner(CombinerForm::RowMajor { columns: 4 })),
+            "b.attention.mechanism is \"combiner in bidirectional attention\", but must be another mechanism, or causal = true: combiner looks back only",
+        ),
+        (
+            with_cross(combiner(CombinerForm::LogSparse)),
+            "b.cross_attention.mechanism is \"combiner in cross-attention\", but must be one that can read another sequence, such as softmax or linformer",
         ),
         (
             with_position(kept(8, None, vec![vec![0, 1]])),
@@ -241,7 +418,8 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
                 shortcuts: true,
                 ..with_heads(MultiHeadSpec::new(2))
             },
-            "b.shortcuts is true, but must be false in a post-norm block: its norms change what the residual carries",
+            "b.shortcuts is true, but must be false in a post-norm or replacing block, whose parts change what \
+             the residual carries",
         ),
         (
             BlockSpec {

@@ -127,7 +127,14 @@ fn squares(site: String) -> Statistic {
 
 fn attention(index: usize, block: &BlockSpec) -> Result<()> {
     match &block.attention {
-        MixerSpec::MultiHead(_) => Ok(()),
+        MixerSpec::MultiHead(spec) => match spec.peculiarity() {
+            None => Ok(()),
+            Some(peculiarity) => Err(Error::invalid(
+                format!("the attention of block {index}"),
+                peculiarity,
+                "softmax with projections of its own for lorap; the factorisations take others",
+            )),
+        },
         other => Err(Error::invalid(
             format!("the mixer of block {index}"),
             other.kind(),

@@ -112,6 +112,13 @@ fn heads(index: usize, block: &BlockSpec) -> Result<&MultiHeadSpec> {
             "multi-head attention for modegpt; block-influence and the factorisations take others",
         ));
     };
+    if let Some(peculiarity) = spec.peculiarity() {
+        return Err(Error::invalid(
+            format!("the attention of block {index}"),
+            peculiarity,
+            "softmax with projections of its own for modegpt; the factorisations take others",
+        ));
+    }
     if spec.query_key_norm.is_some() {
         return Err(Error::invalid(
             format!("the attention of block {index}"),

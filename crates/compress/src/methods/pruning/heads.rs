@@ -113,7 +113,17 @@ impl Attention {
                 let table = channels::select(&edit.get(&name)?, 1, &heads)?;
                 edit.put(name, &table)?;
             }
-            PositionSpec::None | PositionSpec::Alibi => {}
+            PositionSpec::KerpleLogarithmic | PositionSpec::KerplePower => {
+                let heads = Self::features(groups, self.each(), 1);
+                let name = self.path("position.coefficients");
+                let both = channels::select(&edit.get(&name)?, 1, &heads)?;
+                edit.put(name, &both)?;
+            }
+            // Fire is refused before.
+            PositionSpec::None
+            | PositionSpec::Alibi
+            | PositionSpec::Sandwich { .. }
+            | PositionSpec::Fire(_) => {}
         }
         if let MixerSpec::MultiHead(spec) = &mut edit.block(self.block)?.attention {
             spec.heads = groups.len() * self.each();
@@ -149,11 +159,19 @@ fn attentions(model: &Model) -> Result<Vec<Attention>> {
                 );
             }
         };
-        if spec.position == PositionSpec::Alibi {
+        if let Some(peculiarity) = spec.peculiarity() {
+            return refuse(
+                "attention",
+                peculiarity,
+                "softmax with projections of its own for prune-heads; magnitude and first-order \
+                 take others",
+            );
+        }
+        if matches!(spec.position, PositionSpec::Alibi | PositionSpec::Fire(_)) {
             return refuse(
                 "positions",
-                "alibi",
-                "others for prune-heads: the slope of a head follows from how many there are",
+                spec.position.kind(),
+                "others for prune-heads: what a head adds follows from how many there are",
             );
         }
         if matches!(

@@ -31,22 +31,29 @@ fn part(block: &BlockSpec) -> &'static str {
 }
 
 /// The linear layers, below the part, whose outputs sum to what it writes.
-fn outputs(block: &BlockSpec) -> Vec<String> {
-    match &block.feedforward {
+fn outputs(block: &BlockSpec) -> Result<Vec<String>> {
+    Ok(match &block.feedforward {
         None => vec!["output".to_owned()],
         Some(FeedforwardSpec::Dense(_) | FeedforwardSpec::Gated(_)) => vec!["down".to_owned()],
         Some(FeedforwardSpec::Linear(_)) => vec!["map".to_owned()],
         Some(FeedforwardSpec::Mixture(mixture)) => (0..mixture.experts)
             .map(|expert| format!("experts.{expert}.down"))
             .collect(),
-    }
+        Some(FeedforwardSpec::SparseCode(_)) => {
+            return Err(Error::invalid(
+                "the feed-forward part of the block before",
+                "a sparse code, which is written by no linear layer",
+                "another, since its last layer takes the map in",
+            ));
+        }
+    })
 }
 
 /// `W ← Tᵀ W`, `b ← Tᵀ b` in what block `index` adds last.
 pub(super) fn merge(edit: &mut Edit, index: usize, map: &AffineMap) -> Result<()> {
     let turned = matrix_to_tensor(map.weight.transpose(), DType::F64, &Device::Cpu)?;
     let block = edit.block(index)?;
-    let (part, outputs) = (part(block), outputs(block));
+    let (part, outputs) = (part(block), outputs(block)?);
     for layer in outputs {
         let path = format!("blocks.{index}.{part}.{layer}");
         // Of a factorised layer the second factor carries the outputs.

@@ -46,7 +46,7 @@ pub(super) fn folded_spec(spec: &ModelSpec) -> ModelSpec {
             Some(FeedforwardSpec::Dense(dense)) => dense.bias |= biased,
             Some(FeedforwardSpec::Gated(gated)) => gated.bias |= biased,
             Some(FeedforwardSpec::Linear(map)) => map.bias |= biased,
-            Some(FeedforwardSpec::Mixture(_)) | None => {}
+            Some(FeedforwardSpec::Mixture(_) | FeedforwardSpec::SparseCode(_)) | None => {}
         }
         block.norm = without_mean(block.norm);
     }

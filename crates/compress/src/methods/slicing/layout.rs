@@ -146,6 +146,8 @@ fn feedforward_layers(feedforward: &FeedforwardSpec) -> (Vec<String>, Vec<String
         FeedforwardSpec::Dense(_) => (owned(&["up"]), owned(&["down"])),
         FeedforwardSpec::Gated(_) => (owned(&["gate", "up"]), owned(&["down"])),
         FeedforwardSpec::Linear(_) => (owned(&["map"]), owned(&["map"])),
+        // Refused before, with its wiring.
+        FeedforwardSpec::SparseCode(_) => Default::default(),
         FeedforwardSpec::Mixture(mixture) => {
             let experts = |name: &str| -> Vec<String> {
                 (0..mixture.experts)
@@ -284,10 +286,10 @@ impl Refusal<'_> {
 
     fn block(&self, index: usize, block: &BlockSpec) -> Result<()> {
         let name = format!("block {index}");
-        if block.wiring == Wiring::PostNorm {
+        if !block.wiring.adds() {
             return Err(self.error(
                 format!("the wiring of {name}"),
-                "post-norm",
+                block.wiring.name(),
                 "pre-norm or parallel, since a norm on the stream itself is bound to its basis \
                  (whitened or fwsvd do not mind),",
             ));
@@ -300,6 +302,15 @@ impl Refusal<'_> {
                 name,
                 "one without a mixer",
                 "one with its mixer: slice first",
+            ));
+        }
+        if let MixerSpec::MultiHead(attention) = &block.attention
+            && let Some(peculiarity) = attention.peculiarity()
+        {
+            return Err(self.error(
+                format!("the attention of {name}"),
+                peculiarity,
+                "softmax with projections of its own (the factorisations do not mind),",
             ));
         }
         if block.layer_scale.is_some() {

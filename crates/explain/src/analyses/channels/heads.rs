@@ -6,7 +6,7 @@ use lapidary_factor::{Matrix, matrix_from_tensor};
 use lapidary_kernels::{DType, Tensor};
 use lapidary_model::{Model, ModelSpec};
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
-use lapidary_parts::block::{BlockSpec, Wiring};
+use lapidary_parts::block::BlockSpec;
 use lapidary_parts::norm::NormSpec;
 use lapidary_parts::position::PositionSpec;
 use std::fmt;
@@ -70,10 +70,17 @@ impl<'a> Heads<'a> {
                     "false: heads are composed as if they read what was written",
                 ));
             }
-            if block.wiring == Wiring::PostNorm {
+            if let Some(peculiarity) = multi_head(block).and_then(MultiHeadSpec::peculiarity) {
+                return Err(Error::invalid(
+                    format!("attention of block {index}"),
+                    peculiarity,
+                    "softmax with projections of its own: channels are products of queries and keys",
+                ));
+            }
+            if !block.wiring.adds() {
                 return Err(Error::invalid(
                     format!("wiring of block {index}"),
-                    "post-norm",
+                    block.wiring.name(),
                     "pre-norm or parallel: channels are read off weights before which a norm \
                      stands; to see what heads tell each other here, use decompx",
                 ));

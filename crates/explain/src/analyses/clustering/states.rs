@@ -63,12 +63,14 @@ pub fn layers_without_skip(question: &Question<'_>) -> Result<Vec<Layer>> {
             "false: the residual is taken out by subtracting it as it is",
         ));
     }
-    let shared =
-        |block: &BlockSpec| block.cross_attention.is_some() || block.wiring == Wiring::Parallel;
+    let shared = |block: &BlockSpec| {
+        block.cross_attention.is_some()
+            || matches!(block.wiring, Wiring::Parallel | Wiring::Replacing)
+    };
     if spec.blocks.iter().any(shared) {
         return Err(Error::invalid(
             "wiring",
-            "parallel, or with cross-attention",
+            "parallel, replacing, or with cross-attention",
             "pre-norm or post-norm: elsewhere attention shares its residual with another part",
         ));
     }

@@ -65,6 +65,13 @@ impl Projections {
                 format!("one of {} with multi-head attention", blocks.len()),
             ));
         };
+        if let Some(peculiarity) = spec.peculiarity() {
+            return Err(Error::invalid(
+                format!("attention of block {block}"),
+                peculiarity,
+                "softmax with projections of its own",
+            ));
+        }
         if spec.query_key_norm.is_some() {
             return Err(Error::invalid(
                 "blocks of attention scores",
@@ -88,7 +95,7 @@ impl Projections {
         let mut blocks = root.at("blocks");
         let mut block = blocks.at(block);
         let norm = match wiring {
-            Wiring::PreNorm | Wiring::Parallel => {
+            Wiring::PreNorm | Wiring::Parallel | Wiring::Replacing => {
                 Some(Norm::new(norm, width, block.at("attention_norm"))?)
             }
             Wiring::PostNorm => None,

@@ -247,6 +247,9 @@ impl Part<'_> {
         if block.cross_attention.is_some() {
             return Err(self.refused("cross-attention", "no cross-attention"));
         }
+        if block.wiring == Wiring::Replacing {
+            return Err(self.refused("replacing wiring", "a residual around each part"));
+        }
         if block.wiring == Wiring::PostNorm {
             return self.after_sums(block, attention);
         }

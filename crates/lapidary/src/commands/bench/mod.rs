@@ -1,6 +1,7 @@
 //! `lapidary bench`: how fast this machine is at what matters.
 
 mod compress;
+mod mixers;
 mod sparse;
 
 use std::time::Instant;
@@ -22,7 +23,7 @@ use lapidary_train::spec::{CheckpointSpec, DataSpec, OptimiserSpec, ScheduleSpec
 use lapidary_train::{TrainSpec, Trainer};
 use serde_json::json;
 
-const WORKS: &str = "forward, step, explain, generate, compress or sparse";
+const WORKS: &str = "forward, step, explain, generate, compress, mixers or sparse";
 
 pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
     ensure!(arguments.repeat >= 1, "repeat is 0, but must be at least 1");
@@ -34,6 +35,7 @@ pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
     match arguments.work.as_str() {
         "sparse" => return sparse::run(arguments, global),
         "compress" => return compress::run(arguments, global),
+        "mixers" => return mixers::run(arguments, global),
         _ => {}
     }
     let mut times = match arguments.work.as_str() {

@@ -1,69 +1,15 @@
-//! Positions inside attention.
-//!
-//! * Rotary (Su et al., RoFormer, 2021, arXiv 2104.09864): the pair of features `i` of a query
-//!   or key at position `t` turns by `t θ^(−2 i / width)`, so that their product knows the
-//!   distance alone. No parameters; `3 n · heads · head_width` operations.
-//! * ALiBi (Press et al., 2021, arXiv 2108.12409): head `h` adds `−m_h |i − j|` to the scores.
-//!   No parameters.
-//! * T5's relative buckets (Raffel et al., 2019, arXiv 1910.10683): head `h` adds
-//!   `table[bucket(j − i), h]`. `buckets · heads` parameters.
-//!
-//! Biases are `[1, heads, query, key]` and held whole.
-//!
-//! Positions that are added to the embeddings (learned, sinusoidal) belong to the model's input.
+//! Rotary position embedding (Su et al., RoFormer, 2021, arXiv 2104.09864): the pair of features `i`
+//! of a query or key at position `t` turns by `t θ^(−2 i / width)`, so that their product knows the
+//! distance alone. No parameters; `3 n · heads · head_width` operations.
 
 use std::f64::consts::PI;
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::tensor;
-use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
 use lapidary_kernels::{DType, Device, RotaryPairs, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-
-/// How attention scores know about positions.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum PositionSpec {
-    /// They do not.
-    #[default]
-    None,
-    /// Queries and keys are rotated by their positions (Su et al., arXiv 2104.09864).
-    Rotary(RotarySpec),
-    /// A penalty proportional to the distance, with one slope per head (Press et al., arXiv
-    /// 2108.12409). Bidirectional attention uses the absolute distance.
-    Alibi,
-    /// A learned bias per head and distance bucket (Raffel et al., arXiv 1910.10683).
-    RelativeBuckets {
-        /// Number of buckets.
-        #[serde(default = "default_buckets")]
-        buckets: usize,
-        /// Distances from here on share the last bucket.
-        #[serde(default = "default_max_distance")]
-        max_distance: usize,
-    },
-}
-
-impl PositionSpec {
-    /// The kind's name in a spec.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Rotary(_) => "rotary",
-            Self::Alibi => "alibi",
-            Self::RelativeBuckets { .. } => "relative-buckets",
-        }
-    }
-}
-
-fn default_buckets() -> usize {
-    32
-}
-
-fn default_max_distance() -> usize {
-    128
-}
 
 /// Rotary position embedding.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -286,147 +232,6 @@ impl RotarySpec {
     }
 }
 
-/// Positions of one attention module, with their parameters and tables.
-#[derive(Debug)]
-pub enum Position {
-    /// None.
-    None,
-    /// Rotary, with the angles' tables grown as needed.
-    Rotary(Rotary),
-    /// ALiBi with these slopes, one per head.
-    Alibi(Vec<f64>),
-    /// T5's table `[buckets, heads]`.
-    RelativeBuckets {
-        /// Bias of each bucket and head.
-        table: Tensor,
-        /// Distances from here on share the last bucket.
-        max_distance: usize,
-        /// Whether only the past has buckets.
-        causal: bool,
-    },
-}
-
-impl Position {
-    /// Builds the positions of an attention module with `heads` heads of `head_width` that read
-    /// `groups` groups of keys.
-    pub fn new(
-        spec: &PositionSpec,
-        (heads, groups): (usize, usize),
-        head_width: usize,
-        causal: bool,
-        mut parameters: Parameters<'_>,
-    ) -> Result<Self> {
-        Ok(match spec {
-            PositionSpec::None => Self::None,
-            PositionSpec::Rotary(spec) => Self::Rotary(Rotary {
-                frequencies: spec.frequencies(head_width),
-                heads_of_a_group: heads / groups.max(1),
-                pairs: if spec.interleaved {
-                    RotaryPairs::Interleaved
-                } else {
-                    RotaryPairs::Halves
-                },
-                tables: Mutex::new(None),
-            }),
-            PositionSpec::Alibi => Self::Alibi(alibi_slopes(heads)),
-            PositionSpec::RelativeBuckets {
-                buckets,
-                max_distance,
-            } => Self::RelativeBuckets {
-                table: parameters.tensor(
-                    "buckets",
-                    &[*buckets, heads],
-                    Init::Normal { deviation: 0.02 },
-                )?,
-                max_distance: *max_distance,
-                causal,
-            },
-        })
-    }
-
-    /// The additive bias `[1, heads, query, key]`, for kinds that have one.
-    pub fn bias(
-        &self,
-        queries: usize,
-        keys: usize,
-        offset: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Option<Tensor>> {
-        match self {
-            Self::None | Self::Rotary(_) => Ok(None),
-            Self::Alibi(slopes) => {
-                let mut bias = Vec::with_capacity(slopes.len() * queries * keys);
-                for slope in slopes {
-                    for i in 0..queries {
-                        bias.extend((0..keys).map(|j| -slope * (i + offset).abs_diff(j) as f64));
-                    }
-                }
-                let bias = tensor(Tensor::from_vec(
-                    bias,
-                    (1, slopes.len(), queries, keys),
-                    device,
-                ))?;
-                Ok(Some(tensor(bias.to_dtype(dtype))?))
-            }
-            Self::RelativeBuckets {
-                table,
-                max_distance,
-                causal,
-            } => {
-                let (buckets, heads) = tensor(table.dims2())?;
-                let indices: Vec<u32> = (0..queries)
-                    .flat_map(|i| (0..keys).map(move |j| j as i64 - (i + offset) as i64))
-                    .map(|distance| bucket(distance, buckets, *max_distance, *causal) as u32)
-                    .collect();
-                let indices = tensor(Tensor::from_vec(indices, queries * keys, device))?;
-                let bias = tensor(table.index_select(&indices, 0))?;
-                let bias = tensor(tensor(bias.t())?.reshape((1, heads, queries, keys)))?;
-                Ok(Some(bias))
-            }
-        }
-    }
-}
-
-/// Slopes of ALiBi: the powers of `2^(−8/n)` for the largest power of two `n ≤ heads`, then
-/// every other one of the series for `2 n`.
-fn alibi_slopes(heads: usize) -> Vec<f64> {
-    let n = if heads.is_power_of_two() {
-        heads
-    } else {
-        heads.next_power_of_two() / 2
-    };
-    let series = |n: usize| (1..=n).map(move |i| 2f64.powf(-8.0 * i as f64 / n as f64));
-    series(n)
-        .chain(series(2 * n).step_by(2))
-        .take(heads)
-        .collect()
-}
-
-/// T5's bucket of a key at `distance = key − query`: exact for short distances, logarithmic up
-/// to `max_distance`. Bidirectional attention spends half of the buckets on each direction.
-fn bucket(distance: i64, buckets: usize, max_distance: usize, causal: bool) -> usize {
-    let (buckets, base, distance) = if causal {
-        (buckets, 0, (-distance).max(0) as usize)
-    } else {
-        let half = buckets / 2;
-        (
-            half,
-            if distance > 0 { half } else { 0 },
-            distance.unsigned_abs() as usize,
-        )
-    };
-    let exact = buckets / 2;
-    if distance < exact {
-        return base + distance;
-    }
-    // In f32, as the published code does: where the logarithm falls on a whole number, rounding
-    // decides the bucket.
-    let scale = (max_distance as f64 / exact.max(1) as f64).ln() as f32;
-    let log = (distance as f32 / exact.max(1) as f32).ln() / scale;
-    base + (exact + (log * (buckets - exact) as f32) as usize).min(buckets - 1)
-}
-
 /// Rotary tables.
 #[derive(Debug)]
 pub struct Rotary {
@@ -439,6 +244,24 @@ pub struct Rotary {
 }
 
 impl Rotary {
+    /// The angles of `heads` heads of `head_width` that read `groups` groups of keys.
+    pub(super) fn new(
+        spec: &RotarySpec,
+        (heads, groups): (usize, usize),
+        head_width: usize,
+    ) -> Self {
+        Self {
+            frequencies: spec.frequencies(head_width),
+            heads_of_a_group: heads / groups.max(1),
+            pairs: if spec.interleaved {
+                RotaryPairs::Interleaved
+            } else {
+                RotaryPairs::Halves
+            },
+            tables: Mutex::new(None),
+        }
+    }
+
     /// How features are paired.
     pub fn pairs(&self) -> RotaryPairs {
         self.pairs
@@ -530,29 +353,6 @@ impl Rotary {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn alibi_slopes_halve_for_eight_heads_and_interleave_otherwise() {
-        let slopes = alibi_slopes(8);
-        for (i, slope) in slopes.iter().enumerate() {
-            assert_eq!(*slope, 0.5f64.powi(i as i32 + 1));
-        }
-        let six = alibi_slopes(6);
-        assert_eq!(&six[..4], &alibi_slopes(4)[..]);
-        assert_eq!(six[4], 2f64.powf(-1.0));
-        assert_eq!(six[5], 2f64.powf(-3.0));
-    }
-
-    #[test]
-    fn buckets_are_exact_near_and_saturate_far() {
-        assert_eq!(bucket(0, 32, 128, true), 0);
-        assert_eq!(bucket(5, 32, 128, true), 0);
-        assert_eq!(bucket(-15, 32, 128, true), 15);
-        assert_eq!(bucket(-10_000, 32, 128, true), 31);
-        assert_eq!(bucket(3, 32, 128, false), 19);
-        assert_eq!(bucket(-3, 32, 128, false), 3);
-        assert_eq!(bucket(10_000, 32, 128, false), 31);
-    }
 
     #[test]
     fn llama3_scaling_keeps_short_and_divides_long_wavelengths() {

@@ -1,0 +1,365 @@
+//! All mechanisms of attention beside each other: the same width, blocks, steps and data, five tasks,
+//! what they get right against the time that a step takes and the memory that a pass holds.
+//!
+//! No paper has this comparison. What a mechanism is good at at length 64 says little of length 8 192;
+//! `lapidary bench mixers` has the times of long sequences.
+
+use super::after_training;
+use super::attending::{self, Text};
+use super::classifier::Labelled;
+use super::decoder::{Recipe, train_by};
+use super::masked;
+use super::sequences::{
+    Course, LEVELS, LIST_TOKENS, Measures, SIDE, digits, list_operations, percent_right, train,
+};
+use crate::catalogue::metered;
+use crate::mechanisms::{Mechanism, mechanisms};
+use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
+use lapidary_model::{HeadSpec, ModelSpec};
+use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
+use lapidary_train::generator;
+use rand::RngExt;
+use rand::seq::SliceRandom;
+use std::time::Instant;
+
+const WIDTH: usize = 32;
+const HEADS: usize = 4;
+const BLOCKS: usize = 2;
+/// The longest sequence of a task.
+const LONGEST: usize = 128;
+
+/// How much is done.
+struct Size {
+    examples: usize,
+    steps: u64,
+    text_steps: u64,
+    text_batches: usize,
+    /// Every so many mechanisms one is run.
+    every: usize,
+}
+
+impl Size {
+    fn of(scale: Scale) -> Self {
+        match scale {
+            Scale::Smoke => Self {
+                examples: 40,
+                steps: 1,
+                text_steps: 1,
+                text_batches: 1,
+                every: 3,
+            },
+            Scale::Small => Self {
+                examples: 4000,
+                steps: 400,
+                text_steps: 400,
+                text_batches: 16,
+                every: 1,
+            },
+            Scale::Full => Self {
+                examples: 40_000,
+                steps: 10_000,
+                text_steps: 10_000,
+                text_batches: 64,
+                every: 1,
+            },
+        }
+    }
+}
+
+/// A task of sequences with one answer each.
+struct Task {
+    name: &'static str,
+    vocabulary: usize,
+    length: usize,
+    labels: usize,
+    training: Vec<Labelled>,
+    held_out: Vec<Labelled>,
+}
+
+fn tasks(size: &Size, seed: u64) -> Vec<Task> {
+    let halves = |make: &dyn Fn(usize, u64) -> Vec<Labelled>| {
+        (
+            make(size.examples, seed),
+            make(size.examples / 8, seed ^ 0x7e57),
+        )
+    };
+    let task = |name, vocabulary, length, labels, make: &dyn Fn(usize, u64) -> Vec<Labelled>| {
+        let (training, held_out) = halves(make);
+        Task {
+            name,
+            vocabulary,
+            length,
+            labels,
+            training,
+            held_out,
+        }
+    };
+    vec![
+        task("digits", LEVELS, SIDE * SIDE, 10, &digits),
+        task("lists", LIST_TOKENS, LONGEST, 10, &list_operations),
+        task("recall", 24, 17, 8, &recall),
+        task("order", 16, 64, 2, &order),
+    ]
+}
+
+/// Eight pairs of a key (0 to 15) and a value (16 to 23), then one of the keys: its value is the answer.
+fn recall(count: usize, seed: u64) -> Vec<Labelled> {
+    let mut random = generator(seed);
+    (0..count)
+        .map(|_| {
+            let mut keys: Vec<u32> = (0..16).collect();
+            keys.shuffle(&mut random);
+            let pairs: Vec<(u32, u32)> = keys
+                .into_iter()
+                .take(8)
+                .map(|key| (key, random.random_range(0..8)))
+                .collect();
+            let mut tokens: Vec<u32> = pairs.iter().flat_map(|&(k, v)| [k, 16 + v]).collect();
+            let asked = random.random_range(0..pairs.len());
+            let (key, label) = pairs.get(asked).copied().unwrap_or_default();
+            tokens.push(key);
+            Labelled { tokens, label }
+        })
+        .collect()
+}
+
+/// Noise (tokens 0 to 11) with the motifs `12 13` and `14 15` somewhere: which comes first.
+fn order(count: usize, seed: u64) -> Vec<Labelled> {
+    const LENGTH: usize = 64;
+    let mut random = generator(seed);
+    (0..count)
+        .map(|_| {
+            let mut tokens: Vec<u32> = (0..LENGTH).map(|_| random.random_range(0..12)).collect();
+            let first = random.random_range(0..LENGTH / 2 - 1);
+            let second = random.random_range(LENGTH / 2..LENGTH - 1);
+            let label = random.random_range(0..2u32);
+            let [early, late] = if label == 0 { [12, 14] } else { [14, 12] };
+            for (at, motif) in [(first, early), (second, late)] {
+                for (token, new) in tokens.iter_mut().skip(at).take(2).zip([motif, motif + 1]) {
+                    *token = new;
+                }
+            }
+            Labelled { tokens, label }
+        })
+        .collect()
+}
+
+/// The attention of every block, as a mechanism is compared.
+fn arranged(mut spec: ModelSpec, candidate: &Mechanism, longest: usize) -> ModelSpec {
+    for block in &mut spec.blocks {
+        if let MixerSpec::MultiHead(attention) = &mut block.attention {
+            *attention = attention_of(candidate, attention.heads, longest);
+        }
+    }
+    spec
+}
+
+fn attention_of(candidate: &Mechanism, heads: usize, longest: usize) -> MultiHeadSpec {
+    MultiHeadSpec {
+        causal: candidate.causal,
+        sharing: candidate.sharing,
+        mechanism: candidate.spec(longest),
+        ..MultiHeadSpec::new(heads)
+    }
+}
+
+/// What one mechanism did.
+struct Row {
+    name: &'static str,
+    causal: bool,
+    /// Percent right, task by task.
+    right: Vec<f64>,
+    /// Nats of a next byte where it is causal, of a hidden one otherwise.
+    text: f64,
+    parameters: usize,
+    /// Milliseconds of a training step on digits.
+    step: f64,
+    /// Most bytes that a pass over a sequence of 64 holds.
+    held: u64,
+}
+
+/// Runs the experiment.
+pub fn run(setting: &Setting) -> Result<Reproduction> {
+    let size = Size::of(setting.scale);
+    let tasks = tasks(&size, setting.seed);
+    let mut rows = Vec::new();
+    let mut what = String::new();
+    for candidate in mechanisms().iter().step_by(size.every) {
+        let (row, text) = study(setting, &size, &tasks, candidate)?;
+        what = text;
+        rows.push(row);
+    }
+    let mut claims = vec![budget(&rows)];
+    claims.extend(rows.iter().map(|row| told(setting, &tasks, row)));
+    let series = rows
+        .iter()
+        .map(|row| Series {
+            name: row.name.to_owned(),
+            points: vec![(row.step, super::mean(row.right.iter().copied()))],
+        })
+        .collect();
+    Ok(Reproduction {
+        setting: format!(
+            "{BLOCKS} blocks of width {WIDTH} with {HEADS} heads and a table of positions; {} examples, {} \
+             steps of 32; {what}, {} steps of 8 windows of {LONGEST}; one seed",
+            size.examples, size.steps, size.text_steps
+        ),
+        claims,
+        plots: vec![Plot {
+            title: "Mean accuracy of four tasks against the time of a training step".to_owned(),
+            x: "milliseconds a step, 32 sequences of 64".to_owned(),
+            y: "percent right".to_owned(),
+            series,
+        }],
+        ..Reproduction::default()
+    })
+}
+
+fn study(
+    setting: &Setting,
+    size: &Size,
+    tasks: &[Task],
+    candidate: &Mechanism,
+) -> Result<(Row, String)> {
+    let (mut right, mut step, mut held, mut parameters) = (Vec::new(), f64::NAN, 0, 0);
+    for task in tasks {
+        let measures = Measures {
+            vocabulary: task.vocabulary,
+            length: LONGEST,
+            labels: task.labels,
+            width: WIDTH,
+            heads: HEADS,
+            blocks: BLOCKS,
+        };
+        let usual = measures.spec(Default::default(), true);
+        let spec = arranged(usual, candidate, LONGEST);
+        let course = Course {
+            steps: size.steps,
+            batch: 32,
+            rate: 3e-3,
+            seed: setting.seed,
+        };
+        let started = Instant::now();
+        let model = train(spec, &task.training, &course)?;
+        if task.name == "digits" {
+            step = 1e3 * started.elapsed().as_secs_f64() / size.steps as f64;
+            held = metered(&model, task.length)?.peak_live_bytes();
+            parameters = model.parameter_count();
+        }
+        right.push(percent_right(&model, &task.held_out)?);
+    }
+    let (text, what) = on_text(setting, size, candidate)?;
+    let row = Row {
+        name: candidate.name,
+        causal: candidate.causal,
+        right,
+        text,
+        parameters,
+        step,
+        held,
+    };
+    Ok((row, what))
+}
+
+fn on_text(setting: &Setting, size: &Size, candidate: &Mechanism) -> Result<(f64, String)> {
+    if !candidate.causal {
+        let mut text = masked::text(setting)?;
+        let measures = Measures {
+            vocabulary: text.vocabulary + 1,
+            length: LONGEST,
+            labels: 1,
+            width: WIDTH,
+            heads: HEADS,
+            blocks: BLOCKS,
+        };
+        let mut spec = arranged(measures.spec(Default::default(), true), candidate, LONGEST);
+        spec.head = HeadSpec::LanguageModel {
+            tied: true,
+            bias: true,
+            transform: None,
+        };
+        let course = masked::Course {
+            steps: size.text_steps,
+            batch: 8,
+            length: LONGEST,
+            hidden: 0.15,
+            rate: 3e-3,
+            questions: size.text_batches,
+            seed: setting.seed,
+        };
+        let what = text.what.clone();
+        return Ok((text.study(spec, &course)?.loss, what));
+    }
+    let Some([training, held_out]) = Text::shakespeare(setting)? else {
+        return Ok((f64::NAN, "the generated language".to_owned()));
+    };
+    let attention = attention_of(candidate, HEADS, LONGEST);
+    let spec = attending::spec(256, WIDTH, LONGEST, &vec![attention; BLOCKS]);
+    let recipe = Recipe {
+        batch: 8,
+        length: LONGEST,
+        peak: 3e-3,
+        alignment: None,
+        narrow: true,
+    };
+    let model = train_by(
+        recipe,
+        spec,
+        Box::new(training),
+        size.text_steps,
+        setting.seed,
+    )?;
+    let mut task = held_out;
+    let found = attending::measure(&model, &mut task, recipe, size.text_batches)?;
+    Ok((found.loss, "the bytes of Tiny Shakespeare".to_owned()))
+}
+
+/// That the comparison is one of equals.
+fn budget(rows: &[Row]) -> Claim {
+    let counts: Vec<f64> = rows.iter().map(|row| row.parameters as f64).collect();
+    let most = counts.iter().copied().fold(0.0, f64::max);
+    let usual = counts.first().copied().unwrap_or(f64::NAN);
+    let largest = rows
+        .iter()
+        .max_by_key(|row| row.parameters)
+        .map_or("", |row| row.name);
+    Claim::new(
+        "no mechanism has more than twice the parameters of softmax in the same model",
+        "not compared anywhere",
+        format!("softmax {usual:.0}, at most {most:.0} ({largest})"),
+        Verdict::of(most <= 2.0 * usual),
+    )
+}
+
+fn told(setting: &Setting, tasks: &[Task], row: &Row) -> Claim {
+    let each: Vec<String> = tasks
+        .iter()
+        .zip(&row.right)
+        .map(|(task, right)| format!("{} {right:.1} %", task.name))
+        .collect();
+    let chance = |task: &Task| 100.0 / task.labels as f64;
+    let learns = tasks
+        .iter()
+        .zip(&row.right)
+        .all(|(task, right)| *right > chance(task) + 3.0);
+    let text = match (row.text.is_nan(), row.causal) {
+        (true, _) => "no text".to_owned(),
+        (false, true) => format!("{:.3} nats of a next byte", row.text),
+        (false, false) => format!("{:.3} nats of a hidden token", row.text),
+    };
+    Claim::new(
+        &format!(
+            "{}: at least three points above chance on all four tasks with one answer",
+            row.name
+        ),
+        "not compared anywhere",
+        format!(
+            "{}; {text}; {:.1} ms a step, {:.2} MiB held, {} parameters",
+            each.join(", "),
+            row.step,
+            row.held as f64 / (1 << 20) as f64,
+            row.parameters
+        ),
+        after_training(setting.scale, learns),
+    )
+}

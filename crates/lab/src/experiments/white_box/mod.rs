@@ -1,0 +1,524 @@
+//! CRATE: attention that compresses against subspaces and codes that are sparse, audited layer by
+//! layer.
+//!
+//! The papers train image classifiers on ImageNet and decoders on OpenWebText. Here the theorem is
+//! run as stated, printed digits are classified from their pixels, and small decoders read bytes.
+
+mod rate;
+
+use super::attending::{self, Text};
+use super::decoder::{Recipe, train_by};
+use super::sequences::{Course, LEVELS, Measures, SIDE, digits, percent_right, train};
+use super::{after_training, mean, numbers};
+use crate::error::engine;
+use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
+use lapidary_factor::Matrix;
+use lapidary_model::{Initialiser, Model, ModelSpec, Pass};
+use lapidary_parts::attention::{MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeySharing};
+use lapidary_parts::block::Wiring;
+use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, SparseCodeSpec};
+use lapidary_signal::Trace;
+use lapidary_train::generator;
+use rate::{attend, mixture, rate, rate_gradient, signal_to_noise, softmax, subspaces};
+
+const HEADS: usize = 4;
+const BLOCKS: usize = 4;
+
+/// How much is done.
+struct Size {
+    digits: usize,
+    steps: u64,
+    seeds: u64,
+    text: Recipe,
+    text_steps: u64,
+    text_batches: usize,
+    width: usize,
+}
+
+impl Size {
+    fn of(scale: Scale) -> Self {
+        let text = Recipe {
+            batch: 8,
+            length: 128,
+            peak: 2e-3,
+            alignment: None,
+            narrow: true,
+        };
+        match scale {
+            Scale::Smoke => Self {
+                digits: 40,
+                steps: 2,
+                seeds: 1,
+                text: Recipe {
+                    batch: 1,
+                    length: 16,
+                    ..text
+                },
+                text_steps: 1,
+                text_batches: 1,
+                width: 16,
+            },
+            Scale::Small => Self {
+                digits: 4000,
+                steps: 500,
+                seeds: 1,
+                text,
+                text_steps: 700,
+                text_batches: 20,
+                width: 64,
+            },
+            Scale::Full => Self {
+                digits: 20_000,
+                steps: 5000,
+                seeds: 3,
+                text: Recipe { batch: 32, ..text },
+                text_steps: 3000,
+                text_batches: 40,
+                width: 128,
+            },
+        }
+    }
+}
+
+/// Runs the experiment.
+pub fn run(setting: &Setting) -> Result<Reproduction> {
+    let size = Size::of(setting.scale);
+    let mut claims = vec![
+        gradient(setting.seed)?,
+        denoising(setting.seed),
+        steps(setting.seed)?,
+    ];
+    let (more, plots) = on_digits(setting, &size)?;
+    claims.extend(more);
+    let (what, more) = on_text(setting, &size)?;
+    claims.extend(more);
+    Ok(Reproduction {
+        setting: format!(
+            "printed digits as {} pixels, {BLOCKS} blocks of width {} with {HEADS} heads, {} steps of \
+             32, {} seed(s); {what}, {} steps of {} windows of {}",
+            SIDE * SIDE,
+            size.width,
+            size.steps,
+            size.seeds,
+            size.text_steps,
+            size.text.batch,
+            size.text.length
+        ),
+        claims,
+        plots,
+        ..Reproduction::default()
+    })
+}
+
+fn gradient(seed: u64) -> Result<Claim> {
+    let mut random = generator(seed);
+    let bases = subspaces(24, 3, &mut random);
+    let z = rate::normal(24, 10, &mut random);
+    let exact = rate_gradient(&z, &bases, 0.6)?;
+    let mut worst = 0f64;
+    for at in (0..24 * 10).step_by(7) {
+        let (i, j) = (at / 10, at % 10);
+        let moved = |by: f64| -> Result<f64> {
+            let mut other = z.clone();
+            other[(i, j)] += by;
+            rate(&other, &bases, 0.6)
+        };
+        let slope = (moved(1e-5)? - moved(-1e-5)?) / 2e-5;
+        worst = worst.max((slope - exact[(i, j)]).abs());
+    }
+    Ok(Claim::new(
+        "the gradient of the coding rate is what attention approximates: it equals finite differences",
+        "derivation",
+        format!("largest difference {worst:.1e}"),
+        Verdict::of(worst < 1e-5),
+    ))
+}
+
+/// `Z ← Z + η Σ_k U_k U_kᵀ Z φ(…)`, where `φ` keeps `τ` of a softmax weight above `τ`.
+fn denoising(seed: u64) -> Claim {
+    const SUBSPACES: usize = 4;
+    const DIMENSION: usize = 64;
+    const EACH: usize = 64;
+    const STEP: f64 = 0.5;
+    const THRESHOLD: f64 = 0.75;
+    const LAYERS: usize = 8;
+    let mut random = generator(seed);
+    let bases = subspaces(SUBSPACES * DIMENSION, SUBSPACES, &mut random);
+    let mut z = mixture(&bases, EACH, 0.2, &mut random);
+    let mut worst = 0f64;
+    for _ in 0..LAYERS {
+        let before = signal_to_noise(&z, &bases);
+        let attended = attend(&z, &bases, |scores| {
+            softmax(scores);
+            for weight in scores {
+                *weight = if *weight > THRESHOLD { THRESHOLD } else { 0.0 };
+            }
+        });
+        // What the theorem asks of tokens, a signal of variance one, holds again after a division.
+        let grown = 1.0 + STEP * THRESHOLD;
+        z = Matrix::from_fn(z.nrows(), z.ncols(), |i, j| {
+            (z[(i, j)] + STEP * attended[(i, j)]) / grown
+        });
+        for (before, after) in before.iter().zip(signal_to_noise(&z, &bases)) {
+            worst = worst.max((after / before - (1.0 + STEP * THRESHOLD)).abs());
+        }
+    }
+    Claim::new(
+        "a layer multiplies the ratio of signal to noise of every class by 1 + ητ",
+        "theorem, with high probability",
+        format!(
+            "{LAYERS} layers, {SUBSPACES} subspaces of dimension {DIMENSION}, {} tokens: farthest \
+             from {} by {worst:.1e}",
+            SUBSPACES * EACH,
+            1.0 + STEP * THRESHOLD
+        ),
+        Verdict::of(worst < 1e-4),
+    )
+    .noted(
+        "tokens are divided by 1 + ητ between layers, which changes no ratio: without it scores grow \
+         until a token attends to one of another class, at this noise from the second layer on",
+    )
+}
+
+/// `Z ← (1 − κ s) Z + κ s · MSSA(Z)` with the true subspaces.
+fn steps(seed: u64) -> Result<Claim> {
+    const STEP: f64 = 0.1;
+    const LAYERS: usize = 8;
+    let mut random = generator(seed ^ 0x5eed);
+    let bases = subspaces(64, 4, &mut random);
+    let mut z = mixture(&bases, 32, 0.3, &mut random);
+    let mut rates = vec![rate(&z, &bases, 0.5)?];
+    let mut ratios = vec![mean(signal_to_noise(&z, &bases))];
+    for _ in 0..LAYERS {
+        let attended = attend(&z, &bases, softmax);
+        z = Matrix::from_fn(z.nrows(), z.ncols(), |i, j| {
+            (1.0 - STEP) * z[(i, j)] + STEP * attended[(i, j)]
+        });
+        rates.push(rate(&z, &bases, 0.5)?);
+        ratios.push(mean(signal_to_noise(&z, &bases)));
+    }
+    let falling = rates
+        .windows(2)
+        .take_while(|w| matches!(w, [a, b] if b < a))
+        .count();
+    let rising = ratios
+        .windows(2)
+        .take_while(|w| matches!(w, [a, b] if b > a))
+        .count();
+    let ends = |values: &[f64]| {
+        let (first, last) = (values.first(), values.last());
+        format!(
+            "{:.2} to {:.2}",
+            first.copied().unwrap_or(f64::NAN),
+            last.copied().unwrap_or(f64::NAN)
+        )
+    };
+    Ok(Claim::new(
+        "untrained attention against the true subspaces lowers the coding rate for at least six layers, \
+         and signal over noise rises",
+        "estimate; the theory of compression by gradient steps",
+        format!(
+            "the rate falls for {falling} of {LAYERS} layers ({}), signal over noise rises for {rising} \
+             ({})",
+            ends(&rates),
+            ends(&ratios)
+        ),
+        Verdict::of(falling >= 6 && rising >= 6),
+    )
+    .noted("attention alone: a sparse code has coordinates of its own, in which these subspaces mean nothing"))
+}
+
+/// The same model with CRATE's blocks.
+fn white_box(spec: &ModelSpec, atoms: Option<usize>) -> ModelSpec {
+    let mut spec = spec.clone();
+    for block in &mut spec.blocks {
+        block.wiring = Wiring::Replacing;
+        block.feedforward = Some(FeedforwardSpec::SparseCode(SparseCodeSpec {
+            atoms,
+            ..SparseCodeSpec::default()
+        }));
+        if let MixerSpec::MultiHead(attention) = &mut block.attention {
+            *attention = MultiHeadSpec {
+                sharing: QueryKeySharing::All,
+                bias: false,
+                output_bias: Some(true),
+                ..attention.clone()
+            };
+        }
+    }
+    spec
+}
+
+fn on_digits(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> {
+    let measures = Measures {
+        vocabulary: LEVELS,
+        length: SIDE * SIDE,
+        labels: 10,
+        width: size.width,
+        heads: HEADS,
+        blocks: BLOCKS,
+    };
+    let mut usual = measures.spec(MechanismSpec::Softmax, true);
+    for block in &mut usual.blocks {
+        block.feedforward = Some(FeedforwardSpec::Dense(DenseSpec {
+            hidden: 4 * size.width,
+            activation: Default::default(),
+            bias: true,
+        }));
+    }
+    let own = white_box(&usual, None);
+    let (mut right, mut audits, mut initial) = ([Vec::new(), Vec::new()], Vec::new(), Vec::new());
+    let mut parameters = [0; 2];
+    for seed in (setting.seed..).take(size.seeds as usize) {
+        let training = digits(size.digits, seed);
+        let held_out = digits(size.digits / 4, seed ^ 0xd161);
+        let course = Course {
+            steps: size.steps,
+            batch: 32,
+            rate: 3e-3,
+            seed,
+        };
+        let sequences: Vec<&[u32]> = held_out
+            .iter()
+            .take(32)
+            .map(|e| e.tokens.as_slice())
+            .collect();
+        for (index, spec) in [&usual, &own].into_iter().enumerate() {
+            let model = train(spec.clone(), &training, &course)?;
+            right[index].push(percent_right(&model, &held_out)?);
+            parameters[index] = in_blocks(&model);
+            if index == 1 {
+                audits.push(audit(&model, &sequences)?);
+            }
+        }
+        let mut source = super::classifier::Narrow(Initialiser::new(
+            seed,
+            lapidary_kernels::DType::F32,
+            lapidary_kernels::Device::Cpu,
+        ));
+        initial.push(audit(&Model::new(own.clone(), &mut source)?, &sequences)?);
+    }
+    let [usual_right, own_right] = right.map(mean);
+    let share = parameters[1] as f64 / parameters[0] as f64;
+    let trained = averaged(&audits);
+    let falls = |values: &[f64]| {
+        values
+            .windows(2)
+            .filter(|w| matches!(w, [a, b] if b < a))
+            .count()
+    };
+    let told = |values: &[f64]| {
+        let each: Vec<String> = values.iter().map(|value| format!("{value:.2}")).collect();
+        each.join(", ")
+    };
+    let claims = vec![
+        Claim::new(
+            "with less than 40 % of the blocks' parameters it comes within 2 points of a Transformer of \
+             the same width, heads and blocks",
+            "ImageNet: CRATE-B 70.8 % with 22.8 M parameters, ViT-S 72.4 % with 22.1 M",
+            format!(
+                "{own_right:.1} % with {:.0} % of the parameters; {usual_right:.1} %",
+                100.0 * share
+            ),
+            after_training(setting.scale, own_right >= usual_right - 2.0 && share < 0.4),
+        ),
+        Claim::new(
+            "after training the coding rate falls from block to block, at least twice of three times",
+            "figure: it falls through the layers, the last one or two aside",
+            format!(
+                "rates {}; before training {}",
+                told(&trained.rates),
+                told(&averaged(&initial).rates)
+            ),
+            after_training(setting.scale, falls(&trained.rates) >= 2),
+        ),
+        Claim::new(
+            "and so does the share of entries that are not zero",
+            "figure",
+            format!(
+                "shares {}; before training {}",
+                told(&trained.active),
+                told(&averaged(&initial).active)
+            ),
+            after_training(setting.scale, falls(&trained.active) >= 2),
+        ),
+    ];
+    let series = |name: &str, values: &[f64]| Series {
+        name: name.to_owned(),
+        points: (1..)
+            .zip(values)
+            .map(|(block, value)| (f64::from(block), *value))
+            .collect(),
+    };
+    let plots = vec![
+        Plot {
+            title: "Coding rate of tokens against each block's subspaces".to_owned(),
+            x: "block".to_owned(),
+            y: "mean over heads".to_owned(),
+            series: vec![
+                series("trained", &trained.rates),
+                series("untrained", &averaged(&initial).rates),
+            ],
+        },
+        Plot {
+            title: "Entries of each block's code that are not zero".to_owned(),
+            x: "block".to_owned(),
+            y: "share".to_owned(),
+            series: vec![
+                series("trained", &trained.active),
+                series("untrained", &averaged(&initial).active),
+            ],
+        },
+    ];
+    Ok((claims, plots))
+}
+
+fn in_blocks(model: &Model) -> usize {
+    let of_blocks = model
+        .parameters()
+        .iter()
+        .filter(|(name, _)| name.starts_with("blocks."));
+    of_blocks.map(|(_, parameter)| parameter.elem_count()).sum()
+}
+
+/// What is measured behind each block.
+#[derive(Clone, Debug, Default)]
+struct Audit {
+    /// `½ log det(I + p/(N ε) W Wᵀ)` of tokens projected on a head's subspace and made as long as one,
+    /// `ε = 0.01`; mean over heads and sequences.
+    rates: Vec<f64>,
+    /// Share of entries that are not zero.
+    active: Vec<f64>,
+}
+
+fn averaged(audits: &[Audit]) -> Audit {
+    let over = |of: fn(&Audit) -> &Vec<f64>| {
+        let blocks = audits.first().map_or(0, |audit| of(audit).len());
+        (0..blocks)
+            .map(|block| {
+                mean(
+                    audits
+                        .iter()
+                        .filter_map(|audit| of(audit).get(block).copied())
+                        .collect::<Vec<_>>(),
+                )
+            })
+            .collect()
+    };
+    Audit {
+        rates: over(|audit| &audit.rates),
+        active: over(|audit| &audit.active),
+    }
+}
+
+fn audit(model: &Model, sequences: &[&[u32]]) -> Result<Audit> {
+    let (input, padding) = super::classifier::batch(sequences)?;
+    let trace = Trace::new()
+        .capture("blocks.*.attention.query")?
+        .capture("blocks.*.feedforward.code")?;
+    model.forward(
+        &input,
+        Pass {
+            padding: Some(&padding),
+            trace: Some(&trace),
+            ..Pass::default()
+        },
+    )?;
+    let mut audit = Audit::default();
+    for block in 0..BLOCKS {
+        let projected = trace.signal(&format!("blocks.{block}.attention.query"))?;
+        let (batch, length, width) = engine(projected.value().dims3())?;
+        let each = width / HEADS;
+        let values = numbers(projected.value())?;
+        let mut rates = Vec::new();
+        for sequence in 0..batch {
+            for head in 0..HEADS {
+                let token = |j: usize| {
+                    let start = (sequence * length + j) * width + head * each;
+                    values.get(start..start + each).unwrap_or(&[])
+                };
+                let lengths: Vec<f64> = (0..length)
+                    .map(|j| {
+                        token(j)
+                            .iter()
+                            .map(|x| x * x)
+                            .sum::<f64>()
+                            .sqrt()
+                            .max(1e-12)
+                    })
+                    .collect();
+                let w = Matrix::from_fn(each, length, |i, j| token(j)[i] / lengths[j]);
+                let identity = Matrix::from_fn(each, each, |i, j| f64::from(u8::from(i == j)));
+                // ε = 0.01 stands where the definition has ε², as in the authors' measurements.
+                rates.push(rate(&w, &[identity], 0.1)?);
+            }
+        }
+        audit.rates.push(mean(rates));
+        let code = trace.signal(&format!("blocks.{block}.feedforward.code"))?;
+        let values = numbers(code.value())?;
+        let active = values.iter().filter(|value| **value != 0.0).count();
+        audit
+            .active
+            .push(active as f64 / values.len().max(1) as f64);
+    }
+    Ok(audit)
+}
+
+fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>)> {
+    let usual = "within 0.25 nats of a Transformer's block of the same width and depth";
+    let more = "an over-complete dictionary is better than a square one";
+    let Some([training, held_out]) = Text::shakespeare(setting)? else {
+        let missing = |claim: &str| {
+            Claim::new(
+                &format!("on text, causal: {claim}"),
+                "OpenWebText: CRATE-GPT2-Base 3.37 (60 M), GPT2-Small 3.04 (64 M)",
+                "no text: give --data with tiny_shakespeare.txt",
+                Verdict::NotMeasured,
+            )
+        };
+        return Ok(("no text".to_owned(), vec![missing(usual), missing(more)]));
+    };
+    let attention = MultiHeadSpec {
+        causal: true,
+        ..MultiHeadSpec::new(HEADS)
+    };
+    let gpt = attending::spec(256, size.width, size.text.length, &vec![attention; BLOCKS]);
+    let mut losses = Vec::new();
+    for spec in [
+        gpt.clone(),
+        white_box(&gpt, None),
+        white_box(&gpt, Some(4 * size.width)),
+    ] {
+        let model = train_by(
+            size.text,
+            spec,
+            Box::new(training.clone()),
+            size.text_steps,
+            setting.seed,
+        )?;
+        let mut task = held_out.clone();
+        losses.push(attending::measure(&model, &mut task, size.text, size.text_batches)?.loss);
+    }
+    let [gpt, square, over] = losses.as_slice() else {
+        return Ok(("no text".to_owned(), Vec::new()));
+    };
+    let told =
+        format!("Transformer {gpt:.3}, square {square:.3}, over-complete {over:.3} nats a byte");
+    Ok((
+        "the bytes of Tiny Shakespeare".to_owned(),
+        vec![
+            Claim::new(
+                &format!("on text, causal: {usual}"),
+                "OpenWebText: CRATE-GPT2-Base 3.37 (60 M), GPT2-Small 3.04 (64 M)",
+                told.clone(),
+                after_training(setting.scale, square - gpt <= 0.25),
+            ),
+            Claim::new(
+                &format!("on text, causal: {more}"),
+                "the group's follow-up recommends it",
+                told,
+                after_training(setting.scale, over < square),
+            ),
+        ],
+    ))
+}

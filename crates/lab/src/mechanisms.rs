@@ -1,0 +1,126 @@
+//! The mechanisms of attention, each set up as it is compared with the others.
+
+use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
+use lapidary_parts::attention::mechanism::fastmax::FastmaxSpec;
+use lapidary_parts::attention::mechanism::kernelized::KernelizedSpec;
+use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
+use lapidary_parts::attention::mechanism::lion::{LionDecay, LionSpec};
+use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
+use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
+use lapidary_parts::attention::{MechanismSpec, QueryKeySharing};
+
+/// One way to attend.
+#[derive(Clone, Copy, Debug)]
+pub struct Mechanism {
+    /// Its name in tables.
+    pub name: &'static str,
+    /// Whether a token is kept from seeing later ones.
+    pub causal: bool,
+    /// Whether its cost grows with the square of the length.
+    pub quadratic: bool,
+    /// Which projections are one and the same.
+    pub sharing: QueryKeySharing,
+    spec: fn(usize) -> MechanismSpec,
+}
+
+impl Mechanism {
+    /// Its spec for sequences of up to `length` tokens.
+    pub fn spec(&self, length: usize) -> MechanismSpec {
+        (self.spec)(length)
+    }
+}
+
+const fn entry(
+    name: &'static str,
+    causal: bool,
+    quadratic: bool,
+    spec: fn(usize) -> MechanismSpec,
+) -> Mechanism {
+    Mechanism {
+        name,
+        causal,
+        quadratic,
+        sharing: QueryKeySharing::None,
+        spec,
+    }
+}
+
+static MECHANISMS: &[Mechanism] = &[
+    entry("softmax", false, true, |_| MechanismSpec::Softmax),
+    entry("softmax, causal", true, true, |_| MechanismSpec::Softmax),
+    entry("linformer, 128 slots", false, false, |length| {
+        MechanismSpec::Linformer(LinformerSpec {
+            slots: 128,
+            longest: length,
+            sharing: Sharing::Headwise,
+            projection: Projection::Learned,
+        })
+    }),
+    entry("lion, constant decay", false, false, |_| {
+        MechanismSpec::Lion(LionSpec {
+            decay: LionDecay::Constant,
+            ..LionSpec::default()
+        })
+    }),
+    entry("lion, selective decay, causal", true, false, |_| {
+        MechanismSpec::Lion(LionSpec::default())
+    }),
+    entry("fastmax of degree 1", true, false, |_| {
+        MechanismSpec::Fastmax(FastmaxSpec {
+            degree: 1,
+            ..FastmaxSpec::default()
+        })
+    }),
+    entry("fastmax of degree 2", true, false, |_| {
+        MechanismSpec::Fastmax(FastmaxSpec::default())
+    }),
+    entry("kernelized, positive features", true, false, |_| {
+        MechanismSpec::Kernelized(KernelizedSpec::default())
+    }),
+    entry("sparse, strided by the root", true, false, |length| {
+        MechanismSpec::Sparse(SparseSpec {
+            pattern: SparsePattern::Strided {
+                stride: length.isqrt(),
+            },
+            steps: Steps::Merged,
+        })
+    }),
+    entry("sparse, fixed by the root", true, false, |length| {
+        MechanismSpec::Sparse(SparseSpec {
+            pattern: SparsePattern::Fixed {
+                stride: length.isqrt(),
+                summaries: 1,
+                groups: 1,
+            },
+            steps: Steps::Merged,
+        })
+    }),
+    Mechanism {
+        sharing: QueryKeySharing::QueryKey,
+        ..entry("reformer, 2 rounds of chunks of 64", true, false, |_| {
+            MechanismSpec::Reformer(ReformerSpec {
+                rounds: 2,
+                ..ReformerSpec::new(64)
+            })
+        })
+    },
+    entry("combiner, segments of the root", true, false, |length| {
+        MechanismSpec::Combiner(CombinerSpec {
+            form: CombinerForm::Fixed {
+                segment: length.isqrt(),
+            },
+            log_count: false,
+        })
+    }),
+    entry("combiner, log-sparse", true, false, |_| {
+        MechanismSpec::Combiner(CombinerSpec {
+            form: CombinerForm::LogSparse,
+            log_count: false,
+        })
+    }),
+];
+
+/// All of them, softmax first.
+pub fn mechanisms() -> &'static [Mechanism] {
+    MECHANISMS
+}

@@ -1,0 +1,83 @@
+//! The same weights behind another mechanism of attention.
+
+use std::collections::BTreeMap;
+
+use lapidary_kernels::{DType, Tensor};
+use lapidary_parts::attention::{MechanismSpec, MixerSpec};
+use lapidary_parts::parameters::{Init, ParameterSource};
+use lapidary_parts::{Error, Result};
+
+use crate::{Initialiser, Model};
+
+impl Model {
+    /// A model with the parameters of this one, in which every multi-head attention mixes by
+    /// `mechanism`. Parameters that the mechanism has of its own start from `seed`.
+    ///
+    /// ```
+    /// # use lapidary_kernels::{DType, Device};
+    /// # use lapidary_model::{Model, ModelSpec};
+    /// # use lapidary_parts::attention::MechanismSpec;
+    /// # let spec: ModelSpec = toml::from_str(r#"
+    /// # width = 8
+    /// # input = { kind = "tokens", vocabulary = 11, length = 16 }
+    /// # blocks = [{ attention = { kind = "multi-head", heads = 2 } }]
+    /// # head = { kind = "none" }
+    /// # "#)?;
+    /// # let model = Model::initialised(spec, 0, DType::F32, &Device::Cpu)?;
+    /// let mechanism: MechanismSpec = toml::from_str("kind = 'linformer'\nslots = 4\nlongest = 16")?;
+    /// let linear = model.with_mechanism(&mechanism, 0)?;
+    /// assert_eq!(linear.parameter_count(), model.parameter_count() + 2 * 4 * 16);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// When no block has such attention, or one asks for something that the mechanism cannot do.
+    pub fn with_mechanism(&self, mechanism: &MechanismSpec, seed: u64) -> Result<Self> {
+        let mut spec = self.spec().clone();
+        let mut replaced = 0;
+        for block in &mut spec.blocks {
+            if let MixerSpec::MultiHead(attention) = &mut block.attention {
+                attention.mechanism = mechanism.clone();
+                replaced += 1;
+            }
+        }
+        if replaced == 0 {
+            return Err(Error::spec(
+                "mechanism of attention",
+                mechanism.kind(),
+                "asked for where a block has multi-head attention",
+            ));
+        }
+        let mut source = Known {
+            parameters: self.parameters(),
+            fresh: Initialiser::new(seed, self.dtype(), self.device()),
+        };
+        Self::new(spec, &mut source)
+    }
+}
+
+/// Ready parameters, and initial values where there are none.
+struct Known<'a> {
+    parameters: &'a BTreeMap<String, Tensor>,
+    fresh: Initialiser,
+}
+
+impl ParameterSource for Known<'_> {
+    fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
+        match self.parameters.get(name) {
+            Some(parameter) => Ok(parameter.clone()),
+            None => self.fresh.parameter(name, shape, init),
+        }
+    }
+
+    fn packed(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        match self.parameters.get(name) {
+            Some(parameter) => Ok(parameter.clone()),
+            None => self.fresh.packed(name, shape, dtype),
+        }
+    }
+
+    fn dtype(&self) -> DType {
+        self.fresh.dtype()
+    }
+}

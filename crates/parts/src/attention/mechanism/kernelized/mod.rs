@@ -1,0 +1,342 @@
+//! Kernelized Transformer (Chowdhury, Solomou, Dubey, Sachan, On Learning the Transformer Kernel,
+//! 2021, arXiv 2110.08323): linear attention whose kernel is learned, as the distribution of the
+//! frequencies that its random features are drawn with.
+//!
+//! ```text
+//! y_i = Σ_j φ(q_i) · φ(k_j) v_j / (Σ_j φ(q_i) · φ(k_j) + ε),     q, k ← √scale · q, √scale · k
+//! fourier:   φ(x) = √(1/m) [cos ω_1·x … cos ω_m·x, sin ω_1·x … sin ω_m·x], s
+//! positive:  φ(x) = √(1/m) [exp(ω_1·x − ‖x‖²) … exp(ω_m·x − ‖x‖²)]
+//! ```
+//!
+//! The first gives a kernel of `x − y` alone, `E cos(ω · (x − y)) + s²` (Bochner; Rahimi & Recht,
+//! 2007), where the smoothing `s` keeps the denominator from zero; the second is positive, and for
+//! standard normal frequencies `exp(−‖x − y‖²/2)`. What the frequencies `ω` are drawn from is a
+//! [`SpectrumSpec`]; its parameters get their gradients through `ω`.
+//!
+//! Frequencies are drawn anew by every pass that has a seed for that (each step of training), and
+//! otherwise from the spec's own seed, always the same; decoding keeps to the latter, since its
+//! state was made with them.
+//!
+//! Cost for each head and component: `2 m head_width` for each query and key, then
+//! `2 features · value_width` for either, with `features` `m`, or `2 m + 1` for cosines and sines;
+//! under a causal mask also the products of each chunk of 64 positions with itself.
+
+mod fastfood;
+mod spectrum;
+
+pub use fastfood::hadamard;
+pub use spectrum::{Learned, SpectrumSpec};
+
+use super::sums::{Features, Normalised, kept, resume};
+use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed, draw_seed};
+use crate::dropout::seed_of_site;
+use crate::error::{bounded, tensor};
+use crate::parameters::Parameters;
+use crate::state::MixerState;
+use crate::{Error, Result};
+use lapidary_kernels::{D, Tensor};
+use lapidary_signal::Mixing;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use spectrum::Spectrum;
+
+const MAX_COUNT: usize = 1 << 16;
+/// Added to the sum of weights.
+const EPSILON: f64 = 1e-6;
+/// Positions that meet directly under a causal mask.
+const CHUNK: usize = 64;
+
+/// Linear attention with a learned kernel.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KernelizedSpec {
+    /// What frequencies are drawn from.
+    pub spectrum: SpectrumSpec,
+    /// How frequencies become features.
+    #[serde(default)]
+    pub features: ReadOut,
+    /// Number of frequencies `m` of a head; when absent the power of two from `d ln d` on, for heads
+    /// of `d` features. FastFood has as many as features.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub count: Option<usize>,
+    /// Seed of the frequencies of passes without one.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+/// How frequencies become features.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum ReadOut {
+    /// Cosines and sines, and one constant feature.
+    Fourier {
+        /// The constant feature `s`.
+        #[serde(default = "one")]
+        smoothing: f64,
+    },
+    /// Exponentials.
+    Positive {
+        /// Whether the largest exponent of a query, and of all keys of a sequence, is taken away
+        /// from the others, which changes nothing but what overflows.
+        #[serde(default)]
+        stabilise: bool,
+    },
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl Default for ReadOut {
+    fn default() -> Self {
+        Self::Positive { stabilise: false }
+    }
+}
+
+impl KernelizedSpec {
+    /// Frequencies of a head of `width` features.
+    pub fn frequencies(&self, width: usize) -> usize {
+        let default = || {
+            let width = width as f64;
+            ((width * width.ln()).max(2.0).ceil() as usize).next_power_of_two()
+        };
+        match self.spectrum {
+            SpectrumSpec::Fastfood { .. } => width,
+            _ => self.count.unwrap_or_else(default),
+        }
+    }
+
+    /// The map from queries and keys of a head to features.
+    ///
+    /// # Errors
+    /// When a parameter cannot be had.
+    pub fn feature_map(&self, heads: &Heads, parameters: Parameters<'_>) -> Result<FeatureMap> {
+        let count = self.frequencies(heads.head_width);
+        Ok(FeatureMap {
+            spectrum: Spectrum::new(&self.spectrum, self.features, heads, count, parameters)?,
+            read_out: self.features,
+            count,
+        })
+    }
+}
+
+impl Describe for KernelizedSpec {
+    fn kind(&self) -> &'static str {
+        "kernelized"
+    }
+
+    fn abilities(&self) -> Abilities {
+        Abilities {
+            causal: true,
+            bidirectional: true,
+            cross: true,
+            scores: false,
+        }
+    }
+
+    fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
+        let at = |name: &str| format!("{field}.{name}");
+        if heads.scale.is_nan() || heads.scale <= 0.0 {
+            let expected = "softmax where the scale is not positive: its root multiplies queries \
+                            and keys";
+            return Err(Error::spec(at("kind"), "kernelized", expected));
+        }
+        if let Some(count) = self.count {
+            bounded(at("count"), count, 1..=MAX_COUNT)?;
+        }
+        match self.features {
+            ReadOut::Fourier { smoothing } if !(smoothing >= 0.0 && smoothing.is_finite()) => {
+                let expected = "a number of at least 0";
+                return Err(Error::spec(at("features.smoothing"), smoothing, expected));
+            }
+            ReadOut::Positive { stabilise: true } if heads.causal => {
+                let expected = "false in causal attention: the largest exponent may come later";
+                return Err(Error::spec(at("features.stabilise"), true, expected));
+            }
+            ReadOut::Fourier { .. } | ReadOut::Positive { .. } => {}
+        }
+        self.spectrum.validate(self, heads, field)
+    }
+
+    fn build(&self, heads: &Heads, parameters: Parameters<'_>) -> Result<Box<dyn Mechanism>> {
+        Ok(Box::new(Kernelized {
+            map: self.feature_map(heads, parameters)?,
+            seed: self.seed,
+            heads: *heads,
+        }))
+    }
+}
+
+/// The map from queries and keys of heads to features.
+#[derive(Debug)]
+pub struct FeatureMap {
+    spectrum: Spectrum,
+    read_out: ReadOut,
+    count: usize,
+}
+
+impl FeatureMap {
+    /// `φ(x)` `[batch, heads · components, length, features]` for `x` `[batch, heads, length,
+    /// width]`, with the frequencies of a seed. Positive features as they are, not stabilised.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn features(&self, x: &Tensor, seed: u64) -> Result<Tensor> {
+        let projected = self.project(x, seed)?;
+        match self.read_out {
+            ReadOut::Fourier { smoothing } => self.waves(&projected, smoothing),
+            ReadOut::Positive { .. } => self.exponentials(&self.exponents(x, &projected)?),
+        }
+    }
+
+    /// `ω · x` `[batch, heads · components, length, count]`, for the frequencies of a seed.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn project(&self, x: &Tensor, seed: u64) -> Result<Tensor> {
+        self.spectrum.project(x, self.count, seed)
+    }
+
+    /// As [`FeatureMap::features`], of queries and of keys, which `kept` `[batch, 1, key, 1]` leaves.
+    fn both(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        kept: Option<&Tensor>,
+        seed: u64,
+    ) -> Result<[Tensor; 2]> {
+        let [q, mut k] = match self.read_out {
+            ReadOut::Positive { stabilise: true } => {
+                let exponents =
+                    |x: &Tensor| -> Result<Tensor> { self.exponents(x, &self.project(x, seed)?) };
+                let (q, mut k) = (exponents(q)?, exponents(k)?);
+                if let Some(kept) = kept {
+                    // Far below any exponent, and finite.
+                    let away = tensor(tensor(kept - 1.0)? * 1e4)?;
+                    k = tensor(k.broadcast_add(&away))?;
+                }
+                let of_each = tensor(q.max_keepdim(3))?;
+                let of_all = tensor(tensor(k.max_keepdim(3))?.max_keepdim(2))?;
+                [
+                    self.exponentials(&tensor(q.broadcast_sub(&of_each))?)?,
+                    self.exponentials(&tensor(k.broadcast_sub(&of_all))?)?,
+                ]
+            }
+            _ => [self.features(q, seed)?, self.features(k, seed)?],
+        };
+        if let Some(kept) = kept {
+            k = tensor(k.broadcast_mul(kept))?;
+        }
+        Ok([q, k])
+    }
+
+    fn waves(&self, projected: &Tensor, smoothing: f64) -> Result<Tensor> {
+        let (cosines, sines) = (tensor(projected.cos())?, tensor(projected.sin())?);
+        let waves = tensor(Tensor::cat(&[cosines, sines], D::Minus1))?;
+        let waves = tensor(waves * (1.0 / self.count as f64).sqrt())?;
+        let (batch, heads, length, _) = tensor(waves.dims4())?;
+        let constant = tensor(Tensor::full(
+            smoothing,
+            (batch, heads, length, 1),
+            waves.device(),
+        ))?;
+        let constant = tensor(constant.to_dtype(waves.dtype()))?;
+        tensor(Tensor::cat(&[waves, constant], 3))
+    }
+
+    /// `ω · x − ‖x‖²`.
+    fn exponents(&self, x: &Tensor, projected: &Tensor) -> Result<Tensor> {
+        let squares = tensor(tensor(x.sqr())?.sum_keepdim(3))?;
+        let squares = self.spectrum.for_components(&squares)?;
+        tensor(projected.broadcast_sub(&squares))
+    }
+
+    fn exponentials(&self, exponents: &Tensor) -> Result<Tensor> {
+        tensor(tensor(exponents.exp())? * (1.0 / self.count as f64).sqrt())
+    }
+
+    /// Features of a head and component.
+    fn width(&self) -> usize {
+        match self.read_out {
+            ReadOut::Fourier { .. } => 2 * self.count + 1,
+            ReadOut::Positive { .. } => self.count,
+        }
+    }
+}
+
+/// The module.
+#[derive(Debug)]
+struct Kernelized {
+    map: FeatureMap,
+    seed: u64,
+    heads: Heads,
+}
+
+impl Kernelized {
+    fn sums(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        seed: u64,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Normalised<Features>> {
+        let kept = kept(pass, tensor(k.dim(2))?, k.dtype())?;
+        let root = self.heads.scale.sqrt();
+        let (q, k) = (tensor(q * root)?, tensor(k * root)?);
+        let rows = q
+            .elem_count()
+            .checked_div(self.heads.head_width)
+            .unwrap_or(0)
+            + k.elem_count()
+                .checked_div(self.heads.head_width)
+                .unwrap_or(0);
+        let [q, k] = self.map.both(&q, &k, kept.as_ref(), seed)?;
+        let each = self
+            .map
+            .spectrum
+            .operations(self.heads.head_width, self.map.count)
+            + 2 * self.map.width() as u64;
+        let before = rows as u64 * each;
+        let features = Features {
+            q,
+            k,
+            causal: self.heads.causal,
+            log_decay: None,
+            chunk: CHUNK,
+        };
+        Ok(Normalised {
+            components: self.map.spectrum.shares()?,
+            ..Normalised::new(features, EPSILON, before)
+        })
+    }
+}
+
+impl Mechanism for Kernelized {
+    fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
+        Ok(Box::new(self.sums(
+            q,
+            k,
+            draw_seed(pass, self.seed),
+            pass,
+        )?))
+    }
+
+    fn memory(&self) -> Memory {
+        match self.heads.causal {
+            true => Memory::Own,
+            false => Memory::KeysAndValues,
+        }
+    }
+
+    fn resume(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        state: &mut MixerState,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Resumed> {
+        let frozen = seed_of_site(self.seed, pass.path);
+        resume(self.sums(q, k, frozen, pass)?, v, state, None, pass)
+    }
+}

@@ -1,0 +1,502 @@
+//! Reformer (Kitaev et al., Reformer: The Efficient Transformer, 2020, arXiv 2001.04451): tokens
+//! whose queries hash alike meet.
+//!
+//! Keys are the queries at unit length, `k_j = q_j / ‖q_j‖`, and scores `q_i · k_j` (as the authors'
+//! program has it; `extra_scale` multiplies by the attention's scale too, as the paper's formula
+//! does). In each of some rounds
+//!
+//! ```text
+//! h(x) = argmax [xR; −xR],  R ~ N(0, 1) of [head_width, buckets / 2]
+//! ```
+//!
+//! gives every token a bucket; tokens are sorted by bucket and then by position, the sorted list is
+//! cut into chunks of `c`, and each chunk meets itself and its neighbours. Chunks of all rounds stand
+//! in one ring, so that the first of a round looks back at the last of the round before. What a
+//! token gets in the rounds is merged by the log-sums; a key that it met several times counts
+//! several times, unless `repeats` is `once`: then `ln N_ij` is taken off the score, `N_ij` being how
+//! often the two meet. A token's own key gets `−10⁵`: it is read where nothing else is there.
+//!
+//! Several numbers of buckets are hashed one by one and read as the digits of one number. Rotations
+//! are those of the pass where it draws anew, as in training, and of `seed` otherwise; all sequences
+//! of a batch share them, so that none depends on which others are beside it. The authors draw for
+//! each sequence.
+//!
+//! What a token may see is a matter of its own past, but which of these keys it meets depends on
+//! where later tokens push it in the sorted list. While decoding, a step gives what the pass over
+//! the tokens so far gives to its last ones.
+//!
+//! Cost: for each pair that meets and is seen `2 head_width + 2 value_width + 5`, at most
+//! `rounds · c (1 + before + after)` pairs for a query; `head_width · rounds · Σ buckets` for each
+//! token that is hashed; sorting. No parameters.
+
+use super::blocks::{Bias, Blocks, Part, Rule, Sparse, apart, resumed, rows, side_by_side};
+use super::sequences::{At, Sequences};
+use super::{
+    Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, QueryKeySharing, Resumed,
+    draw_seed,
+};
+use crate::dropout::seed_of_site;
+use crate::error::{bounded, tensor};
+use crate::parameters::Parameters;
+use crate::state::{KeyValueCache, MixerState};
+use crate::{Error, Result};
+use lapidary_kernels::{DType, Tensor};
+use lapidary_signal::Mixing;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+const MAX_CHUNK: usize = 1 << 20;
+const MAX_ROUNDS: usize = 64;
+const MAX_NEIGHBOURS: usize = 64;
+const MAX_BUCKETS: usize = 1 << 12;
+const MAX_DIGITS: usize = 4;
+/// Buckets above which they are hashed as two digits, where they follow from the length.
+const ONE_DIGIT: usize = 128;
+/// Added to the score of a token with itself.
+const OWN: f64 = -1e5;
+
+/// Attention among tokens that hash alike.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReformerSpec {
+    /// Tokens `c` of a chunk of the sorted list.
+    pub chunk: usize,
+    /// How often tokens are hashed.
+    #[serde(default = "one")]
+    pub rounds: usize,
+    /// How many buckets there are, as an even number or the even numbers of its digits. None: two
+    /// for each chunk that a sequence makes, which cannot be decoded since it grows.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub buckets: Vec<usize>,
+    /// Chunks before its own that a chunk meets.
+    #[serde(default = "one")]
+    pub before: usize,
+    /// Chunks behind its own that a chunk meets.
+    #[serde(default)]
+    pub after: usize,
+    /// Whether tokens of different buckets don't meet, though their chunks do.
+    #[serde(default)]
+    pub within_buckets: bool,
+    /// How a key counts that is met several times.
+    #[serde(default)]
+    pub repeats: Repeats,
+    /// Whether scores are multiplied by the attention's scale, though keys have unit length.
+    #[serde(default)]
+    pub extra_scale: bool,
+    /// Decides the rotations of passes that draw none anew.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+/// How a key counts that a query meets several times.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Repeats {
+    /// As often as it is met.
+    #[default]
+    Counted,
+    /// Once.
+    Once,
+}
+
+fn one() -> usize {
+    1
+}
+
+impl ReformerSpec {
+    /// Chunks of so many tokens, one round, and the defaults otherwise.
+    pub fn new(chunk: usize) -> Self {
+        Self {
+            chunk,
+            rounds: 1,
+            buckets: Vec::new(),
+            before: 1,
+            after: 0,
+            within_buckets: false,
+            repeats: Repeats::Counted,
+            extra_scale: false,
+            seed: 0,
+        }
+    }
+}
+
+impl Describe for ReformerSpec {
+    fn kind(&self) -> &'static str {
+        "reformer"
+    }
+
+    fn abilities(&self) -> Abilities {
+        Abilities {
+            causal: true,
+            bidirectional: true,
+            ..Abilities::default()
+        }
+    }
+
+    fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
+        let at = |name: &str| format!("{field}.{name}");
+        if heads.sharing == QueryKeySharing::None {
+            return Err(Error::spec(
+                field,
+                "reformer with keys of their own",
+                "one with sharing = \"query-key\" beside it: tokens are sorted by queries that \
+                 are keys too",
+            ));
+        }
+        bounded(at("chunk"), self.chunk, 1..=MAX_CHUNK)?;
+        bounded(at("rounds"), self.rounds, 1..=MAX_ROUNDS)?;
+        bounded(at("before"), self.before, 0..=MAX_NEIGHBOURS)?;
+        bounded(at("after"), self.after, 0..=MAX_NEIGHBOURS)?;
+        let digits = format!("number of {}", at("buckets"));
+        bounded(digits, self.buckets.len(), 0..=MAX_DIGITS)?;
+        for &digit in &self.buckets {
+            if !digit.is_multiple_of(2) || !(2..=MAX_BUCKETS).contains(&digit) {
+                let expected = format!("even numbers between 2 and {MAX_BUCKETS}");
+                return Err(Error::spec(at("buckets"), digit, expected));
+            }
+        }
+        Ok(())
+    }
+
+    fn build(&self, heads: &Heads, _: Parameters<'_>) -> Result<Box<dyn Mechanism>> {
+        Ok(Box::new(Reformer {
+            spec: self.clone(),
+            causal: heads.causal,
+            scale: if self.extra_scale { heads.scale } else { 1.0 },
+        }))
+    }
+}
+
+impl ReformerSpec {
+    /// The digits of a bucket's number, for a sequence of `length` tokens.
+    fn digits(&self, length: usize) -> Vec<usize> {
+        if !self.buckets.is_empty() {
+            return self.buckets.clone();
+        }
+        let all = 2 * length.div_ceil(self.chunk).max(1);
+        if all <= ONE_DIGIT {
+            return vec![all];
+        }
+        let first = all.isqrt().next_multiple_of(2);
+        vec![first, all.div_ceil(first).next_multiple_of(2)]
+    }
+
+    /// The columns of the rotation of one digit: `buckets / 2` of `width` normal numbers. Fewer
+    /// buckets have the first of them.
+    fn rotation(
+        seed: u64,
+        [head, round, digit]: [usize; 3],
+        columns: usize,
+        width: usize,
+    ) -> Vec<f64> {
+        let place = format!("{head}.{round}.{digit}");
+        let mut rng = ChaCha8Rng::seed_from_u64(seed_of_site(seed, &place));
+        let mut normal = || {
+            let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
+            radius * (std::f64::consts::TAU * rng.random::<f64>()).cos()
+        };
+        (0..columns * width).map(|_| normal()).collect()
+    }
+
+    /// The buckets `[batch, heads, key, rounds]` (`u32`) that the attention at `path` hashes keys
+    /// `[batch, heads, key, head_width]` to, none of them pads, in a pass with such a draw.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn buckets(&self, keys: &Tensor, path: &str, draw: Option<u64>) -> Result<Tensor> {
+        let (batch, heads, length, _) = tensor(keys.dims4())?;
+        let seed = seed_of_site(draw.unwrap_or(self.seed), path);
+        let buckets = self.hash(keys, &vec![length; batch], seed)?;
+        let shape = (batch, heads, length, self.rounds);
+        tensor(Tensor::from_vec(buckets, shape, keys.device()))
+    }
+
+    /// The buckets of keys `k` `[batch, heads, key, width]`, token by token for each head of each
+    /// sequence and within it round by round: `[batch · heads, key, rounds]`. `lengths` are the
+    /// numbers of real tokens.
+    fn hash(&self, k: &Tensor, lengths: &[usize], seed: u64) -> Result<Vec<u32>> {
+        let (batch, heads, keys, width) = tensor(k.dims4())?;
+        let digits: Vec<Vec<usize>> = lengths.iter().map(|&length| self.digits(length)).collect();
+        let places = digits.iter().map(Vec::len).max().unwrap_or_default();
+        let halves: Vec<usize> = (0..places)
+            .map(|place| {
+                let each = digits.iter().filter_map(|digits| digits.get(place));
+                each.max().map_or(0, |most| most / 2)
+            })
+            .collect();
+        let columns = self.rounds * halves.iter().sum::<usize>();
+        let mut rotations = Vec::with_capacity(heads * columns * width);
+        for head in 0..heads {
+            for round in 0..self.rounds {
+                for (digit, &half) in halves.iter().enumerate() {
+                    rotations.extend(Self::rotation(seed, [head, round, digit], half, width));
+                }
+            }
+        }
+        let shape = (1, heads, columns, width);
+        let rotations = tensor(Tensor::from_vec(rotations, shape, k.device()))?;
+        let rotations = tensor(tensor(rotations.to_dtype(k.dtype()))?.transpose(2, 3))?;
+        let rotations = tensor(rotations.contiguous())?;
+        let rotated = tensor(tensor(k.detach().contiguous())?.broadcast_matmul(&rotations))?;
+        let rotated = tensor(tensor(rotated.to_dtype(DType::F64))?.flatten_all())?;
+        let rotated = tensor(rotated.to_vec1::<f64>())?;
+        let mut buckets = Vec::with_capacity(batch * heads * keys * self.rounds);
+        for (token, mut row) in rotated.chunks_exact(columns).enumerate() {
+            let digits = digits
+                .get(token / (heads * keys))
+                .map_or(&[][..], Vec::as_slice);
+            for _ in 0..self.rounds {
+                let mut bucket = 0;
+                for (place, half) in halves.iter().enumerate() {
+                    let (here, rest) = row.split_at(*half);
+                    row = rest;
+                    if let Some(&digit) = digits.get(place) {
+                        bucket = bucket * digit + nearest(&here[..digit / 2]);
+                    }
+                }
+                buckets.push(bucket as u32);
+            }
+        }
+        Ok(buckets)
+    }
+}
+
+/// `argmax [x; −x]`, the first of those that are equal.
+fn nearest(x: &[f64]) -> usize {
+    let mut best = (0, f64::NEG_INFINITY);
+    for sign in [1.0, -1.0] {
+        for (index, value) in x.iter().enumerate() {
+            if sign * value > best.1 {
+                let behind = if sign < 0.0 { x.len() } else { 0 };
+                best = (behind + index, sign * value);
+            }
+        }
+    }
+    best.0
+}
+
+/// The sorted tokens of one head of a sequence.
+struct Sorted {
+    /// Of each round, cut into chunks; the chunks of all rounds one after the other.
+    chunks: Vec<Vec<usize>>,
+    /// Chunks of a round.
+    each: usize,
+    /// The chunk of each token in each round.
+    chunk_of: Vec<Vec<usize>>,
+    /// The bucket of each token in each round.
+    buckets: Vec<Vec<u32>>,
+}
+
+impl Sorted {
+    /// `buckets` of each round, of each token.
+    fn new(buckets: Vec<Vec<u32>>, chunk: usize) -> Self {
+        let (mut chunks, mut each) = (Vec::new(), 0);
+        let mut chunk_of = Vec::new();
+        for buckets in &buckets {
+            let mut order: Vec<usize> = (0..buckets.len()).collect();
+            // Stable, so that tokens of a bucket stay in order.
+            order.sort_by_key(|&token| buckets[token]);
+            let mut of = vec![0; order.len()];
+            for (place, &token) in order.iter().enumerate() {
+                of[token] = chunks.len() + place / chunk;
+            }
+            chunk_of.push(of);
+            each = order.len().div_ceil(chunk);
+            chunks.extend(order.chunks(chunk).map(<[usize]>::to_vec));
+        }
+        Self {
+            chunks,
+            each,
+            chunk_of,
+            buckets,
+        }
+    }
+
+    /// The chunks that a chunk of `round` meets, each as often as it does.
+    fn meets(&self, chunk: usize, round: usize, spec: &ReformerSpec) -> Vec<usize> {
+        let all = self.chunks.len();
+        let first = chunk + all * spec.before - spec.before;
+        let window = (first..=first + spec.before + spec.after).map(|chunk| chunk % all);
+        // What another round has hashed to a bucket of the same number didn't hash alike.
+        let round = round * self.each..(round + 1) * self.each;
+        window
+            .filter(|chunk| !spec.within_buckets || round.contains(chunk))
+            .collect()
+    }
+
+    /// How often two tokens meet, in all rounds.
+    fn meetings(&self, query: usize, key: usize, spec: &ReformerSpec) -> usize {
+        let rounds = 0..self.chunk_of.len();
+        let of = |round: usize| {
+            let window = self.meets(self.chunk_of[round][query], round, spec);
+            let holds = |chunk: &usize| {
+                let there = self.chunk_of[chunk / self.each][key] == *chunk;
+                there && self.shares(round, query, key, spec)
+            };
+            window.iter().filter(|chunk| holds(chunk)).count()
+        };
+        rounds.map(of).sum()
+    }
+
+    /// Whether a round lets two tokens of chunks that meet meet.
+    fn shares(&self, round: usize, query: usize, key: usize, spec: &ReformerSpec) -> bool {
+        !spec.within_buckets || self.buckets[round][query] == self.buckets[round][key]
+    }
+}
+
+/// The module.
+#[derive(Debug)]
+struct Reformer {
+    spec: ReformerSpec,
+    causal: bool,
+    scale: f64,
+}
+
+impl Reformer {
+    /// Attention of `q` over `k`, whose `buckets` are known.
+    fn among(
+        &self,
+        sequences: &Sequences,
+        (q, k): (&Tensor, &Tensor),
+        buckets: &[u32],
+    ) -> Result<Sparse> {
+        let [.., keys] = sequences.sizes;
+        let spec = &self.spec;
+        let sorted: Vec<Sorted> = sequences
+            .iter()
+            .map(|sequence| {
+                let bucket = |token: usize, round: usize| {
+                    let at = (sequence.index * keys + sequence.lies(token)) * spec.rounds + round;
+                    buckets.get(at).copied().unwrap_or_default()
+                };
+                let of = |round| {
+                    (0..sequence.len())
+                        .map(|token| bucket(token, round))
+                        .collect()
+                };
+                Sorted::new((0..spec.rounds).map(of).collect(), spec.chunk)
+            })
+            .collect();
+        let unit = tensor(tensor(tensor(k.sqr())?.sum_keepdim(3))?.maximum(1e-24))?;
+        let unit = tensor(k.broadcast_div(&tensor(unit.sqrt())?))?;
+        let (q_rows, k_rows) = (rows(q)?, rows(&unit)?);
+        let rule = Rule {
+            causal: self.causal,
+            own: OWN,
+            ..Rule::default()
+        };
+        let mut parts = Vec::new();
+        for round in 0..spec.rounds {
+            let mut blocks = Blocks::default();
+            for (sequence, sorted) in sequences.iter().zip(&sorted) {
+                for chunk in round * sorted.each..(round + 1) * sorted.each {
+                    let queries = sorted.chunks[chunk]
+                        .iter()
+                        .filter(|&&token| token >= sequence.first())
+                        .map(|&token| sequence.query(token));
+                    let keys = sorted
+                        .meets(chunk, round, spec)
+                        .into_iter()
+                        .flat_map(|chunk| &sorted.chunks[chunk])
+                        .map(|&token| sequence.key(token));
+                    blocks.push(queries, keys);
+                }
+            }
+            let bias = |query: At, key: At| {
+                let Some(sorted) = sorted.get(key.row / keys) else {
+                    return 0.0;
+                };
+                let (i, j) = (query.position, key.position);
+                match spec.repeats {
+                    _ if !sorted.shares(round, i, j, spec) => f64::NEG_INFINITY,
+                    Repeats::Counted => 0.0,
+                    Repeats::Once => -(sorted.meetings(i, j, spec) as f64).ln(),
+                }
+            };
+            let needed = spec.within_buckets || spec.repeats == Repeats::Once;
+            let bias: Option<Bias<'_>> = match needed {
+                true => Some(&bias),
+                false => None,
+            };
+            parts.extend(Part::new(
+                blocks,
+                rule,
+                (&q_rows, &k_rows),
+                self.scale,
+                bias,
+            )?);
+        }
+        Ok(Sparse::of(sequences, tensor(q.dim(3))?, parts).after(self.hashing(k)?))
+    }
+
+    /// Operations of hashing keys.
+    fn hashing(&self, k: &Tensor) -> Result<u64> {
+        let (batch, heads, keys, width) = tensor(k.dims4())?;
+        let halves: usize = self.spec.digits(keys).iter().map(|digit| digit / 2).sum();
+        Ok((batch * heads * keys * 2 * width * self.spec.rounds * halves) as u64)
+    }
+}
+
+impl Mechanism for Reformer {
+    fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
+        let sequences = Sequences::new(q, k, pass)?;
+        let seed = draw_seed(pass, self.spec.seed);
+        let buckets = self.spec.hash(k, &sequences.lengths(), seed)?;
+        Ok(Box::new(self.among(&sequences, (q, k), &buckets)?))
+    }
+
+    fn memory(&self) -> Memory {
+        Memory::Own
+    }
+
+    fn resume(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        state: &mut MixerState,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Resumed> {
+        if self.spec.buckets.is_empty() {
+            return Err(Error::spec(
+                format!("buckets of the mechanism at {}", pass.path),
+                "absent",
+                "given, since by default they grow with the text and decoding keeps them",
+            ));
+        }
+        let (batch, heads, new, _) = tensor(k.dims4())?;
+        let seed = draw_seed(pass, self.spec.seed);
+        let hashed = self.spec.hash(k, &vec![new; batch], seed)?;
+        let (keys, values) = (side_by_side(k)?, side_by_side(v)?);
+        let (keys, values, buckets) = match state {
+            MixerState::Empty => {
+                *state = MixerState::Hashed {
+                    cache: KeyValueCache::new(&keys, &values)?,
+                    buckets: hashed.clone(),
+                };
+                (keys, values, hashed)
+            }
+            MixerState::Hashed { cache, buckets } => {
+                let (keys, values) = cache.append(&keys, &values)?;
+                let each = buckets.len() / (batch * heads).max(1);
+                let more = new * self.spec.rounds;
+                let joined = buckets.chunks(each).zip(hashed.chunks(more));
+                *buckets = joined.flat_map(|(old, new)| [old, new].concat()).collect();
+                (keys, values, buckets.clone())
+            }
+            _ => {
+                return Err(Error::spec(
+                    format!("decode state at {}", pass.path),
+                    "another mixer's",
+                    "that of hashed keys",
+                ));
+            }
+        };
+        let (keys, values) = (apart(&keys, heads)?, apart(&values, heads)?);
+        let sequences = Sequences::new(q, &keys, pass)?;
+        let whole = self.among(&sequences, (q, &keys), &buckets)?;
+        resumed(whole, &values, new)
+    }
+}

@@ -1,0 +1,310 @@
+//! FIRE (Li et al., Functional Interpolation for Relative Positions Improves Long Context
+//! Transformers, 2023, arXiv 2310.04418): a bias of the scores by a small network `f` of the distance,
+//! relative to how far back the query can look.
+//!
+//! ```text
+//! b(i, j) = f( ψ(i − j) / ψ(max(L, i)) )     for j ≤ i, one output of f for each head
+//! ψ(x)    = ln(|c x| + 1)                    c learned, from 0.1
+//! L       = |l| · initial_length             l learned, from 1
+//! ```
+//!
+//! The network sees a number between 0 and 1 at every length: up to `L` a function of the distance
+//! alone, beyond it one that is stretched with the query's position. A row depends on its own query
+//! only, so that earlier rows stay when tokens are added. The last bias of `f` shifts all scores of a
+//! row alike, which softmax does not see.
+//!
+//! Rows before `L` have as many different values as there are distances: the network runs once for
+//! each distance there, and once for every query and key beyond. Parameters:
+//! `2 + 2 hidden + (layers − 1) (hidden² + hidden) + (hidden + 1) heads`.
+//!
+//! Bidirectional attention is an extension of ours: `|i − j|` relative to `max(i, j)`, with outputs of
+//! its own for keys that come later.
+
+use super::Span;
+use super::distance::{column, spread};
+use crate::error::{bounded, tensor};
+use crate::parameters::{Init, Parameters};
+use crate::{Error, Result};
+use lapidary_kernels::{Activation, Tensor, linear, linear_activation};
+use rand::SeedableRng;
+use rand::seq::index::sample;
+use rand_chacha::ChaCha8Rng;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+const MAX_HIDDEN: usize = 1 << 12;
+const MAX_LENGTH: usize = 1 << 24;
+
+/// Keeps the denominator from zero where `c` is.
+const EPSILON: f64 = 1e-6;
+
+/// FIRE.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct FireSpec {
+    /// Units of a hidden layer of the network.
+    pub hidden: usize,
+    /// Hidden layers: 2 as the paper says, 1 as its listing has it.
+    pub layers: usize,
+    /// What the hidden units do.
+    pub activation: FireActivation,
+    /// `ψ`.
+    pub transform: FireTransform,
+    /// `L` at the start.
+    pub initial_length: usize,
+    /// Whether all layers that say so share one network.
+    pub shared: bool,
+    /// Where training draws the positions of a sequence at random, in order, from `0..randomised`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub randomised: Option<usize>,
+}
+
+/// What the hidden units of FIRE's network do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum FireActivation {
+    /// `max(x, 0)`.
+    #[default]
+    Relu,
+    /// `cos x`, with which the network can be Sandwich.
+    Cosine,
+}
+
+/// How FIRE sees a distance.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum FireTransform {
+    /// `ln(|c x| + 1)`.
+    #[default]
+    Logarithm,
+    /// `x`.
+    Linear,
+    /// `x^exponent`.
+    Power {
+        /// The exponent, above 0.
+        exponent: f64,
+    },
+}
+
+impl Default for FireSpec {
+    fn default() -> Self {
+        Self {
+            hidden: 32,
+            layers: 2,
+            activation: FireActivation::Relu,
+            transform: FireTransform::Logarithm,
+            initial_length: 512,
+            shared: false,
+            randomised: None,
+        }
+    }
+}
+
+impl FireSpec {
+    pub(super) fn validate(&self, field: &str) -> Result<()> {
+        bounded(format!("{field}.hidden"), self.hidden, 1..=MAX_HIDDEN)?;
+        bounded(format!("{field}.layers"), self.layers, 1..=2)?;
+        let length = format!("{field}.initial_length");
+        bounded(length, self.initial_length, 1..=MAX_LENGTH)?;
+        if let Some(positions) = self.randomised {
+            bounded(format!("{field}.randomised"), positions, 1..=MAX_LENGTH)?;
+        }
+        match self.transform {
+            FireTransform::Power { exponent } if !(exponent > 0.0 && exponent.is_finite()) => {
+                let field = format!("{field}.transform.exponent");
+                Err(Error::spec(field, exponent, "a number above 0"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// FIRE with its parameters.
+#[derive(Debug)]
+pub struct Fire {
+    spec: FireSpec,
+    heads: usize,
+    causal: bool,
+    /// `c`, `[1]`.
+    stretch: Tensor,
+    /// `l`, `[1]`.
+    length: Tensor,
+    /// Weights `[output, input]` and biases of the network.
+    layers: Vec<(Tensor, Tensor)>,
+}
+
+impl Fire {
+    pub(super) fn new(
+        spec: &FireSpec,
+        heads: usize,
+        causal: bool,
+        parameters: Parameters<'_>,
+    ) -> Result<Self> {
+        let mut parameters = match spec.shared {
+            true => parameters.at_root("fire"),
+            false => parameters,
+        };
+        let outputs = if causal { heads } else { 2 * heads };
+        let mut sizes = vec![1];
+        sizes.extend(std::iter::repeat_n(spec.hidden, spec.layers));
+        sizes.push(outputs);
+        let mut layers = Vec::with_capacity(spec.layers + 1);
+        for (index, pair) in sizes.windows(2).enumerate() {
+            let (input, output) = (pair[0], pair[1]);
+            let mut at = parameters.at(format!("layers.{index}"));
+            let deviation = 1.0 / (input as f64).sqrt();
+            layers.push((
+                at.tensor("weight", &[output, input], Init::Normal { deviation })?,
+                at.tensor("bias", &[output], Init::Zeros)?,
+            ));
+        }
+        Ok(Self {
+            spec: spec.clone(),
+            heads,
+            causal,
+            stretch: parameters.tensor("stretch", &[1], Init::Constant(0.1))?,
+            length: parameters.tensor("length", &[1], Init::Ones)?,
+            layers,
+        })
+    }
+
+    /// The bias `[1, heads, query, key]`. Of causal attention, what belongs to later keys, which are
+    /// masked, is that of distance 0.
+    pub(super) fn bias(&self, span: Span) -> Result<Tensor> {
+        let end = span.keys.max(span.offset + span.queries);
+        if let (Some(positions), Some(seed)) = (self.spec.randomised, span.draw)
+            && positions >= end
+        {
+            return self.of_pairs(&drawn_positions(positions, end, seed), span);
+        }
+        // Up to L the denominator is one number, and each distance has one bias.
+        let steady = match self.causal {
+            true => self.steady()?.saturating_sub(span.offset).min(span.queries),
+            false => 0,
+        };
+        let rest = Span {
+            queries: span.queries - steady,
+            offset: span.offset + steady,
+            ..span
+        };
+        let positions: Vec<u32> = (0..end as u32).collect();
+        if rest.queries == span.queries {
+            return self.of_pairs(&positions, span);
+        }
+        let count = span.offset + steady;
+        let relative = self.relative(&self.numbers((0..count).map(|d| d as f64))?, None)?;
+        // Later keys are masked, whatever they read.
+        let by_distance = self.network(&relative)?;
+        let by_distance = tensor(by_distance.pad_with_same(0, 0, end.saturating_sub(count)))?;
+        let first = spread(&by_distance, [steady, span.keys, span.offset])?;
+        if rest.queries == 0 {
+            return Ok(first);
+        }
+        tensor(Tensor::cat(&[first, self.of_pairs(&positions, rest)?], 2))
+    }
+
+    /// The first position that is not before `L`.
+    fn steady(&self) -> Result<usize> {
+        let length = tensor(self.threshold()?.to_dtype(lapidary_kernels::DType::F64))?;
+        let length = tensor(length.to_vec1::<f64>())?;
+        let length = length.first().copied().unwrap_or(0.0);
+        Ok(if length.is_finite() {
+            length.ceil().clamp(0.0, MAX_LENGTH as f64) as usize
+        } else {
+            0
+        })
+    }
+
+    /// `L`, `[1]`.
+    fn threshold(&self) -> Result<Tensor> {
+        tensor(tensor(self.length.abs())? * self.spec.initial_length as f64)
+    }
+
+    fn numbers(&self, values: impl Iterator<Item = f64>) -> Result<Tensor> {
+        column(values, self.stretch.dtype(), self.stretch.device())
+    }
+
+    /// `ψ(x)` for `[.., 1]`.
+    fn transformed(&self, x: &Tensor) -> Result<Tensor> {
+        match self.spec.transform {
+            FireTransform::Linear => Ok(x.clone()),
+            FireTransform::Power { exponent } => tensor(x.powf(exponent)),
+            FireTransform::Logarithm => {
+                let stretched = tensor(tensor(x.broadcast_mul(&self.stretch))?.abs())?;
+                tensor(tensor(stretched + 1.0)?.log())
+            }
+        }
+    }
+
+    /// `ψ(distance) / ψ(max(L, position))`, for distances and positions `[count, 1]`; positions before
+    /// `L` when absent.
+    fn relative(&self, distances: &Tensor, positions: Option<&Tensor>) -> Result<Tensor> {
+        let threshold = tensor(self.threshold()?.unsqueeze(0))?;
+        let farthest = match positions {
+            None => threshold,
+            Some(positions) => tensor(positions.broadcast_maximum(&threshold))?,
+        };
+        let whole = tensor(self.transformed(&farthest)? + EPSILON)?;
+        tensor(self.transformed(distances)?.broadcast_div(&whole))
+    }
+
+    /// `f` of `[count, 1]`: `[count, outputs]`.
+    fn network(&self, x: &Tensor) -> Result<Tensor> {
+        let Some(((last, last_bias), hidden)) = self.layers.split_last() else {
+            return Err(Error::spec("layers of fire", 0, "at least one"));
+        };
+        let mut x = x.clone();
+        for (weight, bias) in hidden {
+            x = match self.spec.activation {
+                FireActivation::Relu => {
+                    linear_activation(&x, weight, Some(bias), Activation::Relu)?
+                }
+                FireActivation::Cosine => tensor(linear(&x, weight, Some(bias))?.cos())?,
+            };
+        }
+        Ok(linear(&x, last, Some(last_bias))?)
+    }
+
+    /// The bias with the network run for every query and key, whose positions are `positions`.
+    fn of_pairs(&self, positions: &[u32], span: Span) -> Result<Tensor> {
+        let Span {
+            queries,
+            keys,
+            offset,
+            ..
+        } = span;
+        let at = |index: usize| f64::from(positions.get(index).copied().unwrap_or(0));
+        let pairs =
+            || (offset..offset + queries).flat_map(move |i| (0..keys).map(move |j| (at(i), at(j))));
+        let causal = self.causal;
+        let distances = self.numbers(pairs().map(|(i, j)| match causal {
+            true => (i - j).max(0.0),
+            false => (i - j).abs(),
+        }))?;
+        let farthest = self.numbers(pairs().map(|(i, j)| match causal {
+            true => i,
+            false => i.max(j),
+        }))?;
+        let values = self.network(&self.relative(&distances, Some(&farthest))?)?;
+        let values = match causal {
+            true => values,
+            false => {
+                let back = tensor(values.narrow(1, 0, self.heads))?;
+                let ahead = tensor(values.narrow(1, self.heads, self.heads))?;
+                let later = self.numbers(pairs().map(|(i, j)| f64::from(u8::from(j > i))))?;
+                let turn = tensor(tensor(&ahead - &back)?.broadcast_mul(&later))?;
+                tensor(back + turn)?
+            }
+        };
+        tensor(tensor(values.t())?.reshape((1, self.heads, queries, keys)))
+    }
+}
+
+/// So many positions below `limit`, in order.
+fn drawn_positions(limit: usize, count: usize, seed: u64) -> Vec<u32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let drawn = sample(&mut rng, limit, count.min(limit));
+    let mut positions: Vec<u32> = drawn.iter().map(|position| position as u32).collect();
+    positions.sort_unstable();
+    positions
+}

@@ -1,0 +1,289 @@
+//! Positions inside attention: queries and keys that turn ([`rotary`]), and biases of the scores, by
+//! distance (ALiBi, T5's buckets, Kerple, Sandwich) or by distance relative to the query's position
+//! ([`fire`]).
+//!
+//! Biases are `[1, heads, query, key]` and held whole. Positions that are added to the embeddings
+//! (learned, sinusoidal) belong to the model's input.
+
+mod distance;
+pub mod fire;
+pub mod rotary;
+
+pub use fire::FireSpec;
+pub use rotary::{KeptPairs, Rotary, RotaryScaling, RotarySpec};
+
+use crate::error::{bounded, tensor};
+use crate::parameters::{Init, Parameters};
+use crate::{Error, Result};
+use distance::{Kerple, alibi_slopes, bucket, column, kerple, sandwich, spread};
+use fire::Fire;
+use lapidary_kernels::{DType, Device, Tensor};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// How attention scores know about positions.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum PositionSpec {
+    /// They do not.
+    #[default]
+    None,
+    /// Queries and keys are rotated by their positions (Su et al., arXiv 2104.09864).
+    Rotary(RotarySpec),
+    /// A penalty proportional to the distance, with one slope per head (Press et al., arXiv
+    /// 2108.12409). Bidirectional attention uses the absolute distance.
+    Alibi,
+    /// A learned bias per head and distance bucket (Raffel et al., arXiv 1910.10683).
+    RelativeBuckets {
+        /// Number of buckets.
+        #[serde(default = "default_buckets")]
+        buckets: usize,
+        /// Distances from here on share the last bucket.
+        #[serde(default = "default_max_distance")]
+        max_distance: usize,
+    },
+    /// A learned logarithmic penalty of the distance (Chi et al., Kerple, arXiv 2205.09921).
+    KerpleLogarithmic,
+    /// A learned power of the distance as its penalty (the same).
+    KerplePower,
+    /// The product of two sinusoidal embeddings (Chi et al., Sandwich, arXiv 2212.10356).
+    Sandwich {
+        /// Width of the embeddings.
+        #[serde(default = "default_sandwich")]
+        width: usize,
+    },
+    /// A small network of the distance relative to the query's position (Li et al., FIRE, arXiv
+    /// 2310.04418).
+    Fire(FireSpec),
+}
+
+const MAX_BUCKETS: usize = 1 << 12;
+const MAX_SANDWICH: usize = 1 << 16;
+
+impl PositionSpec {
+    /// Whether it adds to the scores.
+    pub fn is_bias(&self) -> bool {
+        !matches!(self, Self::None | Self::Rotary(_))
+    }
+
+    /// Refuses what cannot be built for `groups` groups of keys of `head_width`.
+    ///
+    /// # Errors
+    /// Names the field, what it is and what it could be.
+    pub fn validate(
+        &self,
+        groups: usize,
+        head_width: usize,
+        causal: bool,
+        field: &str,
+    ) -> Result<()> {
+        match self {
+            Self::None | Self::Alibi | Self::KerpleLogarithmic | Self::KerplePower => Ok(()),
+            Self::Rotary(rotary) => rotary.validate(head_width, groups, field),
+            Self::Sandwich { width } => bounded(format!("{field}.width"), *width, 2..=MAX_SANDWICH),
+            Self::Fire(fire) => fire.validate(field),
+            Self::RelativeBuckets {
+                buckets,
+                max_distance,
+            } => {
+                let least = if causal { 2 } else { 4 };
+                bounded(format!("{field}.buckets"), *buckets, least..=MAX_BUCKETS)?;
+                let exact = if causal { buckets / 2 } else { buckets / 4 };
+                if *max_distance <= exact {
+                    return Err(Error::spec(
+                        format!("{field}.max_distance"),
+                        max_distance,
+                        format!("above {exact}, the distances that have a bucket of their own"),
+                    ));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// The kind's name in a spec.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Rotary(_) => "rotary",
+            Self::Alibi => "alibi",
+            Self::RelativeBuckets { .. } => "relative-buckets",
+            Self::KerpleLogarithmic => "kerple-logarithmic",
+            Self::KerplePower => "kerple-power",
+            Self::Sandwich { .. } => "sandwich",
+            Self::Fire(_) => "fire",
+        }
+    }
+}
+
+fn default_buckets() -> usize {
+    32
+}
+
+fn default_max_distance() -> usize {
+    128
+}
+
+fn default_sandwich() -> usize {
+    128
+}
+
+/// Positions of one attention module, with their parameters and tables.
+#[derive(Debug)]
+pub enum Position {
+    /// None.
+    None,
+    /// Rotary, with the angles' tables grown as needed.
+    Rotary(Rotary),
+    /// ALiBi with these slopes, one per head.
+    Alibi(Vec<f64>),
+    /// T5's table `[buckets, heads]`.
+    RelativeBuckets {
+        /// Bias of each bucket and head.
+        table: Tensor,
+        /// Distances from here on share the last bucket.
+        max_distance: usize,
+        /// Whether only the past has buckets.
+        causal: bool,
+    },
+    /// Kerple with its two numbers of each head.
+    Kerple(KerpleBias),
+    /// Sandwich of this width, the same for so many heads.
+    Sandwich {
+        /// Width of the embeddings.
+        width: usize,
+        /// Heads.
+        heads: usize,
+    },
+    /// FIRE.
+    Fire(Box<Fire>),
+}
+
+/// Kerple's parameters.
+#[derive(Debug)]
+pub struct KerpleBias {
+    form: Kerple,
+    /// `[2, heads]`: their softplus is `r₁` and `r₂`.
+    coefficients: Tensor,
+}
+
+/// The queries and keys that a bias is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    /// Number of queries.
+    pub queries: usize,
+    /// Number of keys, from position 0.
+    pub keys: usize,
+    /// Position of the first query.
+    pub offset: usize,
+    /// Seed of what this pass draws anew.
+    pub draw: Option<u64>,
+}
+
+impl Position {
+    /// Builds the positions of an attention module with `heads` heads of `head_width` that read
+    /// `groups` groups of keys.
+    pub fn new(
+        spec: &PositionSpec,
+        (heads, groups): (usize, usize),
+        head_width: usize,
+        causal: bool,
+        mut parameters: Parameters<'_>,
+    ) -> Result<Self> {
+        Ok(match spec {
+            PositionSpec::None => Self::None,
+            PositionSpec::Rotary(spec) => {
+                Self::Rotary(Rotary::new(spec, (heads, groups), head_width))
+            }
+            PositionSpec::Alibi => Self::Alibi(alibi_slopes(heads)),
+            PositionSpec::RelativeBuckets {
+                buckets,
+                max_distance,
+            } => Self::RelativeBuckets {
+                table: parameters.tensor(
+                    "buckets",
+                    &[*buckets, heads],
+                    Init::Normal { deviation: 0.02 },
+                )?,
+                max_distance: *max_distance,
+                causal,
+            },
+            PositionSpec::KerpleLogarithmic | PositionSpec::KerplePower => {
+                let form = match spec {
+                    PositionSpec::KerplePower => Kerple::Power,
+                    _ => Kerple::Logarithmic,
+                };
+                // Spread over the heads, as the published code's uniform draw is.
+                let spread = Init::InverseSoftplusLogUniform {
+                    low: 0.1,
+                    high: 1.0,
+                };
+                let coefficients = parameters.tensor("coefficients", &[2, heads], spread)?;
+                Self::Kerple(KerpleBias { form, coefficients })
+            }
+            PositionSpec::Sandwich { width } => Self::Sandwich {
+                width: *width,
+                heads,
+            },
+            PositionSpec::Fire(spec) => {
+                Self::Fire(Box::new(Fire::new(spec, heads, causal, parameters)?))
+            }
+        })
+    }
+
+    /// The additive bias `[1, heads, query, key]`, for kinds that have one.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn bias(&self, span: Span, dtype: DType, device: &Device) -> Result<Option<Tensor>> {
+        let Span {
+            queries,
+            keys,
+            offset,
+            ..
+        } = span;
+        let distances = keys.max(offset + queries);
+        match self {
+            Self::None | Self::Rotary(_) => Ok(None),
+            Self::Kerple(KerpleBias { form, coefficients }) => {
+                let by_distance = kerple(*form, coefficients, distances)?;
+                Ok(Some(spread(&by_distance, [queries, keys, offset])?))
+            }
+            Self::Sandwich { width, heads } => {
+                let one = column(sandwich(*width, distances).into_iter(), dtype, device)?;
+                let all = tensor(one.broadcast_as((distances, *heads)))?;
+                Ok(Some(spread(&all, [queries, keys, offset])?))
+            }
+            Self::Fire(fire) => Ok(Some(fire.bias(span)?)),
+            Self::Alibi(slopes) => {
+                let mut bias = Vec::with_capacity(slopes.len() * queries * keys);
+                for slope in slopes {
+                    for i in 0..queries {
+                        bias.extend((0..keys).map(|j| -slope * (i + offset).abs_diff(j) as f64));
+                    }
+                }
+                let bias = tensor(Tensor::from_vec(
+                    bias,
+                    (1, slopes.len(), queries, keys),
+                    device,
+                ))?;
+                Ok(Some(tensor(bias.to_dtype(dtype))?))
+            }
+            Self::RelativeBuckets {
+                table,
+                max_distance,
+                causal,
+            } => {
+                let (buckets, heads) = tensor(table.dims2())?;
+                let indices: Vec<u32> = (0..queries)
+                    .flat_map(|i| (0..keys).map(move |j| j as i64 - (i + offset) as i64))
+                    .map(|distance| bucket(distance, buckets, *max_distance, *causal) as u32)
+                    .collect();
+                let indices = tensor(Tensor::from_vec(indices, queries * keys, device))?;
+                let bias = tensor(table.index_select(&indices, 0))?;
+                let bias = tensor(tensor(bias.t())?.reshape((1, heads, queries, keys)))?;
+                Ok(Some(bias))
+            }
+        }
+    }
+}
