@@ -399,7 +399,7 @@ fn pattern(text: &str) -> Result<Pattern, String> {
 }
 
 #[derive(Args, Debug)]
-#[command(group(ArgGroup::new("form").required(true).multiple(true).args(["dense", "gguf"])))]
+#[command(group(ArgGroup::new("form").required(true).multiple(true).args(["dense", "gguf", "replace_attention"])))]
 pub struct Export {
     /// A model directory, or `embedded`
     pub model: String,

@@ -51,6 +51,7 @@ const CHUNK: usize = 64;
 #[serde(deny_unknown_fields)]
 pub struct KernelizedSpec {
     /// What frequencies are drawn from.
+    #[serde(default)]
     pub spectrum: SpectrumSpec,
     /// How frequencies become features.
     #[serde(default)]
