@@ -1,0 +1,212 @@
+//! `compress` and what is left afterwards.
+
+use super::*;
+
+#[test]
+fn prunes_heals_and_says_what_zeros_take() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("cut");
+    let page = directory.path().join("page.html");
+    let arguments = [
+        "compress",
+        "embedded",
+        "--method",
+        "second-order",
+        "--ratio",
+        "0.5",
+        "--pattern",
+        "2:4",
+        "--windows",
+        "4",
+        "--window",
+        "32",
+        "--heal",
+        "3",
+        "--heal-rate",
+        "0.0003",
+        "--distil",
+        "0.5",
+        "--html",
+        page.to_str().unwrap(),
+        "--out",
+    ];
+    let report = json(&[&arguments[..], &[out.to_str().unwrap(), "--json"]].concat());
+    let healing = &report["healing"];
+    assert_eq!(healing["training"].as_array().unwrap().len(), 3);
+    assert!(healing["after"].as_f64().unwrap() <= healing["before"].as_f64().unwrap());
+    assert!(healing["zeros"].as_u64().unwrap() > 0);
+    let note = report["report"]["notes"][0].as_str().unwrap();
+    assert!(note.contains("as 2 of 4"), "{note}");
+    let page = std::fs::read_to_string(&page).unwrap();
+    assert!(page.contains("Healing") && page.contains("as 2 of 4"));
+    let again = directory.path().join("again");
+    let mut text = lapidary(&[&arguments[..], &[again.to_str().unwrap()]].concat());
+    let text = String::from_utf8(text.assert().success().get_output().stdout.clone()).unwrap();
+    for words in [
+        "healing     3 steps",
+        "zeros       ",
+        "50.0 % zero",
+        "healed on",
+    ] {
+        assert!(text.contains(words), "{words} in {text}");
+    }
+}
+
+#[test]
+fn compresses_saves_loads_and_explains_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("cut");
+    let out = out.to_str().unwrap();
+    let report = json(&[
+        "compress",
+        "embedded",
+        "--method",
+        "whitened",
+        "--ratio",
+        "0.3",
+        "--windows",
+        "4",
+        "--window",
+        "32",
+        "--out",
+        out,
+        "--json",
+    ]);
+    assert!(report["kept"].as_f64().unwrap() < 0.8);
+    assert_eq!(report["saved_as"], "lapidary");
+    let explained = json(&["explain", out, "--text", "the farmer", "--json"]);
+    assert!(
+        explained["explanations"][0]["explanation"]["account"]["largest_site_error"]
+            .as_f64()
+            .unwrap()
+            < 1e-4
+    );
+    refused(
+        &["compress", "embedded", "--ratio", "0.3", "--out", out],
+        &["empty directory"],
+    );
+    let dense = directory.path().join("dense");
+    let model = family("gpt2");
+    let report = json(&[
+        "compress",
+        &model,
+        "--method",
+        "svd",
+        "--ratio",
+        "0.5",
+        "--dense",
+        "--out",
+        dense.to_str().unwrap(),
+        "--json",
+    ]);
+    assert_eq!(report["saved_as"], "hugging-face");
+    assert!(dense.join("config.json").is_file());
+}
+
+/// Fewer blocks, and narrower parts where all are alike, are shapes that other programs know.
+#[test]
+fn stock_shapes_are_written_as_such() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = "the farmer near the dogs sings and the dogs sing ".repeat(40);
+    let text = write(&directory, "text", text.as_bytes());
+    let compress = |name: &str, method: &str, ratio: &str, more: &[&str]| {
+        let model = family(name);
+        let arguments = [
+            "compress",
+            &model,
+            "--method",
+            method,
+            "--ratio",
+            ratio,
+            "--calibrate",
+            &text,
+            "--windows",
+            "4",
+            "--window",
+            "16",
+            "--json",
+        ];
+        json(&[&arguments[..], more].concat())
+    };
+    for (name, method, ratio, stock) in [
+        ("gpt2", "modegpt", "0.25", true),
+        ("llama", "lorap", "0.25", true),
+        ("llama", "slicegpt-shared", "0.25", true),
+        ("gpt2", "slicegpt-shared", "0.25", false),
+        ("llama", "fusegpt", "0.5", true),
+    ] {
+        let out = directory.path().join(format!("{name}-{method}"));
+        let out = out.to_str().unwrap();
+        let report = compress(name, method, ratio, &["--uniform", "--out", out]);
+        let expected = if stock { "hugging-face" } else { "lapidary" };
+        assert_eq!(report["saved_as"], expected, "{name} {method}");
+        assert!(report["kept"].as_f64().unwrap() < 1.0);
+    }
+    let plan = compress("llama", "fusegpt", "0.5", &["--plan-only"]);
+    assert_eq!(plan["modules"][0]["change"], "remove");
+    assert!(
+        plan["modules"][1]["change"]["fuse"]["from"].is_u64(),
+        "{plan}"
+    );
+    let compared = ["--compare", "all"];
+    let compared = compress("llama", "svd", "0.3", &compared);
+    let left_out = compared["left_out"].as_array().unwrap();
+    let trains = left_out
+        .iter()
+        .filter(|pair| pair[1].as_str().unwrap().contains("trains"));
+    assert_eq!(trains.count(), 2, "{left_out:?}");
+}
+
+#[test]
+fn inspects_linearity_and_cuts_depth() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = "the farmer near the dogs sings . the dogs near the farmer sleep . ".repeat(30);
+    let text = write(&directory, "text.txt", text.as_bytes());
+    let linearity = json(&[
+        "inspect",
+        "linearity",
+        "embedded",
+        "--text",
+        &text,
+        "--window",
+        "16",
+        "--json",
+    ]);
+    let rows = linearity["tables"][0]["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 6);
+    assert!(rows.iter().all(|row| row[1].as_f64().unwrap() <= 1.0));
+    refused(
+        &[
+            "inspect",
+            "linearity",
+            "embedded",
+            "--text",
+            &text,
+            "--windows",
+            "1",
+        ],
+        &["windows is 1", "held out"],
+    );
+    for (method, ratio) in [("replaceme", "0.34"), ("attention-cosine", "0.34")] {
+        let out = directory.path().join(method).display().to_string();
+        let document = json(&[
+            "compress",
+            "embedded",
+            "--method",
+            method,
+            "--ratio",
+            ratio,
+            "--windows",
+            "8",
+            "--out",
+            &out,
+            "--json",
+        ]);
+        let after = &document["report"]["after"]["parameters"];
+        assert!(after.as_u64() < document["report"]["before"]["parameters"].as_u64());
+        let again = json(&[
+            "evaluate", &out, "--text", &text, "--window", "16", "--json",
+        ]);
+        assert!(again.is_object());
+    }
+}

@@ -1,0 +1,299 @@
+//! `run`, `generate`, `train`, `evaluate`, `parts`, `bench`, `demo`.
+
+use super::*;
+
+#[test]
+fn runs_on_tensors_at_full_precision() {
+    let directory = tempfile::tempdir().unwrap();
+    let input = write(
+        &directory,
+        "in.json",
+        br#"{"input_ids": [[3, 4, 5], [6, 7, 1]], "attention_mask": [[1, 1, 1], [1, 1, 0]]}"#,
+    );
+    let model = family("bert-classifier");
+    let document = json(&[
+        "run",
+        &model,
+        "--input",
+        &input,
+        "--sites",
+        "blocks.*.out",
+        "--json",
+    ]);
+    assert_eq!(document["logits"].as_array().unwrap().len(), 2);
+    // What each of two blocks gives, and the attention and feed-forward part in it.
+    assert_eq!(document["sites"].as_object().unwrap().len(), 6);
+    let pixels: Vec<Vec<Vec<f32>>> = vec![vec![vec![0.5; 16]; 16]; 3];
+    let pixels = serde_json::to_vec(&serde_json::json!({ "pixel_values": [pixels] })).unwrap();
+    let input = write(&directory, "pixels.json", &pixels);
+    assert_eq!(
+        json(&["run", &family("vit"), "--input", &input, "--json"])["logits"][0]
+            .as_array()
+            .unwrap()
+            .len(),
+        5
+    );
+}
+
+#[test]
+fn generation_is_the_same_with_and_without_a_cache() {
+    let common = [
+        "generate",
+        "embedded",
+        "--prompt",
+        "the capital of",
+        "--prompt",
+        "the king",
+        "--tokens",
+        "8",
+        "--json",
+    ];
+    let cached = json(&common);
+    let fresh = json(&[&common[..], &["--no-cache"]].concat());
+    assert_eq!(cached["sequences"], fresh["sequences"]);
+    let sampled = |seed: &str| {
+        json(&[&common[..], &["--temperature", "1", "--seed", seed]].concat())["sequences"].clone()
+    };
+    assert_eq!(sampled("3"), sampled("3"));
+    assert_ne!(sampled("3"), sampled("4"));
+}
+
+#[test]
+fn times_matrices_with_zeros() {
+    let arguments = [
+        "bench", "sparse", "--width", "16", "--length", "8", "--repeat", "1",
+    ];
+    let report = json(&[&arguments[..], &["--json"]].concat());
+    let rows = report["measured"].as_array().unwrap();
+    let dense = rows.iter().find(|row| row["format"] == "dense").unwrap();
+    assert_eq!(dense["bytes"], 4 * 64 * 16);
+    assert!(rows.iter().any(|row| row["format"] == "CSR"));
+    let even = report["csr_breaks_even"]["bytes"].as_f64().unwrap();
+    assert!(even > 0.3 && even < 0.5, "{even}");
+    lapidary(&arguments).assert().success();
+    refused(
+        &["bench", "sparse", "--width", "6"],
+        &["6", "multiple of 4"],
+    );
+}
+
+#[test]
+fn trains_and_resumes_to_the_same_weights() {
+    let directory = tempfile::tempdir().unwrap();
+    let spec = write(
+        &directory,
+        "spec.toml",
+        br#"
+steps = 6
+batch = 4
+length = 16
+[schedule]
+peak = 1e-2
+[checkpoint]
+every = 3
+[data]
+kind = "copying"
+symbols = 7
+[model]
+width = 16
+[model.input]
+kind = "tokens"
+vocabulary = 8
+length = 16
+[[model.blocks]]
+attention = { kind = "multi-head", heads = 2, causal = true, dropout = 0.1 }
+feedforward = { kind = "dense", hidden = 32 }
+dropout = 0.1
+[model.head]
+kind = "language-model"
+"#,
+    );
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (whole, parts) = (at("whole"), at("parts"));
+    output(&["train", &spec, "--out", &whole]);
+    // A run that died after its third step leaves a state, and no model.
+    output(&["train", &spec, "--out", &parts]);
+    std::fs::remove_dir_all(Path::new(&parts).join("model")).unwrap();
+    std::fs::remove_dir_all(Path::new(&parts).join("states/step-0000000006")).unwrap();
+    output(&["train", &spec, "--out", &parts, "--resume"]);
+    let weights =
+        |run: &str| std::fs::read(Path::new(run).join("model/model.safetensors")).unwrap();
+    assert!(
+        weights(&whole) == weights(&parts),
+        "the resumed run ends with other weights"
+    );
+    refused(
+        &["train", &spec, "--out", &whole],
+        &["holds a run", "--resume"],
+    );
+}
+
+#[test]
+fn evaluates_with_token_and_window_counts() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = "the farmer near the dogs sings . the king praised himself . ".repeat(20);
+    let file = write(&directory, "text.txt", text.as_bytes());
+    let document = json(&[
+        "evaluate", "embedded", "--text", &file, "--window", "32", "--stride", "16", "--json",
+    ]);
+    assert_eq!(
+        document["scored_tokens"].as_u64().unwrap() + 1,
+        document["text_tokens"].as_u64().unwrap()
+    );
+    assert!(document["perplexity"].as_f64().unwrap() > 1.0);
+    refused(
+        &["evaluate", "embedded", "--text", &file, "--window", "1000"],
+        &["window is 1000", "128"],
+    );
+    let empty = write(&directory, "empty.txt", b"  \n");
+    refused(&["evaluate", "embedded", "--text", &empty], &["empty"]);
+}
+
+#[test]
+fn the_catalogue_measures_every_part() {
+    let entries = json(&["parts", "--width", "16", "--length", "8", "--json"]);
+    let entries = entries.as_array().unwrap();
+    assert!(entries.len() >= 18);
+    assert!(
+        entries
+            .iter()
+            .all(|entry| entry["flops"].as_u64().unwrap() > 0)
+    );
+    refused(
+        &["parts", "nonsense", "--width", "16", "--length", "8"],
+        &["nonsense"],
+    );
+}
+
+#[test]
+fn the_demo_writes_a_report_without_network_references() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("report.html");
+    let text = output(&["demo", "--out", out.to_str().unwrap()]);
+    assert!(text.contains("conservation error"));
+    let page = std::fs::read_to_string(out).unwrap();
+    assert!(page.starts_with("<!DOCTYPE html>"));
+    assert!(!page.contains("http://") && !page.contains("https://") && !page.contains("<script"));
+}
+
+#[test]
+fn help_lists_every_verb() {
+    insta::assert_snapshot!(output(&["--help"]));
+}
+
+/// Another mechanism behind the same weights: how far the outputs move, and a directory that loads.
+#[test]
+fn attention_is_replaced() {
+    let directory = tempfile::tempdir().unwrap();
+    let input = write(&directory, "in.json", br#"{"input_ids": [[3, 4, 5, 6]]}"#);
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    for (model, mechanism) in [
+        ("gpt2", "fastmax{degree=1}"),
+        ("gpt2", "kernelized"),
+        (
+            "llama",
+            "sparse{pattern={kind='strided',stride=2},steps='merged'}",
+        ),
+        ("bert", "linformer{slots=3,longest=32}"),
+        ("bert", "lion{decay='none'}"),
+    ] {
+        let run = |model: &str, more: &[&str]| {
+            json(&[&["run", model, "--input", &input, "--json"], more].concat())
+        };
+        let replaced = run(&family(model), &["--replace-attention", mechanism]);
+        let moved = replaced["distance"]["relative_error_of_hidden"]
+            .as_f64()
+            .unwrap();
+        assert!(moved > 1e-3 && moved.is_finite(), "{mechanism}: {moved}");
+        let out = at(&format!("{model}-{}", mechanism.len()));
+        let family = family(model);
+        output(&[
+            "export",
+            &family,
+            "--replace-attention",
+            mechanism,
+            "--out",
+            &out,
+        ]);
+        // Nothing that other programs would read as softmax.
+        assert!(!Path::new(&out).join("config.json").exists(), "{mechanism}");
+        assert_eq!(run(&out, &[])["hidden"], replaced["hidden"], "{mechanism}");
+    }
+    let same = json(&[
+        "run",
+        &family("gpt2"),
+        "--input",
+        &input,
+        "--replace-attention",
+        "softmax",
+        "--json",
+    ]);
+    assert_eq!(same["distance"]["relative_error_of_hidden"], 0.0);
+    refused(
+        &[
+            "run",
+            &family("gpt2"),
+            "--input",
+            &input,
+            "--replace-attention",
+            "linformer{slots=3,longest=32}",
+        ],
+        &[
+            "linformer in causal attention",
+            "blocks.0.attention.mechanism",
+        ],
+    );
+}
+
+#[test]
+fn times_mechanisms() {
+    let found = json(&[
+        "bench",
+        "mixers",
+        "--method",
+        "linformer",
+        "--length",
+        "64",
+        "--least",
+        "32",
+        "--width",
+        "16",
+        "--heads",
+        "2",
+        "--batch",
+        "1",
+        "--repeat",
+        "1",
+        "--json",
+    ]);
+    let rows = found["rows"].as_array().unwrap();
+    let lengths: Vec<_> = rows
+        .iter()
+        .map(|row| row["length"].as_u64().unwrap())
+        .collect();
+    assert_eq!(lengths, [32, 64]);
+    refused(
+        &["bench", "mixers", "--method", "nothing"],
+        &["nothing", "linformer"],
+    );
+    let cut = json(&[
+        "bench",
+        "compress",
+        "--width",
+        "16",
+        "--blocks",
+        "2",
+        "--heads",
+        "2",
+        "--length",
+        "16",
+        "--batch",
+        "4",
+        "--vocabulary",
+        "32",
+        "--repeat",
+        "1",
+        "--json",
+    ]);
+    assert!(cut["parameters_kept"].as_f64().unwrap() < 1.0);
+}
