@@ -162,19 +162,7 @@ struct Attention {
 impl Attention {
     fn forward<T: Real>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Candle<(CpuStorage, Shape)> {
         let p = &self.problem;
-        let [q, k, v] = inputs;
-        let bias_host = self.bias.as_ref().map(Host::new);
-        let bias = bias_host
-            .as_ref()
-            .map(|host| Heads::bias(p, host.storage()?, host.layout))
-            .transpose()?;
-        let (output, log_sums) = tiles::forward::<T>(
-            p,
-            &Heads::new(q.0, q.1, p.heads)?,
-            &Heads::new(k.0, k.1, p.groups)?,
-            &Heads::new(v.0, v.1, p.groups)?,
-            bias.as_ref(),
-        );
+        let (output, log_sums) = forward_tiles::<T>(p, inputs, self.bias.as_ref())?;
         // A second forward of the same operation would give the same numbers.
         let _ = self.log_sums.set(host::tensor(log_sums, &p.query_dims())?);
         Ok((
@@ -189,29 +177,58 @@ impl Attention {
         output: &Tensor,
         gradient: &Tensor,
     ) -> Candle<[Option<Tensor>; 3]> {
-        let p = &self.problem;
-        let [q, k, v] = inputs;
-        let (qh, kh, vh) = (Host::new(q), Host::new(k), Host::new(v));
-        let bias_host = self.bias.as_ref().map(Host::new);
-        let bias = bias_host
-            .as_ref()
-            .map(|host| Heads::bias(p, host.storage()?, host.layout))
-            .transpose()?;
-        let gradients = tiles::backward::<T>(
-            p,
-            &Heads::new(qh.storage()?, qh.layout, p.heads)?,
-            &Heads::new(kh.storage()?, kh.layout, p.groups)?,
-            &Heads::new(vh.storage()?, vh.layout, p.groups)?,
-            bias.as_ref(),
-            &saved::<T>(&kept(&self.log_sums, output, gradient)?)?,
-            false,
-        );
-        Ok([
-            Some(host::tensor(gradients.q, q.dims())?),
-            Some(host::tensor(gradients.k, k.dims())?),
-            Some(host::tensor(gradients.v, v.dims())?),
-        ])
+        let kept = kept(&self.log_sums, output, gradient)?;
+        backward_tiles::<T>(&self.problem, inputs, self.bias.as_ref(), &saved(&kept)?)
     }
+}
+
+/// Outputs, and `L` of every query, for queries, keys and values.
+fn forward_tiles<T: Real>(
+    p: &Problem,
+    [q, k, v]: [(&CpuStorage, &Layout); 3],
+    bias: Option<&Tensor>,
+) -> Candle<(Vec<T>, Vec<T>)> {
+    let bias_host = bias.map(Host::new);
+    let bias = bias_host
+        .as_ref()
+        .map(|host| Heads::bias(p, host.storage()?, host.layout))
+        .transpose()?;
+    Ok(tiles::forward::<T>(
+        p,
+        &Heads::new(q.0, q.1, p.heads)?,
+        &Heads::new(k.0, k.1, p.groups)?,
+        &Heads::new(v.0, v.1, p.groups)?,
+        bias.as_ref(),
+    ))
+}
+
+/// Gradients of queries, keys and values.
+fn backward_tiles<T: Real>(
+    p: &Problem,
+    [q, k, v]: [&Tensor; 3],
+    bias: Option<&Tensor>,
+    saved: &tiles::Saved<T>,
+) -> Candle<[Option<Tensor>; 3]> {
+    let (qh, kh, vh) = (Host::new(q), Host::new(k), Host::new(v));
+    let bias_host = bias.map(Host::new);
+    let bias = bias_host
+        .as_ref()
+        .map(|host| Heads::bias(p, host.storage()?, host.layout))
+        .transpose()?;
+    let gradients = tiles::backward::<T>(
+        p,
+        &Heads::new(qh.storage()?, qh.layout, p.heads)?,
+        &Heads::new(kh.storage()?, kh.layout, p.groups)?,
+        &Heads::new(vh.storage()?, vh.layout, p.groups)?,
+        bias.as_ref(),
+        saved,
+        false,
+    );
+    Ok([
+        Some(host::tensor(gradients.q, q.dims())?),
+        Some(host::tensor(gradients.k, k.dims())?),
+        Some(host::tensor(gradients.v, v.dims())?),
+    ])
 }
 
 /// What the backward pass needs of the forward one: `L`, the output, and the gradient of that.

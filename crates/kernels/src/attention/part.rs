@@ -1,7 +1,7 @@
 //! Attention over a part of the keys, with what it takes to merge several parts into one softmax.
 
-use super::tiles::{self, Heads, Positions, Problem, Saved};
-use super::{Candle, applies};
+use super::tiles::{Positions, Problem, Saved};
+use super::{Candle, applies, backward_tiles, forward_tiles};
 use crate::host::{self, Host, by_dtype};
 use crate::simd::Real;
 use crate::{AttentionOptions, DType, Error, Result, Tensor, naive};
@@ -170,20 +170,7 @@ struct Part {
 
 impl Part {
     fn forward<T: Real>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Candle<(CpuStorage, Shape)> {
-        let p = &self.problem;
-        let [q, k, v] = inputs;
-        let bias_host = self.bias.as_ref().map(Host::new);
-        let bias = bias_host
-            .as_ref()
-            .map(|host| Heads::bias(p, host.storage()?, host.layout))
-            .transpose()?;
-        let (mut both, log_sums) = tiles::forward::<T>(
-            p,
-            &Heads::new(q.0, q.1, p.heads)?,
-            &Heads::new(k.0, k.1, p.groups)?,
-            &Heads::new(v.0, v.1, p.groups)?,
-            bias.as_ref(),
-        );
+        let (mut both, log_sums) = forward_tiles::<T>(&self.problem, inputs, self.bias.as_ref())?;
         both.extend_from_slice(&log_sums);
         let length = both.len();
         Ok((T::to_cpu_storage_owned(both), Shape::from(length)))
@@ -191,41 +178,22 @@ impl Part {
 
     fn backward<T: Real>(
         &self,
-        [q, k, v]: [&Tensor; 3],
+        inputs: [&Tensor; 3],
         both: &Tensor,
         gradient: &Tensor,
     ) -> Candle<[Option<Tensor>; 3]> {
-        let p = &self.problem;
-        let (qh, kh, vh) = (Host::new(q), Host::new(k), Host::new(v));
-        let bias_host = self.bias.as_ref().map(Host::new);
-        let bias = bias_host
-            .as_ref()
-            .map(|host| Heads::bias(p, host.storage()?, host.layout))
-            .transpose()?;
         let (both, gradient) = (Host::new(both), Host::new(gradient));
         let (both, gradient) = (both.ordered::<T>()?, gradient.ordered::<T>()?);
-        let outputs: usize = p.output_dims().iter().product();
+        let outputs: usize = self.problem.output_dims().iter().product();
         let (output, log_sums) = both.split_at(outputs);
         let (d_output, d_log_sums) = gradient.split_at(outputs);
-        let gradients = tiles::backward::<T>(
-            p,
-            &Heads::new(qh.storage()?, qh.layout, p.heads)?,
-            &Heads::new(kh.storage()?, kh.layout, p.groups)?,
-            &Heads::new(vh.storage()?, vh.layout, p.groups)?,
-            bias.as_ref(),
-            &Saved {
-                log_sums: Cow::Borrowed(log_sums),
-                output: Cow::Borrowed(output),
-                gradient: Cow::Borrowed(d_output),
-                log_sums_gradient: Cow::Borrowed(d_log_sums),
-            },
-            false,
-        );
-        Ok([
-            Some(host::tensor(gradients.q, q.dims())?),
-            Some(host::tensor(gradients.k, k.dims())?),
-            Some(host::tensor(gradients.v, v.dims())?),
-        ])
+        let saved = Saved {
+            log_sums: Cow::Borrowed(log_sums),
+            output: Cow::Borrowed(output),
+            gradient: Cow::Borrowed(d_output),
+            log_sums_gradient: Cow::Borrowed(d_log_sums),
+        };
+        backward_tiles::<T>(&self.problem, inputs, self.bias.as_ref(), &saved)
     }
 }
 
