@@ -526,9 +526,13 @@ impl MultiHeadAttention {
                 Some(mechanism.resume(&q, &k, &v, state, &pass)?)
             }
         };
-        let (mixing, past) = match resumed {
-            Some(Resumed { mixing, past }) => (mixing, Some(past)),
-            None => (mechanism.mixing(&q, &k, &pass)?, None),
+        let (mixing, values, past) = match resumed {
+            None => (mechanism.mixing(&q, &k, &pass)?, values, None),
+            Some(Resumed::Summed { mixing, past }) => (mixing, values, Some(past)),
+            Some(Resumed::Kept {
+                mixing,
+                values: all,
+            }) => (mixing, behind_earlier(all, values)?, None),
         };
         let site = format_args!("{}.weights", self.path);
         let mixed = match cx.trace.wants(site) {
@@ -618,4 +622,28 @@ fn recall(state: &mut MixerState, k: Signal, v: Signal) -> Result<(Signal, Signa
         Ok(Signal::concatenate(&[past, latest], 1)?)
     };
     Ok((with_lens(keys, k)?, with_lens(values, v)?))
+}
+
+/// Values `[batch, heads, key, width]` of which the last are `latest`
+/// `[batch, groups, new, width]`, with the lens of those; earlier ones are constants to it.
+fn behind_earlier(all: Tensor, latest: Signal) -> Result<Signal> {
+    if matches!(latest.lens(), Lens::Plain) {
+        return Ok(Signal::from(all));
+    }
+    let (batch, heads, keys, width) = tensor(all.dims4())?;
+    let (groups, new) = match *latest.dims() {
+        [_, groups, new, _] => (groups, new),
+        _ => (heads, keys),
+    };
+    let latest = match groups == heads {
+        true => latest,
+        false => latest
+            .unsqueeze(2)?
+            .broadcast(&[batch, groups, heads / groups.max(1), new, width])?
+            .reshape(&[batch, heads, new, width])?,
+    };
+    let earlier = tensor(all.narrow(2, 0, keys.saturating_sub(new)))?;
+    let earlier = Signal::from(earlier).merge_heads()?;
+    let joined = Signal::concatenate(&[earlier, latest.merge_heads()?], 1)?;
+    Ok(joined.split_heads(heads)?)
 }

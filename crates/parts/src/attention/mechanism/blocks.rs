@@ -14,7 +14,6 @@
 //! Cost: for each pair of a query and a key that it may see `2 head_width + 2 value_width + 5`, and
 //! `2 value_width + 4` for each query of each part where there are several.
 
-use super::Resumed;
 use super::sequences::{At, Sequences};
 use crate::Result;
 use crate::error::tensor;
@@ -384,42 +383,4 @@ impl Mixing for Sparse {
     fn operations(&self, width: usize) -> u64 {
         self.before + operations(&self.parts, self.queries(), [self.head_width, width])
     }
-}
-
-/// The mixing of the last tokens by `whole`, which mixes those and `earlier` ones.
-#[derive(Debug)]
-struct Latest<M> {
-    whole: M,
-    earlier: usize,
-}
-
-impl<M: Mixing> Mixing for Latest<M> {
-    fn sizes(&self) -> [usize; 4] {
-        let [batch, heads, queries, keys] = self.whole.sizes();
-        [batch, heads, queries, keys - self.earlier]
-    }
-
-    fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let values = values.pad_with_zeros(2, self.earlier, 0)?;
-        self.whole.mix(&values)
-    }
-
-    fn operations(&self, width: usize) -> u64 {
-        self.whole.operations(width)
-    }
-}
-
-/// The step of decoding that adds `new` tokens to earlier ones, by a mixing of all of them, whose
-/// values are `[batch, heads, key, width]`.
-pub(super) fn resumed(
-    whole: impl Mixing + 'static,
-    values: &Tensor,
-    new: usize,
-) -> Result<Resumed> {
-    let earlier = tensor(values.dim(2))? - new;
-    let past = tensor(tensor(values.narrow(2, 0, earlier))?.pad_with_zeros(2, 0, new))?;
-    Ok(Resumed {
-        past: whole.mix(&past)?,
-        mixing: Box::new(Latest { whole, earlier }),
-    })
 }

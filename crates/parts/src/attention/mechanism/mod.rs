@@ -223,13 +223,23 @@ pub enum Memory {
     Own,
 }
 
-/// The mixing of a step, and what earlier tokens give to each query beside it.
+/// A step of decoding.
 #[derive(Debug)]
-pub struct Resumed {
-    /// Mixes the values of the step.
-    pub mixing: Box<dyn Mixing>,
-    /// `[batch, heads, query, width]`, from the state.
-    pub past: Tensor,
+pub enum Resumed {
+    /// What earlier tokens left was summed.
+    Summed {
+        /// Mixes the values of the step.
+        mixing: Box<dyn Mixing>,
+        /// What the queries get from earlier tokens beside that, `[batch, heads, query, width]`.
+        past: Tensor,
+    },
+    /// Values of earlier tokens were kept.
+    Kept {
+        /// Mixes them and those of the step.
+        mixing: Box<dyn Mixing>,
+        /// All of them, those of the step last: `[batch, heads, key, width]`.
+        values: Tensor,
+    },
 }
 
 /// A mechanism with its parameters.

@@ -29,7 +29,7 @@
 //! `rounds · c (1 + before + after)` pairs for a query; `head_width · rounds · Σ buckets` for each
 //! token that is hashed; sorting. No parameters.
 
-use super::blocks::{Bias, Blocks, Part, Rule, Sparse, apart, resumed, rows, side_by_side};
+use super::blocks::{Bias, Blocks, Part, Rule, Sparse, apart, rows, side_by_side};
 use super::sequences::{At, Sequences};
 use super::{
     Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, QueryKeySharing, Resumed,
@@ -497,6 +497,9 @@ impl Mechanism for Reformer {
         let (keys, values) = (apart(&keys, heads)?, apart(&values, heads)?);
         let sequences = Sequences::new(q, &keys, pass)?;
         let whole = self.among(&sequences, (q, &keys), &buckets)?;
-        resumed(whole, &values, new)
+        Ok(Resumed::Kept {
+            mixing: Box::new(whole),
+            values,
+        })
     }
 }

@@ -32,7 +32,7 @@
 //! in the first step of strided, the own block in that of the others, the columns in the second
 //! step of fixed; every column of strided and axial is read again, and all of it is kept.
 
-use super::blocks::{Blocks, Rule, Sparse, apart, resumed, side_by_side};
+use super::blocks::{Blocks, Rule, Sparse, apart, side_by_side};
 use super::sequences::{At, Sequence, Sequences};
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
 use crate::error::{bounded, tensor};
@@ -256,7 +256,10 @@ impl Mechanism for SparseAttention {
         let all = apart(&keys, heads)?;
         let sequences = Sequences::kept(q, &all, &places, pass)?;
         let whole = self.among(&sequences, q, &all)?;
-        let step = resumed(whole, &apart(&values, heads)?, new)?;
+        let step = Resumed::Kept {
+            mixing: Box::new(whole),
+            values: apart(&values, heads)?,
+        };
         let needed = self.needed(&sequences, &places);
         let rows: Vec<u32> = needed.iter().map(|(row, _)| *row as u32).collect();
         let rows = tensor(Tensor::new(rows, keys.device()))?;

@@ -201,7 +201,7 @@ pub(super) fn resume<S: Remembered + 'static>(
         sums: after.detach(),
         decay: decay.map(|decay| decay.detach()),
     };
-    Ok(Resumed {
+    Ok(Resumed::Summed {
         mixing: Box::new(step),
         past,
     })

@@ -38,7 +38,7 @@
 mod divisions;
 mod summaries;
 
-use super::blocks::{Part, Rule, apart, merge, operations, resumed, rows, side_by_side};
+use super::blocks::{Part, Rule, apart, merge, operations, rows, side_by_side};
 use super::sequences::Sequences;
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
 use crate::error::{bounded, tensor};
@@ -191,14 +191,16 @@ impl Mechanism for Combiner {
         pass: &MechanismPass<'_>,
     ) -> Result<Resumed> {
         let heads = tensor(q.dim(1))?;
-        let new = tensor(q.dim(2))?;
         let both = tensor(Tensor::cat(&[q, k], 3))?;
         let (both, values) = state.cache(&side_by_side(&both)?, &side_by_side(v)?)?;
         let both = apart(&both, heads)?;
         let values = apart(&values, heads)?;
         let [all, keys] = [0, 1].map(|half| both.chunk(2, 3).map(|halves| halves[half].clone()));
         let whole = self.among(q, &tensor(all)?, &tensor(keys)?, pass)?;
-        resumed(whole, &values, new)
+        Ok(Resumed::Kept {
+            mixing: Box::new(whole),
+            values,
+        })
     }
 }
 
