@@ -1,5 +1,8 @@
 //! The mechanisms of attention, each set up as it is compared with the others.
 
+use crate::Result;
+use lapidary_kernels::Tensor;
+use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
 use lapidary_parts::attention::mechanism::fastmax::FastmaxSpec;
 use lapidary_parts::attention::mechanism::kernelized::KernelizedSpec;
@@ -7,7 +10,9 @@ use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection,
 use lapidary_parts::attention::mechanism::lion::{LionDecay, LionSpec};
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
 use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
+use lapidary_parts::attention::mechanism::{self, MechanismPass};
 use lapidary_parts::attention::{MechanismSpec, QueryKeySharing};
+use lapidary_signal::{Mixing, Trace};
 
 /// One way to attend.
 #[derive(Clone, Copy, Debug)]
@@ -119,6 +124,32 @@ static MECHANISMS: &[Mechanism] = &[
         })
     }),
 ];
+
+/// What a module mixes by that stands alone, without projections around it: for queries and keys
+/// `[batch, heads, length, head_width]` of `tokens` `[batch, length, width]`.
+///
+/// # Errors
+/// Those of the module.
+pub fn mixing_alone(
+    module: &dyn mechanism::Mechanism,
+    [q, k]: [&Tensor; 2],
+    tokens: &Tensor,
+    draw: Option<u64>,
+) -> Result<Box<dyn Mixing>> {
+    let trace = Trace::new();
+    let context = Context {
+        draw,
+        ..Context::new(&trace)
+    };
+    let pass = MechanismPass {
+        path: "attention",
+        tokens,
+        keep: None,
+        offset: 0,
+        context: &context,
+    };
+    Ok(module.mixing(q, k, &pass)?)
+}
 
 /// All of them, softmax first.
 pub fn mechanisms() -> &'static [Mechanism] {

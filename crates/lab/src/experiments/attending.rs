@@ -1,20 +1,18 @@
 //! What experiments share that compare ways of attending: a decoder whose blocks attend as told,
 //! text as bytes, and its losses.
 
+use super::bigram::{TextTask, bytes_split};
 use super::decoder::{self, Recipe};
 use super::number;
 use crate::error::engine;
-use crate::{Error, Result, Setting};
+use crate::{Result, Setting};
 use lapidary_kernels::{CrossEntropyOptions, D, Device, Tensor, cross_entropy};
 use lapidary_model::{Input, InputSpec, Model, ModelSpec, Pass};
 use lapidary_parts::attention::mechanism::MechanismSpec;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::BlockSpec;
-use lapidary_train::data::{Batch, IGNORE, Task, bytes};
-use lapidary_train::{Generator, generator};
-use rand::RngExt;
-use std::ops::Range;
-use std::sync::Arc;
+use lapidary_train::data::{BYTE_VOCABULARY, IGNORE, Task};
+use lapidary_train::generator;
 
 /// A decoder with a block for each of `attentions`, for `length` tokens.
 pub fn spec(
@@ -49,58 +47,19 @@ pub fn causal(heads: usize, mechanism: MechanismSpec) -> MultiHeadSpec {
     }
 }
 
-/// Windows of a text, token by byte, drawn at random.
-#[derive(Clone)]
-pub struct Text {
-    tokens: Arc<Vec<u32>>,
-    range: Range<usize>,
-}
-
-impl Text {
-    /// Tiny Shakespeare, nine tenths to train on and the rest to measure on, where the setting has
-    /// the data.
-    pub fn shakespeare(setting: &Setting) -> Result<Option<[Self; 2]>> {
-        let Some(data) = &setting.data else {
-            return Ok(None);
-        };
-        let path = data.join("tiny_shakespeare.txt");
-        let text = std::fs::read_to_string(&path).map_err(|error| {
-            Error::Experiment(format!("{} cannot be read: {error}", path.display()))
-        })?;
-        let tokens = Arc::new(bytes(&text)?);
-        let cut = tokens.len() / 10 * 9;
-        let [first, second] = [0..cut, cut..tokens.len()].map(|range| Self {
-            tokens: tokens.clone(),
-            range,
-        });
-        Ok(Some([first, second]))
-    }
-}
-
-impl Task for Text {
-    fn vocabulary(&self) -> usize {
-        256
-    }
-
-    fn batch(
-        &mut self,
-        generator: &mut Generator,
-        rows: usize,
-        length: usize,
-    ) -> lapidary_train::Result<Batch> {
-        let mut batch = Batch::with_capacity(rows, length);
-        let last = self.range.end.saturating_sub(length + 1);
-        for _ in 0..rows {
-            let start = generator.random_range(self.range.start..=last.max(self.range.start));
-            let window = self.tokens.get(start..start + length + 1).unwrap_or(&[]);
-            if let ([inputs @ .., _], [_, targets @ ..]) = (window, window) {
-                batch.inputs.extend_from_slice(inputs);
-                batch.targets.extend_from_slice(targets);
-                batch.rows += 1;
-            }
-        }
-        Ok(batch)
-    }
+/// The bytes of Tiny Shakespeare, nine tenths to train on and the rest to measure on, where the setting
+/// has the data.
+pub fn shakespeare(setting: &Setting) -> Result<Option<[TextTask; 2]>> {
+    let file = setting
+        .data
+        .as_ref()
+        .map(|data| data.join("tiny_shakespeare.txt"));
+    let Some(file) = file.filter(|file| file.is_file()) else {
+        return Ok(None);
+    };
+    let (training, held_out) = bytes_split(&file)?;
+    let side = |tokens| TextTask::new(tokens, BYTE_VOCABULARY as usize);
+    Ok(Some([side(training), side(held_out)]))
 }
 
 /// What a model does on a task.

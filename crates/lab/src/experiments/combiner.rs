@@ -1,6 +1,6 @@
 //! Combiner: sparse patterns and the forms that see everything, on recall and on text.
 
-use super::attending::{self, Text};
+use super::attending;
 use super::decoder::{self, Recipe};
 use super::{after_training, numbers};
 use crate::catalogue::metered;
@@ -293,7 +293,7 @@ fn recall(size: Size, setting: &Setting) -> Result<Vec<Claim>> {
 fn text(size: Size, setting: &Setting) -> Result<Vec<Claim>> {
     let claim = "on text, fixed is worse than Combiner-fixed, which is no better than dense";
     let published = "perplexity 18.04, 17.70, 17.26 (Wiki-40B at 2k)";
-    let Some([training, mut test]) = Text::shakespeare(setting)? else {
+    let Some([training, mut test]) = attending::shakespeare(setting)? else {
         let measured = "no data set at hand";
         return Ok(vec![Claim::new(
             claim,

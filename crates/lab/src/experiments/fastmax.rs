@@ -7,7 +7,7 @@ use super::classifier::Narrow;
 use super::decoder::{self, Recipe};
 use super::masked::text;
 use super::sequences::{
-    Course, LEVELS, LIST_TOKENS, Measures, SIDE, crossover, digits, exponent, list_operations,
+    Course, LEVELS, Measures, SIDE, crossover, digits, exponent, listed, of, on_lists_by,
     percent_right, quickest, train, train_from,
 };
 use super::{after_training, difference, mean, number};
@@ -139,19 +139,6 @@ const DIGITS: Measures = Measures {
     blocks: 2,
 };
 
-/// Means of accuracies in percent, listed.
-fn listed(found: &[(&str, f64)]) -> String {
-    let each = found
-        .iter()
-        .map(|(name, right)| format!("{name} {right:.1} %"));
-    each.collect::<Vec<_>>().join(", ")
-}
-
-fn of(found: &[(&str, f64)], name: &str) -> f64 {
-    let found = found.iter().find(|(known, _)| *known == name);
-    found.map_or(f64::NAN, |(_, value)| *value)
-}
-
 fn on_digits(setting: &Setting, size: &Size) -> Result<Claim> {
     let (count, steps) = size.digits;
     let mut found = Vec::new();
@@ -183,25 +170,7 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<Claim> {
 }
 
 fn on_lists(setting: &Setting, size: &Size) -> Result<Claim> {
-    let (count, steps) = size.lists;
-    let training = list_operations(count, setting.seed);
-    let held_out = list_operations(count / 8, setting.seed ^ 0x1157);
-    let measures = Measures {
-        vocabulary: LIST_TOKENS,
-        length: 120,
-        ..DIGITS
-    };
-    let mut found = Vec::new();
-    for (name, mechanism) in ways() {
-        let course = Course {
-            steps,
-            batch: 32,
-            rate: 3e-3,
-            seed: setting.seed,
-        };
-        let model = train(measures.spec(mechanism, true), &training, &course)?;
-        found.push((name, percent_right(&model, &held_out)?));
-    }
+    let found = on_lists_by(&ways(), 32, size.lists, setting.seed)?;
     Ok(Claim::new(
         "nested lists: Fastmax 2 within 1.5 points of softmax of the same size",
         "Long Range Arena: softmax 38.4, Fastmax 1 37.2, Fastmax 2 37.4 %",

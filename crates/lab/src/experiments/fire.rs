@@ -3,7 +3,7 @@
 //! The paper trains on 2 048 tokens of C4 and evaluates up to 8 192. Here small decoders read bytes in
 //! windows of 128 and are asked about longer ones.
 
-use super::attending::{self, Text};
+use super::attending;
 use super::decoder::{Recipe, train_by};
 use super::{after_training, mean, numbers};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
@@ -232,7 +232,7 @@ fn decoder(size: &Size, vocabulary: usize, position: &PositionSpec, table: bool)
 }
 
 fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>, Vec<Plot>)> {
-    let Some([training, held_out]) = Text::shakespeare(setting)? else {
+    let Some([training, held_out]) = attending::shakespeare(setting)? else {
         let claim = Claim::new(
             "beyond the length of training its loss does not rise, where that of rotary positions does",
             "C4: flat or falling to 8192 tokens, 2.28 points of perplexity below Kerple",

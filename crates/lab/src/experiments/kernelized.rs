@@ -4,24 +4,22 @@
 //! The paper trains on Long Range Arena; here attention by a known kernel is to be imitated, and lists
 //! of operators are short.
 
-use super::sequences::{
-    Course, LIST_TOKENS, Measures, exponent, list_operations, percent_right, quickest, train,
-};
+use super::sequences::{exponent, listed, of, on_lists_by, quickest};
 use super::{after_training, mean, number};
 use crate::error::engine;
+use crate::mechanisms::mixing_alone;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_kernels::{AdamW, AdamWOptions, DType, Device, Parameter, Tensor, Var};
 use lapidary_model::Initialiser;
-use lapidary_parts::Context;
 use lapidary_parts::attention::MechanismSpec;
 use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::kernelized::{
     KernelizedSpec, Learned, ReadOut, SpectrumSpec,
 };
 use lapidary_parts::attention::mechanism::lion::{LionDecay, LionSpec};
-use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass};
+use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism};
 use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
-use lapidary_signal::{Mixing, Trace};
+use lapidary_signal::Mixing;
 use std::collections::BTreeMap;
 
 /// Features of a query, and tokens of a sequence, where a kernel is to be found.
@@ -192,20 +190,7 @@ fn mixing(
     k: &Tensor,
     draw: Option<u64>,
 ) -> Result<Box<dyn Mixing>> {
-    let trace = Trace::new();
-    let context = Context {
-        draw,
-        ..Context::new(&trace)
-    };
-    let tokens = engine(q.squeeze(1))?;
-    let pass = MechanismPass {
-        path: "student",
-        tokens: &tokens,
-        keep: None,
-        offset: 0,
-        context: &context,
-    };
-    Ok(module.mixing(q, k, &pass)?)
+    mixing_alone(module, [q, k], &engine(q.squeeze(1))?, draw)
 }
 
 /// The mean squared error of a sample.
@@ -313,40 +298,13 @@ fn ways() -> Vec<(&'static str, MechanismSpec)> {
 }
 
 fn on_lists(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
-    let (count, steps) = size.lists;
-    let training = list_operations(count, setting.seed);
-    let held_out = list_operations(count / 8, setting.seed ^ 0x1157);
-    let measures = Measures {
-        vocabulary: LIST_TOKENS,
-        length: 120,
-        labels: 10,
-        width: 32,
-        heads: 4,
-        blocks: 2,
-    };
-    let mut found = Vec::new();
-    for (name, mechanism) in ways() {
-        let course = Course {
-            steps,
-            batch: 32,
-            rate: 3e-3,
-            seed: setting.seed,
-        };
-        let model = train(measures.spec(mechanism, true), &training, &course)?;
-        found.push((name, percent_right(&model, &held_out)?));
-    }
-    let of = |name: &str| {
-        let found = found.iter().find(|(known, _)| *known == name);
-        found.map_or(f64::NAN, |(_, right)| *right)
-    };
+    let found = on_lists_by(&ways(), 32, size.lists, setting.seed)?;
+    let of = |name: &str| of(&found, name);
     let positive = found.iter().filter(|(name, _)| name.ends_with("positive"));
     let least = positive
         .map(|(_, right)| *right)
         .fold(f64::INFINITY, f64::min);
-    let each = found
-        .iter()
-        .map(|(name, right)| format!("{name} {right:.1} %"));
-    let listed = each.collect::<Vec<_>>().join(", ");
+    let listed = listed(&found);
     Ok(vec![
         Claim::new(
             "nested lists: every variant with positive features comes within 3 points of softmax",

@@ -8,15 +8,15 @@ use super::masked::{self, Study, text};
 use super::sequences::{Course, LEVELS, Measures, SIDE, digits, percent_right, quickest, train};
 use super::{after_training, mean, numbers};
 use crate::error::engine;
+use crate::mechanisms::mixing_alone;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_factor::{Matrix, frobenius_norm, thin_svd};
 use lapidary_kernels::{AttentionOptions, DType, Device, Tensor, attention};
 use lapidary_model::{HeadSpec, Initialiser, Input, Pass};
-use lapidary_parts::Context;
 use lapidary_parts::attention::MechanismSpec;
 use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
-use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass};
+use lapidary_parts::attention::mechanism::{Describe, Heads};
 use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
 use lapidary_signal::Trace;
 use std::collections::BTreeMap;
@@ -409,17 +409,8 @@ fn speed(setting: &Setting, size: &Size) -> Result<Claim> {
     let (q, k, v) = (draw("q")?, draw("k")?, draw("v")?);
     let (ranks, mut linears) = (BTreeMap::new(), Vec::new());
     let module = spec.build(&heads, Parameters::new(&mut source, &ranks, &mut linears))?;
-    let trace = Trace::new();
-    let context = Context::new(&trace);
-    let pass = MechanismPass {
-        path: "attention",
-        tokens: &q,
-        keep: None,
-        offset: 0,
-        context: &context,
-    };
     let own = quickest(3, || {
-        module.mixing(&q, &k, &pass)?.mix(&v)?;
+        mixing_alone(module.as_ref(), [&q, &k], &q, None)?.mix(&v)?;
         Ok(())
     })?;
     let dense = quickest(3, || {

@@ -9,16 +9,16 @@ use super::masked::{self, text};
 use super::sequences::{Course, LEVELS, Measures, SIDE, crossover, digits, exponent, quickest};
 use super::sequences::{percent_right, train};
 use super::{after_training, difference, mean};
+use crate::mechanisms::mixing_alone;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{HeadSpec, Initialiser};
-use lapidary_parts::Context;
 use lapidary_parts::attention::MechanismSpec;
 use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
-use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass};
+use lapidary_parts::attention::mechanism::{Describe, Heads};
 use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
-use lapidary_signal::{Mixing, Trace};
+use lapidary_signal::Mixing;
 use std::collections::BTreeMap;
 
 /// What is compared.
@@ -291,16 +291,8 @@ fn specimen(
     let tokens = source.parameter("tokens", &[1, length, 16], normal)?;
     let (ranks, mut linears) = (BTreeMap::new(), Vec::new());
     let module = spec.build(&HEADS, Parameters::new(&mut source, &ranks, &mut linears))?;
-    let trace = Trace::new();
-    let context = Context::new(&trace);
-    let pass = MechanismPass {
-        path: "lion",
-        tokens: &tokens,
-        keep: None,
-        offset: 0,
-        context: &context,
-    };
-    Ok((module.mixing(&q, &k, &pass)?, v))
+    let mixing = mixing_alone(module.as_ref(), [&q, &k], &tokens, None)?;
+    Ok((mixing, v))
 }
 
 const FORMS: [(LionForm, &str); 3] = [

@@ -1,12 +1,12 @@
 //! Masked language modelling: text with tokens hidden, and how well a model names them.
 
 use super::classifier::{Narrow, fit};
-use super::{bigram, decoder, mean, number, numbers};
+use super::{attending, decoder, mean, number, numbers};
 use crate::error::engine;
 use crate::{Result, Setting};
 use lapidary_kernels::{CrossEntropyOptions, DType, Device, Tensor, cross_entropy};
 use lapidary_model::{Initialiser, Input, Model, ModelSpec, Pass};
-use lapidary_train::data::{BYTE_VOCABULARY, LanguageTask, Task};
+use lapidary_train::data::{LanguageTask, Task};
 use lapidary_train::language::Split;
 use lapidary_train::{Generator, generator};
 use rand::RngExt;
@@ -28,18 +28,12 @@ pub struct Text {
 
 /// Characters of Shakespeare where the file is there, otherwise words of the generated language.
 pub fn text(setting: &Setting) -> Result<Text> {
-    let file = setting
-        .data
-        .as_ref()
-        .map(|directory| directory.join("tiny_shakespeare.txt"));
-    if let Some(file) = file.filter(|file| file.is_file()) {
-        let vocabulary = BYTE_VOCABULARY as usize;
-        let (training, held_out) = bigram::bytes_split(&file)?;
+    if let Some([training, held_out]) = attending::shakespeare(setting)? {
         return Ok(Text {
             what: "the bytes of Tiny Shakespeare".to_owned(),
-            vocabulary,
-            training: Box::new(bigram::TextTask::new(training, vocabulary)),
-            held_out: Box::new(bigram::TextTask::new(held_out, vocabulary)),
+            vocabulary: training.vocabulary(),
+            training: Box::new(training),
+            held_out: Box::new(held_out),
         });
     }
     let task = |split| -> Result<Box<dyn Task>> {

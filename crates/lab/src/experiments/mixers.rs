@@ -5,7 +5,7 @@
 //! `lapidary bench mixers` has the times of long sequences.
 
 use super::after_training;
-use super::attending::{self, Text};
+use super::attending;
 use super::classifier::Labelled;
 use super::decoder::{Recipe, train_by};
 use super::masked;
@@ -290,7 +290,7 @@ fn on_text(setting: &Setting, size: &Size, candidate: &Mechanism) -> Result<(f64
         let what = text.what.clone();
         return Ok((text.study(spec, &course)?.loss, what));
     }
-    let Some([training, held_out]) = Text::shakespeare(setting)? else {
+    let Some([training, held_out]) = attending::shakespeare(setting)? else {
         return Ok((f64::NAN, "the generated language".to_owned()));
     };
     let attention = attention_of(candidate, HEADS, LONGEST);

@@ -256,6 +256,52 @@ pub fn percent_right(model: &Model, examples: &[Labelled]) -> Result<f64> {
     Ok(100.0 * right as f64 / examples.len().max(1) as f64)
 }
 
+/// Means of accuracies in percent, listed.
+pub fn listed(found: &[(&str, f64)]) -> String {
+    let each = found
+        .iter()
+        .map(|(name, right)| format!("{name} {right:.1} %"));
+    each.collect::<Vec<_>>().join(", ")
+}
+
+/// What was found under a name; not a number where nothing was.
+pub fn of(found: &[(&str, f64)], name: &str) -> f64 {
+    let found = found.iter().find(|(known, _)| *known == name);
+    found.map_or(f64::NAN, |(_, value)| *value)
+}
+
+/// Percent of held-out lists that classifiers of this width get right, by mechanism: `(count, steps)`
+/// examples to learn from and steps of 32.
+pub fn on_lists_by(
+    ways: &[(&'static str, MechanismSpec)],
+    width: usize,
+    (count, steps): (usize, u64),
+    seed: u64,
+) -> Result<Vec<(&'static str, f64)>> {
+    let training = list_operations(count, seed);
+    let held_out = list_operations(count / 8, seed ^ 0x1157);
+    let measures = Measures {
+        vocabulary: LIST_TOKENS,
+        length: 120,
+        labels: 10,
+        width,
+        heads: 4,
+        blocks: 2,
+    };
+    let course = Course {
+        steps,
+        batch: 32,
+        rate: 3e-3,
+        seed,
+    };
+    let mut found = Vec::new();
+    for (name, mechanism) in ways {
+        let model = train(measures.spec(mechanism.clone(), true), &training, &course)?;
+        found.push((*name, percent_right(&model, &held_out)?));
+    }
+    Ok(found)
+}
+
 /// Seconds of the quickest of some calls.
 pub fn quickest(times: usize, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
     let mut best = f64::INFINITY;

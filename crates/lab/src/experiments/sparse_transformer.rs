@@ -4,7 +4,7 @@
 //! The paper trains 30 layers on enwik8 and 128 on CIFAR-10. Here small decoders read the bytes of
 //! a short text, where there is one.
 
-use super::attending::{self, Text};
+use super::attending;
 use super::decoder::{self, Recipe};
 use super::{after_training, mean, number, numbers};
 use crate::catalogue::metered;
@@ -284,7 +284,7 @@ fn start(size: Size, setting: &Setting) -> Result<Vec<Claim>> {
         .zip(&ratios)
         .map(|(blocks, ratio)| format!("{ratio:.3} at {blocks}"))
         .collect();
-    let text = Text::shakespeare(setting)?;
+    let text = attending::shakespeare(setting)?;
     let mut claims = vec![
         Claim::new(
             "at the start all tokens are equally likely: the loss is ln(vocabulary)",
@@ -426,7 +426,7 @@ fn text(size: Size, setting: &Setting) -> Result<Vec<Claim>> {
         "on text, fixed is within 0.03 nats of dense",
         "on text, strided is worse than fixed",
     ];
-    let Some([training, mut test]) = Text::shakespeare(setting)? else {
+    let Some([training, mut test]) = attending::shakespeare(setting)? else {
         return Ok(names.map(without_text).into());
     };
     let recipe = Recipe {

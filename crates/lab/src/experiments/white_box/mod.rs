@@ -6,7 +6,7 @@
 
 mod rate;
 
-use super::attending::{self, Text};
+use super::attending;
 use super::decoder::{Recipe, train_by};
 use super::sequences::{Course, LEVELS, Measures, SIDE, digits, percent_right, train};
 use super::{after_training, mean, numbers};
@@ -467,7 +467,7 @@ fn audit(model: &Model, sequences: &[&[u32]]) -> Result<Audit> {
 fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>)> {
     let usual = "within 0.25 nats of a Transformer's block of the same width and depth";
     let more = "an over-complete dictionary is better than a square one";
-    let Some([training, held_out]) = Text::shakespeare(setting)? else {
+    let Some([training, held_out]) = attending::shakespeare(setting)? else {
         let missing = |claim: &str| {
             Claim::new(
                 &format!("on text, causal: {claim}"),

@@ -5,12 +5,10 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, ensure};
 use comfy_table::{Table, presets};
 use lapidary_kernels::{AttentionOptions, DType, Device, Tensor, Var, attention};
-use lapidary_lab::mechanisms::{Mechanism as Candidate, mechanisms};
+use lapidary_lab::mechanisms::{Mechanism as Candidate, mechanisms, mixing_alone};
 use lapidary_model::Initialiser;
-use lapidary_parts::Context;
-use lapidary_parts::attention::mechanism::{Heads, Mechanism, MechanismPass};
+use lapidary_parts::attention::mechanism::{Heads, Mechanism};
 use lapidary_parts::parameters::Parameters;
-use lapidary_signal::Trace;
 use serde::Serialize;
 use serde_json::json;
 
@@ -188,16 +186,7 @@ fn mixed(
         };
         return Ok(attention(q, k, v, &options)?);
     };
-    let trace = Trace::new();
-    let context = Context::new(&trace);
-    let pass = MechanismPass {
-        path: "attention",
-        tokens,
-        keep: None,
-        offset: 0,
-        context: &context,
-    };
-    Ok(mechanism.mixing(q, k, &pass)?.mix(v)?)
+    Ok(mixing_alone(mechanism, [q, k], tokens, None)?.mix(v)?)
 }
 
 /// Median seconds of some calls, after one that is not counted.
