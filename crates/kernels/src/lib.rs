@@ -71,7 +71,7 @@ pub use optimiser::{
 pub use polynomial_attention::{FactorDropout, PolynomialAttention};
 pub use pytorch::PytorchFile;
 pub use quantised::{QuantisedMatrix, quantised_linear};
-pub use recompute::Recomputation;
+pub use recompute::{Coupling, Recomputation};
 pub use recurrence::{cumulative_product, cumulative_sum, linear_scan};
 pub use relevance_rules::{balanced_sum, pass_gradient, scale_gradient, stabilised_reciprocal};
 pub use rotary::{merged_rotary, rotary};

@@ -1,6 +1,8 @@
 //! Recomputing instead of remembering: a part of a network whose intermediates are thrown away
-//! after the forward pass and made again in the backward pass (Chen et al., Training Deep Nets
-//! with Sublinear Memory Cost, 2016, arXiv 1604.06174).
+//! after the forward pass and made again in the backward pass, from what flowed into the part (Chen
+//! et al., Training Deep Nets with Sublinear Memory Cost, 2016, arXiv 1604.06174) or, where parts can
+//! be undone, from what flowed out of all of them (Gomez et al., The Reversible Residual Network,
+//! 2017, arXiv 1707.04585).
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,6 +12,53 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Storage};
 use crate::{Error, Result, Tensor, Var};
 
 type Part = Arc<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
+
+/// Two streams, each moved by what a part makes of the other:
+///
+/// ```text
+/// y₁ = x₁ + f(x₂)          x₂ = y₂ − g(y₁)
+/// y₂ = x₂ + g(y₁)          x₁ = y₁ − f(x₂)
+/// ```
+///
+/// Both parts keep the shape of their input and give the same result when they run again.
+#[derive(Clone)]
+pub struct Coupling {
+    first: Part,
+    second: Part,
+}
+
+impl Coupling {
+    /// Of `f` and `g`.
+    pub fn new(
+        first: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+        second: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            first: Arc::new(first),
+            second: Arc::new(second),
+        }
+    }
+
+    /// `y` of `x`.
+    ///
+    /// # Errors
+    /// Those of the parts; when one changes the shape.
+    pub fn forward(&self, [x1, x2]: [Tensor; 2]) -> Result<[Tensor; 2]> {
+        let y1 = (x1 + (self.first)(&x2)?)?;
+        let y2 = (x2 + (self.second)(&y1)?)?;
+        Ok([y1, y2])
+    }
+
+    /// `x` of `y`.
+    ///
+    /// # Errors
+    /// As [`Coupling::forward`].
+    pub fn inverse(&self, [y1, y2]: [Tensor; 2]) -> Result<[Tensor; 2]> {
+        let x2 = (y2 - (self.second)(&y1)?)?;
+        let x1 = (y1 - (self.first)(&x2)?)?;
+        Ok([x1, x2])
+    }
+}
 
 /// Collects the gradients of parameters that recomputed parts use. The tensor engine hands a
 /// custom operation's gradient to its arguments alone, so those of the parameters inside are kept
@@ -39,6 +88,26 @@ impl Recomputation {
             gradients: self.gradients.clone(),
         };
         Ok(x.apply_op1(op)?)
+    }
+
+    /// All `couplings` in turn, of which only the last result is remembered: what flowed into each is
+    /// had again by undoing it, so that memory does not grow with their number.
+    pub fn run_reversible(
+        &self,
+        [x1, x2]: [&Tensor; 2],
+        couplings: Vec<Coupling>,
+    ) -> Result<[Tensor; 2]> {
+        let mut streams = [x1.detach(), x2.detach()];
+        for coupling in &couplings {
+            streams = coupling.forward(streams)?.map(|stream| stream.detach());
+        }
+        let [y1, y2] = streams;
+        let both = Tensor::stack(&[x1, x2], 0)?.apply_op1(Reversible {
+            couplings,
+            value: Tensor::stack(&[y1, y2], 0)?,
+            gradients: self.gradients.clone(),
+        })?;
+        Ok([both.get(0)?, both.get(1)?])
     }
 
     /// Adds the gradients of the parameters inside recomputed parts to those of the backward
@@ -76,16 +145,7 @@ impl CustomOp1 for Recomputed {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (storage, layout) = self.value.storage_and_layout();
-        match &*storage {
-            // A contiguous tensor that owns exactly its elements is copied as it is.
-            Storage::Cpu(cpu) if layout.start_offset() == 0 => {
-                Ok((cpu.clone(), self.value.shape().clone()))
-            }
-            _ => Err(candle_core::Error::Msg(
-                "recompute: the part's value is not on the CPU".into(),
-            )),
-        }
+        copied(&self.value)
     }
 
     fn bwd(
@@ -94,15 +154,79 @@ impl CustomOp1 for Recomputed {
         _: &Tensor,
         gradient: &Tensor,
     ) -> candle_core::Result<Option<Tensor>> {
-        let x = Var::from_tensor(&x.detach())?;
-        let y = (self.part)(x.as_tensor()).map_err(engine)?;
-        let mut gradients = (y * gradient.detach())?.sum_all()?.backward()?;
-        let of_input = gradients.remove(x.as_tensor());
-        self.gradients
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(gradients);
+        let (_, of_input) = again(&self.part, x, gradient, &self.gradients)?;
         Ok(of_input)
+    }
+}
+
+/// The storage of a contiguous tensor that owns exactly its elements.
+fn copied(value: &Tensor) -> candle_core::Result<(CpuStorage, Shape)> {
+    let (storage, layout) = value.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(cpu) if layout.start_offset() == 0 => Ok((cpu.clone(), value.shape().clone())),
+        _ => Err(candle_core::Error::Msg(
+            "recompute: the part's value is not on the CPU".into(),
+        )),
+    }
+}
+
+/// Runs `part` on `x` again; gives its value and, for the `gradient` of that, the gradient of `x`.
+/// Those of parameters inside go to `gradients`.
+fn again(
+    part: &Part,
+    x: &Tensor,
+    gradient: &Tensor,
+    gradients: &Mutex<Vec<GradStore>>,
+) -> candle_core::Result<(Tensor, Option<Tensor>)> {
+    let x = Var::from_tensor(&x.detach())?;
+    let y = part(x.as_tensor()).map_err(engine)?;
+    let mut found = (&y * gradient.detach())?.sum_all()?.backward()?;
+    let of_input = found.remove(x.as_tensor());
+    gradients
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .push(found);
+    Ok((y.detach(), of_input))
+}
+
+/// `[2, …]`: both streams.
+struct Reversible {
+    couplings: Vec<Coupling>,
+    value: Tensor,
+    gradients: Arc<Mutex<Vec<GradStore>>>,
+}
+
+impl CustomOp1 for Reversible {
+    fn name(&self) -> &'static str {
+        "reversible"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        copied(&self.value)
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        y: &Tensor,
+        gradient: &Tensor,
+    ) -> candle_core::Result<Option<Tensor>> {
+        let [mut y1, mut y2] = [y.get(0)?.detach(), y.get(1)?.detach()];
+        let gradient = gradient.detach();
+        let [mut of_1, mut of_2] = [gradient.get(0)?, gradient.get(1)?];
+        let joined = |sum: Tensor, part: Option<Tensor>| match part {
+            Some(part) => sum + part.detach(),
+            None => Ok(sum),
+        };
+        for coupling in self.couplings.iter().rev() {
+            let (moved, through) = again(&coupling.second, &y1, &of_2, &self.gradients)?;
+            y2 = (y2 - moved)?;
+            of_1 = joined(of_1, through)?;
+            let (moved, through) = again(&coupling.first, &y2, &of_1, &self.gradients)?;
+            y1 = (y1 - moved)?;
+            of_2 = joined(of_2, through)?;
+        }
+        Ok(Some(Tensor::stack(&[of_1, of_2], 0)?))
     }
 }
 
@@ -145,6 +269,58 @@ mod tests {
                 .to_vec2::<f64>()
                 .unwrap();
             assert_eq!(expected, found);
+        }
+    }
+
+    #[test]
+    fn reversible_gradients_are_those_of_remembered_streams() {
+        let make = |seed: usize, shape: (usize, usize)| {
+            let count = shape.0 * shape.1;
+            let values = (0..count).map(|i| ((seed * 37 + i * 17) % 23) as f64 / 23.0 - 0.5);
+            let values: Vec<f64> = values.collect();
+            Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu).unwrap()).unwrap()
+        };
+        let (x1, x2) = (make(1, (3, 4)), make(2, (3, 4)));
+        let weights: Vec<Var> = (3..13).map(|seed| make(seed, (4, 4))).collect();
+        let part = |w: &Var| {
+            let w = w.as_tensor().clone();
+            move |x: &Tensor| activate(&linear(x, &w, None)?, Activation::Tanh)
+        };
+        let couplings: Vec<Coupling> = weights
+            .chunks(2)
+            .map(|pair| Coupling::new(part(&pair[0]), part(&pair[1])))
+            .collect();
+        // The streams count differently, so that neither gradient stands in for the other's.
+        let loss = |[y1, y2]: [Tensor; 2]| {
+            let cubes = (y2.sqr().unwrap() * &y2).unwrap();
+            (y1.sqr().unwrap() + cubes).unwrap().sum_all().unwrap()
+        };
+        let mut streams = [x1.as_tensor().clone(), x2.as_tensor().clone()];
+        for coupling in &couplings {
+            streams = coupling.forward(streams).unwrap();
+        }
+        let mut undone = streams.clone();
+        for coupling in couplings.iter().rev() {
+            undone = coupling.inverse(undone).unwrap();
+        }
+        let recomputation = Recomputation::new();
+        let found = recomputation
+            .run_reversible([x1.as_tensor(), x2.as_tensor()], couplings)
+            .unwrap();
+        let difference = |a: &Tensor, b: &Tensor| {
+            let parts = (a - b).unwrap().abs().unwrap().flatten_all().unwrap();
+            parts.max(0).unwrap().to_scalar::<f64>().unwrap()
+        };
+        for ((undone, x), (found, y)) in undone.iter().zip([&x1, &x2]).zip(found.iter().zip(&streams)) {
+            assert!(difference(undone, x.as_tensor()) < 1e-14);
+            assert_eq!(difference(found, y), 0.0);
+        }
+        let plain = loss(streams).backward().unwrap();
+        let mut again = loss(found).backward().unwrap();
+        recomputation.add_to(&mut again).unwrap();
+        for variable in weights.iter().chain([&x1, &x2]) {
+            let of = |store: &GradStore| store.get(variable.as_tensor()).unwrap().clone();
+            assert!(difference(&of(&plain), &of(&again)) < 1e-12);
         }
     }
 }

@@ -192,6 +192,7 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
                 mechanism: MechanismSpec::Linformer(LinformerSpec {
                     slots: 64,
                     longest,
+                    longer: Default::default(),
                     sharing: Default::default(),
                     projection: Default::default(),
                 }),

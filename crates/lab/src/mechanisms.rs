@@ -57,6 +57,7 @@ static MECHANISMS: &[Mechanism] = &[
         MechanismSpec::Linformer(LinformerSpec {
             slots: 128,
             longest: length,
+            longer: Default::default(),
             sharing: Sharing::Headwise,
             projection: Projection::Learned,
         })

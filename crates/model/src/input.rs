@@ -1,7 +1,8 @@
 //! From token ids or pixels to the first hidden vectors.
 
-use crate::spec::{AbsolutePosition, InputSpec, PatchInput, Projected, TokenInput};
-use lapidary_kernels::{DType, Device, Tensor};
+use crate::position::Positions;
+use crate::spec::{InputSpec, PatchInput, Projected, TokenInput};
+use lapidary_kernels::Tensor;
 use lapidary_parts::norm::Norm;
 use lapidary_parts::parameters::{Init, Parameters};
 use lapidary_parts::{Context, Error, Result};
@@ -31,7 +32,7 @@ impl Input {
     }
 }
 
-fn engine<T, E: Into<lapidary_kernels::Error>>(result: std::result::Result<T, E>) -> Result<T> {
+pub(crate) fn engine<T, E: Into<lapidary_kernels::Error>>(result: std::result::Result<T, E>) -> Result<T> {
     result.map_err(|error| Error::Kernel(error.into()))
 }
 
@@ -85,10 +86,9 @@ pub(crate) struct TokenEmbedding {
     spec: TokenInput,
     tokens: Tensor,
     projection: Option<Linear>,
-    positions: Option<Tensor>,
+    positions: Positions,
     token_types: Option<Tensor>,
     norm: Norm,
-    width: usize,
 }
 
 impl TokenEmbedding {
@@ -109,14 +109,8 @@ impl TokenEmbedding {
         };
         // What is added to the token's row has the width of the sum.
         let width = added;
-        let positions = match spec.position {
-            AbsolutePosition::Learned { offset, .. } => Some(parameters.at("positions").tensor(
-                "weight",
-                &[spec.length + offset, width],
-                init,
-            )?),
-            AbsolutePosition::None | AbsolutePosition::Sinusoidal => None,
-        };
+        let at = parameters.at("positions");
+        let positions = Positions::new(spec.position, spec.length, width, at)?;
         let token_types = match spec.token_types {
             0 => None,
             count => Some(
@@ -136,7 +130,6 @@ impl TokenEmbedding {
             positions,
             token_types,
             norm,
-            width,
         })
     }
 
@@ -184,7 +177,8 @@ impl TokenEmbedding {
                 "absent: this model has no token types",
             ));
         }
-        if let Some(positions) = self.positions(batch, length, cx, x.dtype(), x.device())? {
+        let like = x.value();
+        if let Some(positions) = self.positions.of([batch, length], like, cx)? {
             x = x.add_constant(&positions)?;
         }
         let x = self.norm.forward(&x)?;
@@ -196,87 +190,6 @@ impl TokenEmbedding {
             }
         }
     }
-
-    /// What is added for positions: `[length, width]` or `[batch, length, width]`.
-    fn positions(
-        &self,
-        batch: usize,
-        length: usize,
-        cx: &Context<'_>,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Option<Tensor>> {
-        match (self.spec.position, &self.positions) {
-            (
-                AbsolutePosition::Learned {
-                    offset,
-                    skip_padding,
-                },
-                Some(table),
-            ) => match cx.key_padding.filter(|_| skip_padding) {
-                Some(padding) => {
-                    let rows = rows_without_padding(padding, batch, length, cx.offset, offset)?;
-                    let rows = engine(Tensor::from_vec(rows, (batch, length), device))?;
-                    Ok(Some(look_up(table, &rows)?))
-                }
-                None => Ok(Some(engine(table.narrow(0, offset + cx.offset, length))?)),
-            },
-            (AbsolutePosition::Sinusoidal, _) => {
-                let half = self.width / 2;
-                let values: Vec<f32> = (cx.offset..cx.offset + length)
-                    .flat_map(|t| (0..self.width).map(move |i| (t, i)))
-                    .map(|(t, i)| {
-                        let rate = 10_000f64.powf(-2.0 * (i / 2) as f64 / (2 * half) as f64);
-                        let angle = t as f64 * rate;
-                        (if i.is_multiple_of(2) {
-                            angle.sin()
-                        } else {
-                            angle.cos()
-                        }) as f32
-                    })
-                    .collect();
-                let table = engine(Tensor::from_vec(values, (length, self.width), device))?;
-                Ok(Some(engine(table.to_dtype(dtype))?))
-            }
-            _ => Ok(None),
-        }
-    }
-}
-
-/// Rows of the position table when padding is not counted: real token `i` of a sequence takes
-/// row `offset + i`, a pad row `offset − 1`.
-fn rows_without_padding(
-    padding: &Tensor,
-    batch: usize,
-    length: usize,
-    earlier: usize,
-    offset: usize,
-) -> Result<Vec<u32>> {
-    let keep = engine(engine(padding.to_dtype(DType::U8))?.to_vec2::<u8>())?;
-    let mut rows = Vec::with_capacity(batch * length);
-    for sequence in &keep {
-        let mut seen = 0;
-        for (index, kept) in sequence.iter().enumerate() {
-            let row = if *kept == 0 {
-                offset.saturating_sub(1)
-            } else {
-                offset + seen
-            };
-            seen += usize::from(*kept != 0);
-            if index >= earlier {
-                rows.push(row as u32);
-            }
-        }
-    }
-    if rows.len() != batch * length {
-        let expected = format!("[{batch}, {}]", earlier + length);
-        return Err(Error::spec(
-            "attention_mask shape",
-            padding.dims(),
-            expected,
-        ));
-    }
-    Ok(rows)
 }
 
 fn check_ids(what: &str, ids: &Tensor, count: usize) -> Result<()> {
@@ -288,7 +201,7 @@ fn check_ids(what: &str, ids: &Tensor, count: usize) -> Result<()> {
 }
 
 /// Rows of `table` `[rows, width]` at `ids` `[.., ]`, giving `[.., width]`.
-fn look_up(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+pub(crate) fn look_up(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     Ok(lapidary_kernels::embedding(table, ids)?)
 }
 

@@ -23,6 +23,7 @@ mod input;
 mod limits;
 mod model;
 mod package;
+mod position;
 mod replace;
 mod size;
 mod source;

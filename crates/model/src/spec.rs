@@ -143,6 +143,66 @@ pub enum AbsolutePosition {
     },
     /// `sin(t θ_i), cos(t θ_i)` (Vaswani et al., arXiv 1706.03762).
     Sinusoidal,
+    /// A table for each dimension of the grid that the sequence is, row by row: token `t` stands in
+    /// row `t / (columns · channels)`.
+    Axial {
+        /// Columns of the grid.
+        columns: usize,
+        /// Tokens of a place of the grid.
+        #[serde(default = "one", skip_serializing_if = "is_one")]
+        channels: usize,
+        /// Features that tell the row, beside which those that tell the column are laid (Kitaev et
+        /// al., Reformer, arXiv 2001.04451); when absent the tables have the whole width and are
+        /// summed (Child et al., Sparse Transformer, arXiv 1904.10509).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        row_width: Option<usize>,
+    },
+}
+
+impl AbsolutePosition {
+    /// Refuses what cannot be built for sequences of `length` tokens of `width`, the width of
+    /// `width_field`.
+    fn validate(&self, length: usize, width: usize, width_field: &str) -> Result<()> {
+        match *self {
+            Self::Learned { offset, .. } if offset > 1024 => {
+                Err(Error::spec("input.position.offset", offset, "at most 1024"))
+            }
+            Self::Sinusoidal if !width.is_multiple_of(2) => {
+                let expected = "even for sinusoidal positions";
+                Err(Error::spec(width_field, width, expected))
+            }
+            Self::Axial {
+                columns,
+                channels,
+                row_width,
+            } => {
+                bounded("input.position.columns", columns, length)?;
+                bounded("input.position.channels", channels, length)?;
+                match row_width {
+                    Some(_) if channels > 1 => Err(Error::spec(
+                        "input.position.row_width",
+                        "given",
+                        "absent where there are channels: three tables are summed",
+                    )),
+                    Some(row_width) if row_width == 0 || row_width >= width => Err(Error::spec(
+                        "input.position.row_width",
+                        row_width,
+                        format!("at least 1 and below {width}"),
+                    )),
+                    _ => Ok(()),
+                }
+            }
+            Self::None | Self::Learned { .. } | Self::Sinusoidal => Ok(()),
+        }
+    }
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_one(number: &usize) -> bool {
+    *number == 1
 }
 
 /// Embedding of image patches by one linear map of each patch.
@@ -350,18 +410,11 @@ impl ModelSpec {
                         "token where there is no embedding_width",
                     ));
                 }
-                if let AbsolutePosition::Learned { offset, .. } = tokens.position
-                    && offset > 1024
-                {
-                    return Err(Error::spec("input.position.offset", offset, "at most 1024"));
-                }
                 let (field, added) = match (tokens.projected, tokens.embedding_width) {
                     (Projected::Sum, Some(width)) => ("input.embedding_width", width),
                     _ => ("width", self.width),
                 };
-                if tokens.position == AbsolutePosition::Sinusoidal && !added.is_multiple_of(2) {
-                    return Err(Error::spec(field, added, "even for sinusoidal positions"));
-                }
+                tokens.position.validate(tokens.length, added, field)?;
                 if !(0.0..1.0).contains(&tokens.dropout) {
                     return Err(Error::spec(
                         "input.dropout",

@@ -254,6 +254,13 @@ fn input() -> BoxedStrategy<InputSpec> {
             offset,
             skip_padding
         }),
+        (size(), size(), proptest::option::of(size())).prop_map(
+            |(columns, channels, row_width)| AbsolutePosition::Axial {
+                columns,
+                channels,
+                row_width
+            }
+        ),
     ];
     let norm = || proptest::option::weighted(0.2, norm());
     let embedding_width = proptest::option::weighted(0.2, size());

@@ -6,7 +6,7 @@ mod common;
 use common::{Map, assert_near, build, difference, draw, gradient_error, random, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::attention::QueryKeySharing;
-use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
+use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Longer, Projection, Sharing};
 use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass};
 use lapidary_parts::{Context, Result};
 use lapidary_signal::{Mixing, Trace};
@@ -31,6 +31,8 @@ fn spec(slots: usize, longest: usize, sharing: Sharing) -> LinformerSpec {
     LinformerSpec {
         slots,
         longest,
+        longer: Default::default(),
+        longer: Default::default(),
         sharing,
         projection: Projection::Learned,
     }
@@ -289,6 +291,49 @@ fn inputs_beyond_the_longest_are_refused_by_name() {
 
 /// Operations grow with the length, where dense attention's grow with its square; slots may outnumber
 /// the tokens.
+#[test]
+fn a_longer_input_meets_columns_in_between() {
+    let (slots, longest, keys) = (3, 5, 9);
+    let spec = LinformerSpec {
+        longer: Longer::Interpolate,
+        ..spec(slots, longest, Sharing::KeyValue)
+    };
+    let map = parameters(&spec);
+    let [q, k, v] = inputs(keys);
+    // Of nine positions every other one stands on a column, the rest halfway between two.
+    let matrix = values(&map["both"]);
+    let wide: Vec<f64> = (0..slots * keys)
+        .map(|i| {
+            let column = |c: usize| matrix[i / keys * longest + c];
+            let (t, left) = (i % keys, i % keys / 2);
+            let found = match t % 2 {
+                0 => column(left),
+                _ => 0.5 * (column(left) + column(left + 1)),
+            };
+            found * longest as f64 / keys as f64
+        })
+        .collect();
+    let mut stretched = map.clone();
+    stretched.insert("both".to_owned(), tensor(wide, &[1, slots, keys]));
+    let plain = LinformerSpec {
+        longest: keys,
+        longer: Longer::Refuse,
+        ..spec.clone()
+    };
+    let found = mixed(&spec, &map, [&q, &k, &v], None);
+    let expected = mixed(&plain, &stretched, [&q, &k, &v], None);
+    assert_near(&found, &expected, 1e-12, "stretched");
+    // Shorter ones are as they were.
+    let [q, k, v] = inputs(4);
+    let found = mixed(&spec, &map, [&q, &k, &v], None);
+    let refusing = LinformerSpec {
+        longer: Longer::Refuse,
+        ..spec
+    };
+    let expected = mixed(&refusing, &map, [&q, &k, &v], None);
+    assert_near(&found, &expected, 0.0, "short");
+}
+
 #[test]
 fn operations_are_linear_in_the_length() {
     let at = |length: usize, slots: usize| -> f64 {

@@ -96,6 +96,7 @@ fn mechanism(slots: usize, longest: usize, sharing: Sharing) -> MechanismSpec {
     MechanismSpec::Linformer(LinformerSpec {
         slots,
         longest,
+        longer: Default::default(),
         sharing,
         projection: Projection::Learned,
     })
@@ -400,6 +401,7 @@ fn speed(setting: &Setting, size: &Size) -> Result<Claim> {
     let spec = LinformerSpec {
         slots: 128,
         longest: size.longest,
+        longer: Default::default(),
         sharing: Sharing::Headwise,
         projection: Projection::Learned,
     };

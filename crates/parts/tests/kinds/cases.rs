@@ -72,6 +72,7 @@ pub(super) fn linformer(sharing: Sharing, projection: Projection) -> MechanismSp
     MechanismSpec::Linformer(LinformerSpec {
         slots: 3,
         longest: 9,
+        longer: Default::default(),
         sharing,
         projection,
     })

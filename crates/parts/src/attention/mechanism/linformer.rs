@@ -8,7 +8,7 @@
 //! ```
 //!
 //! `E` and `F` have a column for every position up to `longest`; a shorter input uses the first of
-//! them. What is padded is zeroed before it is projected, so that it never counts; a slot that sees
+//! them, a longer one is refused, or has columns between them (`longer = "interpolate"`). What is padded is zeroed before it is projected, so that it never counts; a slot that sees
 //! pads alone keeps the logit 0 and value 0. Every slot is made of all positions: there is no causal
 //! form.
 //!
@@ -34,14 +34,39 @@ const MAX_SLOTS: usize = 1 << 16;
 pub struct LinformerSpec {
     /// Slots `k` that keys and values are projected to.
     pub slots: usize,
-    /// Positions that there are columns for; longer inputs are refused.
+    /// Positions that there are columns for.
     pub longest: usize,
+    /// What becomes of longer inputs.
+    #[serde(default, skip_serializing_if = "Longer::is_refused")]
+    pub longer: Longer,
     /// Which projections are one and the same.
     #[serde(default)]
     pub sharing: Sharing,
     /// What the projections are.
     #[serde(default)]
     pub projection: Projection,
+}
+
+/// What becomes of inputs longer than the positions that there are columns for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Longer {
+    /// They are refused.
+    #[default]
+    Refuse,
+    /// The columns of a learned matrix are spread over them, with others in between by linear
+    /// interpolation. No slot then gets more than it was made for: the columns' sum is kept.
+    Interpolate,
+}
+
+impl Longer {
+    #[allow(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde asks for a reference"
+    )]
+    fn is_refused(&self) -> bool {
+        *self == Self::Refuse
+    }
 }
 
 /// Which of the matrices `E` and `F` are one and the same.
@@ -95,7 +120,15 @@ impl Describe for LinformerSpec {
 
     fn validate(&self, _: &Heads, field: &str) -> Result<()> {
         bounded(format!("{field}.slots"), self.slots, 1..=MAX_SLOTS)?;
-        bounded(format!("{field}.longest"), self.longest, 1..=MAX_LENGTH)
+        bounded(format!("{field}.longest"), self.longest, 1..=MAX_LENGTH)?;
+        if self.longer == Longer::Interpolate && self.projection != Projection::Learned {
+            return Err(Error::spec(
+                format!("{field}.longer"),
+                "interpolate",
+                "refuse, or projection = \"learned\", which has columns to interpolate",
+            ));
+        }
+        Ok(())
     }
 
     fn build(&self, heads: &Heads, parameters: Parameters<'_>) -> Result<Box<dyn Mechanism>> {
@@ -169,7 +202,7 @@ impl Mechanism for Linformer {
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
         let (batch, heads, queries, _) = tensor(q.dims4())?;
         let keys = tensor(k.dim(2))?;
-        if keys > self.spec.longest {
+        if keys > self.spec.longest && self.spec.longer == Longer::Refuse {
             return Err(Error::spec(
                 format!("number of tokens at {}", pass.path),
                 keys,
@@ -209,7 +242,7 @@ fn project(
     let (batch, heads, keys, width) = x.dims4()?;
     match along {
         Along::Matrix(matrix) => {
-            let matrix = matrix.narrow(2, 0, keys)?;
+            let matrix = columns(matrix, keys)?;
             if matrix.dim(0)? == 1 {
                 // One matrix for all heads is one product for each sequence.
                 let merged = x.transpose(1, 2)?.contiguous()?;
@@ -240,6 +273,33 @@ fn project(
             Ok(slots.pad_with_zeros(2, 0, spec.slots - used)?)
         }
     }
+}
+
+/// The columns of `matrix` `[heads, slots, longest]` for `keys` positions.
+fn columns(matrix: &Tensor, keys: usize) -> lapidary_kernels::Result<Tensor> {
+    let longest = matrix.dim(2)?;
+    if keys <= longest {
+        return Ok(matrix.narrow(2, 0, keys)?);
+    }
+    // Position `t` stands at `t (longest − 1) / (keys − 1)` between the columns.
+    let step = (longest - 1) as f64 / (keys - 1) as f64;
+    let (mut left, mut share) = (Vec::new(), Vec::new());
+    for t in 0..keys {
+        let place = t as f64 * step;
+        let below = (place as usize).min(longest.saturating_sub(2));
+        left.push(below as u32);
+        share.push(place - below as f64);
+    }
+    let right = left.iter().map(|below| (below + 1).min(longest as u32 - 1));
+    let right = Tensor::from_vec(right.collect::<Vec<_>>(), keys, matrix.device())?;
+    let left = Tensor::from_vec(left, keys, matrix.device())?;
+    let share = Tensor::from_vec(share, keys, matrix.device())?.to_dtype(matrix.dtype())?;
+    let (left, right) = (
+        matrix.contiguous()?.index_select(&left, 2)?,
+        matrix.contiguous()?.index_select(&right, 2)?,
+    );
+    let between = (&left + (right - &left)?.broadcast_mul(&share)?)?;
+    Ok((between * (longest as f64 / keys as f64))?)
 }
 
 /// `y = softmax(scale · Q (E K)ᵀ) F v`.
