@@ -6,7 +6,7 @@ mod common;
 use common::{Map, assert_near, build, difference, draw, gradient_error, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::position::fire::{FireActivation, FireTransform};
-use lapidary_parts::position::{FireSpec, Position, PositionSpec, Span};
+use lapidary_parts::position::{FireSpec, Position, PositionSpec, RotarySpec, Span};
 
 const LENGTH: usize = 40;
 
@@ -408,6 +408,32 @@ fn fire_can_be_sandwich() {
         width: width as usize,
     };
     compare(&spec, &map, &sandwich, &Map::new(), 1);
+}
+
+#[test]
+fn a_rotation_beside_fire_changes_neither() {
+    let turning = fire(FireSpec {
+        rotary: Some(RotarySpec::default()),
+        ..FireSpec::default()
+    });
+    let alone = fire(FireSpec::default());
+    let map = drawn(&turning, 2, true);
+    let [turning, alone] = [&turning, &alone].map(|spec| position(spec, 2, true, &map));
+    assert_near(
+        &bias(&turning, span(5, 9, 4)),
+        &bias(&alone, span(5, 9, 4)),
+        0.0,
+        "bias",
+    );
+    assert!(alone.rotary().is_none());
+    let plain = position(&PositionSpec::Rotary(RotarySpec::default()), 2, true, &Map::new());
+    let tables = |position: &Position| {
+        let rotary = position.rotary().unwrap();
+        rotary.tables(2, 4, 5, DType::F64, &Device::Cpu).unwrap()
+    };
+    let (found, expected) = (tables(&turning), tables(&plain));
+    assert_near(&found.0, &expected.0, 0.0, "cosines");
+    assert_near(&found.1, &expected.1, 0.0, "sines");
 }
 
 #[test]

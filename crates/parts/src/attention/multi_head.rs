@@ -594,7 +594,7 @@ impl MultiHeadAttention {
     }
 
     fn rotate(&self, q: Signal, k: Signal, offset: usize) -> Result<(Signal, Signal)> {
-        let Position::Rotary(rotary) = &self.position else {
+        let Some(rotary) = self.position.rotary() else {
             return Ok((q, k));
         };
         let length = q.dims()[1];

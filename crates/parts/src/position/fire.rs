@@ -20,7 +20,7 @@
 //! Bidirectional attention is an extension of ours: `|i − j|` relative to `max(i, j)`, with outputs of
 //! its own for keys that come later.
 
-use super::Span;
+use super::{RotarySpec, Span};
 use super::distance::{column, spread};
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
@@ -57,6 +57,9 @@ pub struct FireSpec {
     /// Where training draws the positions of a sequence at random, in order, from `0..randomised`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub randomised: Option<usize>,
+    /// Where queries and keys are rotated too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rotary: Option<RotarySpec>,
 }
 
 /// What the hidden units of FIRE's network do.
@@ -96,18 +99,22 @@ impl Default for FireSpec {
             initial_length: 512,
             shared: false,
             randomised: None,
+            rotary: None,
         }
     }
 }
 
 impl FireSpec {
-    pub(super) fn validate(&self, field: &str) -> Result<()> {
+    pub(super) fn validate(&self, groups: usize, head_width: usize, field: &str) -> Result<()> {
         bounded(format!("{field}.hidden"), self.hidden, 1..=MAX_HIDDEN)?;
         bounded(format!("{field}.layers"), self.layers, 1..=2)?;
         let length = format!("{field}.initial_length");
         bounded(length, self.initial_length, 1..=MAX_LENGTH)?;
         if let Some(positions) = self.randomised {
             bounded(format!("{field}.randomised"), positions, 1..=MAX_LENGTH)?;
+        }
+        if let Some(rotary) = &self.rotary {
+            rotary.validate(head_width, groups, &format!("{field}.rotary"))?;
         }
         match self.transform {
             FireTransform::Power { exponent } if !(exponent > 0.0 && exponent.is_finite()) => {

@@ -66,6 +66,24 @@ impl PositionSpec {
         !matches!(self, Self::None | Self::Rotary(_))
     }
 
+    /// How queries and keys turn, if they do.
+    pub fn rotary(&self) -> Option<&RotarySpec> {
+        match self {
+            Self::Rotary(rotary) => Some(rotary),
+            Self::Fire(fire) => fire.rotary.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// As [`PositionSpec::rotary`], to be changed.
+    pub fn rotary_mut(&mut self) -> Option<&mut RotarySpec> {
+        match self {
+            Self::Rotary(rotary) => Some(rotary),
+            Self::Fire(fire) => fire.rotary.as_mut(),
+            _ => None,
+        }
+    }
+
     /// Refuses what cannot be built for `groups` groups of keys of `head_width`.
     ///
     /// # Errors
@@ -81,7 +99,7 @@ impl PositionSpec {
             Self::None | Self::Alibi | Self::KerpleLogarithmic | Self::KerplePower => Ok(()),
             Self::Rotary(rotary) => rotary.validate(head_width, groups, field),
             Self::Sandwich { width } => bounded(format!("{field}.width"), *width, 2..=MAX_SANDWICH),
-            Self::Fire(fire) => fire.validate(field),
+            Self::Fire(fire) => fire.validate(groups, head_width, field),
             Self::RelativeBuckets {
                 buckets,
                 max_distance,
@@ -155,8 +173,8 @@ pub enum Position {
         /// Heads.
         heads: usize,
     },
-    /// FIRE.
-    Fire(Box<Fire>),
+    /// FIRE, and the rotation beside it.
+    Fire(Box<Fire>, Option<Rotary>),
 }
 
 /// Kerple's parameters.
@@ -226,9 +244,22 @@ impl Position {
                 heads,
             },
             PositionSpec::Fire(spec) => {
-                Self::Fire(Box::new(Fire::new(spec, heads, causal, parameters)?))
+                let turn = |rotary| Rotary::new(rotary, (heads, groups), head_width);
+                let rotary = spec.rotary.as_ref().map(turn);
+                Self::Fire(
+                    Box::new(Fire::new(spec, heads, causal, parameters)?),
+                    rotary,
+                )
             }
         })
+    }
+
+    /// How queries and keys turn, if they do.
+    pub fn rotary(&self) -> Option<&Rotary> {
+        match self {
+            Self::Rotary(rotary) | Self::Fire(_, Some(rotary)) => Some(rotary),
+            _ => None,
+        }
     }
 
     /// The additive bias `[1, heads, query, key]`, for kinds that have one.
@@ -254,7 +285,7 @@ impl Position {
                 let all = tensor(one.broadcast_as((distances, *heads)))?;
                 Ok(Some(spread(&all, [queries, keys, offset])?))
             }
-            Self::Fire(fire) => Ok(Some(fire.bias(span)?)),
+            Self::Fire(fire, _) => Ok(Some(fire.bias(span)?)),
             Self::Alibi(slopes) => {
                 let mut bias = Vec::with_capacity(slopes.len() * queries * keys);
                 for slope in slopes {

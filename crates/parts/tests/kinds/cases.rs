@@ -304,6 +304,13 @@ fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
     vec![
         ("fire", multi_head(causal(PositionSpec::Fire(fire.clone())))),
         (
+            "fire beside a rotation",
+            multi_head(causal(PositionSpec::Fire(FireSpec {
+                rotary: Some(RotarySpec::default()),
+                ..fire.clone()
+            }))),
+        ),
+        (
             "fire in both directions",
             multi_head(MultiHeadSpec {
                 causal: false,

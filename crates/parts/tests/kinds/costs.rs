@@ -152,8 +152,14 @@ fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(u
             parts.push((parameters * features, operations * queries * count * width));
         }
     }
+    if spec.position.rotary().is_some() {
+        parts.push((0, 3 * queries * (heads + groups) * width));
+    }
     match &spec.position {
-        PositionSpec::None | PositionSpec::Alibi | PositionSpec::Sandwich { .. } => {}
+        PositionSpec::None
+        | PositionSpec::Rotary(_)
+        | PositionSpec::Alibi
+        | PositionSpec::Sandwich { .. } => {}
         PositionSpec::KerpleLogarithmic | PositionSpec::KerplePower => parts.push((2 * heads, 0)),
         PositionSpec::Fire(fire) => {
             let outputs = if spec.causal { heads } else { 2 * heads };
@@ -163,7 +169,6 @@ fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(u
                 0,
             ));
         }
-        PositionSpec::Rotary(_) => parts.push((0, 3 * queries * (heads + groups) * width)),
         PositionSpec::RelativeBuckets { buckets, .. } => parts.push((buckets * heads, 0)),
     }
     parts

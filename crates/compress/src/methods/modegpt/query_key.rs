@@ -35,15 +35,15 @@ struct Shares {
 /// The nearest number of features at `share` of a head that the rotation allows, which may be zero.
 pub(crate) fn nearest(spec: &MultiHeadSpec, head_width: usize, share: f64) -> usize {
     let of = |all: usize| (share * all as f64).round() as usize;
-    match &spec.position {
-        PositionSpec::Rotary(rotary) => {
+    match spec.position.rotary() {
+        Some(rotary) => {
             let rotated = rotary.rotated(head_width);
             match of(rotated / 2) {
                 0 => 0,
                 pairs => 2 * pairs + of(head_width - rotated),
             }
         }
-        _ => of(head_width),
+        None => of(head_width),
     }
 }
 
@@ -58,7 +58,7 @@ fn shares(spec: &MultiHeadSpec, head_width: usize, features: usize) -> Result<Sh
     if features == 0 || features > head_width {
         return refuse(format!("between 1 and {head_width}"));
     }
-    let PositionSpec::Rotary(rotary) = &spec.position else {
+    let Some(rotary) = spec.position.rotary() else {
         return Ok(Shares {
             rotated: 0,
             pairs: 0,
@@ -93,10 +93,8 @@ pub(crate) fn choose(
     keys: &[f64],
 ) -> Result<Kept> {
     let shares = shares(spec, head_width, features)?;
-    let interleaved = match &spec.position {
-        PositionSpec::Rotary(rotary) => rotary.interleaved,
-        _ => false,
-    };
+    let rotary = spec.position.rotary();
+    let interleaved = rotary.is_some_and(|rotary| rotary.interleaved);
     let of_pair = |i: usize| pair(i, shares.rotated, interleaved);
     let mut all_features = Vec::new();
     let mut all_pairs = Vec::new();
@@ -169,10 +167,10 @@ fn turned(
 
 /// The positions with only these pairs left, counted in the head as it was first made.
 fn narrowed(position: &PositionSpec, head_width: usize, pairs: Vec<Vec<usize>>) -> PositionSpec {
-    let PositionSpec::Rotary(rotary) = position else {
-        return position.clone();
+    let mut position = position.clone();
+    let Some(rotary) = position.rotary_mut() else {
+        return position;
     };
-    let mut rotary = rotary.clone();
     let earlier = rotary.kept.take();
     let first = |group: usize, i: usize| match &earlier {
         None => i,
@@ -191,7 +189,7 @@ fn narrowed(position: &PositionSpec, head_width: usize, pairs: Vec<Vec<usize>>) 
     let groups = groups.collect();
     rotary.kept = Some(KeptPairs { of, groups });
     rotary.width = None;
-    PositionSpec::Rotary(rotary)
+    position
 }
 
 #[cfg(test)]

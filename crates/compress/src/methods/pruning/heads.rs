@@ -100,13 +100,13 @@ impl Attention {
             }
         }
         let mut position = self.spec.position.clone();
-        match &mut position {
-            PositionSpec::Rotary(rotary) => {
-                if let Some(KeptPairs { groups: kept, .. }) = &mut rotary.kept {
-                    let left = groups.iter().filter_map(|group| kept.get(*group).cloned());
-                    *kept = left.collect();
-                }
-            }
+        if let Some(rotary) = position.rotary_mut()
+            && let Some(KeptPairs { groups: kept, .. }) = &mut rotary.kept
+        {
+            let left = groups.iter().filter_map(|group| kept.get(*group).cloned());
+            *kept = left.collect();
+        }
+        match &position {
             PositionSpec::RelativeBuckets { .. } => {
                 let heads = Self::features(groups, self.each(), 1);
                 let name = self.path("position.buckets");
@@ -121,6 +121,7 @@ impl Attention {
             }
             // Fire is refused before.
             PositionSpec::None
+            | PositionSpec::Rotary(_)
             | PositionSpec::Alibi
             | PositionSpec::Sandwich { .. }
             | PositionSpec::Fire(_) => {}

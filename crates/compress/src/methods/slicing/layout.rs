@@ -197,6 +197,21 @@ impl Refusal<'_> {
                 match tokens.position {
                     AbsolutePosition::None => {}
                     AbsolutePosition::Learned { .. } => tables.push("embeddings.positions.weight"),
+                    AbsolutePosition::Axial {
+                        row_width: Some(_), ..
+                    } => {
+                        return Err(self.error(
+                            "input.position.row_width",
+                            "given",
+                            "absent: tables side by side cannot be given another basis",
+                        ));
+                    }
+                    AbsolutePosition::Axial { channels, .. } => {
+                        tables.extend(["embeddings.positions.rows", "embeddings.positions.columns"]);
+                        if channels > 1 {
+                            tables.push("embeddings.positions.channels");
+                        }
+                    }
                     AbsolutePosition::Sinusoidal => {
                         return Err(self.error(
                             "input.position",
