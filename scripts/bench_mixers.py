@@ -4,10 +4,13 @@
     python3 -m venv .venv && .venv/bin/pip install torch
     cargo build --release
     .venv/bin/python scripts/bench_mixers.py [--length 4096] [--rounds 3]
+    .venv/bin/python scripts/bench_mixers.py --sweep 256,1024,4096,16384,65536 [--plot docs/mixers.svg]
 
 Queries, keys and values of one sequence with 4 heads of 64. `softmax` is PyTorch's fused attention; the others are
 what a reader of the paper writes first: masks where patterns are meant, cumulative sums of outer products where
-recurrences are. Forward, and forward with backward; medians over rounds, a process for each.
+recurrences are. Forward, and forward with backward; medians over rounds, a process for each. A sweep goes through
+lengths, leaves off where a call would take longer than `--limit` seconds, and says from which of them on a mechanism is
+faster than dense attention of Lapidary's own.
 """
 
 import argparse
@@ -179,7 +182,7 @@ def ours(name, n, repeat):
     )
     found = json.loads(out.stdout)
     row = next(row for row in found["rows"] if row["mechanism"] == name and row["length"] == n)
-    return dict(forward=row["forward"], both=row["forward_and_backward"], peak=found["peak_bytes"])
+    return dict(forward=row["forward"], both=row["forward_and_backward"], peak=found["peak_bytes"], causal=row["causal"])
 
 
 def theirs(name, n, repeat):
@@ -190,6 +193,99 @@ def theirs(name, n, repeat):
     return json.loads(out.stdout.splitlines()[-1])
 
 
+def swept(measure, name, lengths, limit, options):
+    """Measurements by length, as far as a call takes less than `limit` seconds."""
+    found, last = {}, None
+    for length in lengths:
+        if last is not None:
+            before, took = last
+            # No slower than the square of the length.
+            if took * (length / before) ** 2 > 4 * limit and took > limit / 20:
+                break
+        try:
+            row = measure(name, length, options.repeat)
+        except subprocess.CalledProcessError as error:
+            print(f"{name} at {length}: {(error.stderr or '').strip().splitlines()[-1:]}", file=sys.stderr)
+            break
+        found[length] = row
+        last = (length, row["both"])
+    return found
+
+
+def sweep(names, lengths, options):
+    found = {}
+    for name in names:
+        found[name] = dict(ours=swept(ours, name, lengths, options.limit, options))
+        found[name]["theirs"] = swept(theirs, name, lengths, options.limit, options)
+        print(f"{name} done", file=sys.stderr, flush=True)
+    if options.save:
+        with open(options.save, "w") as out:
+            json.dump(found, out)
+    return found
+
+
+def tabulate(found, lengths):
+    def cell(row, key):
+        return "" if row is None else f"{row[key] * 1e3:.3g}"
+
+    for key, title in (("forward", "forward"), ("both", "forward and backward")):
+        print(f"\n| {title}, ms: ours / PyTorch | " + " | ".join(map(str, lengths)) + " | faster than dense from |")
+        print("|---|" + "---|" * (len(lengths) + 1))
+        for name, rows in found.items():
+            cells = []
+            for length in lengths:
+                own, peer = (cell(rows[side].get(length), key) for side in ("ours", "theirs"))
+                cells.append(f"{own} / {peer}" if own or peer else "")
+            causal = any(row["causal"] for row in rows["ours"].values())
+            dense = found.get("softmax, causal" if causal else "softmax", {}).get("ours", {})
+            both = [n for n in lengths if n in dense and n in rows["ours"]]
+            # The first length from which on it stays faster.
+            crossover = None
+            for length in reversed(both):
+                if rows["ours"][length][key] >= dense[length][key]:
+                    break
+                crossover = length
+            cells.append("" if name.startswith("softmax") else str(crossover or "not measured"))
+            print(f"| {name} | " + " | ".join(cells) + " |")
+    print("\n| peak memory, MiB: ours / PyTorch | " + " | ".join(map(str, lengths)) + " |")
+    print("|---|" + "---|" * len(lengths))
+    for name, rows in found.items():
+        mib = lambda row: "" if row is None else f"{row['peak'] / 2**20:.0f}"
+        cells = [f"{mib(rows['ours'].get(n))} / {mib(rows['theirs'].get(n))}" for n in lengths]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def plot(found, lengths, path):
+    """Forward and backward against the length, both axes logarithmic."""
+    import math
+
+    width, height, left, bottom, right = 920, 560, 70, 50, 300
+    times = [row["both"] for rows in found.values() for row in rows["ours"].values()]
+    low, high = math.floor(math.log10(min(times))), math.ceil(math.log10(max(times)))
+    x = lambda n: left + (width - left - right) * math.log(n / lengths[0]) / math.log(lengths[-1] / lengths[0])
+    y = lambda t: 20 + (height - 20 - bottom) * (high - math.log10(t)) / (high - low)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+           f'<rect width="{width}" height="{height}" fill="white"/>']
+    for n in lengths:
+        out.append(f'<path d="M{x(n):.1f} 20V{height - bottom}" stroke="#ddd"/>'
+                   f'<text x="{x(n):.1f}" y="{height - bottom + 18}" text-anchor="middle">{n}</text>')
+    for e in range(low, high + 1):
+        out.append(f'<path d="M{left} {y(10**e):.1f}H{width - right}" stroke="#ddd"/>'
+                   f'<text x="{left - 6}" y="{y(10**e) + 4:.1f}" text-anchor="end">{10**(e + 3):g} ms</text>')
+    for index, (name, rows) in enumerate(found.items()):
+        dense = name.startswith("softmax")
+        colour = "#000" if dense else f"hsl({index * 137 % 360} 65% 45%)"
+        dash = "" if dense else f' stroke-dasharray="{("none", "6 3", "2 2")[index % 3]}"'
+        points = " ".join(f"{x(n):.1f},{y(row['both']):.1f}" for n, row in rows["ours"].items())
+        out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{2.5 if dense else 1.5}"{dash}/>')
+        at = 24 + 16 * index
+        out.append(f'<path d="M{width - right + 16} {at}h22" stroke="{colour}" stroke-width="2"{dash}/>'
+                   f'<text x="{width - right + 44}" y="{at + 4}">{name}</text>')
+    out.append(f'<text x="{(left + width - right) / 2}" y="{height - 12}" text-anchor="middle">tokens</text></svg>')
+    with open(path, "w") as file:
+        file.write("\n".join(out) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--length", type=int, default=4096)
@@ -197,10 +293,21 @@ def main():
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--only")
     parser.add_argument("--child")
+    parser.add_argument("--sweep", help="lengths, separated by commas")
+    parser.add_argument("--limit", type=float, default=3.0, help="seconds of the longest call of a sweep")
+    parser.add_argument("--save", help="file for the measurements of a sweep, as JSON")
+    parser.add_argument("--plot", help="file for a picture of the sweep")
     options = parser.parse_args()
     if options.child:
         return child(options.child, options.length, options.repeat)
     names = [name for name in versions(16) if not options.only or name.startswith(options.only)]
+    if options.sweep:
+        lengths = [int(length) for length in options.sweep.split(",")]
+        found = sweep(names, lengths, options)
+        tabulate(found, lengths)
+        if options.plot:
+            plot(found, lengths, options.plot)
+        return
     print(f"| {options.length} tokens | forward | PyTorch | ratio | and backward | PyTorch | ratio | memory | PyTorch |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in names:

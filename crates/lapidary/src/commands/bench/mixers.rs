@@ -22,6 +22,7 @@ const QUADRATIC: usize = 16_384;
 #[derive(Clone, Serialize)]
 struct Row {
     mechanism: &'static str,
+    causal: bool,
     length: usize,
     /// Median seconds.
     forward: f64,
@@ -80,7 +81,7 @@ pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
     ]);
     for row in &rows {
         let dense = rows.iter().find(|other| {
-            let softmax = match candidate_is_causal(row.mechanism) {
+            let softmax = match row.causal {
                 true => "softmax, causal",
                 false => "softmax",
             };
@@ -99,11 +100,6 @@ pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
     }
     let peak = peak.map_or_else(|| "unknown".to_owned(), output::bytes);
     output::print(&format!("{table}\npeak memory {peak}\n"))
-}
-
-fn candidate_is_causal(name: &str) -> bool {
-    let found = mechanisms().iter().find(|one| one.name == name);
-    found.is_some_and(|one| one.causal)
 }
 
 fn measured(
@@ -166,6 +162,7 @@ fn measured(
     })?;
     Ok(Row {
         mechanism: candidate.name,
+        causal: candidate.causal,
         length,
         forward,
         forward_and_backward,
