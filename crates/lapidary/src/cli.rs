@@ -333,7 +333,7 @@ pub struct Compress {
     #[arg(long, default_value_t = 128)]
     pub window: usize,
     /// Directory to write; it must not exist or be empty
-    #[arg(long, value_name = "DIR", required_unless_present_any = ["compare", "plan_only"])]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["compare", "interactions", "plan_only"])]
     pub out: Option<PathBuf>,
     /// Text to measure the perplexity on, instead of the calibration text
     #[arg(long, value_name = "FILE")]
@@ -341,6 +341,11 @@ pub struct Compress {
     /// Only measure: `all` methods that do not train, or those named, by commas; nothing is written
     #[arg(long, value_name = "METHODS", conflicts_with_all = ["out", "plan", "plan_only"])]
     pub compare: Option<String>,
+    /// Only measure, for each pair of these methods, by commas, what both cost together beside what
+    /// each costs alone, and whether their order counts
+    #[arg(long, value_name = "METHODS",
+        conflicts_with_all = ["method", "compare", "out", "plan", "plan_only", "recipe", "heal", "auto"])]
+    pub interactions: Option<String>,
     /// Print what the method would do as JSON, which --plan carries out
     #[arg(long, conflicts_with = "plan")]
     pub plan_only: bool,

@@ -53,6 +53,40 @@ fn prunes_heals_and_says_what_zeros_take() {
 }
 
 #[test]
+fn pairs_of_methods_are_measured_in_both_orders() {
+    let arguments = [
+        "compress",
+        "embedded",
+        "--interactions",
+        "svd,block-influence,int8",
+        "--ratio",
+        "0.2",
+        "--windows",
+        "4",
+        "--window",
+        "32",
+    ];
+    let found = json(&[&arguments[..], &["--json"]].concat());
+    assert_eq!(found["loss"], "nats per token");
+    let number = |value: &serde_json::Value| value.as_f64().unwrap();
+    let alone: Vec<f64> = found["alone"].as_array().unwrap().iter().map(number).collect();
+    let pairs = found["pairs"].as_array().unwrap();
+    assert_eq!((alone.len(), pairs.len()), (3, 3));
+    for pair in pairs {
+        let at = |name: &str| alone[pair[name].as_u64().unwrap() as usize];
+        let (there, back) = (number(&pair["in_order"]), number(&pair["reversed"]));
+        let interaction = there.min(back) - at("first") - at("second");
+        assert!((number(&pair["interaction"]) - interaction).abs() < 1e-12);
+        assert!((number(&pair["order_effect"]) - (there - back)).abs() < 1e-12);
+    }
+    // What is taken out first changes what the decomposition is of, so nothing here is nought.
+    assert!(pairs.iter().any(|pair| number(&pair["interaction"]) != 0.0));
+    let mut one = lapidary(&["compress", "embedded", "--interactions", "svd"]);
+    let said = String::from_utf8(one.assert().failure().get_output().stderr.clone()).unwrap();
+    assert!(said.contains("must name two at least"), "{said}");
+}
+
+#[test]
 fn compresses_saves_loads_and_explains_again() {
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("cut");

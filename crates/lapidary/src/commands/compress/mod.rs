@@ -4,6 +4,7 @@ mod auto;
 mod compare;
 mod data;
 mod healing;
+mod interactions;
 mod measure;
 mod show;
 mod stage;
@@ -40,6 +41,9 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
     let settings = stage::settings(arguments, global)?;
     if arguments.auto {
         return auto::run(arguments, global);
+    }
+    if let Some(methods) = &arguments.interactions {
+        return interactions::run(methods, arguments, &settings, global);
     }
     match &arguments.compare {
         Some(methods) => compare::run(methods, arguments, &settings, global),
