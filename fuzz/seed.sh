@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")"
 for target in autoencoder_reader pytorch_reader safetensors_reader config_reader tokenizer_reader tokenizer_input \
-    model_spec_reader train_spec_reader; do
+    model_spec_reader train_spec_reader recipe_reader search_state_reader; do
     mkdir -p "corpus/$target"
 done
 for family in ../tests/fixtures/families/*/; do
@@ -30,3 +30,13 @@ cp ../crates/explain/tests/fixtures/public-autoencoder.pt corpus/autoencoder_rea
 # Stored in the archive as it is: the pickle alone.
 unzip -p ../crates/explain/tests/fixtures/public-autoencoder.pt '*/data.pkl' >corpus/pytorch_reader/state_dict
 printf 'the cat sees the dogs 123! na\303\257ve \360\237\230\200' >corpus/tokenizer_input/text
+cat >corpus/recipe_reader/two <<'END'
+[[stage]]
+method = "slicegpt"
+ratio = 0.2
+[[stage]]
+method = "gptq"
+[stage.settings.quantise]
+group = 64
+END
+printf 'batch = 4\nseed = 7\n[quantise]\ngroup = 32\n' >corpus/recipe_reader/settings
