@@ -462,6 +462,7 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
         head: HeadSpec::None,
         low_rank: Default::default(),
         quantised: Default::default(),
+        organisation: None,
     };
     let model = Model::initialised(spec, 0, DType::F32, &Device::Cpu)?;
     let short = metered(&model, length)?;

@@ -10,6 +10,7 @@ use crate::spec::{HeadSpec, ModelSpec};
 use lapidary_kernels::{DType, Device, QuantisedMatrix, Recomputation, Tensor, Var};
 use lapidary_parts::block::Block;
 use lapidary_parts::norm::Norm;
+use lapidary_parts::organisation::{Organisation, Organised, Read, Surroundings};
 use lapidary_parts::parameters::{LinearInfo, ParameterSource, Parameters};
 use lapidary_parts::state::DecodeState;
 use lapidary_parts::{Context, Error, Result};
@@ -28,6 +29,7 @@ pub struct Model {
     linears: Vec<LinearInfo>,
     embedding: Embedding,
     blocks: Vec<Arc<Block>>,
+    organisation: Option<Organisation>,
     final_norm: Norm,
     head: Head,
 }
@@ -121,6 +123,18 @@ impl Model {
                 blocks.push(Arc::new(Block::new(block, width, own)?));
             }
         }
+        let organisation = match &spec.organisation {
+            None => None,
+            Some(organisation) => {
+                let model = Surroundings {
+                    blocks: &spec.expanded_blocks(),
+                    width,
+                    length: spec.length(),
+                };
+                let own = root.at("organisation");
+                Some(Organisation::new(organisation, &model, own)?)
+            }
+        };
         let final_norm = match &spec.final_norm {
             Some(norm) => Norm::new(norm, width, root.at("final_norm"))?,
             None => Norm::None,
@@ -156,6 +170,7 @@ impl Model {
             linears,
             embedding,
             blocks,
+            organisation,
             final_norm,
             head,
         })
@@ -327,6 +342,8 @@ impl Model {
             dropout_seed: pass.dropout_seed,
             draw: pass.draw,
             memory: pass.memory,
+            key_bias: None,
+            places: None,
         };
         let (first, mut x) = match pass.start {
             Some((block, hidden)) => (self.check_start(block, hidden)?, hidden.clone()),
@@ -336,19 +353,34 @@ impl Model {
             }
         };
         let length = x.dims().get(1).copied().unwrap_or(0);
-        for (index, block) in self.blocks.iter().enumerate().skip(first) {
-            if let Some(recomputation) = pass.recomputation {
-                x = recompute(recomputation, block, x, &cx)?;
-                continue;
+        let mut padding = pass.padding.cloned();
+        if let Some(organisation) = &self.organisation {
+            refuse_steps(&self.spec, first, state.is_some())?;
+            let run = |block: &Arc<Block>, x: Signal, cx: &Context<'_>| match pass.recomputation {
+                Some(recomputation) => recompute(recomputation, block, x, cx),
+                None => block.forward(x, cx, None),
+            };
+            let organised = organisation.forward(x, &self.blocks, &run, read(input), &cx)?;
+            Organised { hidden: x, padding } = organised;
+        } else {
+            for (index, block) in self.blocks.iter().enumerate().skip(first) {
+                if let Some(recomputation) = pass.recomputation {
+                    x = recompute(recomputation, block, x, &cx)?;
+                    continue;
+                }
+                let mixer = state
+                    .as_deref_mut()
+                    .and_then(|state| state.mixers.get_mut(index));
+                x = block.forward(x, &cx, mixer)?;
             }
-            let mixer = state
-                .as_deref_mut()
-                .and_then(|state| state.mixers.get_mut(index));
-            x = block.forward(x, &cx, mixer)?;
         }
         if let Some(state) = state {
             state.length += length;
         }
+        let cx = Context {
+            key_padding: padding.as_ref(),
+            ..cx
+        };
         let hidden = cx
             .trace
             .site(format_args!("final_norm"), self.final_norm.forward(&x)?)?;
@@ -366,6 +398,37 @@ impl Model {
             logits: output.logits,
         })
     }
+}
+
+/// What organisations are told of the input.
+fn read(input: &Input) -> Read<'_> {
+    match input {
+        Input::Tokens { ids, token_types } => Read {
+            ids: Some(ids),
+            token_types: token_types.as_ref(),
+        },
+        Input::Pixels(_) => Read::default(),
+    }
+}
+
+/// Refuses passes that begin at a block, or go on from earlier tokens, where an organisation decides
+/// what blocks see.
+fn refuse_steps(spec: &ModelSpec, first: usize, decodes: bool) -> Result<()> {
+    let kind = spec
+        .organisation
+        .as_ref()
+        .map_or("none", |spec| spec.kind());
+    if first > 0 {
+        let expected = format!("0 in a model with an organisation that is {kind}");
+        return Err(Error::spec("block to start at", first, expected));
+    }
+    if decodes {
+        let expected = format!(
+            "absent in a model with an organisation that is {kind}: every step runs the whole sequence"
+        );
+        return Err(Error::spec("decode state", "given", expected));
+    }
+    Ok(())
 }
 
 /// Multiplies the scales of a block's parts into the layers that write: the rows of a matrix, or of
@@ -415,11 +478,21 @@ fn recompute(
 ) -> Result<Signal> {
     let block = block.clone();
     let padding = cx.key_padding.cloned();
+    if cx.key_bias.is_some() {
+        // Its gradient would be lost.
+        return Err(Error::spec(
+            "recomputation",
+            "given",
+            "absent where scores of keys are biased, as in a vip-centric organisation",
+        ));
+    }
+    let places = cx.places.cloned();
     let (offset, dropout_seed, draw) = (cx.offset, cx.dropout_seed, cx.draw);
     let part = move |x: &Tensor| {
         let trace = Trace::new();
         let cx = Context {
             key_padding: padding.as_ref(),
+            places: places.as_ref(),
             offset,
             dropout_seed,
             draw,

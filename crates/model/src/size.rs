@@ -9,6 +9,7 @@ use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::block::{Block, BlockSpec};
 use lapidary_parts::feedforward::FeedforwardSpec;
 use lapidary_parts::norm::Norm;
+use lapidary_parts::organisation::{Organisation, Surroundings};
 use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
 use lapidary_parts::{Error, Result};
 
@@ -74,6 +75,18 @@ impl ModelSpec {
             let stored = if block.shared { 1 } else { block.repeat as u64 };
             total = total.saturating_add(one.saturating_mul(stored));
         }
+        if let Some(organisation) = &self.organisation {
+            let blocks = self.expanded_blocks();
+            let model = Surroundings {
+                blocks: &blocks,
+                width,
+                length: self.length(),
+            };
+            let own = counted(|mut root| {
+                Organisation::new(organisation, &model, root.at("organisation")).map(|_| ())
+            })?;
+            total = total.saturating_add(own);
+        }
         Ok(total)
     }
 
@@ -82,6 +95,12 @@ impl ModelSpec {
         let layers = self.blocks.iter().fold(0, |sum: usize, block| {
             sum.saturating_add(block.repeat.saturating_mul(linears(block)))
         });
+        let own = self.organisation.as_ref().map_or(0, |organisation| {
+            let (block, count, others) = organisation.own();
+            let each = block.map_or(0, linears);
+            each.saturating_mul(count).saturating_add(others)
+        });
+        let layers = layers.saturating_add(own);
         if layers > MAX_LINEARS {
             let expected = format!("blocks of at most {MAX_LINEARS} linear layers");
             return Err(Error::spec("number of linear layers", layers, expected));

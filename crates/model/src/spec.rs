@@ -27,6 +27,7 @@ use std::collections::BTreeMap;
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::block::BlockSpec;
 use lapidary_parts::norm::NormSpec;
+use lapidary_parts::organisation::{OrganisationSpec, Surroundings};
 use lapidary_parts::parameters::Quantisation;
 use lapidary_parts::{Error, Result};
 use schemars::JsonSchema;
@@ -62,6 +63,10 @@ pub struct ModelSpec {
     /// (`blocks.0.attention.query.weight`).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub quantised: BTreeMap<String, Quantisation>,
+    /// How tokens are organised above the blocks; these run one after the other on the whole
+    /// sequence when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub organisation: Option<OrganisationSpec>,
 }
 
 /// What a model reads.
@@ -430,8 +435,42 @@ impl ModelSpec {
             block.validate(self.width, &format!("blocks.{index}"))?;
         }
         validate_norm(&self.final_norm, "final_norm")?;
+        self.validate_organisation()?;
         self.validate_head()?;
         self.validate_size()
+    }
+
+    fn validate_organisation(&self) -> Result<()> {
+        let Some(organisation) = &self.organisation else {
+            return Ok(());
+        };
+        let blocks = self.expanded_blocks();
+        let model = Surroundings {
+            blocks: &blocks,
+            width: self.width,
+            length: self.length(),
+        };
+        organisation.validate(&model, "organisation")?;
+        if organisation.gives_tokens() {
+            return Ok(());
+        }
+        let by_token = match &self.head {
+            HeadSpec::LanguageModel { .. } => Some("language-model"),
+            HeadSpec::Pooled { pool, .. } => match pool {
+                Pool::HighestId => Some("pooled at the highest id"),
+                Pool::AtToken(_) => Some("pooled at a token"),
+                Pool::First | Pool::Mean | Pool::Last | Pool::FirstTwo => None,
+            },
+            HeadSpec::None => None,
+        };
+        match by_token {
+            None => Ok(()),
+            Some(head) => Err(Error::spec(
+                "organisation.output",
+                format!("not the tokens, before a head that is {head}"),
+                "tokens, or a head that pools by place",
+            )),
+        }
     }
 
     fn validate_head(&self) -> Result<()> {

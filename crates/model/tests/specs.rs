@@ -354,6 +354,7 @@ fn spec() -> impl Strategy<Value = ModelSpec> {
     (size(), input(), blocks, final_norm, head(), ranks).prop_map(
         |(width, input, blocks, final_norm, head, low_rank)| ModelSpec {
             quantised: Default::default(),
+            organisation: None,
             width,
             input,
             blocks,

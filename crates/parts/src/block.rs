@@ -281,6 +281,38 @@ impl Block {
         })
     }
 
+    /// Where it is, such as `blocks.3`.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// How much attention each of `keys` `[batch, key, width]` gets from `queries`
+    /// `[batch, query, width]`, both of the residual stream, by this block's norm and attention: see
+    /// [`MultiHeadAttention::received`].
+    ///
+    /// # Errors
+    /// When the mixer is no attention.
+    pub fn received(
+        &self,
+        queries: &Signal,
+        keys: &Signal,
+        shares: &Tensor,
+        key_padding: Option<&Tensor>,
+    ) -> Result<Signal> {
+        match &self.attention {
+            Some((around, Mixer::MultiHead(attention))) => attention.received(
+                &around.norm.forward(queries)?,
+                &around.norm.forward(keys)?,
+                shares,
+                key_padding,
+            ),
+            _ => {
+                let field = format!("mixer of {}", self.path);
+                Err(Error::spec(field, "without attention", "multi-head"))
+            }
+        }
+    }
+
     /// Passes the residual stream `x` `[batch, length, width]` through the block.
     pub fn forward(
         &self,

@@ -20,6 +20,13 @@ pub struct Context<'a> {
     pub draw: Option<u64>,
     /// What cross-attention reads: `[batch, length, width]` and its padding.
     pub memory: Option<(&'a Signal, Option<&'a Tensor>)>,
+    /// What self-attention adds to every score of a key, `[batch, key]`; differentiated. A token
+    /// that stands for `n` others, say, has `ln n`. For softmax, which has scores.
+    pub key_bias: Option<&'a Tensor>,
+    /// Where tokens stand, `[batch, token]` in `u32`, where that is not one behind the other: what
+    /// causality, windows and buckets of distances in self-attention go by. Tokens that stand at
+    /// one place see each other.
+    pub places: Option<&'a Tensor>,
 }
 
 impl<'a> Context<'a> {
@@ -32,6 +39,8 @@ impl<'a> Context<'a> {
             dropout_seed: None,
             draw: None,
             memory: None,
+            key_bias: None,
+            places: None,
         }
     }
 }

@@ -4,7 +4,8 @@
 //! A part has a *spec* (plain data that serialises) and a module built from the spec and a
 //! source of parameters. Kinds of one family are the variants of one enum, so that the compiler
 //! lists what a new part must provide: [`attention::MixerSpec`], [`feedforward::FeedforwardSpec`],
-//! [`norm::NormSpec`], [`position::PositionSpec`] and [`block::Wiring`].
+//! [`norm::NormSpec`], [`position::PositionSpec`], [`block::Wiring`] and
+//! [`organisation::OrganisationSpec`].
 //!
 //! ```
 //! use std::collections::BTreeMap;
@@ -43,6 +44,7 @@ mod dropout;
 mod error;
 pub mod feedforward;
 pub mod norm;
+pub mod organisation;
 pub mod parameters;
 pub mod position;
 pub mod recurrent;

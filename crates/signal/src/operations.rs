@@ -452,6 +452,34 @@ impl Signal {
         })
     }
 
+    /// How much attention each key `k` `[batch, groups, key, width]` gets, this signal being the
+    /// queries `[batch, heads, query, width]`: `Σ_i shares_i mean_h P_hij`, `[batch, key]`, with
+    /// `shares` `[batch, query]`. For choosing among keys: take both from
+    /// [`Signal::for_selection`].
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn attention_received(
+        &self,
+        k: &Self,
+        shares: &Tensor,
+        options: &AttentionOptions,
+    ) -> Result<Self> {
+        let weights = naive::attention_weights(&self.value, &k.value, options)?;
+        let (batch, heads, queries, keys) = tensor(weights.dims4())?;
+        let shares = tensor(tensor(shares / heads as f64)?.reshape((batch, 1, queries, 1)))?;
+        let summed = tensor(tensor(weights.broadcast_mul(&shares))?.sum((1, 2)))?;
+        if let Some(meter) = self.meter() {
+            let width = tensor(self.value.dim(3))?;
+            let pairs = (batch * heads * queries * keys) as u64;
+            meter.count(
+                pairs * (2 * width as u64 + 5 + 2),
+                bytes_of(&self.value) + bytes_of(&k.value) + bytes_of(&summed),
+            );
+        }
+        Ok(self.carry(summed))
+    }
+
     /// Mixes this signal's positions by weights `[batch, heads, query, key]`, which share in the
     /// relevance when they have that lens.
     pub fn mix_by(&self, weights: &Self) -> Result<Self> {

@@ -140,6 +140,7 @@ impl Encoder {
             },
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
+            organisation: None,
         }
     }
 }

@@ -222,6 +222,7 @@ fn spec(course: &Course) -> ModelSpec {
         },
         low_rank: BTreeMap::new(),
         quantised: BTreeMap::new(),
+        organisation: None,
     }
 }
 

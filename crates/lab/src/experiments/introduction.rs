@@ -97,6 +97,7 @@ impl Specimen {
             head: HeadSpec::None,
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
+            organisation: None,
         };
         let mut source = Lively(Initialiser::new(seed, DType::F64, Device::Cpu));
         let model = Model::new(spec.clone(), &mut source)?;

@@ -116,6 +116,7 @@ impl Course {
             },
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
+            organisation: None,
         }
     }
 
@@ -147,6 +148,7 @@ impl Course {
             },
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
+            organisation: None,
         }
     }
 

@@ -186,6 +186,7 @@ impl Measures {
             },
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
+            organisation: None,
         }
     }
 }

@@ -17,7 +17,7 @@ pub struct GenerationOptions {
     /// Tokens that end a sequence; they are given out last.
     pub stop_ids: Vec<u32>,
     /// Keep keys, values and states between steps. Without, every step runs the whole sequence
-    /// again: slower, and the same tokens.
+    /// again: slower, and the same tokens. So does a model with an organisation.
     pub cache: bool,
 }
 
@@ -97,6 +97,8 @@ fn decode(
     options: &GenerationOptions,
     on_token: &mut impl FnMut(usize, u32) -> ControlFlow<()>,
 ) -> Result<()> {
+    // Where an organisation decides what blocks see, nothing is kept between steps.
+    let cache = options.cache && model.spec().organisation.is_none();
     let mut state = model.decode_state();
     // A sequence that has ended keeps its place in the batch and repeats its last token, which
     // nobody hears of.
@@ -111,7 +113,7 @@ fn decode(
         }
         let ids = rows(&fresh, model)?;
         let pass = Pass {
-            state: options.cache.then_some(&mut state),
+            state: cache.then_some(&mut state),
             only_last: true,
             ..Pass::default()
         };
@@ -132,7 +134,7 @@ fn decode(
                 sequence.ended =
                     on_token(sequence.index, next).is_break() || options.stop_ids.contains(&next);
             }
-            if options.cache {
+            if cache {
                 fresh.clear();
             }
             fresh.push(next);

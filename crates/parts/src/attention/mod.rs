@@ -1,5 +1,6 @@
 //! Parts that mix tokens.
 
+mod by_place;
 pub mod mechanism;
 mod multi_head;
 

@@ -15,6 +15,7 @@
 //! step pays for its own row. Memory of the state: `groups · (head_width + value_width)` numbers
 //! per token. Parameters: `width · (head_width + value_width) · (heads + groups)` and the biases.
 
+use super::by_place::ByPlace;
 use super::mechanism::{self, Mechanism, MechanismPass, MechanismSpec, Memory, Resumed};
 use crate::dropout::{dropout, seed_of_site};
 use crate::error::{bounded, tensor};
@@ -24,7 +25,7 @@ use crate::position::{Position, PositionSpec, Span};
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
 use lapidary_kernels::{AttentionOptions, Tensor, naive};
-use lapidary_signal::{Lens, Linear, Signal};
+use lapidary_signal::{Lens, Linear, Mixing, Signal};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -322,7 +323,7 @@ pub struct MultiHeadAttention {
 impl MultiHeadAttention {
     /// Builds self-attention for tokens of `width`.
     pub fn new(spec: &MultiHeadSpec, width: usize, parameters: Parameters<'_>) -> Result<Self> {
-        Self::reading("in", spec, width, parameters)
+        Self::reading(("in", width), spec, width, parameters)
     }
 
     /// Builds attention of tokens of `width` over a memory of the same width.
@@ -331,12 +332,22 @@ impl MultiHeadAttention {
         width: usize,
         parameters: Parameters<'_>,
     ) -> Result<Self> {
-        Self::reading("memory", spec, width, parameters)
+        Self::reading(("memory", width), spec, width, parameters)
     }
 
-    /// `source` is the site that keys and values are computed from.
+    /// Builds attention of tokens of `width` over a memory of `memory_width`.
+    pub fn between(
+        spec: &MultiHeadSpec,
+        width: usize,
+        memory_width: usize,
+        parameters: Parameters<'_>,
+    ) -> Result<Self> {
+        Self::reading(("memory", memory_width), spec, width, parameters)
+    }
+
+    /// `source` is the site that keys and values are computed from, `source_width` its features.
     fn reading(
-        source: &str,
+        (source, source_width): (&str, usize),
         spec: &MultiHeadSpec,
         width: usize,
         mut parameters: Parameters<'_>,
@@ -364,14 +375,14 @@ impl MultiHeadAttention {
             key: match spec.sharing {
                 QueryKeySharing::None => {
                     let keys = groups * head_width;
-                    Some(parameters.linear("key", source, width, keys, spec.bias)?)
+                    Some(parameters.linear("key", source, source_width, keys, spec.bias)?)
                 }
                 QueryKeySharing::QueryKey | QueryKeySharing::All => None,
             },
             value: match spec.sharing {
                 QueryKeySharing::None | QueryKeySharing::QueryKey => {
                     let values = groups * value_width;
-                    Some(parameters.linear("value", source, width, values, spec.bias)?)
+                    Some(parameters.linear("value", source, source_width, values, spec.bias)?)
                 }
                 QueryKeySharing::All => None,
             },
@@ -424,7 +435,43 @@ impl MultiHeadAttention {
         let memory = cx
             .trace
             .site(format_args!("{}.memory", self.path), memory.clone())?;
+        // What is said of this sequence's tokens is not said of the memory's.
+        let cx = &Context {
+            key_bias: None,
+            places: None,
+            ..*cx
+        };
         self.attend(&x, &memory, memory_padding, false, cx, None)
+    }
+
+    /// How much attention each of `keys` `[batch, key, width]` gets from `queries`
+    /// `[batch, query, width]`, both as this attention reads them: the mean over heads of the
+    /// weights, summed over queries with `shares` `[batch, query]`. Positions don't count. Gives
+    /// `[batch, key]`.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn received(
+        &self,
+        queries: &Signal,
+        keys: &Signal,
+        shares: &Tensor,
+        key_padding: Option<&Tensor>,
+    ) -> Result<Signal> {
+        let q = queries.linear(&self.query)?;
+        let k = keys.linear(self.key.as_ref().unwrap_or(&self.query))?;
+        let q = self.normalise(&q, &self.query_norm)?;
+        let k = self.normalise(&k, &self.key_norm)?;
+        let options = AttentionOptions {
+            scale: self.scale,
+            key_padding: key_padding.cloned(),
+            ..AttentionOptions::new(self.head_width)
+        };
+        let (q, k) = (
+            q.split_heads(self.spec.heads)?,
+            k.split_heads(self.spec.groups())?,
+        );
+        Ok(q.attention_received(&k, shares, &options)?)
     }
 
     fn attend(
@@ -454,6 +501,7 @@ impl MultiHeadAttention {
         let q = self.normalise(&q, &self.query_norm)?;
         let k = self.normalise(&k, &self.key_norm)?;
         let (q, k) = self.rotate(q, k, cx.offset)?;
+        self.check_scores(cx, state.is_some())?;
         if let Some(mechanism) = &self.mechanism {
             let mixed =
                 self.through(mechanism.as_ref(), [x, &q, &k, &v], key_padding, cx, state)?;
@@ -464,25 +512,33 @@ impl MultiHeadAttention {
             Some(state) => recall(state, k, v)?,
             None => (k, v),
         };
+        let (q, k) = match cx.key_bias {
+            Some(bias) => self.with_key_bias(&q, &k, bias)?,
+            None => (q, k),
+        };
         let (queries, keys) = (q.dims()[1], k.dims()[1]);
+        let span = Span {
+            queries,
+            keys,
+            offset: cx.offset,
+            draw: cx.draw.map(|seed| seed_of_site(seed, &self.path)),
+        };
         let options = AttentionOptions {
             scale: self.scale,
             causal,
             window: self.spec.window,
             query_offset: cx.offset,
             key_padding: key_padding.cloned(),
-            bias: self.position.bias(
-                Span {
-                    queries,
-                    keys,
-                    offset: cx.offset,
-                    draw: cx.draw.map(|seed| seed_of_site(seed, &self.path)),
-                },
-                q.dtype(),
-                q.device(),
-            )?,
+            bias: match cx.places {
+                Some(places) => self.position.bias_between(places)?,
+                None => self.position.bias(span, q.dtype(), q.device())?,
+            },
         };
-        let mixed = site("mixed", self.mix(&q, &k, &v, &options, cx)?)?;
+        let mixed = match cx.places.filter(|_| causal || self.spec.window.is_some()) {
+            Some(places) => self.mix_by_place(&q, &k, &v, options, places, cx)?,
+            None => self.mix(&q, &k, &v, &options, cx)?,
+        };
+        let mixed = site("mixed", mixed)?;
         Ok(site("out", mixed.linear_output(&self.output)?)?)
     }
 
@@ -534,20 +590,78 @@ impl MultiHeadAttention {
                 values: all,
             }) => (mixing, behind_earlier(all, values)?, None),
         };
-        let site = format_args!("{}.weights", self.path);
-        let mixed = match cx.trace.wants(site) {
-            // Counted as if never laid out, so that looking at the weights doesn't change the cost.
-            true if !matches!(values.lens(), Lens::Meter(..)) => {
-                let weights = values.mixing_weights(mixing.as_ref())?;
-                values.mix_by(&cx.trace.site(site, weights)?)?
-            }
-            _ => values.mix_through(mixing.as_ref())?,
-        };
+        let mixed = self.mix_values(&values, mixing.as_ref(), cx)?;
         let mixed = match past {
             Some(past) => mixed.add_constant(&past)?,
             None => mixed,
         };
         Ok(mixed.merge_heads()?)
+    }
+
+    /// Mixes `values` `[batch, groups, key, value_width]`, the weights laid out where a site asks.
+    fn mix_values(&self, values: &Signal, mixing: &dyn Mixing, cx: &Context<'_>) -> Result<Signal> {
+        let site = format_args!("{}.weights", self.path);
+        match cx.trace.wants(site) {
+            // Counted as if never laid out, so that looking at the weights doesn't change the cost.
+            true if !matches!(values.lens(), Lens::Meter(..)) => {
+                let weights = values.mixing_weights(mixing)?;
+                Ok(values.mix_by(&cx.trace.site(site, weights)?)?)
+            }
+            _ => Ok(values.mix_through(mixing)?),
+        }
+    }
+
+    /// Softmax over keys that stand where `places` `[batch, token]` say.
+    fn mix_by_place(
+        &self,
+        q: &Signal,
+        k: &Signal,
+        v: &Signal,
+        options: AttentionOptions,
+        places: &Tensor,
+        cx: &Context<'_>,
+    ) -> Result<Signal> {
+        let (heads, groups) = (self.spec.heads, self.spec.groups());
+        let q = q.split_heads(heads)?.for_weights()?;
+        let k = k.split_heads(groups)?.for_weights()?;
+        let mixing = ByPlace::new(q, k, options, places)?;
+        let mixed = self.mix_values(&v.split_heads(groups)?, &mixing, cx)?;
+        Ok(mixed.merge_heads()?)
+    }
+
+    /// Refuses a bias of keys, or places of tokens, where they mean nothing.
+    fn check_scores(&self, cx: &Context<'_>, decodes: bool) -> Result<()> {
+        let given = match (cx.key_bias, cx.places) {
+            (None, None) => return Ok(()),
+            (Some(_), _) => "a bias of keys",
+            (None, Some(_)) => "places of tokens",
+        };
+        let refuse = |what: String| {
+            let field = format!("{given} at {}", self.path);
+            Err(Error::spec(field, what, "softmax of a whole sequence"))
+        };
+        if let Some(mechanism) = self.spec.mechanism.spec() {
+            return refuse(mechanism.kind().to_owned());
+        }
+        if decodes {
+            return refuse("given while decoding".to_owned());
+        }
+        let orders = self.spec.causal || self.spec.window.is_some();
+        if cx.places.is_some() && orders && (self.position.is_bias() || self.spec.dropout > 0.0) {
+            return refuse("causal with a bias of distances or dropout of weights".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Queries and keys with one more feature for each head, whose product is what is added to a
+    /// score: `s (q k + b / s) = s q k + b`.
+    fn with_key_bias(&self, q: &Signal, k: &Signal, bias: &Tensor) -> Result<(Signal, Signal)> {
+        let one = tensor(Tensor::ones(q.dims()[..2].to_vec(), q.dtype(), q.device()))?;
+        let bias = tensor(bias / self.scale)?;
+        Ok((
+            widened(q, self.spec.heads, &one)?,
+            widened(k, self.spec.groups(), &bias)?,
+        ))
     }
 
     /// Attention proper. The weights are only ever laid out when a site asks for them or
@@ -604,6 +718,18 @@ impl MultiHeadAttention {
         };
         Ok((turn(q, self.spec.heads)?, turn(k, self.spec.groups())?))
     }
+}
+
+/// One more feature for each head of `x` `[batch, length, heads · width]`, the number of its token in
+/// `feature` `[batch, length]`.
+fn widened(x: &Signal, heads: usize, feature: &Tensor) -> Result<Signal> {
+    let (batch, length, width) = tensor(x.value().dims3())?;
+    let width = width / heads.max(1);
+    let each = tensor(feature.reshape((batch, length, 1, 1)))?;
+    let each = tensor(tensor(each.broadcast_as((batch, length, heads, 1)))?.contiguous())?;
+    let split = x.reshape(&[batch, length, heads, width])?;
+    let joined = Signal::concatenate(&[split, Signal::from(each)], 3)?;
+    Ok(joined.reshape(&[batch, length, heads * (width + 1)])?)
 }
 
 /// Keys and values of every token so far. Those of earlier tokens are constants to any lens.

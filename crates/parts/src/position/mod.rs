@@ -317,4 +317,53 @@ impl Position {
             }
         }
     }
+
+    /// Whether it adds to the scores.
+    pub fn is_bias(&self) -> bool {
+        !matches!(self, Self::None | Self::Rotary(_))
+    }
+
+    /// The additive bias `[batch, heads, token, token]` of tokens that stand where `places`
+    /// `[batch, token]` in `u32` say, for kinds that have one.
+    ///
+    /// # Errors
+    /// For kinds whose tables are for tokens one behind the other.
+    pub fn bias_between(&self, places: &Tensor) -> Result<Option<Tensor>> {
+        let (table, max_distance, causal) = match self {
+            Self::None => return Ok(None),
+            Self::RelativeBuckets {
+                table,
+                max_distance,
+                causal,
+            } => (table, *max_distance, *causal),
+            _ => {
+                return Err(Error::spec(
+                    "position",
+                    "a kind for tokens one behind the other",
+                    "none or relative-buckets where tokens have places of their own",
+                ));
+            }
+        };
+        let (buckets, heads) = tensor(table.dims2())?;
+        let rows = tensor(places.to_vec2::<u32>())?;
+        let (batch, tokens) = tensor(places.dims2())?;
+        let mut indices = Vec::with_capacity(batch * tokens * tokens);
+        for row in &rows {
+            for query in row {
+                let distances = row.iter().map(|key| i64::from(*key) - i64::from(*query));
+                indices.extend(
+                    distances.map(|apart| bucket(apart, buckets, max_distance, causal) as u32),
+                );
+            }
+        }
+        let indices = tensor(Tensor::from_vec(
+            indices,
+            batch * tokens * tokens,
+            table.device(),
+        ))?;
+        let bias = tensor(table.index_select(&indices, 0))?;
+        let bias = tensor(bias.reshape((batch, tokens, tokens, heads)))?;
+        let bias = tensor(bias.permute((0, 3, 1, 2)))?;
+        Ok(Some(tensor(bias.contiguous())?))
+    }
 }

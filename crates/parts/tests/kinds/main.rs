@@ -170,8 +170,8 @@ impl Case {
             key_padding: given.padding,
             offset: given.offset,
             dropout_seed: given.dropout_seed,
-            draw: None,
             memory: Some((&memory, given.memory_padding)),
+            ..Context::new(trace)
         };
         block.forward(x, &cx, state)
     }

@@ -120,6 +120,7 @@ fn spec(arguments: &Bench) -> ModelSpec {
         },
         low_rank: Default::default(),
         quantised: Default::default(),
+        organisation: None,
     }
 }
 

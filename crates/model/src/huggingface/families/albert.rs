@@ -93,6 +93,7 @@ pub(super) fn tower(config: &AlbertConfig, architecture: &Architecture<'_>) -> R
         head,
         low_rank: Default::default(),
         quantised: Default::default(),
+        organisation: None,
     };
     Ok(Tower {
         name: "",

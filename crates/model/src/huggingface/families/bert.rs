@@ -107,6 +107,7 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
         head,
         low_rank: Default::default(),
         quantised: Default::default(),
+        organisation: None,
     };
     Ok(Tower {
         name: "",

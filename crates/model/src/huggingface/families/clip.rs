@@ -110,6 +110,7 @@ fn text(config: &ClipTextConfig, projection: usize) -> Result<Tower> {
         },
         low_rank: Default::default(),
         quantised: Default::default(),
+        organisation: None,
     };
     let mut table = NameTable::new(&[]);
     table.same(
@@ -171,6 +172,7 @@ fn vision(config: &ClipVisionConfig, projection: usize) -> Result<Tower> {
         },
         low_rank: Default::default(),
         quantised: Default::default(),
+        organisation: None,
     };
     let mut table = NameTable::new(&[]);
     table.add(

@@ -85,6 +85,7 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
         head,
         low_rank: Default::default(),
         quantised: Default::default(),
+        organisation: None,
     };
     let prefix = if language_model { "transformer." } else { "" };
     let mut table = NameTable::new(&["transformer."]);

@@ -117,6 +117,7 @@ pub(super) fn tower(config: &LlamaConfig, architecture: &Architecture<'_>) -> Re
         },
         low_rank: Default::default(),
         quantised: Default::default(),
+        organisation: None,
     };
     let prefix = if language_model { "model." } else { "" };
     Ok(Tower {

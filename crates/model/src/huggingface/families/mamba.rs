@@ -68,6 +68,7 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
         },
         low_rank: Default::default(),
         quantised: Default::default(),
+        organisation: None,
     };
     let prefix = if language_model { "backbone." } else { "" };
     let mut table = NameTable::new(&["backbone."]);

@@ -78,6 +78,7 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
         head,
         low_rank: Default::default(),
         quantised: Default::default(),
+        organisation: None,
     };
     let prefix = if language_model {
         "model.decoder."

@@ -97,6 +97,7 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
         head,
         low_rank: Default::default(),
         quantised: Default::default(),
+        organisation: None,
     };
     Ok(Tower {
         name: "",

@@ -1,0 +1,164 @@
+//! How tokens are organised above the blocks that mix them: which of them a block sees together, and
+//! in which form.
+//!
+//! Without an organisation a model's blocks are run one after the other on the whole sequence. One
+//! that is given one hands its blocks over; paths of parameters and sites of the blocks stay what
+//! they are, and what belongs to the organisation itself is under `organisation.`.
+//!
+//! * [`fit`]: groups of tokens, and latent tokens through which groups hear of each other.
+//! * [`vcc`]: a few tokens kept as they are, all others in a compressed form.
+
+pub mod fit;
+mod fold;
+pub mod vcc;
+
+use std::sync::Arc;
+
+use crate::block::{Block, BlockSpec};
+use crate::parameters::Parameters;
+use crate::{Context, Error, Result};
+use fit::{Fit, FitSpec};
+use lapidary_kernels::Tensor;
+use lapidary_signal::Signal;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use vcc::{Vcc, VccSpec};
+
+/// Which organisation, and how it is set up.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "a spec is made once for each model"
+)]
+pub enum OrganisationSpec {
+    /// Local blocks on groups of tokens between global ones on latents (Chen & Li, FIT, arXiv
+    /// 2305.12689).
+    Interleaved(FitSpec),
+    /// A compressed form of the sequence around a few tokens (Zeng et al., Vcc, arXiv 2305.04241).
+    VipCentric(VccSpec),
+}
+
+/// The model that an organisation is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Surroundings<'a> {
+    /// The model's blocks, repetitions written out.
+    pub blocks: &'a [BlockSpec],
+    /// Features of a token.
+    pub width: usize,
+    /// Most tokens.
+    pub length: usize,
+}
+
+impl OrganisationSpec {
+    /// The kind's name in a spec.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Interleaved(_) => "interleaved",
+            Self::VipCentric(_) => "vip-centric",
+        }
+    }
+
+    /// Refuses what cannot be built for such a model.
+    ///
+    /// # Errors
+    /// Names the field, what it is and what it could be.
+    pub fn validate(&self, model: &Surroundings<'_>, field: &str) -> Result<()> {
+        match self {
+            Self::Interleaved(spec) => spec.validate(model, field),
+            Self::VipCentric(spec) => spec.validate(model, field),
+        }
+    }
+
+    /// Blocks of its own, and linear layers beside them.
+    pub fn own(&self) -> (Option<&BlockSpec>, usize, usize) {
+        match self {
+            Self::Interleaved(spec) => {
+                let (globals, exchanges) = spec.counts();
+                (spec.block.as_deref(), globals, 8 * exchanges + 1)
+            }
+            Self::VipCentric(_) => (None, 0, 0),
+        }
+    }
+
+    /// Whether what comes out are the tokens that went in, each at its place.
+    pub fn gives_tokens(&self) -> bool {
+        match self {
+            Self::Interleaved(spec) => spec.output == fit::FitOutput::Tokens,
+            Self::VipCentric(spec) => spec.output == vcc::VccOutput::Tokens,
+        }
+    }
+}
+
+/// What a model reads, for organisations that choose tokens by it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Read<'a> {
+    /// Token ids `[batch, length]` in `u32`.
+    pub ids: Option<&'a Tensor>,
+    /// Token types `[batch, length]` in `u32`.
+    pub token_types: Option<&'a Tensor>,
+}
+
+/// Runs one block in a context, remembering or recomputing what is inside.
+pub type Run<'a> = dyn Fn(&Arc<Block>, Signal, &Context<'_>) -> Result<Signal> + 'a;
+
+/// What an organisation gives.
+#[derive(Clone, Debug)]
+pub struct Organised {
+    /// `[batch, length, width]`: the tokens, or what stands in their place.
+    pub hidden: Signal,
+    /// `[batch, length]` in `u8`, 1 = real; all when absent.
+    pub padding: Option<Tensor>,
+}
+
+/// An organisation with its parameters.
+#[derive(Debug)]
+pub enum Organisation {
+    /// Groups and latents.
+    Interleaved(Box<Fit>),
+    /// Some tokens and blocks of the others.
+    VipCentric(Box<Vcc>),
+}
+
+impl Organisation {
+    /// Builds the organisation for such a model.
+    ///
+    /// # Errors
+    /// When a parameter cannot be had.
+    pub fn new(
+        spec: &OrganisationSpec,
+        model: &Surroundings<'_>,
+        parameters: Parameters<'_>,
+    ) -> Result<Self> {
+        Ok(match spec {
+            OrganisationSpec::Interleaved(spec) => {
+                Self::Interleaved(Box::new(Fit::new(spec, model, false, parameters)?))
+            }
+            OrganisationSpec::VipCentric(spec) => {
+                Self::VipCentric(Box::new(Vcc::new(spec, parameters)))
+            }
+        })
+    }
+
+    /// Passes embeddings `x` `[batch, length, width]` through `blocks`, each run by `run`.
+    ///
+    /// # Errors
+    /// When the length or the memory does not fit, or a block cannot be run so.
+    pub fn forward(
+        &self,
+        x: Signal,
+        blocks: &[Arc<Block>],
+        run: &Run<'_>,
+        read: Read<'_>,
+        cx: &Context<'_>,
+    ) -> Result<Organised> {
+        if cx.offset > 0 {
+            let expected = "0: an organised sequence is not decoded step by step";
+            return Err(Error::spec("offset", cx.offset, expected));
+        }
+        match self {
+            Self::Interleaved(fit) => fit.organise(x, blocks, run, cx),
+            Self::VipCentric(vcc) => vcc.organise(x, blocks, run, read, cx),
+        }
+    }
+}
