@@ -311,7 +311,11 @@ mod tests {
             let parts = (a - b).unwrap().abs().unwrap().flatten_all().unwrap();
             parts.max(0).unwrap().to_scalar::<f64>().unwrap()
         };
-        for ((undone, x), (found, y)) in undone.iter().zip([&x1, &x2]).zip(found.iter().zip(&streams)) {
+        for ((undone, x), (found, y)) in undone
+            .iter()
+            .zip([&x1, &x2])
+            .zip(found.iter().zip(&streams))
+        {
             assert!(difference(undone, x.as_tensor()) < 1e-14);
             assert_eq!(difference(found, y), 0.0);
         }

@@ -32,7 +32,9 @@ impl Input {
     }
 }
 
-pub(crate) fn engine<T, E: Into<lapidary_kernels::Error>>(result: std::result::Result<T, E>) -> Result<T> {
+pub(crate) fn engine<T, E: Into<lapidary_kernels::Error>>(
+    result: std::result::Result<T, E>,
+) -> Result<T> {
     result.map_err(|error| Error::Kernel(error.into()))
 }
 

@@ -12,6 +12,7 @@ use lapidary_parts::block::Block;
 use lapidary_parts::norm::Norm;
 use lapidary_parts::organisation::{Organisation, Organised, Read, Surroundings};
 use lapidary_parts::parameters::{LinearInfo, ParameterSource, Parameters};
+use lapidary_parts::recomputed::recomputed;
 use lapidary_parts::state::DecodeState;
 use lapidary_parts::{Context, Error, Result};
 use lapidary_signal::{Matrix, Signal, Trace};
@@ -356,16 +357,20 @@ impl Model {
         let mut padding = pass.padding.cloned();
         if let Some(organisation) = &self.organisation {
             refuse_steps(&self.spec, first, state.is_some())?;
-            let run = |block: &Arc<Block>, x: Signal, cx: &Context<'_>| match pass.recomputation {
-                Some(recomputation) => recompute(recomputation, block, x, cx),
-                None => block.forward(x, cx, None),
-            };
-            let organised = organisation.forward(x, &self.blocks, &run, read(input), &cx)?;
+            let state = state.as_deref_mut();
+            let organised = organisation.forward(
+                x,
+                &self.blocks,
+                read(input),
+                &cx,
+                pass.recomputation,
+                state,
+            )?;
             Organised { hidden: x, padding } = organised;
         } else {
             for (index, block) in self.blocks.iter().enumerate().skip(first) {
                 if let Some(recomputation) = pass.recomputation {
-                    x = recompute(recomputation, block, x, &cx)?;
+                    x = recomputed(recomputation, block, &x, &cx)?;
                     continue;
                 }
                 let mixer = state
@@ -422,7 +427,7 @@ fn refuse_steps(spec: &ModelSpec, first: usize, decodes: bool) -> Result<()> {
         let expected = format!("0 in a model with an organisation that is {kind}");
         return Err(Error::spec("block to start at", first, expected));
     }
-    if decodes {
+    if decodes && !organisation.decodes() {
         let expected = format!(
             "absent in a model with an organisation that is {kind}: every step runs the whole sequence"
         );
@@ -467,47 +472,4 @@ fn fold_scales(parameters: &mut BTreeMap<String, Tensor>, block: usize) -> Resul
         }
     }
     Ok(())
-}
-
-/// One block whose intermediates are not remembered.
-fn recompute(
-    recomputation: &Recomputation,
-    block: &Arc<Block>,
-    x: Signal,
-    cx: &Context<'_>,
-) -> Result<Signal> {
-    let block = block.clone();
-    let padding = cx.key_padding.cloned();
-    if cx.key_bias.is_some() {
-        // Its gradient would be lost.
-        return Err(Error::spec(
-            "recomputation",
-            "given",
-            "absent where scores of keys are biased, as in a vip-centric organisation",
-        ));
-    }
-    let places = cx.places.cloned();
-    let (offset, dropout_seed, draw) = (cx.offset, cx.dropout_seed, cx.draw);
-    let part = move |x: &Tensor| {
-        let trace = Trace::new();
-        let cx = Context {
-            key_padding: padding.as_ref(),
-            places: places.as_ref(),
-            offset,
-            dropout_seed,
-            draw,
-            ..Context::new(&trace)
-        };
-        match block.forward(Signal::from(x.clone()), &cx, None) {
-            Ok(y) => Ok(y.into_value()),
-            Err(Error::Kernel(error)) => Err(error),
-            Err(other) => Err(lapidary_kernels::Error::argument(
-                "recompute",
-                "block",
-                other.to_string(),
-                "one that runs",
-            )),
-        }
-    };
-    Ok(Signal::from(recomputation.run(x.value(), part)?))
 }

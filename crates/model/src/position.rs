@@ -187,4 +187,3 @@ fn rows_without_padding(
     }
     Ok(rows)
 }
-

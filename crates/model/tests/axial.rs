@@ -35,7 +35,9 @@ fn added(model: &Model, length: usize) -> Vec<Vec<f32>> {
     };
     model.forward(&Input::tokens(ids), pass).unwrap();
     let seen = trace.signal("embeddings").unwrap().value().get(0).unwrap();
-    let token = model.parameters()["embeddings.tokens.weight"].get(0).unwrap();
+    let token = model.parameters()["embeddings.tokens.weight"]
+        .get(0)
+        .unwrap();
     seen.broadcast_sub(&token).unwrap().to_vec2().unwrap()
 }
 
@@ -106,7 +108,10 @@ fn grids_that_cannot_be_are_refused() {
         ("columns = 25", "input.position.columns"),
         ("columns = 4, channels = 0", "input.position.channels"),
         ("columns = 4, row_width = 6", "input.position.row_width"),
-        ("columns = 4, channels = 2, row_width = 3", "input.position.row_width"),
+        (
+            "columns = 4, channels = 2, row_width = 3",
+            "input.position.row_width",
+        ),
     ] {
         let spec = format!(
             "width = {WIDTH}

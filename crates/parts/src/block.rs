@@ -350,8 +350,7 @@ impl Block {
         let x = match &self.feedforward {
             None => x,
             Some((around, part)) if self.wiring == Wiring::Replacing => {
-                let y = part.forward(&around.norm.forward(&x)?, cx)?;
-                self.written(y, around, "feedforward", cx)?
+                self.half(&x, around, "feedforward", cx, |x| part.forward(x, cx))?
             }
             Some((around, part)) => {
                 let shortcut = self.feedforward_shortcut.as_ref();
@@ -365,6 +364,49 @@ impl Block {
             }
         };
         Ok(cx.trace.site(format_args!("{}.out", self.path), x)?)
+    }
+
+    /// What attention adds to a residual stream `x` `[batch, length, width]` that it reads through
+    /// its norm: `A(N₁ x)`, scaled and dropped; nothing in a block without.
+    ///
+    /// # Errors
+    /// Those of the mixer.
+    pub fn attended(
+        &self,
+        x: &Signal,
+        cx: &Context<'_>,
+        state: Option<&mut MixerState>,
+    ) -> Result<Option<Signal>> {
+        let Some((around, mixer)) = &self.attention else {
+            return Ok(None);
+        };
+        let mix = |x: &Signal| mixer.forward(x, cx, state);
+        self.half(x, around, "attention", cx, mix).map(Some)
+    }
+
+    /// What the feed-forward part adds to a residual stream `x` that it reads through its norm:
+    /// `F(N₂ x)`, scaled and dropped; nothing in a block without.
+    ///
+    /// # Errors
+    /// Those of the part.
+    pub fn transformed(&self, x: &Signal, cx: &Context<'_>) -> Result<Option<Signal>> {
+        let Some((around, part)) = &self.feedforward else {
+            return Ok(None);
+        };
+        let transform = |x: &Signal| part.forward(x, cx);
+        self.half(x, around, "feedforward", cx, transform).map(Some)
+    }
+
+    /// What a part adds to the residual stream `x` that it reads through its norm.
+    fn half(
+        &self,
+        x: &Signal,
+        around: &Around,
+        name: &str,
+        cx: &Context<'_>,
+        part: impl FnOnce(&Signal) -> Result<Signal>,
+    ) -> Result<Signal> {
+        self.written(part(&around.norm.forward(x)?)?, around, name, cx)
     }
 
     /// What is added to the residual stream of what a part gave.
@@ -396,8 +438,8 @@ impl Block {
                 around.norm.forward(&x.add(&y)?)
             }
             Wiring::PreNorm | Wiring::Parallel | Wiring::Replacing => {
-                let y = part(&around.norm.forward(&x)?)?;
-                Ok(passed(&x, shortcut)?.add(&self.written(y, around, name, cx)?)?)
+                let y = self.half(&x, around, name, cx, part)?;
+                Ok(passed(&x, shortcut)?.add(&y)?)
             }
         }
     }
@@ -409,13 +451,10 @@ impl Block {
         state: Option<&mut MixerState>,
     ) -> Result<Signal> {
         let mut y = passed(&x, self.attention_shortcut.as_ref())?;
-        if let Some((around, mixer)) = &self.attention {
-            let mixed = mixer.forward(&around.norm.forward(&x)?, cx, state)?;
-            y = y.add(&self.written(mixed, around, "attention", cx)?)?;
-        }
-        if let Some((around, part)) = &self.feedforward {
-            let transformed = part.forward(&around.norm.forward(&x)?, cx)?;
-            y = y.add(&self.written(transformed, around, "feedforward", cx)?)?;
+        for part in [self.attended(&x, cx, state)?, self.transformed(&x, cx)?] {
+            if let Some(part) = part {
+                y = y.add(&part)?;
+            }
         }
         Ok(cx.trace.site(format_args!("{}.out", self.path), y)?)
     }

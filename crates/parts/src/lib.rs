@@ -47,6 +47,7 @@ pub mod norm;
 pub mod organisation;
 pub mod parameters;
 pub mod position;
+pub mod recomputed;
 pub mod recurrent;
 pub mod state;
 

@@ -426,7 +426,12 @@ fn a_rotation_beside_fire_changes_neither() {
         "bias",
     );
     assert!(alone.rotary().is_none());
-    let plain = position(&PositionSpec::Rotary(RotarySpec::default()), 2, true, &Map::new());
+    let plain = position(
+        &PositionSpec::Rotary(RotarySpec::default()),
+        2,
+        true,
+        &Map::new(),
+    );
     let tables = |position: &Position| {
         let rotary = position.rotary().unwrap();
         rotary.tables(2, 4, 5, DType::F64, &Device::Cpu).unwrap()

@@ -69,7 +69,12 @@ fn pairs_of_methods_are_measured_in_both_orders() {
     let found = json(&[&arguments[..], &["--json"]].concat());
     assert_eq!(found["loss"], "nats per token");
     let number = |value: &serde_json::Value| value.as_f64().unwrap();
-    let alone: Vec<f64> = found["alone"].as_array().unwrap().iter().map(number).collect();
+    let alone: Vec<f64> = found["alone"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(number)
+        .collect();
     let pairs = found["pairs"].as_array().unwrap();
     assert_eq!((alone.len(), pairs.len()), (3, 3));
     for pair in pairs {

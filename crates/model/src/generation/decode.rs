@@ -17,7 +17,7 @@ pub struct GenerationOptions {
     /// Tokens that end a sequence; they are given out last.
     pub stop_ids: Vec<u32>,
     /// Keep keys, values and states between steps. Without, every step runs the whole sequence
-    /// again: slower, and the same tokens. So does a model with an organisation.
+    /// again: slower, and the same tokens. So does a model whose organisation keeps nothing between steps.
     pub cache: bool,
 }
 
@@ -98,7 +98,8 @@ fn decode(
     on_token: &mut impl FnMut(usize, u32) -> ControlFlow<()>,
 ) -> Result<()> {
     // Where an organisation decides what blocks see, nothing is kept between steps.
-    let cache = options.cache && model.spec().organisation.is_none();
+    let organisation = model.spec().organisation.as_ref();
+    let cache = options.cache && organisation.is_none_or(|organisation| organisation.decodes());
     let mut state = model.decode_state();
     // A sequence that has ended keeps its place in the batch and repeats its last token, which
     // nobody hears of.

@@ -6,20 +6,25 @@
 //! they are, and what belongs to the organisation itself is under `organisation.`.
 //!
 //! * [`fit`]: groups of tokens, and latent tokens through which groups hear of each other.
+//! * [`reversible`]: two streams, of which earlier ones can be had from later ones.
 //! * [`vcc`]: a few tokens kept as they are, all others in a compressed form.
 
 pub mod fit;
 mod fold;
+pub mod reversible;
 pub mod vcc;
 
 use std::sync::Arc;
 
 use crate::block::{Block, BlockSpec};
 use crate::parameters::Parameters;
+use crate::recomputed::recomputed;
+use crate::state::DecodeState;
 use crate::{Context, Error, Result};
 use fit::{Fit, FitSpec};
-use lapidary_kernels::Tensor;
+use lapidary_kernels::{Recomputation, Tensor};
 use lapidary_signal::Signal;
+use reversible::ReversibleSpec;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vcc::{Vcc, VccSpec};
@@ -37,6 +42,8 @@ pub enum OrganisationSpec {
     Interleaved(FitSpec),
     /// A compressed form of the sequence around a few tokens (Zeng et al., Vcc, arXiv 2305.04241).
     VipCentric(VccSpec),
+    /// Two streams that can be had back (Gomez et al., arXiv 1707.04585).
+    Reversible(ReversibleSpec),
 }
 
 /// The model that an organisation is asked for.
@@ -56,6 +63,7 @@ impl OrganisationSpec {
         match self {
             Self::Interleaved(_) => "interleaved",
             Self::VipCentric(_) => "vip-centric",
+            Self::Reversible(_) => "reversible",
         }
     }
 
@@ -67,6 +75,7 @@ impl OrganisationSpec {
         match self {
             Self::Interleaved(spec) => spec.validate(model, field),
             Self::VipCentric(spec) => spec.validate(model, field),
+            Self::Reversible(spec) => spec.validate(model),
         }
     }
 
@@ -77,7 +86,7 @@ impl OrganisationSpec {
                 let (globals, exchanges) = spec.counts();
                 (spec.block.as_deref(), globals, 8 * exchanges + 1)
             }
-            Self::VipCentric(_) => (None, 0, 0),
+            Self::VipCentric(_) | Self::Reversible(_) => (None, 0, 0),
         }
     }
 
@@ -86,7 +95,13 @@ impl OrganisationSpec {
         match self {
             Self::Interleaved(spec) => spec.output == fit::FitOutput::Tokens,
             Self::VipCentric(spec) => spec.output == vcc::VccOutput::Tokens,
+            Self::Reversible(_) => true,
         }
+    }
+
+    /// Whether a sequence can be gone on with from the states of its mixers.
+    pub fn decodes(&self) -> bool {
+        matches!(self, Self::Reversible(_))
     }
 }
 
@@ -118,6 +133,8 @@ pub enum Organisation {
     Interleaved(Box<Fit>),
     /// Some tokens and blocks of the others.
     VipCentric(Box<Vcc>),
+    /// Two streams.
+    Reversible,
 }
 
 impl Organisation {
@@ -137,28 +154,40 @@ impl Organisation {
             OrganisationSpec::VipCentric(spec) => {
                 Self::VipCentric(Box::new(Vcc::new(spec, parameters)))
             }
+            OrganisationSpec::Reversible(_) => Self::Reversible,
         })
     }
 
-    /// Passes embeddings `x` `[batch, length, width]` through `blocks`, each run by `run`.
+    /// Passes embeddings `x` `[batch, length, width]` through `blocks`, with what is inside them
+    /// remembered, or recomputed in the backward pass.
     ///
     /// # Errors
-    /// When the length or the memory does not fit, or a block cannot be run so.
+    /// When the length, the memory or the state does not fit, or a block cannot be run so.
     pub fn forward(
         &self,
         x: Signal,
         blocks: &[Arc<Block>],
-        run: &Run<'_>,
         read: Read<'_>,
         cx: &Context<'_>,
+        recomputation: Option<&Recomputation>,
+        state: Option<&mut DecodeState>,
     ) -> Result<Organised> {
-        if cx.offset > 0 {
-            let expected = "0: an organised sequence is not decoded step by step";
+        let steps = cx.offset > 0 || state.is_some();
+        if steps && !matches!(self, Self::Reversible) {
+            let expected = "0, and no state: such a sequence is not decoded step by step";
             return Err(Error::spec("offset", cx.offset, expected));
         }
+        let run = |block: &Arc<Block>, x: Signal, cx: &Context<'_>| match recomputation {
+            Some(recomputation) => recomputed(recomputation, block, &x, cx),
+            None => block.forward(x, cx, None),
+        };
         match self {
-            Self::Interleaved(fit) => fit.organise(x, blocks, run, cx),
-            Self::VipCentric(vcc) => vcc.organise(x, blocks, run, read, cx),
+            Self::Interleaved(fit) => fit.organise(x, blocks, &run, cx),
+            Self::VipCentric(vcc) => vcc.organise(x, blocks, &run, read, cx),
+            Self::Reversible => Ok(Organised {
+                hidden: reversible::forward(x, blocks, recomputation, state, cx)?,
+                padding: cx.key_padding.cloned(),
+            }),
         }
     }
 }

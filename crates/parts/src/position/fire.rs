@@ -20,8 +20,8 @@
 //! Bidirectional attention is an extension of ours: `|i − j|` relative to `max(i, j)`, with outputs of
 //! its own for keys that come later.
 
-use super::{RotarySpec, Span};
 use super::distance::{column, spread};
+use super::{RotarySpec, Span};
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};

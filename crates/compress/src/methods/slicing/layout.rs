@@ -207,7 +207,8 @@ impl Refusal<'_> {
                         ));
                     }
                     AbsolutePosition::Axial { channels, .. } => {
-                        tables.extend(["embeddings.positions.rows", "embeddings.positions.columns"]);
+                        tables
+                            .extend(["embeddings.positions.rows", "embeddings.positions.columns"]);
                         if channels > 1 {
                             tables.push("embeddings.positions.channels");
                         }

@@ -92,7 +92,14 @@ fn shown(model: &str, loss: &str, found: &Interactions) -> Report {
     for (at, rise) in found.alone.iter().enumerate() {
         alone.push([Cell::from(name(at)), Cell::from(*rise)]);
     }
-    let columns = ["first", "then", "rise", "reversed", "interaction", "order effect"];
+    let columns = [
+        "first",
+        "then",
+        "rise",
+        "reversed",
+        "interaction",
+        "order effect",
+    ];
     let mut pairs = Table::new("Together", &columns);
     for pair in &found.pairs {
         pairs.push([
@@ -110,7 +117,9 @@ fn shown(model: &str, loss: &str, found: &Interactions) -> Report {
         found.whole
     )];
     let why = found.left_out.iter();
-    notes.extend(why.map(|(one, other, reason)| format!("left out: {one} and {other}, since {reason}")));
+    notes.extend(
+        why.map(|(one, other, reason)| format!("left out: {one} and {other}, since {reason}")),
+    );
     Report {
         title: format!("Interactions of methods on {model}"),
         notes,
