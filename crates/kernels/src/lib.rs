@@ -66,7 +66,8 @@ pub use linear_attention::{
 pub use mixture::{Mixture, VectorNorm, mixture_distances};
 pub use norm::{layer_norm, rms_norm};
 pub use optimiser::{
-    AdamW, AdamWOptions, OptimiserState, Parameter, Sgd, SgdOptions, global_gradient_norm,
+    AdamW, AdamWOptions, Lion, LionOptions, OptimiserState, Parameter, Sgd, SgdOptions,
+    global_gradient_norm,
 };
 pub use polynomial_attention::{FactorDropout, PolynomialAttention};
 pub use pytorch::PytorchFile;

@@ -1,9 +1,11 @@
 //! Optimisers that update many tensors in place, without temporary tensors.
 
 mod adamw;
+mod lion;
 mod sgd;
 
 pub use adamw::{AdamW, AdamWOptions};
+pub use lion::{Lion, LionOptions};
 pub use sgd::{Sgd, SgdOptions};
 
 use crate::host::{self, Host, Shared};
@@ -38,7 +40,7 @@ impl From<Var> for Parameter {
 pub struct OptimiserState {
     /// Steps taken.
     pub step: u64,
-    /// Per parameter, in order: its moments (AdamW: first and second; SGD: the velocity).
+    /// Per parameter, in order: its moments (AdamW: first and second; Lion: the momentum; SGD: the velocity).
     pub moments: Vec<Vec<Tensor>>,
 }
 

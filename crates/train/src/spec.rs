@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use lapidary_kernels::{AdamWOptions, SgdOptions};
+use lapidary_kernels::{AdamWOptions, LionOptions};
 use lapidary_model::ModelSpec;
 use serde::{Deserialize, Serialize};
 
@@ -98,6 +98,19 @@ pub enum OptimiserSpec {
         #[serde(default)]
         weight_decay: f64,
     },
+    /// Steps of one length in every coordinate, by the sign of a momentum (Chen et al., Lion, arXiv
+    /// 2302.06675).
+    Lion {
+        /// Share of the momentum in what a step goes by.
+        #[serde(default = "lion_beta1")]
+        beta1: f64,
+        /// Decay of the momentum.
+        #[serde(default = "lion_beta2")]
+        beta2: f64,
+        /// Decay of matrices; norms and biases are never decayed.
+        #[serde(default)]
+        weight_decay: f64,
+    },
     /// Gradient descent with momentum.
     Sgd {
         /// Share of the last step that goes into the next.
@@ -118,6 +131,14 @@ fn beta1() -> f64 {
 
 fn beta2() -> f64 {
     AdamWOptions::default().beta2
+}
+
+fn lion_beta1() -> f64 {
+    LionOptions::default().beta1
+}
+
+fn lion_beta2() -> f64 {
+    LionOptions::default().beta2
 }
 
 fn epsilon() -> f64 {
@@ -156,6 +177,14 @@ impl OptimiserSpec {
                     ("optimiser.weight_decay", weight_decay),
                 ],
             ),
+            Self::Lion {
+                beta1,
+                beta2,
+                weight_decay,
+            } => (
+                vec![("optimiser.beta1", beta1), ("optimiser.beta2", beta2)],
+                vec![("optimiser.weight_decay", weight_decay)],
+            ),
             Self::Sgd {
                 momentum,
                 weight_decay,
@@ -182,41 +211,9 @@ impl OptimiserSpec {
 
     pub(crate) fn weight_decay(&self) -> f64 {
         match self {
-            Self::Adamw { weight_decay, .. } | Self::Sgd { weight_decay, .. } => *weight_decay,
-        }
-    }
-
-    pub(crate) fn adamw(&self, learning_rate: f64) -> Option<AdamWOptions> {
-        match *self {
-            Self::Adamw {
-                beta1,
-                beta2,
-                epsilon,
-                weight_decay,
-            } => Some(AdamWOptions {
-                learning_rate,
-                beta1,
-                beta2,
-                epsilon,
-                weight_decay,
-            }),
-            Self::Sgd { .. } => None,
-        }
-    }
-
-    pub(crate) fn sgd(&self, learning_rate: f64) -> Option<SgdOptions> {
-        match *self {
-            Self::Sgd {
-                momentum,
-                nesterov,
-                weight_decay,
-            } => Some(SgdOptions {
-                learning_rate,
-                momentum,
-                nesterov,
-                weight_decay,
-            }),
-            Self::Adamw { .. } => None,
+            Self::Adamw { weight_decay, .. }
+            | Self::Lion { weight_decay, .. }
+            | Self::Sgd { weight_decay, .. } => *weight_decay,
         }
     }
 }

@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 
 use lapidary_kernels::{
-    AdamW, GradStore, OptimiserState, Parameter, Sgd, Tensor, Var, global_gradient_norm,
+    AdamW, AdamWOptions, GradStore, Lion, LionOptions, OptimiserState, Parameter, Sgd, SgdOptions,
+    Tensor, Var, global_gradient_norm,
 };
 use lapidary_model::Model;
 
@@ -13,7 +14,56 @@ use crate::{Error, Masks, MovingAverage, Result};
 
 enum Optimiser {
     AdamW(AdamW),
+    Lion(Lion),
     Sgd(Sgd),
+}
+
+impl Optimiser {
+    fn new(spec: &OptimiserSpec, learning_rate: f64, parameters: Vec<Parameter>) -> Result<Self> {
+        Ok(match *spec {
+            OptimiserSpec::Adamw {
+                beta1,
+                beta2,
+                epsilon,
+                weight_decay,
+            } => {
+                let options = AdamWOptions {
+                    learning_rate,
+                    beta1,
+                    beta2,
+                    epsilon,
+                    weight_decay,
+                };
+                Self::AdamW(AdamW::new(parameters, options)?)
+            }
+            OptimiserSpec::Lion {
+                beta1,
+                beta2,
+                weight_decay,
+            } => {
+                let options = LionOptions {
+                    learning_rate,
+                    beta1,
+                    beta2,
+                    weight_decay,
+                };
+                Self::Lion(Lion::new(parameters, options)?)
+            }
+            OptimiserSpec::Sgd {
+                momentum,
+                nesterov,
+                weight_decay,
+            } => {
+                let options = SgdOptions {
+                    learning_rate,
+                    momentum,
+                    nesterov,
+                    weight_decay,
+                };
+                Self::Sgd(Sgd::new(parameters, options)?)
+            }
+        })
+    }
 }
 
 /// How variables are moved.
@@ -53,18 +103,7 @@ impl Updates {
             .map(|(name, variable)| (name.clone(), variable.clone()))
             .unzip();
         let parameters = parameters(options, &names, &variables);
-        let (optimiser, peak) = (&options.optimiser, options.peak);
-        let optimiser = match (optimiser.adamw(peak), optimiser.sgd(peak)) {
-            (Some(options), _) => Optimiser::AdamW(AdamW::new(parameters, options)?),
-            (None, Some(options)) => Optimiser::Sgd(Sgd::new(parameters, options)?),
-            (None, None) => {
-                return Err(Error::Setting {
-                    name: "optimiser",
-                    found: "none".into(),
-                    expected: "adamw or sgd",
-                });
-            }
-        };
+        let optimiser = Optimiser::new(&options.optimiser, options.peak, parameters)?;
         let average = match options.average {
             Some(decay) => Some(MovingAverage::new(&variables, decay, true)?),
             None => None,
@@ -166,6 +205,7 @@ impl Updates {
         };
         match &mut self.optimiser {
             Optimiser::AdamW(optimiser) => optimiser.step(gradients, rate, scale)?,
+            Optimiser::Lion(optimiser) => optimiser.step(gradients, rate, scale)?,
             Optimiser::Sgd(optimiser) => optimiser.step(gradients, rate, scale)?,
         }
         if let Some(average) = &mut self.average {
@@ -202,6 +242,7 @@ impl Updates {
     fn state(&self) -> Result<OptimiserState> {
         Ok(match &self.optimiser {
             Optimiser::AdamW(optimiser) => optimiser.state()?,
+            Optimiser::Lion(optimiser) => optimiser.state()?,
             Optimiser::Sgd(optimiser) => optimiser.state()?,
         })
     }
@@ -209,6 +250,7 @@ impl Updates {
     fn load_state(&mut self, state: &OptimiserState) -> Result<()> {
         match &mut self.optimiser {
             Optimiser::AdamW(optimiser) => optimiser.load_state(state)?,
+            Optimiser::Lion(optimiser) => optimiser.load_state(state)?,
             Optimiser::Sgd(optimiser) => optimiser.load_state(state)?,
         }
         Ok(())
@@ -262,7 +304,7 @@ impl Updates {
         };
         let moments_of = match self.optimiser {
             Optimiser::AdamW(_) => 2,
-            Optimiser::Sgd(_) => 1,
+            Optimiser::Lion(_) | Optimiser::Sgd(_) => 1,
         };
         let mut moments = vec![Vec::new(); self.names.len()];
         for index in 0..moments_of {

@@ -31,6 +31,14 @@ fn adamw() -> OptimiserSpec {
     }
 }
 
+fn lion() -> OptimiserSpec {
+    OptimiserSpec::Lion {
+        beta1: 0.9,
+        beta2: 0.99,
+        weight_decay: 0.1,
+    }
+}
+
 fn sgd(nesterov: bool) -> OptimiserSpec {
     OptimiserSpec::Sgd {
         momentum: 0.9,
@@ -112,6 +120,7 @@ fn masked_weights_stay_zero_through_momentum_and_decay() {
     for (optimiser, average, accumulate) in [
         (adamw(), None, 1),
         (adamw(), Some(0.9), 2),
+        (lion(), Some(0.9), 1),
         (sgd(false), None, 1),
         (sgd(true), Some(0.9), 1),
     ] {
@@ -136,7 +145,7 @@ fn masked_weights_stay_zero_through_momentum_and_decay() {
 /// Masks that come in the middle take moments along, so that nothing moves back.
 #[test]
 fn a_mask_in_the_middle_takes_the_moments_along() {
-    for optimiser in [adamw(), sgd(true)] {
+    for optimiser in [adamw(), lion(), sgd(true)] {
         let mut trainer = trainer(optimiser, Some(0.9), 1);
         for _ in 0..4 {
             trainer.step().unwrap();
