@@ -8,7 +8,7 @@ use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::Context;
 use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::fastmax::{FastmaxSpec, Normalisation};
-use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass};
+use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass, Resumed};
 use lapidary_parts::state::MixerState;
 use lapidary_signal::{Mixing, Trace};
 
@@ -313,7 +313,10 @@ fn decoding_keeps_a_state_of_the_monomials() {
                 context: &context,
             };
             let resumed = module.resume(&q, &k, &v, &mut state, &pass).unwrap();
-            let y = (resumed.mixing.mix(&v).unwrap() + resumed.past).unwrap();
+            let Resumed::Summed { mixing, past } = resumed else {
+                panic!("values of earlier tokens are not kept");
+            };
+            let y = (mixing.mix(&v).unwrap() + past).unwrap();
             assert_near(&y, &one(&whole), 1e-12, "a step");
             let MixerState::Sums { sums, .. } = &state else {
                 panic!("another state");

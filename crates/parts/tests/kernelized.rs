@@ -10,7 +10,7 @@ use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::kernelized::{
     FeatureMap, KernelizedSpec, Learned, ReadOut, SpectrumSpec, hadamard,
 };
-use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass};
+use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass, Resumed};
 use lapidary_parts::state::MixerState;
 use lapidary_signal::{Mixing, Trace};
 
@@ -418,7 +418,10 @@ fn causal_sums_equal_the_masked_kernel_matrix_and_decoding() {
                 context: &context,
             };
             let resumed = module.resume(&q, &k, &v, &mut state, &pass).unwrap();
-            let y = (resumed.mixing.mix(&v).unwrap() + resumed.past).unwrap();
+            let Resumed::Summed { mixing, past } = resumed else {
+                panic!("values of earlier tokens are not kept");
+            };
+            let y = (mixing.mix(&v).unwrap() + past).unwrap();
             assert_near(&y, &one(&whole), 1e-11, &format!("{spec:?}"));
             let MixerState::Sums { sums, .. } = &state else {
                 panic!("another state");

@@ -8,7 +8,7 @@ use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::Context;
 use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
-use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass};
+use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass, Resumed};
 use lapidary_parts::state::MixerState;
 use lapidary_signal::{Mixing, Trace};
 
@@ -508,7 +508,10 @@ fn the_decode_state_does_not_grow() {
                 module.resume(&one.q, &one.k, &one.v, &mut state, pass)
             })
             .unwrap();
-            let y = (resumed.mixing.mix(&one.v).unwrap() + resumed.past).unwrap();
+            let Resumed::Summed { mixing, past } = resumed else {
+                panic!("values of earlier tokens are not kept");
+            };
+            let y = (mixing.mix(&one.v).unwrap() + past).unwrap();
             let expected = whole.narrow(2, t, 1).unwrap();
             assert_near(&y, &expected, 1e-12, "a step");
             let MixerState::Sums { sums, .. } = &state else {
