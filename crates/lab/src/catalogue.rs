@@ -15,6 +15,7 @@ use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec}
 use lapidary_parts::attention::mechanism::linformer::LinformerSpec;
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
 use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
+use lapidary_parts::attention::mechanism::subsampled::SubsampledSpec;
 use lapidary_parts::attention::{MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeySharing};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, MixtureSpec};
@@ -284,6 +285,17 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
         ),
         entry(
             "attention",
+            "subsampled, a quarter",
+            "a random quarter of the keys, in training (Hussain et al., 2023)",
+            none,
+            attention(MultiHeadSpec {
+                causal: false,
+                mechanism: MechanismSpec::Subsampled(SubsampledSpec::default()),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
             "mamba",
             "selective state-space recurrence (Gu & Dao, 2023)",
             none,
@@ -469,7 +481,7 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
     let mut times: Vec<f64> = (0..5)
         .map(|_| {
             let started = Instant::now();
-            model.forward(&input, Pass::default())?;
+            model.forward(&input, drawing())?;
             Ok(started.elapsed().as_secs_f64() * 1e3)
         })
         .collect::<Result<_>>()?;
@@ -508,8 +520,16 @@ pub(crate) fn metered(model: &Model, length: usize) -> Result<std::sync::Arc<Met
         &tokens(model, length)?,
         Pass {
             trace: Some(&trace),
-            ..Pass::default()
+            ..drawing()
         },
     )?;
     Ok(meter)
+}
+
+/// A pass in which mixers draw, as in training.
+fn drawing<'a>() -> Pass<'a> {
+    Pass {
+        draw: Some(0),
+        ..Pass::default()
+    }
 }

@@ -10,6 +10,7 @@ use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection,
 use lapidary_parts::attention::mechanism::lion::{LionDecay, LionSpec};
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
 use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
+use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec};
 use lapidary_parts::attention::mechanism::{self, MechanismPass};
 use lapidary_parts::attention::{MechanismSpec, QueryKeySharing};
 use lapidary_signal::{Mixing, Trace};
@@ -121,6 +122,18 @@ static MECHANISMS: &[Mechanism] = &[
         MechanismSpec::Combiner(CombinerSpec {
             form: CombinerForm::LogSparse,
             log_count: false,
+        })
+    }),
+    entry("subsampled, a quarter of the keys", false, true, |_| {
+        MechanismSpec::Subsampled(SubsampledSpec::default())
+    }),
+    entry("subsampled, local, causal", true, true, |length| {
+        MechanismSpec::Subsampled(SubsampledSpec {
+            selection: Selection::Local {
+                radius: length as f64 / 8.0,
+                columns: None,
+            },
+            ..SubsampledSpec::default()
         })
     }),
 ];

@@ -274,6 +274,16 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::geometry::run,
     },
     System {
+        slug: "information-pathways",
+        title: "The Information Pathways Hypothesis: Transformers are Dynamic Self-Ensembles",
+        authors: "Hussain, Zaki, Subramanian",
+        year: 2023,
+        arxiv: Some("2306.01705"),
+        kind: Kind::Attention,
+        parts: &["parts::attention::mechanism::subsampled", "model::ensemble"],
+        experiment: experiments::information_pathways::run,
+    },
+    System {
         slug: "introduction-to-transformers",
         title: "An Introduction to Transformers",
         authors: "Turner",

@@ -134,6 +134,11 @@ fn hidden_geometry() {
 }
 
 #[test]
+fn information_pathways() {
+    check("information-pathways");
+}
+
+#[test]
 fn introduction_to_transformers() {
     let reproduction = check("introduction-to-transformers");
     let holds = reproduction
@@ -266,6 +271,7 @@ fn every_system_is_tested_here() {
             "fusegpt",
             "fwsvd",
             "hidden-geometry",
+            "information-pathways",
             "introduction-to-transformers",
             "kernelized-transformer",
             "linearity",

@@ -26,6 +26,7 @@ pub mod fwsvd;
 pub mod geometry;
 pub mod glyphs;
 pub mod grammar;
+pub mod information_pathways;
 pub mod introduction;
 pub mod kernelized;
 pub mod linearity;

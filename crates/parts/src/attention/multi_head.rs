@@ -15,7 +15,9 @@
 //! step pays for its own row. Memory of the state: `groups · (head_width + value_width)` numbers
 //! per token. Parameters: `width · (head_width + value_width) · (heads + groups)` and the biases.
 
-use super::mechanism::{self, Mechanism, MechanismPass, MechanismSpec, Memory, Resumed};
+use super::mechanism::{
+    self, Mechanism, MechanismPass, MechanismSpec, Memory, Resumed, Scores,
+};
 use crate::dropout::{dropout, seed_of_site};
 use crate::error::{bounded, tensor};
 use crate::norm::{Norm, NormSpec};
@@ -454,9 +456,9 @@ impl MultiHeadAttention {
         let q = self.normalise(&q, &self.query_norm)?;
         let k = self.normalise(&k, &self.key_norm)?;
         let (q, k) = self.rotate(q, k, cx.offset)?;
-        if let Some(mechanism) = &self.mechanism {
-            let mixed =
-                self.through(mechanism.as_ref(), [x, &q, &k, &v], key_padding, cx, state)?;
+        let mechanism = self.mechanism.as_deref();
+        if let Some(mechanism) = mechanism.filter(|mechanism| !mechanism.is_softmax(cx)) {
+            let mixed = self.through(mechanism, [x, &q, &k, &v], key_padding, cx, state)?;
             let mixed = site("mixed", mixed)?;
             return Ok(site("out", mixed.linear_output(&self.output)?)?);
         }
@@ -464,26 +466,27 @@ impl MultiHeadAttention {
             Some(state) => recall(state, k, v)?,
             None => (k, v),
         };
-        let (queries, keys) = (q.dims()[1], k.dims()[1]);
         let options = AttentionOptions {
             scale: self.scale,
             causal,
             window: self.spec.window,
             query_offset: cx.offset,
             key_padding: key_padding.cloned(),
-            bias: self.position.bias(
-                Span {
-                    queries,
-                    keys,
-                    offset: cx.offset,
-                    draw: cx.draw.map(|seed| seed_of_site(seed, &self.path)),
-                },
-                q.dtype(),
-                q.device(),
-            )?,
+            bias: self.bias(&q, &k, cx)?,
         };
         let mixed = site("mixed", self.mix(&q, &k, &v, &options, cx)?)?;
         Ok(site("out", mixed.linear_output(&self.output)?)?)
+    }
+
+    /// What positions add to the scores of queries and keys, heads side by side.
+    fn bias(&self, q: &Signal, k: &Signal, cx: &Context<'_>) -> Result<Option<Tensor>> {
+        let span = Span {
+            queries: q.dims()[1],
+            keys: k.dims()[1],
+            offset: cx.offset,
+            draw: cx.draw.map(|seed| seed_of_site(seed, &self.path)),
+        };
+        self.position.bias(span, q.dtype(), q.device())
     }
 
     /// Mixes by a mechanism that is not softmax: `x` `[batch, query, width]`, queries, keys and
@@ -513,6 +516,10 @@ impl MultiHeadAttention {
             }
             Some(state) => (k.clone(), v.clone(), Some(state)),
         };
+        let scores = Scores {
+            window: self.spec.window,
+            bias: self.bias(q, &k, cx)?,
+        };
         let each = |x: &Signal, heads: usize| -> Result<Tensor> {
             let split = x.split_heads(heads)?.for_weights()?;
             Ok(naive::repeat_groups(&split, self.spec.heads)?)
@@ -527,7 +534,10 @@ impl MultiHeadAttention {
             }
         };
         let (mixing, values, past) = match resumed {
-            None => (mechanism.mixing(&q, &k, &pass)?, values, None),
+            None => {
+                let mixing = mechanism.mixing_by_scores(&q, &k, scores, &pass)?;
+                (mixing, values, None)
+            }
             Some(Resumed::Summed { mixing, past }) => (mixing, values, Some(past)),
             Some(Resumed::Kept {
                 mixing,

@@ -287,6 +287,54 @@ fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
     ]
 }
 
+/// Blocks that would draw their keys; what is not drawn is dense.
+fn subsampled() -> Vec<(&'static str, MultiHeadSpec)> {
+    let around = |inner, selection| {
+        through(MechanismSpec::Subsampled(SubsampledSpec {
+            inner: Box::new(inner),
+            selection,
+            ..SubsampledSpec::default()
+        }))
+    };
+    let local = Selection::Local {
+        radius: 2.0,
+        columns: None,
+    };
+    vec![
+        (
+            "subsampled, causal, with a window and buckets, grouped keys",
+            MultiHeadSpec {
+                causal: true,
+                window: Some(4),
+                groups: Some(1),
+                position: PositionSpec::RelativeBuckets {
+                    buckets: 6,
+                    max_distance: 5,
+                },
+                ..around(MechanismSpec::Softmax, local)
+            },
+        ),
+        (
+            "subsampled",
+            around(MechanismSpec::Softmax, Selection::Unbiased),
+        ),
+        (
+            "fastmax, subsampled, causal",
+            MultiHeadSpec {
+                causal: true,
+                ..around(fastmax(2, Normalisation::Token), Selection::Unbiased)
+            },
+        ),
+        (
+            "linformer, subsampled",
+            around(
+                linformer(Sharing::Headwise, Projection::Learned),
+                Selection::Unbiased,
+            ),
+        ),
+    ]
+}
+
 /// Blocks that together use every mechanism and every bias.
 fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
     let multi_head = |spec| block(Wiring::PreNorm, LAYER, MixerSpec::MultiHead(spec));
@@ -424,7 +472,7 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
     };
     let mut all = mechanisms();
     all.extend(linear());
-    all.extend(sparse().into_iter().map(|(name, spec)| {
+    all.extend(sparse().into_iter().chain(subsampled()).map(|(name, spec)| {
         let spec = MixerSpec::MultiHead(spec);
         (name, block(PreNorm, LAYER, spec))
     }));

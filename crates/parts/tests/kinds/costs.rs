@@ -200,6 +200,14 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
     let heads = BATCH * spec.heads;
     match &spec.mechanism {
         MechanismSpec::Softmax => (0, heads * pairs * (2 * widths + 5)),
+        // Dense where nothing is drawn.
+        MechanismSpec::Subsampled(subsampled) => {
+            let inner = MultiHeadSpec {
+                mechanism: (*subsampled.inner).clone(),
+                ..spec.clone()
+            };
+            mechanism_formula(&inner, pairs, keys)
+        }
         MechanismSpec::Linformer(linformer) => {
             let slots = linformer.slots;
             let (meets, one) = match linformer.projection {

@@ -25,6 +25,7 @@ use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection,
 use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
 use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
+use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec};
 use lapidary_parts::attention::{
     MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeyNorm, QueryKeySharing,
 };
@@ -69,7 +70,7 @@ kinds!(norm, NORMS, NormSpec: Layer, Rms, None);
 kinds!(position, POSITIONS, PositionSpec:
     None, Rotary, Alibi, RelativeBuckets, KerpleLogarithmic, KerplePower, Sandwich, Fire);
 kinds!(mechanism, MECHANISMS, MechanismSpec:
-    Softmax, Linformer, Lion, Fastmax, Kernelized, Sparse, Reformer, Combiner);
+    Softmax, Linformer, Lion, Fastmax, Kernelized, Sparse, Reformer, Combiner, Subsampled);
 kinds!(scaling, SCALINGS, RotaryScaling: None, Linear, Llama3);
 kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel, Replacing);
 kinds!(activation, ACTIVATIONS, ActivationSpec:
@@ -189,7 +190,11 @@ impl Case {
 
     fn is_softmax(&self) -> bool {
         match &self.spec.attention {
-            MixerSpec::MultiHead(heads) => heads.mechanism.is_softmax(),
+            MixerSpec::MultiHead(heads) => match &heads.mechanism {
+                // Dense where nothing is drawn.
+                MechanismSpec::Subsampled(spec) => spec.inner.is_softmax(),
+                mechanism => mechanism.is_softmax(),
+            },
             MixerSpec::Mamba(_) | MixerSpec::Absent => true,
         }
     }
@@ -203,6 +208,9 @@ impl Case {
             || match &heads.mechanism {
                 MechanismSpec::Linformer(_) => true,
                 MechanismSpec::Lion(lion) => lion.class_token || lion.image.is_some(),
+                MechanismSpec::Subsampled(spec) => {
+                    matches!(*spec.inner, MechanismSpec::Linformer(_))
+                }
                 _ => false,
             }
     }

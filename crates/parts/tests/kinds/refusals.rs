@@ -65,7 +65,94 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
             log_count: false,
         }))
     };
+    let subsampled = |spec: SubsampledSpec| through(MechanismSpec::Subsampled(spec));
     let refused = [
+        (
+            with_heads(subsampled(SubsampledSpec {
+                keep: 0.0,
+                ..SubsampledSpec::default()
+            })),
+            "b.attention.mechanism.keep is 0.0, but must be above 0 and at most 1",
+        ),
+        (
+            with_heads(subsampled(SubsampledSpec {
+                selection: Selection::Local {
+                    radius: -1.0,
+                    columns: None,
+                },
+                ..SubsampledSpec::default()
+            })),
+            "b.attention.mechanism.selection.radius is -1.0, but must be a number of at least 0",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..subsampled(SubsampledSpec {
+                    selection: Selection::Local {
+                        radius: 1.0,
+                        columns: Some(4),
+                    },
+                    ..SubsampledSpec::default()
+                })
+            }),
+            "b.attention.mechanism.selection.columns is 4, but must be absent in causal attention, which \
+             has one order",
+        ),
+        (
+            with_heads(subsampled(SubsampledSpec {
+                selection: Selection::Local {
+                    radius: 1.0,
+                    columns: None,
+                },
+                inner: Box::new(MechanismSpec::Fastmax(FastmaxSpec::default())),
+                ..SubsampledSpec::default()
+            })),
+            "b.attention.mechanism.selection.kind is \"local\", but must be unbiased: windows are those \
+             of softmax",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..subsampled(SubsampledSpec {
+                    inner: Box::new(MechanismSpec::Combiner(CombinerSpec {
+                        form: CombinerForm::LogSparse,
+                        log_count: false,
+                    })),
+                    ..SubsampledSpec::default()
+                })
+            }),
+            "b.attention.mechanism.inner.kind is \"combiner\", but must be softmax, or a mechanism that \
+             can leave any of its keys out, such as fastmax",
+        ),
+        (
+            with_heads(subsampled(SubsampledSpec {
+                inner: Box::new(linformer(Sharing::Headwise, Projection::Learned)),
+                per_head: true,
+                ..SubsampledSpec::default()
+            })),
+            "b.attention.mechanism.per_head is true, but must be false where keys that are left out are \
+             as padding, which all heads share",
+        ),
+        (
+            with_heads(subsampled(SubsampledSpec {
+                inner: Box::new(linformer(Sharing::Headwise, Projection::Learned)),
+                own: true,
+                ..SubsampledSpec::default()
+            })),
+            "b.attention.mechanism.own is true, but must be false: a key of its own is that of softmax",
+        ),
+        (
+            with_heads(subsampled(SubsampledSpec {
+                inner: Box::new(MechanismSpec::Linformer(LinformerSpec {
+                    slots: 0,
+                    longest: 9,
+                    sharing: Sharing::None,
+                    projection: Projection::Mean,
+                })),
+                ..SubsampledSpec::default()
+            })),
+            "b.attention.mechanism.inner.slots is 0, but must be between 1 and 65536",
+        ),
         (
             with_feedforward(Some(FeedforwardSpec::SparseCode(SparseCodeSpec {
                 step: -1.0,
