@@ -7,7 +7,7 @@
 use crate::host::{self, Host, by_dtype};
 use crate::simd::Real;
 use crate::{DType, Device, Error, Result, Tensor};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape};
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, WithDType};
 
 type Candle<T> = candle_core::Result<T>;
 

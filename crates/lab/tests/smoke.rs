@@ -187,6 +187,16 @@ fn pruning_study() {
 }
 
 #[test]
+fn qdsformer() {
+    check("qdsformer");
+}
+
+#[test]
+fn tree_field_integrators() {
+    check("tree-field-integrators");
+}
+
+#[test]
 fn rducb() {
     check("rducb");
 }
@@ -284,12 +294,14 @@ fn every_system_is_tested_here() {
             "modegpt",
             "over-squashing",
             "pruning-study",
+            "qdsformer",
             "rducb",
             "reformer",
             "replaceme",
             "slicegpt",
             "sparse-transformer",
             "talking-heads",
+            "tree-field-integrators",
         ]
     );
     assert!(find("decompy").unwrap_err().to_string().contains("decompx"));

@@ -43,6 +43,7 @@ pub mod narrow;
 pub mod narrowing;
 pub mod polarity;
 pub mod pruning_study;
+pub mod qdsformer;
 pub mod rducb;
 pub mod reformer;
 pub mod replace_me;
@@ -52,6 +53,7 @@ pub mod sparse_transformer;
 pub mod squashing;
 pub mod talking_heads;
 pub mod topics;
+pub mod tree_fields;
 pub mod white_box;
 
 use crate::error::engine;

@@ -65,8 +65,100 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
             log_count: false,
         }))
     };
+    let made_by = |operator| {
+        through(MechanismSpec::DoublyStochastic(DoublyStochasticSpec {
+            operator,
+        }))
+    };
+    let sinkhorn = |iterations, epsilon| {
+        made_by(Operator::Sinkhorn {
+            iterations,
+            form: SinkhornForm::Log,
+            epsilon,
+        })
+    };
     let subsampled = |spec: SubsampledSpec| through(MechanismSpec::Subsampled(spec));
+    let on_a_tree = |spec: TopologicalSpec| through(MechanismSpec::Topological(spec));
     let refused = [
+        (
+            with_heads(on_a_tree(TopologicalSpec {
+                columns: Some(0),
+                ..TopologicalSpec::default()
+            })),
+            "b.attention.mechanism.columns is 0, but must be between 1 and 65536",
+        ),
+        (
+            with_heads(on_a_tree(TopologicalSpec {
+                unit: 0.0,
+                ..TopologicalSpec::default()
+            })),
+            "b.attention.mechanism.unit is 0.0, but must be a positive number",
+        ),
+        (
+            with_heads(on_a_tree(TopologicalSpec {
+                features: FeatureMap::Exponential { count: 0, seed: 0 },
+                ..TopologicalSpec::default()
+            })),
+            "b.attention.mechanism.features.count is 0, but must be between 1 and 4096",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                scale: Some(-1.0),
+                ..on_a_tree(TopologicalSpec {
+                    features: FeatureMap::Exponential { count: 4, seed: 0 },
+                    ..TopologicalSpec::default()
+                })
+            }),
+            "b.attention.mechanism.features.kind is \"exponential\", but must be another map where the scale \
+             is not positive: its root multiplies queries and keys",
+        ),
+        (
+            with_heads(sinkhorn(4, 1.0)),
+            "b.attention.mechanism.operator.iterations is 4, but must be an odd number, so that rows are \
+             normalised last",
+        ),
+        (
+            with_heads(sinkhorn(0, 1.0)),
+            "b.attention.mechanism.operator.iterations is 0, but must be between 1 and 10001",
+        ),
+        (
+            with_heads(sinkhorn(3, 0.0)),
+            "b.attention.mechanism.operator.epsilon is 0.0, but must be a positive number",
+        ),
+        (
+            with_heads(made_by(Operator::Circuit(CircuitSpec::new(9, 3)))),
+            "b.attention.mechanism.operator.tokens is 9, but must be between 2 and 8",
+        ),
+        (
+            with_heads(made_by(Operator::Circuit(CircuitSpec::new(8, 11)))),
+            "b.attention.mechanism.operator.qubits is 11, but must be between 1 and 10",
+        ),
+        (
+            with_heads(made_by(Operator::Circuit(CircuitSpec {
+                layers: 257,
+                ..CircuitSpec::new(8, 4)
+            }))),
+            "b.attention.mechanism.operator.layers is 257, but must be between 0 and 256",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                scale: Some(0.0),
+                ..made_by(Operator::NormSoftmax {
+                    statistic: Statistic::Deviation,
+                    over: Over::Row,
+                })
+            }),
+            "b.attention.mechanism.operator.kind is \"norm-softmax\", but must be another operator where \
+             the scale is not positive: its inverse is the temperature",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..sinkhorn(3, 1.0)
+            }),
+            "b.attention.mechanism is \"doubly-stochastic in causal attention\", but must be a causal \
+             mechanism: every weight of doubly-stochastic depends on later tokens too",
+        ),
         (
             with_heads(subsampled(SubsampledSpec {
                 keep: 0.0,

@@ -14,6 +14,7 @@
 
 mod blocks;
 pub mod combiner;
+pub mod doubly_stochastic;
 pub mod fastmax;
 pub mod kernelized;
 pub mod linformer;
@@ -23,6 +24,7 @@ mod sequences;
 pub mod sparse;
 pub mod subsampled;
 mod sums;
+pub mod topological;
 
 use std::fmt;
 
@@ -31,6 +33,7 @@ use crate::parameters::Parameters;
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
 use combiner::CombinerSpec;
+use doubly_stochastic::DoublyStochasticSpec;
 use fastmax::FastmaxSpec;
 use kernelized::KernelizedSpec;
 use lapidary_kernels::{DType, Tensor};
@@ -42,6 +45,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sparse::SparseSpec;
 use subsampled::SubsampledSpec;
+use topological::TopologicalSpec;
 
 use super::QueryKeySharing;
 
@@ -66,8 +70,12 @@ pub enum MechanismSpec {
     Reformer(ReformerSpec),
     /// Some tokens directly, all others in summaries of spans (Ren et al., arXiv 2107.05768).
     Combiner(CombinerSpec),
+    /// Rows and columns of weights sum to one (Born et al., arXiv 2504.16275).
+    DoublyStochastic(DoublyStochasticSpec),
     /// Another mechanism over a random subset of the keys (Hussain et al., arXiv 2306.01705).
     Subsampled(SubsampledSpec),
+    /// Linear attention under a function of the distance in a tree (Choromanski et al., arXiv 2406.15881).
+    Topological(TopologicalSpec),
 }
 
 impl MechanismSpec {
@@ -82,7 +90,9 @@ impl MechanismSpec {
             Self::Sparse(spec) => Some(spec),
             Self::Reformer(spec) => Some(spec),
             Self::Combiner(spec) => Some(spec),
+            Self::DoublyStochastic(spec) => Some(spec),
             Self::Subsampled(spec) => Some(spec),
+            Self::Topological(spec) => Some(spec),
         }
     }
 
