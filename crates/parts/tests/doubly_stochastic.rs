@@ -44,7 +44,8 @@ fn apply(operator: &Operator, scores: &Tensor) -> Tensor {
 fn sums_off(made: &Tensor) -> [f64; 2] {
     [3, 2].map(|along| {
         let sums = values(&made.sum(along).unwrap());
-        sums.iter().fold(0.0, |m: f64, sum| m.max((sum - 1.0).abs()))
+        sums.iter()
+            .fold(0.0, |m: f64, sum| m.max((sum - 1.0).abs()))
     })
 }
 
@@ -52,7 +53,10 @@ fn sums_off(made: &Tensor) -> [f64; 2] {
 fn assert_doubly_stochastic(made: &Tensor, tolerance: f64) {
     assert!(values(made).iter().all(|entry| *entry >= 0.0));
     let [rows, columns] = sums_off(made);
-    assert!(rows < tolerance && columns < tolerance, "{rows:e} {columns:e}");
+    assert!(
+        rows < tolerance && columns < tolerance,
+        "{rows:e} {columns:e}"
+    );
 }
 
 fn angles(circuit: &Circuit, seed: u64) -> Vec<f64> {
@@ -73,7 +77,9 @@ fn circuits_are_doubly_stochastic_whatever_their_angles() {
                 let batch = 3;
                 let drawn = (random(&[batch, circuit.angles()], 4) * 3.0).unwrap();
                 for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-5)] {
-                    let made = circuit.transitions(&drawn.to_dtype(dtype).unwrap()).unwrap();
+                    let made = circuit
+                        .transitions(&drawn.to_dtype(dtype).unwrap())
+                        .unwrap();
                     assert_eq!(made.dims(), [batch, 1 << data, 1 << data]);
                     assert_doubly_stochastic(&made.unsqueeze(1).unwrap(), tolerance);
                 }
@@ -143,9 +149,8 @@ fn product(a: &Gate, b: &Gate) -> Gate {
 
 fn kron(a: &Gate, b: &Gate) -> Gate {
     let size = a.len() * b.len();
-    let entry = |i: usize, j: usize| {
-        times(a[i / b.len()][j / b.len()], b[i % b.len()][j % b.len()])
-    };
+    let entry =
+        |i: usize, j: usize| times(a[i / b.len()][j / b.len()], b[i % b.len()][j % b.len()]);
     (0..size)
         .map(|i| (0..size).map(|j| entry(i, j)).collect())
         .collect()
@@ -249,10 +254,12 @@ fn a_parted_circuit_is_what_the_entangled_register_is_measured_as() {
         let vector: Vec<Complex> = gate
             .iter()
             .map(|row| {
-                row.iter().zip(&vector).fold((0.0, 0.0), |(re, im), (a, b)| {
-                    let (x, y) = times(*a, *b);
-                    (re + x, im + y)
-                })
+                row.iter()
+                    .zip(&vector)
+                    .fold((0.0, 0.0), |(re, im), (a, b)| {
+                        let (x, y) = times(*a, *b);
+                        (re + x, im + y)
+                    })
             })
             .collect();
         let tokens = 1 << data;
@@ -402,7 +409,9 @@ fn squares_of_an_orthogonal_factor_are_doubly_stochastic() {
 #[test]
 fn scores_without_full_rank_are_repaired_one_by_one() {
     let narrow = random(&[2, 2, TOKENS, 3], 4);
-    let low = narrow.matmul(&narrow.t().unwrap().contiguous().unwrap()).unwrap();
+    let low = narrow
+        .matmul(&narrow.t().unwrap().contiguous().unwrap())
+        .unwrap();
     let full = scores(5);
     let qr = Operator::Qr { seed: 7 };
     for dtype in [DType::F64, DType::F32] {
@@ -414,7 +423,13 @@ fn scores_without_full_rank_are_repaired_one_by_one() {
     }
     assert!(difference(&apply(&Operator::Qr { seed: 8 }, &low), &apply(&qr, &low)) > 1e-3);
     // Those of full rank beside them are as they were.
-    let both = Tensor::cat(&[&low.narrow(0, 0, 1).unwrap(), &full.narrow(0, 0, 1).unwrap()], 0);
+    let both = Tensor::cat(
+        &[
+            &low.narrow(0, 0, 1).unwrap(),
+            &full.narrow(0, 0, 1).unwrap(),
+        ],
+        0,
+    );
     let made = apply(&qr, &both.unwrap());
     let alone = apply(&qr, &full.narrow(0, 0, 1).unwrap());
     assert_near(&made.narrow(0, 1, 1).unwrap(), &alone, 1e-13, "full rank");
@@ -474,7 +489,9 @@ fn what_iterations_converge_to_knows_neither_offsets_nor_order() {
     let made = apply(&converged, &scores);
     let offsets = random(&[2, 2, TOKENS, 1], 5);
     let moved = scores.broadcast_add(&offsets).unwrap();
-    let moved = moved.broadcast_add(&offsets.transpose(2, 3).unwrap()).unwrap();
+    let moved = moved
+        .broadcast_add(&offsets.transpose(2, 3).unwrap())
+        .unwrap();
     assert_near(&apply(&converged, &moved), &made, 1e-9, "offsets");
 
     let order = [3, 0, 7, 1, 2, 6, 5, 4];
@@ -499,7 +516,10 @@ fn a_temperature_is_at_most_the_statistic() {
                 let scores = (&scores * factor).unwrap();
                 let made = values(&operator.apply(&scores, scale, None, None).unwrap());
                 let raw = values(&scores);
-                for (matrix, made) in raw.chunks(TOKENS * TOKENS).zip(made.chunks(TOKENS * TOKENS)) {
+                for (matrix, made) in raw
+                    .chunks(TOKENS * TOKENS)
+                    .zip(made.chunks(TOKENS * TOKENS))
+                {
                     for (row, made) in matrix.chunks(TOKENS).zip(made.chunks(TOKENS)) {
                         let of = if over == Over::Row { row } else { matrix };
                         let count = of.len() as f64;

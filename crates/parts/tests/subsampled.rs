@@ -132,7 +132,11 @@ fn ways() -> Vec<(&'static str, SubsampledSpec, bool)> {
     };
     vec![
         ("unbiased", subsampled(0.25, Selection::Unbiased), false),
-        ("unbiased, causal", subsampled(0.25, Selection::Unbiased), true),
+        (
+            "unbiased, causal",
+            subsampled(0.25, Selection::Unbiased),
+            true,
+        ),
         ("each head", per_head.clone(), false),
         ("each head, causal", per_head, true),
         ("with its own", own, false),
@@ -147,7 +151,12 @@ fn what_is_gathered_is_attention_with_all_else_hidden() {
     let plain = drawn(2, LENGTH);
     let bias = random(&[1, HEADS, LENGTH, LENGTH], 8);
     for (name, spec, causal) in ways() {
-        for (biased, window) in [(false, None), (true, None), (false, Some(5)), (true, Some(5))] {
+        for (biased, window) in [
+            (false, None),
+            (true, None),
+            (false, Some(5)),
+            (true, Some(5)),
+        ] {
             let variables = plain.each_ref().map(|x| Var::from_tensor(x).unwrap());
             let [q, k, v] = variables.each_ref().map(Var::as_tensor);
             let bias = Var::from_tensor(&bias).unwrap();
@@ -176,8 +185,7 @@ fn what_is_gathered_is_attention_with_all_else_hidden() {
             let expected = masked(q, k, v, &added);
             let found = mixing.mix(v).unwrap();
             assert_near(&found, &expected, 1e-12, name);
-            let [found, expected] =
-                [found, expected].map(|y| contracted(&y).backward().unwrap());
+            let [found, expected] = [found, expected].map(|y| contracted(&y).backward().unwrap());
             let mut all: Vec<&Var> = variables.iter().collect();
             if biased {
                 all.push(&bias);
@@ -291,7 +299,10 @@ fn subsets_are_uniform() {
     for a in 0..length {
         for b in a + 1..length {
             let off = double[a * length + b] - draws * p;
-            assert!(off.abs() < 5.0 * (draws * p * (1.0 - p)).sqrt(), "{a} {b} {off}");
+            assert!(
+                off.abs() < 5.0 * (draws * p * (1.0 - p)).sqrt(),
+                "{a} {b} {off}"
+            );
         }
     }
 }
@@ -473,7 +484,10 @@ fn means_over_draws_are_means_over_keys() {
         let average = found.iter().sum::<f64>() / draws as f64;
         let variance = found.iter().map(|y| (y - average).powi(2)).sum::<f64>() / draws as f64;
         let error = (variance / draws as f64).sqrt();
-        assert!((average - mean).abs() < 3.0 * error, "{average} {mean} {error}");
+        assert!(
+            (average - mean).abs() < 3.0 * error,
+            "{average} {mean} {error}"
+        );
     }
 }
 
@@ -533,7 +547,11 @@ fn other_mechanisms_see_the_drawn_keys_alone() {
         projection: Projection::Learned,
     });
     let [q, k, v] = drawn(2, LENGTH);
-    for (inner, causal) in [(fastmax.clone(), false), (fastmax, true), (linformer, false)] {
+    for (inner, causal) in [
+        (fastmax.clone(), false),
+        (fastmax, true),
+        (linformer, false),
+    ] {
         let spec = SubsampledSpec {
             inner: Box::new(inner.clone()),
             ..SubsampledSpec::default()

@@ -39,7 +39,14 @@ fn on(columns: Option<usize>, mask: Mask) -> TopologicalSpec {
 
 /// `a`, less where it starts, for both heads.
 fn numbers(scale: f64) -> Map {
-    let a = vec![0.1, -0.3 * scale, 0.02 * scale, -0.2, 0.1 * scale, -0.03 * scale];
+    let a = vec![
+        0.1,
+        -0.3 * scale,
+        0.02 * scale,
+        -0.2,
+        0.1 * scale,
+        -0.03 * scale,
+    ];
     Map::from([("mask".to_owned(), tensor(a, &[HEADS, 3]))])
 }
 
@@ -75,13 +82,7 @@ fn distance(columns: Option<usize>, i: usize, j: usize) -> usize {
 }
 
 /// Weights over all keys of one query, `M_ij φ(q_i) · φ(k_j)` divided by their sum.
-fn brute(
-    spec: &TopologicalSpec,
-    a: &[f64],
-    q: &[f64],
-    keys: &[f64],
-    i: usize,
-) -> Vec<f64> {
+fn brute(spec: &TopologicalSpec, a: &[f64], q: &[f64], keys: &[f64], i: usize) -> Vec<f64> {
     let map = |x: f64| match spec.features {
         FeatureMap::Relu => x.max(0.0),
         FeatureMap::Square => x * x,
@@ -146,7 +147,10 @@ fn it_is_linear_attention_weighed_by_the_distance_in_the_tree() {
                                 .map(|(j, w)| w * v[j * WIDTH + feature])
                                 .sum();
                             let found = found[(head * length + i) * WIDTH + feature];
-                            assert!((found - expected).abs() < 1e-9, "{columns:?} {length} {mask:?}");
+                            assert!(
+                                (found - expected).abs() < 1e-9,
+                                "{columns:?} {length} {mask:?}"
+                            );
                         }
                     }
                 }
@@ -186,7 +190,9 @@ fn on_a_path_an_exponential_is_the_decay_of_two_recurrences() {
     let decays = [0.9f64, 0.97];
     let a = vec![0.0, decays[0].ln(), 0.0, 0.0, decays[1].ln(), 0.0];
     let map = Map::from([("mask".to_owned(), tensor(a, &[HEADS, 3]))]);
-    let found = mixing(&on(None, Mask::Exponential), &map, [&q, &k]).mix(&v).unwrap();
+    let found = mixing(&on(None, Mask::Exponential), &map, [&q, &k])
+        .mix(&v)
+        .unwrap();
 
     let [q, k] = [q, k].map(|x| x.relu().unwrap());
     let ones = tensor(vec![1.0; HEADS * length], &[1, HEADS, length, 1]);
@@ -201,7 +207,11 @@ fn on_a_path_an_exponential_is_the_decay_of_two_recurrences() {
     let total = both.narrow(3, WIDTH, 1).unwrap();
     let none = total.eq(0.0).unwrap().to_dtype(total.dtype()).unwrap();
     let total = (total + none).unwrap();
-    let expected = both.narrow(3, 0, WIDTH).unwrap().broadcast_div(&total).unwrap();
+    let expected = both
+        .narrow(3, 0, WIDTH)
+        .unwrap()
+        .broadcast_div(&total)
+        .unwrap();
     assert_near(&found, &expected, 1e-9, "two recurrences");
 }
 
@@ -249,7 +259,12 @@ fn random_features_approach_softmax() {
                 ..on(None, Mask::Exponential)
             };
             let found = mixing(&spec, &still, [&q, &k]).mix(&v).unwrap();
-            let off = (found - &softmax).unwrap().sqr().unwrap().mean_all().unwrap();
+            let off = (found - &softmax)
+                .unwrap()
+                .sqr()
+                .unwrap()
+                .mean_all()
+                .unwrap();
             sum += values(&off)[0];
         }
         (sum / 4.0).sqrt()
@@ -280,7 +295,12 @@ fn pads_behind_the_patches_of_a_grid_change_nothing() {
         ..Given::default()
     };
     let padded = subject.output(&long, given).narrow(1, 0, 8).unwrap();
-    assert_near(&padded, &subject.output(&short, Given::default()), 1e-12, "pads");
+    assert_near(
+        &padded,
+        &subject.output(&short, Given::default()),
+        1e-12,
+        "pads",
+    );
 }
 
 #[test]

@@ -78,7 +78,11 @@ fn steps_with_and_without_recomputation_are_the_same_bit_for_bit() {
         r#""mechanism": { "kind": "subsampled", "inner": { "kind": "fastmax" } }"#,
         r#""mechanism": { "kind": "combiner", "form": { "kind": "fixed", "segment": 5 } }"#,
     ] {
-        assert_eq!(run(mechanism, true, 0), run(mechanism, false, 0), "{mechanism}");
+        assert_eq!(
+            run(mechanism, true, 0),
+            run(mechanism, false, 0),
+            "{mechanism}"
+        );
     }
 }
 

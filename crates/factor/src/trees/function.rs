@@ -107,7 +107,9 @@ impl Function {
                     ],
                 ])
             }
-            Self::Rational { .. } | Self::Quotient { .. } | Self::Gaussian(_) | Self::Any(_) => None,
+            Self::Rational { .. } | Self::Quotient { .. } | Self::Gaussian(_) | Self::Any(_) => {
+                None
+            }
         }
     }
 
@@ -129,7 +131,9 @@ impl Function {
             product
         };
         match self {
-            Self::Polynomial(c) => (0..c.len()).map(|k| Self::Polynomial(monomial(k))).collect(),
+            Self::Polynomial(c) => (0..c.len())
+                .map(|k| Self::Polynomial(monomial(k)))
+                .collect(),
             Self::Exponential { rate, polynomial } => {
                 let with = |polynomial| Self::Exponential {
                     rate: *rate,
@@ -172,10 +176,9 @@ impl Function {
                     Self::any(move |x| -(rate * x).exp() / (x + shift).powi(2)),
                 ]
             }
-            Self::Gaussian(c) => (0..3)
+            Self::Gaussian(_) => (0..3)
                 .map(|place| {
                     let f = self.clone();
-                    debug_assert_eq!(c.len(), 3);
                     Self::any(move |x| f.value(x) * x.powi(2 - place))
                 })
                 .collect(),
@@ -205,7 +208,11 @@ fn binomial(c: &[f64], rate: f64, x: &[f64], y: &[f64]) -> [Vec<Vec<f64>>; 2] {
             .collect();
         let power = i32::try_from(r).unwrap_or(i32::MAX);
         left.push(x.iter().map(|x| (rate * x).exp() * x.powi(power)).collect());
-        right.push(y.iter().map(|y| (rate * y).exp() * polynomial(&inner, *y)).collect());
+        right.push(
+            y.iter()
+                .map(|y| (rate * y).exp() * polynomial(&inner, *y))
+                .collect(),
+        );
     }
     [left, right]
 }

@@ -26,7 +26,8 @@ impl Graph {
                 return Err(Error::Graph { detail });
             }
             if !(weight.is_finite() && weight >= 0.0) {
-                let detail = format!("has an edge {a} – {b} of weight {weight}, but needs at least 0");
+                let detail =
+                    format!("has an edge {a} – {b} of weight {weight}, but needs at least 0");
                 return Err(Error::Graph { detail });
             }
             neighbours[a].push((b, weight));
@@ -67,6 +68,11 @@ impl Graph {
     /// Number of vertices.
     pub fn vertices(&self) -> usize {
         self.vertices
+    }
+
+    /// Edges `(a, b, weight)`.
+    pub fn edges(&self) -> &[(usize, usize, f64)] {
+        &self.edges
     }
 
     /// Distances from a vertex along shortest paths (Dijkstra); infinite where there is no path.

@@ -100,7 +100,8 @@ impl IntegratorTree {
     /// For smaller pieces.
     pub fn with_leaves(tree: &Tree, leaf: usize) -> Result<Self> {
         if leaf < LEAST_LEAF {
-            let detail = format!("is to be cut down to {leaf} vertices, but {LEAST_LEAF} is the least");
+            let detail =
+                format!("is to be cut down to {leaf} vertices, but {LEAST_LEAF} is the least");
             return Err(Error::Graph { detail });
         }
         Ok(Self::cut(tree, leaf))
@@ -302,7 +303,10 @@ impl Cutter<'_> {
         }
         let half = |at: &usize| 2 * sizes[*at] > vertices.len();
         // Later in the list is deeper, among those that lie on one way.
-        let pivot = (0..order.len()).rev().find(half).map_or(vertices[0], |at| order[at].0);
+        let pivot = (0..order.len())
+            .rev()
+            .find(half)
+            .map_or(vertices[0], |at| order[at].0);
         let mut branches: Vec<Vec<(usize, f64)>> = self
             .tree
             .neighbours(pivot)
@@ -310,7 +314,9 @@ impl Cutter<'_> {
             .filter(|(other, _)| self.piece[*other] == self.pieces)
             .map(|&(other, weight)| {
                 let branch = self.walk(other, weight, Some(pivot)).into_iter();
-                branch.map(|(vertex, distance, _)| (vertex, distance)).collect()
+                branch
+                    .map(|(vertex, distance, _)| (vertex, distance))
+                    .collect()
             })
             .collect();
         // Largest first; of equal ones those of lower numbers.

@@ -65,12 +65,15 @@ impl RationalFit {
             }
             let decays = [0.9f64, 0.999].map(|b| 1.0 - b.powf(step as f64 + 1.0));
             let rate = self.rate * (1.0 - step as f64 / self.steps.max(1) as f64);
-            for (place, (c, (moments, g))) in
-                c.iter_mut().zip(moments.iter_mut().zip(&gradient)).enumerate()
+            for (place, (c, (moments, g))) in c
+                .iter_mut()
+                .zip(moments.iter_mut().zip(&gradient))
+                .enumerate()
             {
                 moments.mean = 0.9 * moments.mean + 0.1 * g;
                 moments.square = 0.999 * moments.square + 0.001 * g * g;
-                let step = (moments.mean / decays[0]) / ((moments.square / decays[1]).sqrt() + 1e-12);
+                let step =
+                    (moments.mean / decays[0]) / ((moments.square / decays[1]).sqrt() + 1e-12);
                 // Coefficients of the numerator are of the size of distances.
                 *c -= rate * step * if place < up { scale } else { 1.0 };
             }

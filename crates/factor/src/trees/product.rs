@@ -17,7 +17,13 @@ static PLANNER: Mutex<Option<RealFftPlanner<f64>>> = Mutex::new(None);
 ///
 /// By a Fourier transform where there are many rows and columns, in time
 /// `width · (longest + ln longest)`.
-pub fn hankel(values: &[f64], rows: &[usize], columns: &[usize], field: &[f64], width: usize) -> Vec<f64> {
+pub fn hankel(
+    values: &[f64],
+    rows: &[usize],
+    columns: &[usize],
+    field: &[f64],
+    width: usize,
+) -> Vec<f64> {
     let mut found = vec![0.0; rows.len() * width];
     if rows.is_empty() || columns.is_empty() || width == 0 {
         return found;
@@ -173,13 +179,16 @@ pub(super) fn multiply(
         return found;
     }
     if let Some(step) = lattice.filter(|_| x.len() * y.len() > SMALL) {
-        let places = |x: &[f64]| -> Vec<usize> { x.iter().map(|x| (x / step).round() as usize).collect() };
+        let places =
+            |x: &[f64]| -> Vec<usize> { x.iter().map(|x| (x / step).round() as usize).collect() };
         let (rows, columns) = (places(x), places(y));
         let farthest = |places: &[usize]| places.iter().copied().max().unwrap_or(0);
         let span = farthest(&rows) + farthest(&columns) + 1;
         // Few levels far apart are not worth a transform of everything between them.
         if span * 32 < x.len() * y.len() {
-            let values: Vec<f64> = (0..span).map(|at| function.value(at as f64 * step)).collect();
+            let values: Vec<f64> = (0..span)
+                .map(|at| function.value(at as f64 * step))
+                .collect();
             return hankel(&values, &rows, &columns, field, width);
         }
     }

@@ -143,10 +143,17 @@ fn exact(setting: &Setting) -> Result<Vec<Claim>> {
     };
     let vocabulary = 50;
     let ids: Vec<u32> = (0..64).map(|i| i * 7 % vocabulary).collect();
-    let input = Input::tokens(engine(Tensor::from_vec(ids.clone(), (2, 32), &Device::Cpu))?);
+    let input = Input::tokens(engine(Tensor::from_vec(
+        ids.clone(),
+        (2, 32),
+        &Device::Cpu,
+    ))?);
     // Wide enough that members disagree.
     let mut source = Wide(Initialiser::new(setting.seed, DType::F64, Device::Cpu));
-    let dense = Model::new(size.decoder(vocabulary as usize, MechanismSpec::Softmax), &mut source)?;
+    let dense = Model::new(
+        size.decoder(vocabulary as usize, MechanismSpec::Softmax),
+        &mut source,
+    )?;
     let with = |mechanism| -> Result<Model> {
         let spec = size.decoder(vocabulary as usize, mechanism);
         Ok(Model::new(spec, &mut dense.parameters().clone())?)
@@ -166,7 +173,13 @@ fn exact(setting: &Setting) -> Result<Vec<Claim>> {
     }))?;
     let everything = difference(&scores(&all, Some(1))?, &scores(&dense, None)?)?;
 
-    let together = self_ensemble(&sampled, &input, (MEMBERS, 1), Averaged::Probabilities, Pass::default)?;
+    let together = self_ensemble(
+        &sampled,
+        &input,
+        (MEMBERS, 1),
+        Averaged::Probabilities,
+        Pass::default,
+    )?;
     let loss = |probabilities: &Tensor| -> Result<f64> {
         let all = numbers(probabilities)?;
         let rows = all.chunks(vocabulary as usize).zip(&ids);
@@ -176,22 +189,29 @@ fn exact(setting: &Setting) -> Result<Vec<Claim>> {
     };
     let mut members = Vec::new();
     for member in 1..=MEMBERS as u64 {
-        let one = self_ensemble(&sampled, &input, (1, member), Averaged::Probabilities, Pass::default)?;
+        let one = self_ensemble(
+            &sampled,
+            &input,
+            (1, member),
+            Averaged::Probabilities,
+            Pass::default,
+        )?;
         members.push(loss(&one.mean)?);
     }
     let (ensemble, member) = (loss(&together.mean)?, mean(members));
     let disagreement = numbers(&together.variance)?.into_iter().fold(0.0, f64::max);
 
     let all = variables(256, setting.seed)?;
-    let counted = |keep: f64| -> Result<u64> {
-        Ok(alone(keep, &all, setting.seed)?.operations(16))
-    };
+    let counted =
+        |keep: f64| -> Result<u64> { Ok(alone(keep, &all, setting.seed)?.operations(16)) };
     let (full, quarter) = (counted(1.0)?, counted(0.25)?);
     Ok(vec![
         Claim::new(
             "without draws, and with all keys kept, it is dense attention with the same parameters",
             "by construction",
-            format!("largest relative difference {undrawn:.1e} without draws, {everything:.1e} with all keys"),
+            format!(
+                "largest relative difference {undrawn:.1e} without draws, {everything:.1e} with all keys"
+            ),
             Verdict::of(undrawn == 0.0 && everything < 1e-12),
         ),
         Claim::new(
@@ -203,7 +223,9 @@ fn exact(setting: &Setting) -> Result<Vec<Claim>> {
         Claim::new(
             "an ensemble's cross-entropy is at most the mean of its members'",
             "Jensen's inequality",
-            format!("{ensemble:.4} against {member:.4} nats, {MEMBERS} members of an untrained model"),
+            format!(
+                "{ensemble:.4} against {member:.4} nats, {MEMBERS} members of an untrained model"
+            ),
             Verdict::of(ensemble <= member && disagreement > 0.0),
         ),
     ])
@@ -232,9 +254,21 @@ fn of_targets(model: &Model, batch: &Batch, draw: Option<u64>) -> Result<Vec<f64
     let (inputs, _) = batch.tensors(&Device::Cpu)?;
     let input = Input::tokens(inputs);
     let said = match draw {
-        Some(draw) => self_ensemble(model, &input, (1, draw), Averaged::Probabilities, Pass::default)?.mean,
+        Some(draw) => {
+            self_ensemble(
+                model,
+                &input,
+                (1, draw),
+                Averaged::Probabilities,
+                Pass::default,
+            )?
+            .mean
+        }
         None => {
-            let scores = model.forward(&input, Pass::default())?.into_logits()?.into_value();
+            let scores = model
+                .forward(&input, Pass::default())?
+                .into_logits()?
+                .into_value();
             softmax(&scores, &SoftmaxMask::default())?
         }
     };
@@ -242,7 +276,10 @@ fn of_targets(model: &Model, batch: &Batch, draw: Option<u64>) -> Result<Vec<f64
     let all = numbers(&said)?;
     let rows = all.chunks(classes).zip(&batch.targets);
     let of = |(row, target): (&[f64], &u32)| row.get(*target as usize).copied();
-    Ok(rows.filter(|(_, target)| **target != IGNORE).filter_map(of).collect())
+    Ok(rows
+        .filter(|(_, target)| **target != IGNORE)
+        .filter_map(of)
+        .collect())
 }
 
 fn loss(probabilities: &[f64]) -> f64 {
@@ -362,9 +399,14 @@ fn on_text(setting: &Setting, size: Size) -> Result<(String, Vec<Claim>, Plot)> 
     let last = |found: &Losses| found.ensembles.last().copied().unwrap_or(f64::NAN);
     let best = |(name, found): &(&str, Losses)| {
         let (dense, ensemble) = (found.dense, last(found));
-        format!("{name}: dense {dense:.4}, ensemble {ensemble:.4}, member {:.4}", found.member)
+        format!(
+            "{name}: dense {dense:.4}, ensemble {ensemble:.4}, member {:.4}",
+            found.member
+        )
     };
-    let gains = curves.iter().all(|(_, found)| last(found) <= found.dense - 0.002);
+    let gains = curves
+        .iter()
+        .all(|(_, found)| last(found) <= found.dense - 0.002);
     let listed: Vec<String> = curves.iter().map(best).collect();
     let degraded = degradation(setting, size, recipe, vocabulary, &models)?;
     let mut claims = vec![
@@ -373,7 +415,10 @@ fn on_text(setting: &Setting, size: Size) -> Result<(String, Vec<Claim>, Plot)> 
              or better",
             "enwik8: 1.024 bits a character with subsets",
             told(&held),
-            after_training(setting.scale, get(&held, "local") <= get(&held, "dense") + 0.01),
+            after_training(
+                setting.scale,
+                get(&held, "local") <= get(&held, "dense") + 0.01,
+            ),
         ),
         Claim::new(
             "it has the smaller gap between text that was seen and text that wasn't",
@@ -430,7 +475,10 @@ fn degradation(
     Ok(Claim::new(
         "drawing a quarter of the keys costs a network that was trained dense more than one trained so",
         "hypothesis of the paper",
-        format!("nats lost by drawing without bias, by training: {}", told.join(", ")),
+        format!(
+            "nats lost by drawing without bias, by training: {}",
+            told.join(", ")
+        ),
         after_training(setting.scale, get("dense") > get("unbiased")),
     ))
 }

@@ -175,7 +175,8 @@ fn distances(setting: &Setting, size: Size) -> Result<Vec<Claim>> {
     }
     let told = told.join(", ");
     let (of, worst): (Vec<f64>, Vec<f64>) = found.into_iter().unzip();
-    let ordered = matches!(of.as_slice(), [softmax, three, many, ..] if softmax > three && three > many);
+    let ordered =
+        matches!(of.as_slice(), [softmax, three, many, ..] if softmax > three && three > many);
     let exact = matches!(worst.as_slice(), [_, _, _, qr, circuit] if *qr < 2e-4 && *circuit < 5e-6);
     Ok(vec![
         Claim::new(
@@ -201,9 +202,17 @@ fn injectivity(setting: &Setting, size: Size) -> Result<Claim> {
     let mut random = generator(setting.seed ^ 0x3416);
     let mut grids: BTreeSet<Vec<i8>> = BTreeSet::new();
     while grids.len() < size.grids {
-        grids.insert((0..GRID * GRID).map(|_| random.random_range(-1..=1)).collect());
+        grids.insert(
+            (0..GRID * GRID)
+                .map(|_| random.random_range(-1..=1))
+                .collect(),
+        );
     }
-    let entries: Vec<f32> = grids.iter().flatten().map(|entry| f32::from(*entry)).collect();
+    let entries: Vec<f32> = grids
+        .iter()
+        .flatten()
+        .map(|entry| f32::from(*entry))
+        .collect();
     let shape = (grids.len(), 1, GRID, GRID);
     let scores = engine(Tensor::from_vec(entries, shape, &Device::Cpu))?;
     let circuit = |layers| {
@@ -228,7 +237,9 @@ fn injectivity(setting: &Setting, size: Size) -> Result<Claim> {
         shares.push((name, different.len() as f64 / grids.len() as f64));
     }
     let of = |name: &str| super::sequences::of(&shares, name);
-    let least = shares.iter().all(|(name, share)| *name == "QR" || *share > of("QR"));
+    let least = shares
+        .iter()
+        .all(|(name, share)| *name == "QR" || *share > of("QR"));
     let told: Vec<String> = shares
         .iter()
         .map(|(name, share)| format!("{name} {:.2} %", 100.0 * share))
@@ -236,7 +247,11 @@ fn injectivity(setting: &Setting, size: Size) -> Result<Claim> {
     Ok(Claim::new(
         "grids of three values: a circuit of 8 layers tells at least 99.9 % apart, QR fewest",
         "all of 43 million 4×4 grids with 8 layers or more; Sinkhorn and QR don't",
-        format!("{} of {} grids, to three decimals", told.join(", "), grids.len()),
+        format!(
+            "{} of {} grids, to three decimals",
+            told.join(", "),
+            grids.len()
+        ),
         Verdict::of(of("circuit of 8 layers") >= 0.999 && least),
     ))
 }
@@ -275,7 +290,11 @@ fn vit(size: Size, operator: Operator, channels: usize, class_tokens: usize) -> 
         }],
         final_norm: Some(NormSpec::default()),
         head: HeadSpec::Pooled {
-            pool: if class_tokens > 0 { Pool::First } else { Pool::Mean },
+            pool: if class_tokens > 0 {
+                Pool::First
+            } else {
+                Pool::Mean
+            },
             norm: None,
             hidden: None,
             labels: Some(10),
@@ -314,7 +333,12 @@ fn stripes(count: usize, seed: u64) -> Vec<Example> {
     let each = digits(count, seed).into_iter().map(|digit| {
         let pixels: Vec<f32> = digit.tokens.iter().map(brightness).collect();
         let stripes: Vec<Vec<f32>> = (0..SIDE - 1)
-            .map(|row| pixels.get(row * SIDE..(row + 2) * SIDE).unwrap_or_default().to_vec())
+            .map(|row| {
+                pixels
+                    .get(row * SIDE..(row + 2) * SIDE)
+                    .unwrap_or_default()
+                    .to_vec()
+            })
             .collect();
         Example {
             pixels: in_a_row(&stripes, 1),
@@ -331,12 +355,19 @@ fn input(examples: &[Example], spec: &ModelSpec) -> Result<Input> {
     let pixels: Vec<f32> = examples.iter().flat_map(|e| e.pixels.clone()).collect();
     let [height, width] = patches.image;
     let shape = (examples.len(), patches.channels, height, width);
-    Ok(Input::Pixels(engine(Tensor::from_vec(pixels, shape, &Device::Cpu))?))
+    Ok(Input::Pixels(engine(Tensor::from_vec(
+        pixels,
+        shape,
+        &Device::Cpu,
+    ))?))
 }
 
 fn logits(model: &Model, examples: &[Example]) -> Result<Tensor> {
     let input = input(examples, model.spec())?;
-    Ok(model.forward(&input, Pass::default())?.into_logits()?.into_value())
+    Ok(model
+        .forward(&input, Pass::default())?
+        .into_logits()?
+        .into_value())
 }
 
 fn loss(model: &Model, examples: &[Example]) -> Result<Tensor> {
@@ -372,7 +403,8 @@ fn train_on(
 }
 
 fn drawn(examples: &[Example], batch: usize, random: &mut Generator) -> Vec<Example> {
-    let pick = (0..batch).filter_map(|_| examples.get(random.random_range(0..examples.len().max(1))));
+    let pick =
+        (0..batch).filter_map(|_| examples.get(random.random_range(0..examples.len().max(1))));
     pick.cloned().collect()
 }
 
@@ -422,7 +454,9 @@ fn on_digits(setting: &Setting, size: Size) -> Result<(Vec<Claim>, Plot)> {
         of.map_or(f64::NAN, |(_, right)| deviation(right))
     };
     let softmax = super::sequences::of(&means, "softmax");
-    let near = means.iter().all(|(_, right)| (right - softmax).abs() <= 1.5);
+    let near = means
+        .iter()
+        .all(|(_, right)| (right - softmax).abs() <= 1.5);
     let plot = Plot {
         title: "Digits in stripes, by seed".to_owned(),
         x: "seed".to_owned(),
@@ -459,7 +493,10 @@ fn search(model: Model, batch: &[Example], tries: usize, random: &mut Generator)
     let mut best = super::number(&loss(&model, batch)?)?;
     for _ in 0..tries {
         let mut moved = parameters.clone();
-        for (_, shift) in moved.iter_mut().filter(|(name, _)| name.ends_with("mechanism.shift")) {
+        for (_, shift) in moved
+            .iter_mut()
+            .filter(|(name, _)| name.ends_with("mechanism.shift"))
+        {
             let step: Vec<f32> = (0..shift.elem_count())
                 .map(|_| random.random_range(-0.1..0.1))
                 .collect();
@@ -555,7 +592,11 @@ fn composition(alphabet: &Alphabet, pool: &[Vec<Vec<f32>>], random: &mut Generat
             patches.push(channel(0).chain(channel(PATCH)).collect());
         }
     }
-    let label = if first == second { clothes[0] } else { clothes[1] };
+    let label = if first == second {
+        clothes[0]
+    } else {
+        clothes[1]
+    };
     Example {
         pixels: in_a_row(&patches, 2),
         label: label as u32,
@@ -566,7 +607,10 @@ fn compositions(setting: &Setting, size: Size) -> Result<Claim> {
     let alphabet = Alphabet::new(3);
     let mut pool = vec![Vec::new(); 10];
     for digit in digits(40 * size.batch.min(50), setting.seed) {
-        let pixels = digit.tokens.iter().map(|t| *t as f32 / (LEVELS - 1) as f32 - 0.5);
+        let pixels = digit
+            .tokens
+            .iter()
+            .map(|t| *t as f32 / (LEVELS - 1) as f32 - 0.5);
         if let Some(of) = pool.get_mut(digit.label as usize) {
             of.push(pixels.collect());
         }
@@ -580,7 +624,9 @@ fn compositions(setting: &Setting, size: Size) -> Result<Claim> {
             let spec = vit(size, operator.clone(), 2, 0);
             let next = || {
                 let batch = 0..size.batch.min(64);
-                batch.map(|_| composition(&alphabet, &pool, &mut random)).collect()
+                batch
+                    .map(|_| composition(&alphabet, &pool, &mut random))
+                    .collect()
             };
             let model = train_on(spec, &mut narrow(seed), size.compositions, next)?;
             let mut random = generator(seed ^ 0xe0e0);

@@ -96,14 +96,17 @@ fn brute(tree: &Tree, function: &Function, field: &[f64]) -> Vec<f64> {
     let of = |i: usize| {
         let distances = tree.distances(i);
         let each = distances.iter().zip(field);
-        each.map(|(distance, x)| function.value(*distance) * x).sum()
+        each.map(|(distance, x)| function.value(*distance) * x)
+            .sum()
     };
     (0..tree.vertices()).map(of).collect()
 }
 
 /// The largest difference, relative to the largest number.
 fn off(found: &[f64], expected: &[f64]) -> f64 {
-    let largest = expected.iter().fold(f64::MIN_POSITIVE, |m, x| m.max(x.abs()));
+    let largest = expected
+        .iter()
+        .fold(f64::MIN_POSITIVE, |m, x| m.max(x.abs()));
     let pairs = found.iter().zip(expected);
     pairs.fold(0.0, |m: f64, (a, b)| m.max((a - b).abs())) / largest
 }
@@ -147,10 +150,12 @@ fn on_random_trees(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Pl
             }
         }
         exponents.push((*name, exponent(&fast), exponent(&slow)));
-        series.extend([("integrator", fast), ("all pairs", slow)].map(|(way, points)| Series {
-            name: format!("{name}, {way}"),
-            points,
-        }));
+        series.extend(
+            [("integrator", fast), ("all pairs", slow)].map(|(way, points)| Series {
+                name: format!("{name}, {way}"),
+                points,
+            }),
+        );
     }
     let at_four: Vec<f64> = ratios
         .iter()
@@ -207,7 +212,10 @@ fn with_chords((vertices, chords): (usize, usize), random: &mut Generator) -> Re
         edges.push((v - 1, v, random.random_range(0.0..1.0)));
     }
     for _ in 0..chords {
-        let (a, b) = (random.random_range(0..vertices), random.random_range(0..vertices));
+        let (a, b) = (
+            random.random_range(0..vertices),
+            random.random_range(0..vertices),
+        );
         if a != b {
             edges.push((a, b, random.random_range(0.0..1.0)));
         }
@@ -271,7 +279,11 @@ fn on_a_mesh(setting: &Setting, size: &Size) -> Result<Claim> {
         for step in 0..around {
             let here = point(ring, step);
             normals.extend(here);
-            edges.push((at(ring, step), at(ring, step + 1), apart(here, point(ring, step + 1))));
+            edges.push((
+                at(ring, step),
+                at(ring, step + 1),
+                apart(here, point(ring, step + 1)),
+            ));
             if ring + 1 < rings {
                 let below = point(ring + 1, step);
                 edges.push((at(ring, step), at(ring + 1, step), apart(here, below)));
@@ -298,10 +310,12 @@ fn on_a_mesh(setting: &Setting, size: &Size) -> Result<Claim> {
     )?;
     let length = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
     let rows = spread.chunks(3).zip(normals.chunks(3)).zip(&known);
-    let cosines = rows.filter(|(_, known)| !**known).map(|((found, normal), _)| {
-        let product: f64 = found.iter().zip(normal).map(|(a, b)| a * b).sum();
-        product / (length(found) * length(normal)).max(f64::MIN_POSITIVE)
-    });
+    let cosines = rows
+        .filter(|(_, known)| !**known)
+        .map(|((found, normal), _)| {
+            let product: f64 = found.iter().zip(normal).map(|(a, b)| a * b).sum();
+            product / (length(found) * length(normal)).max(f64::MIN_POSITIVE)
+        });
     let cosine = mean(cosines);
     Ok(Claim::new(
         "normals of a mesh of which four fifths are hidden are found with a mean cosine of at least 0.9",
@@ -320,8 +334,9 @@ fn spectra(setting: &Setting, size: &Size) -> Result<Claim> {
     for index in 0..2 * size.graphs {
         // Rings with chords between near vertices, or between any.
         let near = index % 2 == 0;
-        let mut edges: Vec<(usize, usize, f64)> =
-            (0..VERTICES).map(|v| (v, (v + 1) % VERTICES, 1.0)).collect();
+        let mut edges: Vec<(usize, usize, f64)> = (0..VERTICES)
+            .map(|v| (v, (v + 1) % VERTICES, 1.0))
+            .collect();
         for _ in 0..VERTICES / 2 {
             let a = random.random_range(0..VERTICES);
             let b = match near {
@@ -344,9 +359,8 @@ fn spectra(setting: &Setting, size: &Size) -> Result<Claim> {
         features.push((near, values));
     }
     // Each is named by its three nearest among the others.
-    let apart = |a: &[f64], b: &[f64]| -> f64 {
-        a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum()
-    };
+    let apart =
+        |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum() };
     let mut right = 0;
     for (index, (kind, values)) in features.iter().enumerate() {
         let mut others: Vec<(f64, bool)> = features
@@ -356,7 +370,11 @@ fn spectra(setting: &Setting, size: &Size) -> Result<Claim> {
             .map(|(_, (kind, other))| (apart(values, other), *kind))
             .collect();
         others.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let votes = others.iter().take(3).filter(|(_, other)| other == kind).count();
+        let votes = others
+            .iter()
+            .take(3)
+            .filter(|(_, other)| other == kind)
+            .count();
         right += usize::from(votes >= 2);
     }
     let share = right as f64 / features.len() as f64;
@@ -422,5 +440,8 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<Claim> {
         super::sequences::listed(&found),
         after_training(setting.scale, better),
     )
-    .noted(format!("features x², {} seed(s), a table of positions for all", size.seeds)))
+    .noted(format!(
+        "features x², {} seed(s), a table of positions for all",
+        size.seeds
+    )))
 }

@@ -15,9 +15,7 @@
 //! step pays for its own row. Memory of the state: `groups · (head_width + value_width)` numbers
 //! per token. Parameters: `width · (head_width + value_width) · (heads + groups)` and the biases.
 
-use super::mechanism::{
-    self, Mechanism, MechanismPass, MechanismSpec, Memory, Resumed, Scores,
-};
+use super::mechanism::{self, Mechanism, MechanismPass, MechanismSpec, Memory, Resumed, Scores};
 use crate::dropout::{dropout, seed_of_site};
 use crate::error::{bounded, tensor};
 use crate::norm::{Norm, NormSpec};

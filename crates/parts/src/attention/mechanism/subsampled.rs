@@ -175,11 +175,13 @@ impl Describe for SubsampledSpec {
         }
         let subsets = self.subsets(heads.causal);
         if subsets == Subsets::Refused {
-            let expected = "softmax, or a mechanism that can leave any of its keys out, such as fastmax";
+            let expected =
+                "softmax, or a mechanism that can leave any of its keys out, such as fastmax";
             return Err(Error::spec(at("inner.kind"), self.inner.kind(), expected));
         }
         if self.per_head && subsets == Subsets::AsPadding {
-            let expected = "false where keys that are left out are as padding, which all heads share";
+            let expected =
+                "false where keys that are left out are as padding, which all heads share";
             return Err(Error::spec(at("per_head"), true, expected));
         }
         if self.own && !self.inner.is_softmax() {
@@ -335,7 +337,15 @@ impl Subsampled {
             false => None,
         };
         if let Some(bias) = &scores.bias {
-            let laid = LaidOut::new(&sequences, windows, rule, (q, k), self.heads.scale, bias, own)?;
+            let laid = LaidOut::new(
+                &sequences,
+                windows,
+                rule,
+                (q, k),
+                self.heads.scale,
+                bias,
+                own,
+            )?;
             return Ok(Box::new(laid));
         }
         let mut blocks = Blocks::default();
@@ -384,7 +394,11 @@ impl Subsampled {
             (0..most).map(move |slot| u8::from(slot < kept))
         });
         let device = k.device();
-        let keep = tensor(Tensor::from_vec(keep.collect::<Vec<_>>(), (batch, most), device))?;
+        let keep = tensor(Tensor::from_vec(
+            keep.collect::<Vec<_>>(),
+            (batch, most),
+            device,
+        ))?;
         let picked = tensor(Tensor::from_vec(picked, batch * heads * most, device))?;
         let fewer = pick(k, &picked)?;
         let keep = Some(&keep);
@@ -432,7 +446,9 @@ fn shuffled(length: usize, radius: f64, generator: &mut ChaCha8Rng) -> Vec<usize
 fn cut(length: usize, size: usize) -> Vec<std::ops::Range<usize>> {
     let count = (length / size.max(1)).max(1);
     let bound = |window: usize| window * length / count;
-    (0..count).map(|window| bound(window)..bound(window + 1)).collect()
+    (0..count)
+        .map(|window| bound(window)..bound(window + 1))
+        .collect()
 }
 
 fn line_windows(
@@ -446,7 +462,11 @@ fn line_windows(
     let size = if causal { kept.div_ceil(2) } else { kept };
     let windows = cut(length, size);
     let first = |window: usize| {
-        let window = if causal { window.saturating_sub(1) } else { window };
+        let window = if causal {
+            window.saturating_sub(1)
+        } else {
+            window
+        };
         windows.get(window).map_or(0, |range| range.start)
     };
     let each = windows.iter().enumerate().map(|(window, range)| {

@@ -31,7 +31,11 @@ fn square(matrix: &Tensor) -> Result<(Vec<f64>, usize)> {
                 Some(entry) => Err(Error::spec("an entry", entry, "a finite number")),
             }
         }
-        _ => Err(Error::spec("shape", matrix.dims(), "that of a square matrix")),
+        _ => Err(Error::spec(
+            "shape",
+            matrix.dims(),
+            "that of a square matrix",
+        )),
     }
 }
 
@@ -68,7 +72,8 @@ fn project(matrix: &[f64], size: usize) -> Vec<f64> {
         let mut moved: f64 = 0.0;
         for (at, (entry, taken)) in found.iter_mut().zip(&mut taken).enumerate() {
             // P − (r 1ᵀ + 1 cᵀ) / T + (1ᵀ r) / T²
-            let sums = *entry - (rows[at / size] + columns[at % size]) / count + all / (count * count);
+            let sums =
+                *entry - (rows[at / size] + columns[at % size]) / count + all / (count * count);
             let with = sums + *taken;
             let next = with.max(0.0);
             *taken = with - next;

@@ -1,5 +1,5 @@
 //! A parametric quantum circuit as a map from angles to doubly stochastic matrices, simulated exactly
-//! (QontOT: Mariella et al., 2024, arXiv 2402.09120).
+//! (QontOT: Mariella et al., 2024, arXiv 2402.14991).
 //!
 //! On `n_w = q_d + q_x` qubits, `q_d` of them for data, angles `φ` make a unitary `W(φ)` of
 //! `N = 2^{n_w}` rows. Of a register that is entangled with its copy, `W` acts on one half and the data
@@ -302,7 +302,8 @@ impl State {
                 }
                 // −iσ_z/2: (b − ia) / 2 in the first, (−b + ia) / 2 in the second.
                 Axis::Z => {
-                    dot(d_real, low, imaginary, low) - dot(d_imaginary, low, real, low)
+                    dot(d_real, low, imaginary, low)
+                        - dot(d_imaginary, low, real, low)
                         - dot(d_real, high, imaginary, high)
                         + dot(d_imaginary, high, real, high)
                 }
@@ -315,7 +316,10 @@ impl State {
 /// Two rows of `width`, the first of which comes before the second.
 fn two(part: &mut [f64], low: usize, high: usize, width: usize) -> (&mut [f64], &mut [f64]) {
     let (before, from) = part.split_at_mut(high * width);
-    (&mut before[low * width..(low + 1) * width], &mut from[..width])
+    (
+        &mut before[low * width..(low + 1) * width],
+        &mut from[..width],
+    )
 }
 
 /// `e^{−iφσ/2}` on two rows, `c` and `s` being cosine and sine of half the angle.

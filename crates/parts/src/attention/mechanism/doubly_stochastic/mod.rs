@@ -316,7 +316,8 @@ impl CircuitSpec {
         };
         let scores = scored.bordered(&scores, ABSENT)?;
         let missing = circuit.tokens() - tokens;
-        let mut scores = tensor(tensor(scores.pad_with_zeros(3, 0, missing))?.pad_with_zeros(2, 0, missing))?;
+        let mut scores =
+            tensor(tensor(scores.pad_with_zeros(3, 0, missing))?.pad_with_zeros(2, 0, missing))?;
         if missing > 0 {
             let size = circuit.tokens();
             let mut diagonal = vec![0f64; size * size];
@@ -395,8 +396,7 @@ impl Scored {
         if self.real.is_none() {
             return Ok(scores.clone());
         }
-        let pairs = self.pairs(scores)?;
-        let added = tensor((1.0 - pairs)?.affine(hidden, 0.0))?;
+        let added = tensor(self.pairs(scores)?.affine(-hidden, hidden))?;
         // What a pad's scores are must not matter, however large.
         tensor(self.real(scores)? + added)
     }
@@ -428,8 +428,13 @@ impl Describe for DoublyStochasticSpec {
 
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
         if matches!(self.operator, Operator::NormSoftmax { .. }) && heads.scale <= 0.0 {
-            let expected = "another operator where the scale is not positive: its inverse is the temperature";
-            return Err(Error::spec(format!("{field}.operator.kind"), "norm-softmax", expected));
+            let expected =
+                "another operator where the scale is not positive: its inverse is the temperature";
+            return Err(Error::spec(
+                format!("{field}.operator.kind"),
+                "norm-softmax",
+                expected,
+            ));
         }
         self.operator.validate(&format!("{field}.operator"))
     }

@@ -21,7 +21,8 @@ pub(super) fn squared(scores: &Tensor, scored: &Scored, seed: u64) -> Result<Ten
     let full = match deficient {
         None => full,
         Some(deficient) => {
-            let noise = scored.real(&noise(&full, seed)?.broadcast_as(full.dims())?)?;
+            let noise = tensor(noise(&full, seed)?.broadcast_as(full.dims()))?;
+            let noise = scored.real(&noise)?;
             tensor(full + tensor(noise.broadcast_mul(&deficient))?)?
         }
     };

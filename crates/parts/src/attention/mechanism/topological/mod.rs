@@ -174,12 +174,13 @@ impl Topological {
     /// `M` by distance, `[heads, distances]`.
     fn by_distance(&self, distances: usize) -> Result<Tensor> {
         let powers: Vec<f64> = (0..3)
-            .flat_map(|power| {
-                (0..distances).map(move |s| (s as f64 / self.spec.unit).powi(power))
-            })
+            .flat_map(|power| (0..distances).map(move |s| (s as f64 / self.spec.unit).powi(power)))
             .collect();
         let powers = tensor(Tensor::from_vec(powers, (3, distances), self.mask.device()))?;
-        let z = tensor(self.mask.matmul(&tensor(powers.to_dtype(self.mask.dtype()))?))?;
+        let z = tensor(
+            self.mask
+                .matmul(&tensor(powers.to_dtype(self.mask.dtype()))?),
+        )?;
         let mask = match self.spec.mask {
             Mask::Exponential => tensor(z.exp())?,
             Mask::Identity => tensor(z + 1.0)?,

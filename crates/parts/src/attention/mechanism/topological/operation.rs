@@ -15,7 +15,11 @@ pub(super) fn distances(cut: &IntegratorTree) -> usize {
 
 /// The distance between the outermost levels of two sides.
 fn farthest(sides: &[Side; 2]) -> usize {
-    let last = |side: &Side| side.distances.last().map_or(0, |distance| *distance as usize);
+    let last = |side: &Side| {
+        side.distances
+            .last()
+            .map_or(0, |distance| *distance as usize)
+    };
     last(&sides[0]) + last(&sides[1])
 }
 
@@ -89,7 +93,10 @@ fn collected(side: &Side, a: Rows<'_>, b: Rows<'_>) -> Vec<f64> {
 }
 
 fn places(side: &Side) -> Vec<usize> {
-    side.distances.iter().map(|distance| *distance as usize).collect()
+    side.distances
+        .iter()
+        .map(|distance| *distance as usize)
+        .collect()
 }
 
 /// `Σ_j M_ij (a_i · b_j) c_j`, `[length, c.width]`.
@@ -100,7 +107,11 @@ fn product(cut: &IntegratorTree, mask: &[f64], a: Rows<'_>, b: Rows<'_>, c: Rows
         for (&i, distances) in leaf.vertices.iter().zip(leaf.distances.chunks(count)) {
             let sum = &mut sum[i * c.width..][..c.width];
             for (&j, distance) in leaf.vertices.iter().zip(distances) {
-                add(sum, mask[*distance as usize] * dot(a.row(i), b.row(j)), c.row(j));
+                add(
+                    sum,
+                    mask[*distance as usize] * dot(a.row(i), b.row(j)),
+                    c.row(j),
+                );
             }
         }
     }
@@ -126,11 +137,7 @@ fn product(cut: &IntegratorTree, mask: &[f64], a: Rows<'_>, b: Rows<'_>, c: Rows
 }
 
 /// `Σ_{ij: dist(i, j) = s} (a_i · b_j) (g_i · c_j)` for every distance `s`.
-fn by_distance(
-    cut: &IntegratorTree,
-    distances: usize,
-    [a, b, c, g]: [Rows<'_>; 4],
-) -> Vec<f64> {
+fn by_distance(cut: &IntegratorTree, distances: usize, [a, b, c, g]: [Rows<'_>; 4]) -> Vec<f64> {
     let mut found = vec![0.0; distances];
     for leaf in cut.leaves() {
         let count = leaf.vertices.len();
@@ -182,7 +189,13 @@ impl ByHand for Masked {
         let [q, k, v, mask] = [0, 1, 2, 3].map(|input| inputs[input]);
         let each = (0..self.count(q)).into_par_iter().map(|head| {
             let [q, k] = [q, k].map(|x| self.of(x, head, self.features));
-            product(&self.cut, self.mask(mask, head), q, k, self.of(v, head, self.width))
+            product(
+                &self.cut,
+                self.mask(mask, head),
+                q,
+                k,
+                self.of(v, head, self.width),
+            )
         });
         each.collect::<Vec<_>>().concat()
     }
@@ -203,7 +216,9 @@ impl ByHand for Masked {
         });
         let each: Vec<[Vec<f64>; 4]> = each.collect();
         let joined = |part: usize| -> Vec<f64> {
-            each.iter().flat_map(|parts| parts[part].iter().copied()).collect()
+            each.iter()
+                .flat_map(|parts| parts[part].iter().copied())
+                .collect()
         };
         let mut of_mask = vec![0.0; mask.len()];
         for (head, parts) in each.iter().enumerate() {
