@@ -124,6 +124,32 @@ def versions(n):
         first, rest = weights.split([stride, segments], -1)
         return torch.einsum("bhsij,bhsjd->bhsid", first, v) + torch.einsum("bhsit,bhtd->bhsid", rest, sv)
 
+    def sinkhorn(q, k, v):
+        scores = (q @ k.transpose(-1, -2)) * scale
+        for along in (-1, -2, -1):
+            scores = scores - scores.logsumexp(along, keepdim=True)
+        return scores.exp() @ v
+
+    def topological(q, k, v):
+        s = distance / n
+        weights = (q.relu() @ k.relu().transpose(-1, -2)) * (0.0 + 0.0 * s + 0.0 * s * s).exp()
+        return weights / weights.sum(-1, keepdim=True) @ v
+
+    def subsampled(q, k, v):
+        kept = torch.randperm(n)[: n // 4]
+        return F.scaled_dot_product_attention(q, k[:, :, kept], v[:, :, kept])
+
+    def subsampled_local(q, k, v):
+        # Windows of an eighth, each with the one before, over locally shuffled keys.
+        order = (positions + n / 8 * (2 * torch.rand(n) - 1)).argsort()
+        window = n // 8
+        near = (positions[:, None] // window - positions[None] // window).abs() <= 1
+        near = near & (positions[:, None] // window >= positions[None] // window)
+        own = torch.eye(n, dtype=torch.bool)
+        mask = torch.zeros(n, n, dtype=torch.bool)
+        mask[:, order] = near
+        return masked(q, k, v, (mask & causal) | own)
+
     return {
         "softmax": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
         "softmax, causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
@@ -137,6 +163,10 @@ def versions(n):
         "sparse, fixed by the root": sparse_fixed,
         "reformer, 2 rounds of chunks of 64": reformer,
         "combiner, segments of the root": combiner,
+        "doubly stochastic, sinkhorn": sinkhorn,
+        "topological, on a path": topological,
+        "subsampled, a quarter of the keys": subsampled,
+        "subsampled, local, causal": subsampled_local,
     }
 
 

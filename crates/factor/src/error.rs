@@ -68,6 +68,12 @@ pub enum Error {
         /// What showed it.
         detail: String,
     },
+    /// A graph that is none, or is not the kind that is asked for.
+    #[error("the graph {detail}")]
+    Graph {
+        /// What is wrong with it.
+        detail: String,
+    },
     /// An iteration did not converge.
     #[error("the {what} of a {rows} by {columns} matrix did not converge")]
     NoConvergence {

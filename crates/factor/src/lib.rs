@@ -8,6 +8,7 @@
 //! - [`WeightedSvd`]: the best low-rank pair of layers for a stored weight under a [`Metric`],
 //!   from plain SVD to the Kronecker-factored Fisher information.
 //! - [`Regression`]: the best linear map between rows, streaming; [`nearest_distances`].
+//! - [`trees`]: products with functions of the distances in a tree, without the matrix.
 //! - [`rank`]: how many parameters a rank costs, and which rank a budget buys.
 //!
 //! ```
@@ -30,6 +31,7 @@ mod matrix;
 mod neighbours;
 pub mod rank;
 mod regression;
+pub mod trees;
 mod weighted;
 
 pub use decompose::{

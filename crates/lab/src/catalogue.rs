@@ -12,9 +12,12 @@ use lapidary_model::{
     AbsolutePosition, HeadSpec, Input, InputSpec, Model, ModelSpec, Pass, TokenInput,
 };
 use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
+use lapidary_parts::attention::mechanism::doubly_stochastic::{DoublyStochasticSpec, Operator};
 use lapidary_parts::attention::mechanism::linformer::LinformerSpec;
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
 use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
+use lapidary_parts::attention::mechanism::subsampled::SubsampledSpec;
+use lapidary_parts::attention::mechanism::topological::TopologicalSpec;
 use lapidary_parts::attention::{MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeySharing};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, MixtureSpec};
@@ -285,6 +288,52 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
         ),
         entry(
             "attention",
+            "subsampled, a quarter",
+            "a random quarter of the keys, in training (Hussain et al., 2023)",
+            none,
+            attention(MultiHeadSpec {
+                causal: false,
+                mechanism: MechanismSpec::Subsampled(SubsampledSpec::default()),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "doubly stochastic, sinkhorn",
+            "rows and columns normalised in turns, three times (Sander et al., 2022)",
+            none,
+            attention(MultiHeadSpec {
+                causal: false,
+                mechanism: MechanismSpec::DoublyStochastic(DoublyStochasticSpec::default()),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "doubly stochastic, qr",
+            "the squares of an orthogonal factor of the scores (Born et al., 2025)",
+            none,
+            attention(MultiHeadSpec {
+                causal: false,
+                mechanism: MechanismSpec::DoublyStochastic(DoublyStochasticSpec {
+                    operator: Operator::Qr { seed: 0 },
+                }),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "topological",
+            "linear attention by the distance on a path (Choromanski et al., 2024)",
+            none,
+            attention(MultiHeadSpec {
+                causal: false,
+                mechanism: MechanismSpec::Topological(TopologicalSpec::default()),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
             "mamba",
             "selective state-space recurrence (Gu & Dao, 2023)",
             none,
@@ -471,7 +520,7 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
     let mut times: Vec<f64> = (0..5)
         .map(|_| {
             let started = Instant::now();
-            model.forward(&input, Pass::default())?;
+            model.forward(&input, drawing())?;
             Ok(started.elapsed().as_secs_f64() * 1e3)
         })
         .collect::<Result<_>>()?;
@@ -510,8 +559,16 @@ pub(crate) fn metered(model: &Model, length: usize) -> Result<std::sync::Arc<Met
         &tokens(model, length)?,
         Pass {
             trace: Some(&trace),
-            ..Pass::default()
+            ..drawing()
         },
     )?;
     Ok(meter)
+}
+
+/// A pass in which mixers draw, as in training.
+fn drawing<'a>() -> Pass<'a> {
+    Pass {
+        draw: Some(0),
+        ..Pass::default()
+    }
 }

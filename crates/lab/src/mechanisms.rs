@@ -4,12 +4,15 @@ use crate::Result;
 use lapidary_kernels::Tensor;
 use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
+use lapidary_parts::attention::mechanism::doubly_stochastic::DoublyStochasticSpec;
 use lapidary_parts::attention::mechanism::fastmax::FastmaxSpec;
 use lapidary_parts::attention::mechanism::kernelized::KernelizedSpec;
 use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
 use lapidary_parts::attention::mechanism::lion::{LionDecay, LionSpec};
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
 use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
+use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec};
+use lapidary_parts::attention::mechanism::topological::TopologicalSpec;
 use lapidary_parts::attention::mechanism::{self, MechanismPass};
 use lapidary_parts::attention::{MechanismSpec, QueryKeySharing};
 use lapidary_signal::{Mixing, Trace};
@@ -122,6 +125,27 @@ static MECHANISMS: &[Mechanism] = &[
         MechanismSpec::Combiner(CombinerSpec {
             form: CombinerForm::LogSparse,
             log_count: false,
+        })
+    }),
+    entry("doubly stochastic, sinkhorn", false, true, |_| {
+        MechanismSpec::DoublyStochastic(DoublyStochasticSpec::default())
+    }),
+    entry("topological, on a path", false, false, |length| {
+        MechanismSpec::Topological(TopologicalSpec {
+            unit: length as f64,
+            ..TopologicalSpec::default()
+        })
+    }),
+    entry("subsampled, a quarter of the keys", false, true, |_| {
+        MechanismSpec::Subsampled(SubsampledSpec::default())
+    }),
+    entry("subsampled, local, causal", true, true, |length| {
+        MechanismSpec::Subsampled(SubsampledSpec {
+            selection: Selection::Local {
+                radius: length as f64 / 8.0,
+                columns: None,
+            },
+            ..SubsampledSpec::default()
         })
     }),
 ];

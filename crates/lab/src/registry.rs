@@ -274,6 +274,16 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::geometry::run,
     },
     System {
+        slug: "information-pathways",
+        title: "The Information Pathways Hypothesis: Transformers are Dynamic Self-Ensembles",
+        authors: "Hussain, Zaki, Subramanian",
+        year: 2023,
+        arxiv: Some("2306.01705"),
+        kind: Kind::Attention,
+        parts: &["parts::attention::mechanism::subsampled", "model::ensemble"],
+        experiment: experiments::information_pathways::run,
+    },
+    System {
         slug: "introduction-to-transformers",
         title: "An Introduction to Transformers",
         authors: "Turner",
@@ -410,6 +420,16 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::pruning_study::run,
     },
     System {
+        slug: "qdsformer",
+        title: "Quantum Doubly Stochastic Transformers",
+        authors: "Born, Skogh, Rhrissorrakrai, Utro, Wagner, Sobczyk",
+        year: 2025,
+        arxiv: Some("2504.16275"),
+        kind: Kind::Attention,
+        parts: &["parts::attention::mechanism::doubly_stochastic"],
+        experiment: experiments::qdsformer::run,
+    },
+    System {
         slug: "rducb",
         title: "Are Random Decompositions all we need in High Dimensional Bayesian Optimisation?",
         authors: "Ziomek, Bou-Ammar",
@@ -473,6 +493,16 @@ static SYSTEMS: &[System] = &[
         kind: Kind::Explanation,
         parts: &["explain::analyses::channels"],
         experiment: experiments::talking_heads::run,
+    },
+    System {
+        slug: "tree-field-integrators",
+        title: "Fast Tree-Field Integrators: From Low Displacement Rank to Topological Transformers",
+        authors: "Choromanski, Sehanobish, Basu Roy Chowdhury, Lin, Dubey, Sarlos, Chaturvedi",
+        year: 2024,
+        arxiv: Some("2406.15881"),
+        kind: Kind::Attention,
+        parts: &["factor::trees", "parts::attention::mechanism::topological"],
+        experiment: experiments::tree_fields::run,
     },
 ];
 

@@ -140,6 +140,11 @@ fn hidden_geometry() {
 }
 
 #[test]
+fn information_pathways() {
+    check("information-pathways");
+}
+
+#[test]
 fn introduction_to_transformers() {
     let reproduction = check("introduction-to-transformers");
     let holds = reproduction
@@ -185,6 +190,16 @@ fn mamba_shedder() {
 #[test]
 fn pruning_study() {
     check("pruning-study");
+}
+
+#[test]
+fn qdsformer() {
+    check("qdsformer");
+}
+
+#[test]
+fn tree_field_integrators() {
+    check("tree-field-integrators");
 }
 
 #[test]
@@ -272,6 +287,7 @@ fn every_system_is_tested_here() {
             "fusegpt",
             "fwsvd",
             "hidden-geometry",
+            "information-pathways",
             "introduction-to-transformers",
             "kernelized-transformer",
             "linearity",
@@ -284,12 +300,14 @@ fn every_system_is_tested_here() {
             "modegpt",
             "over-squashing",
             "pruning-study",
+            "qdsformer",
             "rducb",
             "reformer",
             "replaceme",
             "slicegpt",
             "sparse-transformer",
             "talking-heads",
+            "tree-field-integrators",
         ]
     );
     assert!(find("decompy").unwrap_err().to_string().contains("decompx"));

@@ -13,6 +13,7 @@
 //! - [`generation`]: from a model to text.
 
 pub mod checkpoint;
+mod ensemble;
 mod error;
 pub mod files;
 pub mod generation;
@@ -31,6 +32,7 @@ mod spec;
 pub mod tokenizer;
 
 pub use checkpoint::Checkpoint;
+pub use ensemble::{Averaged, Ensemble, self_ensemble};
 pub use error::{Error, Result};
 pub use huggingface::Config;
 pub use input::Input;

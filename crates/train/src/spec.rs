@@ -32,6 +32,9 @@ pub struct TrainSpec {
     /// Decay of a moving average of the parameters, which is then what is validated and saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub average: Option<f64>,
+    /// Last steps in which mixers draw nothing: they consolidate what was trained on subsets of keys.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub dense_steps: u64,
     /// Recompute blocks in the backward pass instead of remembering their intermediates.
     #[serde(default)]
     pub recompute: bool,
@@ -60,6 +63,14 @@ pub struct TrainSpec {
 
 fn one() -> usize {
     1
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// The learning rate over the run's steps.
@@ -418,6 +429,10 @@ impl TrainSpec {
                 self.length.to_string(),
                 "at least 1 and at most the model's length",
             );
+        }
+        if self.dense_steps > self.steps {
+            let expected = "at most the number of steps";
+            return wrong("dense_steps", self.dense_steps.to_string(), expected);
         }
         if self.accumulate == 0 || !self.batch.is_multiple_of(self.accumulate) {
             return wrong(

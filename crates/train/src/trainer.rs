@@ -129,6 +129,7 @@ impl Trainer {
         let rate = self.schedule.rate(self.step);
         let rows = self.spec.batch / self.spec.accumulate;
         let dropout_seed = self.generator.next_u64();
+        let draws = self.step + self.spec.dense_steps < self.spec.steps;
         let (mut loss, mut tokens, mut store) = (0.0, 0, None);
         let mut sum = Gradients::default();
         for part in 0..self.spec.accumulate {
@@ -144,7 +145,7 @@ impl Trainer {
             };
             let pass = Pass {
                 dropout_seed: Some(dropout_seed.wrapping_add(part as u64)),
-                draw: Some(dropout_seed.wrapping_add(part as u64)),
+                draw: draws.then(|| dropout_seed.wrapping_add(part as u64)),
                 recomputation: recomputation.as_ref(),
                 trace: streams.as_ref(),
                 ..Pass::default()

@@ -57,6 +57,7 @@ fn trainer(optimiser: OptimiserSpec, average: Option<f64>, accumulate: usize) ->
         accumulate,
         clip: Some(0.5),
         average,
+        dense_steps: 0,
         recompute: false,
         alignment: None,
         schedule: ScheduleSpec {

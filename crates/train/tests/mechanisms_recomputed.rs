@@ -1,4 +1,4 @@
-//! Blocks that are recomputed in the backward pass draw what they drew: dropout, hashes.
+//! Blocks that are recomputed in the backward pass draw what they drew: dropout, hashes, subsets.
 #![allow(clippy::unwrap_used)]
 
 use lapidary_kernels::{DType, Device};
@@ -26,8 +26,8 @@ fn model(mechanism: &str) -> ModelSpec {
     serde_json::from_str(&json).unwrap()
 }
 
-/// Losses and parameters of a few steps.
-fn run(mechanism: &str, recompute: bool) -> (Vec<f64>, Vec<Vec<f32>>) {
+/// Losses and parameters of a few steps, the last of which may draw nothing.
+fn run(mechanism: &str, recompute: bool, dense_steps: u64) -> (Vec<f64>, Vec<Vec<f32>>) {
     let spec = TrainSpec {
         seed: 5,
         steps: 3,
@@ -36,6 +36,7 @@ fn run(mechanism: &str, recompute: bool) -> (Vec<f64>, Vec<Vec<f32>>) {
         accumulate: 1,
         clip: None,
         average: None,
+        dense_steps,
         recompute,
         alignment: None,
         schedule: ScheduleSpec {
@@ -69,8 +70,32 @@ fn steps_with_and_without_recomputation_are_the_same_bit_for_bit() {
         r#""mechanism": { "kind": "sparse", "pattern": { "kind": "strided", "stride": 5 } }"#,
         r#""sharing": "query-key",
            "mechanism": { "kind": "reformer", "chunk": 4, "rounds": 2, "buckets": [6] }"#,
+        r#""mechanism": { "kind": "subsampled", "keep": 0.25, "per_head": true }"#,
+        r#""position": { "kind": "relative-buckets", "buckets": 8, "max_distance": 16 },
+           "mechanism": {
+               "kind": "subsampled", "selection": { "kind": "local", "radius": 3 }
+           }"#,
+        r#""mechanism": { "kind": "subsampled", "inner": { "kind": "fastmax" } }"#,
         r#""mechanism": { "kind": "combiner", "form": { "kind": "fixed", "segment": 5 } }"#,
     ] {
-        assert_eq!(run(mechanism, true), run(mechanism, false), "{mechanism}");
+        assert_eq!(
+            run(mechanism, true, 0),
+            run(mechanism, false, 0),
+            "{mechanism}"
+        );
     }
+}
+
+#[test]
+fn subsets_of_keys_are_drawn_anew_in_each_step_but_the_last() {
+    let dense = run("\"bias\": true", false, 0);
+    let drawn = |dense_steps| {
+        let mechanism = r#""mechanism": { "kind": "subsampled", "keep": 0.25 }"#;
+        run(mechanism, false, dense_steps)
+    };
+    let (always, at_first, never) = (drawn(0), drawn(1), drawn(3));
+    assert_eq!(never, dense, "without draws it is softmax");
+    assert_eq!(always.0[..2], at_first.0[..2]);
+    assert_ne!(always.0[2], at_first.0[2]);
+    assert_ne!(always.0[0], dense.0[0]);
 }

@@ -138,6 +138,8 @@ pub struct Recipe {
     pub peak: f64,
     /// A term that keeps the residual stream from turning.
     pub alignment: Option<AlignmentSpec>,
+    /// Last steps in which mixers draw nothing.
+    pub dense_steps: u64,
     /// Whether initial weights have the deviation `1 / √input`, as suits narrow models.
     pub narrow: bool,
 }
@@ -149,6 +151,7 @@ impl Default for Recipe {
             length: LENGTH,
             peak: 3e-3,
             alignment: None,
+            dense_steps: 0,
             narrow: false,
         }
     }
@@ -219,6 +222,7 @@ pub fn train_from(
         accumulate: 1,
         clip: Some(1.0),
         average: None,
+        dense_steps: recipe.dense_steps,
         recompute: false,
         alignment: recipe.alignment,
         schedule: ScheduleSpec {

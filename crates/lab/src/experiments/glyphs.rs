@@ -63,6 +63,14 @@ impl Alphabet {
         }
         Self { shapes }
     }
+
+    /// Which pixels of a glyph are lit, row by row; none of a class that there isn't.
+    pub fn pixels(&self, class: usize) -> Vec<bool> {
+        let shape = self.shapes.get(class).copied().unwrap_or_default();
+        let cell = |pixel: usize| pixel / GLYPH / 2 * 4 + pixel % GLYPH / 2;
+        let lit = |pixel: usize| shape.get(cell(pixel)).copied().unwrap_or(false);
+        (0..GLYPH * GLYPH).map(lit).collect()
+    }
 }
 
 /// A glyph on the canvas.

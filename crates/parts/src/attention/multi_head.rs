@@ -16,7 +16,7 @@
 //! per token. Parameters: `width · (head_width + value_width) · (heads + groups)` and the biases.
 
 use super::by_place::ByPlace;
-use super::mechanism::{self, Mechanism, MechanismPass, MechanismSpec, Memory, Resumed};
+use super::mechanism::{self, Mechanism, MechanismPass, MechanismSpec, Memory, Resumed, Scores};
 use crate::dropout::{dropout, seed_of_site};
 use crate::error::{bounded, tensor};
 use crate::norm::{Norm, NormSpec};
@@ -502,9 +502,9 @@ impl MultiHeadAttention {
         let k = self.normalise(&k, &self.key_norm)?;
         let (q, k) = self.rotate(q, k, cx.offset)?;
         self.check_scores(cx, state.is_some())?;
-        if let Some(mechanism) = &self.mechanism {
-            let mixed =
-                self.through(mechanism.as_ref(), [x, &q, &k, &v], key_padding, cx, state)?;
+        let mechanism = self.mechanism.as_deref();
+        if let Some(mechanism) = mechanism.filter(|mechanism| !mechanism.is_softmax(cx)) {
+            let mixed = self.through(mechanism, [x, &q, &k, &v], key_padding, cx, state)?;
             let mixed = site("mixed", mixed)?;
             return Ok(site("out", mixed.linear_output(&self.output)?)?);
         }
@@ -516,13 +516,6 @@ impl MultiHeadAttention {
             Some(bias) => self.with_key_bias(&q, &k, bias)?,
             None => (q, k),
         };
-        let (queries, keys) = (q.dims()[1], k.dims()[1]);
-        let span = Span {
-            queries,
-            keys,
-            offset: cx.offset,
-            draw: cx.draw.map(|seed| seed_of_site(seed, &self.path)),
-        };
         let options = AttentionOptions {
             scale: self.scale,
             causal,
@@ -531,7 +524,7 @@ impl MultiHeadAttention {
             key_padding: key_padding.cloned(),
             bias: match cx.places {
                 Some(places) => self.position.bias_between(places)?,
-                None => self.position.bias(span, q.dtype(), q.device())?,
+                None => self.bias(&q, &k, cx)?,
             },
         };
         let mixed = match cx.places.filter(|_| causal || self.spec.window.is_some()) {
@@ -540,6 +533,17 @@ impl MultiHeadAttention {
         };
         let mixed = site("mixed", mixed)?;
         Ok(site("out", mixed.linear_output(&self.output)?)?)
+    }
+
+    /// What positions add to the scores of queries and keys, heads side by side.
+    fn bias(&self, q: &Signal, k: &Signal, cx: &Context<'_>) -> Result<Option<Tensor>> {
+        let span = Span {
+            queries: q.dims()[1],
+            keys: k.dims()[1],
+            offset: cx.offset,
+            draw: cx.draw.map(|seed| seed_of_site(seed, &self.path)),
+        };
+        self.position.bias(span, q.dtype(), q.device())
     }
 
     /// Mixes by a mechanism that is not softmax: `x` `[batch, query, width]`, queries, keys and
@@ -569,6 +573,10 @@ impl MultiHeadAttention {
             }
             Some(state) => (k.clone(), v.clone(), Some(state)),
         };
+        let scores = Scores {
+            window: self.spec.window,
+            bias: self.bias(q, &k, cx)?,
+        };
         let each = |x: &Signal, heads: usize| -> Result<Tensor> {
             let split = x.split_heads(heads)?.for_weights()?;
             Ok(naive::repeat_groups(&split, self.spec.heads)?)
@@ -583,7 +591,10 @@ impl MultiHeadAttention {
             }
         };
         let (mixing, values, past) = match resumed {
-            None => (mechanism.mixing(&q, &k, &pass)?, values, None),
+            None => {
+                let mixing = mechanism.mixing_by_scores(&q, &k, scores, &pass)?;
+                (mixing, values, None)
+            }
             Some(Resumed::Summed { mixing, past }) => (mixing, values, Some(past)),
             Some(Resumed::Kept {
                 mixing,

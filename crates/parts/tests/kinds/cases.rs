@@ -288,6 +288,150 @@ fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
     ]
 }
 
+/// Blocks whose weights sum to one along columns too.
+fn doubly_stochastic() -> Vec<(&'static str, MultiHeadSpec)> {
+    let by = |operator| {
+        through(MechanismSpec::DoublyStochastic(DoublyStochasticSpec {
+            operator,
+        }))
+    };
+    let sinkhorn = |iterations, form| {
+        by(Operator::Sinkhorn {
+            iterations,
+            form,
+            epsilon: 0.8,
+        })
+    };
+    let norm_softmax = |statistic, over| by(Operator::NormSoftmax { statistic, over });
+    vec![
+        ("softmax as an operator", by(Operator::Softmax)),
+        (
+            "softmax by the deviation of a row",
+            norm_softmax(Statistic::Deviation, Over::Row),
+        ),
+        (
+            "softmax by the variance of all scores",
+            norm_softmax(Statistic::Variance, Over::Matrix),
+        ),
+        ("sinkhorn by potentials", sinkhorn(5, SinkhornForm::Log)),
+        (
+            "sinkhorn by quotients, grouped keys",
+            MultiHeadSpec {
+                groups: Some(1),
+                value_width: Some(3),
+                ..sinkhorn(3, SinkhornForm::Naive)
+            },
+        ),
+        (
+            // Of full rank.
+            "squares of an orthogonal factor",
+            MultiHeadSpec {
+                head_width: Some(8),
+                ..by(Operator::Qr { seed: 1 })
+            },
+        ),
+        (
+            "a circuit as drawn",
+            by(Operator::Circuit(CircuitSpec::new(LENGTH, 4))),
+        ),
+        (
+            "a circuit that learns",
+            by(Operator::Circuit(CircuitSpec {
+                layers: 3,
+                ansatz: Ansatz::Simple,
+                training: Training::Differentiable,
+                ..CircuitSpec::new(LENGTH, 3)
+            })),
+        ),
+    ]
+}
+
+/// Sums under a function of the distance in a tree.
+fn topological() -> Vec<(&'static str, MultiHeadSpec)> {
+    let on = |columns, features, mask| TopologicalSpec {
+        columns,
+        features,
+        mask,
+        unit: 6.0,
+        ..TopologicalSpec::default()
+    };
+    let exponential = FeatureMap::Exponential { count: 5, seed: 3 };
+    let of = |spec| through(MechanismSpec::Topological(spec));
+    vec![
+        (
+            "positive parts on a path",
+            of(on(None, FeatureMap::Relu, Mask::Exponential)),
+        ),
+        (
+            "squares on a grid, grouped keys",
+            MultiHeadSpec {
+                groups: Some(1),
+                value_width: Some(3),
+                ..of(on(Some(3), FeatureMap::Square, Mask::Identity))
+            },
+        ),
+        (
+            "fourth powers on a path, each head for itself",
+            of(TopologicalSpec {
+                per_head: true,
+                ..on(None, FeatureMap::Fourth, Mask::InverseQuadratic)
+            }),
+        ),
+        (
+            "exponentials on a path",
+            of(on(None, exponential, Mask::Exponential)),
+        ),
+    ]
+}
+
+/// Blocks that would draw their keys; what is not drawn is dense.
+fn subsampled() -> Vec<(&'static str, MultiHeadSpec)> {
+    let around = |inner, selection| {
+        through(MechanismSpec::Subsampled(SubsampledSpec {
+            inner: Box::new(inner),
+            selection,
+            ..SubsampledSpec::default()
+        }))
+    };
+    let local = Selection::Local {
+        radius: 2.0,
+        columns: None,
+    };
+    vec![
+        (
+            "subsampled, causal, with a window and buckets, grouped keys",
+            MultiHeadSpec {
+                causal: true,
+                window: Some(4),
+                groups: Some(1),
+                position: PositionSpec::RelativeBuckets {
+                    buckets: 6,
+                    max_distance: 5,
+                },
+                ..around(MechanismSpec::Softmax, local)
+            },
+        ),
+        (
+            "subsampled",
+            around(MechanismSpec::Softmax, Selection::Unbiased),
+        ),
+        (
+            "fastmax, subsampled, causal",
+            MultiHeadSpec {
+                causal: true,
+                ..around(fastmax(2, Normalisation::Token), Selection::Unbiased)
+            },
+        ),
+        (
+            "linformer, subsampled",
+            around(
+                linformer(Sharing::Headwise, Projection::Learned),
+                Selection::Unbiased,
+            ),
+        ),
+    ]
+}
+
 /// Blocks that together use every mechanism and every bias.
 fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
     let multi_head = |spec| block(Wiring::PreNorm, LAYER, MixerSpec::MultiHead(spec));
@@ -432,7 +576,12 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
     };
     let mut all = mechanisms();
     all.extend(linear());
-    all.extend(sparse().into_iter().map(|(name, spec)| {
+    let tokens_meet = sparse()
+        .into_iter()
+        .chain(subsampled())
+        .chain(doubly_stochastic())
+        .chain(topological());
+    all.extend(tokens_meet.map(|(name, spec)| {
         let spec = MixerSpec::MultiHead(spec);
         (name, block(PreNorm, LAYER, spec))
     }));

@@ -205,6 +205,61 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
     let heads = BATCH * spec.heads;
     match &spec.mechanism {
         MechanismSpec::Softmax => (0, heads * pairs * (2 * widths + 5)),
+        MechanismSpec::DoublyStochastic(made) => {
+            let squared = LENGTH * LENGTH;
+            let (operations, parameters) = match &made.operator {
+                Operator::Softmax => (5 * squared, 0),
+                Operator::NormSoftmax { .. } => (15 * squared, 0),
+                Operator::Sinkhorn {
+                    iterations,
+                    form: SinkhornForm::Log,
+                    ..
+                } => ((4 * iterations + 3) * squared, 0),
+                Operator::Sinkhorn { iterations, .. } => ((2 * iterations + 3) * squared, 0),
+                Operator::Qr { .. } => (4 * squared * LENGTH, 0),
+                Operator::Circuit(circuit) => {
+                    // Of 2ⁿ rows; half the layers are those of each part.
+                    let qubits = circuit.qubits;
+                    let layers = match circuit.ansatz {
+                        Ansatz::Simple => circuit.layers,
+                        Ansatz::Parted => 2 * circuit.layers,
+                    };
+                    let angles = 3 * qubits + 4 * (qubits - 1) * layers;
+                    let learned = match circuit.training {
+                        Training::Static => 0,
+                        Training::Mixed | Training::Differentiable => angles,
+                    };
+                    (angles + (6 * angles + 3) * (1 << (2 * qubits)), learned)
+                }
+            };
+            (parameters, heads * (operations + 2 * squared * widths))
+        }
+        MechanismSpec::Topological(tree) => {
+            let (width, values) = (spec.head_width(WIDTH), spec.value_width(WIDTH));
+            let entries = 2 * LENGTH * width;
+            let (features, mapped) = match tree.features {
+                FeatureMap::Relu | FeatureMap::Square => (width, entries),
+                FeatureMap::Fourth => (width, 2 * entries),
+                FeatureMap::Exponential { count, .. } => {
+                    let each = 2 * LENGTH * count * (2 * width + 3);
+                    (count, 3 * entries + each)
+                }
+            };
+            // Of a path of six, and of three columns of two; too small to be cut.
+            let distances = if tree.columns.is_some() { 5 } else { 6 };
+            let laid_out = LENGTH * LENGTH * (2 * (features + values + 1) + 1);
+            let rows = if tree.per_head { spec.heads } else { 1 };
+            let each = mapped + laid_out + LENGTH * (values + 1);
+            (3 * rows, heads * each + spec.heads * distances * 6)
+        }
+        // Dense where nothing is drawn.
+        MechanismSpec::Subsampled(subsampled) => {
+            let inner = MultiHeadSpec {
+                mechanism: (*subsampled.inner).clone(),
+                ..spec.clone()
+            };
+            mechanism_formula(&inner, pairs, keys)
+        }
         MechanismSpec::Linformer(linformer) => {
             let slots = linformer.slots;
             let (meets, one) = match linformer.projection {

@@ -17,6 +17,9 @@ use common::{
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
+use lapidary_parts::attention::mechanism::doubly_stochastic::{
+    Ansatz, CircuitSpec, DoublyStochasticSpec, Operator, Over, SinkhornForm, Statistic, Training,
+};
 use lapidary_parts::attention::mechanism::fastmax::{FastmaxSpec, Normalisation};
 use lapidary_parts::attention::mechanism::kernelized::{
     KernelizedSpec, Learned, ReadOut, SpectrumSpec,
@@ -25,6 +28,8 @@ use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection,
 use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
 use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
+use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec};
+use lapidary_parts::attention::mechanism::topological::{FeatureMap, Mask, TopologicalSpec};
 use lapidary_parts::attention::{
     MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeyNorm, QueryKeySharing,
 };
@@ -69,7 +74,8 @@ kinds!(norm, NORMS, NormSpec: Layer, Rms, None);
 kinds!(position, POSITIONS, PositionSpec:
     None, Rotary, Alibi, RelativeBuckets, KerpleLogarithmic, KerplePower, Sandwich, Fire);
 kinds!(mechanism, MECHANISMS, MechanismSpec:
-    Softmax, Linformer, Lion, Fastmax, Kernelized, Sparse, Reformer, Combiner);
+    Softmax, Linformer, Lion, Fastmax, Kernelized, Sparse, Reformer, Combiner,
+    DoublyStochastic, Subsampled, Topological);
 kinds!(scaling, SCALINGS, RotaryScaling: None, Linear, Llama3);
 kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel, Replacing);
 kinds!(activation, ACTIVATIONS, ActivationSpec:
@@ -189,7 +195,11 @@ impl Case {
 
     fn is_softmax(&self) -> bool {
         match &self.spec.attention {
-            MixerSpec::MultiHead(heads) => heads.mechanism.is_softmax(),
+            MixerSpec::MultiHead(heads) => match &heads.mechanism {
+                // Dense where nothing is drawn.
+                MechanismSpec::Subsampled(spec) => spec.inner.is_softmax(),
+                mechanism => mechanism.is_softmax(),
+            },
             MixerSpec::Mamba(_) | MixerSpec::Absent => true,
         }
     }
@@ -203,6 +213,14 @@ impl Case {
             || match &heads.mechanism {
                 MechanismSpec::Linformer(_) => true,
                 MechanismSpec::Lion(lion) => lion.class_token || lion.image.is_some(),
+                // Entries of scores are angles in order, and noise is added by place.
+                MechanismSpec::DoublyStochastic(spec) => {
+                    matches!(spec.operator, Operator::Circuit(_) | Operator::Qr { .. })
+                }
+                MechanismSpec::Topological(spec) => spec.columns.is_some(),
+                MechanismSpec::Subsampled(spec) => {
+                    matches!(*spec.inner, MechanismSpec::Linformer(_))
+                }
                 _ => false,
             }
     }

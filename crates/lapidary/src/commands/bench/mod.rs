@@ -175,6 +175,7 @@ fn step(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
         accumulate: 1,
         clip: Some(1.0),
         average: None,
+        dense_steps: 0,
         recompute: false,
         alignment: None,
         schedule: ScheduleSpec {

@@ -34,7 +34,7 @@ pub(super) struct Rule {
 }
 
 impl Rule {
-    fn sees(&self, query: At, key: At) -> bool {
+    pub(super) fn sees(&self, query: At, key: At) -> bool {
         (!self.causal || key.position <= query.position)
             && self
                 .window

@@ -23,7 +23,7 @@
 //! each head. No parameters.
 
 use super::sums::{Normalised, Remembered, Sums, kept, resume};
-use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
+use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed, Subsets};
 use crate::dropout::seed_of_site;
 use crate::error::tensor;
 use crate::parameters::Parameters;
@@ -123,6 +123,10 @@ impl Describe for FastmaxSpec {
             cross: true,
             scores: false,
         }
+    }
+
+    fn subsets(&self) -> Subsets {
+        Subsets::AnyKeys
     }
 
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {

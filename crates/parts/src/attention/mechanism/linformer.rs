@@ -16,7 +16,7 @@
 //! `5 n k`, for its softmax, where dense attention has `n` in place of `k`. Parameters:
 //! `longest · k` for each matrix.
 
-use super::{Abilities, Describe, Heads, Mechanism, MechanismPass};
+use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Subsets};
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
@@ -116,6 +116,10 @@ impl Describe for LinformerSpec {
             cross: true,
             ..Abilities::default()
         }
+    }
+
+    fn subsets(&self) -> Subsets {
+        Subsets::AsPadding
     }
 
     fn validate(&self, _: &Heads, field: &str) -> Result<()> {

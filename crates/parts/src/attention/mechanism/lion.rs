@@ -29,7 +29,7 @@
 //! Parameters for each curve: none, one for each head, or `width + 1` for each head.
 
 use super::sums::{Features, Normalised, Sums, earlier, kept, resume};
-use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
+use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed, Subsets};
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::state::MixerState;
@@ -180,6 +180,14 @@ impl Describe for LionSpec {
             // Positions of another sequence are at no distance.
             cross: self.decay == LionDecay::None,
             scores: false,
+        }
+    }
+
+    fn subsets(&self) -> Subsets {
+        match (self.decay, self.class_token, &self.image) {
+            (.., Some(_)) => Subsets::Refused,
+            (LionDecay::None, false, None) => Subsets::AnyKeys,
+            _ => Subsets::AsPadding,
         }
     }
 

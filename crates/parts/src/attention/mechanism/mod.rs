@@ -14,6 +14,7 @@
 
 mod blocks;
 pub mod combiner;
+pub mod doubly_stochastic;
 pub mod fastmax;
 pub mod kernelized;
 pub mod linformer;
@@ -21,7 +22,9 @@ pub mod lion;
 pub mod reformer;
 mod sequences;
 pub mod sparse;
+pub mod subsampled;
 mod sums;
+pub mod topological;
 
 use std::fmt;
 
@@ -30,6 +33,7 @@ use crate::parameters::Parameters;
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
 use combiner::CombinerSpec;
+use doubly_stochastic::DoublyStochasticSpec;
 use fastmax::FastmaxSpec;
 use kernelized::KernelizedSpec;
 use lapidary_kernels::{DType, Tensor};
@@ -40,6 +44,8 @@ use reformer::ReformerSpec;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sparse::SparseSpec;
+use subsampled::SubsampledSpec;
+use topological::TopologicalSpec;
 
 use super::QueryKeySharing;
 
@@ -64,6 +70,12 @@ pub enum MechanismSpec {
     Reformer(ReformerSpec),
     /// Some tokens directly, all others in summaries of spans (Ren et al., arXiv 2107.05768).
     Combiner(CombinerSpec),
+    /// Rows and columns of weights sum to one (Born et al., arXiv 2504.16275).
+    DoublyStochastic(DoublyStochasticSpec),
+    /// Another mechanism over a random subset of the keys (Hussain et al., arXiv 2306.01705).
+    Subsampled(SubsampledSpec),
+    /// Linear attention under a function of the distance in a tree (Choromanski et al., arXiv 2406.15881).
+    Topological(TopologicalSpec),
 }
 
 impl MechanismSpec {
@@ -78,6 +90,9 @@ impl MechanismSpec {
             Self::Sparse(spec) => Some(spec),
             Self::Reformer(spec) => Some(spec),
             Self::Combiner(spec) => Some(spec),
+            Self::DoublyStochastic(spec) => Some(spec),
+            Self::Subsampled(spec) => Some(spec),
+            Self::Topological(spec) => Some(spec),
         }
     }
 
@@ -122,6 +137,17 @@ pub struct Abilities {
     pub scores: bool,
 }
 
+/// What a mechanism does where only some of the keys are there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Subsets {
+    /// It would mean something else: queries that are left out too, chunks that move.
+    Refused,
+    /// It can take the others for padding; where keys stand matters to it.
+    AsPadding,
+    /// It can do without the others: in bidirectional attention its keys are a set.
+    AnyKeys,
+}
+
 /// What the spec of a mechanism says of itself.
 pub trait Describe {
     /// The kind's name in a spec.
@@ -129,6 +155,11 @@ pub trait Describe {
 
     /// What it can be asked for.
     fn abilities(&self) -> Abilities;
+
+    /// What it does where only some of the keys are there.
+    fn subsets(&self) -> Subsets {
+        Subsets::Refused
+    }
 
     /// Refuses what cannot be built for such heads; `field` is the path of the spec. Abilities are
     /// checked before.
@@ -214,6 +245,15 @@ impl MechanismPass<'_> {
     }
 }
 
+/// What attention does to scores, for mechanisms that have any.
+#[derive(Clone, Debug, Default)]
+pub struct Scores {
+    /// A token sees keys less than this many positions away.
+    pub window: Option<usize>,
+    /// Added to the scores, `[batch or 1, heads or 1, query, key]`; differentiated.
+    pub bias: Option<Tensor>,
+}
+
 /// What a mechanism remembers of earlier tokens while decoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Memory {
@@ -250,6 +290,26 @@ pub trait Mechanism: fmt::Debug + Send + Sync {
     /// # Errors
     /// For lengths that it is not defined for.
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>>;
+
+    /// As [`Mechanism::mixing`], under a window and with a bias: for those whose [`Abilities::scores`]
+    /// say so.
+    ///
+    /// # Errors
+    /// As there.
+    fn mixing_by_scores(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        _: Scores,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Box<dyn Mixing>> {
+        self.mixing(q, k, pass)
+    }
+
+    /// Whether what this pass asks for is softmax over all keys, which attention does itself.
+    fn is_softmax(&self, _: &Context<'_>) -> bool {
+        false
+    }
 
     /// What it remembers while decoding.
     fn memory(&self) -> Memory {

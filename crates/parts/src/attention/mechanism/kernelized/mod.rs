@@ -28,7 +28,9 @@ pub use fastfood::hadamard;
 pub use spectrum::{Learned, SpectrumSpec};
 
 use super::sums::{Features, Normalised, kept, resume};
-use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed, draw_seed};
+use super::{
+    Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed, Subsets, draw_seed,
+};
 use crate::dropout::seed_of_site;
 use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
@@ -133,6 +135,10 @@ impl Describe for KernelizedSpec {
             cross: true,
             scores: false,
         }
+    }
+
+    fn subsets(&self) -> Subsets {
+        Subsets::AnyKeys
     }
 
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {

@@ -1,0 +1,24 @@
+//! Fields on trees, multiplied by functions of the distance (Choromanski et al., Fast Tree-Field
+//! Integrators, 2024, arXiv 2406.15881): `Y_i = Σ_j f(dist(i, j)) X_j` for a field `X` of one row of
+//! numbers for each vertex, without the matrix.
+//!
+//! - [`Tree`]: a weighted tree; [`Graph`]: what it spans, and shortest paths there.
+//! - [`IntegratorTree`]: a tree cut in two at a vertex again and again, both sides with a quarter of
+//!   the vertices at least, which does the multiplying.
+//! - [`Function`]: `f`, by classes whose products are cheap.
+//! - [`RationalFit`]: a function that makes a tree's distances those of its graph.
+//!
+//! It stands in this crate because it is a factorisation with no network in it: a structured matrix,
+//! written as a short sum of sparse ones times small ones of low rank or of Hankel's form.
+
+mod function;
+mod graph;
+mod integrator;
+mod learn;
+mod product;
+
+pub use function::Function;
+pub use graph::{Graph, Tree};
+pub use integrator::{IntegratorTree, Leaf, Side, Split};
+pub use learn::RationalFit;
+pub use product::{hankel, hankel_gradient};
