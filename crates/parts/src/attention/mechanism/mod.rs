@@ -14,12 +14,15 @@
 
 mod blocks;
 pub mod combiner;
+pub mod ecoformer;
 pub mod fastmax;
 pub mod kernelized;
 pub mod linformer;
 pub mod lion;
+pub mod mra;
 pub mod reformer;
 mod sequences;
+pub mod soft;
 pub mod sparse;
 mod sums;
 
@@ -30,15 +33,18 @@ use crate::parameters::Parameters;
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
 use combiner::CombinerSpec;
+use ecoformer::EcoformerSpec;
 use fastmax::FastmaxSpec;
 use kernelized::KernelizedSpec;
 use lapidary_kernels::{DType, Tensor};
 use lapidary_signal::Mixing;
 use linformer::LinformerSpec;
 use lion::LionSpec;
+use mra::MraSpec;
 use reformer::ReformerSpec;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use soft::SoftSpec;
 use sparse::SparseSpec;
 
 use super::QueryKeySharing;
@@ -64,6 +70,12 @@ pub enum MechanismSpec {
     Reformer(ReformerSpec),
     /// Some tokens directly, all others in summaries of spans (Ren et al., arXiv 2107.05768).
     Combiner(CombinerSpec),
+    /// A Gaussian kernel, factored through landmarks (Lu et al., arXiv 2110.11945).
+    Soft(SoftSpec),
+    /// What codes of ±1 have in common (Liu et al., arXiv 2209.09004).
+    Ecoformer(EcoformerSpec),
+    /// Blocks of several sizes, the important ones small (Zeng et al., arXiv 2207.10284).
+    Mra(MraSpec),
 }
 
 impl MechanismSpec {
@@ -78,6 +90,9 @@ impl MechanismSpec {
             Self::Sparse(spec) => Some(spec),
             Self::Reformer(spec) => Some(spec),
             Self::Combiner(spec) => Some(spec),
+            Self::Soft(spec) => Some(spec),
+            Self::Ecoformer(spec) => Some(spec),
+            Self::Mra(spec) => Some(spec),
         }
     }
 
