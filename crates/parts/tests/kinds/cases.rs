@@ -432,6 +432,96 @@ fn subsampled() -> Vec<(&'static str, MultiHeadSpec)> {
     ]
 }
 
+/// Heads whose queries are keys, in codes or through landmarks, and blocks of several sizes.
+fn approximate() -> Vec<(&'static str, MultiHeadSpec)> {
+    let shared = |mechanism| MultiHeadSpec {
+        sharing: QueryKeySharing::QueryKey,
+        ..through(mechanism)
+    };
+    let soft = |landmarks| SoftSpec::new(landmarks);
+    let ecoformer = EcoformerSpec {
+        bits: 5,
+        anchors: 3,
+        ..EcoformerSpec::default()
+    };
+    let mra = |spec: MraSpec| MechanismSpec::Mra(spec);
+    vec![
+        (
+            "learned landmarks and filters",
+            shared(MechanismSpec::Soft(SoftSpec {
+                local: Some(3),
+                ..soft(Landmarks::Convolution { ratio: 2 })
+            })),
+        ),
+        (
+            "learned landmarks of an image",
+            shared(MechanismSpec::Soft(SoftSpec {
+                columns: Some(3),
+                ..soft(Landmarks::Convolution { ratio: 2 })
+            })),
+        ),
+        (
+            "means of an image as landmarks, not normalised, filters",
+            shared(MechanismSpec::Soft(SoftSpec {
+                columns: Some(3),
+                local: Some(3),
+                normalised: false,
+                ..soft(Landmarks::Mean { ratio: 2 })
+            })),
+        ),
+        (
+            "means of segments as landmarks",
+            shared(MechanismSpec::Soft(soft(Landmarks::Segments { count: 3 }))),
+        ),
+        ("codes", shared(MechanismSpec::Ecoformer(ecoformer.clone()))),
+        (
+            "codes, causal",
+            MultiHeadSpec {
+                causal: true,
+                ..shared(MechanismSpec::Ecoformer(EcoformerSpec {
+                    bandwidth: Bandwidth::Fitted,
+                    ..ecoformer.clone()
+                }))
+            },
+        ),
+        (
+            "codes and own values",
+            shared(MechanismSpec::Ecoformer(EcoformerSpec {
+                released: true,
+                ..ecoformer
+            })),
+        ),
+        (
+            "blocks of two sizes, grouped keys",
+            MultiHeadSpec {
+                groups: Some(1),
+                ..through(mra(MraSpec {
+                    diagonal: 1,
+                    ..MraSpec::new(2, 1)
+                }))
+            },
+        ),
+        (
+            "blocks of two sizes, causal, narrow values",
+            MultiHeadSpec {
+                causal: true,
+                value_width: Some(3),
+                ..through(mra(MraSpec::new(2, 2)))
+            },
+        ),
+        (
+            "refined blocks of three sizes alone",
+            through(mra(MraSpec {
+                scales: vec![4, 2, 1],
+                per_row: vec![1, 2],
+                sparse: true,
+                diagonal: 1,
+                ..MraSpec::new(4, 1)
+            })),
+        ),
+    ]
+}
+
 /// Blocks that together use every mechanism and every bias.
 fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
     let multi_head = |spec| block(Wiring::PreNorm, LAYER, MixerSpec::MultiHead(spec));
@@ -578,6 +668,7 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
     all.extend(linear());
     let tokens_meet = sparse()
         .into_iter()
+        .chain(approximate())
         .chain(subsampled())
         .chain(doubly_stochastic())
         .chain(topological());

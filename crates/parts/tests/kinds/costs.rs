@@ -302,6 +302,9 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
             };
             (0, heads * (met * (2 * widths + 5) + hashing + merging))
         }
+        MechanismSpec::Soft(soft) => soft_formula(spec, soft, keys),
+        MechanismSpec::Ecoformer(ecoformer) => ecoformer_formula(spec, ecoformer, keys),
+        MechanismSpec::Mra(mra) => (0, mra_formula(spec, mra)),
         MechanismSpec::Combiner(combiner) => {
             let value = spec.value_width(WIDTH);
             let pair = 2 * widths + 5;
@@ -335,6 +338,69 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
             (0, heads * operations)
         }
     }
+}
+
+fn soft_formula(spec: &MultiHeadSpec, soft: &SoftSpec, n: usize) -> (usize, usize) {
+    let (heads, d, width) = (spec.heads, spec.head_width(WIDTH), spec.value_width(WIDTH));
+    // Six tokens in windows of two, or two rows of three in squares of two.
+    let (m, window) = match (soft.landmarks, soft.columns) {
+        (Landmarks::Segments { count }, _) => (count, 0),
+        (_, None) => (3, 2),
+        (_, Some(3)) => (2, 4),
+        other => panic!("no formula for {other:?}"),
+    };
+    let (parameters, landmarks) = match soft.landmarks {
+        Landmarks::Convolution { .. } => (window * d * d + 2 * d, m * (2 * window * d * d + 9 * d)),
+        Landmarks::Mean { .. } => (0, n * d),
+        Landmarks::Segments { .. } => (0, 2 * m * n * d),
+    };
+    let taps = match (soft.local, soft.columns) {
+        (None, _) => 0,
+        (Some(side), None) => side,
+        (Some(side), Some(_)) => side * side,
+    };
+    let near = if taps > 0 { (2 * taps + 1) * n } else { 0 };
+    let normalising = if soft.normalised { 5 * m * m } else { 0 };
+    let before = landmarks
+        + n * d
+        + (n * m + m * m) * (2 * d + 4)
+        + soft.steps * (4 * m * m * m + 2 * m * m)
+        + normalising;
+    let after = (4 * n * m + 2 * m * m + near) * width;
+    (parameters + heads * taps, BATCH * heads * (before + after))
+}
+
+fn ecoformer_formula(spec: &MultiHeadSpec, eco: &EcoformerSpec, n: usize) -> (usize, usize) {
+    let (heads, d, width) = (spec.heads, spec.head_width(WIDTH), spec.value_width(WIDTH));
+    let (m, bits) = (eco.anchors, eco.bits);
+    let codes = n * (3 * d + m * (2 * d + 6) + 2 * m * bits);
+    let sums = match (spec.causal, eco.released) {
+        (true, _) => past(n, bits + 1, width + 1) + n * (width + 1),
+        (false, false) => 4 * n * (bits + 1) * (width + 1) + n * (width + 1),
+        (false, true) => n * (4 * bits * width + 3 * bits + 3 * width + 2),
+    };
+    let bandwidth = usize::from(eco.bandwidth == Bandwidth::Fitted);
+    (
+        heads * (m * (d + 1 + bits) + bandwidth),
+        BATCH * heads * (codes + sums),
+    )
+}
+
+fn mra_formula(spec: &MultiHeadSpec, mra: &MraSpec) -> usize {
+    let (d, width) = (spec.head_width(WIDTH), spec.value_width(WIDTH));
+    let pair = 2 * d + 2 * width + 5;
+    let merging = 2 * LENGTH * (2 * width + 4);
+    let operations = match (spec.causal, mra.scales.as_slice()) {
+        // Nine blocks looked at, three on the diagonal refined.
+        (false, [2, 1]) => 9 * 2 * d + LENGTH * (2 * d + width) + (6 + 3 * 4) * pair + merging,
+        // Six blocks on and before the diagonal, five of them refined: triangles of three entries on it.
+        (true, [2, 1]) => 6 * 2 * d + LENGTH * (d + width) + (1 + 3 * 3 + 2 * 4) * pair + merging,
+        // Four blocks looked at and two refined, five of two tokens looked at and refined: the last
+        // block of four is half empty.
+        (false, [4, 2, 1]) => (4 + 5) * 2 * d + (8 + 4) * (2 * d + width) + 5 * 4 * pair,
+        other => panic!("no formula for {other:?}"),
+    };
+    BATCH * spec.heads * operations
 }
 
 /// Pairs of a query and a key that a head meets in a sequence.

@@ -15,12 +15,15 @@
 mod blocks;
 pub mod combiner;
 pub mod doubly_stochastic;
+pub mod ecoformer;
 pub mod fastmax;
 pub mod kernelized;
 pub mod linformer;
 pub mod lion;
+pub mod mra;
 pub mod reformer;
 mod sequences;
+pub mod soft;
 pub mod sparse;
 pub mod subsampled;
 mod sums;
@@ -34,15 +37,18 @@ use crate::state::MixerState;
 use crate::{Context, Error, Result};
 use combiner::CombinerSpec;
 use doubly_stochastic::DoublyStochasticSpec;
+use ecoformer::EcoformerSpec;
 use fastmax::FastmaxSpec;
 use kernelized::KernelizedSpec;
 use lapidary_kernels::{DType, Tensor};
 use lapidary_signal::Mixing;
 use linformer::LinformerSpec;
 use lion::LionSpec;
+use mra::MraSpec;
 use reformer::ReformerSpec;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use soft::SoftSpec;
 use sparse::SparseSpec;
 use subsampled::SubsampledSpec;
 use topological::TopologicalSpec;
@@ -76,6 +82,12 @@ pub enum MechanismSpec {
     Subsampled(SubsampledSpec),
     /// Linear attention under a function of the distance in a tree (Choromanski et al., arXiv 2406.15881).
     Topological(TopologicalSpec),
+    /// A Gaussian kernel, factored through landmarks (Lu et al., arXiv 2110.11945).
+    Soft(SoftSpec),
+    /// What codes of ±1 have in common (Liu et al., arXiv 2209.09004).
+    Ecoformer(EcoformerSpec),
+    /// Blocks of several sizes, the important ones small (Zeng et al., arXiv 2207.10284).
+    Mra(MraSpec),
 }
 
 impl MechanismSpec {
@@ -93,6 +105,9 @@ impl MechanismSpec {
             Self::DoublyStochastic(spec) => Some(spec),
             Self::Subsampled(spec) => Some(spec),
             Self::Topological(spec) => Some(spec),
+            Self::Soft(spec) => Some(spec),
+            Self::Ecoformer(spec) => Some(spec),
+            Self::Mra(spec) => Some(spec),
         }
     }
 

@@ -1,0 +1,459 @@
+//! EcoFormer (Liu, Pan, He, Cai, Zhuang, EcoFormer: Energy-Saving Attention with Linear Complexity, 2022,
+//! arXiv 2209.09004): queries that are keys too become short codes of ±1, and what codes have in common is
+//! how much tokens attend to each other.
+//!
+//! ```text
+//! κ(x)_j = exp(−‖x − a_j‖² / 2σ²),   x of unit length,   b(x) = sign((κ(x) − μ) Aᵀ) ∈ {−1, 1}^β
+//! y_i = Σ_j (b_i · b_j + β + 1) v_j / Σ_j (b_i · b_j + β + 1)
+//!     = (b_i · Σ_j b_jᵀ v_j + (β + 1) Σ_j v_j) / (b_i · Σ_j b_j + n (β + 1))
+//! ```
+//!
+//! Anchors `a`, means `μ` and hashes `A` are parameters that no gradient reaches: they start random and are
+//! learned from what tokens attend to by [`EcoformerSpec::fit`], once or again. `σ²` is the mean squared
+//! distance of the real tokens of a sequence from a head's anchors, or that of the data that hashes were
+//! learned from, which causal attention asks for. The sign's gradient is that of its argument where it is
+//! below 1 in size and nothing elsewhere.
+//!
+//! `released` is what the authors' program computes: `(β + 1) v_i`, a token's own value, in the
+//! place of `(β + 1) Σ_j v_j`. Its weights do not sum to 1.
+//!
+//! Codes are sums and differences to a chip without multipliers, which [`EcoformerSpec::tally`] counts; here
+//! they are factors of a product, and where all weights are laid out, bits that are counted
+//! ([`PackedCodes`]).
+//!
+//! Cost of a head of `n` tokens with `m` anchors: `n (3 head_width + m (2 head_width + 6) + 2 m β)` for codes,
+//! then `4 n (β + 1)(value_width + 1)`, under a causal mask also the products of each chunk of 64 positions
+//! with itself, and `n (value_width + 1)` for the quotients. Parameters: `m (head_width + 1 + β)` for
+//! each head. Memory of a decode state: `(β + 1)(value_width + 1)` numbers for each head.
+
+mod codes;
+mod energy;
+mod fit;
+
+pub use codes::PackedCodes;
+pub use energy::Tally;
+pub use fit::{Bit, Fit, Fitted, Sample, learn};
+
+use super::sums::{Features, Normalised, kept, resume};
+use super::{
+    Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, QueryKeySharing, Resumed,
+};
+use crate::error::{bounded, tensor};
+use crate::parameters::{Init, Parameters};
+use crate::state::MixerState;
+use crate::{Error, Result};
+use codes::MAX_BITS;
+use lapidary_kernels::{Device, Tensor};
+use lapidary_signal::Mixing;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+const MAX_ANCHORS: usize = 1 << 12;
+/// Positions that meet directly under a causal mask.
+const CHUNK: usize = 64;
+/// The least length and mean squared distance.
+const LEAST: f64 = 1e-12;
+
+/// Attention by codes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EcoformerSpec {
+    /// Entries `β` of a code.
+    #[serde(default = "sixteen")]
+    pub bits: usize,
+    /// Anchors `m` of a head.
+    #[serde(default = "twenty_five")]
+    pub anchors: usize,
+    /// Whose mean squared distance `σ²` is.
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
+    /// Whether a token's own value stands in the place of the sum of all, as in the authors' program.
+    #[serde(default)]
+    pub released: bool,
+}
+
+/// Whose mean squared distance `σ²` is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Bandwidth {
+    /// That of the sequence at hand.
+    #[default]
+    Sample,
+    /// That of the data that hashes were learned from.
+    Fitted,
+}
+
+fn sixteen() -> usize {
+    16
+}
+
+fn twenty_five() -> usize {
+    25
+}
+
+impl Default for EcoformerSpec {
+    fn default() -> Self {
+        Self {
+            bits: sixteen(),
+            anchors: twenty_five(),
+            bandwidth: Bandwidth::Sample,
+            released: false,
+        }
+    }
+}
+
+impl EcoformerSpec {
+    /// The map from queries of heads to codes.
+    ///
+    /// # Errors
+    /// When a parameter cannot be had.
+    pub fn hashing(&self, heads: &Heads, mut parameters: Parameters<'_>) -> Result<Hashing> {
+        let (count, width) = (heads.heads, heads.head_width);
+        let unit = Init::Normal {
+            deviation: 1.0 / (width as f64).sqrt(),
+        };
+        // Kernel values lie about exp(−1/2), and unit vectors √2 apart.
+        let usual = Init::Constant((-0.5f64).exp());
+        let mut constant = |name: &str, shape: &[usize], init: Init| -> Result<Tensor> {
+            Ok(parameters.tensor(name, shape, init)?.detach())
+        };
+        Ok(Hashing {
+            anchors: constant("anchors", &[count, self.anchors, width], unit)?,
+            means: constant("means", &[count, self.anchors], usual)?,
+            hashes: constant(
+                "hashes",
+                &[count, self.bits, self.anchors],
+                Init::Normal { deviation: 1.0 },
+            )?,
+            bandwidths: match self.bandwidth {
+                Bandwidth::Sample => None,
+                Bandwidth::Fitted => Some(constant("bandwidths", &[count], Init::Constant(2.0))?),
+            },
+        })
+    }
+}
+
+impl Describe for EcoformerSpec {
+    fn kind(&self) -> &'static str {
+        "ecoformer"
+    }
+
+    fn abilities(&self) -> Abilities {
+        Abilities {
+            causal: true,
+            bidirectional: true,
+            ..Abilities::default()
+        }
+    }
+
+    fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
+        let at = |name: &str| format!("{field}.{name}");
+        if heads.sharing == QueryKeySharing::None {
+            return Err(Error::spec(
+                field,
+                "ecoformer with keys of their own",
+                "one with sharing = \"query-key\" beside it: queries and keys have one code",
+            ));
+        }
+        bounded(at("bits"), self.bits, 1..=MAX_BITS)?;
+        bounded(at("anchors"), self.anchors, 1..=MAX_ANCHORS)?;
+        if heads.causal && self.bandwidth == Bandwidth::Sample {
+            return Err(Error::spec(
+                at("bandwidth"),
+                "sample",
+                "fitted in causal attention: the mean over a sequence depends on later tokens too",
+            ));
+        }
+        match heads.causal && self.released {
+            true => Err(Error::spec(
+                at("released"),
+                true,
+                "false in causal attention, which the authors' program does not have",
+            )),
+            false => Ok(()),
+        }
+    }
+
+    fn build(&self, heads: &Heads, parameters: Parameters<'_>) -> Result<Box<dyn Mechanism>> {
+        Ok(Box::new(Ecoformer {
+            spec: self.clone(),
+            causal: heads.causal,
+            hashing: self.hashing(heads, parameters)?,
+        }))
+    }
+}
+
+/// The map from queries to codes.
+#[derive(Debug)]
+pub struct Hashing {
+    /// `[heads, anchors, head_width]`.
+    anchors: Tensor,
+    /// `μ` `[heads, anchors]`.
+    means: Tensor,
+    /// `A` `[heads, bits, anchors]`.
+    hashes: Tensor,
+    /// `σ²` of each head, where it is not the sequence's.
+    bandwidths: Option<Tensor>,
+}
+
+impl Hashing {
+    /// `(κ(x) − μ) Aᵀ` `[batch, heads, length, bits]` of queries `[batch, heads, length, head_width]`, of
+    /// which `kept` `[batch, 1, length, 1]` are no pads.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn project(&self, queries: &Tensor, kept: Option<&Tensor>) -> Result<Tensor> {
+        let (_, _, length, _) = tensor(queries.dims4())?;
+        let lengths = tensor(tensor(queries.sqr())?.sum_keepdim(3))?;
+        let lengths = tensor(tensor(lengths.maximum(LEAST * LEAST))?.sqrt())?;
+        let units = tensor(tensor(queries.contiguous())?.broadcast_div(&lengths))?;
+        let across = |x: &Tensor| tensor(tensor(x.transpose(1, 2))?.contiguous());
+        let products = tensor(units.broadcast_matmul(&across(&self.anchors)?))?;
+        let of_units = tensor(tensor(units.sqr())?.sum_keepdim(3))?;
+        let of_anchors = across(&tensor(tensor(self.anchors.sqr())?.sum_keepdim(2))?)?;
+        let distances = tensor(tensor(products * -2.0)?.broadcast_add(&of_units))?;
+        let distances = tensor(distances.broadcast_add(&of_anchors))?;
+        let distances = tensor(distances.maximum(0.0))?;
+        let heads = tensor(self.means.dim(0))?;
+        let bandwidths = match &self.bandwidths {
+            Some(fitted) => tensor(fitted.reshape((1, heads, 1, 1)))?,
+            None => {
+                let each = tensor(distances.mean_keepdim(3))?;
+                match kept {
+                    None => tensor(tensor(each.sum_keepdim(2))? / length.max(1) as f64)?,
+                    Some(kept) => {
+                        let sum = tensor(tensor(each.broadcast_mul(kept))?.sum_keepdim(2))?;
+                        let count = tensor(tensor(kept.sum_keepdim(2))?.maximum(1.0))?;
+                        tensor(sum.broadcast_div(&count))?
+                    }
+                }
+            }
+        };
+        let twice = tensor(tensor(bandwidths * 2.0)?.maximum(LEAST))?;
+        let kernels = tensor(tensor(tensor(distances.neg())?.broadcast_div(&twice))?.exp())?;
+        let means = tensor(self.means.unsqueeze(1))?;
+        let centred = tensor(kernels.broadcast_sub(&means))?;
+        tensor(centred.broadcast_matmul(&across(&self.hashes)?))
+    }
+
+    /// Codes of ±1 `[batch, heads, length, bits]`, of the same.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn codes(&self, queries: &Tensor, kept: Option<&Tensor>) -> Result<Tensor> {
+        sign(&self.project(queries, kept)?)
+    }
+}
+
+/// `1` from zero on and `−1` below; a gradient passes where `x` is below 1 in size.
+///
+/// # Errors
+/// Those of the tensor engine.
+pub fn sign(x: &Tensor) -> Result<Tensor> {
+    let above = tensor(tensor(x.detach().ge(0.0))?.to_dtype(x.dtype()))?;
+    let signs = tensor(above.affine(2.0, -1.0))?;
+    if !x.track_op() {
+        return Ok(signs);
+    }
+    let near = tensor(tensor(x.detach().abs())?.lt(1.0))?;
+    let passes = tensor(x * tensor(near.to_dtype(x.dtype()))?)?;
+    // Nothing in value.
+    tensor(signs + tensor(&passes - passes.detach())?)
+}
+
+/// The module.
+#[derive(Debug)]
+struct Ecoformer {
+    spec: EcoformerSpec,
+    causal: bool,
+    hashing: Hashing,
+}
+
+impl Ecoformer {
+    /// `b · b + β + 1` for each query and key is the product of `[b, β + 1]` and `[b, 1]`.
+    fn sums(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Normalised<Features>> {
+        let (batch, heads, queries, width) = tensor(q.dims4())?;
+        let keys = tensor(k.dim(2))?;
+        if queries != keys {
+            return Err(Error::spec(
+                format!("number of queries at {}", pass.path),
+                queries,
+                format!("{keys}, as keys, which ecoformer's queries are"),
+            ));
+        }
+        let kept = kept(pass, keys, q.dtype())?;
+        let codes = self.hashing.codes(q, kept.as_ref())?;
+        let one = tensor(Tensor::ones(
+            (batch, heads, queries, 1),
+            q.dtype(),
+            q.device(),
+        ))?;
+        let offset = tensor(&one * self.offset())?;
+        let mut k = tensor(Tensor::cat(&[&codes, &one], 3))?;
+        if let Some(kept) = &kept {
+            k = tensor(k.broadcast_mul(kept))?;
+        }
+        let EcoformerSpec { bits, anchors, .. } = self.spec;
+        let each = 3 * width + anchors * (2 * width + 6) + 2 * anchors * bits;
+        let features = Features {
+            q: tensor(Tensor::cat(&[&codes, &offset], 3))?,
+            k,
+            causal: self.causal,
+            log_decay: None,
+            chunk: CHUNK,
+        };
+        let before = (batch * heads * queries * each) as u64;
+        Ok(Normalised::new(features, 0.0, before))
+    }
+
+    /// `β + 1`.
+    fn offset(&self) -> f64 {
+        self.spec.bits as f64 + 1.0
+    }
+}
+
+impl Mechanism for Ecoformer {
+    fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
+        let sums = self.sums(q, k, pass)?;
+        Ok(match self.spec.released {
+            true => Box::new(Released {
+                offset: self.offset(),
+                sums,
+            }),
+            false => Box::new(Hashed {
+                bits: self.spec.bits,
+                sums,
+            }),
+        })
+    }
+
+    fn memory(&self) -> Memory {
+        match self.causal {
+            true => Memory::Own,
+            false => Memory::KeysAndValues,
+        }
+    }
+
+    fn resume(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        state: &mut MixerState,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Resumed> {
+        resume(self.sums(q, k, pass)?, v, state, None, pass)
+    }
+}
+
+/// Sums over codes, divided by the sum of weights.
+#[derive(Debug)]
+struct Hashed {
+    bits: usize,
+    sums: Normalised<Features>,
+}
+
+impl Mixing for Hashed {
+    fn sizes(&self) -> [usize; 4] {
+        self.sums.sizes()
+    }
+
+    fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        self.sums.mix(values)
+    }
+
+    fn operations(&self, width: usize) -> u64 {
+        self.sums.operations(width)
+    }
+
+    /// By counting bits, where no gradient asks for products.
+    fn weights(&self, like: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        let features = &self.sums.sums;
+        let codes = features.q.narrow(3, 0, self.bits)?;
+        let packed = match codes.track_op() {
+            true => None,
+            false => PackedCodes::new(&codes).ok(),
+        };
+        let Some(packed) = packed else {
+            let [batch, heads, _, keys] = self.sizes();
+            let units = Tensor::eye(keys, like.dtype(), like.device())?;
+            let units = units.broadcast_as((batch, heads, keys, keys))?;
+            return self.mix(&units.contiguous()?);
+        };
+        let [batch, heads, queries, keys] = self.sizes();
+        // The constant feature of a key is whether it is one.
+        let there = features.k.narrow(3, self.bits, 1)?.flatten_all()?;
+        let there = there.to_dtype(lapidary_kernels::DType::F64)?;
+        let there = there.to_vec1::<f64>()?;
+        let offset = self.bits as i64 + 1;
+        let mut weights = Vec::with_capacity(batch * heads * queries * keys);
+        let each = packed
+            .words()
+            .chunks(keys.max(1))
+            .zip(there.chunks(keys.max(1)));
+        for (codes, there) in each {
+            for (i, &query) in codes.iter().enumerate() {
+                let of = codes
+                    .iter()
+                    .zip(there)
+                    .enumerate()
+                    .map(|(j, (&key, &there))| {
+                        let seen = there > 0.0 && (!features.causal || j <= i);
+                        match seen {
+                            true => (packed.product(query, key) + offset) as f64,
+                            false => 0.0,
+                        }
+                    });
+                let row = weights.len();
+                weights.extend(of);
+                let total: f64 = weights.iter().skip(row).sum();
+                for weight in weights.iter_mut().skip(row) {
+                    *weight /= total.max(1.0);
+                }
+            }
+        }
+        let weights = Tensor::from_vec(weights, (batch, heads, queries, keys), &Device::Cpu)?;
+        Ok(weights.to_dtype(like.dtype())?.to_device(like.device())?)
+    }
+}
+
+/// `(b_i · Σ_j b_jᵀ v_j + (β + 1) v_i) / (b_i · Σ_j b_j + n (β + 1))`.
+#[derive(Debug)]
+struct Released {
+    /// `β + 1`.
+    offset: f64,
+    sums: Normalised<Features>,
+}
+
+impl Mixing for Released {
+    fn sizes(&self) -> [usize; 4] {
+        self.sums.sizes()
+    }
+
+    fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        let Features { q, k, .. } = &self.sums.sums;
+        let bits = q.dim(3)?.saturating_sub(1);
+        let (codes, keys) = (q.narrow(3, 0, bits)?, k.narrow(3, 0, bits)?);
+        let there = k.narrow(3, bits, 1)?;
+        let context = keys.transpose(2, 3)?.contiguous()?;
+        let context = context.matmul(&values.contiguous()?)?;
+        let own = (values.broadcast_mul(&there)? * self.offset)?;
+        let sums = (codes.contiguous()?.matmul(&context)? + own)?;
+        let total = codes.broadcast_mul(&keys.sum_keepdim(2)?)?.sum_keepdim(3)?;
+        let count = (there.sum_keepdim(2)? * self.offset)?;
+        // Where there is no key at all, sums are zero.
+        Ok(sums.broadcast_div(&total.broadcast_add(&count)?.maximum(1.0)?)?)
+    }
+
+    fn operations(&self, width: usize) -> u64 {
+        let [batch, heads, queries, _] = self.sizes();
+        let bits = self.offset as usize - 1;
+        let each = 4 * bits * width + 3 * bits + 3 * width + 2;
+        self.sums.before + (batch * heads * queries * each) as u64
+    }
+}

@@ -1,0 +1,338 @@
+//! SOFT (Lu et al., SOFT: Softmax-free Transformer with Linear Complexity, 2021, arXiv 2110.11945; with
+//! the normalisation of Lu et al., Softmax-free Linear Transformers, 2022, arXiv 2207.03341): a Gaussian
+//! kernel of queries that are keys too, factored through a few landmarks.
+//!
+//! ```text
+//! G(a, b) = exp(−‖a − b‖² / 2),     Q ← √scale · Q
+//! P = G(Q, Q̃)  [query, landmark],   A = G(Q̃, Q̃),   D = diag(A 1)
+//! y = P A† Pᵀ V,   normalised:  y = P D^{−1/2} A† D^{−1/2} Pᵀ V,   and beside it  w ∗ V
+//! ```
+//!
+//! Landmarks `Q̃` are windows of queries under a learned map with layer norm and GELU, or their means
+//! ([`Landmarks`]); with `columns` the sequence is an image row by row, and windows are squares of it. `A†`
+//! is a regularised inverse by Newton's iteration ([`newton_inverse`]) whose gradient is that of an
+//! inverse ([`regularised_inverse`]). Rows do not sum to 1. The normalisation bounds the spectral norm of the
+//! middle, so that features do not grow where there are more tokens than in training. With `local`, a
+//! filter of odd width for each head, the same for all its features, adds what is near.
+//!
+//! Squared distances are `‖a‖² + ‖b‖² − 2 a·b`, of points whose mean is taken away first, which changes none
+//! of them but what rounding does.
+//!
+//! Pads have no row in `P`, are nothing in a window, and a window of pads alone is no landmark. Windows are
+//! of places, so that padding to the left is another input; segments are of real tokens. There is no
+//! causal form: every landmark's inverse depends on all of them. Where queries are normalised, their norm is
+//! the one that counts.
+//!
+//! Cost of a head of `n` tokens and `m` landmarks: `(n m + m²)(2 head_width + 4)` for the kernels,
+//! `steps (4 m³ + 2 m²)`, `5 m²` where it is normalised, `4 n m value_width + 2 m² value_width` for values,
+//! and `(2 taps + 1) n value_width` for the filter; landmarks cost
+//! `m (2 window head_width² + 9 head_width)`, `n head_width` or `2 m n head_width`. Parameters:
+//! `window head_width² + 2 head_width` for learned landmarks, `heads · taps` for filters.
+
+mod inverse;
+mod landmarks;
+
+pub use inverse::{newton_inverse, regularised_inverse};
+pub use landmarks::Landmarks;
+
+use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, QueryKeySharing};
+use crate::error::{bounded, tensor};
+use crate::parameters::{Init, Parameters};
+use crate::{Error, Result};
+use landmarks::{Grid, Points, Pooling, odd};
+use lapidary_kernels::Tensor;
+use lapidary_signal::Mixing;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+const MAX_COLUMNS: usize = 1 << 16;
+const MAX_TAPS: usize = 63;
+const MAX_STEPS: usize = 100;
+
+/// Attention by a Gaussian kernel, factored through landmarks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SoftSpec {
+    /// What landmarks are made from.
+    pub landmarks: Landmarks,
+    /// Tokens of a row where the sequence is an image, row by row; a line when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub columns: Option<usize>,
+    /// Whether the middle is divided by the landmarks' degrees.
+    #[serde(default = "yes")]
+    pub normalised: bool,
+    /// Width of the filter of each head, and on an image its height; none when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local: Option<usize>,
+    /// Added to the diagonal of what is inverted.
+    #[serde(default = "hundredth")]
+    pub epsilon: f64,
+    /// Steps of Newton's iteration.
+    #[serde(default = "twenty")]
+    pub steps: usize,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn hundredth() -> f64 {
+    0.01
+}
+
+fn twenty() -> usize {
+    20
+}
+
+impl SoftSpec {
+    /// Such landmarks, and the defaults otherwise.
+    pub fn new(landmarks: Landmarks) -> Self {
+        Self {
+            landmarks,
+            columns: None,
+            normalised: true,
+            local: None,
+            epsilon: hundredth(),
+            steps: twenty(),
+        }
+    }
+
+    /// Entries of the filter of a head.
+    fn taps(&self) -> usize {
+        let side = self.local.unwrap_or(0);
+        match self.columns {
+            None => side,
+            Some(_) => side * side,
+        }
+    }
+}
+
+impl Describe for SoftSpec {
+    fn kind(&self) -> &'static str {
+        "soft"
+    }
+
+    fn abilities(&self) -> Abilities {
+        Abilities {
+            bidirectional: true,
+            ..Abilities::default()
+        }
+    }
+
+    fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
+        let at = |name: &str| format!("{field}.{name}");
+        if heads.sharing == QueryKeySharing::None {
+            return Err(Error::spec(
+                field,
+                "soft with keys of their own",
+                "one with sharing = \"query-key\" beside it: its kernel is of queries that are \
+                 keys too",
+            ));
+        }
+        if heads.scale.is_nan() || heads.scale <= 0.0 {
+            let expected = "softmax where the scale is not positive: its root multiplies queries";
+            return Err(Error::spec(at("kind"), "soft", expected));
+        }
+        self.landmarks.validate(&at("landmarks"))?;
+        if let Some(columns) = self.columns {
+            bounded(at("columns"), columns, 1..=MAX_COLUMNS)?;
+        }
+        if let Some(local) = self.local {
+            odd(at("local"), local, MAX_TAPS)?;
+        }
+        if !(self.epsilon >= 0.0 && self.epsilon.is_finite()) {
+            let expected = "a number of at least 0";
+            return Err(Error::spec(at("epsilon"), self.epsilon, expected));
+        }
+        bounded(at("steps"), self.steps, 1..=MAX_STEPS)
+    }
+
+    fn build(&self, heads: &Heads, mut parameters: Parameters<'_>) -> Result<Box<dyn Mechanism>> {
+        let pooling = Pooling::new(self, heads.head_width, parameters.at("landmarks"))?;
+        let filters = match self.local {
+            None => None,
+            Some(side) => {
+                let (line, image) = ([heads.heads, side], [heads.heads, side, side]);
+                let shape = match self.columns {
+                    None => &line[..],
+                    Some(_) => &image[..],
+                };
+                let start = Init::Normal {
+                    deviation: 1.0 / self.taps() as f64,
+                };
+                Some(parameters.tensor("local", shape, start)?)
+            }
+        };
+        Ok(Box::new(Soft {
+            spec: self.clone(),
+            root: heads.scale.sqrt(),
+            pooling,
+            filters,
+        }))
+    }
+}
+
+/// The module.
+#[derive(Debug)]
+struct Soft {
+    spec: SoftSpec,
+    /// Of the attention's scale.
+    root: f64,
+    pooling: Pooling,
+    /// `[heads, taps]`, or `[heads, taps, taps]`.
+    filters: Option<Tensor>,
+}
+
+impl Mechanism for Soft {
+    fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
+        let (batch, heads, length, width) = tensor(q.dims4())?;
+        let keys = tensor(k.dim(2))?;
+        if length != keys {
+            return Err(Error::spec(
+                format!("number of queries at {}", pass.path),
+                length,
+                format!("{keys}, as keys, which soft's queries are"),
+            ));
+        }
+        let kept = match pass.kept(q.dtype())? {
+            Some(kept) => kept,
+            None => tensor(Tensor::ones((batch, 1, length, 1), q.dtype(), q.device()))?,
+        };
+        let q = tensor(tensor(q * self.root)?.broadcast_mul(&kept))?;
+        let grid = Grid::new(&self.spec, length);
+        let Points {
+            points,
+            kept: of_points,
+            operations,
+        } = self.pooling.points(&q, &kept, grid)?;
+        let count = tensor(points.dim(2))?;
+        let across = tensor(tensor(of_points.transpose(2, 3))?.contiguous())?;
+
+        // Their mean, through which no gradient passes: it changes nothing.
+        let total = tensor(tensor(of_points.sum_keepdim(2))?.maximum(1.0))?;
+        let centre = tensor(tensor(points.broadcast_mul(&of_points))?.sum_keepdim(2))?;
+        let centre = tensor(centre.broadcast_div(&total))?.detach();
+        let (q, points) = (
+            tensor(q.broadcast_sub(&centre))?,
+            tensor(points.broadcast_sub(&centre))?,
+        );
+
+        // A landmark of nothing is apart from all others, and at no distance from itself.
+        let both = tensor(of_points.broadcast_mul(&across))?;
+        let identity = tensor(Tensor::eye(count, q.dtype(), q.device()))?;
+        let alone = tensor(identity.broadcast_mul(&tensor(of_points.affine(-1.0, 1.0))?))?;
+        let inner = tensor(gaussian(&points, &points)?.broadcast_mul(&both))?;
+        let inner = tensor(inner.broadcast_add(&alone))?;
+        let mut middle = regularised_inverse(&inner, self.spec.epsilon, self.spec.steps)?;
+        if self.spec.normalised {
+            let degrees = tensor(tensor(inner.sum_keepdim(3))?.sqrt())?;
+            let other = tensor(tensor(degrees.transpose(2, 3))?.contiguous())?;
+            middle = tensor(middle.broadcast_div(&degrees))?;
+            middle = tensor(middle.broadcast_div(&other))?;
+        }
+        let rows = tensor(gaussian(&q, &points)?.broadcast_mul(&across))?;
+        let rows = tensor(rows.broadcast_mul(&kept))?;
+        let normalising = if self.spec.normalised { 5 } else { 0 };
+        let squares = count * count;
+        let before = operations
+            + length * width
+            + (length * count + squares) * (2 * width + 4)
+            + self.spec.steps * (4 * squares * count + 2 * squares)
+            + normalising * squares;
+        Ok(Box::new(Factored {
+            sizes: [batch, heads, length, length],
+            rows,
+            middle,
+            near: self.filters.clone().map(|filters| Near { filters, grid }),
+            kept,
+            before: (batch * heads * before) as u64,
+            taps: self.spec.taps(),
+        }))
+    }
+}
+
+/// `exp(−‖a − b‖² / 2)` `[batch, heads, a, b]`.
+fn gaussian(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let squares = |x: &Tensor| tensor(tensor(x.sqr())?.sum_keepdim(3));
+    let across = |x: &Tensor| tensor(tensor(x.transpose(2, 3))?.contiguous());
+    let products = tensor(tensor(a.contiguous())?.matmul(&across(b)?))?;
+    let distances = tensor(tensor(products * -2.0)?.broadcast_add(&squares(a)?))?;
+    let distances = tensor(distances.broadcast_add(&across(&squares(b)?)?))?;
+    let distances = tensor(distances.maximum(0.0))?;
+    tensor(tensor(distances * -0.5)?.exp())
+}
+
+/// The filters of heads, and how tokens lie.
+#[derive(Debug)]
+struct Near {
+    filters: Tensor,
+    grid: Grid,
+}
+
+impl Near {
+    /// Every feature of a head under the head's filter, for `x` `[batch, heads, length, width]`.
+    fn filter(&self, x: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        let (batch, heads, length, width) = x.dims4()?;
+        let Grid { rows, columns, .. } = self.grid;
+        let side = self.filters.dim(1)?;
+        // [batch · width, heads, rows, columns]
+        let images = self.grid.lay(x)?.permute((0, 4, 1, 2, 3))?.contiguous()?;
+        let filtered = match self.grid.is_line {
+            true => {
+                let lines = images.reshape((batch * width, heads, columns))?;
+                lines.conv1d(&self.filters.unsqueeze(1)?, side / 2, 1, 1, heads)?
+            }
+            false => {
+                let images = images.reshape((batch * width, heads, rows, columns))?;
+                images.conv2d(&self.filters.unsqueeze(1)?, side / 2, 1, 1, heads)?
+            }
+        };
+        let filtered = filtered
+            .contiguous()?
+            .reshape((batch, width, heads, rows * columns))?;
+        let filtered = filtered.narrow(3, 0, length)?;
+        Ok(filtered.permute((0, 2, 3, 1))?.contiguous()?)
+    }
+}
+
+/// `y = P M Pᵀ v + w ∗ v`.
+#[derive(Debug)]
+struct Factored {
+    sizes: [usize; 4],
+    /// `P`.
+    rows: Tensor,
+    /// `M` `[batch, heads, landmark, landmark]`.
+    middle: Tensor,
+    near: Option<Near>,
+    /// `[batch, 1, key, 1]`.
+    kept: Tensor,
+    before: u64,
+    taps: usize,
+}
+
+impl Mixing for Factored {
+    fn sizes(&self) -> [usize; 4] {
+        self.sizes
+    }
+
+    fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        let collected = self.rows.transpose(2, 3)?.contiguous()?;
+        let collected = collected.matmul(&values.contiguous()?)?;
+        let y = self.rows.matmul(&self.middle.matmul(&collected)?)?;
+        match &self.near {
+            None => Ok(y),
+            Some(near) => Ok((y + near.filter(&values.broadcast_mul(&self.kept)?)?)?),
+        }
+    }
+
+    fn operations(&self, width: usize) -> u64 {
+        let [batch, heads, length, _] = self.sizes;
+        let count = self.middle.dims().last().copied().unwrap_or(0);
+        let near = match &self.near {
+            None => 0,
+            Some(_) => (2 * self.taps + 1) * length,
+        };
+        let each = 4 * length * count + 2 * count * count + near;
+        self.before + (batch * heads * each * width) as u64
+    }
+}
