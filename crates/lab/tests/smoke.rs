@@ -242,6 +242,21 @@ fn combiner() {
 }
 
 #[test]
+fn soft() {
+    check("soft");
+}
+
+#[test]
+fn ecoformer() {
+    check("ecoformer");
+}
+
+#[test]
+fn mra() {
+    check("mra");
+}
+
+#[test]
 fn every_system_is_tested_here() {
     let slugs: Vec<&str> = systems().iter().map(|system| system.slug).collect();
     assert_eq!(
@@ -260,6 +275,7 @@ fn every_system_is_tested_here() {
             "decomposition-xai",
             "decompx",
             "dotresize",
+            "ecoformer",
             "entropy-pruning",
             "fastmax",
             "fire",
@@ -276,12 +292,14 @@ fn every_system_is_tested_here() {
             "mamba-shedder",
             "mixers",
             "modegpt",
+            "mra",
             "over-squashing",
             "pruning-study",
             "rducb",
             "reformer",
             "replaceme",
             "slicegpt",
+            "soft",
             "sparse-transformer",
             "talking-heads",
         ]

@@ -90,7 +90,13 @@ fn codes(
             .zip(&means)
             .map(|(d, mean)| (-d / (2.0 * width)).exp() - mean)
             .collect();
-        let bit = |hash: &[f64]| if dot(&centred, hash) >= 0.0 { 1.0 } else { -1.0 };
+        let bit = |hash: &[f64]| {
+            if dot(&centred, hash) >= 0.0 {
+                1.0
+            } else {
+                -1.0
+            }
+        };
         hashes.chunks(m).map(bit).collect()
     };
     distances.iter().map(code).collect()
@@ -100,7 +106,13 @@ fn codes(
 fn weights(codes: &[Vec<f64>], i: usize, sees: impl Fn(usize) -> bool) -> Vec<f64> {
     let offset = codes[0].len() as f64 + 1.0;
     let all: Vec<f64> = (0..codes.len())
-        .map(|j| if sees(j) { dot(&codes[i], &codes[j]) + offset } else { 0.0 })
+        .map(|j| {
+            if sees(j) {
+                dot(&codes[i], &codes[j]) + offset
+            } else {
+                0.0
+            }
+        })
         .collect();
     let total: f64 = all.iter().sum();
     all.iter().map(|w| w / total).collect()
@@ -115,10 +127,11 @@ fn linear_sums_equal_all_weights_laid_out() {
             let subject = subject(&ecoformer, causal);
             let run = subject.run(&x, Given::default());
             let of = |b, head| codes(&ecoformer, &subject.map, &run, [b, head], &keep);
-            let all: Vec<Vec<_>> = (0..2).map(|b| (0..HEADS).map(|h| of(b, h)).collect()).collect();
-            let row = |b: usize, head: usize, i: usize| {
-                weights(&all[b][head], i, |j| !causal || j <= i)
-            };
+            let all: Vec<Vec<_>> = (0..2)
+                .map(|b| (0..HEADS).map(|h| of(b, h)).collect())
+                .collect();
+            let row =
+                |b: usize, head: usize, i: usize| weights(&all[b][head], i, |j| !causal || j <= i);
             run.check(2, row, 1e-10, &format!("{ecoformer:?} causal {causal}"));
             if !causal {
                 let least = 1.0 / (length * (2 * BITS + 1)) as f64;
@@ -181,7 +194,10 @@ fn the_released_form_adds_its_own_value() {
             .enumerate()
             .map(|(j, product)| (product + own(j)) / total)
             .collect();
-        assert!((row.iter().sum::<f64>() - 1.0).abs() > 1e-3, "they do not sum to one");
+        assert!(
+            (row.iter().sum::<f64>() - 1.0).abs() > 1e-3,
+            "they do not sum to one"
+        );
         row
     };
     run.check(2, row, 1e-10, "released");
@@ -205,21 +221,39 @@ fn packed_codes_count_bits_to_the_same_integers() {
             }
         }
     }
-    let message = PackedCodes::new(&random(&[2, 65], 1)).unwrap_err().to_string();
+    let message = PackedCodes::new(&random(&[2, 65], 1))
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("between 1 and 64"), "{message}");
 }
 
 #[test]
 fn the_signs_gradient_passes_within_one() {
-    let x = Var::from_tensor(&tensor(vec![-3.0, -1.5, -0.99, -0.2, 0.0, 0.4, 0.999, 1.001, 8.0], &[9]));
+    let x = Var::from_tensor(&tensor(
+        vec![-3.0, -1.5, -0.99, -0.2, 0.0, 0.4, 0.999, 1.001, 8.0],
+        &[9],
+    ));
     let x = x.unwrap();
     let y = sign(x.as_tensor()).unwrap();
-    assert_eq!(values(&y), [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
+    assert_eq!(
+        values(&y),
+        [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    );
     let upstream = random(&[9], 5);
-    let gradients = (y * &upstream).unwrap().sum_all().unwrap().backward().unwrap();
+    let gradients = (y * &upstream)
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .backward()
+        .unwrap();
     let passed = [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0];
     let expected = (tensor(passed.to_vec(), &[9]) * upstream).unwrap();
-    assert_near(gradients.get(x.as_tensor()).unwrap(), &expected, 0.0, "gradient");
+    assert_near(
+        gradients.get(x.as_tensor()).unwrap(),
+        &expected,
+        0.0,
+        "gradient",
+    );
 }
 
 /// Queries get a gradient through the codes; hashes, anchors and means get none.
@@ -243,7 +277,9 @@ fn hashes_are_no_variables() {
         let has = gradients.get(variable.as_tensor()).is_some();
         assert_eq!(has, !name.starts_with("mechanism."), "{name}");
     }
-    let query = gradients.get(variables["query.weight"].as_tensor()).unwrap();
+    let query = gradients
+        .get(variables["query.weight"].as_tensor())
+        .unwrap();
     assert!(values(query).iter().any(|x| x.abs() > 1e-6));
 }
 
@@ -257,13 +293,18 @@ fn codes_are_the_same_in_training_and_after_a_round_trip() {
         .into_iter()
         .map(|(name, x)| (name, x.to_dtype(DType::F32).unwrap()))
         .collect();
-    let queries = random(&[2, HEADS, 30, HEAD_WIDTH], 1).to_dtype(DType::F32).unwrap();
+    let queries = random(&[2, HEADS, 30, HEAD_WIDTH], 1)
+        .to_dtype(DType::F32)
+        .unwrap();
     let before = values(&hashing(&map).codes(&queries, None).unwrap());
     let stored: BTreeMap<&str, Vec<u8>> = map
         .iter()
         .map(|(name, x)| {
             let numbers: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
-            (name.as_str(), numbers.iter().flat_map(|x| x.to_le_bytes()).collect())
+            (
+                name.as_str(),
+                numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            )
         })
         .collect();
     let views: Vec<(&str, safetensors::tensor::TensorView<'_>)> = stored
@@ -289,7 +330,10 @@ fn codes_are_the_same_in_training_and_after_a_round_trip() {
             (name, x)
         })
         .collect();
-    assert_eq!(before, values(&hashing(&again).codes(&queries, None).unwrap()));
+    assert_eq!(
+        before,
+        values(&hashing(&again).codes(&queries, None).unwrap())
+    );
     // A pass that draws anew has nothing to draw here.
     let subject = subject(&plain(), false);
     let x = random(&[1, 6, WIDTH], 1);
@@ -314,7 +358,9 @@ fn turning_over_and_permuting_bits_changes_nothing() {
     let hashes = &before.map["mechanism.hashes"];
     let whole = before.output(&x, Given::default());
     for bit in 0..BITS {
-        let flips = (0..BITS).map(|b| if b == bit { -1.0 } else { 1.0 }).collect();
+        let flips = (0..BITS)
+            .map(|b| if b == bit { -1.0 } else { 1.0 })
+            .collect();
         let turned = hashes.broadcast_mul(&tensor(flips, &[1, BITS, 1])).unwrap();
         assert_near(&with(turned), &whole, 1e-12, "turned over");
     }
@@ -346,7 +392,12 @@ fn bits_take_a_sum_of_sign_products_apart() {
             .map(|i| FACTORS.iter().map(|&f| sign_of(f, i)).collect())
             .collect(),
         targets: (0..TOKENS)
-            .map(|i| (0..TOKENS).map(|j| (j, entry(i, j))).filter(|(_, s)| *s != 0.0).collect())
+            .map(|i| {
+                (0..TOKENS)
+                    .map(|j| (j, entry(i, j)))
+                    .filter(|(_, s)| *s != 0.0)
+                    .collect()
+            })
             .collect(),
     };
     let mut rng = ChaCha8Rng::seed_from_u64(5);
@@ -444,7 +495,11 @@ fn bits_are_accepted_where_their_signs_agree_more() {
             accepted += usize::from(bit.accepted);
             let y: Vec<f64> = (0..24).map(|t| codes[(head * 24 + t) * 6 + at]).collect();
             let expected = objective(&left, &y, 6);
-            assert!((bit.after - expected).abs() < 1e-9, "{} {expected}", bit.after);
+            assert!(
+                (bit.after - expected).abs() < 1e-9,
+                "{} {expected}",
+                bit.after
+            );
             for i in 0..24 {
                 for j in 0..24 {
                     left[i][j] -= y[i] * y[j];
@@ -497,7 +552,11 @@ fn learned_hashes_follow_the_map() {
         let hashing = build(&found.parameters, |p| ecoformer.hashing(&heads(), p)).unwrap();
         let codes = values(&hashing.codes(&other, None).unwrap());
         let codes: Vec<&[f64]> = codes.chunks(8).take(24).collect();
-        let units: Vec<Vec<f64>> = values(&other).chunks(HEAD_WIDTH).take(24).map(unit).collect();
+        let units: Vec<Vec<f64>> = values(&other)
+            .chunks(HEAD_WIDTH)
+            .take(24)
+            .map(unit)
+            .collect();
         let pairs = || (0..24).flat_map(|i| (0..24).map(move |j| (i, j)));
         let by_codes: Vec<f64> = pairs().map(|(i, j)| dot(codes[i], codes[j])).collect();
         let by_map: Vec<f64> = pairs().map(|(i, j)| dot(&units[i], &units[j])).collect();
@@ -538,7 +597,10 @@ fn fitting_starts_again_from_where_it_was_and_leaves_pads_out() {
         start: Some(vec![0.0; 3]),
         ..fit.clone()
     };
-    let said = ecoformer.fit(&queries, None, &wrong).unwrap_err().to_string();
+    let said = ecoformer
+        .fit(&queries, None, &wrong)
+        .unwrap_err()
+        .to_string();
     assert!(said.contains("for 2 heads"), "{said}");
 
     // Whatever pads are.

@@ -41,7 +41,12 @@ fn specs() -> Vec<SoftSpec> {
     let segments = plain(Landmarks::Segments { count: 4 });
     let mut all = Vec::new();
     for normalised in [true, false] {
-        for (columns, local) in [(None, None), (None, Some(5)), (Some(4), Some(3)), (Some(5), None)] {
+        for (columns, local) in [
+            (None, None),
+            (None, Some(5)),
+            (Some(4), Some(3)),
+            (Some(5), None),
+        ] {
             for of in [&convolution, &mean, &segments] {
                 all.push(SoftSpec {
                     columns,
@@ -56,7 +61,9 @@ fn specs() -> Vec<SoftSpec> {
 }
 
 fn transposed(a: &Rows) -> Rows {
-    (0..a[0].len()).map(|j| a.iter().map(|row| row[j]).collect()).collect()
+    (0..a[0].len())
+        .map(|j| a.iter().map(|row| row[j]).collect())
+        .collect()
 }
 
 fn times(a: &Rows, b: &Rows) -> Rows {
@@ -88,7 +95,9 @@ fn inverse(a: &Rows) -> Rows {
         for (i, row) in rows.iter_mut().enumerate() {
             if i != column {
                 let share = row[column];
-                row.iter_mut().zip(&pivot).for_each(|(x, p)| *x -= share * p);
+                row.iter_mut()
+                    .zip(&pivot)
+                    .for_each(|(x, p)| *x -= share * p);
             }
         }
     }
@@ -104,7 +113,11 @@ fn kernel(a: &[f64], b: &[f64]) -> f64 {
 fn windows(soft: &SoftSpec, ratio: usize, keep: &[bool]) -> Vec<Vec<Option<usize>>> {
     let length = keep.len();
     let columns = soft.columns.unwrap_or(length);
-    let [high, wide] = if soft.columns.is_some() { [ratio; 2] } else { [1, ratio] };
+    let [high, wide] = if soft.columns.is_some() {
+        [ratio; 2]
+    } else {
+        [1, ratio]
+    };
     let mut all = Vec::new();
     for top in (0..length.div_ceil(columns)).step_by(high) {
         for left in (0..columns).step_by(wide) {
@@ -219,7 +232,8 @@ fn expected(soft: &SoftSpec, map: &Map, run: &Run, [b, head]: [usize; 2], keep: 
             for dy in -down..=down {
                 for dx in -half..=half {
                     let j = (y + dy) * columns + x + dx;
-                    let inside = (0..columns).contains(&(x + dx)) && (0..length as isize).contains(&j);
+                    let inside =
+                        (0..columns).contains(&(x + dx)) && (0..length as isize).contains(&j);
                     if inside && keep[j as usize] {
                         row[j as usize] += filters[tap];
                     }
@@ -240,7 +254,9 @@ fn equals_the_formula_laid_out() {
             let run = subject.run(&x, Given::default());
             let keep = vec![true; length];
             let of = |b, head| expected(&soft, &subject.map, &run, [b, head], &keep);
-            let all: Vec<Vec<Rows>> = (0..2).map(|b| (0..HEADS).map(|h| of(b, h)).collect()).collect();
+            let all: Vec<Vec<Rows>> = (0..2)
+                .map(|b| (0..HEADS).map(|h| of(b, h)).collect())
+                .collect();
             let row = |b: usize, head: usize, i: usize| all[b][head][i].clone();
             run.check(2, row, 1e-8, &format!("{soft:?} at {length}"));
         }
@@ -262,7 +278,12 @@ fn pads_have_no_row_and_are_in_no_landmark() {
         let run = subject.run(&x, given);
         let of = |head| expected(&soft, &subject.map, &run, [0, head], &keep);
         let all: Vec<Rows> = (0..HEADS).map(of).collect();
-        run.check(1, |_, head, i| all[head][i].clone(), 1e-8, &format!("{soft:?}"));
+        run.check(
+            1,
+            |_, head, i| all[head][i].clone(),
+            1e-8,
+            &format!("{soft:?}"),
+        );
         for head in 0..HEADS {
             for j in (0..12).filter(|&j| !keep[j]) {
                 assert!((0..12).all(|i| run.weight(0, head, i, j) == 0.0));
@@ -274,11 +295,22 @@ fn pads_have_no_row_and_are_in_no_landmark() {
 /// `A_ij = f(i xor j)`, whose eigenvectors are Hadamard's, and its eigenvalues.
 fn with_known_eigenvalues(size: usize) -> (Tensor, Vec<f64>) {
     let f: Vec<f64> = (0..size)
-        .map(|i| if i == 0 { 1.0 } else { 0.05 + 0.3 / (1 + i * i % 11) as f64 })
+        .map(|i| {
+            if i == 0 {
+                1.0
+            } else {
+                0.05 + 0.3 / (1 + i * i % 11) as f64
+            }
+        })
         .collect();
-    let entries = (0..size * size).map(|at| f[(at / size) ^ (at % size)]).collect();
+    let entries = (0..size * size)
+        .map(|at| f[(at / size) ^ (at % size)])
+        .collect();
     let eigenvalue = |u: usize| (0..size).map(|i| hadamard(u, i) * f[i]).sum();
-    (tensor(entries, &[1, 1, size, size]), (0..size).map(eigenvalue).collect())
+    (
+        tensor(entries, &[1, 1, size, size]),
+        (0..size).map(eigenvalue).collect(),
+    )
 }
 
 fn hadamard(i: usize, j: usize) -> f64 {
@@ -293,7 +325,7 @@ fn newtons_steps_filter_eigenvalues() {
     let size = 8;
     let (a, eigenvalues) = with_known_eigenvalues(size);
     let norm = eigenvalues[0];
-    for epsilon in [0.0, 0.01, 0.3] {
+    for epsilon in [0.0, 0.01, 0.05] {
         for steps in [0, 1, 2, 5, 10, 20] {
             let alpha = 1.8 / (norm * norm);
             let filtered: Vec<f64> = eigenvalues
@@ -308,17 +340,28 @@ fn newtons_steps_filter_eigenvalues() {
                 let each = (0..size).map(|u| hadamard(u, i) * filtered[u] * hadamard(u, j));
                 each.sum::<f64>() / size as f64
             };
-            let entries = (0..size * size).map(|at| entry(at / size, at % size)).collect();
+            let entries = (0..size * size)
+                .map(|at| entry(at / size, at % size))
+                .collect();
             let expected = tensor(entries, &[1, 1, size, size]);
             let found = newton_inverse(&a, epsilon, steps as usize).unwrap();
-            assert_near(&found, &expected, 1e-13, &format!("{epsilon} after {steps}"));
+            assert_near(
+                &found,
+                &expected,
+                1e-13,
+                &format!("{epsilon} after {steps}"),
+            );
         }
-        let raised = (&a + (Tensor::eye(size, DType::F64, &Device::Cpu).unwrap() * epsilon)
-            .unwrap()
-            .reshape((1, 1, size, size))
-            .unwrap())
+        let raised = (&a
+            + (Tensor::eye(size, DType::F64, &Device::Cpu).unwrap() * epsilon)
+                .unwrap()
+                .reshape((1, 1, size, size))
+                .unwrap())
         .unwrap();
-        let product = newton_inverse(&a, epsilon, 60).unwrap().matmul(&raised).unwrap();
+        let product = newton_inverse(&a, epsilon, 60)
+            .unwrap()
+            .matmul(&raised)
+            .unwrap();
         let identity = Tensor::eye(size, DType::F64, &Device::Cpu).unwrap();
         let identity = identity.reshape((1, 1, size, size)).unwrap();
         assert_near(&product, &identity, 1e-12, "an inverse in the end");
@@ -332,8 +375,16 @@ fn slices_are_inverted_by_themselves() {
     let identity = Tensor::eye(4, DType::F64, &Device::Cpu).unwrap();
     let other = identity.reshape((1, 1, 4, 4)).unwrap();
     let both = Tensor::cat(&[&a, &other], 1).unwrap();
-    let found = newton_inverse(&both, 0.01, 3).unwrap().narrow(1, 0, 1).unwrap();
-    assert_near(&found, &newton_inverse(&a, 0.01, 3).unwrap(), 0.0, "beside another");
+    let found = newton_inverse(&both, 0.01, 3)
+        .unwrap()
+        .narrow(1, 0, 1)
+        .unwrap();
+    assert_near(
+        &found,
+        &newton_inverse(&a, 0.01, 3).unwrap(),
+        0.0,
+        "beside another",
+    );
 }
 
 /// With every token a landmark, `G G⁻¹ G = G`.
@@ -350,9 +401,8 @@ fn all_tokens_as_landmarks_are_the_gaussian_kernel() {
     let run = subject(&soft).run(&x, Given::default());
     let root = (1.0 / (HEAD_WIDTH as f64).sqrt()).sqrt();
     let gaussian = |head: usize, i: usize, j: usize| {
-        let at = |t: usize| -> Vec<f64> {
-            run.query(0, head, t).iter().map(|x| root * x).collect()
-        };
+        let at =
+            |t: usize| -> Vec<f64> { run.query(0, head, t).iter().map(|x| root * x).collect() };
         kernel(&at(i), &at(j))
     };
     let row = |_: usize, head: usize, i: usize| (0..length).map(|j| gaussian(head, i, j)).collect();
@@ -418,7 +468,10 @@ fn weights_are_symmetric_and_have_no_negative_eigenvalue() {
 #[test]
 fn weights_do_not_change_where_all_queries_move() {
     let x = random(&[1, 9, WIDTH], 1);
-    for landmarks in [Landmarks::Mean { ratio: 2 }, Landmarks::Segments { count: 3 }] {
+    for landmarks in [
+        Landmarks::Mean { ratio: 2 },
+        Landmarks::Segments { count: 3 },
+    ] {
         let soft = SoftSpec::new(landmarks);
         let before = subject(&soft);
         for (far, tolerance) in [(1.0, 1e-12), (1e3, 1e-7)] {
@@ -473,14 +526,22 @@ fn the_gradient_is_that_of_an_inverse() {
         let found = gradient_of(&a, |a| regularised_inverse(a, 0.01, steps).unwrap());
         let across = y.transpose(2, 3).unwrap().contiguous().unwrap();
         let given = random(&[1, 1, 8, 8], 77);
-        let expected = across.matmul(&given).unwrap().matmul(&across).unwrap().neg().unwrap();
+        let expected = across
+            .matmul(&given)
+            .unwrap()
+            .matmul(&across)
+            .unwrap()
+            .neg()
+            .unwrap();
         assert_near(&found, &expected, 1e-12, "closed form");
     }
     // That of the steps themselves is the same once they are done, and another before.
     let closed = |steps| gradient_of(&a, |a| regularised_inverse(a, 0.01, steps).unwrap());
     let graph = |steps| gradient_of(&a, |a| followed(a, 0.01, steps));
     let far = |steps| {
-        let size = values(&graph(steps)).into_iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+        let size = values(&graph(steps))
+            .into_iter()
+            .fold(0.0, |m: f64, x| m.max(x.abs()));
         difference(&closed(steps), &graph(steps)) / size
     };
     assert!(far(20) < 1e-6, "{:e}", far(20));

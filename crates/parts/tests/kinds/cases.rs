@@ -328,10 +328,7 @@ fn approximate() -> Vec<(&'static str, MultiHeadSpec)> {
             "means of segments as landmarks",
             shared(MechanismSpec::Soft(soft(Landmarks::Segments { count: 3 }))),
         ),
-        (
-            "codes",
-            shared(MechanismSpec::Ecoformer(ecoformer.clone())),
-        ),
+        ("codes", shared(MechanismSpec::Ecoformer(ecoformer.clone()))),
         (
             "codes, causal",
             MultiHeadSpec {
@@ -517,10 +514,15 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
     };
     let mut all = mechanisms();
     all.extend(linear());
-    all.extend(sparse().into_iter().chain(approximate()).map(|(name, spec)| {
-        let spec = MixerSpec::MultiHead(spec);
-        (name, block(PreNorm, LAYER, spec))
-    }));
+    all.extend(
+        sparse()
+            .into_iter()
+            .chain(approximate())
+            .map(|(name, spec)| {
+                let spec = MixerSpec::MultiHead(spec);
+                (name, block(PreNorm, LAYER, spec))
+            }),
+    );
     all.extend(vec![
         (
             "plain bidirectional",

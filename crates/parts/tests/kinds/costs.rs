@@ -290,9 +290,7 @@ fn soft_formula(spec: &MultiHeadSpec, soft: &SoftSpec, n: usize) -> (usize, usiz
         other => panic!("no formula for {other:?}"),
     };
     let (parameters, landmarks) = match soft.landmarks {
-        Landmarks::Convolution { .. } => {
-            (window * d * d + 2 * d, m * (2 * window * d * d + 9 * d))
-        }
+        Landmarks::Convolution { .. } => (window * d * d + 2 * d, m * (2 * window * d * d + 9 * d)),
         Landmarks::Mean { .. } => (0, n * d),
         Landmarks::Segments { .. } => (0, 2 * m * n * d),
     };

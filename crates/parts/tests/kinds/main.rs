@@ -278,7 +278,9 @@ fn gradients_equal_central_differences() {
         inputs.insert("memory".to_owned(), default_memory(BATCH));
         if case.takes_signs() {
             // What comes before the signs has a gradient of its own: see the mechanism's tests.
-            inputs.retain(|name, _| !(name == "x" || name.contains("query") || name.contains("norm")));
+            inputs.retain(|name, _| {
+                !(name == "x" || name.contains("query") || name.contains("norm"))
+            });
         }
         let error = gradient_error(&inputs, 6, |inputs| {
             let mut map = case.map.clone();

@@ -158,7 +158,12 @@ impl<'a> Residual<'a> {
 
     /// The gradient of the smooth objective.
     fn gradient(&self, hash: &[f64]) -> Vec<f64> {
-        let logistic: Vec<f64> = self.sample.projected(hash).into_iter().map(sigmoid).collect();
+        let logistic: Vec<f64> = self
+            .sample
+            .projected(hash)
+            .into_iter()
+            .map(sigmoid)
+            .collect();
         let y: Vec<f64> = logistic.iter().map(|s| 2.0 * s - 1.0).collect();
         let mut gradient = vec![0.0; hash.len()];
         let sides = self.both_sides(&y);
@@ -193,7 +198,8 @@ pub fn learn(samples: &[Sample], start: &[Vec<f64>], fit: &Fit) -> (Vec<Vec<f64>
     let (mut hashes, mut bits) = (Vec::new(), Vec::new());
     for first in start {
         let objective = |left: &[Residual<'_>], hash: &[f64]| -> f64 {
-            let one = |left: &Residual<'_>| -left.scale() * left.agreement(&left.sample.signs(hash));
+            let one =
+                |left: &Residual<'_>| -left.scale() * left.agreement(&left.sample.signs(hash));
             each * left.iter().map(one).sum::<f64>()
         };
         let mut hash = first.clone();

@@ -127,9 +127,7 @@ impl EcoformerSpec {
             )?,
             bandwidths: match self.bandwidth {
                 Bandwidth::Sample => None,
-                Bandwidth::Fitted => {
-                    Some(constant("bandwidths", &[count], Init::Constant(2.0))?)
-                }
+                Bandwidth::Fitted => Some(constant("bandwidths", &[count], Init::Constant(2.0))?),
             },
         })
     }
@@ -394,16 +392,23 @@ impl Mixing for Hashed {
         let there = there.to_vec1::<f64>()?;
         let offset = self.bits as i64 + 1;
         let mut weights = Vec::with_capacity(batch * heads * queries * keys);
-        let each = packed.words().chunks(keys.max(1)).zip(there.chunks(keys.max(1)));
+        let each = packed
+            .words()
+            .chunks(keys.max(1))
+            .zip(there.chunks(keys.max(1)));
         for (codes, there) in each {
             for (i, &query) in codes.iter().enumerate() {
-                let of = codes.iter().zip(there).enumerate().map(|(j, (&key, &there))| {
-                    let seen = there > 0.0 && (!features.causal || j <= i);
-                    match seen {
-                        true => (packed.product(query, key) + offset) as f64,
-                        false => 0.0,
-                    }
-                });
+                let of = codes
+                    .iter()
+                    .zip(there)
+                    .enumerate()
+                    .map(|(j, (&key, &there))| {
+                        let seen = there > 0.0 && (!features.causal || j <= i);
+                        match seen {
+                            true => (packed.product(query, key) + offset) as f64,
+                            false => 0.0,
+                        }
+                    });
                 let row = weights.len();
                 weights.extend(of);
                 let total: f64 = weights.iter().skip(row).sum();

@@ -121,7 +121,9 @@ impl Layout {
 
     /// Blocks of this size that have real tokens, of one head of a sequence.
     pub(super) fn blocks(&self, of: usize, size: usize) -> usize {
-        self.lengths.get(of).map_or(0, |length| length.div_ceil(size))
+        self.lengths
+            .get(of)
+            .map_or(0, |length| length.div_ceil(size))
     }
 
     /// The row of block `at` of this size.
@@ -169,7 +171,10 @@ impl Layout {
     pub(super) fn firsts(&self, x: &Tensor, size: usize) -> lapidary_kernels::Result<Tensor> {
         let width = x.dim(1)?;
         let rows = self.count() * self.slots / size;
-        let first = x.contiguous()?.reshape((rows, size, width))?.narrow(1, 0, 1)?;
+        let first = x
+            .contiguous()?
+            .reshape((rows, size, width))?
+            .narrow(1, 0, 1)?;
         Ok(first.contiguous()?.reshape((rows, width))?)
     }
 }

@@ -101,14 +101,12 @@ impl MraSpec {
         let at = |name: &str| format!("{field}.{name}");
         let count = format!("number of {}", at("scales"));
         bounded(count, self.scales.len(), 2..=MAX_SCALES)?;
-        let divide = |pair: &[usize]| {
-            matches!(pair, [a, b] if *b >= 1 && a > b && a.is_multiple_of(*b))
-        };
+        let divide =
+            |pair: &[usize]| matches!(pair, [a, b] if *b >= 1 && a > b && a.is_multiple_of(*b));
         let largest = self.scales.first().copied().unwrap_or(0);
         if largest > MAX_SIZE || !self.scales.windows(2).all(divide) {
-            let expected = format!(
-                "falling numbers of at most {MAX_SIZE}, each a divisor of the one before"
-            );
+            let expected =
+                format!("falling numbers of at most {MAX_SIZE}, each a divisor of the one before");
             return Err(Error::spec(at("scales"), &self.scales, expected));
         }
         if heads.causal && self.scales.last() != Some(&1) {
@@ -264,7 +262,10 @@ impl Mra {
             let (Some(q), Some(k)) = (queries.get(level), keys.get(level)) else {
                 continue;
             };
-            let all = match level.checked_sub(1).and_then(|above| plan.levels.get(above)) {
+            let all = match level
+                .checked_sub(1)
+                .and_then(|above| plan.levels.get(above))
+            {
                 None => vec![self.whole(&layout, size)],
                 Some(above) => {
                     let coarse = scales.get(level - 1).copied().unwrap_or(size);
@@ -300,7 +301,11 @@ impl Mra {
                 position,
             };
             // In causal attention no row has anything of its own block or later ones at this scale.
-            let keys = if self.causal { all.saturating_sub(1) } else { all };
+            let keys = if self.causal {
+                all.saturating_sub(1)
+            } else {
+                all
+            };
             blocks.push((first..all).map(at), (0..keys).map(at));
         }
         blocks
@@ -415,7 +420,10 @@ fn spread(part: AttentionPart, size: usize) -> lapidary_kernels::Result<Attentio
     let (_, _, rows, width) = part.output.dims4()?;
     let output = part.output.reshape((rows, 1, width))?;
     let output = output.broadcast_as((rows, size, width))?;
-    let log_sums = part.log_sums.reshape((rows, 1))?.broadcast_as((rows, size))?;
+    let log_sums = part
+        .log_sums
+        .reshape((rows, 1))?
+        .broadcast_as((rows, size))?;
     Ok(AttentionPart {
         output: output.contiguous()?.reshape((1, 1, rows * size, width))?,
         log_sums: log_sums.contiguous()?.reshape((1, 1, rows * size))?,

@@ -47,7 +47,9 @@ impl Table {
     }
 
     fn row(&self, row: usize) -> &[f64] {
-        self.values.get(row * self.width..(row + 1) * self.width).unwrap_or_default()
+        self.values
+            .get(row * self.width..(row + 1) * self.width)
+            .unwrap_or_default()
     }
 }
 
@@ -110,7 +112,12 @@ impl Plan {
             };
             let logit = |x: usize, y: usize| -> f64 {
                 let (x, y) = (layout.row(of, x, size), layout.row(of, y, size));
-                scale * q.row(x).iter().zip(k.row(y)).map(|(q, k)| q * k).sum::<f64>()
+                scale
+                    * q.row(x)
+                        .iter()
+                        .zip(k.row(y))
+                        .map(|(q, k)| q * k)
+                        .sum::<f64>()
             };
             self.considered += current.len();
             let mut candidates: Vec<Candidate> = current

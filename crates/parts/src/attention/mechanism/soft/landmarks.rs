@@ -219,11 +219,7 @@ impl Pooling {
 }
 
 /// Numbers as a tensor on the device and of the type of `x`.
-fn like(
-    values: Vec<f64>,
-    shape: (usize, usize, usize, usize),
-    x: &Tensor,
-) -> Result<Tensor> {
+fn like(values: Vec<f64>, shape: (usize, usize, usize, usize), x: &Tensor) -> Result<Tensor> {
     let values = tensor(Tensor::from_vec(values, shape, &Device::Cpu))?;
     tensor(tensor(values.to_dtype(x.dtype()))?.to_device(x.device()))
 }
