@@ -150,6 +150,80 @@ def versions(n):
         mask[:, order] = near
         return masked(q, k, v, (mask & causal) | own)
 
+    def soft(q, k, v):
+        m = 64
+        q = q * WIDTH**-0.25
+        points = q.unflatten(2, (m, n // m)).mean(3)
+        gauss = lambda a, b: (-torch.cdist(a, b) ** 2 / 2).exp()
+        inner, rows = gauss(points, points), gauss(q, points)
+        with torch.no_grad():
+            raised = inner + 0.01 * torch.eye(m)
+            y = 1.8 / inner.sum(-1).amax(-1)[..., None, None] ** 2 * raised
+            for _ in range(20):
+                y = 2 * y - y @ raised @ y
+        y = y - y @ (inner - inner.detach()) @ y
+        degrees = inner.sum(-1) ** -0.5
+        middle = degrees[..., :, None] * y * degrees[..., None, :]
+        return rows @ (middle @ (rows.transpose(-1, -2) @ v))
+
+    bits = 16
+    anchors = F.normalize(torch.randn(1, HEADS, 25, WIDTH), dim=-1)
+    hashes = torch.randn(1, HEADS, 25, bits)
+
+    def codes(q):
+        distances = torch.cdist(F.normalize(q, dim=-1), anchors) ** 2
+        kernels = (-distances / (2 * distances.mean((2, 3), keepdim=True))).exp()
+        x = (kernels - 0.6065) @ hashes
+        passed = x * (x.detach().abs() < 1)
+        return torch.where(x >= 0, 1.0, -1.0) + passed - passed.detach()
+
+    def ecoformer(q, k, v):
+        b = codes(q)
+        sums = b @ (b.transpose(-1, -2) @ v) + (bits + 1) * v.sum(2, keepdim=True)
+        return sums / ((b * b.sum(2, keepdim=True)).sum(-1, keepdim=True) + n * (bits + 1))
+
+    def ecoformer_causal(q, k, v):
+        b, one = codes(q), torch.ones(*q.shape[:-1], 1)
+        return prefix(torch.cat([b, (bits + 1) * one], -1), torch.cat([b, one], -1), v)
+
+    def coarse_and_fine(q, k, v, causal):
+        # The chosen blocks are gathered; what is coarse is a softmax over means.
+        block, blocks = 32, n // 32
+        cut = lambda x: x.unflatten(2, (blocks, block))
+        qs, ks, vs = cut(q), cut(k), cut(v)
+        heads = qs[:, :, :, 0] if causal else qs.mean(3)
+        low = heads @ ks.mean(3).transpose(-1, -2) * scale
+        before = torch.ones(blocks, blocks, dtype=torch.bool).tril() if causal else torch.ones(blocks, blocks, dtype=torch.bool)
+        low = low.masked_fill(~before, float("-inf"))
+        with torch.no_grad():
+            values = low - low.amax(-1, keepdim=True)
+            if causal:
+                values = values.masked_fill(torch.eye(blocks, dtype=torch.bool), 1e4)
+                picked = values.topk(min(4, blocks)).indices
+                high = torch.zeros_like(low, dtype=torch.bool).scatter(-1, picked, True) & before
+            else:
+                picked = values.flatten(2).topk(4 * blocks).indices
+                high = torch.zeros_like(low, dtype=torch.bool).flatten(2).scatter(-1, picked, True).view_as(low)
+        b, h, x, y = high.nonzero(as_tuple=True)
+        fine = torch.einsum("cid,cjd->cij", qs[b, h, x], ks[b, h, y]) * scale
+        if causal:
+            later = ~torch.ones(block, block, dtype=torch.bool).tril()
+            fine = fine.masked_fill((x == y)[:, None, None] & later, float("-inf"))
+        rows = (b * HEADS + h) * blocks + x
+        left = low.masked_fill(high, float("-inf"))
+        # One maximum for every row of blocks is enough here.
+        most = torch.full((HEADS * blocks,), float("-inf"))
+        most = most.scatter_reduce(0, rows, fine.detach().amax((1, 2)), "amax")
+        most = torch.maximum(most, left.detach().amax(-1).flatten())
+        weights = (fine - most[rows][:, None, None]).exp()
+        sums = torch.zeros(HEADS * blocks, block, WIDTH).index_add(0, rows, weights @ vs[b, h, y])
+        total = torch.zeros(HEADS * blocks, block).index_add(0, rows, weights.sum(-1))
+        others = (left.flatten(0, 2) - most[:, None]).exp() * block
+        means = vs.mean(3).squeeze(0).repeat_interleave(blocks, 0)
+        sums = sums + torch.einsum("ry,ryd->rd", others, means)[:, None]
+        total = total + others.sum(-1)[:, None]
+        return (sums / total[..., None]).view(1, HEADS, n, WIDTH)
+
     return {
         "softmax": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
         "softmax, causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
@@ -167,6 +241,11 @@ def versions(n):
         "topological, on a path": topological,
         "subsampled, a quarter of the keys": subsampled,
         "subsampled, local, causal": subsampled_local,
+        "soft, 64 landmarks": soft,
+        "ecoformer, 16 bits": ecoformer,
+        "ecoformer, 16 bits, causal": ecoformer_causal,
+        "mra, 4 blocks of 32 in a row": lambda q, k, v: coarse_and_fine(q, k, v, False),
+        "mra, 4 blocks of 32 in a row, causal": lambda q, k, v: coarse_and_fine(q, k, v, True),
     }
 
 

@@ -14,7 +14,9 @@ use lapidary_model::{
 use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
 use lapidary_parts::attention::mechanism::doubly_stochastic::{DoublyStochasticSpec, Operator};
 use lapidary_parts::attention::mechanism::linformer::LinformerSpec;
+use lapidary_parts::attention::mechanism::mra::MraSpec;
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
+use lapidary_parts::attention::mechanism::soft::{Landmarks, SoftSpec};
 use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
 use lapidary_parts::attention::mechanism::subsampled::SubsampledSpec;
 use lapidary_parts::attention::mechanism::topological::TopologicalSpec;
@@ -329,6 +331,41 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
             attention(MultiHeadSpec {
                 causal: false,
                 mechanism: MechanismSpec::Topological(TopologicalSpec::default()),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "soft, 32 landmarks",
+            "a Gaussian kernel factored through means of segments (Lu et al., 2022)",
+            none,
+            attention(MultiHeadSpec {
+                causal: false,
+                sharing: QueryKeySharing::QueryKey,
+                mechanism: MechanismSpec::Soft(SoftSpec::new(Landmarks::Segments { count: 32 })),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "ecoformer",
+            "what codes of 16 bits have in common (Liu et al., 2022)",
+            none,
+            attention(MultiHeadSpec {
+                causal: false,
+                sharing: QueryKeySharing::QueryKey,
+                mechanism: MechanismSpec::Ecoformer(Default::default()),
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "attention",
+            "mra, blocks of 16",
+            "blocks of 16 by one value, two in a row in full (Zeng et al., 2022)",
+            none,
+            attention(MultiHeadSpec {
+                causal: false,
+                mechanism: MechanismSpec::Mra(MraSpec::new(16, 2)),
                 ..base.clone()
             }),
         ),

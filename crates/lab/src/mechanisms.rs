@@ -5,11 +5,14 @@ use lapidary_kernels::Tensor;
 use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
 use lapidary_parts::attention::mechanism::doubly_stochastic::DoublyStochasticSpec;
+use lapidary_parts::attention::mechanism::ecoformer::{Bandwidth, EcoformerSpec};
 use lapidary_parts::attention::mechanism::fastmax::FastmaxSpec;
 use lapidary_parts::attention::mechanism::kernelized::KernelizedSpec;
 use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
 use lapidary_parts::attention::mechanism::lion::{LionDecay, LionSpec};
+use lapidary_parts::attention::mechanism::mra::MraSpec;
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
+use lapidary_parts::attention::mechanism::soft::{Landmarks, SoftSpec};
 use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
 use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec};
 use lapidary_parts::attention::mechanism::topological::TopologicalSpec;
@@ -50,6 +53,14 @@ const fn entry(
         quadratic,
         sharing: QueryKeySharing::None,
         spec,
+    }
+}
+
+/// One whose queries are keys.
+const fn shared(name: &'static str, causal: bool, spec: fn(usize) -> MechanismSpec) -> Mechanism {
+    Mechanism {
+        sharing: QueryKeySharing::QueryKey,
+        ..entry(name, causal, false, spec)
     }
 }
 
@@ -104,15 +115,12 @@ static MECHANISMS: &[Mechanism] = &[
             steps: Steps::Merged,
         })
     }),
-    Mechanism {
-        sharing: QueryKeySharing::QueryKey,
-        ..entry("reformer, 2 rounds of chunks of 64", true, false, |_| {
-            MechanismSpec::Reformer(ReformerSpec {
-                rounds: 2,
-                ..ReformerSpec::new(64)
-            })
+    shared("reformer, 2 rounds of chunks of 64", true, |_| {
+        MechanismSpec::Reformer(ReformerSpec {
+            rounds: 2,
+            ..ReformerSpec::new(64)
         })
-    },
+    }),
     entry("combiner, segments of the root", true, false, |length| {
         MechanismSpec::Combiner(CombinerSpec {
             form: CombinerForm::Fixed {
@@ -147,6 +155,24 @@ static MECHANISMS: &[Mechanism] = &[
             },
             ..SubsampledSpec::default()
         })
+    }),
+    shared("soft, 64 landmarks", false, |_| {
+        MechanismSpec::Soft(SoftSpec::new(Landmarks::Segments { count: 64 }))
+    }),
+    shared("ecoformer, 16 bits", false, |_| {
+        MechanismSpec::Ecoformer(EcoformerSpec::default())
+    }),
+    shared("ecoformer, 16 bits, causal", true, |_| {
+        MechanismSpec::Ecoformer(EcoformerSpec {
+            bandwidth: Bandwidth::Fitted,
+            ..EcoformerSpec::default()
+        })
+    }),
+    entry("mra, 4 blocks of 32 in a row", false, false, |_| {
+        MechanismSpec::Mra(MraSpec::new(32, 4))
+    }),
+    entry("mra, 4 blocks of 32 in a row, causal", true, false, |_| {
+        MechanismSpec::Mra(MraSpec::new(32, 4))
     }),
 ];
 

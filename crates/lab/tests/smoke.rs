@@ -263,6 +263,21 @@ fn combiner() {
 }
 
 #[test]
+fn soft() {
+    check("soft");
+}
+
+#[test]
+fn ecoformer() {
+    check("ecoformer");
+}
+
+#[test]
+fn mra() {
+    check("mra");
+}
+
+#[test]
 fn every_system_is_tested_here() {
     let slugs: Vec<&str> = systems().iter().map(|system| system.slug).collect();
     assert_eq!(
@@ -281,6 +296,7 @@ fn every_system_is_tested_here() {
             "decomposition-xai",
             "decompx",
             "dotresize",
+            "ecoformer",
             "entropy-pruning",
             "fastmax",
             "fire",
@@ -298,6 +314,7 @@ fn every_system_is_tested_here() {
             "mamba-shedder",
             "mixers",
             "modegpt",
+            "mra",
             "over-squashing",
             "pruning-study",
             "qdsformer",
@@ -305,6 +322,7 @@ fn every_system_is_tested_here() {
             "reformer",
             "replaceme",
             "slicegpt",
+            "soft",
             "sparse-transformer",
             "talking-heads",
             "tree-field-integrators",

@@ -6,6 +6,7 @@ use crate::error::engine;
 use crate::{Result, Setting};
 use lapidary_kernels::{CrossEntropyOptions, DType, Device, Tensor, cross_entropy};
 use lapidary_model::{Initialiser, Input, Model, ModelSpec, Pass};
+use lapidary_parts::parameters::ParameterSource;
 use lapidary_train::data::{LanguageTask, Task};
 use lapidary_train::language::Split;
 use lapidary_train::{Generator, generator};
@@ -93,7 +94,17 @@ impl Text {
     /// Trains such a model and asks it about held-out text.
     pub fn study(&mut self, spec: ModelSpec, course: &Course) -> Result<Study> {
         let mut source = Narrow(Initialiser::new(course.seed, DType::F32, Device::Cpu));
-        let model = Model::trainable(spec, &mut source)?;
+        self.study_from(spec, &mut source, course)
+    }
+
+    /// [`Text::study`] from other initial values.
+    pub fn study_from(
+        &mut self,
+        spec: ModelSpec,
+        source: &mut dyn ParameterSource,
+        course: &Course,
+    ) -> Result<Study> {
+        let model = Model::trainable(spec, source)?;
         let mut draws = generator(course.seed);
         let mask = self.mask();
         let trained = fit(&model, course.steps, course.rate, |step| {
@@ -109,11 +120,17 @@ impl Text {
                 &options,
             )?)
         })?;
+        self.ask(trained, course)
+    }
+
+    /// Asks a model about held-out text, every model the same.
+    pub fn ask(&mut self, model: Model, course: &Course) -> Result<Study> {
+        let mask = self.mask();
         let mut draws = generator(course.seed ^ 0xa5c);
         let (mut shares, mut losses) = (Vec::new(), Vec::new());
         for _ in 0..course.questions {
             let (inputs, targets) = hide(self.held_out.as_mut(), course, mask, &mut draws)?;
-            let logits = logits(&trained, &inputs, None)?;
+            let logits = logits(&model, &inputs, None)?;
             let options = CrossEntropyOptions {
                 ignore_index: Some(IGNORED),
                 ..CrossEntropyOptions::default()
@@ -126,7 +143,7 @@ impl Text {
             shares.extend(asked.map(|(said, target)| f64::from(u8::from(said == target))));
         }
         Ok(Study {
-            model: trained,
+            model,
             accuracy: 100.0 * mean(shares),
             loss: mean(losses),
         })

@@ -130,7 +130,8 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
                 epsilon: f64::NAN,
                 ..means()
             }),
-            "b.attention.mechanism.epsilon is NaN, but must be a number of at least 0",
+            "b.attention.mechanism.epsilon is NaN, but must be between 0 and 0.05, for which Newton's \
+             iteration converges",
         ),
         (
             soft(SoftSpec {

@@ -48,6 +48,8 @@ use serde::{Deserialize, Serialize};
 const MAX_COLUMNS: usize = 1 << 16;
 const MAX_TAPS: usize = 63;
 const MAX_STEPS: usize = 100;
+/// `α (‖A‖ + ε)² < 2` for every `A` with ones on its diagonal.
+const MAX_EPSILON: f64 = 0.05;
 
 /// Attention by a Gaussian kernel, factored through landmarks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -140,8 +142,9 @@ impl Describe for SoftSpec {
         if let Some(local) = self.local {
             odd(at("local"), local, MAX_TAPS)?;
         }
-        if !(self.epsilon >= 0.0 && self.epsilon.is_finite()) {
-            let expected = "a number of at least 0";
+        if !(0.0..=MAX_EPSILON).contains(&self.epsilon) {
+            let expected =
+                format!("between 0 and {MAX_EPSILON}, for which Newton's iteration converges");
             return Err(Error::spec(at("epsilon"), self.epsilon, expected));
         }
         bounded(at("steps"), self.steps, 1..=MAX_STEPS)
