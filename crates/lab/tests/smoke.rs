@@ -242,6 +242,21 @@ fn combiner() {
 }
 
 #[test]
+fn fit() {
+    check("fit");
+}
+
+#[test]
+fn vcc() {
+    check("vcc");
+}
+
+#[test]
+fn wavspa() {
+    check("wavspa");
+}
+
+#[test]
 fn every_system_is_tested_here() {
     let slugs: Vec<&str> = systems().iter().map(|system| system.slug).collect();
     assert_eq!(
@@ -263,6 +278,7 @@ fn every_system_is_tested_here() {
             "entropy-pruning",
             "fastmax",
             "fire",
+            "fit",
             "fusegpt",
             "fwsvd",
             "hidden-geometry",
@@ -284,6 +300,8 @@ fn every_system_is_tested_here() {
             "slicegpt",
             "sparse-transformer",
             "talking-heads",
+            "vcc",
+            "wavspa",
         ]
     );
     assert!(find("decompy").unwrap_err().to_string().contains("decompx"));

@@ -625,7 +625,7 @@ fn what_does_not_fit_is_refused() {
         &|spec| *spec.inner = MixerSpec::MultiHead(MultiHeadSpec::new(3)),
         "attention.inner.heads is 3",
     );
-    refused(&|spec| spec.levels = 17, "attention.levels is 17");
+    refused(&|spec| spec.levels = 11, "attention.levels is 11");
     refused(&|spec| spec.taps = 7, "attention.taps is 7");
     refused(&|spec| spec.taps = 0, "attention.taps is 0");
     refused(&|spec| spec.base = Base::Coiflet, "attention.taps is 8");

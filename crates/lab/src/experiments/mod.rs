@@ -21,6 +21,7 @@ pub mod energy;
 pub mod entropy_pruning;
 pub mod fastmax;
 pub mod fire;
+pub mod fit;
 pub mod fusegpt;
 pub mod fwsvd;
 pub mod geometry;
@@ -51,6 +52,8 @@ pub mod sparse_transformer;
 pub mod squashing;
 pub mod talking_heads;
 pub mod topics;
+pub mod vcc;
+pub mod wavspa;
 pub mod white_box;
 
 use crate::error::engine;

@@ -137,7 +137,7 @@ fn mixer_layers(mixer: &MixerSpec) -> (Vec<String>, Vec<String>) {
         MixerSpec::MultiHead(_) => (owned(&["query", "key", "value"]), owned(&["output"])),
         MixerSpec::Mamba(_) => (owned(&["input"]), owned(&["output"])),
         // Refused before.
-        MixerSpec::Absent => Default::default(),
+        MixerSpec::Wavelet(_) | MixerSpec::Absent => Default::default(),
     }
 }
 
@@ -302,6 +302,13 @@ impl Refusal<'_> {
                 name,
                 "one without a mixer",
                 "one with its mixer: slice first",
+            ));
+        }
+        if let MixerSpec::Wavelet(_) = &block.attention {
+            return Err(self.error(
+                name,
+                "one that transforms each feature along the sequence",
+                "one whose mixer has no basis of features",
             ));
         }
         if let MixerSpec::MultiHead(attention) = &block.attention
