@@ -5,11 +5,14 @@ mod common;
 
 use common::{Map, assert_near, build, difference, draw, random, values};
 use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_parts::attention::mechanism::kernelized::KernelizedSpec;
+use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
+use lapidary_parts::attention::mechanism::lion::LionSpec;
 use lapidary_parts::attention::wavelet::filters::{coiflet, daubechies, symlet};
 use lapidary_parts::attention::wavelet::{
     Base, Boundary, Convolution, Family, Wavelet, WaveletSpec,
 };
-use lapidary_parts::attention::{Mixer, MixerSpec, MultiHeadSpec};
+use lapidary_parts::attention::{MechanismSpec, Mixer, MixerSpec, MultiHeadSpec};
 use lapidary_parts::recurrent::MambaSpec;
 use lapidary_parts::state::MixerState;
 use lapidary_parts::{Context, Result};
@@ -351,6 +354,57 @@ fn without_levels_it_is_the_inner_mixer() {
         let mixer = mixer.unwrap().unwrap();
         let alone = mixer.forward(&Signal::from(x.clone()), &cx, None).unwrap();
         assert_near(&subject.run(&x, keep), alone.value(), 1e-14, "inner mixer");
+    }
+}
+
+/// Each band has a mixer of its own, of any bidirectional kind: what it makes of the coefficients is what
+/// comes out transformed back.
+#[test]
+fn bands_are_mixed_by_any_attention() {
+    let through = |mechanism| MultiHeadSpec {
+        mechanism,
+        ..MultiHeadSpec::new(2)
+    };
+    let inners = [
+        MultiHeadSpec::new(2),
+        MultiHeadSpec {
+            window: Some(3),
+            ..MultiHeadSpec::new(2)
+        },
+        through(MechanismSpec::Linformer(LinformerSpec {
+            slots: 3,
+            longest: 8,
+            sharing: Sharing::Headwise,
+            projection: Projection::Learned,
+        })),
+        through(MechanismSpec::Lion(LionSpec::default())),
+        through(MechanismSpec::Kernelized(KernelizedSpec::default())),
+    ];
+    for inner in inners {
+        let inner = MixerSpec::MultiHead(inner);
+        let subject = Subject::new(WaveletSpec {
+            inner: Box::new(inner.clone()),
+            ..spec(Family::Orthogonal, 2, 6)
+        });
+        let x = Signal::from(tokens(16));
+        let module = subject.module();
+        let mut coefficients = module.analyse(&x).unwrap();
+        let trace = Trace::new();
+        for (index, band) in coefficients.bands.iter_mut().enumerate() {
+            let mixer = build(&subject.map, |mut p| {
+                let mut bands = p.at("bands");
+                Mixer::new(&inner, WIDTH, bands.at(index))
+            });
+            let mixer = mixer.unwrap().unwrap();
+            *band = mixer.forward(band, &Context::new(&trace), None).unwrap();
+        }
+        let expected = module.synthesise(&coefficients).unwrap();
+        assert_near(
+            &subject.run(x.value(), None),
+            expected.value(),
+            1e-14,
+            "bands",
+        );
     }
 }
 

@@ -57,6 +57,9 @@ impl Layout {
         let refuse = Refusal { method };
         let (tables, embedding) = refuse.input(&spec.input)?;
         let head = refuse.head(spec)?;
+        if let Some(organisation) = &spec.organisation {
+            return Err(refuse.error("the organisation of tokens", organisation.kind(), "none"));
+        }
         let blocks = spec.expanded_blocks();
         let mut layout = Self {
             sites: 1,
