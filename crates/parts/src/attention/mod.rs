@@ -1,6 +1,5 @@
 //! Parts that mix tokens.
 
-mod by_place;
 pub mod mechanism;
 mod multi_head;
 pub mod wavelet;
