@@ -164,13 +164,19 @@ pub fn daubechies(taps: usize) -> Vec<f64> {
 }
 
 /// The most symmetric filter with `taps` taps and as many vanishing moments as Daubechies': of all
-/// choices of a root or its inverse the one with the largest `Σ_t lo_t lo_{w−1−t}`.
+/// choices of a root or its inverse the one with the largest `Σ_t lo_t lo_{k−t}` for some centre `k / 2`.
 pub fn symlet(taps: usize) -> Vec<f64> {
     let inner = inner_roots(taps / 2);
     let mut best = product(taps / 2, &inner);
     let symmetry = |filter: &[f64]| {
-        let pairs = filter.iter().zip(filter.iter().rev());
-        pairs.map(|(a, b)| a * b).sum::<f64>()
+        let about = |sum: usize| -> f64 {
+            let pairs = filter.iter().enumerate().filter_map(|(t, a)| {
+                let mirror = filter.get(sum.checked_sub(t)?)?;
+                Some(a * mirror)
+            });
+            pairs.sum()
+        };
+        (0..2 * taps).map(about).fold(f64::MIN, f64::max)
     };
     let mut most = symmetry(&best);
     // The mirror image of a filter is as symmetric: one root stays.
