@@ -224,6 +224,28 @@ def versions(n):
         total = total + others.sum(-1)[:, None]
         return (sums / total[..., None]).view(1, HEADS, n, WIDTH)
 
+    low = torch.tensor(
+        [0.23037781, 0.71484657, 0.63088077, -0.02798377, -0.18703481, 0.03084138, 0.03288301, -0.01059740]
+    )
+    high = low.flip(0) * torch.tensor([-1.0, 1.0] * 4)
+    bank = torch.stack([low, high]).repeat(HEADS * WIDTH, 1)[:, None]
+
+    def wavelets(q, k, v):
+        """Attention in the averages and in the details of every channel, on a circle."""
+
+        def analyse(x):
+            x = x.transpose(2, 3).reshape(1, HEADS * WIDTH, n)
+            y = F.conv1d(F.pad(x, (0, 7), mode="circular")[..., : n + 6], bank, stride=2, groups=HEADS * WIDTH)
+            y = y.view(1, HEADS, WIDTH, 2, n // 2)
+            return [y[:, :, :, band].transpose(2, 3) for band in (0, 1)]
+
+        bands = zip(analyse(q), analyse(k), analyse(v))
+        mixed = [F.scaled_dot_product_attention(q, k, v).transpose(2, 3) for q, k, v in bands]
+        mixed = torch.stack(mixed, 3).reshape(1, 2 * HEADS * WIDTH, n // 2)
+        y = F.conv_transpose1d(mixed, bank, stride=2, groups=HEADS * WIDTH)
+        y = torch.cat([y[..., :6] + y[..., n:], y[..., 6:n]], -1)
+        return y.view(1, HEADS, WIDTH, n).transpose(2, 3)
+
     return {
         "softmax": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
         "softmax, causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
@@ -246,6 +268,7 @@ def versions(n):
         "ecoformer, 16 bits, causal": ecoformer_causal,
         "mra, 4 blocks of 32 in a row": lambda q, k, v: coarse_and_fine(q, k, v, False),
         "mra, 4 blocks of 32 in a row, causal": lambda q, k, v: coarse_and_fine(q, k, v, True),
+        "wavelets, softmax in two bands": wavelets,
     }
 
 

@@ -20,10 +20,14 @@ use lapidary_parts::attention::mechanism::soft::{Landmarks, SoftSpec};
 use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
 use lapidary_parts::attention::mechanism::subsampled::SubsampledSpec;
 use lapidary_parts::attention::mechanism::topological::TopologicalSpec;
+use lapidary_parts::attention::wavelet::{Family, WaveletSpec};
 use lapidary_parts::attention::{MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeySharing};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, MixtureSpec};
 use lapidary_parts::norm::NormSpec;
+use lapidary_parts::organisation::OrganisationSpec;
+use lapidary_parts::organisation::fit::FitSpec;
+use lapidary_parts::organisation::vcc::VccSpec;
 use lapidary_parts::position::{PositionSpec, RotarySpec};
 use lapidary_parts::recurrent::MambaSpec;
 use lapidary_signal::Trace;
@@ -33,7 +37,7 @@ use serde::Serialize;
 /// One part, measured.
 #[derive(Clone, Debug, Serialize)]
 pub struct Entry {
-    /// The family: attention, feedforward, norm, position or wiring.
+    /// The family: attention, feedforward, norm, position, wiring or organisation.
     pub family: &'static str,
     /// The kind's name in a spec.
     pub kind: &'static str,
@@ -59,6 +63,7 @@ struct Candidate {
     description: &'static str,
     position: AbsolutePosition,
     block: BlockSpec,
+    organisation: Option<OrganisationSpec>,
 }
 
 /// Measures every part at `width` and `length`, with heads of 64 where the width allows.
@@ -148,6 +153,20 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
         description,
         position,
         block,
+        organisation: None,
+    };
+    let organised = |kind, description, organisation| Candidate {
+        organisation: Some(organisation),
+        ..entry(
+            "organisation",
+            kind,
+            description,
+            none,
+            BlockSpec {
+                repeat: 2,
+                ..attention(MultiHeadSpec::new(heads))
+            },
+        )
     };
     vec![
         entry(
@@ -371,6 +390,16 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
         ),
         entry(
             "attention",
+            "wavelet",
+            "attention in two bands of wavelet coefficients, learned filters (Zhuang et al., 2022)",
+            none,
+            mixer_block(MixerSpec::Wavelet(WaveletSpec {
+                family: Family::Adaptive,
+                ..WaveletSpec::new(MixerSpec::MultiHead(MultiHeadSpec::new(heads)))
+            })),
+        ),
+        entry(
+            "attention",
             "mamba",
             "selective state-space recurrence (Gu & Dao, 2023)",
             none,
@@ -525,6 +554,30 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
             none,
             wired(Wiring::Replacing),
         ),
+        organised(
+            "interleaved, (1)1(1) in groups of 32",
+            "groups of tokens, two latents each that meet in a global block (Chen & Li, 2023)",
+            OrganisationSpec::Interleaved(FitSpec {
+                layout: "(1)1(1)".to_owned(),
+                group: 32,
+                groups: longest.div_ceil(32).max(1),
+                latents: 2,
+                width: None,
+                block: Some(Box::new(attention(MultiHeadSpec::new(heads)))),
+                exchange_heads: None,
+                read_feedforward: None,
+                positions: Default::default(),
+                latent_positions: Default::default(),
+                tiles: None,
+                condition: 0,
+                output: Default::default(),
+            }),
+        ),
+        organised(
+            "vip-centric, 4 blocks of 16 in full",
+            "16 tokens in full, all others compressed but for what they attend to (Zeng et al., 2023)",
+            OrganisationSpec::VipCentric(VccSpec::new(16, 4)),
+        ),
     ]
 }
 
@@ -548,7 +601,7 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
         head: HeadSpec::None,
         low_rank: Default::default(),
         quantised: Default::default(),
-        organisation: None,
+        organisation: candidate.organisation,
     };
     let model = Model::initialised(spec, 0, DType::F32, &Device::Cpu)?;
     let short = metered(&model, length)?;

@@ -1,7 +1,8 @@
 //! The mechanisms of attention, each set up as it is compared with the others.
 
 use crate::Result;
-use lapidary_kernels::Tensor;
+use crate::error::engine;
+use lapidary_kernels::{AttentionOptions, Tensor, attention};
 use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
 use lapidary_parts::attention::mechanism::doubly_stochastic::DoublyStochasticSpec;
@@ -17,8 +18,11 @@ use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, St
 use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec};
 use lapidary_parts::attention::mechanism::topological::TopologicalSpec;
 use lapidary_parts::attention::mechanism::{self, MechanismPass};
-use lapidary_parts::attention::{MechanismSpec, QueryKeySharing};
-use lapidary_signal::{Mixing, Trace};
+use lapidary_parts::attention::wavelet::filters::daubechies;
+use lapidary_parts::attention::wavelet::transform::{FilterBank, Halves};
+use lapidary_parts::attention::wavelet::{Boundary, Convolution, Family, WaveletSpec};
+use lapidary_parts::attention::{MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeySharing};
+use lapidary_signal::{Mixing, Signal, Trace};
 
 /// One way to attend.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +35,8 @@ pub struct Mechanism {
     pub quadratic: bool,
     /// Which projections are one and the same.
     pub sharing: QueryKeySharing,
+    /// Whether it mixes wavelet coefficients, each of two bands by itself.
+    pub wavelets: bool,
     spec: fn(usize) -> MechanismSpec,
 }
 
@@ -38,6 +44,28 @@ impl Mechanism {
     /// Its spec for sequences of up to `length` tokens.
     pub fn spec(&self, length: usize) -> MechanismSpec {
         (self.spec)(length)
+    }
+
+    /// Attention by it, or what is around that.
+    pub fn mixer(&self, heads: usize, longest: usize) -> MixerSpec {
+        let attention = MixerSpec::MultiHead(self.attention(heads, longest));
+        match self.wavelets {
+            false => attention,
+            true => MixerSpec::Wavelet(WaveletSpec {
+                family: Family::Adaptive,
+                ..WaveletSpec::new(attention)
+            }),
+        }
+    }
+
+    /// Attention by it.
+    pub fn attention(&self, heads: usize, longest: usize) -> MultiHeadSpec {
+        MultiHeadSpec {
+            causal: self.causal,
+            sharing: self.sharing,
+            mechanism: self.spec(longest),
+            ..MultiHeadSpec::new(heads)
+        }
     }
 }
 
@@ -52,6 +80,7 @@ const fn entry(
         causal,
         quadratic,
         sharing: QueryKeySharing::None,
+        wavelets: false,
         spec,
     }
 }
@@ -129,6 +158,12 @@ static MECHANISMS: &[Mechanism] = &[
             log_count: false,
         })
     }),
+    Mechanism {
+        wavelets: true,
+        ..entry("wavelets, softmax in two bands", false, true, |_| {
+            MechanismSpec::Softmax
+        })
+    },
     entry("combiner, log-sparse", true, false, |_| {
         MechanismSpec::Combiner(CombinerSpec {
             form: CombinerForm::LogSparse,
@@ -200,6 +235,53 @@ pub fn mixing_alone(
         context: &context,
     };
     Ok(module.mixing(q, k, &pass)?)
+}
+
+/// Softmax in each of two bands of Daubechies' wavelet with 8 taps, without projections around it: of
+/// queries, keys and values `[batch, heads, length, head_width]` of an even length.
+///
+/// # Errors
+/// Those of the tensor engine.
+pub fn attention_in_bands([q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
+    const TAPS: usize = 8;
+    let (batch, heads, length, width) = engine(q.dims4())?;
+    let channels = heads * width;
+    let filter = engine(Tensor::from_vec(daubechies(TAPS), (TAPS, 1), q.device()))?;
+    let filter = engine(engine(filter.to_dtype(q.dtype()))?.broadcast_as((TAPS, channels)))?;
+    let filter = engine(filter.contiguous())?;
+    let bank = FilterBank::new(filter, Boundary::Periodised, Convolution::Direct)?;
+    let halves = |x: &Tensor| -> Result<Halves> {
+        let x = engine(engine(x.transpose(2, 3))?.contiguous())?;
+        let x = engine(x.reshape((batch, channels, length)))?;
+        Ok(bank.analyse(&Signal::from(x))?)
+    };
+    let (q, k, v) = (halves(q)?, halves(k)?, halves(v)?);
+    let band = |x: [&Signal; 3]| -> Result<Signal> {
+        let split = |x: &Signal| -> Result<Tensor> {
+            let x = engine(x.value().reshape((batch, heads, width, length / 2)))?;
+            engine(engine(x.transpose(2, 3))?.contiguous())
+        };
+        let [q, k, v] = x;
+        let y = attention(
+            &split(q)?,
+            &split(k)?,
+            &split(v)?,
+            &AttentionOptions::new(width),
+        )?;
+        let y = engine(engine(y.transpose(2, 3))?.contiguous())?;
+        Ok(Signal::from(engine(y.reshape((
+            batch,
+            channels,
+            length / 2,
+        )))?))
+    };
+    let mixed = Halves {
+        low: band([&q.low, &k.low, &v.low])?,
+        high: band([&q.high, &k.high, &v.high])?,
+    };
+    let y = bank.synthesise(&mixed, length)?.into_value();
+    let y = engine(y.reshape((batch, heads, width, length)))?;
+    engine(y.transpose(2, 3))
 }
 
 /// All of them, softmax first.

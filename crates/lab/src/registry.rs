@@ -254,6 +254,19 @@ static SYSTEMS: &[System] = &[
         experiment: experiments::fire::run,
     },
     System {
+        slug: "fit",
+        title: "FIT: Far-reaching Interleaved Transformers",
+        authors: "Chen, Li",
+        year: 2023,
+        arxiv: Some("2305.12689"),
+        kind: Kind::Part,
+        parts: &[
+            "parts::organisation::fit",
+            "parts::organisation::fit::denoiser",
+        ],
+        experiment: experiments::fit::run,
+    },
+    System {
         slug: "fusegpt",
         title: "FuseGPT: Learnable Layers Fusion of Generative Pre-trained Transformers",
         authors: "Pei, Zhen, Yu, Pan, Yuan, Yu",
@@ -533,6 +546,27 @@ static SYSTEMS: &[System] = &[
         kind: Kind::Attention,
         parts: &["factor::trees", "parts::attention::mechanism::topological"],
         experiment: experiments::tree_fields::run,
+    },
+    System {
+        slug: "vcc",
+        title: "Vcc: Scaling Transformers to 128K Tokens or More by Prioritizing Important Tokens",
+        authors: "Zeng, Hawkins, Hong, Zhang, Pappas, Singh, Zheng",
+        year: 2023,
+        arxiv: Some("2305.04241"),
+        kind: Kind::Part,
+        parts: &["parts::organisation::vcc"],
+        experiment: experiments::vcc::run,
+    },
+    System {
+        slug: "wavspa",
+        title: "WavSpA: Wavelet Space Attention for Boosting Transformers' Long Sequence Learning \
+                Ability",
+        authors: "Zhuang, Wang, Tao, Shang",
+        year: 2022,
+        arxiv: Some("2210.01989"),
+        kind: Kind::Part,
+        parts: &["parts::attention::wavelet"],
+        experiment: experiments::wavspa::run,
     },
 ];
 

@@ -278,6 +278,21 @@ fn mra() {
 }
 
 #[test]
+fn fit() {
+    check("fit");
+}
+
+#[test]
+fn vcc() {
+    check("vcc");
+}
+
+#[test]
+fn wavspa() {
+    check("wavspa");
+}
+
+#[test]
 fn every_system_is_tested_here() {
     let slugs: Vec<&str> = systems().iter().map(|system| system.slug).collect();
     assert_eq!(
@@ -300,6 +315,7 @@ fn every_system_is_tested_here() {
             "entropy-pruning",
             "fastmax",
             "fire",
+            "fit",
             "fusegpt",
             "fwsvd",
             "hidden-geometry",
@@ -326,6 +342,8 @@ fn every_system_is_tested_here() {
             "sparse-transformer",
             "talking-heads",
             "tree-field-integrators",
+            "vcc",
+            "wavspa",
         ]
     );
     assert!(find("decompy").unwrap_err().to_string().contains("decompx"));

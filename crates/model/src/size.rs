@@ -6,6 +6,7 @@ use crate::head::Head;
 use crate::input::Embedding;
 use crate::spec::ModelSpec;
 use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_parts::attention::MixerSpec;
 use lapidary_parts::block::{Block, BlockSpec};
 use lapidary_parts::feedforward::FeedforwardSpec;
 use lapidary_parts::norm::Norm;
@@ -49,13 +50,15 @@ fn counted(build: impl FnOnce(Parameters<'_>) -> Result<()>) -> Result<u64> {
 /// At least as many linear layers as the block has.
 fn linears(block: &BlockSpec) -> usize {
     const WITHOUT_EXPERTS: usize = 12;
-    match &block.feedforward {
-        Some(FeedforwardSpec::Mixture(mixture)) => mixture
-            .experts
-            .saturating_mul(3)
-            .saturating_add(WITHOUT_EXPERTS),
-        _ => WITHOUT_EXPERTS,
-    }
+    let bands = match &block.attention {
+        MixerSpec::Wavelet(wavelet) => 4 * wavelet.bands(),
+        _ => 0,
+    };
+    let experts = match &block.feedforward {
+        Some(FeedforwardSpec::Mixture(mixture)) => mixture.experts.saturating_mul(3),
+        _ => 0,
+    };
+    experts.saturating_add(bands + WITHOUT_EXPERTS)
 }
 
 impl ModelSpec {

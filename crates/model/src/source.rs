@@ -58,6 +58,9 @@ impl ParameterSource for Initialiser {
             Init::Normal { deviation } => {
                 (0..count).map(|_| deviation * normal(&mut rng)).collect()
             }
+            Init::Uniform { low, high } => (0..count)
+                .map(|_| low + (high - low) * rng.random::<f64>())
+                .collect(),
             Init::Spaced { first, last } => {
                 let width = shape.last().copied().unwrap_or(1).max(1);
                 let step = (last - first) / (width.max(2) - 1) as f64;

@@ -12,10 +12,14 @@ use lapidary_model::{
     PatchInput, Pool, Projected, TokenInput,
 };
 use lapidary_parts::activation::ActivationSpec;
+use lapidary_parts::attention::wavelet::{Base, Boundary, Family, WaveletSpec};
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec, QueryKeyNorm};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, LinearSpec, MixtureSpec};
 use lapidary_parts::norm::NormSpec;
+use lapidary_parts::organisation::OrganisationSpec;
+use lapidary_parts::organisation::fit::{FitOutput, FitSpec, GroupPositions, LatentPositions};
+use lapidary_parts::organisation::vcc::{VccOutput, VccSpec};
 use lapidary_parts::position::{KeptPairs, PositionSpec, RotaryScaling, RotarySpec};
 use lapidary_parts::recurrent::MambaSpec;
 use proptest::prelude::*;
@@ -183,9 +187,130 @@ fn mixer() -> BoxedStrategy<MixerSpec> {
                 MixerSpec::Mamba(MambaSpec { inner, state, taps, step_rank, scan, ..rest })
             }
         ),
+        1 => wavelet(),
         1 => Just(MixerSpec::Absent),
     ]
     .boxed()
+}
+
+fn wavelet() -> BoxedStrategy<MixerSpec> {
+    let family = prop_oneof![
+        Just(Family::Fixed),
+        Just(Family::Adaptive),
+        Just(Family::Orthogonal),
+        Just(Family::Lifting),
+        Just(Family::AdaptiveLifting),
+        Just(Family::Fourier),
+    ];
+    let base = prop_oneof![
+        Just(Base::Daubechies),
+        Just(Base::Symlet),
+        Just(Base::Normal)
+    ];
+    let boundary = prop_oneof![3 => Just(Boundary::Periodised), 1 => Just(Boundary::Reflect)];
+    (
+        attention(),
+        size(),
+        family,
+        base,
+        size(),
+        boundary,
+        any::<bool>(),
+    )
+        .prop_map(|(inner, levels, family, base, taps, boundary, band_mask)| {
+            MixerSpec::Wavelet(WaveletSpec {
+                levels,
+                family,
+                base,
+                taps,
+                boundary,
+                band_mask,
+                ..WaveletSpec::new(MixerSpec::MultiHead(MultiHeadSpec {
+                    causal: inner.causal && levels == 3,
+                    ..inner
+                }))
+            })
+        })
+        .boxed()
+}
+
+fn organisation() -> BoxedStrategy<OrganisationSpec> {
+    let layouts = [
+        "", "(1)", "(2)", "(1)1", "(1)1(1)", "(2)1", "(0)1(1)", "(1)2(0)", "(1)(1)",
+    ];
+    let positions = prop_oneof![
+        Just(GroupPositions::Learned),
+        Just(GroupPositions::Sinusoidal),
+        Just(GroupPositions::Grid),
+    ];
+    let latent_positions = prop_oneof![
+        Just(LatentPositions::Learned),
+        Just(LatentPositions::Sinusoidal)
+    ];
+    let sizes = (
+        size(),
+        size(),
+        size(),
+        proptest::option::weighted(0.5, size()),
+    );
+    let fit = (
+        proptest::sample::select(layouts.to_vec()),
+        sizes,
+        proptest::option::weighted(0.7, block()),
+        proptest::option::weighted(0.2, size()),
+        (positions, latent_positions),
+        any::<bool>(),
+    )
+        .prop_map(
+            |(layout, (group, groups, latents, width), block, heads, positions, tokens)| {
+                // Most of the time latents where there is a block for them.
+                let latents = if block.is_some() { latents } else { 0 };
+                OrganisationSpec::Interleaved(FitSpec {
+                    layout: layout.to_owned(),
+                    group,
+                    groups,
+                    latents,
+                    width,
+                    block: block.map(|block| Box::new(BlockSpec { repeat: 1, ..block })),
+                    exchange_heads: heads,
+                    read_feedforward: None,
+                    positions: positions.0,
+                    latent_positions: positions.1,
+                    tiles: None,
+                    condition: 0,
+                    output: if tokens {
+                        FitOutput::Tokens
+                    } else {
+                        FitOutput::Latents
+                    },
+                })
+            },
+        );
+    let vcc = (
+        (0usize..3, size()),
+        size(),
+        size(),
+        size(),
+        number(),
+        any::<bool>(),
+    )
+        .prop_map(
+            |((segment_blocks, segment), vips, size, fine, exploration, tokens)| {
+                OrganisationSpec::VipCentric(VccSpec {
+                    segment_blocks,
+                    segment,
+                    size,
+                    exploration,
+                    output: if tokens {
+                        VccOutput::Tokens
+                    } else {
+                        VccOutput::Vips
+                    },
+                    ..VccSpec::new(vips, fine)
+                })
+            },
+        );
+    prop_oneof![fit, vcc].boxed()
 }
 
 fn feedforward() -> BoxedStrategy<FeedforwardSpec> {
@@ -351,18 +476,28 @@ fn spec() -> impl Strategy<Value = ModelSpec> {
     );
     let blocks = proptest::collection::vec(block(), 0..3);
     let final_norm = proptest::option::of(norm());
-    (size(), input(), blocks, final_norm, head(), ranks).prop_map(
-        |(width, input, blocks, final_norm, head, low_rank)| ModelSpec {
-            quantised: Default::default(),
-            organisation: None,
-            width,
-            input,
-            blocks,
-            final_norm,
-            head,
-            low_rank,
-        },
+    let organisation = proptest::option::weighted(0.3, organisation());
+    (
+        size(),
+        input(),
+        blocks,
+        final_norm,
+        head(),
+        ranks,
+        organisation,
     )
+        .prop_map(
+            |(width, input, blocks, final_norm, head, low_rank, organisation)| ModelSpec {
+                quantised: Default::default(),
+                organisation,
+                width,
+                input,
+                blocks,
+                final_norm,
+                head,
+                low_rank,
+            },
+        )
 }
 
 /// Two sequences that the model takes, as long as it can but no longer than four tokens.

@@ -22,6 +22,13 @@ pub enum Init {
         /// Standard deviation.
         deviation: f64,
     },
+    /// Uniform between the bounds.
+    Uniform {
+        /// The least.
+        low: f64,
+        /// The most.
+        high: f64,
+    },
     /// Equally spaced along the last dimension.
     Spaced {
         /// The first number.

@@ -656,7 +656,7 @@ fn denoiser(self_conditioning: bool) -> DenoiserSpec {
         channels: 3,
         width: WIDTH,
         network: FitSpec {
-            width: Some(8),
+            width: Some(16),
             latent_positions: LatentPositions::Sinusoidal,
             positions: GroupPositions::Grid,
             ..spec("(1)1(1)", 2, false)
@@ -702,7 +702,7 @@ fn self_conditioning_starts_as_nothing() {
     let spec = denoiser(true);
     let mut map = draw(4, |p| Denoiser::new(&spec, p));
     let given = noisy();
-    let z = Signal::from(random(&[BATCH, 4, 8], 9));
+    let z = Signal::from(random(&[BATCH, 4, 16], 9));
     let drawn = denoise(&spec, &map, &given, None);
     assert_eq!(drawn[0].dims(), [BATCH, 8, 3]);
     let conditioned = denoise(&spec, &map, &given, Some(&z));
@@ -788,7 +788,7 @@ fn gradients_of_the_denoiser_equal_central_differences() {
     let spec = denoiser(true);
     let mut inputs = draw(4, |p| Denoiser::new(&spec, p));
     inputs.insert("patches".to_owned(), noisy()[0].clone());
-    inputs.insert("latents".to_owned(), random(&[BATCH, 4, 8], 9));
+    inputs.insert("latents".to_owned(), random(&[BATCH, 4, 16], 9));
     let error = gradient_error(&inputs, 2, |inputs| {
         let z = Signal::from(inputs["latents"].clone());
         let [_, time, conditions] = noisy();
@@ -826,7 +826,7 @@ fn denoisers_that_do_not_fit_are_refused() {
     let said = module.forward(given, &Context::new(&trace)).unwrap_err();
     assert!(said.to_string().starts_with("conditions is"), "{said}");
     let z = Signal::from(
-        Var::from_tensor(&random(&[BATCH, 4, 8], 9))
+        Var::from_tensor(&random(&[BATCH, 4, 16], 9))
             .unwrap()
             .as_tensor()
             .clone(),

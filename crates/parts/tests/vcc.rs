@@ -592,10 +592,14 @@ fn the_cost_of_a_block_grows_with_the_number_of_means_alone() {
         let expected = (r * r * 2 * (2 * 4 + 2 * 3 + 5)) as u64;
         assert_eq!(attention(4 + 16 * blocks), expected);
     }
-    // Everything else is linear, and the whole grows far slower than the square for few means.
-    let (short, long) = (metered(1000).total().flops, metered(4000).total().flops);
-    let exponent = (long as f64 / short as f64).ln() / 4f64.ln();
-    assert!(exponent < 1.2, "{exponent}");
+    // Everything else is linear: means, differences, the selection.
+    let rest = |length: usize| {
+        let meter = metered(length);
+        let pairs = meter.sites()["blocks.0.attention.mixed"].flops;
+        (meter.total().flops - pairs) as f64
+    };
+    let exponent = (rest(64_004) / rest(16_004)).ln() / 4f64.ln();
+    assert!((exponent - 1.0).abs() < 0.05, "{exponent}");
 }
 
 #[test]

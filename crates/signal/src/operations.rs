@@ -9,8 +9,8 @@ use crate::streams::Change;
 use crate::{Error, Lens, Linear, Result, Signal};
 use lapidary_kernels::{
     Activation, AttentionOptions, DType, RotaryPairs, SoftmaxMask, Tensor, activate, add,
-    attention, causal_depthwise_convolution, layer_norm, linear_scan, merged_attention,
-    merged_rotary, naive, rms_norm, softmax,
+    attention, causal_depthwise_convolution, fft_convolution, layer_norm, linear_scan,
+    merged_attention, merged_rotary, naive, rms_norm, softmax,
 };
 
 /// Which lens a result of two signals is under, when at most one of them has one.
@@ -615,6 +615,27 @@ impl Signal {
             Some(bias) => y.add_constant(&tensor(bias.unsqueeze(1))?),
             None => Ok(y),
         }
+    }
+
+    /// Causal convolution of each channel with its own long filter, whose first tap meets the
+    /// present, by Fourier transforms: `[batch, channels, length]` with `kernel` `[channels, taps]`.
+    ///
+    /// # Errors
+    /// When the channels differ.
+    pub fn fft_convolution(&self, kernel: &Tensor) -> Result<Self> {
+        let value = self.mapped_value(|value| Ok(fft_convolution(value, kernel)?))?;
+        // Three transforms of twice the length, 2.5 n log₂ n each, for each channel of a sequence.
+        let length = 2.0 * tensor(self.value.dim(2))? as f64;
+        let each = 7.5 * length.max(2.0).log2() * 2.0;
+        self.count(each as u64, &[&self.value, kernel], &value);
+        let convolve = |t: &Tensor, shift: usize| -> Result<Tensor> {
+            if shift == 0 {
+                return Ok(fft_convolution(t, kernel)?);
+            }
+            let folded = tensor(t.flatten(0, 1))?;
+            tensor(fft_convolution(&folded, kernel)?.reshape(t.shape()))
+        };
+        self.linear_map(&self.value, value, Change::Other, &convolve, |_| None)
     }
 
     /// Contracts the last dimension with a matching constant: `Σ_s x[.., s] c[.., s]`.

@@ -230,7 +230,7 @@ fn remove_scan(edit: &mut Edit, index: usize) -> Result<()> {
         MixerSpec::Mamba(mamba) => mamba.scan = false,
         // Its mixer may have gone altogether.
         MixerSpec::Absent => return Ok(()),
-        other @ MixerSpec::MultiHead(_) => {
+        other @ (MixerSpec::MultiHead(_) | MixerSpec::Wavelet(_)) => {
             let what = format!("mixer of block {index}");
             return Err(Error::invalid(
                 what,

@@ -30,9 +30,10 @@ impl<'a> SiteReader<'a> {
     /// # Errors
     /// When the site names a block that the model does not have.
     pub fn new(model: &'a Model, site: &str) -> Result<Self> {
+        // Where tokens are organised above the blocks, these are not left off one by one.
         let cut = match block_of(site) {
-            Some(block) => Some(up_to(model, block, site)?),
-            None => None,
+            Some(block) if model.spec().organisation.is_none() => Some(up_to(model, block, site)?),
+            _ => None,
         };
         Ok(Self {
             whole: model,

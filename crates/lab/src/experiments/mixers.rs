@@ -16,7 +16,7 @@ use crate::catalogue::metered;
 use crate::mechanisms::{Mechanism, mechanisms};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_model::{HeadSpec, ModelSpec};
-use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
+use lapidary_parts::attention::MixerSpec;
 use lapidary_train::generator;
 use rand::RngExt;
 use rand::seq::SliceRandom;
@@ -147,20 +147,11 @@ fn order(count: usize, seed: u64) -> Vec<Labelled> {
 /// The attention of every block, as a mechanism is compared.
 fn arranged(mut spec: ModelSpec, candidate: &Mechanism, longest: usize) -> ModelSpec {
     for block in &mut spec.blocks {
-        if let MixerSpec::MultiHead(attention) = &mut block.attention {
-            *attention = attention_of(candidate, attention.heads, longest);
+        if let MixerSpec::MultiHead(attention) = &block.attention {
+            block.attention = candidate.mixer(attention.heads, longest);
         }
     }
     spec
-}
-
-fn attention_of(candidate: &Mechanism, heads: usize, longest: usize) -> MultiHeadSpec {
-    MultiHeadSpec {
-        causal: candidate.causal,
-        sharing: candidate.sharing,
-        mechanism: candidate.spec(longest),
-        ..MultiHeadSpec::new(heads)
-    }
 }
 
 /// What one mechanism did.
@@ -293,7 +284,7 @@ fn on_text(setting: &Setting, size: &Size, candidate: &Mechanism) -> Result<(f64
     let Some([training, held_out]) = attending::shakespeare(setting)? else {
         return Ok((f64::NAN, "the generated language".to_owned()));
     };
-    let attention = attention_of(candidate, HEADS, LONGEST);
+    let attention = candidate.attention(HEADS, LONGEST);
     let spec = attending::spec(256, WIDTH, LONGEST, &vec![attention; BLOCKS]);
     let recipe = Recipe {
         batch: 8,

@@ -22,6 +22,7 @@ pub mod energy;
 pub mod entropy_pruning;
 pub mod fastmax;
 pub mod fire;
+pub mod fit;
 pub mod fusegpt;
 pub mod fwsvd;
 pub mod geometry;
@@ -57,6 +58,8 @@ pub mod squashing;
 pub mod talking_heads;
 pub mod topics;
 pub mod tree_fields;
+pub mod vcc;
+pub mod wavspa;
 pub mod white_box;
 
 use crate::error::engine;

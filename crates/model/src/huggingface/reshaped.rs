@@ -68,7 +68,7 @@ fn resolved(spec: &ModelSpec) -> ModelSpec {
                 mamba.inner = Some(mamba.inner(width));
                 mamba.step_rank = Some(mamba.step_rank(width));
             }
-            MixerSpec::Absent => {}
+            MixerSpec::Wavelet(_) | MixerSpec::Absent => {}
         }
     }
     ModelSpec {
@@ -177,7 +177,7 @@ fn said(family: &Family, spec: &ModelSpec) -> Option<Vec<(&'static str, Value)>>
             said.push(("expand", Value::from(expand)));
             said.push(("time_step_rank", unless(rank == width.div_ceil(16), rank)));
         }
-        MixerSpec::Absent => return None,
+        MixerSpec::Wavelet(_) | MixerSpec::Absent => return None,
     }
     if let Some(feedforward) = &first.feedforward {
         let hidden = feedforward.hidden();
@@ -219,7 +219,7 @@ fn windows(fields: &mut Map<String, Value>, spec: &ModelSpec) {
     }
     let windowed = |mixer: &MixerSpec| match mixer {
         MixerSpec::MultiHead(attention) => attention.window.is_some(),
-        MixerSpec::Mamba(_) | MixerSpec::Absent => false,
+        MixerSpec::Mamba(_) | MixerSpec::Wavelet(_) | MixerSpec::Absent => false,
     };
     let blocks = spec.expanded_blocks();
     let types = blocks.iter().map(|block| match windowed(&block.attention) {

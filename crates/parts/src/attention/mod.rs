@@ -1,8 +1,8 @@
 //! Parts that mix tokens.
 
-mod by_place;
 pub mod mechanism;
 mod multi_head;
+pub mod wavelet;
 
 pub use mechanism::MechanismSpec;
 pub use multi_head::{MultiHeadAttention, MultiHeadSpec, QueryKeyNorm, QueryKeySharing};
@@ -14,6 +14,7 @@ use crate::{Context, Result};
 use lapidary_signal::Signal;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use wavelet::{Wavelet, WaveletSpec};
 
 /// Which mixer, and how it is set up.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -27,6 +28,8 @@ pub enum MixerSpec {
     MultiHead(MultiHeadSpec),
     /// A selective state-space recurrence (Gu & Dao, arXiv 2312.00752).
     Mamba(MambaSpec),
+    /// Attention in the space of wavelet coefficients (Zhuang et al., arXiv 2210.01989).
+    Wavelet(WaveletSpec),
     /// No mixer and no norm before it: the residual passes, and each token keeps to itself. What
     /// is left of a block whose attention was taken out.
     Absent,
@@ -38,6 +41,7 @@ impl MixerSpec {
         match self {
             Self::MultiHead(spec) => spec.validate(width, field),
             Self::Mamba(spec) => spec.validate(width, field),
+            Self::Wavelet(spec) => spec.validate(width, field),
             Self::Absent => Ok(()),
         }
     }
@@ -47,6 +51,7 @@ impl MixerSpec {
         match self {
             Self::MultiHead(spec) => spec.causal,
             Self::Mamba(_) | Self::Absent => true,
+            Self::Wavelet(_) => false,
         }
     }
 
@@ -55,6 +60,7 @@ impl MixerSpec {
         match self {
             Self::MultiHead(_) => "multi-head",
             Self::Mamba(_) => "mamba",
+            Self::Wavelet(_) => "wavelet",
             Self::Absent => "absent",
         }
     }
@@ -67,6 +73,8 @@ pub enum Mixer {
     MultiHead(Box<MultiHeadAttention>),
     /// A selective recurrence.
     Mamba(Box<Mamba>),
+    /// Mixers of wavelet coefficients.
+    Wavelet(Box<Wavelet>),
 }
 
 impl Mixer {
@@ -79,6 +87,10 @@ impl Mixer {
             }
             MixerSpec::Mamba(spec) => {
                 Some(Self::Mamba(Box::new(Mamba::new(spec, width, parameters)?)))
+            }
+            MixerSpec::Wavelet(spec) => {
+                let wavelet = Wavelet::new(spec, width, parameters)?;
+                Some(Self::Wavelet(Box::new(wavelet)))
             }
             MixerSpec::Absent => None,
         })
@@ -94,6 +106,7 @@ impl Mixer {
         match self {
             Self::MultiHead(attention) => attention.forward(x, cx, state),
             Self::Mamba(mamba) => mamba.forward(x, cx, state),
+            Self::Wavelet(wavelet) => wavelet.forward(x, cx, state.is_some()),
         }
     }
 }

@@ -34,6 +34,7 @@ impl ParameterSource for Drawn {
             Init::Ones => (1.0, 0.2),
             Init::Normal { .. } => (0.0, 0.4),
             Init::Constant(number) => (number, 0.1),
+            Init::Uniform { low, high } => ((low + high) / 2.0, (high - low) / 12f64.sqrt()),
             Init::LogRange => (0.5, 0.4),
             Init::Spaced { first, last } => ((first + last) / 2.0, 0.4),
             Init::InverseSoftplusLogUniform { .. } => (-1.0, 0.5),

@@ -49,6 +49,7 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
             parts.push((0, n * inner * 2));
             parts.push(linear(inner, WIDTH, mamba.bias, n));
         }
+        MixerSpec::Wavelet(wavelet) => parts.push(wavelet_formula(wavelet)),
         MixerSpec::Absent => {}
     }
     if spec.attention != MixerSpec::Absent {
@@ -172,6 +173,44 @@ fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(u
         PositionSpec::RelativeBuckets { buckets, .. } => parts.push((buckets * heads, 0)),
     }
     parts
+}
+
+/// Both ways of the transform, and attention of two heads in each band.
+fn wavelet_formula(spec: &WaveletSpec) -> (usize, usize) {
+    let (taps, rows) = (spec.taps, BATCH * WIDTH);
+    let (mut parameters, mut operations) = match spec.family {
+        Family::Fixed | Family::Lifting | Family::Fourier => (0, 0),
+        Family::Adaptive => (taps * WIDTH, 0),
+        Family::Orthogonal => (taps / 2 * WIDTH, 0),
+        Family::AdaptiveLifting => (2 * taps * WIDTH, 0),
+    };
+    let mut bands = Vec::new();
+    if spec.family == Family::Fourier {
+        let n = LENGTH as f64;
+        operations += 2 * rows * (2.5 * n * n.log2()) as usize;
+        bands.push(2 * (LENGTH / 2 + 1));
+    } else {
+        let mut low = LENGTH.next_multiple_of(1 << spec.levels);
+        for _ in 0..spec.levels {
+            let half = low / 2;
+            operations += rows
+                * 2
+                * match spec.family {
+                    Family::Lifting => 7 * half,
+                    Family::AdaptiveLifting => 2 * ((half + taps - 1) * 2 * taps + 3 * half),
+                    _ => 4 * (half + taps / 2 - 1) * taps + 2 * half,
+                };
+            bands.push(half);
+            low = half;
+        }
+        bands.push(low);
+    }
+    for n in bands {
+        parameters += 4 * (WIDTH * WIDTH + WIDTH);
+        operations += BATCH * n * 4 * (2 * WIDTH * WIDTH + WIDTH);
+        operations += BATCH * n * n * 2 * (4 * WIDTH / 2 + 5);
+    }
+    (parameters, operations)
 }
 
 #[test]

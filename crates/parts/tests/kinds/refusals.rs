@@ -773,6 +773,29 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
             "b.attention.kind is \"absent\", but must be a mixer in a block without any other part",
         ),
         (
+            block(
+                Wiring::PreNorm,
+                LAYER,
+                MixerSpec::Wavelet(WaveletSpec::new(MixerSpec::MultiHead(MultiHeadSpec {
+                    causal: true,
+                    ..MultiHeadSpec::new(2)
+                }))),
+            ),
+            "b.attention.inner.causal is true, but must be false: every coefficient is made of later \
+             tokens too",
+        ),
+        (
+            block(
+                Wiring::PreNorm,
+                LAYER,
+                MixerSpec::Wavelet(WaveletSpec {
+                    taps: 5,
+                    ..WaveletSpec::new(MixerSpec::MultiHead(MultiHeadSpec::new(2)))
+                }),
+            ),
+            "b.attention.taps is 5, but must be an even number of taps, or an adaptive lifting",
+        ),
+        (
             BlockSpec {
                 repeat: 0,
                 ..with_heads(MultiHeadSpec::new(2))

@@ -40,7 +40,7 @@ pub(super) fn folded_spec(spec: &ModelSpec) -> ModelSpec {
                 mamba.inner = Some(mamba.inner(width));
                 mamba.bias |= biased;
             }
-            MixerSpec::Absent => {}
+            MixerSpec::Wavelet(_) | MixerSpec::Absent => {}
         }
         match &mut block.feedforward {
             Some(FeedforwardSpec::Dense(dense)) => dense.bias |= biased,

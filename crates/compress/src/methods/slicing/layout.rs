@@ -57,6 +57,9 @@ impl Layout {
         let refuse = Refusal { method };
         let (tables, embedding) = refuse.input(&spec.input)?;
         let head = refuse.head(spec)?;
+        if let Some(organisation) = &spec.organisation {
+            return Err(refuse.error("the organisation of tokens", organisation.kind(), "none"));
+        }
         let blocks = spec.expanded_blocks();
         let mut layout = Self {
             sites: 1,
@@ -137,7 +140,7 @@ fn mixer_layers(mixer: &MixerSpec) -> (Vec<String>, Vec<String>) {
         MixerSpec::MultiHead(_) => (owned(&["query", "key", "value"]), owned(&["output"])),
         MixerSpec::Mamba(_) => (owned(&["input"]), owned(&["output"])),
         // Refused before.
-        MixerSpec::Absent => Default::default(),
+        MixerSpec::Wavelet(_) | MixerSpec::Absent => Default::default(),
     }
 }
 
@@ -318,6 +321,13 @@ impl Refusal<'_> {
                 name,
                 "one without a mixer",
                 "one with its mixer: slice first",
+            ));
+        }
+        if let MixerSpec::Wavelet(_) = &block.attention {
+            return Err(self.error(
+                name,
+                "one that transforms each feature along the sequence",
+                "one whose mixer has no basis of features",
             ));
         }
         if let MixerSpec::MultiHead(attention) = &block.attention

@@ -5,7 +5,9 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, ensure};
 use comfy_table::{Table, presets};
 use lapidary_kernels::{AttentionOptions, DType, Device, Tensor, Var, attention};
-use lapidary_lab::mechanisms::{Mechanism as Candidate, mechanisms, mixing_alone};
+use lapidary_lab::mechanisms::{
+    Mechanism as Candidate, attention_in_bands, mechanisms, mixing_alone,
+};
 use lapidary_model::Initialiser;
 use lapidary_parts::attention::mechanism::{Heads, Mechanism};
 use lapidary_parts::parameters::Parameters;
@@ -175,6 +177,9 @@ fn mixed(
     tokens: &Tensor,
     [q, k, v]: [&Tensor; 3],
 ) -> Result<Tensor> {
+    if candidate.wavelets {
+        return Ok(attention_in_bands([q, k, v])?);
+    }
     let Some(mechanism) = mechanism else {
         let width = q.dims().last().copied().context("queries have no width")?;
         let options = AttentionOptions {

@@ -87,8 +87,9 @@ impl DenoiserSpec {
         };
         self.network.validate(&model, "network")?;
         let latent_width = self.network.latent_width(self.width);
-        if self.network.latents == 0 || !latent_width.is_multiple_of(8) {
-            let expected = "a multiple of 8, with latents: the time's waves have a quarter of it";
+        if self.network.latents == 0 || latent_width < 16 || !latent_width.is_multiple_of(8) {
+            let expected =
+                "a multiple of 8 from 16 on, with latents: the time's waves have a quarter of it";
             return Err(Error::spec("network.width", latent_width, expected));
         }
         if self.network.condition > 0 || self.network.output != FitOutput::Tokens {

@@ -45,6 +45,8 @@ use serde::{Deserialize, Serialize};
 
 const MAX_LENGTH: usize = 1 << 24;
 const MAX_WIDTH: usize = 1 << 17;
+const MAX_GROUP: usize = 1 << 16;
+const MAX_LATENTS: usize = 1 << 12;
 const MAX_CONDITION: usize = 1 << 12;
 
 /// Local blocks on groups, global ones on latents. The model's blocks are the local ones, in order.
@@ -189,7 +191,7 @@ impl FitSpec {
     pub(super) fn validate(&self, model: &Surroundings<'_>, field: &str) -> Result<()> {
         let at = |name: &str| format!("{field}.{name}");
         let stages = layout::parse(&self.layout, &at("layout"))?;
-        bounded(at("group"), self.group, 1..=MAX_LENGTH)?;
+        bounded(at("group"), self.group, 1..=MAX_GROUP)?;
         let most = MAX_LENGTH / self.group;
         bounded(at("groups"), self.groups, 1..=most)?;
         bounded(at("condition"), self.condition, 0..=MAX_CONDITION)?;
@@ -256,7 +258,7 @@ impl FitSpec {
             }
             return Ok(());
         };
-        let most = (MAX_LENGTH / self.groups).max(1);
+        let most = (MAX_LENGTH / self.groups).clamp(1, MAX_LATENTS);
         bounded(at("latents"), self.latents, 1..=most)?;
         let width = self.latent_width(model.width);
         bounded(at("width"), width, 1..=MAX_WIDTH)?;

@@ -50,6 +50,8 @@ pub(super) struct Beside<'a> {
 struct Sizes {
     batch: usize,
     length: usize,
+    /// Tokens of a group.
+    group: usize,
     groups: usize,
 }
 
@@ -182,6 +184,8 @@ impl Fit {
         let sizes = Sizes {
             batch,
             length,
+            // One group alone is as long as the input.
+            group: self.spec.group.min(length.max(1)),
             groups: length.div_ceil(self.spec.group),
         };
         self.check(sizes)?;
@@ -193,19 +197,48 @@ impl Fit {
             Some([into, _]) => (x.select(1, into)?, in_order(cx.key_padding, into)?),
             None => (x, cx.key_padding.cloned()),
         };
-        let own = fold_mask(keep.as_ref(), [batch, length, self.spec.group], &x)?;
-        let positions = self.group_positions(x.dtype(), x.device())?;
-        let x = fold(&x, self.spec.group)?.add_constant(&positions)?;
-        let (mut x, keep) = self.conditioned(x, own.as_ref(), sizes, cx)?;
+        let own = fold_mask(keep.as_ref(), [batch, length, sizes.group], &x)?;
+        let positions = self.group_positions(sizes.group, x.dtype(), x.device())?;
+        let x = fold(&x, sizes.group)?.add_constant(&positions)?;
+        let (x, keep) = self.conditioned(x, own.as_ref(), sizes, cx)?;
+        let latents = LatentMasks::new(own.as_ref(), sizes, self, x.device())?;
+        let masks = (keep.as_ref(), &latents);
+        let (x, z) = self.through(x, blocks, run, (sizes, masks), beside, cx)?;
+        let x = match self.spec.condition {
+            0 => x,
+            condition => x.narrow(1, condition, sizes.group)?,
+        };
+        let x = unfold(&x, batch, length)?;
+        let x = match &order {
+            Some([_, back]) => x.select(1, back)?,
+            None => x,
+        };
+        let Some(z) = z else {
+            return Ok((x, None));
+        };
+        let z = self.latent_norm.forward(&z)?;
+        let z = cx.trace.site(format_args!("{}.latents", self.path), z)?;
+        Ok((x, Some((z, latents.all))))
+    }
+
+    /// The groups `x` `[batch · groups, tokens, width]` through all stages, and the latents.
+    fn through(
+        &self,
+        mut x: Signal,
+        blocks: &[Arc<Block>],
+        run: &Run<'_>,
+        (sizes, (keep, masks)): (Sizes, (Option<&Tensor>, &LatentMasks)),
+        beside: Beside<'_>,
+        cx: &Context<'_>,
+    ) -> Result<(Signal, Option<Signal>)> {
         let local = Context {
-            key_padding: keep.as_ref(),
+            key_padding: keep,
             memory: None,
             ..*cx
         };
-        let latents = LatentMasks::new(own.as_ref(), sizes, self, x.device())?;
         let global = Context {
-            key_padding: latents.all.as_ref(),
-            places: latents.places.as_ref(),
+            key_padding: masks.all.as_ref(),
+            places: masks.places.as_ref(),
             ..local
         };
         let mut z = match self.globals.is_empty() {
@@ -225,9 +258,8 @@ impl Fit {
             let (Some(latent), Some(read)) = (z.take(), reads.next()) else {
                 continue;
             };
-            let latent = self.grouped(&latent)?;
-            let mut latent = read.forward(&latent, &x, keep.as_ref(), &local)?;
-            latent = unfold(&latent, batch, sizes.groups * self.spec.latents)?;
+            let latent = read.forward(&self.grouped(&latent)?, &x, keep, &local)?;
+            let mut latent = unfold(&latent, sizes.batch, sizes.groups * self.spec.latents)?;
             if let (Some(context), Some(exchange)) = (beside.context, contexts.next()) {
                 latent = exchange.forward(&latent, context, None, &local)?;
             }
@@ -236,25 +268,11 @@ impl Fit {
             }
             if let Some(write) = writes.next() {
                 let memory = self.grouped(&self.shifted(&latent)?)?;
-                x = write.forward(&x, &memory, latents.written.as_ref(), &local)?;
+                x = write.forward(&x, &memory, masks.written.as_ref(), &local)?;
             }
             z = Some(latent);
         }
-        let condition = self.spec.condition;
-        if condition > 0 {
-            x = x.narrow(1, condition, self.spec.group)?;
-        }
-        let x = unfold(&x, batch, length)?;
-        let x = match &order {
-            Some([_, back]) => x.select(1, back)?,
-            None => x,
-        };
-        let Some(z) = z else {
-            return Ok((x, None));
-        };
-        let z = self.latent_norm.forward(&z)?;
-        let z = cx.trace.site(format_args!("{}.latents", self.path), z)?;
-        Ok((x, Some((z, latents.all))))
+        Ok((x, z))
     }
 
     fn check(&self, sizes: Sizes) -> Result<()> {
@@ -270,20 +288,20 @@ impl Fit {
         Ok(())
     }
 
-    /// `[n, width]`.
-    fn group_positions(&self, dtype: DType, device: &Device) -> Result<Tensor> {
+    /// Positions of the first `count` tokens of a group, `[count, width]`.
+    fn group_positions(&self, count: usize, dtype: DType, device: &Device) -> Result<Tensor> {
         if let Some(learned) = &self.positions {
-            return Ok(learned.clone());
+            return tensor(learned.narrow(0, 0, count));
         }
-        let group = self.spec.group;
         if self.spec.positions == GroupPositions::Sinusoidal {
-            return tables::line(group, self.width, dtype, device);
+            return tables::line(count, self.width, dtype, device);
         }
         let sides = match self.spec.tiles {
             Some(tiles) => [tiles.height, tiles.width],
-            None => [group.isqrt(); 2],
+            None => [self.spec.group.isqrt(); 2],
         };
-        tables::grid(sides, self.width, dtype, device)
+        let all = tables::grid(sides, self.width, dtype, device)?;
+        tensor(all.narrow(0, 0, count))
     }
 
     /// Latents before they have read anything, `[batch, groups · m, latent_width]`.
@@ -339,7 +357,7 @@ impl Fit {
             (None, None) => None,
             (conditions, own) => {
                 let conditions = conditions.map_or_else(|| all(count), Ok)?;
-                let own = own.cloned().map_or_else(|| all(self.spec.group), Ok)?;
+                let own = own.cloned().map_or_else(|| all(sizes.group), Ok)?;
                 Some(tensor(Tensor::cat(&[&conditions, &own], 1))?)
             }
         };

@@ -62,8 +62,9 @@ impl Order {
         device: &Device,
     ) -> Result<Self> {
         let vips = spec.vips.min(length);
-        let blocks = (length - vips).div_ceil(spec.size);
-        let places = vips + blocks * spec.size;
+        let size = spec.size.min((length - vips).max(1));
+        let blocks = (length - vips).div_ceil(size);
+        let places = vips + blocks * size;
         let kept = match keep {
             Some(keep) => tensor(tensor(keep.to_dtype(DType::U8))?.to_vec2::<u8>())?,
             None => vec![vec![1; length]; batch],
@@ -108,7 +109,7 @@ impl Order {
             length,
             vips,
             blocks,
-            size: spec.size,
+            size,
             into: listed(into)?,
             back: listed(back)?,
             vip_mask: tensor(Tensor::from_vec(vip_mask, (batch, vips), device))?,

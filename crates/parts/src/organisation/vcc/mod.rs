@@ -257,7 +257,7 @@ impl Vcc {
         let mut x = x;
         let keep = cx.key_padding;
         let order = Order::new(&self.spec, read, keep, [batch, length], x.device())?;
-        let segment = self.spec.segment;
+        let segment = self.spec.segment.min(length.max(1));
         let masks = fold_mask(keep, [batch, length, segment], &x)?;
         let mut compressed: Option<Compressed> = None;
         for (index, block) in blocks.iter().enumerate() {
