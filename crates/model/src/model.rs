@@ -419,10 +419,10 @@ fn read(input: &Input) -> Read<'_> {
 /// Refuses passes that begin at a block, or go on from earlier tokens, where an organisation decides
 /// what blocks see.
 fn refuse_steps(spec: &ModelSpec, first: usize, decodes: bool) -> Result<()> {
-    let kind = spec
-        .organisation
-        .as_ref()
-        .map_or("none", |spec| spec.kind());
+    let Some(organisation) = &spec.organisation else {
+        return Ok(());
+    };
+    let kind = organisation.kind();
     if first > 0 {
         let expected = format!("0 in a model with an organisation that is {kind}");
         return Err(Error::spec("block to start at", first, expected));

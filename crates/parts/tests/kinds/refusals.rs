@@ -391,6 +391,7 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
                 inner: Box::new(MechanismSpec::Linformer(LinformerSpec {
                     slots: 0,
                     longest: 9,
+                    longer: Default::default(),
                     sharing: Sharing::None,
                     projection: Projection::Mean,
                 })),
