@@ -1,5 +1,5 @@
 //! EcoFormer's codes, how they are learned, and attention by them against all its weights.
-#![allow(clippy::panic, clippy::unwrap_used)]
+#![allow(clippy::needless_range_loop, clippy::panic, clippy::unwrap_used)]
 
 #[path = "common/attention.rs"]
 mod attention;

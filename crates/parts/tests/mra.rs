@@ -1,5 +1,5 @@
 //! MRA against matrices made of blocks laid out by hand.
-#![allow(clippy::panic, clippy::unwrap_used)]
+#![allow(clippy::needless_range_loop, clippy::panic, clippy::unwrap_used)]
 
 #[path = "common/attention.rs"]
 mod attention;

@@ -1,6 +1,6 @@
 //! SOFT's attention against its formula laid out by hand, and its inverse against eigenvalues and
 //! differences.
-#![allow(clippy::panic, clippy::unwrap_used)]
+#![allow(clippy::needless_range_loop, clippy::panic, clippy::unwrap_used)]
 
 #[path = "common/attention.rs"]
 mod attention;

@@ -626,7 +626,9 @@ fn alone(keep: f64, [q, k, _]: &[Var; 3], seed: u64) -> Result<Box<dyn Mixing>> 
         scale: 0.25,
         sharing: QueryKeySharing::None,
     };
-    let (mut none, ranks, mut linears) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
+    // It has no parameters.
+    let mut none: BTreeMap<String, Tensor> = BTreeMap::new();
+    let (ranks, mut linears) = (BTreeMap::new(), Vec::new());
     let module = spec.build(&heads, Parameters::new(&mut none, &ranks, &mut linears))?;
     let (q, k) = (q.as_tensor(), k.as_tensor());
     mixing_alone(module.as_ref(), [q, k], q, Some(seed))

@@ -259,10 +259,9 @@ fn of_a_graph(setting: &Setting, size: &Size) -> Result<Claim> {
     ))
 }
 
-/// Normals of a bumpy sphere of which four fifths are hidden, by what an integrator spreads of the rest.
-fn on_a_mesh(setting: &Setting, size: &Size) -> Result<Claim> {
-    let mut random = generator(setting.seed ^ 0x3e5);
-    let (rings, around) = (size.mesh, 2 * size.mesh);
+/// A sphere of rings of vertices: its mesh, and the normals, which are the places.
+fn sphere(rings: usize) -> Result<(Graph, Vec<f64>)> {
+    let around = 2 * rings;
     let point = |ring: usize, step: usize| {
         let polar = std::f64::consts::PI * (ring as f64 + 0.5) / rings as f64;
         let turn = std::f64::consts::TAU * step as f64 / around as f64;
@@ -270,119 +269,163 @@ fn on_a_mesh(setting: &Setting, size: &Size) -> Result<Claim> {
         [sin * turn.cos(), sin * turn.sin(), cos]
     };
     let at = |ring: usize, step: usize| ring * around + step % around;
-    let apart = |a: [f64; 3], b: [f64; 3]| {
-        let squares = a.iter().zip(b).map(|(a, b)| (a - b) * (a - b));
-        squares.sum::<f64>().sqrt()
-    };
     let (mut edges, mut normals) = (Vec::new(), Vec::new());
     for ring in 0..rings {
         for step in 0..around {
             let here = point(ring, step);
             normals.extend(here);
-            edges.push((
-                at(ring, step),
-                at(ring, step + 1),
-                apart(here, point(ring, step + 1)),
-            ));
-            if ring + 1 < rings {
-                let below = point(ring + 1, step);
-                edges.push((at(ring, step), at(ring + 1, step), apart(here, below)));
+            let beside = [(ring, step + 1), (ring + 1, step)];
+            for (ring_of, step_of) in beside.into_iter().filter(|(ring, _)| *ring < rings) {
+                let squares = here.iter().zip(point(ring_of, step_of));
+                let squares: f64 = squares.map(|(a, b)| (a - b) * (a - b)).sum();
+                edges.push((at(ring, step), at(ring_of, step_of), squares.sqrt()));
             }
         }
     }
-    let vertices = rings * around;
-    let tree = Graph::new(vertices, edges)?.spanning_tree()?;
-    let integrator = IntegratorTree::new(&tree);
-    let known: Vec<bool> = (0..vertices).map(|_| random.random_bool(0.2)).collect();
+    Ok((Graph::new(rings * around, edges)?, normals))
+}
+
+/// The mean cosine between normals and what was found of them, where they were hidden.
+fn cosine(found: &[f64], normals: &[f64], known: &[bool]) -> f64 {
+    let length = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let rows = found.chunks(3).zip(normals.chunks(3)).zip(known);
+    mean(
+        rows.filter(|(_, known)| !**known)
+            .map(|((found, normal), _)| {
+                let product: f64 = found.iter().zip(normal).map(|(a, b)| a * b).sum();
+                product / (length(found) * length(normal)).max(f64::MIN_POSITIVE)
+            }),
+    )
+}
+
+/// Normals of a mesh of which four fifths are hidden, by what spreads of the rest, along a spanning tree
+/// and along shortest paths.
+fn on_a_mesh(setting: &Setting, size: &Size) -> Result<Claim> {
+    let mut random = generator(setting.seed ^ 0x3e5);
+    let (mesh, normals) = sphere(size.mesh)?;
+    let integrator = IntegratorTree::new(&mesh.spanning_tree()?);
+    let known: Vec<bool> = (0..mesh.vertices())
+        .map(|_| random.random_bool(0.2))
+        .collect();
     let mut field = normals.clone();
     for (row, known) in field.chunks_mut(3).zip(&known) {
         if !known {
             row.fill(0.0);
         }
     }
-    let spread = integrator.integrate(
-        &Function::Exponential {
-            rate: -8.0,
+    let (mut on_tree, mut on_mesh) = (f64::NEG_INFINITY, f64::NEG_INFINITY);
+    let distances: Vec<Vec<f64>> = (0..mesh.vertices()).map(|v| mesh.distances(v)).collect();
+    for rate in [4.0, 8.0, 16.0, 32.0] {
+        let fades = Function::Exponential {
+            rate: -rate,
             polynomial: vec![1.0],
-        },
-        &field,
-        3,
-    )?;
-    let length = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
-    let rows = spread.chunks(3).zip(normals.chunks(3)).zip(&known);
-    let cosines = rows
-        .filter(|(_, known)| !**known)
-        .map(|((found, normal), _)| {
-            let product: f64 = found.iter().zip(normal).map(|(a, b)| a * b).sum();
-            product / (length(found) * length(normal)).max(f64::MIN_POSITIVE)
-        });
-    let cosine = mean(cosines);
+        };
+        let found = integrator.integrate(&fades, &field, 3)?;
+        on_tree = on_tree.max(cosine(&found, &normals, &known));
+        let mut all = vec![0.0; field.len()];
+        for (row, distances) in all.chunks_mut(3).zip(&distances) {
+            for (x, distance) in field.chunks(3).zip(distances) {
+                for (sum, x) in row.iter_mut().zip(x) {
+                    *sum += fades.value(*distance) * x;
+                }
+            }
+        }
+        on_mesh = on_mesh.max(cosine(&all, &normals, &known));
+    }
     Ok(Claim::new(
-        "normals of a mesh of which four fifths are hidden are found with a mean cosine of at least 0.9",
-        "cosine similarities of about 0.9 and more on scanned meshes",
-        format!("{cosine:.3} of {vertices} vertices, f = e^(−8x) on the spanning tree"),
-        Verdict::of(cosine >= 0.9),
+        "normals of a mesh of which four fifths are hidden are found along a spanning tree with a mean cosine \
+         within 0.05 of that along shortest paths",
+        "as accurate as exact integrators, 13 times as fast on meshes",
+        format!(
+            "{on_tree:.3} against {on_mesh:.3}, {} vertices, the best of four rates for each",
+            mesh.vertices()
+        ),
+        after_training(setting.scale, on_tree >= on_mesh - 0.05),
     ))
 }
 
-/// Smallest eigenvalues of a graph's distances in its tree, by which graphs of two kinds are told apart.
-fn spectra(setting: &Setting, size: &Size) -> Result<Claim> {
-    const VERTICES: usize = 40;
-    const VALUES: usize = 10;
-    let mut random = generator(setting.seed ^ 0x5bec);
-    let mut features: Vec<(bool, Vec<f64>)> = Vec::new();
-    for index in 0..2 * size.graphs {
-        // Rings with chords between near vertices, or between any.
-        let near = index % 2 == 0;
-        let mut edges: Vec<(usize, usize, f64)> = (0..VERTICES)
-            .map(|v| (v, (v + 1) % VERTICES, 1.0))
-            .collect();
-        for _ in 0..VERTICES / 2 {
-            let a = random.random_range(0..VERTICES);
-            let b = match near {
-                true => (a + random.random_range(2..5)) % VERTICES,
-                false => random.random_range(0..VERTICES),
-            };
-            if a != b {
-                edges.push((a, b, random.random_range(0.2..1.0)));
-            }
+/// Vertices of a graph that is to be named by its spectrum, and eigenvalues that are looked at.
+const VERTICES: usize = 40;
+const VALUES: usize = 10;
+
+/// A ring with chords, between near vertices or between any.
+fn ring(near: bool, random: &mut Generator) -> Result<Graph> {
+    let mut edges: Vec<(usize, usize, f64)> = (0..VERTICES)
+        .map(|v| (v, (v + 1) % VERTICES, 1.0))
+        .collect();
+    for _ in 0..VERTICES / 2 {
+        let a = random.random_range(0..VERTICES);
+        let b = match near {
+            true => (a + random.random_range(2..5)) % VERTICES,
+            false => random.random_range(0..VERTICES),
+        };
+        if a != b {
+            edges.push((a, b, random.random_range(0.2..1.0)));
         }
-        let tree = Graph::new(VERTICES, edges)?.spanning_tree()?;
-        let flat = IntegratorTree::new(&tree).matrix(&Function::Polynomial(vec![0.0, 1.0]))?;
-        let matrix = Matrix::from_fn(VERTICES, VERTICES, |i, j| {
-            let of = |at: usize| flat.get(at).copied().unwrap_or(0.0);
-            (of(i * VERTICES + j) + of(j * VERTICES + i)) / 2.0
-        });
-        let mut values = symmetric_eigen("distances", matrix.as_ref())?.values;
-        values.sort_by(f64::total_cmp);
-        values.truncate(VALUES);
-        features.push((near, values));
     }
-    // Each is named by its three nearest among the others.
+    Ok(Graph::new(VERTICES, edges)?)
+}
+
+/// The smallest eigenvalues of a matrix of distances, row by row.
+fn smallest(distances: &[f64]) -> Result<Vec<f64>> {
+    let of = |at: usize| distances.get(at).copied().unwrap_or(0.0);
+    // As symmetric as it is but for rounding.
+    let matrix = Matrix::from_fn(VERTICES, VERTICES, |i, j| {
+        (of(i * VERTICES + j) + of(j * VERTICES + i)) / 2.0
+    });
+    let mut values = symmetric_eigen("distances", matrix.as_ref())?.values;
+    values.truncate(VALUES);
+    Ok(values)
+}
+
+/// The share that is named rightly by the three nearest of the others.
+fn named(graphs: &[(bool, Vec<f64>)]) -> f64 {
     let apart =
         |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum() };
-    let mut right = 0;
-    for (index, (kind, values)) in features.iter().enumerate() {
-        let mut others: Vec<(f64, bool)> = features
+    let right = graphs.iter().enumerate().filter(|(index, (kind, values))| {
+        let others = graphs
             .iter()
             .enumerate()
-            .filter(|(other, _)| *other != index)
+            .filter(|(other, _)| other != index);
+        let mut others: Vec<(f64, bool)> = others
             .map(|(_, (kind, other))| (apart(values, other), *kind))
             .collect();
         others.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let votes = others
+        others
             .iter()
             .take(3)
             .filter(|(_, other)| other == kind)
-            .count();
-        right += usize::from(votes >= 2);
+            .count()
+            >= 2
+    });
+    right.count() as f64 / graphs.len().max(1) as f64
+}
+
+/// Graphs of two kinds, told apart by the spectra of distances in a tree and in the graph.
+fn spectra(setting: &Setting, size: &Size) -> Result<Claim> {
+    let mut random = generator(setting.seed ^ 0x5bec);
+    let (mut on_trees, mut on_graphs) = (Vec::new(), Vec::new());
+    for index in 0..2 * size.graphs {
+        let near = index % 2 == 0;
+        let graph = ring(near, &mut random)?;
+        let integrator = IntegratorTree::new(&graph.spanning_tree()?);
+        let distances = integrator.matrix(&Function::Polynomial(vec![0.0, 1.0]))?;
+        on_trees.push((near, smallest(&distances)?));
+        let distances: Vec<f64> = (0..VERTICES).flat_map(|v| graph.distances(v)).collect();
+        on_graphs.push((near, smallest(&distances)?));
     }
-    let share = right as f64 / features.len() as f64;
+    let (tree, graph) = (named(&on_trees), named(&on_graphs));
     Ok(Claim::new(
-        "the smallest eigenvalues of distances in the tree tell two kinds of graphs apart better than chance",
-        "accuracy of the kernel of shortest paths at up to 90 % less time for features",
-        format!("{:.0} % of {} graphs, by their three nearest", 100.0 * share, features.len()),
-        after_training(setting.scale, share > 0.6),
+        "eigenvalues of distances in a tree tell two kinds of graphs apart as well as those of shortest \
+         paths, within 5 points",
+        "the accuracy of the kernel of shortest paths at up to 90 % less time for features",
+        format!(
+            "{:.0} % against {:.0} % of {} graphs, by their three nearest",
+            100.0 * tree,
+            100.0 * graph,
+            on_trees.len()
+        ),
+        after_training(setting.scale, tree >= graph - 0.05),
     )
     .noted("the paper has random forests on published collections of graphs"))
 }

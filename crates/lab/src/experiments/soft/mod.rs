@@ -181,7 +181,7 @@ fn pseudo_inverse(a: &Matrix) -> Result<Matrix> {
     };
     let (size, rank) = (a.nrows(), found.s.len());
     let scaled = Matrix::from_fn(size, rank, |i, r| {
-        found.v[(i, r)] * found.s.get(r).copied().map_or(0.0, inverse)
+        found.vt[(r, i)] * found.s.get(r).copied().map_or(0.0, inverse)
     });
     Ok(scaled * found.u.transpose())
 }

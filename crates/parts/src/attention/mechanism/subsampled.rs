@@ -459,7 +459,11 @@ fn line_windows(
     generator: &mut ChaCha8Rng,
 ) -> Vec<[Vec<usize>; 2]> {
     let order = shuffled(length, radius, generator);
-    let size = if causal { kept.div_ceil(2) } else { kept };
+    // Where all keys are kept nobody may miss one.
+    let size = match causal && kept < length {
+        true => kept.div_ceil(2),
+        false => kept,
+    };
     let windows = cut(length, size);
     let first = |window: usize| {
         let window = if causal {

@@ -205,7 +205,7 @@ impl ByHand for Run {
 
     fn forward(&self, inputs: &[&[f64]]) -> Vec<f64> {
         let circuit = &self.0;
-        let each = inputs[0].par_chunks(circuit.angles);
+        let each = inputs[0].par_chunks(circuit.angles.max(1));
         each.flat_map_iter(|angles| circuit.probabilities(&circuit.unitary(angles)))
             .collect()
     }
@@ -214,7 +214,7 @@ impl ByHand for Run {
         let circuit = &self.0;
         let squared = circuit.tokens() * circuit.tokens();
         let each = inputs[0]
-            .par_chunks(circuit.angles)
+            .par_chunks(circuit.angles.max(1))
             .zip(gradient.par_chunks(squared));
         vec![
             each.flat_map_iter(|(angles, gradient)| circuit.backward(angles, gradient))
