@@ -134,8 +134,7 @@ impl Subject {
             memory: memory.as_ref().map(|memory| (memory, None)),
             ..Context::new(trace)
         };
-        let run = |block: &Arc<Block>, x: Signal, cx: &Context<'_>| block.forward(x, cx, None);
-        let organised = organisation.forward(x, &blocks, &run, Read::default(), &cx)?;
+        let organised = organisation.forward(x, &blocks, Read::default(), &cx, None, None)?;
         Ok(organised.hidden)
     }
 

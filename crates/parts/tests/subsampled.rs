@@ -543,6 +543,7 @@ fn other_mechanisms_see_the_drawn_keys_alone() {
     let linformer = MechanismSpec::Linformer(LinformerSpec {
         slots: 4,
         longest: LENGTH,
+        longer: Default::default(),
         sharing: Sharing::Headwise,
         projection: Projection::Learned,
     });

@@ -136,8 +136,7 @@ impl Subject {
             ids: given.ids,
             token_types: given.token_types,
         };
-        let run = |block: &Arc<Block>, x: Signal, cx: &Context<'_>| block.forward(x, cx, None);
-        organisation.forward(x, &blocks, &run, read, &cx)
+        organisation.forward(x, &blocks, read, &cx, None, None)
     }
 
     fn pass(&self, x: &Tensor, given: Given<'_>, sites: &str) -> (Tensor, Trace) {
