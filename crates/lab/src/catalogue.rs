@@ -469,6 +469,17 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
         ),
         entry(
             "position",
+            "axial",
+            "a learned table for rows of 16 tokens and one for columns, summed (Child et al., 2019)",
+            AbsolutePosition::Axial {
+                columns: longest.min(16),
+                channels: 1,
+                row_width: None,
+            },
+            attention(base.clone()),
+        ),
+        entry(
+            "position",
             "sinusoidal",
             "sines added to the embeddings (Vaswani et al., 2017)",
             AbsolutePosition::Sinusoidal,
@@ -577,6 +588,11 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
             "vip-centric, 4 blocks of 16 in full",
             "16 tokens in full, all others compressed but for what they attend to (Zeng et al., 2023)",
             OrganisationSpec::VipCentric(VccSpec::new(16, 4)),
+        ),
+        organised(
+            "reversible",
+            "two streams, of which the last are enough to train by (Gomez et al., 2017)",
+            OrganisationSpec::Reversible(Default::default()),
         ),
     ]
 }
