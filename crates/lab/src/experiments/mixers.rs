@@ -292,6 +292,7 @@ fn on_text(setting: &Setting, size: &Size, candidate: &Mechanism) -> Result<(f64
         peak: 3e-3,
         alignment: None,
         narrow: true,
+        dense_steps: 0,
     };
     let model = train_by(
         recipe,

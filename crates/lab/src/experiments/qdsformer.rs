@@ -312,6 +312,7 @@ fn vit(size: Size, operator: Operator, channels: usize, class_tokens: usize) -> 
         },
         low_rank: BTreeMap::new(),
         quantised: BTreeMap::new(),
+        organisation: None,
     }
 }
 

@@ -43,6 +43,7 @@ impl Size {
             peak: 2e-3,
             alignment: None,
             narrow: true,
+            dense_steps: 0,
         };
         match scale {
             Scale::Smoke => Self {
