@@ -11,7 +11,7 @@ use super::{after_training, mean, numbers};
 use crate::error::engine;
 use crate::{Claim, Error, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_kernels::Tensor;
-use lapidary_model::{Model, ModelSpec, Pass};
+use lapidary_model::{Input, Model, ModelSpec, Pass};
 use lapidary_parts::attention::mechanism::Heads;
 use lapidary_parts::attention::mechanism::ecoformer::{EcoformerSpec, Fit, PackedCodes, Tally};
 use lapidary_parts::attention::{MechanismSpec, MixerSpec, QueryKeySharing};
@@ -73,10 +73,11 @@ impl Size {
 }
 
 /// A model whose attention, which shares queries and keys, is by codes: block by block, hashes are learned from
-/// the queries that blocks converted before leave for it on some sequences of the same length.
+/// the queries that blocks converted before leave for it on some sequences. Attention neither normalises nor
+/// rotates them.
 ///
 /// # Errors
-/// When attention has keys of its own, or sequences are of different lengths.
+/// When attention has keys of its own.
 pub fn hashed(
     model: &Model,
     ecoformer: &EcoformerSpec,
@@ -89,39 +90,41 @@ pub fn hashed(
     let (input, padding) = batch(sequences)?;
     for block in 0..spec.blocks.len() {
         let so_far = Model::new(spec.clone(), &mut parameters)?;
-        let site = format!("blocks.{block}.attention.query");
-        let queries = queries(&so_far, &input, &padding, &site)?;
+        let attention = spec.blocks.get_mut(block).map(|block| &mut block.attention);
+        let Some(MixerSpec::MultiHead(attention)) = attention else {
+            continue;
+        };
+        let path = format!("blocks.{block}.attention");
+        let queries = queries(&so_far, (&input, &padding), &path, attention.heads)?;
         let fitted = ecoformer.fit(&queries, Some(&padding), fit)?;
         for (name, value) in fitted.parameters {
             let value = engine(value.to_dtype(model.dtype()))?;
-            parameters.insert(format!("blocks.{block}.attention.mechanism.{name}"), value);
+            parameters.insert(format!("{path}.mechanism.{name}"), value);
         }
-        let converted = spec.blocks.get_mut(block).map(|block| &mut block.attention);
-        if let Some(MixerSpec::MultiHead(attention)) = converted {
-            attention.mechanism = MechanismSpec::Ecoformer(ecoformer.clone());
-        }
+        attention.mechanism = MechanismSpec::Ecoformer(ecoformer.clone());
     }
     Ok(Model::new(spec, &mut parameters)?)
 }
 
-/// Queries at a site, `[batch, heads, length, head_width]`.
+/// Queries of the attention at `path`, `[batch, heads, length, head_width]`.
 fn queries(
     model: &Model,
-    input: &lapidary_model::Input,
-    padding: &Tensor,
-    site: &str,
+    (input, padding): (&Input, &Tensor),
+    path: &str,
+    heads: usize,
 ) -> Result<Tensor> {
-    let trace = Trace::new().capture(site)?;
+    let site = format!("{path}.query");
+    let trace = Trace::new().capture(&site)?;
     let pass = Pass {
         padding: Some(padding),
         trace: Some(&trace),
         ..Pass::default()
     };
     model.forward(input, pass)?;
-    let queries = trace.signal(site)?.into_value();
+    let queries = trace.signal(&site)?.into_value();
     let (batch, length, width) = engine(queries.dims3())?;
-    let heads = engine(queries.reshape((batch, length, HEADS, width / HEADS)))?;
-    engine(engine(heads.transpose(1, 2))?.contiguous())
+    let split = engine(queries.reshape((batch, length, heads, width / heads)))?;
+    engine(engine(split.transpose(1, 2))?.contiguous())
 }
 
 fn spec(blocks: usize) -> ModelSpec {
@@ -301,7 +304,7 @@ fn correlation_of(model: &Model, ecoformer: &EcoformerSpec, examples: &[Labelled
     let mut all = Vec::new();
     for block in 0..model.spec().blocks.len() {
         let path = format!("blocks.{block}.attention");
-        let queries = queries(model, &input, &padding, &format!("{path}.query"))?;
+        let queries = queries(model, (&input, &padding), &path, HEADS)?;
         let mut known: BTreeMap<String, Tensor> = model.parameters().clone();
         let (ranks, mut linears) = (BTreeMap::new(), Vec::new());
         let mut parameters = Parameters::new(&mut known, &ranks, &mut linears);

@@ -130,7 +130,7 @@ fn heads() -> Heads {
 }
 
 fn mixing(spec: &MraSpec, q: &Tensor, k: &Tensor) -> Result<Box<dyn Mixing>> {
-    let mut none = BTreeMap::new();
+    let mut none: BTreeMap<String, Tensor> = BTreeMap::new();
     let (ranks, mut linears) = (BTreeMap::new(), Vec::new());
     let module = spec.build(&heads(), Parameters::new(&mut none, &ranks, &mut linears))?;
     mixing_alone(module.as_ref(), [q, k], &engine(q.squeeze(1))?, None)
