@@ -5,17 +5,17 @@
 //! hardware that are not public; here they are drawn. Printed digits are cut in seven overlapping
 //! stripes of two rows, and the compositional task has glyphs for clothes.
 
+mod examples;
+
 use super::classifier::{Narrow, fit};
 use super::glyphs::Alphabet;
 use super::sequences::{LEVELS, SIDE, digits};
 use super::{after_training, mean, numbers};
 use crate::error::engine;
-use crate::{Claim, Error, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
-use lapidary_explain::faithfulness::masking::most_likely;
-use lapidary_kernels::{CrossEntropyOptions, DType, Device, Tensor, cross_entropy};
-use lapidary_model::{
-    HeadSpec, Initialiser, Input, InputSpec, Model, ModelSpec, Pass, PatchInput, Pool,
-};
+use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
+use examples::{Example, in_a_row, input, loss, percent_right, stripes};
+use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_model::{HeadSpec, Initialiser, InputSpec, Model, ModelSpec, PatchInput, Pool};
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::mechanism::doubly_stochastic::{
     CircuitSpec, DoublyStochasticSpec, Operator, SinkhornForm, Training, diagnose,
@@ -314,90 +314,6 @@ fn vit(size: Size, operator: Operator, channels: usize, class_tokens: usize) -> 
         quantised: BTreeMap::new(),
         organisation: None,
     }
-}
-
-/// An image as its patches' pixels, and its class.
-#[derive(Clone)]
-struct Example {
-    /// `[channels, 4, 4 · patches]`.
-    pixels: Vec<f32>,
-    label: u32,
-}
-
-/// `patches` of `channels · 16` pixels side by side.
-fn in_a_row(patches: &[Vec<f32>], channels: usize) -> Vec<f32> {
-    let mut pixels = Vec::new();
-    for channel in 0..channels {
-        for row in 0..PATCH {
-            for patch in patches {
-                let start = channel * PATCH * PATCH + row * PATCH;
-                pixels.extend_from_slice(patch.get(start..start + PATCH).unwrap_or_default());
-            }
-        }
-    }
-    pixels
-}
-
-/// Printed digits, cut in stripes of two rows that overlap.
-fn stripes(count: usize, seed: u64) -> Vec<Example> {
-    let brightness = |token: &u32| *token as f32 / (LEVELS - 1) as f32 - 0.5;
-    let each = digits(count, seed).into_iter().map(|digit| {
-        let pixels: Vec<f32> = digit.tokens.iter().map(brightness).collect();
-        let stripes: Vec<Vec<f32>> = (0..SIDE - 1)
-            .map(|row| {
-                pixels
-                    .get(row * SIDE..(row + 2) * SIDE)
-                    .unwrap_or_default()
-                    .to_vec()
-            })
-            .collect();
-        Example {
-            pixels: in_a_row(&stripes, 1),
-            label: digit.label,
-        }
-    });
-    each.collect()
-}
-
-fn input(examples: &[Example], spec: &ModelSpec) -> Result<Input> {
-    let InputSpec::Patches(patches) = &spec.input else {
-        return Err(Error::Experiment("a model of patches".to_owned()));
-    };
-    let pixels: Vec<f32> = examples.iter().flat_map(|e| e.pixels.clone()).collect();
-    let [height, width] = patches.image;
-    let shape = (examples.len(), patches.channels, height, width);
-    Ok(Input::Pixels(engine(Tensor::from_vec(
-        pixels,
-        shape,
-        &Device::Cpu,
-    ))?))
-}
-
-fn logits(model: &Model, examples: &[Example]) -> Result<Tensor> {
-    let input = input(examples, model.spec())?;
-    Ok(model
-        .forward(&input, Pass::default())?
-        .into_logits()?
-        .into_value())
-}
-
-fn loss(model: &Model, examples: &[Example]) -> Result<Tensor> {
-    let labels: Vec<u32> = examples.iter().map(|example| example.label).collect();
-    let labels = engine(Tensor::from_vec(labels, examples.len(), &Device::Cpu))?;
-    let options = CrossEntropyOptions::default();
-    Ok(cross_entropy(&logits(model, examples)?, &labels, &options)?)
-}
-
-fn percent_right(model: &Model, examples: &[Example]) -> Result<f64> {
-    let mut right = 0;
-    for chunk in examples.chunks(100) {
-        let all = numbers(&logits(model, chunk)?)?;
-        let rows = all.chunks(10).zip(chunk);
-        right += rows
-            .filter(|(row, example)| most_likely(row) == example.label as usize)
-            .count();
-    }
-    Ok(100.0 * right as f64 / examples.len().max(1) as f64)
 }
 
 const RATE: f64 = 2e-3;
