@@ -589,11 +589,14 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
             "16 tokens in full, all others compressed but for what they attend to (Zeng et al., 2023)",
             OrganisationSpec::VipCentric(VccSpec::new(16, 4)),
         ),
-        organised(
-            "reversible",
-            "two streams, of which the last are enough to train by (Gomez et al., 2017)",
-            OrganisationSpec::Reversible(Default::default()),
-        ),
+        Candidate {
+            block: wired(Wiring::PreNorm),
+            ..organised(
+                "reversible",
+                "two streams, of which the last are enough to train by (Gomez et al., 2017)",
+                OrganisationSpec::Reversible(Default::default()),
+            )
+        },
     ]
 }
 

@@ -13,7 +13,7 @@ use super::sequences::{LEVELS, SIDE, digits};
 use super::{after_training, mean, numbers};
 use crate::error::engine;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
-use examples::{Example, in_a_row, input, loss, percent_right, stripes};
+use examples::{Example, in_a_row, loss, percent_right, stripes};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{HeadSpec, Initialiser, InputSpec, Model, ModelSpec, PatchInput, Pool};
 use lapidary_parts::activation::ActivationSpec;
