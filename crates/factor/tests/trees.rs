@@ -237,7 +237,7 @@ fn spanning_trees_are_lightest_and_the_same_each_time() {
     let graph = Graph::new(40, edges.clone()).unwrap();
     let tree = graph.spanning_tree().unwrap();
     // Prim's, from the first vertex.
-    let mut inside = vec![false; 40];
+    let mut inside = [false; 40];
     inside[0] = true;
     let mut least = 0.0;
     for _ in 1..40 {
@@ -313,7 +313,8 @@ fn gradients_of_coefficients_equal_central_differences() {
         let y = integrator.integrate(function, &x, 2).unwrap();
         y.iter().zip(&g).map(|(y, g)| y * g).sum()
     };
-    let make: Vec<(Vec<f64>, fn(&[f64]) -> Function)> = vec![
+    type Make = fn(&[f64]) -> Function;
+    let make: Vec<(Vec<f64>, Make)> = vec![
         (vec![0.3, -0.2, 0.1], |c| Function::Polynomial(c.to_vec())),
         (vec![-0.4, 1.0, 0.3], |c| Function::Exponential {
             rate: c[0],

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use lapidary_kernels::{DType, Device, Recomputation, Tensor};
 use lapidary_model::{Initialiser, Input, Model, ModelSpec, Pass};
+use lapidary_parts::state::DecodeState;
 use lapidary_signal::Trace;
 
 /// The system's allocator, with what is held and the most that was.
@@ -202,7 +203,7 @@ fn decoding_goes_on_from_states() {
     let _alone = alone();
     let model = model(spec(3, 12, ""), DType::F64);
     let all = ids(12);
-    let run = |ids: Tensor, state| {
+    let run = |ids: Tensor, state: Option<&mut DecodeState>| {
         let pass = Pass {
             state,
             ..Pass::default()

@@ -451,10 +451,9 @@ impl Block {
         state: Option<&mut MixerState>,
     ) -> Result<Signal> {
         let mut y = passed(&x, self.attention_shortcut.as_ref())?;
-        for part in [self.attended(&x, cx, state)?, self.transformed(&x, cx)?] {
-            if let Some(part) = part {
-                y = y.add(&part)?;
-            }
+        let parts = [self.attended(&x, cx, state)?, self.transformed(&x, cx)?];
+        for part in parts.into_iter().flatten() {
+            y = y.add(&part)?;
         }
         Ok(cx.trace.site(format_args!("{}.out", self.path), y)?)
     }

@@ -266,7 +266,7 @@ fn a_parted_circuit_is_what_the_entangled_register_is_measured_as() {
         let tokens = 1 << data;
         let mut expected = vec![0.0; tokens * tokens];
         for (at, (re, im)) in vector.iter().enumerate() {
-            let (i, j) = (at / rows >> extra, at % rows >> extra);
+            let (i, j) = ((at / rows) >> extra, (at % rows) >> extra);
             expected[i * tokens + j] += tokens as f64 * (re * re + im * im);
         }
         for (found, expected) in transition(&circuit, &phi).iter().zip(expected) {

@@ -32,7 +32,6 @@ fn spec(slots: usize, longest: usize, sharing: Sharing) -> LinformerSpec {
         slots,
         longest,
         longer: Default::default(),
-        longer: Default::default(),
         sharing,
         projection: Projection::Learned,
     }

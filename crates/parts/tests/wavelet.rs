@@ -376,6 +376,7 @@ fn bands_are_mixed_by_any_attention() {
         through(MechanismSpec::Linformer(LinformerSpec {
             slots: 3,
             longest: 8,
+            longer: Default::default(),
             sharing: Sharing::Headwise,
             projection: Projection::Learned,
         })),

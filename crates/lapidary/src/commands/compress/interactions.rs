@@ -56,7 +56,8 @@ pub(super) fn run(
     let data = data::calibration(&package, model, methods.first().copied(), arguments, global)?;
     let windows = windows(&package, model, data.as_ref(), arguments)?;
     // Of models that predict no text, how far they are from the original.
-    let (loss_name, loss): (_, &dyn Fn(&Model) -> Result<f64>) = match windows.is_empty() {
+    type Loss<'a> = &'a dyn Fn(&Model) -> Result<f64>;
+    let (loss_name, loss): (_, Loss<'_>) = match windows.is_empty() {
         false => ("nats per token", &|model| {
             Ok(perplexity(model, &windows, BATCH)?.value.ln())
         }),

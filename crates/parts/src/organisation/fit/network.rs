@@ -55,6 +55,9 @@ struct Sizes {
     groups: usize,
 }
 
+/// Latents, and which of them are of groups that have tokens; all when absent.
+pub(super) type Latents = (Signal, Option<Tensor>);
+
 impl Fit {
     /// Builds the network around the model's blocks. With `conditioned`, latents read from a context
     /// too.
@@ -179,7 +182,7 @@ impl Fit {
         run: &Run<'_>,
         beside: Beside<'_>,
         cx: &Context<'_>,
-    ) -> Result<(Signal, Option<(Signal, Option<Tensor>)>)> {
+    ) -> Result<(Signal, Option<Latents>)> {
         let (batch, length, _) = tensor(x.value().dims3())?;
         let sizes = Sizes {
             batch,

@@ -136,7 +136,7 @@ impl Circuit {
         let mut all = vec![0.0; tokens * tokens];
         let share = 1.0 / (1usize << self.extra) as f64;
         for (at, (re, im)) in real.iter().zip(imaginary).enumerate() {
-            let (to, from) = (at / rows >> self.extra, at % rows >> self.extra);
+            let (to, from) = ((at / rows) >> self.extra, (at % rows) >> self.extra);
             all[from * tokens + to] += share * (re * re + im * im);
         }
         all
@@ -150,7 +150,7 @@ impl Circuit {
         let share = 2.0 / (1usize << self.extra) as f64;
         let weigh = |part: &Vec<f64>| -> Vec<f64> {
             let each = part.iter().enumerate().map(|(at, w)| {
-                let (to, from) = (at / rows >> self.extra, at % rows >> self.extra);
+                let (to, from) = ((at / rows) >> self.extra, (at % rows) >> self.extra);
                 share * gradient[from * tokens + to] * w
             });
             each.collect()
