@@ -488,7 +488,8 @@ fn fixed_matrices_in_bands_are_one_dense_matrix() {
                     first += count;
                 }
                 for t in 0..length {
-                    let expected: f64 = (0..length).map(|line| w[line][t] * mixed[line]).sum();
+                    let lines = w.iter().zip(&mixed);
+                    let expected: f64 = lines.map(|(line, mixed)| line[t] * mixed).sum();
                     assert!((at(&y, t) - expected).abs() < 1e-10, "{family:?}");
                 }
             }
