@@ -310,7 +310,8 @@ fn organisation() -> BoxedStrategy<OrganisationSpec> {
                 })
             },
         );
-    prop_oneof![fit, vcc].boxed()
+    let reversible = Just(OrganisationSpec::Reversible(Default::default()));
+    prop_oneof![fit, vcc, reversible].boxed()
 }
 
 fn feedforward() -> BoxedStrategy<FeedforwardSpec> {
@@ -379,10 +380,10 @@ fn input() -> BoxedStrategy<InputSpec> {
             offset,
             skip_padding
         }),
-        (size(), size(), proptest::option::of(size())).prop_map(
+        (1..6usize, any::<bool>(), proptest::option::of(size())).prop_map(
             |(columns, channels, row_width)| AbsolutePosition::Axial {
                 columns,
-                channels,
+                channels: if channels { 2 } else { 1 },
                 row_width
             }
         ),
@@ -564,7 +565,7 @@ fn outcome(spec: &ModelSpec) -> Outcome {
 fn no_spec_panics_or_allocates_beyond_its_parameters() {
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let (strategy, mut ran, mut refused) = (spec(), 0, 0);
-    for _ in 0..6_000 {
+    for _ in 0..12_000 {
         let spec = strategy.new_tree(&mut runner).unwrap().current();
         LARGEST.store(0, Ordering::Relaxed);
         match std::panic::catch_unwind(|| outcome(&spec)) {
