@@ -4,12 +4,13 @@
 //! be undone, from what flowed out of all of them (Gomez et al., The Reversible Residual Network,
 //! 2017, arXiv 1707.04585).
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Storage};
 
-use crate::{Error, Result, Tensor, Var};
+use crate::{Error, Result, Tensor, TensorId, Var};
 
 type Part = Arc<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
 
@@ -62,16 +63,28 @@ impl Coupling {
 
 /// Collects the gradients of parameters that recomputed parts use. The tensor engine hands a
 /// custom operation's gradient to its arguments alone, so those of the parameters inside are kept
-/// here until [`Recomputation::add_to`] joins them with the rest.
-#[derive(Clone, Default)]
+/// here until [`Recomputation::add_to`] joins them with the rest. What the engine finds for anything
+/// else, constants and masks too, is let go.
+#[derive(Clone)]
 pub struct Recomputation {
-    gradients: Arc<Mutex<Vec<GradStore>>>,
+    gradients: Gradients,
+}
+
+/// The gradient so far of each variable; none yet of most.
+type Gradients = Arc<Mutex<HashMap<TensorId, Option<Tensor>>>>;
+
+fn locked(gradients: &Gradients) -> MutexGuard<'_, HashMap<TensorId, Option<Tensor>>> {
+    gradients.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Recomputation {
-    /// Nothing recomputed yet.
-    pub fn new() -> Self {
-        Self::default()
+    /// Nothing recomputed yet, in parts that are differentiated in these variables.
+    pub fn of<'a>(variables: impl IntoIterator<Item = &'a Var>) -> Self {
+        let variables = variables.into_iter();
+        let none = variables.map(|variable| (variable.as_tensor().id(), None));
+        Self {
+            gradients: Arc::new(Mutex::new(none.collect())),
+        }
     }
 
     /// `part(x)`, of which only the result is remembered. `part` must give the same result when
@@ -113,14 +126,15 @@ impl Recomputation {
     /// Adds the gradients of the parameters inside recomputed parts to those of the backward
     /// pass that has just been done.
     pub fn add_to(&self, gradients: &mut GradStore) -> Result<()> {
-        let inside = std::mem::take(
-            &mut *self
-                .gradients
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-        for store in inside {
-            gradients.extend(store)?;
+        for (id, inside) in locked(&self.gradients).iter_mut() {
+            let Some(inside) = inside.take() else {
+                continue;
+            };
+            let sum = match gradients.get_id(*id) {
+                Some(outside) => (outside + inside)?,
+                None => inside,
+            };
+            gradients.insert_id(*id, sum);
         }
         Ok(())
     }
@@ -129,7 +143,7 @@ impl Recomputation {
 struct Recomputed {
     part: Part,
     value: Tensor,
-    gradients: Arc<Mutex<Vec<GradStore>>>,
+    gradients: Gradients,
 }
 
 fn engine(error: Error) -> candle_core::Error {
@@ -176,16 +190,21 @@ fn again(
     part: &Part,
     x: &Tensor,
     gradient: &Tensor,
-    gradients: &Mutex<Vec<GradStore>>,
+    gradients: &Gradients,
 ) -> candle_core::Result<(Tensor, Option<Tensor>)> {
     let x = Var::from_tensor(&x.detach())?;
     let y = part(x.as_tensor()).map_err(engine)?;
     let mut found = (&y * gradient.detach())?.sum_all()?.backward()?;
     let of_input = found.remove(x.as_tensor());
-    gradients
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .push(found);
+    for (id, sum) in locked(gradients).iter_mut() {
+        let Some(inside) = found.get_id(*id) else {
+            continue;
+        };
+        *sum = Some(match sum.take() {
+            Some(sum) => (sum + inside)?,
+            None => inside.clone(),
+        });
+    }
     Ok((y.detach(), of_input))
 }
 
@@ -193,7 +212,7 @@ fn again(
 struct Reversible {
     couplings: Vec<Coupling>,
     value: Tensor,
-    gradients: Arc<Mutex<Vec<GradStore>>>,
+    gradients: Gradients,
 }
 
 impl CustomOp1 for Reversible {
@@ -253,7 +272,7 @@ mod tests {
             .sum_all()
             .unwrap();
         let plain = plain.backward().unwrap();
-        let recomputation = Recomputation::new();
+        let recomputation = Recomputation::of([&w]);
         let y = recomputation.run(x.as_tensor(), part).unwrap();
         let mut again = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
         recomputation.add_to(&mut again).unwrap();
@@ -303,7 +322,7 @@ mod tests {
         for coupling in couplings.iter().rev() {
             undone = coupling.inverse(undone).unwrap();
         }
-        let recomputation = Recomputation::new();
+        let recomputation = Recomputation::of(&weights);
         let found = recomputation
             .run_reversible([x1.as_tensor(), x2.as_tensor()], couplings)
             .unwrap();

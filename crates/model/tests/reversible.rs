@@ -75,7 +75,8 @@ fn ids(length: usize) -> Tensor {
 
 /// The logits, and the gradient of each parameter of the mean of their squares.
 fn gradients(model: &Model, length: usize, recompute: bool) -> (Tensor, BTreeMap<String, Tensor>) {
-    let recomputation = recompute.then(Recomputation::new);
+    let variables = model.variables().values();
+    let recomputation = recompute.then(|| Recomputation::of(variables));
     let pass = Pass {
         dropout_seed: Some(4),
         draw: Some(9),
@@ -169,6 +170,31 @@ fn gradients_are_those_of_remembered_streams() {
             }
         }
     }
+}
+
+/// Most bytes that a step holds beside the parameters.
+fn most(blocks: usize, recompute: bool) -> usize {
+    let length = 512;
+    let model = model(spec(blocks, length, ""), DType::F32);
+    // Whatever is made once and kept.
+    gradients(&model, length, recompute);
+    let before = HELD.load(Ordering::SeqCst);
+    MOST.store(before, Ordering::SeqCst);
+    gradients(&model, length, recompute);
+    MOST.load(Ordering::SeqCst) - before
+}
+
+#[test]
+fn memory_does_not_grow_with_the_blocks() {
+    let _alone = alone();
+    let (few, many) = (most(6, true), most(24, true));
+    // Each block has its parameters' gradients, 10 KiB here.
+    assert!(
+        (many as f64) < 1.1 * few as f64 + (18 * 12_000) as f64,
+        "{few} {many}"
+    );
+    let stored = most(24, false);
+    assert!((many as f64) <= 0.25 * stored as f64, "{many} of {stored}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Fastmax, forward and backward, never holds the monomials of a sequence.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
+#[path = "all/common/mod.rs"]
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};

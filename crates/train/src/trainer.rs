@@ -137,7 +137,8 @@ impl Trainer {
                 .training
                 .batch(&mut self.generator, rows, self.spec.length)?;
             tokens += (batch.rows * batch.length) as u64;
-            let recomputation = self.spec.recompute.then(Recomputation::new);
+            let variables = self.updates.variables();
+            let recomputation = self.spec.recompute.then(|| Recomputation::of(variables));
             let alignment = self.spec.alignment.filter(|term| term.weight > 0.0);
             let streams = match alignment {
                 Some(_) => Some(Trace::new().capture("blocks.*.{in,out}")?),

@@ -1,11 +1,16 @@
 //! The program as a user runs it: real arguments, real files, and wrong ones on purpose.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod autoencoder;
+mod automatic;
+mod clip;
 mod compress;
 mod explain;
+mod hub;
 mod inspect;
 mod refusals;
 mod run;
+mod tasks;
 
 use std::path::{Path, PathBuf};
 

@@ -1,0 +1,308 @@
+//! Taking directions of little curvature out of feed-forward weights.
+#![allow(clippy::unwrap_used)]
+
+use crate::common::{DECODER, GATED, altered, model, scores, windows};
+use lapidary_compress::curvature::{Curved, Factors, Keep, factors};
+use lapidary_compress::{Budget, CalibrationData, Change, Compressed, Method, Settings, Task};
+use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_model::Model;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+fn random(rows: usize, columns: usize, seed: u64) -> Tensor {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f64> = (0..rows * columns)
+        .map(|_| rng.random_range(-1.0..1.0))
+        .collect();
+    Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap()
+}
+
+fn gram(rows: &Tensor) -> Tensor {
+    let count = rows.dim(0).unwrap() as f64;
+    (rows.t().unwrap().matmul(rows).unwrap() / count).unwrap()
+}
+
+fn number(t: &Tensor) -> f64 {
+    t.sum_all().unwrap().to_scalar::<f64>().unwrap()
+}
+
+fn norm(t: &Tensor) -> f64 {
+    number(&t.sqr().unwrap())
+}
+
+fn compress(model: &Model, data: &CalibrationData, method: &str, mass: f64) -> Compressed {
+    let method = Method::find(method).unwrap();
+    let settings = Settings::default();
+    assert!(method.requirements(model, &settings).unwrap().is_empty());
+    let task = Task {
+        data: Some(data),
+        ..Task::new(model)
+    };
+    let plan = method.plan(&task, &Budget::Keep(mass)).unwrap();
+    method.apply(&task, &plan).unwrap()
+}
+
+#[test]
+fn the_kronecker_product_of_one_token_is_its_exact_fisher_block() {
+    let (x, g) = (random(1, 5, 1), random(1, 4, 2));
+    let factors = Factors {
+        input: gram(&x),
+        output: gram(&g),
+        tokens: 1,
+    };
+    let gradient = g.t().unwrap().matmul(&x).unwrap();
+    // vec(g xᵀ) vec(g xᵀ)ᵀ, row by row.
+    let flat = gradient.reshape((20, 1)).unwrap();
+    let exact = flat.matmul(&flat.t().unwrap()).unwrap();
+    for (a, i) in (0..4).flat_map(|a| (0..5).map(move |i| (a, i))) {
+        for (b, j) in (0..4).flat_map(|b| (0..5).map(move |j| (b, j))) {
+            let entry = |t: &Tensor, r: usize, c: usize| {
+                t.get(r)
+                    .unwrap()
+                    .get(c)
+                    .unwrap()
+                    .to_scalar::<f64>()
+                    .unwrap()
+            };
+            let kronecker = entry(&factors.output, a, b) * entry(&factors.input, i, j);
+            assert!((kronecker - entry(&exact, a * 5 + i, b * 5 + j)).abs() < 1e-12);
+        }
+    }
+}
+
+/// For a network of one feed-forward layer the factors are had by hand from finite differences.
+#[test]
+fn output_gradients_are_those_of_finite_differences() {
+    // The mean of g gᵀ over tokens has the trace E‖g‖². Moving the bias of a layer moves its
+    // output at every token alike, so one window of two tokens, with one labelled position, has
+    // the gradient of its bias for g.
+    for spec in [DECODER, GATED] {
+        let whole = model(spec, 5);
+        let data = CalibrationData::windows([vec![3, 7]]).unwrap();
+        let found = factors(&whole, &data, &[1], 1, 9).unwrap();
+        let down = &found["blocks.1.feedforward.down"];
+        assert_eq!(down.tokens, 1);
+        // One token: G = g gᵀ has rank one, and A = x xᵀ.
+        for factor in [&down.input, &down.output] {
+            let trace = number(
+                &(factor * Tensor::eye(factor.dim(0).unwrap(), DType::F64, &Device::Cpu).unwrap())
+                    .unwrap(),
+            );
+            assert!((norm(factor).sqrt() - trace).abs() < 1e-9 * trace);
+        }
+        // The label that was drawn: the one whose finite differences fit.
+        let name = "blocks.1.feedforward.down.weight";
+        let logits = |model: &Model| -> Vec<f64> {
+            let input =
+                lapidary_model::Input::tokens(Tensor::new(&[[3u32, 7]], &Device::Cpu).unwrap());
+            let pass = lapidary_model::Pass::default();
+            let logits = model
+                .forward(&input, pass)
+                .unwrap()
+                .into_logits()
+                .unwrap()
+                .into_value();
+            let row = logits
+                .get(0)
+                .unwrap()
+                .get(0)
+                .unwrap()
+                .to_vec1::<f64>()
+                .unwrap();
+            let sum: f64 = row.iter().map(|l| l.exp()).sum();
+            row.iter().map(|l| l - sum.ln()).collect()
+        };
+        let (outputs, inputs) = whole.parameters()[name].dims2().unwrap();
+        let step = 1e-5;
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        let (o, i) = (rng.random_range(0..outputs), rng.random_range(0..inputs));
+        let moved = |by: f64| {
+            logits(&altered(&whole, name, |w| {
+                let mut values = w.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+                values[o * inputs + i] += by;
+                Tensor::from_vec(values, (outputs, inputs), &Device::Cpu).unwrap()
+            }))
+        };
+        let (up, low) = (moved(step), moved(-step));
+        let entry = |t: &Tensor, k: usize| {
+            t.get(k)
+                .unwrap()
+                .get(k)
+                .unwrap()
+                .to_scalar::<f64>()
+                .unwrap()
+        };
+        // (∂ loss / ∂ W_oi)² = g_o² x_i².
+        let expected = entry(&down.output, o) * entry(&down.input, i);
+        let fits = up.iter().zip(&low).any(|(up, low)| {
+            let slope = (up - low) / (2.0 * step);
+            (slope * slope - expected).abs() < 1e-5 * expected.max(1e-8)
+        });
+        assert!(fits, "{expected}");
+    }
+}
+
+#[test]
+fn layers_before_the_activation_have_their_own_gradients() {
+    for (spec, names) in [(DECODER, vec!["up"]), (GATED, vec!["gate", "up"])] {
+        let whole = model(spec, 6);
+        let data = CalibrationData::windows([vec![2, 9]]).unwrap();
+        let found = factors(&whole, &data, &[0], 1, 3).unwrap();
+        for layer in names {
+            let path = format!("blocks.0.feedforward.{layer}");
+            let name = format!("{path}.weight");
+            let (outputs, inputs) = whole.parameters()[&name].dims2().unwrap();
+            let factors = &found[&path];
+            assert_eq!(factors.output.dims(), [outputs, outputs]);
+            assert_eq!(factors.input.dims(), [inputs, inputs]);
+            let step = 1e-5;
+            let log_p = |by: f64| -> Vec<f64> {
+                let moved = altered(&whole, &name, |w| {
+                    let mut values = w.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+                    values[inputs + 2] += by;
+                    Tensor::from_vec(values, (outputs, inputs), &Device::Cpu).unwrap()
+                });
+                let input =
+                    lapidary_model::Input::tokens(Tensor::new(&[[2u32, 9]], &Device::Cpu).unwrap());
+                let pass = lapidary_model::Pass::default();
+                let logits = moved
+                    .forward(&input, pass)
+                    .unwrap()
+                    .into_logits()
+                    .unwrap()
+                    .into_value();
+                let row = logits
+                    .get(0)
+                    .unwrap()
+                    .get(0)
+                    .unwrap()
+                    .to_vec1::<f64>()
+                    .unwrap();
+                let sum: f64 = row.iter().map(|l| l.exp()).sum();
+                row.iter().map(|l| l - sum.ln()).collect()
+            };
+            let entry = |t: &Tensor, k: usize| {
+                t.get(k)
+                    .unwrap()
+                    .get(k)
+                    .unwrap()
+                    .to_scalar::<f64>()
+                    .unwrap()
+            };
+            let expected = entry(&factors.output, 1) * entry(&factors.input, 2);
+            let (up, low) = (log_p(step), log_p(-step));
+            let fits = up.iter().zip(&low).any(|(up, low)| {
+                let slope = (up - low) / (2.0 * step);
+                (slope * slope - expected).abs() < 1e-5 * expected.max(1e-8)
+            });
+            assert!(fits, "{path} {expected}");
+        }
+    }
+}
+
+#[test]
+fn neither_padding_nor_the_last_position_enters() {
+    let whole = model(DECODER, 5);
+    let short = CalibrationData::windows([vec![3, 7, 1]]).unwrap();
+    let alone = factors(&whole, &short, &[0], 1, 9).unwrap();
+    // The same window first, then a longer one; in one batch the first is padded. Labels are
+    // drawn in order, so that the first window's are the same.
+    let both = CalibrationData::windows([vec![3, 7, 1], vec![4, 4, 9, 2, 6]]).unwrap();
+    let padded = factors(&whole, &both, &[0], 2, 9).unwrap();
+    let one_by_one = factors(&whole, &both, &[0], 1, 9).unwrap();
+    for (layer, found) in &padded {
+        assert_eq!(found.tokens, 6);
+        assert_eq!(alone[layer].tokens, 2);
+        for (a, b) in [
+            (&found.input, &one_by_one[layer].input),
+            (&found.output, &one_by_one[layer].output),
+        ] {
+            assert!(norm(&(a - b).unwrap()) <= 1e-18 * norm(b), "{layer}");
+        }
+        for factor in [&found.input, &found.output] {
+            let skew = (factor - factor.t().unwrap()).unwrap();
+            assert!(norm(&skew) <= 1e-24 * norm(factor).max(1e-300));
+        }
+    }
+}
+
+#[test]
+fn all_of_the_mass_is_the_model_and_none_of_it_silence() {
+    for spec in [DECODER, GATED] {
+        let (model, data) = (model(spec, 2), windows(6, 4));
+        let whole = compress(&model, &data, "curvature", 1.0);
+        assert_eq!(scores(&model, &data), scores(&whole.model, &data));
+        let first = compress(&model, &data, "curvature", 0.6);
+        let again = compress(&model, &data, "curvature", 0.6);
+        assert_eq!(scores(&first.model, &data), scores(&again.model, &data));
+        assert_ne!(scores(&first.model, &data), scores(&model, &data));
+        for name in model.parameters().keys() {
+            let same =
+                norm(&(&model.parameters()[name] - &first.model.parameters()[name]).unwrap());
+            let edited = name.contains("feedforward.") && name.ends_with("weight");
+            assert_eq!(same > 0.0, edited, "{name}");
+        }
+    }
+}
+
+#[test]
+fn the_edit_is_a_projection() {
+    let weight = random(7, 9, 1);
+    let factors = Factors {
+        input: gram(&random(30, 9, 2)),
+        output: gram(&random(30, 7, 3)),
+        tokens: 30,
+    };
+    let curved = Curved::new(&weight, &factors).unwrap();
+    for keep in [Keep::Staircase, Keep::Rectangle] {
+        let mut before = 0.0;
+        for mass in [0.1, 0.4, 0.7, 0.95] {
+            let kept = curved.kept(mass, keep);
+            assert!(kept.is_sorted_by(|a, b| a >= b));
+            let edited = curved.edited(&kept).unwrap();
+            let removed = (&weight - &edited).unwrap();
+            // ‖W‖² = ‖W'‖² + ‖W − W'‖²
+            let sum = norm(&edited) + norm(&removed);
+            assert!((sum - norm(&weight)).abs() < 1e-10);
+            assert!(norm(&edited) >= before - 1e-12);
+            before = norm(&edited);
+            let twice = Curved::new(&edited, &factors).unwrap();
+            let twice = twice.edited(&twice.kept(mass, keep)).unwrap();
+            assert!(norm(&(&edited - &twice).unwrap()) < 1e-20);
+        }
+        assert!(norm(&curved.edited(&curved.kept(0.0, keep)).unwrap()) == 0.0);
+        let all = curved.edited(&curved.kept(1.0, keep)).unwrap();
+        assert!(norm(&(&all - &weight).unwrap()) < 1e-20);
+    }
+}
+
+#[test]
+fn plans_by_hand_are_obeyed_or_refused() {
+    let (model, data) = (model(DECODER, 2), windows(4, 4));
+    let method = Method::find("curvature").unwrap();
+    let task = Task {
+        data: Some(&data),
+        ..Task::new(&model)
+    };
+    let mut plan = method.plan(&task, &Budget::Keep(0.5)).unwrap();
+    assert_eq!(plan.modules.len(), 4);
+    for module in plan.modules.iter_mut().skip(1) {
+        module.change = Change::Leave {
+            reason: "by hand".to_owned(),
+        };
+    }
+    let compressed = method.apply(&task, &plan).unwrap();
+    let changed = model.parameters().iter().filter(|(name, before)| {
+        norm(&(*before - &compressed.model.parameters()[*name]).unwrap()) > 0.0
+    });
+    assert_eq!(changed.count(), 1);
+    plan.modules[0].change = Change::Remove;
+    assert!(
+        method
+            .apply(&task, &plan)
+            .unwrap_err()
+            .to_string()
+            .contains("edit")
+    );
+    assert!(method.apply(&Task::new(&model), &plan).is_err());
+}

@@ -1,0 +1,117 @@
+//! Blocks that are nearly linear, replaced by maps or left out.
+#![allow(clippy::unwrap_used)]
+
+use crate::common;
+use crate::common::{DECODER, ENCODER, GATED, close, distance, labelled, model, scores, windows};
+use lapidary_compress::{
+    Budget, CalibrationData, Change, Compressed, Method, Settings, Task, linearity_scores,
+};
+use lapidary_model::Model;
+use lapidary_parts::attention::MixerSpec;
+
+fn compress(method: &str, model: &Model, data: &CalibrationData, keep: f64) -> Compressed {
+    let method = Method::find(method).unwrap();
+    let task = Task {
+        data: Some(data),
+        ..Task::new(model)
+    };
+    let plan = method.plan(&task, &Budget::Keep(keep)).unwrap();
+    method.apply(&task, &plan).unwrap()
+}
+
+/// Three blocks, of which the middle one is linear.
+fn with_a_linear_block(spec: &str) -> String {
+    let block = spec.find("[[blocks]]").unwrap();
+    let head = spec.find("[head]").unwrap();
+    let whole = spec[block..head].replace("repeat = 2", "repeat = 1");
+    let linear = "[[blocks]]\nnorm = { kind = \"none\" }\nattention = { kind = \"absent\" }\nfeedforward = { kind = \"linear\" }\n";
+    format!("{}{whole}{linear}{whole}{}", &spec[..block], &spec[head..])
+}
+
+#[test]
+fn a_linear_block_has_score_one_and_is_replaced_without_loss() {
+    for spec in [DECODER, GATED] {
+        let model = model(&with_a_linear_block(spec), 3);
+        let data = windows(60, 5);
+        let found = linearity_scores(&model, &data, 8).unwrap();
+        assert!((found[1] - 1.0).abs() < 1e-8, "{found:?}");
+        assert!(found[0] < 0.999 && found[2] < 0.999, "{found:?}");
+        // Replaced, it is what it was, on other text too.
+        let compressed = compress("linearise", &model, &data, 0.67);
+        assert_eq!(
+            compressed.report.modules[1].change,
+            Change::Linearise { blocks: 1 }
+        );
+        assert!(compressed.report.modules[1].chosen.unwrap().weighted < 1e-6);
+        let other = windows(5, 71);
+        close(
+            &scores(&compressed.model, &other),
+            &scores(&model, &other),
+            1e-7,
+        );
+        // Left out, it is missed.
+        let deleted = compress("delete-linear", &model, &data, 0.67);
+        assert_eq!(deleted.model.spec().expanded_blocks().len(), 2);
+        let missed = distance(&scores(&deleted.model, &other), &scores(&model, &other));
+        assert!(missed > 1e-2, "{missed}");
+    }
+}
+
+#[test]
+fn a_replaced_block_is_a_map_of_its_own_size() {
+    for (spec, data) in [(DECODER, windows(60, 5)), (ENCODER, labelled(60, 3, 5))] {
+        let model = model(spec, 4);
+        let compressed = compress("linearise", &model, &data, 0.5);
+        let modules = &compressed.report.modules;
+        let changed = |change: &Change| *change == Change::Linearise { blocks: 1 };
+        let module = modules
+            .iter()
+            .find(|module| changed(&module.change))
+            .unwrap();
+        assert_eq!(module.parameters_after, 16 * 16 + 16);
+        let lost = module.parameters_before - module.parameters_after;
+        let (before, after) = (compressed.report.before, compressed.report.after);
+        assert_eq!(before.parameters - after.parameters, lost);
+        let blocks = compressed.model.spec().expanded_blocks();
+        let maps = blocks
+            .iter()
+            .filter(|block| block.attention == MixerSpec::Absent);
+        assert_eq!((blocks.len(), maps.count()), (2, 1));
+        // Its map explains what its score says.
+        let index = modules.iter().position(|m| changed(&m.change)).unwrap();
+        let score = linearity_scores(&model, &data, 8).unwrap()[index];
+        let missed = module.chosen.unwrap().weighted;
+        assert!((missed * missed - (1.0 - score)).abs() < 1e-9);
+    }
+}
+
+#[test]
+fn the_map_beats_leaving_the_block_out() {
+    let data = windows(60, 5);
+    let model = model(DECODER, 9);
+    let (mapped, deleted) = (
+        compress("linearise", &model, &data, 0.5),
+        compress("delete-linear", &model, &data, 0.5),
+    );
+    let error = |compressed: &Compressed| {
+        distance(&scores(&compressed.model, &data), &scores(&model, &data))
+    };
+    assert!(error(&mapped) < error(&deleted));
+}
+
+#[test]
+fn keeping_everything_keeps_the_model_and_few_tokens_are_refused() {
+    let (model, data) = (model(DECODER, 2), windows(6, 4));
+    for method in ["linearise", "delete-linear"] {
+        let compressed = compress(method, &model, &data, 1.0);
+        assert_eq!(scores(&model, &data), scores(&compressed.model, &data));
+    }
+    let error = linearity_scores(&model, &windows(1, 4), 8).unwrap_err();
+    assert!(
+        error.to_string().contains("every block is linear"),
+        "{error}"
+    );
+    let method = Method::find("delete-linear").unwrap();
+    let error = method.requirements(&common::model(ENCODER, 1), &Settings::default());
+    assert!(error.unwrap_err().to_string().contains("post-norm"));
+}

@@ -1,0 +1,151 @@
+//! Ranks from ratios and budgets, and the ranks that do not pay.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::collections::BTreeMap;
+
+use crate::common::{DECODER, all, model};
+use lapidary_compress::factorisation::parameters_after;
+use lapidary_compress::{Budget, Change, Factorisation, Selection};
+
+fn rank(change: &Change) -> Option<usize> {
+    match change {
+        Change::Factorise { rank } => Some(*rank),
+        _ => None,
+    }
+}
+
+#[test]
+fn one_ratio_gives_each_layer_the_largest_rank_that_fits() {
+    let model = model(DECODER, 1);
+    let plan = Factorisation::Svd
+        .plan(&model, &Selection::default(), &Budget::Keep(0.6))
+        .unwrap();
+    assert_eq!(plan.modules.len(), 12);
+    for layer in &plan.modules {
+        let rank = rank(&layer.change).unwrap();
+        let whole = (layer.input * layer.output) as f64;
+        assert!((rank * (layer.input + layer.output)) as f64 <= 0.6 * whole);
+        assert!(((rank + 1) * (layer.input + layer.output)) as f64 > 0.6 * whole);
+    }
+}
+
+#[test]
+fn ranks_that_do_not_pay_leave_the_layer_whole_and_say_so() {
+    let model = model(DECODER, 1);
+    // 16 by 16: rank 8 has 256 weights, as many as before.
+    let path = "blocks.0.attention.query";
+    for (asked, planned) in [(7, Some(7)), (8, None), (16, None)] {
+        let budget = Budget::Ranks(BTreeMap::from([(path.to_owned(), asked)]));
+        let plan = Factorisation::Svd
+            .plan(&model, &Selection::layers([path]), &budget)
+            .unwrap();
+        assert_eq!(rank(&plan.modules[0].change), planned);
+        if planned.is_none() {
+            let compressed = plan.apply(&model, None).unwrap();
+            let layer = &compressed.report.modules[0];
+            assert!(
+                layer
+                    .note
+                    .as_ref()
+                    .unwrap()
+                    .contains("no fewer than the 256")
+            );
+            assert_eq!(layer.parameters_after, layer.parameters_before);
+            assert!(compressed.model.spec().low_rank.is_empty());
+            assert_eq!(compressed.report.after, compressed.report.before);
+        }
+    }
+    let all = Factorisation::Svd
+        .plan(&model, &Selection::default(), &Budget::Keep(1.0))
+        .unwrap();
+    for layer in &all.modules {
+        match &layer.change {
+            Change::Leave { reason } => assert!(reason.contains("weights")),
+            // 16 by 24: 16 · 24 / 40 = 9.6.
+            Change::Factorise { rank } => assert_eq!((*rank, layer.input + layer.output), (9, 40)),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_budget_of_parameters_is_kept_and_used_up() {
+    for (name, model, _) in all() {
+        let before = model.parameter_count();
+        for share in [0.55, 0.7, 0.85, 0.95, 1.0] {
+            let limit = (share * before as f64) as usize;
+            let budget = Budget::Parameters(limit);
+            let plan = Factorisation::Svd
+                .plan(&model, &Selection::default(), &budget)
+                .unwrap();
+            let after = parameters_after(&plan, &model);
+            let compressed = plan.apply(&model, None).unwrap();
+            assert_eq!(compressed.model.parameter_count(), after);
+            assert!(after <= limit, "{name} {share}: {after} > {limit}");
+            // One more rank for the layers of each shape would be too much.
+            let step: usize = plan
+                .modules
+                .iter()
+                .map(|layer| layer.input + layer.output)
+                .sum();
+            assert!(after + step > limit, "{name} {share}");
+        }
+        let tight = Budget::Parameters(before / 10);
+        let error = Factorisation::Svd
+            .plan(&model, &Selection::default(), &tight)
+            .unwrap_err();
+        assert!(error.to_string().contains("at least"), "{error}");
+    }
+}
+
+#[test]
+fn wrong_plans_are_refused_in_words() {
+    let model = model(DECODER, 1);
+    let selection = Selection::default();
+    let refuse = |selection: &Selection, budget: Budget| {
+        Factorisation::Svd
+            .plan(&model, selection, &budget)
+            .unwrap_err()
+            .to_string()
+    };
+    for share in [0.0, -1.0, 1.5, f64::NAN] {
+        assert!(refuse(&selection, Budget::Keep(share)).contains("above 0 and at most 1"));
+    }
+    let rank = |path: &str, rank| Budget::Ranks(BTreeMap::from([(path.to_owned(), rank)]));
+    assert!(refuse(&selection, rank("blocks.9.attention.query", 2)).contains("not a chosen layer"));
+    let query = "blocks.0.attention.query";
+    assert!(refuse(&selection, rank(query, 0)).contains("between 1 and 16"));
+    assert!(refuse(&selection, rank(query, 17)).contains("between 1 and 16"));
+    let nothing = Selection::layers(["layers.*"]);
+    assert!(refuse(&nothing, Budget::Keep(0.5)).contains("blocks.0.attention.query"));
+    let broken = Selection::layers(["blocks.[*"]);
+    assert!(refuse(&broken, Budget::Keep(0.5)).contains("glob"));
+
+    let mut plan = Factorisation::Svd
+        .plan(&model, &selection, &Budget::Keep(0.5))
+        .unwrap();
+    plan.modules[0].output += 1;
+    let error = plan.apply(&model, None).unwrap_err();
+    assert!(error.to_string().contains("made for this model"));
+}
+
+#[test]
+fn a_plan_is_data() {
+    let model = model(DECODER, 1);
+    let selection = Selection::layers(["*.feedforward.*"]);
+    let plan = Factorisation::Whitened
+        .plan(&model, &selection, &Budget::Keep(0.5))
+        .unwrap();
+    assert_eq!(plan.modules.len(), 4);
+    let text = serde_json::to_string(&plan).unwrap();
+    assert!(text.contains("\"whitened\""));
+    assert_eq!(
+        serde_json::from_str::<lapidary_compress::Plan>(&text).unwrap(),
+        plan
+    );
+    for method in Factorisation::ALL {
+        assert_eq!(method.name().parse::<Factorisation>().unwrap(), method);
+        let name = serde_json::to_string(&method).unwrap();
+        assert_eq!(name, format!("\"{}\"", method.name()));
+    }
+}

@@ -1,0 +1,169 @@
+//! Perplexity, agreement and accuracy.
+#![allow(clippy::unwrap_used)]
+
+use crate::common::{DECODER, all, close, labelled, model, scores, windows};
+use lapidary_compress::quality::{
+    Window, accuracy, agreement, likeness, perplexity, sliding_windows,
+};
+use lapidary_compress::{Content, Target};
+
+/// `log p` of every token but the first, from the scores of one window.
+fn log_likelihoods(scores: &[f64], ids: &[u32]) -> Vec<f64> {
+    scores
+        .chunks(20)
+        .zip(&ids[1..])
+        .map(|(row, next)| {
+            let sum: f64 = row.iter().map(|score| score.exp()).sum();
+            row[*next as usize] - sum.ln()
+        })
+        .collect()
+}
+
+#[test]
+fn perplexity_is_the_exponential_of_the_mean_loss_whatever_the_batch() {
+    let model = model(DECODER, 3);
+    let data = windows(7, 3);
+    let mut sum = 0.0;
+    let mut count = 0;
+    let mut cut = Vec::new();
+    for example in data.examples() {
+        let Content::Tokens { ids, .. } = &example.content else {
+            continue;
+        };
+        let one = lapidary_compress::CalibrationData::windows([ids.clone()]).unwrap();
+        let terms = log_likelihoods(&scores(&model, &one), ids);
+        // The first three tokens are context.
+        sum -= terms.iter().skip(2).sum::<f64>();
+        count += ids.len() - 3;
+        cut.push(Window {
+            tokens: ids.clone(),
+            context: 3,
+        });
+    }
+    for batch in [1, 3, 7] {
+        let found = perplexity(&model, &cut, batch).unwrap();
+        assert_eq!((found.tokens, found.windows), (count, 7));
+        close(&[found.value], &[(sum / count as f64).exp()], 1e-12);
+    }
+}
+
+#[test]
+fn sliding_windows_score_each_token_once() {
+    let text: Vec<u32> = (0..53).map(|i| i % 20).collect();
+    for (length, stride) in [(12, 11), (12, 4), (12, 1), (2, 1), (60, 7)] {
+        let cut = sliding_windows(&text, length, stride).unwrap();
+        let scored: usize = cut.iter().map(|w| w.tokens.len() - w.context).sum();
+        assert_eq!(scored, 52, "{length} {stride}");
+        assert!(
+            cut.iter()
+                .all(|w| w.tokens.len() <= length && w.context >= 1)
+        );
+        let rebuilt: Vec<u32> = cut
+            .iter()
+            .flat_map(|w| w.tokens[w.context..].to_vec())
+            .collect();
+        assert_eq!(rebuilt, text[1..]);
+    }
+    for (length, stride) in [(1, 1), (4, 0), (4, 4)] {
+        assert!(sliding_windows(&text, length, stride).is_err());
+    }
+    assert!(sliding_windows(&text[..1], 4, 2).is_err());
+}
+
+#[test]
+fn a_model_agrees_with_itself_and_not_with_another() {
+    for (name, model, data) in all() {
+        let same = agreement(&model, &model, &data, 4).unwrap();
+        assert_eq!((same.divergence, same.top1), (0.0, 1.0), "{name}");
+        let expected = match name {
+            "encoder" => data.len(),
+            _ => data.tokens(),
+        };
+        assert_eq!(same.predictions, expected);
+    }
+    let (one, other) = (model(DECODER, 1), model(DECODER, 2));
+    let data = windows(5, 9);
+    let found = agreement(&one, &other, &data, 2).unwrap();
+    let (p, q) = (scores(&one, &data), scores(&other, &data));
+    let (mut divergence, mut same) = (0.0, 0.0);
+    for (p, q) in p.chunks(20).zip(q.chunks(20)) {
+        let total = |row: &[f64]| row.iter().map(|s| s.exp()).sum::<f64>().ln();
+        let (tp, tq) = (total(p), total(q));
+        divergence += p
+            .iter()
+            .zip(q)
+            .map(|(p, q)| (p - tp).exp() * ((p - tp) - (q - tq)))
+            .sum::<f64>();
+        let best = |row: &[f64]| (0..20).max_by(|a, b| row[*a].total_cmp(&row[*b]));
+        same += f64::from(u8::from(best(p) == best(q)));
+    }
+    let count = data.tokens() as f64;
+    close(&[found.divergence], &[divergence / count], 1e-11);
+    close(&[found.top1], &[same / count], 1e-12);
+    assert!(agreement(&one, &all().remove(0).1, &data, 2).is_err());
+}
+
+#[test]
+fn accuracy_counts_what_is_right() {
+    let (_, model, _) = all().remove(0);
+    let data = labelled(20, 3, 5);
+    let right = scores(&model, &data)
+        .chunks(3)
+        .zip(data.examples())
+        .filter(|(row, example)| {
+            let best = (0..3usize)
+                .max_by(|a, b| row[*a].total_cmp(&row[*b]))
+                .unwrap();
+            example.target == Target::Label(best as u32)
+        })
+        .count();
+    assert_eq!(accuracy(&model, &data, 6).unwrap(), right as f64 / 20.0);
+    assert!(accuracy(&model, &windows(2, 1), 2).is_err());
+    let error = perplexity(&model, &[], 2).unwrap_err();
+    assert!(error.to_string().contains("causal"));
+}
+
+#[test]
+fn likeness_is_that_of_the_hidden_vectors_token_by_token() {
+    let (one, other) = (model(DECODER, 3), model(DECODER, 4));
+    let data = windows(5, 3);
+    let hidden = |model: &lapidary_model::Model| -> Vec<Vec<f64>> {
+        let mut rows = Vec::new();
+        for example in data.examples() {
+            let Content::Tokens { ids, .. } = &example.content else {
+                continue;
+            };
+            let device = lapidary_kernels::Device::Cpu;
+            let ids = lapidary_kernels::Tensor::from_slice(ids, (1, ids.len()), &device).unwrap();
+            let input = lapidary_model::Input::tokens(ids);
+            let output = model.forward(&input, Default::default()).unwrap();
+            rows.extend(
+                output
+                    .hidden
+                    .value()
+                    .get(0)
+                    .unwrap()
+                    .to_vec2::<f64>()
+                    .unwrap(),
+            );
+        }
+        rows
+    };
+    let (mut cosine, mut error, mut size) = (0.0, 0.0, 0.0);
+    let (a, b) = (hidden(&one), hidden(&other));
+    for (a, b) in a.iter().zip(&b) {
+        let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+        cosine += dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
+        error += a.iter().zip(b).map(|(x, y)| (x - y).powi(2)).sum::<f64>();
+        size += dot(a, a);
+    }
+    for batch in [1, 2, 5] {
+        let found = likeness(&one, &other, &data, batch).unwrap();
+        assert_eq!(found.vectors, a.len());
+        close(&[found.cosine], &[cosine / a.len() as f64], 1e-12);
+        close(&[found.relative_error], &[(error / size).sqrt()], 1e-12);
+        let same = likeness(&one, &one, &data, batch).unwrap();
+        close(&[same.cosine], &[1.0], 1e-12);
+        assert_eq!(same.relative_error, 0.0);
+    }
+}

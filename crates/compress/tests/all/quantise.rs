@@ -1,0 +1,319 @@
+//! Weights as small integers, through whole models.
+#![allow(clippy::panic, clippy::result_large_err, clippy::unwrap_used)]
+
+use crate::common;
+use crate::common::{altered, close, distance, model, scores, windows};
+use lapidary_compress::{
+    Budget, Calibration, CalibrationData, CalibrationOptions, Change, Compressed, Fingerprint,
+    Method, QuantiseSettings, Recipe, Settings, Size, Statistic, Task, export_dense,
+};
+use lapidary_kernels::DType;
+use lapidary_model::{Model, OpenOptions, Package};
+
+/// As Llama, with rows of 64 and of 96.
+const GATED: &str = r#"
+width = 64
+final_norm = { kind = "rms" }
+[input]
+kind = "tokens"
+vocabulary = 20
+length = 12
+[[blocks]]
+repeat = 2
+norm = { kind = "rms" }
+attention = { kind = "multi-head", heads = 4, groups = 2, bias = false, causal = true, position = { kind = "rotary" } }
+feedforward = { kind = "gated", hidden = 96 }
+[head]
+kind = "language-model"
+"#;
+
+/// A mixture of experts after attention, and a recurrence.
+const MIXED: &str = r#"
+width = 32
+final_norm = { kind = "rms" }
+[input]
+kind = "tokens"
+vocabulary = 20
+length = 12
+[[blocks]]
+norm = { kind = "rms" }
+attention = { kind = "multi-head", heads = 2, bias = false, causal = true }
+feedforward = { kind = "mixture", hidden = 32, experts = 3, active = 2 }
+[[blocks]]
+norm = { kind = "rms" }
+attention = { kind = "mamba" }
+[head]
+kind = "language-model"
+"#;
+
+fn calibrated(
+    model: &Model,
+    method: &Method,
+    settings: &Settings,
+) -> (CalibrationData, Calibration) {
+    let data = windows(12, 7);
+    let requirements = method.requirements(model, settings).unwrap();
+    let options = CalibrationOptions::default();
+    let calibration = Calibration::collect(model, &data, &requirements, options).unwrap();
+    (data, calibration)
+}
+
+fn rounded(model: &Model, name: &str, settings: &Settings) -> Compressed {
+    let method = Method::find(name).unwrap();
+    let (_, calibration) = calibrated(model, method, settings);
+    let task = Task {
+        calibration: Some(&calibration),
+        settings: Some(settings),
+        ..Task::new(model)
+    };
+    let plan = method.plan(&task, &Budget::Keep(1.0)).unwrap();
+    method.apply(&task, &plan).unwrap()
+}
+
+/// The mean of what the layers' outputs lost, on the calibration's inputs.
+fn output_error(model: &Model, compressed: &Model) -> f64 {
+    let errors = lapidary_compress::output_errors(model, compressed, &windows(12, 7), 4).unwrap();
+    errors.values().sum::<f64>() / errors.len() as f64
+}
+
+#[test]
+fn the_model_runs_as_the_one_with_its_numbers_written_out() {
+    let data = windows(4, 1);
+    for spec in [GATED, MIXED] {
+        let model = model(spec, 3);
+        for name in ["int8", "int4", "awq", "gptq"] {
+            for minima in [false, true] {
+                let settings = Settings {
+                    quantise: QuantiseSettings {
+                        minima,
+                        ..QuantiseSettings::default()
+                    },
+                    ..Settings::default()
+                };
+                let compressed = rounded(&model, name, &settings).model;
+                assert!(!compressed.spec().quantised.is_empty());
+                assert_eq!(compressed.parameter_count(), model.parameter_count());
+                assert_eq!(compressed.dtype(), DType::F64);
+                let dense = export_dense(&compressed).unwrap();
+                assert_eq!(dense.spec(), model.spec());
+                close(&scores(&compressed, &data), &scores(&dense, &data), 1e-12);
+            }
+        }
+    }
+}
+
+#[test]
+fn more_bits_and_better_guides_lose_less() {
+    let model = model(GATED, 5);
+    let loss = |name| output_error(&model, &rounded(&model, name, &Settings::default()).model);
+    let [int8, int4, awq, gptq] = ["int8", "int4", "awq", "gptq"].map(loss);
+    assert!(int8 < 0.02, "{int8}");
+    assert!(int8 < 0.2 * int4, "{int8} {int4}");
+    assert!(awq <= int4, "{awq} {int4}");
+    assert!(gptq < 0.8 * int4, "{gptq} {int4}");
+    let far = distance(
+        &scores(
+            &rounded(&model, "int8", &Settings::default()).model,
+            &windows(4, 2),
+        ),
+        &scores(&model, &windows(4, 2)),
+    );
+    assert!(far < 0.05, "{far}");
+}
+
+#[test]
+fn it_is_saved_in_as_many_bytes_as_it_says_and_loads_with_equal_scores() {
+    let directory = tempfile::tempdir().unwrap();
+    let data = windows(4, 3);
+    let (whole, name) = (model(GATED, 8), "gptq");
+    let single = |model: &Model| {
+        let mut parameters = model.parameters().clone();
+        for tensor in parameters.values_mut() {
+            *tensor = tensor.to_dtype(DType::F32).unwrap();
+        }
+        Model::new(model.spec().clone(), &mut parameters).unwrap()
+    };
+    let compressed = rounded(&single(&whole), name, &Settings::default()).model;
+    let out = directory.path().join("out");
+    let before = scores(&compressed, &data);
+    let (size, count) = (Size::of(&compressed), compressed.parameter_count());
+    Package::new(compressed, None).save(&out, None).unwrap();
+    let package = Package::open(&out, &OpenOptions::default()).unwrap();
+    let loaded = package.single_model().unwrap();
+    assert_eq!(scores(loaded, &data), before);
+    assert_eq!((Size::of(loaded), loaded.parameter_count()), (size, count));
+    // The file is a length of 8 bytes, a header of that length, and the tensors.
+    let file = std::fs::read(out.join("model.safetensors")).unwrap();
+    let header = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    assert_eq!(file.len() - 8 - header, size.bytes);
+    // The same integers: written in another type they are refused.
+    let error = package.save(&directory.path().join("half"), Some(DType::F16));
+    assert!(error.unwrap_err().to_string().contains("quantised"));
+}
+
+#[test]
+fn the_same_run_gives_the_same_bytes() {
+    let model = model(GATED, 8);
+    let data = windows(12, 7);
+    let recipe = Recipe::of("whitened+awq", "0.4").unwrap();
+    let run = || {
+        let done = recipe
+            .run(&model, Some(&data), &Settings::default())
+            .unwrap();
+        Fingerprint::of(&done.last().unwrap().compressed.model).unwrap()
+    };
+    assert_eq!(run(), run());
+}
+
+#[test]
+fn factors_are_rounded_each_by_itself() {
+    let model = model(GATED, 9);
+    let data = windows(12, 7);
+    let settings = Settings::default();
+    for name in ["int4", "gptq", "awq"] {
+        let recipe = Recipe::of(&format!("svd+{name}"), "0.3").unwrap();
+        let done = recipe.run(&model, Some(&data), &settings).unwrap();
+        let [cut, rounded] = done.as_slice() else {
+            panic!("two stages")
+        };
+        let ranks = &cut.compressed.model.spec().low_rank;
+        assert!(!ranks.is_empty());
+        let after = rounded.compressed.model.spec();
+        assert_eq!(&after.low_rank, ranks);
+        for (path, rank) in ranks {
+            let up = after.quantised.contains_key(&format!("{path}.up"));
+            assert_eq!(up, rank.is_multiple_of(32), "{path} of rank {rank}");
+        }
+        let dense = export_dense(&rounded.compressed.model).unwrap();
+        let close_to = scores(&rounded.compressed.model, &data);
+        close(&close_to, &scores(&dense, &data), 1e-10);
+    }
+}
+
+#[test]
+fn a_plan_may_give_each_layer_its_own_bits_and_rows_that_do_not_fit_stay() {
+    let odd = GATED.replace("hidden = 96", "hidden = 80");
+    let model = model(&odd, 4);
+    let settings = Settings::default();
+    let method = Method::find("int4").unwrap();
+    let task = Task {
+        settings: Some(&settings),
+        ..Task::new(&model)
+    };
+    let mut plan = method.plan(&task, &Budget::Keep(1.0)).unwrap();
+    for module in &mut plan.modules {
+        let down = module.path.ends_with("feedforward.down");
+        assert_eq!(
+            matches!(module.change, Change::Leave { .. }),
+            down,
+            "{}",
+            module.path
+        );
+        if module.path.ends_with("query") {
+            module.change = Change::Quantise { bits: 8, group: 64 };
+        }
+    }
+    let compressed = method.apply(&task, &plan).unwrap().model;
+    let query = compressed.spec().quantised["blocks.1.attention.query.weight"];
+    assert_eq!((query.bits, query.group), (8, 64));
+    let value = compressed.spec().quantised["blocks.1.attention.value.weight"];
+    assert_eq!((value.bits, value.group), (4, 32));
+}
+
+#[test]
+fn what_is_rounded_is_not_cut_any_more() {
+    let model = model(GATED, 4);
+    let compressed = rounded(&model, "int8", &Settings::default()).model;
+    for method in Method::all() {
+        let error = method.requirements(&compressed, &Settings::default());
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("quantised"), "{error}");
+    }
+    for (methods, ratios) in [("int4+svd", "0.2"), ("int4", "0.1+0.2"), ("svd", "1.2")] {
+        assert!(
+            Recipe::of(methods, ratios).is_err(),
+            "{methods} at {ratios}"
+        );
+    }
+    let settings = Settings {
+        quantise: QuantiseSettings {
+            bits: 5,
+            ..QuantiseSettings::default()
+        },
+        ..Settings::default()
+    };
+    let gptq = Method::find("gptq").unwrap();
+    assert!(gptq.requirements(&model, &settings).is_err());
+}
+
+#[test]
+fn gradients_pass_through_and_integers_stay() {
+    let model = model(GATED, 6);
+    let compressed = rounded(&model, "int8", &Settings::default());
+    let trainable = compressed.trainable().unwrap();
+    let names: Vec<&String> = trainable.variables().keys().collect();
+    assert!(
+        names
+            .iter()
+            .any(|name| name.ends_with("attention_norm.weight"))
+    );
+    assert!(
+        names
+            .iter()
+            .all(|name| !name.ends_with(".codes") && !name.ends_with(".scales"))
+    );
+    let ids = lapidary_kernels::Tensor::new(&[[1u32, 5, 2]], &model.device()).unwrap();
+    let input = lapidary_model::Input::tokens(ids);
+    let output = trainable.forward(&input, Default::default()).unwrap();
+    let loss = output.into_logits().unwrap().into_value().sqr().unwrap();
+    let gradients = loss.mean_all().unwrap().backward().unwrap();
+    let first = &trainable.variables()["blocks.0.attention_norm.weight"];
+    let gradient = gradients.get(first.as_tensor()).unwrap();
+    let size = gradient.abs().unwrap().max_all().unwrap();
+    assert!(size.to_scalar::<f64>().unwrap() > 0.0);
+}
+
+#[test]
+fn sums_before_the_first_change_are_carried_over() {
+    let model = model(GATED, 2);
+    let gptq = Method::find("gptq").unwrap();
+    let (data, calibration) = calibrated(&model, gptq, &Settings::default());
+    let changed = altered(&model, "blocks.1.attention.value.weight", |weight| {
+        (weight * 2.0).unwrap()
+    });
+    let requirements = gptq.requirements(&changed, &Settings::default()).unwrap();
+    let options = CalibrationOptions::default();
+    let carried = calibration
+        .carried_over(&model, &changed, &data, &requirements, options)
+        .unwrap();
+    let anew = Calibration::collect(&changed, &data, &requirements, options).unwrap();
+    let (mut kept, mut taken) = (0, 0);
+    for statistic in &requirements.statistics {
+        let [old, new, fresh] =
+            [&calibration, &carried, &anew].map(|c| c.tensor(statistic).unwrap());
+        assert_eq!(common::values(new), common::values(fresh), "{statistic}");
+        match new.id() == old.id() {
+            true => kept += 1,
+            false => taken += 1,
+        }
+    }
+    // Each block has four sites that linear layers read.
+    assert_eq!((kept, taken), (4, 4));
+    // Other data, or another model than the one that was calibrated, carry nothing over.
+    let other = windows(12, 8);
+    let carried = calibration
+        .carried_over(&model, &changed, &other, &requirements, options)
+        .unwrap();
+    let site = "blocks.0.attention.in".to_owned();
+    let statistic = Statistic::Covariance { site };
+    let found = carried.tensor(&statistic).unwrap();
+    assert_ne!(
+        common::values(found),
+        common::values(calibration.tensor(&statistic).unwrap())
+    );
+    assert!(
+        calibration
+            .carried_over(&changed, &model, &data, &requirements, options)
+            .is_err()
+    );
+}

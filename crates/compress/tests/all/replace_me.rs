@@ -1,0 +1,335 @@
+//! A run of blocks replaced by a linear map that the block before it absorbs.
+#![allow(clippy::unwrap_used)]
+
+use crate::common::{
+    DECODER, ENCODER, GATED, altered, close, distance, model, scores, values, windows,
+};
+use lapidary_compress::{
+    Budget, CalibrationData, Change, Compressed, CosineDescent, Method, ReplaceMe, Settings, Task,
+    angular_distances,
+};
+use lapidary_kernels::Tensor;
+use lapidary_model::Model;
+
+fn task<'a>(model: &'a Model, data: &'a CalibrationData, settings: &'a Settings) -> Task<'a> {
+    Task {
+        data: Some(data),
+        settings: Some(settings),
+        ..Task::new(model)
+    }
+}
+
+fn compress(
+    method: &str,
+    model: &Model,
+    data: &CalibrationData,
+    keep: f64,
+    settings: &Settings,
+) -> Compressed {
+    let method = Method::find(method).unwrap();
+    let task = task(model, data, settings);
+    let plan = method.plan(&task, &Budget::Keep(keep)).unwrap();
+    method.apply(&task, &plan).unwrap()
+}
+
+fn blocks(count: usize) -> String {
+    DECODER.replace("repeat = 2", &format!("repeat = {count}"))
+}
+
+/// A block whose parts write nothing.
+fn silenced(model: &Model, block: usize) -> Model {
+    let names: Vec<String> = model.parameters().keys().cloned().collect();
+    let silent = |name: &&String| {
+        name.starts_with(&format!("blocks.{block}.attention.output"))
+            || name.starts_with(&format!("blocks.{block}.feedforward.down"))
+    };
+    let zero = |model: Model, name: &String| altered(&model, name, |w| w.zeros_like().unwrap());
+    let start = Model::new(model.spec().clone(), &mut model.parameters().clone()).unwrap();
+    names.iter().filter(silent).fold(start, zero)
+}
+
+fn gone(compressed: &Compressed) -> Vec<usize> {
+    let modules = compressed.report.modules.iter().enumerate();
+    modules
+        .filter(|(_, module)| !matches!(module.change, Change::Leave { .. }))
+        .map(|(index, _)| index)
+        .collect()
+}
+
+/// Zeros where `zero(row, column)`.
+fn masked(tensor: &Tensor, zero: impl Fn(usize, usize) -> bool) -> Tensor {
+    let (rows, columns) = tensor.dims2().unwrap();
+    let numbers = values(tensor).into_iter().enumerate();
+    let numbers: Vec<f64> = numbers
+        .map(|(at, value)| {
+            if zero(at / columns, at % columns) {
+                0.0
+            } else {
+                value
+            }
+        })
+        .collect();
+    Tensor::from_vec(numbers, (rows, columns), tensor.device()).unwrap()
+}
+
+#[test]
+fn a_run_that_does_nothing_is_chosen_and_not_missed() {
+    for block in [1, 2] {
+        let data = windows(30, 4);
+        let model = silenced(&model(&blocks(4), 2), block);
+        let compressed = compress("replaceme", &model, &data, 0.75, &Settings::default());
+        assert_eq!(gone(&compressed), [block]);
+        assert_eq!(
+            compressed.report.modules[block].change,
+            Change::Linearise { blocks: 1 }
+        );
+        assert_eq!(compressed.model.spec().expanded_blocks().len(), 3);
+        assert!(compressed.report.modules[block].chosen.unwrap().weighted < 1e-9);
+        // The map is the identity: what leaving the block out gives, on other text too.
+        let other = windows(5, 99);
+        close(
+            &scores(&compressed.model, &other),
+            &scores(&model, &other),
+            1e-8,
+        );
+    }
+}
+
+/// The map is exact on every input where what the run adds is a linear function of what the block
+/// before it adds: a linear block that reads only directions in which nothing but that lies.
+#[test]
+fn a_linear_run_that_reads_what_the_block_adds_is_replaced_exactly() {
+    let linear = r#"
+[[blocks]]
+norm = { kind = "none" }
+attention = { kind = "absent" }
+feedforward = { kind = "linear", bias = false }
+[[blocks]]
+attention = { kind = "multi-head", heads = 4, causal = true }
+feedforward = { kind = "dense", hidden = 24 }
+[head]"#;
+    let spec = blocks(1).replace("[head]", linear);
+    let mut model = model(&spec, 5);
+    for name in ["embeddings.tokens.weight", "embeddings.positions.weight"] {
+        model = altered(&model, name, |w| masked(w, |_, column| column >= 8));
+    }
+    model = altered(&model, "blocks.0.attention.output.weight", |w| {
+        masked(w, |row, _| row >= 8)
+    });
+    model = altered(&model, "blocks.0.attention.output.bias", |b| {
+        let column = b.unsqueeze(1).unwrap();
+        masked(&column, |row, _| row >= 8).squeeze(1).unwrap()
+    });
+    // With a map that also reads the stream before the addition, it cannot be.
+    let general = Model::new(model.spec().clone(), &mut model.parameters().clone()).unwrap();
+    model = altered(&model, "blocks.1.feedforward.map.weight", |w| {
+        masked(w, |_, column| column < 8)
+    });
+    let (data, other) = (windows(30, 6), windows(5, 77));
+    for (model, exact) in [(&model, true), (&general, false)] {
+        let settings = Settings::default();
+        let method = Method::find("replaceme").unwrap();
+        let task = task(model, &data, &settings);
+        let mut plan = method.plan(&task, &Budget::Keep(1.0)).unwrap();
+        plan.modules[1].change = Change::Linearise { blocks: 1 };
+        let compressed = method.apply(&task, &plan).unwrap();
+        assert_eq!(compressed.model.spec().expanded_blocks().len(), 2);
+        let error = distance(&scores(&compressed.model, &other), &scores(model, &other));
+        match exact {
+            true => assert!(error < 1e-8, "{error}"),
+            false => assert!(error > 1e-3, "{error}"),
+        }
+    }
+}
+
+#[test]
+fn least_squares_errs_less_than_leaving_out_and_a_diagonal_lies_between() {
+    let (data, model) = (windows(30, 4), model(&blocks(4), 3));
+    let error = |choice: ReplaceMe| {
+        let settings = Settings {
+            replace_me: choice,
+            ..Settings::default()
+        };
+        let compressed = compress("replaceme", &model, &data, 0.5, &settings);
+        let module = compressed
+            .report
+            .modules
+            .into_iter()
+            .find(|module| module.chosen.is_some());
+        let module = module.unwrap();
+        let note = module.note.unwrap();
+        let without: f64 = note.rsplit(' ').next().unwrap().parse().unwrap();
+        (module.chosen.unwrap().weighted, without)
+    };
+    let (full, without) = error(ReplaceMe::default());
+    let diagonal = ReplaceMe {
+        diagonal: true,
+        ..ReplaceMe::default()
+    };
+    let (diagonal, _) = error(diagonal);
+    assert!(
+        full < diagonal && diagonal < without,
+        "{full} {diagonal} {without}"
+    );
+    // A heavy ridge maps everything to nothing, which is all that is missed.
+    let (heavy, _) = error(ReplaceMe {
+        ridge: 1e9,
+        ..ReplaceMe::default()
+    });
+    assert!((heavy - 1.0).abs() < 1e-3, "{heavy}");
+}
+
+#[test]
+fn padding_takes_no_part() {
+    let (data, model) = (windows(30, 8), model(&blocks(3), 4));
+    let fitted = |batch| {
+        let settings = Settings {
+            batch,
+            ..Settings::default()
+        };
+        compress("replaceme", &model, &data, 0.67, &settings).model
+    };
+    let (alone, together) = (fitted(1), fitted(16));
+    for (name, tensor) in alone.parameters() {
+        close(&values(&together.parameters()[name]), &values(tensor), 1e-7);
+    }
+}
+
+#[test]
+fn distances_are_angles_at_last_tokens() {
+    let (data, model) = (windows(6, 3), silenced(&model(&blocks(3), 6), 1));
+    for batch in [1, 6] {
+        let found = angular_distances(&model, &data, batch, 1).unwrap();
+        assert_eq!(found.len(), 2);
+        assert!(found.iter().all(|d| (0.0..=1.0).contains(d)));
+        assert_eq!(found[0], 0.0);
+        assert!(found[1] > 0.01);
+    }
+    assert!(angular_distances(&model, &data, 1, 3).is_err());
+}
+
+#[test]
+fn several_cuts_do_not_overlap_and_runs_that_meet_become_one() {
+    let (data, model) = (windows(40, 5), model(&blocks(8), 7));
+    for method in ["replaceme", "replaceme-cosine"] {
+        for cuts in 1..=4 {
+            let settings = Settings {
+                replace_me: ReplaceMe {
+                    cuts,
+                    ..ReplaceMe::default()
+                },
+                ..Settings::default()
+            };
+            let compressed = compress(method, &model, &data, 0.5, &settings);
+            let gone = gone(&compressed);
+            assert_eq!(gone.len(), 4, "{method} {cuts} {gone:?}");
+            assert!(!gone.contains(&0));
+            assert_eq!(compressed.model.spec().expanded_blocks().len(), 4);
+            let runs = compressed
+                .report
+                .modules
+                .iter()
+                .filter(|m| m.chosen.is_some())
+                .count();
+            let meeting = gone
+                .windows(2)
+                .filter(|pair| pair[0] + 1 != pair[1])
+                .count()
+                + 1;
+            assert_eq!(runs, meeting, "{method} {cuts} {gone:?}");
+            assert!(runs <= cuts);
+        }
+    }
+}
+
+#[test]
+fn descent_by_the_angle_turns_the_map_and_is_repeated_by_its_seed() {
+    let (data, model) = (windows(30, 9), model(GATED, 8));
+    let with = |rate, accurate| {
+        let settings = Settings {
+            replace_me: ReplaceMe {
+                cosine: CosineDescent {
+                    rate,
+                    epochs: 20,
+                    batch: 64,
+                    accurate,
+                },
+                ..ReplaceMe::default()
+            },
+            ..Settings::default()
+        };
+        compress("replaceme-cosine", &model, &data, 0.5, &settings)
+    };
+    for accurate in [false, true] {
+        let compressed = with(1e-3, accurate);
+        assert_eq!(
+            scores(&compressed.model, &data),
+            scores(&with(1e-3, accurate).model, &data)
+        );
+        // Hardly moved, it is the model without the block.
+        let still = with(1e-12, accurate).model;
+        let task = Task::new(&model);
+        let delete = Method::find("delete-linear").unwrap();
+        let mut plan = delete.plan(&task, &Budget::Keep(1.0)).unwrap();
+        plan.modules[1].change = Change::Remove;
+        let deleted = delete.apply(&task, &plan).unwrap();
+        close(&scores(&still, &data), &scores(&deleted.model, &data), 1e-8);
+        let moved = distance(&scores(&compressed.model, &data), &scores(&still, &data));
+        assert!(moved > 1e-4, "{moved}");
+    }
+}
+
+#[test]
+fn keeping_everything_keeps_the_model() {
+    let (model, data) = (model(GATED, 2), windows(6, 4));
+    for method in ["replaceme", "replaceme-cosine"] {
+        let compressed = compress(method, &model, &data, 1.0, &Settings::default());
+        assert_eq!(scores(&model, &data), scores(&compressed.model, &data));
+    }
+}
+
+#[test]
+fn what_cannot_be_merged_or_planned_is_refused_with_why() {
+    let method = Method::find("replaceme").unwrap();
+    let error = method
+        .requirements(&model(ENCODER, 1), &Settings::default())
+        .unwrap_err();
+    assert!(error.to_string().contains("post-norm"), "{error}");
+
+    let (model, data, settings) = (model(&blocks(4), 2), windows(30, 4), Settings::default());
+    let task = task(&model, &data, &settings);
+    assert!(method.plan(&Task::new(&model), &Budget::Keep(0.5)).is_err());
+    let plan = method.plan(&task, &Budget::Keep(1.0)).unwrap();
+    let map = |blocks| Change::Linearise { blocks };
+    for (changes, why) in [
+        (vec![(0, map(1))], "no block before it"),
+        (vec![(1, Change::Remove)], "behind the first block of a run"),
+        (vec![(1, map(2))], "a run that began earlier"),
+        (vec![(1, map(1)), (2, map(1))], "which it meets"),
+        (vec![(3, map(2))], "those there are"),
+        (vec![(1, Change::Prune { share: 0.5 })], "remove or leave"),
+    ] {
+        let mut plan = plan.clone();
+        for (index, change) in changes {
+            plan.modules[index].change = change;
+        }
+        let error = method.apply(&task, &plan).unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+    }
+    let many = Settings {
+        replace_me: ReplaceMe {
+            cuts: 3,
+            ..ReplaceMe::default()
+        },
+        ..Settings::default()
+    };
+    let task = Task {
+        settings: Some(&many),
+        ..task
+    };
+    let error = method
+        .plan(&task, &Budget::Keep(0.5))
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("between 1 and 2"), "{error}");
+}

@@ -1,0 +1,5 @@
+//! Integration tests of the factorisations, in one program.
+
+mod decompositions;
+mod trees;
+mod weighted;

@@ -1,0 +1,8 @@
+//! Integration tests of models, in one program; those that count the bytes they allocate stand alone.
+
+mod axial;
+mod families;
+mod gguf;
+mod organised;
+mod self_ensemble;
+mod shared;

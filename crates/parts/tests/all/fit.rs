@@ -1,0 +1,836 @@
+//! FIT: groups of tokens and their latents.
+#![allow(clippy::panic, clippy::unwrap_used)]
+
+use std::sync::Arc;
+
+use crate::common::{
+    Map, assert_near, build, contracted, difference, draw, gradient_error, random, tensor, values,
+};
+use lapidary_kernels::{Device, Tensor, Var};
+use lapidary_parts::activation::ActivationSpec;
+use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
+use lapidary_parts::block::{Block, BlockSpec, Wiring};
+use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
+use lapidary_parts::norm::NormSpec;
+use lapidary_parts::organisation::fit::denoiser::{Denoiser, DenoiserSpec, Noisy};
+use lapidary_parts::organisation::fit::{
+    FitOutput, FitSpec, GroupPositions, LatentPositions, Tiles,
+};
+use lapidary_parts::organisation::{Organisation, OrganisationSpec, Read, Surroundings};
+use lapidary_parts::parameters::Parameters;
+use lapidary_parts::{Context, Result};
+use lapidary_signal::meter::Meter;
+use lapidary_signal::relevance::{RelevanceRules, relevance_of};
+use lapidary_signal::streams::{BiasSplit, Partition, StreamRules};
+use lapidary_signal::{Signal, Trace};
+
+const WIDTH: usize = 8;
+const LATENT: usize = 4;
+const BATCH: usize = 2;
+
+fn block(hidden: usize, heads: usize, causal: bool) -> BlockSpec {
+    BlockSpec {
+        repeat: 1,
+        shared: false,
+        wiring: Wiring::PreNorm,
+        norm: NormSpec::default(),
+        layer_scale: None,
+        attention: MixerSpec::MultiHead(MultiHeadSpec {
+            causal,
+            ..MultiHeadSpec::new(heads)
+        }),
+        cross_attention: None,
+        feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
+            hidden,
+            activation: ActivationSpec::Gelu,
+            bias: true,
+        })),
+        shortcuts: false,
+        dropout: 0.0,
+    }
+}
+
+/// `t` groups of 4 with two latents of width 4, and as many local blocks as the layout says.
+fn spec(layout: &str, groups: usize, causal: bool) -> FitSpec {
+    let has_globals = layout.contains(")1") || layout.contains(")2");
+    FitSpec {
+        layout: layout.to_owned(),
+        group: 4,
+        groups,
+        latents: if has_globals { 2 } else { 0 },
+        width: Some(LATENT),
+        block: has_globals.then(|| Box::new(block(8, 2, causal))),
+        exchange_heads: None,
+        read_feedforward: None,
+        positions: GroupPositions::default(),
+        latent_positions: LatentPositions::default(),
+        tiles: None,
+        condition: 0,
+        output: FitOutput::Tokens,
+    }
+}
+
+struct Subject {
+    spec: FitSpec,
+    blocks: Vec<BlockSpec>,
+    map: Map,
+}
+
+/// What a pass is given.
+#[derive(Clone, Copy, Default)]
+struct Given<'a> {
+    keep: Option<&'a Tensor>,
+    memory: Option<&'a Tensor>,
+    sites: Option<&'a str>,
+}
+
+impl Subject {
+    fn new(spec: FitSpec, causal: bool) -> Self {
+        let stages = spec.stages().unwrap();
+        let locals = stages.iter().map(|stage| stage.local).sum();
+        Self::with(spec, vec![block(12, 4, causal); locals])
+    }
+
+    fn with(spec: FitSpec, blocks: Vec<BlockSpec>) -> Self {
+        let mut subject = Self {
+            spec,
+            blocks,
+            map: Map::new(),
+        };
+        let organisation = OrganisationSpec::Interleaved(subject.spec.clone());
+        organisation
+            .validate(&subject.model(), "organisation")
+            .unwrap();
+        subject.map = draw(3, |p| subject.modules(p));
+        subject
+    }
+
+    fn model(&self) -> Surroundings<'_> {
+        Surroundings {
+            blocks: &self.blocks,
+            width: WIDTH,
+            length: self.spec.group * self.spec.groups,
+        }
+    }
+
+    fn modules(&self, mut root: Parameters<'_>) -> Result<(Organisation, Vec<Arc<Block>>)> {
+        let mut blocks = Vec::new();
+        for (index, spec) in self.blocks.iter().enumerate() {
+            let mut all = root.at("blocks");
+            blocks.push(Arc::new(Block::new(spec, WIDTH, all.at(index))?));
+        }
+        let spec = OrganisationSpec::Interleaved(self.spec.clone());
+        let organisation = Organisation::new(&spec, &self.model(), root.at("organisation"))?;
+        Ok((organisation, blocks))
+    }
+
+    fn signal(&self, map: &Map, x: Signal, given: Given<'_>, trace: &Trace) -> Result<Signal> {
+        let (organisation, blocks) = build(map, |p| self.modules(p))?;
+        let memory = given.memory.map(|memory| Signal::from(memory.clone()));
+        let cx = Context {
+            key_padding: given.keep,
+            memory: memory.as_ref().map(|memory| (memory, None)),
+            ..Context::new(trace)
+        };
+        let organised = organisation.forward(x, &blocks, Read::default(), &cx, None, None)?;
+        Ok(organised.hidden)
+    }
+
+    fn pass(&self, x: &Tensor, given: Given<'_>) -> (Tensor, Trace) {
+        let trace = Trace::new().capture(given.sites.unwrap_or("none")).unwrap();
+        let x = Signal::from(x.clone());
+        let y = self.signal(&self.map, x, given, &trace).unwrap();
+        (y.into_value(), trace)
+    }
+
+    fn run(&self, x: &Tensor) -> Tensor {
+        self.pass(x, Given::default()).0
+    }
+
+    /// Sets parameters whose names contain one of these to zero.
+    fn silence(&mut self, names: &[&str]) {
+        for (name, tensor) in &mut self.map {
+            if names.iter().any(|part| name.contains(part)) {
+                *tensor = tensor.zeros_like().unwrap();
+            }
+        }
+    }
+}
+
+fn tokens(length: usize) -> Tensor {
+    random(&[BATCH, length, WIDTH], 1)
+}
+
+/// The same with another token at `place`.
+fn perturbed(x: &Tensor, place: usize) -> Tensor {
+    let length = x.dims()[1];
+    let other = random(&[BATCH, 1, WIDTH], 50 + place as u64);
+    let mut parts = Vec::new();
+    if place > 0 {
+        parts.push(x.narrow(1, 0, place).unwrap());
+    }
+    parts.push(other);
+    if place + 1 < length {
+        parts.push(x.narrow(1, place + 1, length - place - 1).unwrap());
+    }
+    Tensor::cat(&parts, 1).unwrap()
+}
+
+fn rows(x: &Tensor, start: usize, count: usize) -> Tensor {
+    x.narrow(1, start, count).unwrap()
+}
+
+#[test]
+fn one_group_without_latents_is_the_plain_encoder() {
+    let subject = Subject::new(spec("(2)", 1, false), false);
+    let x = tokens(4);
+    let (_, blocks) = build(&subject.map, |p| subject.modules(p)).unwrap();
+    let trace = Trace::new();
+    let table = &subject.map["organisation.positions.weight"];
+    let mut plain = Signal::from(x.broadcast_add(table).unwrap());
+    for block in &blocks {
+        plain = block.forward(plain, &Context::new(&trace), None).unwrap();
+    }
+    assert_near(&subject.run(&x), plain.value(), 1e-12, "plain encoder");
+}
+
+#[test]
+fn without_writing_groups_do_not_hear_of_each_other() {
+    let mut subject = Subject::new(spec("(1)1(1)1(1)", 3, false), false);
+    let x = tokens(12);
+    let other = perturbed(&x, 6);
+    let sites = Given {
+        sites: Some("blocks.*.out"),
+        ..Given::default()
+    };
+    let first = |trace: &Trace, block: usize| -> Tensor {
+        let all = trace.signal(&format!("blocks.{block}.out")).unwrap();
+        let all = all.value().reshape((BATCH, 12, WIDTH)).unwrap();
+        rows(&all, 0, 4)
+    };
+    let (_, before) = subject.pass(&x, sites);
+    let (_, after) = subject.pass(&other, sites);
+    // With writes, what the first group is changes from the second stage on.
+    assert_eq!(difference(&first(&before, 0), &first(&after, 0)), 0.0);
+    assert!(difference(&first(&before, 1), &first(&after, 1)) > 1e-6);
+
+    subject.silence(&["write.0.attention.output", "write.1.attention.output"]);
+    let (y, changed) = (subject.run(&x), subject.run(&other));
+    for group in [0, 2] {
+        let found = difference(&rows(&y, 4 * group, 4), &rows(&changed, 4 * group, 4));
+        assert_eq!(found, 0.0, "group {group}");
+    }
+    assert!(difference(&rows(&y, 4, 4), &rows(&changed, 4, 4)) > 1e-3);
+}
+
+#[test]
+fn permuted_groups_with_their_latents_give_permuted_outputs() {
+    let subject = Subject::new(spec("(1)2(1)1", 3, false), false);
+    let order = [2usize, 0, 1];
+    let permuted = |x: &Tensor, dim: usize, size: usize| {
+        let each = order.map(|group| x.narrow(dim, group * size, size).unwrap());
+        Tensor::cat(&each, dim).unwrap()
+    };
+    let x = tokens(12);
+    let mut other = Subject::new(spec("(1)2(1)1", 3, false), false);
+    let latents = &subject.map["organisation.latents.weight"];
+    let latents = permuted(latents, 0, 2);
+    other.map = subject.map.clone();
+    other
+        .map
+        .insert("organisation.latents.weight".to_owned(), latents);
+    let sites = Given {
+        sites: Some("organisation.latents"),
+        ..Given::default()
+    };
+    let (y, trace) = subject.pass(&x, sites);
+    let (moved, moved_trace) = other.pass(&permuted(&x, 1, 4), sites);
+    assert_near(&moved, &permuted(&y, 1, 4), 1e-12, "tokens");
+    let z = |trace: &Trace| trace.signal("organisation.latents").unwrap().into_value();
+    assert_near(
+        &z(&moved_trace),
+        &permuted(&z(&trace), 1, 2),
+        1e-12,
+        "latents",
+    );
+    // It is the latents that know their group.
+    assert!(difference(&subject.run(&permuted(&x, 1, 4)), &permuted(&y, 1, 4)) > 1e-4);
+}
+
+#[test]
+fn no_token_of_a_causal_model_hears_of_a_later_one() {
+    let subject = Subject::new(spec("(1)2(1)1(1)", 4, true), true);
+    let x = tokens(16);
+    let y = subject.run(&x);
+    for place in 0..16 {
+        let other = subject.run(&perturbed(&x, place));
+        for seen in 0..16 {
+            let found = difference(&rows(&y, seen, 1), &rows(&other, seen, 1));
+            match seen < place {
+                true => assert_eq!(found, 0.0, "token {seen} hears of {place}"),
+                false => assert!(found > 1e-9, "token {seen} does not hear of {place}"),
+            }
+        }
+    }
+}
+
+/// Without the shift a token hears of later ones of its own group by way of the latents: the test
+/// above would tell.
+#[test]
+fn latents_of_a_group_know_all_of_it() {
+    let subject = Subject::new(spec("(1)1(1)", 4, true), true);
+    let x = tokens(16);
+    let sites = Given {
+        sites: Some("organisation.latents"),
+        ..Given::default()
+    };
+    let z = |x: &Tensor| {
+        let (_, trace) = subject.pass(x, sites);
+        trace.signal("organisation.latents").unwrap().into_value()
+    };
+    let (before, after) = (z(&x), z(&perturbed(&x, 7)));
+    // Latents 2 and 3 are those of the group of token 7; both hear of it, earlier ones do not.
+    assert_eq!(difference(&rows(&before, 0, 2), &rows(&after, 0, 2)), 0.0);
+    for latent in 2..8 {
+        assert!(difference(&rows(&before, latent, 1), &rows(&after, latent, 1)) > 1e-9);
+    }
+}
+
+#[test]
+fn the_first_groups_alone_give_what_they_give_among_all() {
+    let subject = Subject::new(spec("(1)2(1)1(1)", 4, true), true);
+    let x = tokens(16);
+    let whole = subject.run(&x);
+    for length in 1..16 {
+        let alone = subject.run(&rows(&x, 0, length));
+        assert_near(&alone, &rows(&whole, 0, length), 1e-12, "a prefix");
+    }
+}
+
+#[test]
+fn pads_change_nothing() {
+    for causal in [false, true] {
+        let subject = Subject::new(spec("(1)1(1)2(1)", 4, causal), causal);
+        let x = tokens(7);
+        let alone = subject.run(&x);
+        let junk = random(&[BATCH, 9, WIDTH], 8);
+        let padded = Tensor::cat(&[&x, &junk], 1).unwrap();
+        let keep: Vec<u8> = (0..BATCH * 16).map(|at| u8::from(at % 16 < 7)).collect();
+        let keep = Tensor::from_vec(keep, (BATCH, 16), &Device::Cpu).unwrap();
+        let given = Given {
+            keep: Some(&keep),
+            ..Given::default()
+        };
+        let (y, _) = subject.pass(&padded, given);
+        assert_near(&rows(&y, 0, 7), &alone, 1e-12, "pads");
+    }
+}
+
+#[test]
+fn parameters_and_pairs_are_those_of_the_formulas() {
+    let subject = Subject::new(spec("(2)1(1)2(1)", 5, false), false);
+    let found: usize = subject.map.values().map(Tensor::elem_count).sum();
+    let encoder = |width: usize, hidden: usize| {
+        4 * (width * width + width) + 2 * width * hidden + hidden + width + 4 * width
+    };
+    // Query and output of the reader's width, key and value of the memory's, all to or from 4; two
+    // norms.
+    let exchange = |width: usize, memory: usize| {
+        2 * (4 * width + 4 * memory) + (4 + width + 4 + 4) + 2 * width + 2 * memory
+    };
+    let expected = 4 * encoder(WIDTH, 12)
+        + 3 * encoder(LATENT, 8)
+        + 2 * exchange(LATENT, WIDTH)
+        + 2 * exchange(WIDTH, LATENT)
+        + 4 * WIDTH
+        + 10 * LATENT
+        + 2 * LATENT;
+    assert_eq!(found, expected);
+
+    let meter = Meter::new();
+    let x = Signal::from(tokens(20)).into_metered(meter.clone());
+    let trace = Trace::new();
+    subject
+        .signal(&subject.map, x, Given::default(), &trace)
+        .unwrap();
+    let mixed: u64 = meter
+        .sites()
+        .iter()
+        .filter(|(site, _)| site.ends_with(".mixed"))
+        .map(|(site, cost)| {
+            // Heads of width 2 everywhere: 4 of them on tokens, 2 on latents and between.
+            let heads = if site.starts_with("blocks") { 4 } else { 2 };
+            cost.flops / (heads * (4 * 2 + 5))
+        })
+        .sum();
+    let (t, n, m) = (5, 4, 2);
+    let pairs = 4 * t * n * n + 2 * (2 * t * n * m) + 3 * (t * m) * (t * m);
+    assert_eq!(mixed, BATCH as u64 * pairs);
+}
+
+#[test]
+fn attention_grows_with_the_length_to_the_four_thirds() {
+    let operations = |group: usize, groups: usize| {
+        let subject = Subject::new(
+            FitSpec {
+                group,
+                latents: 1,
+                ..spec("(1)1(1)", groups, false)
+            },
+            false,
+        );
+        let meter = Meter::new();
+        let x = random(&[1, group * groups, WIDTH], 2);
+        let x = Signal::from(x).into_metered(meter.clone());
+        let trace = Trace::new();
+        subject
+            .signal(&subject.map, x, Given::default(), &trace)
+            .unwrap();
+        let sites = meter.sites();
+        let mixed = sites.iter().filter(|(site, _)| site.ends_with(".mixed"));
+        mixed.map(|(_, cost)| cost.flops).sum::<u64>() as f64
+    };
+    // n = L^⅓, m = 1: from 512 tokens to 4096.
+    let exponent = (operations(16, 256) / operations(8, 64)).ln() / 8f64.ln();
+    assert!((exponent - 4.0 / 3.0).abs() < 0.1, "{exponent}");
+}
+
+#[test]
+fn gradients_equal_central_differences() {
+    let mut feedforward = spec("(1)1(1)1", 2, false);
+    feedforward.read_feedforward = block(6, 1, false).feedforward;
+    feedforward.output = FitOutput::Latents;
+    feedforward.width = Some(WIDTH);
+    let cases = [
+        (spec("(1)1(1)", 2, false), false, 8),
+        (spec("(1)1(1)", 2, true), true, 7),
+        (feedforward, false, 8),
+    ];
+    for (spec, causal, length) in cases {
+        let subject = Subject::new(spec, causal);
+        let mut inputs = subject.map.clone();
+        inputs.insert("x".to_owned(), tokens(length));
+        let error = gradient_error(&inputs, 2, |inputs| {
+            let x = Signal::from(inputs["x"].clone());
+            let trace = Trace::new();
+            let y = subject.signal(inputs, x, Given::default(), &trace);
+            contracted(y.unwrap().value())
+        });
+        assert!(error < 1e-6, "causal {causal}: {error:e}");
+    }
+}
+
+#[test]
+fn lenses_follow_tokens_through_latents() {
+    for causal in [false, true] {
+        let subject = Subject::new(spec("(1)1(1)", 2, causal), causal);
+        let x = tokens(7);
+        let trace = Trace::new().follow_conservation();
+        let rules = |bias| StreamRules {
+            bias,
+            ..StreamRules::default()
+        };
+        let streamed = |bias, trace: &Trace| {
+            let partition = Partition::positions(7);
+            let x = Signal::from(x.clone())
+                .into_streams(partition, rules(bias))
+                .unwrap();
+            subject
+                .signal(&subject.map, x, Given::default(), trace)
+                .unwrap()
+        };
+        let y = streamed(StreamRules::default().bias, &trace);
+        assert_near(y.value(), &subject.run(&x), 1e-12, "value under streams");
+        for (site, error) in trace.conservation() {
+            assert!(error < 1e-10, "{site}: {error:e}");
+        }
+        let contributions = streamed(BiasSplit::Drop, &Trace::new())
+            .contributions()
+            .unwrap();
+        let (x, leaf) = Signal::from(x.clone())
+            .into_relevance(RelevanceRules::value_only())
+            .unwrap();
+        let y = subject
+            .signal(&subject.map, x, Given::default(), &Trace::new())
+            .unwrap();
+        let pick = |t: &Tensor| {
+            let t = t.narrow(t.rank() - 1, 3, 1).unwrap();
+            t.narrow(t.rank() - 2, 6, 1).unwrap()
+        };
+        let gradients = pick(y.value()).sum_all().unwrap().backward().unwrap();
+        let relevance = relevance_of(leaf.as_tensor(), &gradients).unwrap();
+        let relevance = relevance.sum(2).unwrap().t().unwrap();
+        let expected = pick(&contributions).reshape((7, BATCH)).unwrap();
+        assert_near(
+            &relevance.contiguous().unwrap(),
+            &expected,
+            1e-10,
+            "relevance",
+        );
+    }
+}
+
+#[test]
+fn tiles_are_groups_of_a_grid() {
+    // A grid of 4 × 6 in tiles of 2 × 2... rows first.
+    let tiled = FitSpec {
+        tiles: Some(Tiles {
+            columns: 6,
+            height: 2,
+            width: 2,
+        }),
+        positions: GroupPositions::Grid,
+        ..spec("(1)1(1)", 6, false)
+    };
+    let plain = FitSpec {
+        tiles: None,
+        ..tiled.clone()
+    };
+    let (tiled, mut plain) = (Subject::new(tiled, false), Subject::new(plain, false));
+    plain.map = tiled.map.clone();
+    let mut order = Vec::new();
+    for tile_row in 0..2 {
+        for tile_column in 0..3 {
+            for (row, column) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                order.push((6 * (2 * tile_row + row) + 2 * tile_column + column) as u32);
+            }
+        }
+    }
+    let order = Tensor::new(order.as_slice(), &Device::Cpu).unwrap();
+    let in_order = |x: &Tensor| x.index_select(&order, 1).unwrap();
+    let x = tokens(24);
+    assert_near(
+        &in_order(&tiled.run(&x)),
+        &plain.run(&in_order(&x)),
+        1e-12,
+        "tiles",
+    );
+    let keep = Tensor::from_vec(
+        (0..BATCH * 24)
+            .map(|at| u8::from(at % 5 != 0))
+            .collect::<Vec<_>>(),
+        (BATCH, 24),
+        &Device::Cpu,
+    )
+    .unwrap();
+    let kept = in_order(&keep);
+    let given = |keep| Given {
+        keep,
+        ..Given::default()
+    };
+    let (a, _) = tiled.pass(&x, given(Some(&keep)));
+    let (b, _) = plain.pass(&in_order(&x), given(Some(&kept)));
+    assert_near(&in_order(&a), &b, 1e-12, "tiles with pads");
+}
+
+#[test]
+fn conditions_stand_before_the_tokens_of_their_group() {
+    let conditioned = FitSpec {
+        condition: 2,
+        ..spec("(1)", 3, false)
+    };
+    let subject = Subject::new(conditioned, false);
+    let x = tokens(12);
+    let memory = random(&[BATCH, 6, WIDTH], 5);
+    let given = |memory| Given {
+        memory: Some(memory),
+        ..Given::default()
+    };
+    let (y, _) = subject.pass(&x, given(&memory));
+    assert_eq!(y.dims(), [BATCH, 12, WIDTH]);
+    let changed = Tensor::cat(&[&rows(&memory, 0, 4), &random(&[BATCH, 2, WIDTH], 6)], 1).unwrap();
+    let (other, _) = subject.pass(&x, given(&changed));
+    assert_eq!(difference(&rows(&y, 0, 8), &rows(&other, 0, 8)), 0.0);
+    assert!(difference(&rows(&y, 8, 4), &rows(&other, 8, 4)) > 1e-3);
+    let signal = Signal::from(x.clone());
+    let without = subject.signal(&subject.map, signal, Given::default(), &Trace::new());
+    assert!(without.unwrap_err().to_string().contains("memory"));
+    let short = rows(&memory, 0, 4);
+    let signal = Signal::from(x);
+    let wrong = subject.signal(&subject.map, signal, given(&short), &Trace::new());
+    assert!(
+        wrong
+            .unwrap_err()
+            .to_string()
+            .contains("2 conditions for every group")
+    );
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let refused = |change: &dyn Fn(&mut FitSpec, &mut Vec<BlockSpec>), expected: &str| {
+        let mut spec = spec("(1)1(1)", 3, false);
+        let mut blocks = vec![block(12, 4, false); 2];
+        change(&mut spec, &mut blocks);
+        let model = Surroundings {
+            blocks: &blocks,
+            width: WIDTH,
+            length: 12,
+        };
+        let spec = OrganisationSpec::Interleaved(spec);
+        let said = spec
+            .validate(&model, "organisation")
+            .unwrap_err()
+            .to_string();
+        assert!(said.starts_with(expected), "{said}");
+    };
+    refused(
+        &|spec, _| spec.layout = "(1)(1)".to_owned(),
+        "organisation.layout is",
+    );
+    refused(
+        &|spec, _| spec.layout = "(1)1(2)".to_owned(),
+        "organisation.layout is",
+    );
+    refused(&|spec, _| spec.group = 0, "organisation.group is 0");
+    refused(
+        &|spec, _| spec.groups = 2,
+        "organisation.groups is 2, but must be at least 3",
+    );
+    refused(&|spec, _| spec.latents = 0, "organisation.latents is 0");
+    refused(
+        &|spec, _| spec.block = None,
+        "organisation.block is \"absent\"",
+    );
+    refused(
+        &|spec, _| spec.exchange_heads = Some(3),
+        "organisation.exchange_heads is 3",
+    );
+    refused(
+        &|spec, _| spec.output = FitOutput::Latents,
+        "organisation.output is",
+    );
+    refused(
+        &|_, blocks| blocks[1] = block(12, 4, true),
+        "blocks.0.attention is",
+    );
+    refused(
+        &|_, blocks| *blocks = vec![block(12, 4, true); 2],
+        "organisation.block.attention.causal is false",
+    );
+    refused(
+        &|_, blocks| blocks[0].cross_attention = Some(MultiHeadSpec::new(2)),
+        "blocks.0.cross_attention is",
+    );
+    refused(
+        &|spec, _| {
+            spec.tiles = Some(Tiles {
+                columns: 5,
+                height: 2,
+                width: 2,
+            });
+        },
+        "organisation.tiles.columns is 5",
+    );
+    refused(
+        &|spec, _| {
+            spec.group = 3;
+            spec.groups = 4;
+            spec.positions = GroupPositions::Grid;
+        },
+        "organisation.group is 3",
+    );
+    refused(
+        &|spec, _| {
+            if let Some(block) = &mut spec.block {
+                block.repeat = 2;
+            }
+        },
+        "organisation.block.repeat is 2",
+    );
+    let long = Subject::new(spec("(1)1(1)", 3, false), false);
+    let x = Signal::from(tokens(13));
+    let said = long.signal(&long.map, x, Given::default(), &Trace::new());
+    assert!(
+        said.unwrap_err()
+            .to_string()
+            .starts_with("number of tokens is 13")
+    );
+}
+
+fn denoiser(self_conditioning: bool) -> DenoiserSpec {
+    DenoiserSpec {
+        channels: 3,
+        width: WIDTH,
+        network: FitSpec {
+            width: Some(16),
+            latent_positions: LatentPositions::Sinusoidal,
+            positions: GroupPositions::Grid,
+            ..spec("(1)1(1)", 2, false)
+        },
+        blocks: vec![BlockSpec {
+            repeat: 2,
+            ..block(12, 4, false)
+        }],
+        condition_width: Some(5),
+        self_conditioning,
+    }
+}
+
+/// Patches, times and conditions.
+fn noisy() -> [Tensor; 3] {
+    [
+        random(&[BATCH, 8, 3], 1),
+        tensor(vec![0.2, 0.7], &[BATCH]),
+        random(&[BATCH, 3, 5], 2),
+    ]
+}
+
+fn denoise(spec: &DenoiserSpec, map: &Map, given: &[Tensor; 3], z: Option<&Signal>) -> [Tensor; 2] {
+    let module = build(map, |p| Denoiser::new(spec, p)).unwrap();
+    let [patches, time, conditions] = given;
+    let (patches, conditions) = (
+        Signal::from(patches.clone()),
+        Signal::from(conditions.clone()),
+    );
+    let noisy = Noisy {
+        patches: &patches,
+        time,
+        conditions: Some(&conditions),
+        latents: z,
+    };
+    let trace = Trace::new();
+    let (x, z) = module.forward(noisy, &Context::new(&trace)).unwrap();
+    [x.into_value(), z.into_value()]
+}
+
+#[test]
+fn self_conditioning_starts_as_nothing() {
+    let spec = denoiser(true);
+    let mut map = draw(4, |p| Denoiser::new(&spec, p));
+    let given = noisy();
+    let z = Signal::from(random(&[BATCH, 4, 16], 9));
+    let drawn = denoise(&spec, &map, &given, None);
+    assert_eq!(drawn[0].dims(), [BATCH, 8, 3]);
+    let conditioned = denoise(&spec, &map, &given, Some(&z));
+    assert!(difference(&drawn[0], &conditioned[0]) > 1e-4);
+    // A fresh one has zeros there, as its initial values say.
+    for name in ["previous.norm.weight", "previous.norm.bias"] {
+        let zero = map[name].zeros_like().unwrap();
+        map.insert(name.to_owned(), zero);
+    }
+    let [x, latents] = denoise(&spec, &map, &given, None);
+    let [x_again, latents_again] = denoise(&spec, &map, &given, Some(&z));
+    assert_eq!(values(&x), values(&x_again));
+    assert_eq!(values(&latents), values(&latents_again));
+}
+
+#[test]
+fn latents_hear_of_time_and_conditions() {
+    let spec = denoiser(false);
+    let map = draw(4, |p| Denoiser::new(&spec, p));
+    let given = noisy();
+    let [x, _] = denoise(&spec, &map, &given, None);
+    let mut later = given.clone();
+    later[1] = tensor(vec![0.2, 0.8], &[BATCH]);
+    let [changed, _] = denoise(&spec, &map, &later, None);
+    assert_eq!(
+        difference(&x.get(0).unwrap(), &changed.get(0).unwrap()),
+        0.0
+    );
+    assert!(difference(&x.get(1).unwrap(), &changed.get(1).unwrap()) > 1e-6);
+    let mut other = given;
+    other[2] = random(&[BATCH, 3, 5], 3);
+    assert!(difference(&x, &denoise(&spec, &map, &other, None)[0]) > 1e-6);
+}
+
+#[test]
+fn half_of_the_examples_train_with_latents_of_a_step_before() {
+    let spec = denoiser(true);
+    let map = draw(4, |p| Denoiser::new(&spec, p));
+    let module = build(&map, |p| Denoiser::new(&spec, p)).unwrap();
+    let (patches, conditions) = (
+        Signal::from(random(&[40, 8, 3], 1)),
+        Signal::from(random(&[40, 3, 5], 2)),
+    );
+    let time = tensor(vec![0.3; 40], &[40]);
+    let noisy = Noisy {
+        patches: &patches,
+        time: &time,
+        conditions: Some(&conditions),
+        latents: None,
+    };
+    let trace = Trace::new();
+    let cx = Context::new(&trace);
+    let draw = |seed| {
+        let latents = module
+            .latents_to_train_with(noisy, seed, &cx)
+            .unwrap()
+            .unwrap();
+        latents.into_value()
+    };
+    let first = draw(1);
+    assert_eq!(values(&first), values(&draw(1)));
+    assert!(difference(&first, &draw(2)) > 0.0);
+    let (_, all) = module.forward(noisy, &cx).unwrap();
+    let mut zeros = 0;
+    for example in 0..40 {
+        let found = first.get(example).unwrap();
+        let is_zero = values(&found).iter().all(|x| *x == 0.0);
+        zeros += usize::from(is_zero);
+        if !is_zero {
+            assert_near(
+                &found,
+                &all.value().get(example).unwrap(),
+                0.0,
+                "kept latents",
+            );
+        }
+    }
+    assert!((10..=30).contains(&zeros), "{zeros}");
+}
+
+#[test]
+fn gradients_of_the_denoiser_equal_central_differences() {
+    let spec = denoiser(true);
+    let mut inputs = draw(4, |p| Denoiser::new(&spec, p));
+    inputs.insert("patches".to_owned(), noisy()[0].clone());
+    inputs.insert("latents".to_owned(), random(&[BATCH, 4, 16], 9));
+    let error = gradient_error(&inputs, 2, |inputs| {
+        let z = Signal::from(inputs["latents"].clone());
+        let [_, time, conditions] = noisy();
+        let given = [inputs["patches"].clone(), time, conditions];
+        let [x, z] = denoise(&spec, inputs, &given, Some(&z));
+        (contracted(&x) + contracted(&z)).unwrap()
+    });
+    assert!(error < 1e-6, "{error:e}");
+}
+
+#[test]
+fn denoisers_that_do_not_fit_are_refused() {
+    let refused = |change: &dyn Fn(&mut DenoiserSpec), expected: &str| {
+        let mut spec = denoiser(true);
+        change(&mut spec);
+        let said = spec.validate().unwrap_err().to_string();
+        assert!(said.starts_with(expected), "{said}");
+    };
+    refused(&|spec| spec.channels = 0, "channels is 0");
+    refused(&|spec| spec.network.width = Some(12), "network.width is 12");
+    refused(&|spec| spec.network.condition = 1, "network.output is");
+    refused(&|spec| spec.blocks[0].repeat = 3, "network.layout is");
+    let spec = denoiser(false);
+    let map = draw(4, |p| Denoiser::new(&spec, p));
+    let module = build(&map, |p| Denoiser::new(&spec, p)).unwrap();
+    let [patches, time, _] = noisy();
+    let patches = Signal::from(patches);
+    let trace = Trace::new();
+    let given = Noisy {
+        patches: &patches,
+        time: &time,
+        conditions: None,
+        latents: None,
+    };
+    let said = module.forward(given, &Context::new(&trace)).unwrap_err();
+    assert!(said.to_string().starts_with("conditions is"), "{said}");
+    let z = Signal::from(
+        Var::from_tensor(&random(&[BATCH, 4, 16], 9))
+            .unwrap()
+            .as_tensor()
+            .clone(),
+    );
+    let given = Noisy {
+        latents: Some(&z),
+        ..given
+    };
+    assert!(module.forward(given, &Context::new(&trace)).is_err());
+}

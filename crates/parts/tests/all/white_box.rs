@@ -1,0 +1,240 @@
+//! The exact properties of CRATE's two parts.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
+
+use std::collections::BTreeMap;
+
+use crate::common;
+use crate::common::{Map, assert_near, build, random, tensor, values};
+use lapidary_kernels::{Device, Tensor};
+use lapidary_parts::attention::{MultiHeadAttention, MultiHeadSpec, QueryKeySharing};
+use lapidary_parts::block::{Block, BlockSpec};
+use lapidary_parts::feedforward::{SparseCode, SparseCodeSpec};
+use lapidary_parts::parameters::Parameters;
+use lapidary_parts::state::MixerState;
+use lapidary_parts::{Context, Result};
+use lapidary_signal::{Signal, Trace};
+
+const WIDTH: usize = 6;
+
+fn code(spec: &SparseCodeSpec, dictionary: &Tensor, y: &Tensor) -> Tensor {
+    let map = Map::from([("dictionary".to_owned(), dictionary.clone())]);
+    let part = build(&map, |p| SparseCode::new(spec, WIDTH, p)).unwrap();
+    let trace = Trace::new();
+    let out = part.forward(&Signal::from(y.clone()), &Context::new(&trace));
+    out.unwrap().into_value()
+}
+
+fn spec(step: f64, penalty: f64) -> SparseCodeSpec {
+    SparseCodeSpec {
+        atoms: None,
+        step,
+        penalty,
+    }
+}
+
+fn relu(x: &Tensor) -> Tensor {
+    x.relu().unwrap()
+}
+
+/// A rotation of the first two features, and a sign.
+fn orthogonal() -> Tensor {
+    let mut entries = vec![0.0; WIDTH * WIDTH];
+    for i in 0..WIDTH {
+        entries[i * WIDTH + i] = if i == 3 { -1.0 } else { 1.0 };
+    }
+    let (sin, cos) = 0.7f64.sin_cos();
+    entries[0] = cos;
+    entries[1] = -sin;
+    entries[WIDTH] = sin;
+    entries[WIDTH + 1] = cos;
+    tensor(entries, &[WIDTH, WIDTH])
+}
+
+#[test]
+fn a_step_is_a_proximal_gradient_step() {
+    let (step, penalty) = (0.3, 0.2);
+    let d = random(&[WIDTH, WIDTH], 1);
+    let y = random(&[2, 3, WIDTH], 2);
+    let flat = y.reshape((6, WIDTH)).unwrap();
+    // Rows: y ↦ ReLU(y + η (y − y Dᵀ) D − ηλ).
+    let error = (&flat - flat.matmul(&d.t().unwrap()).unwrap()).unwrap();
+    let slope = (error.matmul(&d).unwrap() * step).unwrap();
+    let expected = relu(&((&flat + slope).unwrap() - step * penalty).unwrap());
+    let found = code(&spec(step, penalty), &d, &y)
+        .reshape((6, WIDTH))
+        .unwrap();
+    assert_near(&found, &expected, 1e-12, "one step");
+    assert!(values(&found).iter().all(|x| *x >= 0.0));
+}
+
+#[test]
+fn an_orthogonal_dictionary_leaves_the_difference_of_two_readings() {
+    let y = random(&[1, 4, WIDTH], 3);
+    let d = orthogonal();
+    let read = y.broadcast_matmul(&d.unsqueeze(0).unwrap()).unwrap();
+    let expected = relu(&((&y + ((read - &y).unwrap() * 0.5).unwrap()).unwrap() - 0.05).unwrap());
+    assert_near(&code(&spec(0.5, 0.1), &d, &y), &expected, 1e-12, "Dᵀy − y");
+}
+
+/// Iterated with the data term held at the start, steps no longer than `1 / ‖D‖²` end where the
+/// non-negative LASSO is solved: `Dᵀ(D a − y) + λ` is nowhere negative, and nought where `a` is not.
+#[test]
+fn steps_solve_the_lasso() {
+    let (penalty, atoms) = (0.15, 9);
+    let d = random(&[WIDTH, atoms], 4);
+    let y = random(&[1, WIDTH], 5);
+    let energy: f64 = values(&d).iter().map(|x| x * x).sum();
+    let step = 1.0 / energy;
+    let mut a = Tensor::zeros((1, atoms), y.dtype(), &Device::Cpu).unwrap();
+    let slope = |a: &Tensor| {
+        let error = (a.matmul(&d.t().unwrap()).unwrap() - &y).unwrap();
+        (error.matmul(&d).unwrap() + penalty).unwrap()
+    };
+    for _ in 0..60_000 {
+        a = relu(&(&a - (slope(&a) * step).unwrap()).unwrap());
+    }
+    for (a, slope) in values(&a).iter().zip(values(&slope(&a))) {
+        assert!(slope > -1e-6, "{slope}");
+        assert!((a * slope).abs() < 1e-6, "{a} {slope}");
+    }
+    // The part's two steps are the first two of these.
+    let over = SparseCodeSpec {
+        atoms: Some(atoms),
+        step,
+        penalty,
+    };
+    let mut two = Tensor::zeros((1, atoms), y.dtype(), &Device::Cpu).unwrap();
+    for _ in 0..2 {
+        two = relu(&(&two - (slope(&two) * step).unwrap()).unwrap());
+    }
+    let expected = two.matmul(&d.t().unwrap()).unwrap();
+    let found = code(&over, &d, &y.unsqueeze(0).unwrap())
+        .squeeze(0)
+        .unwrap();
+    assert_near(&found, &expected, 1e-12, "two steps");
+}
+
+#[test]
+fn a_large_penalty_leaves_nothing() {
+    let d = random(&[WIDTH, 14], 6);
+    let y = random(&[1, 5, WIDTH], 7);
+    let over = SparseCodeSpec {
+        atoms: Some(14),
+        step: 0.1,
+        penalty: 1e3,
+    };
+    assert!(values(&code(&over, &d, &y)).iter().all(|x| *x == 0.0));
+}
+
+/// With one head of the whole width and no projection, attention is `softmax(Y Yᵀ / √d) Y`.
+#[test]
+fn without_projections_attention_is_that_of_the_gram_matrix() {
+    let spec = MultiHeadSpec {
+        sharing: QueryKeySharing::All,
+        bias: false,
+        ..MultiHeadSpec::new(1)
+    };
+    let eye = Tensor::eye(WIDTH, lapidary_kernels::DType::F64, &Device::Cpu).unwrap();
+    let map = Map::from([
+        ("query.weight".to_owned(), eye.clone()),
+        ("output.weight".to_owned(), eye),
+    ]);
+    let attention = build(&map, |p| MultiHeadAttention::new(&spec, WIDTH, p)).unwrap();
+    let y = random(&[1, 5, WIDTH], 8);
+    let trace = Trace::new();
+    let found = attention
+        .forward(&Signal::from(y.clone()), &Context::new(&trace), None)
+        .unwrap();
+    let rows = y.squeeze(0).unwrap();
+    let scores = (rows.matmul(&rows.t().unwrap()).unwrap() / (WIDTH as f64).sqrt()).unwrap();
+    let weights = scores.exp().unwrap();
+    let weights = weights
+        .broadcast_div(&weights.sum_keepdim(1).unwrap())
+        .unwrap();
+    let expected = weights.matmul(&rows).unwrap().unsqueeze(0).unwrap();
+    assert_near(found.value(), &expected, 1e-12, "Gram matrix");
+}
+
+fn block(atoms: Option<usize>) -> BlockSpec {
+    let atoms = atoms.map_or(String::new(), |atoms| format!("atoms = {atoms}"));
+    toml::from_str(&format!(
+        "wiring = 'replacing'
+        attention = {{ kind = 'multi-head', heads = 2, sharing = 'all', bias = false, output_bias = true }}
+        [feedforward]
+        kind = 'sparse-code'
+        {atoms}"
+    ))
+    .unwrap()
+}
+
+/// `d · K p + K p · d + d + d² + 4 d`: three squares where the usual block has twelve.
+#[test]
+fn a_block_has_three_squares_of_parameters() {
+    let spec = block(None);
+    let map = common::draw(1, |p| Block::new(&spec, WIDTH, p));
+    let count: usize = map.values().map(Tensor::elem_count).sum();
+    assert_eq!(count, 3 * WIDTH * WIDTH + 5 * WIDTH);
+}
+
+#[test]
+fn tokens_may_change_places() {
+    let spec = block(None);
+    let map = common::draw(2, |p| Block::new(&spec, WIDTH, p));
+    let block = build(&map, |p| Block::new(&spec, WIDTH, p)).unwrap();
+    let x = random(&[1, 4, WIDTH], 9);
+    let order = Tensor::new(&[2u32, 0, 3, 1], &Device::Cpu).unwrap();
+    let moved = x.index_select(&order, 1).unwrap();
+    let run = |x: &Tensor| -> Result<Tensor> {
+        let trace = Trace::new();
+        Ok(block
+            .forward(Signal::from(x.clone()), &Context::new(&trace), None)?
+            .into_value())
+    };
+    let expected = run(&x).unwrap().index_select(&order, 1).unwrap();
+    assert_near(&run(&moved).unwrap(), &expected, 1e-12, "moved");
+}
+
+/// The layers of one head each are listed once, and keys are what queries are.
+#[test]
+fn shared_projections_are_one_layer() {
+    let spec = block(None);
+    let mut map = common::draw(3, |p| Block::new(&spec, WIDTH, p));
+    let (ranks, mut linears) = (BTreeMap::new(), Vec::new());
+    Block::new(
+        &spec,
+        WIDTH,
+        Parameters::new(&mut map, &ranks, &mut linears),
+    )
+    .unwrap();
+    let paths: Vec<&str> = linears.iter().map(|linear| linear.path.as_str()).collect();
+    assert_eq!(paths, ["attention.query", "attention.output"]);
+    // A cache still works.
+    let causal: BlockSpec = toml::from_str(
+        "wiring = 'replacing'
+        attention = { kind = 'multi-head', heads = 2, sharing = 'all', causal = true, bias = false }
+        feedforward = { kind = 'sparse-code' }",
+    )
+    .unwrap();
+    let map = common::draw(4, |p| Block::new(&causal, WIDTH, p));
+    let block = build(&map, |p| Block::new(&causal, WIDTH, p)).unwrap();
+    let x = random(&[1, 4, WIDTH], 10);
+    let trace = Trace::new();
+    let whole = block
+        .forward(Signal::from(x.clone()), &Context::new(&trace), None)
+        .unwrap();
+    let mut state = MixerState::Empty;
+    for offset in 0..4 {
+        let cx = Context {
+            offset,
+            ..Context::new(&trace)
+        };
+        let token = Signal::from(x.narrow(1, offset, 1).unwrap());
+        let y = block.forward(token, &cx, Some(&mut state)).unwrap();
+        assert_near(
+            y.value(),
+            &whole.value().narrow(1, offset, 1).unwrap(),
+            1e-12,
+            "cached",
+        );
+    }
+}

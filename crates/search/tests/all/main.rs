@@ -1,0 +1,4 @@
+//! Integration tests of the search, in one program.
+
+mod rducb_golden;
+mod trajectories;

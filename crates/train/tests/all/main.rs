@@ -1,0 +1,8 @@
+//! Integration tests of training, in one program.
+
+mod alignment;
+mod language;
+mod masks;
+mod mechanisms_recomputed;
+mod state;
+mod tasks;
