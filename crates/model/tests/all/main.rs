@@ -1,6 +1,7 @@
 //! Integration tests of models, in one program; those that count the bytes they allocate stand alone.
 
 mod axial;
+mod documented;
 mod families;
 mod gguf;
 mod organised;
