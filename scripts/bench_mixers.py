@@ -14,8 +14,11 @@ faster than dense attention of Lapidary's own.
 """
 
 import argparse
+import functools
 import json
+import math
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +26,8 @@ import time
 
 LAPIDARY = os.environ.get("LAPIDARY", "target/release/lapidary")
 HEADS, WIDTH = 4, 64
+# Swept without a version in PyTorch.
+OURS_ALONE = ["combiner, log-sparse"]
 
 
 def versions(n):
@@ -31,7 +36,16 @@ def versions(n):
 
     torch.manual_seed(0)
     scale = WIDTH**-0.5
-    causal = torch.ones(n, n, dtype=torch.bool).tril()
+
+    # Made where they are used: n² numbers weigh on nobody else.
+    @functools.cache
+    def causal():
+        return torch.ones(n, n, dtype=torch.bool).tril()
+
+    @functools.cache
+    def distance():
+        return (positions[:, None] - positions[None]).abs()
+
     stride = int(n**0.5)
 
     def masked(q, k, v, mask):
@@ -47,7 +61,6 @@ def versions(n):
     directions = torch.randn(WIDTH, 256)
     rotation = torch.randn(HEADS, WIDTH, max(n // 64, 2))
     positions = torch.arange(n)
-    distance = (positions[:, None] - positions[None]).abs()
     decay = torch.tensor([0.9, 0.95, 0.98, 0.995]).view(1, HEADS, 1, 1)
 
     def linformer(q, k, v):
@@ -55,14 +68,14 @@ def versions(n):
 
     def lion(q, k, v):
         phi = lambda x: (lambda y: y / y.norm(dim=-1, keepdim=True))(F.silu(x) + 0.5)
-        weights = (phi(q) @ phi(k).transpose(-1, -2)) * decay**distance
+        weights = (phi(q) @ phi(k).transpose(-1, -2)) * decay**distance()
         return weights / weights.sum(-1, keepdim=True) @ v
 
     def lion_causal(q, k, v):
         # A selective decay has no shorter form than its mask.
         phi = lambda x: (lambda y: y / y.norm(dim=-1, keepdim=True))(F.silu(x) + 0.5)
         logs = F.logsigmoid(q.mean(-1)).cumsum(-1)
-        mask = (logs[..., :, None] - logs[..., None, :]).masked_fill(~causal, float("-inf")).exp()
+        mask = (logs[..., :, None] - logs[..., None, :]).masked_fill(~causal(), float("-inf")).exp()
         weights = (phi(q) @ phi(k).transpose(-1, -2)) * mask
         return weights / weights.sum(-1, keepdim=True) @ v
 
@@ -76,7 +89,7 @@ def versions(n):
 
     def fastmax2(q, k, v):
         s = centred(q) @ centred(k).transpose(-1, -2)
-        weights = (1 + s + s * s / 2) * causal
+        weights = (1 + s + s * s / 2) * causal()
         return weights / weights.sum(-1, keepdim=True) @ v
 
     def kernelized(q, k, v):
@@ -84,14 +97,14 @@ def versions(n):
         return prefix(features(q), features(k), v)
 
     def sparse(q, k, v):
-        near = distance < stride
-        far = distance % stride == 0
-        return masked(q, k, v, causal & (near | far))
+        near = distance() < stride
+        far = distance() % stride == 0
+        return masked(q, k, v, causal() & (near | far))
 
     def sparse_fixed(q, k, v):
         own = positions[:, None] // stride == positions[None] // stride
         columns = (positions % stride == stride - 1)[None]
-        return masked(q, k, v, causal & (own | columns))
+        return masked(q, k, v, causal() & (own | columns))
 
     def reformer(q, k, v):
         k = F.normalize(q, dim=-1)
@@ -99,7 +112,7 @@ def versions(n):
         for _ in range(2):
             turned = torch.einsum("bhnd,hdr->bhnr", q, rotation)
             buckets = torch.cat([turned, -turned], -1).argmax(-1)
-            mask = (buckets[..., :, None] == buckets[..., None, :]) & causal
+            mask = (buckets[..., :, None] == buckets[..., None, :]) & causal()
             scores = (q @ k.transpose(-1, -2)).masked_fill(~mask, -1e9)
             scores = scores - 1e5 * torch.eye(n)
             total = scores.logsumexp(-1, keepdim=True)
@@ -131,7 +144,7 @@ def versions(n):
         return scores.exp() @ v
 
     def topological(q, k, v):
-        s = distance / n
+        s = distance() / n
         weights = (q.relu() @ k.relu().transpose(-1, -2)) * (0.0 + 0.0 * s + 0.0 * s * s).exp()
         return weights / weights.sum(-1, keepdim=True) @ v
 
@@ -148,7 +161,7 @@ def versions(n):
         own = torch.eye(n, dtype=torch.bool)
         mask = torch.zeros(n, n, dtype=torch.bool)
         mask[:, order] = near
-        return masked(q, k, v, (mask & causal) | own)
+        return masked(q, k, v, (mask & causal()) | own)
 
     def soft(q, k, v):
         m = 64
@@ -283,6 +296,8 @@ def child(name, n, repeat):
     import torch
 
     torch.set_num_threads(2)
+    # What would not fit fails by itself, not by the machine.
+    resource.setrlimit(resource.RLIMIT_AS, (18 << 30, 18 << 30))
     q, k, v = (torch.randn(1, HEADS, n, WIDTH) for _ in range(3))
     run = versions(n)[name]
 
@@ -327,12 +342,15 @@ def theirs(name, n, repeat):
 
 def swept(measure, name, lengths, limit, options):
     """Measurements by length, as far as a call takes less than `limit` seconds."""
-    found, last = {}, None
+    found, times = {}, []
     for length in lengths:
-        if last is not None:
-            before, took = last
-            # No slower than the square of the length.
-            if took * (length / before) ** 2 > 4 * limit and took > limit / 20:
+        if times:
+            # It grows as it did last; at first as the square.
+            ratio = length / times[-1][0]
+            before, after = times[-2:] if len(times) > 1 else (None, times[-1])
+            exponent = math.log(after[1] / before[1], after[0] / before[0]) if before else 2
+            # What does not grow yet is all overhead.
+            if after[1] * ratio ** min(max(exponent, 1), 2) > limit:
                 break
         try:
             row = measure(name, length, options.repeat)
@@ -340,7 +358,7 @@ def swept(measure, name, lengths, limit, options):
             print(f"{name} at {length}: {(error.stderr or '').strip().splitlines()[-1:]}", file=sys.stderr)
             break
         found[length] = row
-        last = (length, row["both"])
+        times.append((length, row["both"]))
     return found
 
 
@@ -348,7 +366,7 @@ def sweep(names, lengths, options):
     found = {}
     for name in names:
         found[name] = dict(ours=swept(ours, name, lengths, options.limit, options))
-        found[name]["theirs"] = swept(theirs, name, lengths, options.limit, options)
+        found[name]["theirs"] = swept(theirs, name, lengths, options.limit, options) if name not in OURS_ALONE else {}
         print(f"{name} done", file=sys.stderr, flush=True)
     if options.save:
         with open(options.save, "w") as out:
@@ -389,8 +407,6 @@ def tabulate(found, lengths):
 
 def plot(found, lengths, path):
     """Forward and backward against the length, both axes logarithmic."""
-    import math
-
     width, height, left, bottom, right = 920, 560, 70, 50, 300
     times = [row["both"] for rows in found.values() for row in rows["ours"].values()]
     low, high = math.floor(math.log10(min(times))), math.ceil(math.log10(max(times)))
@@ -426,7 +442,7 @@ def main():
     parser.add_argument("--only")
     parser.add_argument("--child")
     parser.add_argument("--sweep", help="lengths, separated by commas")
-    parser.add_argument("--limit", type=float, default=3.0, help="seconds of the longest call of a sweep")
+    parser.add_argument("--limit", type=float, default=10.0, help="seconds of the longest call of a sweep")
     parser.add_argument("--save", help="file for the measurements of a sweep, as JSON")
     parser.add_argument("--plot", help="file for a picture of the sweep")
     options = parser.parse_args()
@@ -435,6 +451,7 @@ def main():
     names = [name for name in versions(16) if not options.only or name.startswith(options.only)]
     if options.sweep:
         lengths = [int(length) for length in options.sweep.split(",")]
+        names += [name for name in OURS_ALONE if not options.only or name.startswith(options.only)]
         found = sweep(names, lengths, options)
         tabulate(found, lengths)
         if options.plot:

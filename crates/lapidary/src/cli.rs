@@ -542,14 +542,14 @@ pub struct Reproduce {
 
 #[derive(Args, Debug)]
 pub struct Bench {
-    /// forward, step, explain, generate, compress, mixers or sparse
+    /// forward, step, explain, generate, compress, mixers, decoding or sparse
     #[arg(default_value = "step")]
     pub work: String,
     /// Model directory for the works that need one
     #[arg(long)]
     pub model: Option<String>,
     /// Method of the works `explain` (decompx when absent) and `compress` (slicegpt), or the one
-    /// mechanism that `mixers` measures
+    /// mechanism that `mixers` and `decoding` measure
     #[arg(long)]
     pub method: Option<String>,
     /// Width of the tokens

@@ -272,6 +272,22 @@ fn times_mechanisms() {
         .map(|row| row["length"].as_u64().unwrap())
         .collect();
     assert_eq!(lengths, [32, 64]);
+    let decoding = [
+        "bench", "decoding", "--method", "lion", "--length", "100", "--width", "16", "--heads",
+        "2", "--repeat", "1", "--json",
+    ];
+    let rows = json(&decoding)["rows"].clone();
+    let before: Vec<_> = rows
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row["tokens"].clone())
+        .collect();
+    assert_eq!(before, [10, 100]);
+    refused(
+        &["bench", "decoding", "--method", "linformer"],
+        &["linformer", "lion"],
+    );
     refused(
         &["bench", "mixers", "--method", "nothing"],
         &["nothing", "linformer"],

@@ -1,6 +1,7 @@
 //! `lapidary bench`: how fast this machine is at what matters.
 
 mod compress;
+mod decoding;
 mod mixers;
 mod sparse;
 
@@ -23,7 +24,7 @@ use lapidary_train::spec::{CheckpointSpec, DataSpec, OptimiserSpec, ScheduleSpec
 use lapidary_train::{TrainSpec, Trainer};
 use serde_json::json;
 
-const WORKS: &str = "forward, step, explain, generate, compress, mixers or sparse";
+const WORKS: &str = "forward, step, explain, generate, compress, mixers, decoding or sparse";
 
 pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
     ensure!(arguments.repeat >= 1, "repeat is 0, but must be at least 1");
@@ -36,6 +37,7 @@ pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
         "sparse" => return sparse::run(arguments, global),
         "compress" => return compress::run(arguments, global),
         "mixers" => return mixers::run(arguments, global),
+        "decoding" => return decoding::run(arguments, global),
         _ => {}
     }
     let mut times = match arguments.work.as_str() {
