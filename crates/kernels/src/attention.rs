@@ -8,9 +8,11 @@
 //! `P = e^{S-L}`, and with `δ = Σ ∂O ∘ O` per query
 //! `∂V += Pᵀ ∂O`, `∂S = P ∘ (∂O Vᵀ - δ)`, `∂Q += scale ∂S K`, `∂K += scale ∂Sᵀ Q`, `∂bias += ∂S`.
 
+mod attended;
 mod part;
 mod tiles;
 
+pub use attended::Attended;
 pub use part::{AttentionPart, PartOptions, attention_part};
 
 use crate::host::{self, Host, by_dtype, fused};

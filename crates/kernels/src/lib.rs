@@ -21,11 +21,13 @@ pub mod check;
 mod cross_entropy;
 mod elementwise;
 mod error;
+mod exponentials;
 mod fourier;
 mod gather;
 mod host;
 mod linear;
 mod linear_attention;
+mod matmul;
 mod mixture;
 pub mod naive;
 mod norm;
@@ -44,13 +46,16 @@ mod simd;
 mod softmax;
 mod sort;
 mod sparse;
+mod stack;
 mod streams;
 #[cfg(test)]
 mod test_data;
 
 pub use activation::Activation;
 pub use add::add;
-pub use attention::{AttentionPart, PartOptions, attention, attention_part, merged_attention};
+pub use attention::{
+    Attended, AttentionPart, PartOptions, attention, attention_part, merged_attention,
+};
 pub use autoencoder::{AutoencoderGradients, AutoencoderWeights, autoencoder_gradients};
 pub use by_hand::{ByHand, by_hand};
 pub use candle_core::backprop::GradStore;
@@ -58,6 +63,7 @@ pub use candle_core::{D, DType, Device, IndexOp, Shape, Tensor, TensorId, Var, W
 pub use cross_entropy::cross_entropy;
 pub use elementwise::{activate, activation_secant, activation_tangent};
 pub use error::{Error, Result};
+pub use exponentials::{exponential_features, gaussian};
 pub use fourier::{causal_depthwise_convolution, fft_convolution, inverse_real_fft, real_fft};
 pub use gather::{embedding, gather, scatter_add};
 pub use linear::{linear, linear_activation};
@@ -65,6 +71,7 @@ pub use linear_attention::{
     Direction, linear_attention, linear_attention_in_chunks, linear_attention_operations,
     operations_in_chunks,
 };
+pub use matmul::matmul;
 pub use mixture::{Mixture, VectorNorm, mixture_distances};
 pub use norm::{layer_norm, rms_norm};
 pub use optimiser::{

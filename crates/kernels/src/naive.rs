@@ -11,6 +11,7 @@ use crate::{
 
 mod attention;
 
+pub(crate) use attention::merged_rows;
 pub use attention::{
     attention, attention_part, attention_softmax, attention_weights, linear_attention,
     polynomial_attention,

@@ -44,6 +44,11 @@ pub(crate) trait Real: WithDType + Neg<Output = Self> + Default + std::iter::Sum
     fn abs(self) -> Self;
     /// `e^x`, with results below the smallest normal number flushed to zero.
     fn exp(self) -> Self;
+    /// `e^x` for `x ≤ 0`, in fewer steps.
+    #[inline(always)]
+    fn exp_of_negative(self) -> Self {
+        self.exp()
+    }
     fn tanh(self) -> Self;
     fn erf(self) -> Self;
     fn order(&self, other: &Self) -> std::cmp::Ordering;
@@ -105,6 +110,24 @@ const fn leading<const N: usize>(all: [f64; 14]) -> [f64; N] {
     head
 }
 
+/// `e^r` and `n` of `e^x = 2^n e^r` with `n = round(x / ln 2)`, `|r| ≤ ln 2 / 2`, by the series up to
+/// `r⁷`.
+#[inline(always)]
+fn exponential_parts(x: f32) -> (f32, i32) {
+    // Adding and removing 1.5·2²³ rounds to an integer, which then stands in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = (std::f64::consts::LN_2 - LN_2_HIGH as f64) as f32;
+    let shifted = Real::mul_add(x, std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = Real::mul_add(n, -LN_2_LOW, Real::mul_add(n, -LN_2_HIGH, x));
+    let series = r.polynomial(leading::<8>(INVERSE_FACTORIALS));
+    (
+        series,
+        shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32,
+    )
+}
+
 impl Real for f32 {
     const NEG_INFINITY: Self = f32::NEG_INFINITY;
 
@@ -152,19 +175,10 @@ impl Real for f32 {
         self.total_cmp(other)
     }
 
-    /// `e^x = 2^n e^r` with `n = round(x / ln 2)`, `|r| ≤ ln 2 / 2` and the series up to `r⁷`.
     #[inline(always)]
     fn exp(self) -> Self {
-        // Adding and removing 1.5·2²³ rounds to an integer, which then stands in the low bits.
-        const ROUND: f32 = 12_582_912.0;
-        const LN_2_HIGH: f32 = 0.693_359_4;
-        const LN_2_LOW: f32 = (std::f64::consts::LN_2 - LN_2_HIGH as f64) as f32;
-        let shifted = self.mul_add(std::f32::consts::LOG2_E, ROUND);
-        let n = shifted - ROUND;
-        let r = n.mul_add(-LN_2_LOW, n.mul_add(-LN_2_HIGH, self));
-        let series = r.polynomial(leading::<8>(INVERSE_FACTORIALS));
+        let (series, n) = exponential_parts(self);
         // 2^n in two factors, as n may be 128.
-        let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
         let half = n >> 1;
         let first = f32::from_bits((half.wrapping_add(127) as u32) << 23);
         let second = f32::from_bits(((n.wrapping_sub(half)).wrapping_add(127) as u32) << 23);
@@ -174,6 +188,14 @@ impl Real for f32 {
         } else {
             result
         };
+        if self < -87.336_54 { 0.0 } else { result }
+    }
+
+    /// As [`exp`](Real::exp), whose second factor of `2^n` and upper bound it does without.
+    #[inline(always)]
+    fn exp_of_negative(self) -> Self {
+        let (series, n) = exponential_parts(self);
+        let result = series * f32::from_bits((n.wrapping_add(127) as u32) << 23);
         if self < -87.336_54 { 0.0 } else { result }
     }
 
@@ -304,6 +326,20 @@ impl Real for f64 {
     }
 }
 
+/// All lanes folded into one, by halves, which vectors do at once.
+#[inline(always)]
+fn together<T: Real>(lanes: [T; LANES], join: impl Fn(T, T) -> T + Copy) -> T {
+    let eight: [T; 8] = std::array::from_fn(
+        #[inline(always)]
+        |i| join(lanes[i], lanes[i + 8]),
+    );
+    let four: [T; 4] = std::array::from_fn(
+        #[inline(always)]
+        |i| join(eight[i], eight[i + 4]),
+    );
+    join(join(four[0], four[2]), join(four[1], four[3]))
+}
+
 /// Folds `value(i)` for `i < n` in [`LANES`] independent accumulators, then those into one.
 #[inline(always)]
 fn fold<T: Real>(
@@ -321,10 +357,7 @@ fn fold<T: Real>(
         }
         i += LANES;
     }
-    let mut total = start;
-    for lane in lanes {
-        total = join(total, lane);
-    }
+    let mut total = together(lanes, join);
     for i in whole..n {
         total = join(total, value(i));
     }
@@ -370,26 +403,29 @@ pub(crate) fn maximum<T: Real>(x: &[T]) -> T {
     fold(x.len(), T::NEG_INFINITY, |i| x[i], |a, b| a.larger(b))
 }
 
-/// Replaces `x_i` by `e^{x_i - shift}` and gives the sum of the results.
+/// Replaces `x_i` by `e^{x_i - shift}` and gives the sum of the results. No `x_i` may exceed
+/// `shift`.
 #[inline(always)]
 pub(crate) fn exponentiate<T: Real>(x: &mut [T], shift: T) -> T {
     let mut lanes = [T::zero(); LANES];
     let mut chunks = x.chunks_exact_mut(LANES);
     for chunk in &mut chunks {
         for (value, lane) in chunk.iter_mut().zip(lanes.iter_mut()) {
-            *value = (*value - shift).exp();
+            *value = (*value - shift).exp_of_negative();
             *lane += *value;
         }
     }
     let mut total = T::zero();
     for value in chunks.into_remainder() {
-        *value = (*value - shift).exp();
+        *value = (*value - shift).exp_of_negative();
         total += *value;
     }
-    for lane in lanes {
-        total += lane;
-    }
     total
+        + together(
+            lanes,
+            #[inline(always)]
+            |a, b| a + b,
+        )
 }
 
 /// `Σ e^{x_i - shift}`.
@@ -451,6 +487,10 @@ mod tests {
         assert_eq!(Real::tanh(f32::INFINITY), 1.0);
         assert_eq!(Real::tanh(f32::NEG_INFINITY), -1.0);
         assert!(Real::tanh(f32::NAN).is_nan());
+        for x in [0f32, -0.3, -87.3, -1000.0, f32::NEG_INFINITY] {
+            assert_eq!(x.exp_of_negative(), Real::exp(x));
+        }
+        assert!(f32::NAN.exp_of_negative().is_nan());
         assert_eq!(Real::erf(f32::NEG_INFINITY), -1.0);
         assert_eq!(Real::erf(1e30f32), 1.0);
         assert!(Real::erf(f32::NAN).is_nan());
@@ -467,8 +507,8 @@ mod tests {
             let largest = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             assert_eq!(maximum(&x), largest);
             let mut e = x.clone();
-            let total = vectorised(|| exponentiate(&mut e, 0.5));
-            let truth: f64 = x.iter().map(|v| (v - 0.5).exp()).sum();
+            let total = vectorised(|| exponentiate(&mut e, 1.0));
+            let truth: f64 = x.iter().map(|v| (v - 1.0).exp()).sum();
             assert!((total - truth).abs() < 1e-12);
         }
     }

@@ -103,6 +103,47 @@ pub fn attention_part(
     v: &Tensor,
     options: &PartOptions,
 ) -> Result<AttentionPart> {
+    let (problem, sizes) = problem([q, k, v], options)?;
+    let [batch, heads, _, queries, _, _, value_width] = sizes;
+    if !applies(&[q, k, v], &options.attention) {
+        return naive::attention_part(q, k, v, options);
+    }
+    let rows = packed([q, k, v], problem, options)?;
+    let rows = rows.reshape((batch, queries, heads, value_width + 1))?;
+    Ok(AttentionPart {
+        output: rows.narrow(3, 0, value_width)?.transpose(1, 2)?,
+        log_sums: rows
+            .narrow(3, value_width, 1)?
+            .squeeze(3)?
+            .transpose(1, 2)?
+            .contiguous()?,
+    })
+}
+
+/// [`attention_part`] of one head as rows `[batch · queries, value_width + 1]`, the log-sum in the
+/// last column.
+pub(super) fn part_rows([q, k, v]: [&Tensor; 3], options: &PartOptions) -> Result<Tensor> {
+    let (problem, [batch, heads, _, queries, _, _, value_width]) = problem([q, k, v], options)?;
+    if heads != 1 {
+        return Err(Error::argument("attended", "heads", heads, "1"));
+    }
+    let shape = (batch * queries, value_width + 1);
+    if !applies(&[q, k, v], &options.attention) {
+        let part = naive::attention_part(q, k, v, options)?;
+        let both = [&part.output, &part.log_sums.unsqueeze(3)?].map(Tensor::contiguous);
+        let [output, log_sums] = both;
+        return Ok(Tensor::cat(&[output?, log_sums?], 3)?.reshape(shape)?);
+    }
+    Ok(packed([q, k, v], problem, options)?.reshape(shape)?)
+}
+
+/// `[batch · queries · heads, value_width + 1]`.
+fn packed([q, k, v]: [&Tensor; 3], problem: Problem, options: &PartOptions) -> Result<Tensor> {
+    let bias = options.attention.bias.as_ref().map(Tensor::detach);
+    Ok(q.apply_op3(k, v, Part { problem, bias })?)
+}
+
+fn problem([q, k, v]: [&Tensor; 3], options: &PartOptions) -> Result<(Problem, [usize; 7])> {
     let (batch, heads, queries, width) = q.dims4()?;
     let (k_batch, groups, keys, k_width) = k.dims4()?;
     let (v_batch, v_groups, v_keys, value_width) = v.dims4()?;
@@ -119,22 +160,7 @@ pub fn attention_part(
         positions: positions(options, batch, queries, keys)?,
         ..Problem::new(sizes, &options.attention)?
     };
-    if !applies(&[q, k, v], &options.attention) {
-        return naive::attention_part(q, k, v, options);
-    }
-    let outputs = problem.output_dims().iter().product();
-    let sums = problem.query_dims().iter().product();
-    let bias = options.attention.bias.as_ref().map(Tensor::detach);
-    let both = q.apply_op3(k, v, Part { problem, bias })?;
-    let output = both.narrow(0, 0, outputs)?;
-    Ok(AttentionPart {
-        output: output
-            .reshape((batch, queries, heads, value_width))?
-            .transpose(1, 2)?,
-        log_sums: both
-            .narrow(0, outputs, sums)?
-            .reshape((batch, heads, queries))?,
-    })
+    Ok((problem, sizes))
 }
 
 fn positions(
@@ -161,37 +187,69 @@ fn positions(
     }))
 }
 
-/// Gives outputs and log-sums one after the other in one flat tensor, since an operation has one
-/// result.
+/// Gives the log-sum behind each output, since an operation has one result.
 struct Part {
     problem: Problem,
     bias: Option<Tensor>,
 }
 
 impl Part {
+    /// Where the log-sum of an output `[batch, query, head]` lies among those `[batch, head, query]`.
+    fn place(&self, row: usize) -> usize {
+        let Problem { heads, queries, .. } = self.problem;
+        let (batch, query, head) = (row / heads / queries, row / heads % queries, row % heads);
+        (batch * heads + head) * queries + query
+    }
+
     fn forward<T: Real>(&self, inputs: [(&CpuStorage, &Layout); 3]) -> Candle<(CpuStorage, Shape)> {
-        let (mut both, log_sums) = forward_tiles::<T>(&self.problem, inputs, self.bias.as_ref())?;
-        both.extend_from_slice(&log_sums);
-        let length = both.len();
-        Ok((T::to_cpu_storage_owned(both), Shape::from(length)))
+        let (output, log_sums) = forward_tiles::<T>(&self.problem, inputs, self.bias.as_ref())?;
+        let width = self.problem.value_width;
+        let mut rows = host::unwritten::<T>(output.len() + log_sums.len());
+        host::for_rows(
+            &mut rows,
+            width + 1,
+            1,
+            #[inline(always)]
+            |row, to| {
+                if let Some((last, to)) = to.split_last_mut() {
+                    to.copy_from_slice(&output[row * width..(row + 1) * width]);
+                    *last = log_sums[self.place(row)];
+                }
+            },
+        );
+        let shape = Shape::from((log_sums.len(), width + 1));
+        Ok((T::to_cpu_storage_owned(rows), shape))
+    }
+
+    /// Outputs and log-sums, each for itself.
+    fn apart<T: Real>(&self, rows: &[T]) -> (Vec<T>, Vec<T>) {
+        let width = self.problem.value_width;
+        let count = rows.len() / (width + 1);
+        let mut output = host::unwritten::<T>(count * width);
+        let mut log_sums = vec![T::zero(); count];
+        for (row, from) in rows.chunks_exact(width + 1).enumerate() {
+            if let Some((last, from)) = from.split_last() {
+                output[row * width..(row + 1) * width].copy_from_slice(from);
+                log_sums[self.place(row)] = *last;
+            }
+        }
+        (output, log_sums)
     }
 
     fn backward<T: Real>(
         &self,
         inputs: [&Tensor; 3],
-        both: &Tensor,
+        rows: &Tensor,
         gradient: &Tensor,
     ) -> Candle<[Option<Tensor>; 3]> {
-        let (both, gradient) = (Host::new(both), Host::new(gradient));
-        let (both, gradient) = (both.ordered::<T>()?, gradient.ordered::<T>()?);
-        let outputs: usize = self.problem.output_dims().iter().product();
-        let (output, log_sums) = both.split_at(outputs);
-        let (d_output, d_log_sums) = gradient.split_at(outputs);
+        let (rows, gradient) = (Host::new(rows), Host::new(gradient));
+        let (output, log_sums) = self.apart(&rows.ordered::<T>()?);
+        let (d_output, d_log_sums) = self.apart(&gradient.ordered::<T>()?);
         let saved = Saved {
-            log_sums: Cow::Borrowed(log_sums),
-            output: Cow::Borrowed(output),
-            gradient: Cow::Borrowed(d_output),
-            log_sums_gradient: Cow::Borrowed(d_log_sums),
+            log_sums: Cow::Owned(log_sums),
+            output: Cow::Owned(output),
+            gradient: Cow::Owned(d_output),
+            log_sums_gradient: Cow::Owned(d_log_sums),
         };
         backward_tiles::<T>(&self.problem, inputs, self.bias.as_ref(), &saved)
     }

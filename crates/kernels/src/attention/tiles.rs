@@ -1,7 +1,7 @@
 //! The tiled forward and backward passes of attention.
 
 use crate::host::{self, Shared};
-use crate::product::{Into, Matrix, Threads, multiply};
+use crate::product::{Into, Matrix, Repeated};
 use crate::simd::{self, Real};
 use candle_core::{CpuStorage, Layout};
 use std::borrow::Cow;
@@ -12,7 +12,7 @@ type Candle<T> = candle_core::Result<T>;
 /// Queries of a tile.
 const QUERIES: usize = 64;
 /// Keys of a tile.
-const KEYS: usize = 128;
+const KEYS: usize = 3 * Repeated::<f32>::COLUMNS;
 
 /// Sizes and masks of one attention.
 pub(super) struct Problem {
@@ -201,25 +201,81 @@ fn blocks(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>
         .map(move |start| start..end.min(start + size))
 }
 
+/// The first key of the tile that `key` is in.
+fn tile_start(key: usize) -> usize {
+    key / KEYS * KEYS
+}
+
+/// Tiles of the keys that any of `queries` may see.
+fn tiles(p: &Problem, queries: &Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let seen = p.visible_to_any(queries);
+    blocks(tile_start(seen.start)..seen.end, KEYS)
+}
+
+/// Keys and values of one head, to be multiplied with many queries.
+struct Operands<'a, T> {
+    /// Batch and group.
+    of: usize,
+    keys: Range<usize>,
+    /// `Kᵀ`.
+    k: Repeated<'a, T>,
+    v: Repeated<'a, T>,
+}
+
+impl<'a, T: Real> Operands<'a, T> {
+    /// Those that `queries` of `heads` heads of the group may see.
+    fn new(
+        p: &Problem,
+        (k, v): (&'a Heads<'a, T>, &'a Heads<'a, T>),
+        (batch, group): (usize, usize),
+        queries: &Range<usize>,
+        heads: usize,
+    ) -> Self {
+        let seen = p.visible_to_any(queries);
+        let keys = tile_start(seen.start)..seen.end;
+        let rows = queries.len() * heads;
+        Self {
+            of: batch * p.groups + group,
+            k: Repeated::new(k.rows(batch, group, &keys, p.width).transposed(), rows),
+            v: Repeated::new(v.rows(batch, group, &keys, p.value_width), rows),
+            keys,
+        }
+    }
+
+    /// Where keys stand among those here.
+    fn place(&self, keys: &Range<usize>) -> Range<usize> {
+        keys.start - self.keys.start..keys.end - self.keys.start
+    }
+}
+
+/// `tile = scale · a b` for the given rows and columns of `b`.
+fn replace<T: Real>(
+    tile: &mut [T],
+    columns: usize,
+    scale: T,
+    a: Matrix<T>,
+    b: &Repeated<T>,
+    part: (Range<usize>, Range<usize>),
+) {
+    assert!(a.rows * columns <= tile.len() && part.1.len() == columns);
+    let to = (tile.as_mut_ptr(), columns);
+    // SAFETY: the tile is borrowed exclusively and large enough.
+    unsafe { b.multiply_at(to, Into::Replace, scale, a, part) }
+}
+
 /// A tile of scores, `[queries, keys]`, with everything masked at `-∞`.
 fn score_tile<T: Real>(
     p: &Problem,
     tile: &mut [T],
     (batch, head): (usize, usize),
     (queries, keys): (&Range<usize>, &Range<usize>),
-    (q, k): (Matrix<T>, Matrix<T>),
+    q: Matrix<T>,
+    operands: &Operands<T>,
     bias: Option<&Heads<T>>,
 ) {
     let columns = keys.len();
-    multiply(
-        tile,
-        columns,
-        Into::Replace,
-        T::of(p.scale),
-        q,
-        k.transposed(),
-        Threads::One,
-    );
+    let part = (0..p.width, operands.place(keys));
+    replace(tile, columns, T::of(p.scale), q, &operands.k, part);
     let keep = p.keeps(batch);
     for (row, i) in tile.chunks_exact_mut(columns).zip(queries.clone()) {
         if let Some(bias) = bias {
@@ -267,12 +323,29 @@ pub(super) fn forward<T: Real>(
     let shared_sums = Shared::new(&mut log_sums);
     let items = p.batch * p.heads * query_blocks;
     let work = QUERIES * p.keys.max(1) * (p.width + p.value_width) / 8;
+    let heads_per_group = p.heads / p.groups;
     host::share(items, work, |range| {
         let mut tile = host::unwritten::<T>(QUERIES * KEYS);
-        for item in range {
+        let mut operands: Option<Operands<T>> = None;
+        for item in range.clone() {
             let (block, head) = (item % query_blocks, item / query_blocks % p.heads);
             let batch = item / query_blocks / p.heads;
-            let group = head / (p.heads / p.groups);
+            let group = head / heads_per_group;
+            if operands
+                .as_ref()
+                .is_none_or(|known| known.of != batch * p.groups + group)
+            {
+                let rest = (query_blocks - block).min(range.end - item);
+                let queries = match heads_per_group {
+                    1 => block * QUERIES..p.queries.min((block + rest) * QUERIES),
+                    _ => 0..p.queries,
+                };
+                let new = Operands::new(p, (k, v), (batch, group), &queries, heads_per_group);
+                operands = Some(new);
+            }
+            let Some(operands) = &operands else {
+                continue;
+            };
             let start = block * QUERIES;
             let queries = start..p.queries.min(start + QUERIES);
             // SAFETY: each (batch, head, query block) owns its rows and sums.
@@ -290,18 +363,11 @@ pub(super) fn forward<T: Real>(
             let q_tile = q.rows(batch, head, &queries, p.width);
             let mut maxima = [T::NEG_INFINITY; QUERIES];
             let mut totals = [T::zero(); QUERIES];
-            for keys in blocks(p.visible_to_any(&queries), KEYS) {
+            for keys in tiles(p, &queries) {
                 let columns = keys.len();
                 let tile = &mut tile[..queries.len() * columns];
-                let k_tile = k.rows(batch, group, &keys, p.width);
-                score_tile(
-                    p,
-                    tile,
-                    (batch, head),
-                    (&queries, &keys),
-                    (q_tile, k_tile),
-                    bias,
-                );
+                let place = ((batch, head), (&queries, &keys));
+                score_tile(p, tile, place.0, place.1, q_tile, operands, bias);
                 simd::vectorised(
                     #[inline(always)]
                     || {
@@ -313,8 +379,10 @@ pub(super) fn forward<T: Real>(
                     },
                 );
                 out.add_product(
+                    T::one(),
                     Matrix::packed(tile, queries.len(), columns),
-                    v.rows(batch, group, &keys, p.value_width),
+                    &operands.v,
+                    operands.place(&keys),
                 );
             }
             simd::vectorised(
@@ -416,6 +484,13 @@ pub(super) fn backward<T: Real>(
         let mut slopes = host::unwritten::<T>(QUERIES * KEYS);
         for item in range {
             let (batch, group) = (item / p.groups, item % p.groups);
+            let operands =
+                Operands::new(p, (k, v), (batch, group), &(0..p.queries), heads_per_group);
+            let rows = p.queries * heads_per_group;
+            let among = &operands.keys;
+            let v_across = v.rows(batch, group, among, p.value_width).transposed();
+            let v_across = Repeated::new(v_across, rows);
+            let k_rows = Repeated::new(k.rows(batch, group, among, p.width), rows);
             for head in group * heads_per_group..(group + 1) * heads_per_group {
                 for queries in blocks(0..p.queries, QUERIES) {
                     let first = (batch * p.queries + queries.start) * step + head * p.value_width;
@@ -445,6 +520,8 @@ pub(super) fn backward<T: Real>(
                         p.value_width,
                         step,
                     );
+                    let q_right = Repeated::new(q_tile, p.keys);
+                    let d_output_right = Repeated::new(d_output, p.keys);
                     // SAFETY: a task owns all heads of its (batch, group), and with them these rows
                     // of every gradient.
                     let dq_tile = unsafe {
@@ -452,29 +529,15 @@ pub(super) fn backward<T: Real>(
                         let start = at + queries.start * q_strides[2];
                         dq.rows(start, queries.len(), q_strides[2], p.width)
                     };
-                    for keys in blocks(p.visible_to_any(&queries), KEYS) {
+                    for keys in tiles(p, &queries) {
                         let columns = keys.len();
                         let weights = &mut weights[..queries.len() * columns];
                         let slopes = &mut slopes[..queries.len() * columns];
-                        let k_tile = k.rows(batch, group, &keys, p.width);
-                        let v_tile = v.rows(batch, group, &keys, p.value_width);
-                        score_tile(
-                            p,
-                            weights,
-                            (batch, head),
-                            (&queries, &keys),
-                            (q_tile, k_tile),
-                            bias,
-                        );
-                        multiply(
-                            slopes,
-                            columns,
-                            Into::Replace,
-                            T::one(),
-                            d_output,
-                            v_tile.transposed(),
-                            Threads::One,
-                        );
+                        let place = ((batch, head), (&queries, &keys));
+                        score_tile(p, weights, place.0, place.1, q_tile, &operands, bias);
+                        let here = operands.place(&keys);
+                        let part = (0..p.value_width, here.clone());
+                        replace(slopes, columns, T::one(), d_output, &v_across, part);
                         simd::vectorised(
                             #[inline(always)]
                             || weights_and_slopes(weights, slopes, columns, log_sums, &deltas),
@@ -505,9 +568,16 @@ pub(super) fn backward<T: Real>(
                             let start = at + keys.start * v_strides[2];
                             dv.rows(start, columns, v_strides[2], p.value_width)
                         };
-                        dv_tile.add_product(weights.transposed(), d_output);
-                        dq_tile.add_scaled_product(T::of(p.scale), slopes, k_tile);
-                        dk_tile.add_scaled_product(T::of(p.scale), slopes.transposed(), q_tile);
+                        let scale = T::of(p.scale);
+                        let all = 0..queries.len();
+                        dv_tile.add_product(
+                            T::one(),
+                            weights.transposed(),
+                            &d_output_right,
+                            all.clone(),
+                        );
+                        dq_tile.add_product(scale, slopes, &k_rows, here);
+                        dk_tile.add_product(scale, slopes.transposed(), &q_right, all);
                     }
                 }
             }
@@ -590,13 +660,11 @@ impl<T: Real> Rows<'_, T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.step), self.width) }
     }
 
-    fn add_product(&self, a: Matrix<T>, b: Matrix<T>) {
-        self.add_scaled_product(T::one(), a, b);
-    }
-
-    fn add_scaled_product(&self, scale: T, a: Matrix<T>, b: Matrix<T>) {
-        assert!(a.rows == self.count && b.columns == self.width);
+    /// Adds the product with some rows of `b`.
+    fn add_product(&self, scale: T, a: Matrix<T>, b: &Repeated<T>, rows: Range<usize>) {
+        assert!(a.rows == self.count);
+        let to = (self.start, self.step);
         // SAFETY: the rows are in bounds and belong to this task alone.
-        unsafe { crate::product::multiply_at(self.start, self.step, Into::Add, scale, a, b, false) }
+        unsafe { b.multiply_at(to, Into::Add, scale, a, (rows, 0..self.width)) }
     }
 }

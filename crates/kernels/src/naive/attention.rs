@@ -45,6 +45,32 @@ fn masked_scores(scores: &Tensor, options: &AttentionOptions) -> Result<Tensor> 
     Ok(scores)
 }
 
+/// Rows `[queries, width + 1]` of [`crate::Attended`], from those of two parts.
+pub(crate) fn merged_rows(parts: [&Tensor; 2], of: [&[u32]; 2]) -> Result<Tensor> {
+    let mut gathered = Vec::new();
+    for (rows, of) in parts.into_iter().zip(of) {
+        let (count, columns) = rows.dims2()?;
+        let (queries, width) = (of.len(), columns - 1);
+        let nothing = Tensor::zeros((1, width), rows.dtype(), rows.device())?;
+        let none = Tensor::full(f64::NEG_INFINITY, (1, 1), rows.device())?;
+        let nothing = Tensor::cat(&[nothing, none.to_dtype(rows.dtype())?], 1)?;
+        let of = of.iter().map(|&row| row.min(count as u32)).collect();
+        let of = Tensor::from_vec(of, queries, rows.device())?;
+        let all = Tensor::cat(&[rows, &nothing], 0)?.index_select(&of, 0)?;
+        gathered.push(AttentionPart {
+            output: all.narrow(1, 0, width)?.reshape((1, 1, queries, width))?,
+            log_sums: all.narrow(1, width, 1)?.reshape((1, 1, queries))?,
+        });
+    }
+    let merged = AttentionPart::merged(&gathered)?;
+    let queries = merged.log_sums.elem_count();
+    let output = merged.output.reshape((queries, ()))?;
+    Ok(Tensor::cat(
+        &[output, merged.log_sums.reshape((queries, 1))?],
+        1,
+    )?)
+}
+
 /// [`crate::attention_part`], with its scores laid out.
 pub fn attention_part(
     q: &Tensor,

@@ -8,6 +8,7 @@
 
 use super::{Matrix, extent};
 use pulp::{Simd, WithSimd};
+use std::ops::Range;
 
 /// Inner dimension of a block.
 const DEPTH: usize = 384;
@@ -26,17 +27,34 @@ pub(super) struct Task<'a> {
     pub(super) add: bool,
     pub(super) scale: f32,
     pub(super) a: Matrix<'a, f32>,
-    pub(super) b: Matrix<'a, f32>,
+    pub(super) b: Right<'a>,
+}
+
+/// The right operand of a product.
+pub(super) enum Right<'a> {
+    /// Copied into panels block by block.
+    Plain(Matrix<'a, f32>),
+    /// Rows and columns of what is in panels already; the first column begins a panel.
+    Packed(&'a Panels, Range<usize>, Range<usize>),
 }
 
 impl Task<'_> {
     /// # Safety
     /// `result` must be valid for the rows of the product, and nobody else use them meanwhile.
     pub(super) unsafe fn run(self) {
-        assert_eq!(self.a.columns, self.b.rows);
-        let Self { a, b, .. } = &self;
+        let a = &self.a;
         assert!(extent(a.rows, a.columns, a.row_stride, a.column_stride) <= a.data.len());
-        assert!(extent(b.rows, b.columns, b.row_stride, b.column_stride) <= b.data.len());
+        match &self.b {
+            Right::Plain(b) => {
+                assert_eq!(a.columns, b.rows);
+                assert!(extent(b.rows, b.columns, b.row_stride, b.column_stride) <= b.data.len());
+            }
+            Right::Packed(panels, rows, columns) => {
+                assert_eq!(a.columns, rows.len());
+                assert!(rows.end <= panels.rows && columns.end <= panels.columns);
+                assert!(panels.begins(columns.start));
+            }
+        }
         pulp::Arch::new().dispatch(self);
     }
 }
@@ -58,77 +76,185 @@ impl WithSimd for Task<'_> {
     }
 }
 
+/// Registers across the panels of so many columns: as even as can be, so that no panel is left
+/// with one register alone, whose tile would wait for its own sums.
+fn across(columns: usize, lanes: usize) -> usize {
+    let registers = columns.div_ceil(lanes).max(1);
+    registers.div_ceil(registers.div_ceil(ACROSS))
+}
+
+/// The right operand of many products, copied into panels once.
+pub(super) struct Panels {
+    data: Vec<f32>,
+    rows: usize,
+    columns: usize,
+    /// Columns of a panel.
+    width: usize,
+    lanes: usize,
+}
+
+impl Panels {
+    pub(super) fn new(b: Matrix<f32>) -> Self {
+        assert!(extent(b.rows, b.columns, b.row_stride, b.column_stride) <= b.data.len());
+        pulp::Arch::new().dispatch(Packing(b))
+    }
+
+    /// Whether a panel begins at this column.
+    pub(super) fn begins(&self, column: usize) -> bool {
+        column.is_multiple_of(self.width)
+    }
+}
+
+struct Packing<'a>(Matrix<'a, f32>);
+
+impl WithSimd for Packing<'_> {
+    type Output = Panels;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Panels {
+        let (b, lanes) = (self.0, S::F32_LANES);
+        let width = across(b.columns, lanes) * lanes;
+        let mut data = crate::host::unwritten(b.rows * b.columns.next_multiple_of(lanes));
+        for left in (0..b.columns).step_by(width) {
+            let columns = left..b.columns.min(left + width);
+            pack(&b, 0..b.rows, columns, &mut data[left * b.rows..], lanes);
+        }
+        Panels {
+            data,
+            rows: b.rows,
+            columns: b.columns,
+            width,
+            lanes,
+        }
+    }
+}
+
+/// Rows of the right operand as tiles read them.
+#[derive(Clone, Copy)]
+struct Block {
+    /// The first panel.
+    panels: *const f32,
+    /// Rows that panels hold, and the first of `depth` that are read.
+    rows: usize,
+    first: usize,
+    depth: usize,
+    /// Columns of a panel, that panels hold, and that are wanted.
+    width: usize,
+    held: usize,
+    columns: usize,
+}
+
 impl Task<'_> {
     #[inline(always)]
     unsafe fn blocks<S: Simd, const ROWS: usize>(&self, simd: S) {
-        let (a, b) = (&self.a, &self.b);
-        let (m, k, n) = (a.rows, a.columns, b.columns);
-        let panel = ACROSS * S::F32_LANES;
-        let mut packed_b =
-            crate::host::unwritten::<f32>(DEPTH.min(k) * COLUMNS.min(n).next_multiple_of(panel));
-        let mut packed_a = [0f32; TILE_ROWS * DEPTH];
+        let lanes = S::F32_LANES;
+        let b = match &self.b {
+            Right::Plain(b) => b,
+            Right::Packed(panels, rows, columns) => {
+                assert_eq!(panels.lanes, lanes);
+                let block = Block {
+                    panels: panels.data[columns.start * panels.rows..].as_ptr(),
+                    rows: panels.rows,
+                    first: rows.start,
+                    depth: rows.len(),
+                    width: panels.width,
+                    held: panels.columns - columns.start,
+                    columns: columns.len(),
+                };
+                // SAFETY: within the panels as `run` checked.
+                return unsafe { self.rows_of_tiles::<S, ROWS>(simd, 0, 0, block) };
+            }
+        };
+        let (k, n) = (b.rows, b.columns);
+        let width = across(n.min(COLUMNS), lanes) * lanes;
+        let mut packed =
+            crate::host::unwritten::<f32>(DEPTH.min(k) * COLUMNS.min(n).next_multiple_of(lanes));
         for p in (0..k).step_by(DEPTH) {
             let depth = DEPTH.min(k - p);
             for left in (0..n).step_by(COLUMNS) {
                 let columns = COLUMNS.min(n - left);
-                for j in (0..columns).step_by(panel) {
-                    let to = &mut packed_b[j * depth..][..panel * depth];
-                    pack(
-                        b,
-                        p..p + depth,
-                        left + j..left + columns.min(j + panel),
-                        to,
-                        S::F32_LANES,
-                    );
+                for j in (0..columns).step_by(width) {
+                    let from = left + j..left + columns.min(j + width);
+                    pack(b, p..p + depth, from, &mut packed[j * depth..], lanes);
                 }
-                for i in (0..m).step_by(ROWS) {
-                    let rows = ROWS.min(m - i);
-                    // SAFETY: rows past the last are read as the last; within `a` as `run` checked.
-                    let (starts, step) = unsafe {
-                        let at = |row: usize| {
-                            a.data
-                                .as_ptr()
-                                .add((i + row.min(rows - 1)) * a.row_stride + p * a.column_stride)
-                        };
-                        if a.column_stride == 1 {
-                            (std::array::from_fn::<_, ROWS, _>(at), 1)
+                let block = Block {
+                    panels: packed.as_ptr(),
+                    rows: depth,
+                    first: 0,
+                    depth,
+                    width,
+                    held: columns,
+                    columns,
+                };
+                // SAFETY: the block was packed just now.
+                unsafe { self.rows_of_tiles::<S, ROWS>(simd, p, left, block) };
+            }
+        }
+    }
+
+    /// Adds the product with a block that begins at row `p` and column `left` of `b`.
+    #[inline(always)]
+    unsafe fn rows_of_tiles<S: Simd, const ROWS: usize>(
+        &self,
+        simd: S,
+        p: usize,
+        left: usize,
+        block: Block,
+    ) {
+        let a = &self.a;
+        let Block { depth, columns, .. } = block;
+        let apart = a.column_stride != 1;
+        let mut packed_a = crate::host::unwritten::<f32>(if apart { ROWS * depth } else { 0 });
+        for i in (0..a.rows).step_by(ROWS) {
+            let rows = ROWS.min(a.rows - i);
+            // SAFETY: rows past the last are read as the last; within `a` as `run` checked.
+            let (starts, step) = unsafe {
+                let at = |row: usize| {
+                    a.data
+                        .as_ptr()
+                        .add((i + row.min(rows - 1)) * a.row_stride + p * a.column_stride)
+                };
+                if apart {
+                    for (q, to) in packed_a.chunks_exact_mut(ROWS).enumerate() {
+                        if a.row_stride == 1 && rows == ROWS {
+                            let from = at(0).add(q * a.column_stride).cast::<[f32; ROWS]>();
+                            to.copy_from_slice(&from.read_unaligned());
                         } else {
-                            for (q, to) in packed_a.chunks_exact_mut(ROWS).take(depth).enumerate() {
-                                if a.row_stride == 1 && rows == ROWS {
-                                    let from = at(0).add(q * a.column_stride).cast::<[f32; ROWS]>();
-                                    to.copy_from_slice(&from.read());
-                                } else {
-                                    for (row, to) in to.iter_mut().enumerate() {
-                                        *to = *at(row).add(q * a.column_stride);
-                                    }
-                                }
-                            }
-                            let start = packed_a.as_ptr();
-                            (
-                                std::array::from_fn::<_, ROWS, _>(|row| start.add(row)),
-                                ROWS,
-                            )
-                        }
-                    };
-                    for j in (0..columns).step_by(panel) {
-                        let width = panel.min(columns - j);
-                        // SAFETY: the panel was packed above, the place is in the result.
-                        unsafe {
-                            let from = packed_b.as_ptr().add(j * depth);
-                            let to = self.result.add(i * self.row_stride + left + j);
-                            let add = self.add || p > 0;
-                            match width.div_ceil(S::F32_LANES) {
-                                1 => self.tile::<S, ROWS, 1>(
-                                    simd, depth, starts, step, from, to, rows, width, add,
-                                ),
-                                2 => self.tile::<S, ROWS, 2>(
-                                    simd, depth, starts, step, from, to, rows, width, add,
-                                ),
-                                _ => self.tile::<S, ROWS, 3>(
-                                    simd, depth, starts, step, from, to, rows, width, add,
-                                ),
+                            for (row, to) in to.iter_mut().enumerate() {
+                                *to = *at(row).add(q * a.column_stride);
                             }
                         }
+                    }
+                    let start = packed_a.as_ptr();
+                    (
+                        std::array::from_fn::<_, ROWS, _>(|row| start.add(row)),
+                        ROWS,
+                    )
+                } else {
+                    (std::array::from_fn::<_, ROWS, _>(at), 1)
+                }
+            };
+            for j in (0..columns).step_by(block.width) {
+                let width = block.width.min(columns - j);
+                // Registers of a row of this panel; the last panel may be narrower.
+                let held = block.width.min(block.held - j).div_ceil(S::F32_LANES);
+                // SAFETY: the panel is in the block, the place in the result.
+                unsafe {
+                    let from = block
+                        .panels
+                        .add(j * block.rows + block.first * held * S::F32_LANES);
+                    let to = self.result.add(i * self.row_stride + left + j);
+                    let add = self.add || p > 0;
+                    match width.div_ceil(S::F32_LANES) {
+                        1 => self.tile::<S, ROWS, 1>(
+                            simd, depth, starts, step, from, held, to, rows, width, add,
+                        ),
+                        2 => self.tile::<S, ROWS, 2>(
+                            simd, depth, starts, step, from, held, to, rows, width, add,
+                        ),
+                        _ => self.tile::<S, ROWS, 3>(
+                            simd, depth, starts, step, from, held, to, rows, width, add,
+                        ),
                     }
                 }
             }
@@ -145,13 +271,15 @@ impl Task<'_> {
         a: [*const f32; ROWS],
         step: usize,
         b: *const f32,
+        held: usize,
         to: *mut f32,
         rows: usize,
         width: usize,
         add: bool,
     ) {
         let mut sum = [[simd.splat_f32s(0.0); V]; ROWS];
-        // SAFETY: `depth` numbers lie `step` apart at each of `a`, and as many rows at `b`.
+        // SAFETY: `depth` numbers lie `step` apart at each of `a`, and as many rows of `held` registers
+        // at `b`.
         unsafe {
             let mut b = b.cast::<S::f32s>();
             let mut at = 0;
@@ -166,7 +294,7 @@ impl Task<'_> {
                         sum[i][v] = simd.mul_add_f32s(x, row[v], sum[i][v]);
                     }
                 }
-                b = b.add(V);
+                b = b.add(held);
                 at += step;
             }
         }
@@ -216,8 +344,8 @@ impl Task<'_> {
 #[inline(always)]
 fn pack(
     b: &Matrix<'_, f32>,
-    depth: std::ops::Range<usize>,
-    columns: std::ops::Range<usize>,
+    depth: Range<usize>,
+    columns: Range<usize>,
     to: &mut [f32],
     lanes: usize,
 ) {
@@ -304,7 +432,7 @@ mod tests {
                     add: false,
                     scale: 1.0,
                     a,
-                    b,
+                    b: Right::Plain(b),
                 };
                 simd.vectorize(task);
                 for (index, found) in result.into_iter().enumerate() {

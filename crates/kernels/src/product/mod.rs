@@ -1,10 +1,11 @@
-//! Matrix products of strided views: large ones in `f32` blocked here, all others by the `gemm`
-//! crate.
+//! Matrix products of strided views: those in `f32` blocked here unless a side is very short, all
+//! others by the `gemm` crate.
 
 mod blocked;
 
 use crate::host::Shared;
 use crate::simd::Real;
+use blocked::{Panels, Right};
 use std::ops::Range;
 
 /// A strided matrix inside a slice.
@@ -44,7 +45,7 @@ impl<'a, T> Matrix<'a, T> {
         }
     }
 
-    fn part_of_rows(self, range: &Range<usize>) -> Self {
+    pub(crate) fn part_of_rows(self, range: &Range<usize>) -> Self {
         Self {
             data: self
                 .data
@@ -140,7 +141,7 @@ fn multiply_blocked(
             add: into == Into::Add,
             scale,
             a,
-            b,
+            b: Right::Plain(b),
         };
         // SAFETY: parts are disjoint rows or columns of a result that is borrowed exclusively.
         unsafe { task.run() }
@@ -163,6 +164,23 @@ fn in_parallel(range: Range<usize>, body: &(impl Fn(usize) + Sync)) {
     );
 }
 
+/// Operands in `f32` whose product is worth its panels. How a number is summed depends on the
+/// sizes alone, never on the threads.
+fn blockable<'a, T: Real>(
+    a: Matrix<'a, T>,
+    b: Matrix<'a, T>,
+) -> Option<(Matrix<'a, f32>, Matrix<'a, f32>)> {
+    // Few rows pay for panels only where threads share them out.
+    let large = a.rows * a.columns * b.columns >= PARALLEL_PRODUCT;
+    let rows = if large {
+        BLOCKED_ROWS
+    } else {
+        2 * BLOCKED_ROWS
+    };
+    let worth = a.rows >= rows && b.columns >= BLOCKED_COLUMNS;
+    worth.then(|| a.single().zip(b.single())).flatten()
+}
+
 /// `result (+)= scale · a b`, where rows of `result` start `row_stride` apart.
 pub(crate) fn multiply<T: Real>(
     result: &mut [T],
@@ -176,9 +194,7 @@ pub(crate) fn multiply<T: Real>(
     assert!(extent(a.rows, b.columns, row_stride, 1) <= result.len());
     let parallel = threads == Threads::All && a.rows * a.columns * b.columns >= PARALLEL_PRODUCT;
     if parallel
-        && a.rows >= BLOCKED_ROWS
-        && b.columns >= BLOCKED_COLUMNS
-        && let (Some(a), Some(b)) = (a.single(), b.single())
+        && let Some((a, b)) = blockable(a, b)
         && let Some(result) = T::single_mut(result)
     {
         return multiply_blocked(result, row_stride, into, scale.to_f64() as f32, a, b);
@@ -201,6 +217,18 @@ pub(crate) unsafe fn multiply_at<T: Real>(
     b: Matrix<T>,
     parallel: bool,
 ) {
+    if let Some((a, b)) = blockable(a, b) {
+        let task = blocked::Task {
+            result: result.cast::<f32>(),
+            row_stride,
+            add: into == Into::Add,
+            scale: scale.to_f64() as f32,
+            a,
+            b: Right::Plain(b),
+        };
+        // SAFETY: by contract; both operands are of `f32`, and so is the result.
+        return unsafe { task.run() };
+    }
     let (m, k, n) = (a.rows, a.columns, b.columns);
     assert_eq!(k, b.rows, "inner dimensions of a product");
     assert!(extent(m, k, a.row_stride, a.column_stride) <= a.data.len());
@@ -232,6 +260,56 @@ pub(crate) unsafe fn multiply_at<T: Real>(
                 gemm::Parallelism::None
             },
         );
+    }
+}
+
+/// The right operand of many products, which is copied into the shape that tiles read only once.
+pub(crate) struct Repeated<'a, T> {
+    matrix: Matrix<'a, T>,
+    /// Where it is worth it.
+    panels: Option<Panels>,
+}
+
+impl<'a, T: Real> Repeated<'a, T> {
+    /// An operand for products with `rows` rows of left operands in all.
+    pub(crate) fn new(matrix: Matrix<'a, T>, rows: usize) -> Self {
+        let worth = rows >= BLOCKED_ROWS && matrix.columns >= BLOCKED_COLUMNS;
+        let panels = worth.then(|| matrix.single()).flatten().map(Panels::new);
+        Self { matrix, panels }
+    }
+
+    /// Columns that a part of the operand best begins at a multiple of.
+    pub(crate) const COLUMNS: usize = blocked::PANEL_COLUMNS;
+
+    /// [`multiply_at`] of `a` and the given rows and columns of the operand, on this thread.
+    ///
+    /// # Safety
+    /// As [`multiply_at`].
+    pub(crate) unsafe fn multiply_at(
+        &self,
+        (result, row_stride): (*mut T, usize),
+        into: Into,
+        scale: T,
+        a: Matrix<T>,
+        (rows, columns): (Range<usize>, Range<usize>),
+    ) {
+        if let (Some(panels), Some(a)) = (&self.panels, a.single())
+            && panels.begins(columns.start)
+        {
+            let task = blocked::Task {
+                result: result.cast::<f32>(),
+                row_stride,
+                add: into == Into::Add,
+                scale: scale.to_f64() as f32,
+                a,
+                b: Right::Packed(panels, rows, columns),
+            };
+            // SAFETY: by contract; the operands are of `f32`, and so is the result.
+            return unsafe { task.run() };
+        }
+        let b = self.matrix.part_of_rows(&rows).part_of_columns(&columns);
+        // SAFETY: by contract.
+        unsafe { multiply_at(result, row_stride, into, scale, a, b, false) }
     }
 }
 

@@ -108,7 +108,7 @@ fn brute(spec: &TopologicalSpec, a: &[f64], q: &[f64], keys: &[f64], i: usize) -
 
 #[test]
 fn it_is_linear_attention_weighed_by_the_distance_in_the_tree() {
-    // Whole, cut once or often, and so long that levels go through transforms.
+    // One tile and several; that cuts give the same is tested where both stand.
     for (columns, length) in [
         (None, 9),
         (None, 70),

@@ -2,7 +2,7 @@
 //!
 //! A sparse mechanism says which queries meet which keys by naming, for every head of every
 //! sequence, blocks of a few queries and a few keys ([`Blocks`]). Their rows are gathered, each
-//! block is attention of its own by [`attention_part`], and what a query got in several parts is
+//! block is attention of its own, and what a query got in several parts is
 //! merged by the log-sums into one softmax over all the keys that it met:
 //!
 //! ```text
@@ -17,10 +17,9 @@
 use super::sequences::{At, Sequences};
 use crate::Result;
 use crate::error::tensor;
-use lapidary_kernels::{
-    AttentionOptions, AttentionPart, PartOptions, Tensor, attention_part, embedding,
-};
+use lapidary_kernels::{Attended, AttentionOptions, PartOptions, Tensor, embedding};
 use lapidary_signal::Mixing;
+use std::sync::Arc;
 
 /// Which keys of a block a query sees.
 #[derive(Clone, Copy, Debug, Default)]
@@ -142,10 +141,8 @@ pub(super) struct Part {
     k: Tensor,
     /// The rows of the keys, `[blocks · key]`.
     keys: Tensor,
-    /// Where each query lies among those of the blocks, `[queries]`; those in none behind all.
-    back: Tensor,
-    /// Whether every query is in a block.
-    complete: bool,
+    /// Where each query lies among those of the blocks.
+    back: Arc<Vec<u32>>,
     options: PartOptions,
 }
 
@@ -171,8 +168,7 @@ impl Part {
         let query_rows = listed(rows(0), &[count * queries])?;
         let key_rows = listed(rows(1), &[count * keys])?;
         let (total, width) = tensor(q.dims2())?;
-        let nowhere = (count * queries) as u32;
-        let mut back = vec![nowhere; total];
+        let mut back = vec![Attended::NOWHERE; total];
         for (block, place) in blocks.blocks.iter().zip(0..) {
             for (at, lies) in block[0].iter().zip(place * queries..) {
                 if let Some(back) = back.get_mut(at.row) {
@@ -180,7 +176,6 @@ impl Part {
                 }
             }
         }
-        let complete = !back.contains(&nowhere);
         let key_padding = match blocks.filled(1) {
             false => None,
             true => {
@@ -214,8 +209,7 @@ impl Part {
             q: tensor(embedding(q, &query_rows)?.reshape((count, 1, queries, width)))?,
             k: tensor(embedding(k, &key_rows)?.reshape((count, 1, keys, width)))?,
             keys: key_rows,
-            back: listed(back, &[total])?,
-            complete,
+            back: Arc::new(back),
             options,
             left,
             blocks,
@@ -223,25 +217,11 @@ impl Part {
         }))
     }
 
-    /// Attention over this part for values `[keys, width]`: an output `[1, 1, queries, width]`.
-    pub(super) fn attend(&self, values: &Tensor) -> lapidary_kernels::Result<AttentionPart> {
-        let (count, _, queries, _) = self.q.dims4()?;
-        let (keys, width) = (self.k.dim(2)?, values.dim(1)?);
-        let v = embedding(values, &self.keys)?.reshape((count, 1, keys, width))?;
-        let part = attention_part(&self.q, &self.k, &v, &self.options)?;
-        let back = |x: Tensor, width: usize, nowhere: f64| -> lapidary_kernels::Result<Tensor> {
-            let mut x = x.contiguous()?.reshape((count * queries, width))?;
-            if !self.complete {
-                let row = Tensor::full(nowhere, (1, width), x.device())?.to_dtype(x.dtype())?;
-                x = Tensor::cat(&[x, row], 0)?;
-            }
-            embedding(&x, &self.back)
-        };
-        let total = self.back.dim(0)?;
-        Ok(AttentionPart {
-            output: back(part.output, width, 0.0)?.reshape((1, 1, total, width))?,
-            log_sums: back(part.log_sums, 1, f64::NEG_INFINITY)?.reshape((1, 1, total))?,
-        })
+    /// What each query gets from this part of values `[keys, width]`.
+    pub(super) fn attend(&self, values: &Tensor) -> lapidary_kernels::Result<Attended> {
+        let (count, _, keys, _) = self.k.dims4()?;
+        let v = embedding(values, &self.keys)?.reshape((count, 1, keys, ()))?;
+        Attended::new([&self.q, &self.k, &v], &self.options, self.back.clone())
     }
 
     /// Pairs of a query and a key that it sees.
@@ -268,21 +248,17 @@ pub(super) fn rows(x: &Tensor) -> lapidary_kernels::Result<Tensor> {
 
 /// What queries got from several parts, as one softmax: `[queries, width]`; zeros without a part.
 pub(super) fn merge(
-    parts: &[AttentionPart],
+    parts: &[Attended],
     queries: usize,
     like: &Tensor,
 ) -> lapidary_kernels::Result<Tensor> {
-    let width = like.dim(1)?;
-    if parts.is_empty() {
-        return Ok(Tensor::zeros(
-            (queries, width),
-            like.dtype(),
-            like.device(),
-        )?);
+    match Attended::merged(parts)? {
+        Some(merged) => merged.output(),
+        None => {
+            let shape = (queries, like.dim(1)?);
+            Ok(Tensor::zeros(shape, like.dtype(), like.device())?)
+        }
     }
-    Ok(AttentionPart::merged(parts)?
-        .output
-        .reshape((queries, width))?)
 }
 
 /// Operations of attention over `parts` and of merging them.

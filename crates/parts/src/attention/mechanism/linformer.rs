@@ -20,7 +20,7 @@ use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Subsets};
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
-use lapidary_kernels::{AttentionOptions, Tensor, attention};
+use lapidary_kernels::{AttentionOptions, Tensor, attention, matmul};
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -251,12 +251,11 @@ fn project(
                 // One matrix for all heads is one product for each sequence.
                 let merged = x.transpose(1, 2)?.contiguous()?;
                 let merged = merged.reshape((batch, keys, heads * width))?;
-                let slots = matrix.contiguous()?.broadcast_matmul(&merged)?;
+                let slots = matmul(&matrix, &merged)?;
                 let slots = slots.reshape((batch, spec.slots, heads, width))?;
                 return Ok(slots.transpose(1, 2)?.contiguous()?);
             }
-            let matrix = matrix.unsqueeze(0)?.contiguous()?;
-            Ok(matrix.broadcast_matmul(&x.contiguous()?)?)
+            matmul(&matrix.unsqueeze(0)?, &x)
         }
         Along::Windows(weights) => {
             // Neighbours beyond the input count as zeros, as its columns would.

@@ -36,7 +36,7 @@ use crate::state::MixerState;
 use crate::{Error, Result};
 use lapidary_kernels::{
     Activation, Direction, Tensor, activate, cumulative_sum, linear, linear_attention_in_chunks,
-    operations_in_chunks,
+    matmul, operations_in_chunks,
 };
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
@@ -516,8 +516,7 @@ impl Curves {
     }
 
     fn laid_out(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let keys = self.k.transpose(2, 3)?.contiguous()?;
-        let mut scores = self.q.contiguous()?.matmul(&keys)?;
+        let mut scores = matmul(&self.q, &self.k.transpose(2, 3)?)?;
         let mut masks = None;
         for (log_decay, order) in &self.curves {
             let mask = Self::mask(log_decay, order.as_ref())?;
@@ -529,7 +528,7 @@ impl Curves {
         if let Some(masks) = masks {
             scores = (scores * (masks / self.curves.len() as f64)?)?;
         }
-        Ok(scores.matmul(&values.contiguous()?)?)
+        matmul(&scores, values)
     }
 
     /// The past and the future of one curve, what a position has of itself counted once.

@@ -40,7 +40,7 @@ use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
 use crate::state::{KeyValueCache, MixerState};
 use crate::{Error, Result};
-use lapidary_kernels::{DType, Tensor};
+use lapidary_kernels::{DType, Tensor, matmul};
 use lapidary_signal::Mixing;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -238,8 +238,7 @@ impl ReformerSpec {
         let shape = (1, heads, columns, width);
         let rotations = tensor(Tensor::from_vec(rotations, shape, k.device()))?;
         let rotations = tensor(tensor(rotations.to_dtype(k.dtype()))?.transpose(2, 3))?;
-        let rotations = tensor(rotations.contiguous())?;
-        let rotated = tensor(tensor(k.detach().contiguous())?.broadcast_matmul(&rotations))?;
+        let rotated = matmul(&k.detach(), &rotations)?;
         let rotated = tensor(tensor(rotated.to_dtype(DType::F64))?.flatten_all())?;
         let rotated = tensor(rotated.to_vec1::<f64>())?;
         let mut buckets = Vec::with_capacity(batch * heads * keys * self.rounds);

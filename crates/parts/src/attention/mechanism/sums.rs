@@ -14,7 +14,7 @@ use crate::error::tensor;
 use crate::state::MixerState;
 use crate::{Error, Result};
 use lapidary_kernels::{
-    DType, Direction, Tensor, linear_attention_in_chunks, operations_in_chunks,
+    DType, Direction, Tensor, linear_attention_in_chunks, matmul, operations_in_chunks,
 };
 use lapidary_signal::Mixing;
 
@@ -240,8 +240,7 @@ impl Features {
 
 /// `kᵀ v`, `[batch, heads, features, width]`.
 fn collected(k: &Tensor, v: &Tensor) -> lapidary_kernels::Result<Tensor> {
-    let k = k.transpose(2, 3)?.contiguous()?;
-    Ok(k.matmul(&v.contiguous()?)?)
+    matmul(&k.transpose(2, 3)?, v)
 }
 
 impl Sums for Features {
@@ -263,7 +262,7 @@ impl Sums for Features {
                 self.chunk,
             );
         }
-        Ok(self.q.contiguous()?.matmul(&collected(&self.k, values)?)?)
+        matmul(&self.q, &collected(&self.k, values)?)
     }
 
     fn operations(&self, width: usize) -> u64 {
@@ -278,7 +277,7 @@ impl Sums for Features {
 
 impl Remembered for Features {
     fn read(&self, state: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let read = self.q.contiguous()?.matmul(state)?;
+        let read = matmul(&self.q, state)?;
         match &self.log_decay {
             None => Ok(read),
             Some(decay) => {

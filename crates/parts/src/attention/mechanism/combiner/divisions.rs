@@ -315,9 +315,8 @@ impl Tokens<'_> {
             None => None,
             Some(part) => {
                 let (count, width) = tensor(self.keys.dims2())?;
-                let keys = part.attend(&self.keys)?.output;
                 let summaries = Summaries {
-                    keys: tensor(keys.reshape((count, width)))?,
+                    keys: part.attend(&self.keys)?.output()?,
                     before: operations([&part], 0, [width; 2]),
                     parts: vec![part],
                     counts: vec![columns; count],

@@ -23,11 +23,7 @@ pub(super) struct Summaries {
 impl Summaries {
     /// Values of spans, `[spans, width]`, from those of tokens.
     pub(super) fn values(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let width = values.dim(1)?;
-        let each = self.parts.iter().map(|part| {
-            let output = part.attend(values)?.output;
-            Ok(output.reshape(((), width))?)
-        });
+        let each = self.parts.iter().map(|part| part.attend(values)?.output());
         let each = each.collect::<lapidary_kernels::Result<Vec<_>>>()?;
         Ok(Tensor::cat(&each, 0)?)
     }

@@ -41,7 +41,7 @@ use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
 use circuit::Circuit;
-use lapidary_kernels::Tensor;
+use lapidary_kernels::{Tensor, matmul};
 use lapidary_signal::Mixing;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -479,8 +479,7 @@ impl Mechanism for DoublyStochastic {
                 format!("{keys}, as many as keys"),
             ));
         }
-        let across = tensor(tensor(k.transpose(2, 3))?.contiguous())?;
-        let scores = tensor(tensor(q.contiguous())?.matmul(&across))?;
+        let scores = matmul(q, &tensor(k.transpose(2, 3))?)?;
         let real = pass.kept(q.dtype())?;
         let operator = &self.spec.operator;
         let weights = operator.apply(&scores, self.scale, real.as_ref(), self.theta.as_ref())?;
@@ -511,7 +510,7 @@ impl Mixing for Laid {
     }
 
     fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        Ok(self.weights.matmul(&values.contiguous()?)?)
+        matmul(&self.weights, values)
     }
 
     fn weights(&self, _: &Tensor) -> lapidary_kernels::Result<Tensor> {

@@ -43,7 +43,7 @@ use crate::parameters::{Init, Parameters};
 use crate::state::MixerState;
 use crate::{Error, Result};
 use codes::MAX_BITS;
-use lapidary_kernels::{Device, Tensor};
+use lapidary_kernels::{Device, Tensor, gaussian, matmul};
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -203,37 +203,46 @@ impl Hashing {
     /// # Errors
     /// Those of the tensor engine.
     pub fn project(&self, queries: &Tensor, kept: Option<&Tensor>) -> Result<Tensor> {
-        let (_, _, length, _) = tensor(queries.dims4())?;
         let lengths = tensor(tensor(queries.sqr())?.sum_keepdim(3))?;
         let lengths = tensor(tensor(lengths.maximum(LEAST * LEAST))?.sqrt())?;
         let units = tensor(tensor(queries.contiguous())?.broadcast_div(&lengths))?;
-        let across = |x: &Tensor| tensor(tensor(x.transpose(1, 2))?.contiguous());
-        let products = tensor(units.broadcast_matmul(&across(&self.anchors)?))?;
-        let of_units = tensor(tensor(units.sqr())?.sum_keepdim(3))?;
-        let of_anchors = across(&tensor(tensor(self.anchors.sqr())?.sum_keepdim(2))?)?;
-        let distances = tensor(tensor(products * -2.0)?.broadcast_add(&of_units))?;
-        let distances = tensor(distances.broadcast_add(&of_anchors))?;
-        let distances = tensor(distances.maximum(0.0))?;
-        let heads = tensor(self.means.dim(0))?;
         let bandwidths = match &self.bandwidths {
-            Some(fitted) => tensor(fitted.reshape((1, heads, 1, 1)))?,
-            None => {
-                let each = tensor(distances.mean_keepdim(3))?;
-                match kept {
-                    None => tensor(tensor(each.sum_keepdim(2))? / length.max(1) as f64)?,
-                    Some(kept) => {
-                        let sum = tensor(tensor(each.broadcast_mul(kept))?.sum_keepdim(2))?;
-                        let count = tensor(tensor(kept.sum_keepdim(2))?.maximum(1.0))?;
-                        tensor(sum.broadcast_div(&count))?
-                    }
-                }
-            }
+            Some(fitted) => fitted.clone(),
+            None => self.mean_distances(&units, kept)?,
         };
-        let twice = tensor(tensor(bandwidths * 2.0)?.maximum(LEAST))?;
-        let kernels = tensor(tensor(tensor(distances.neg())?.broadcast_div(&twice))?.exp())?;
-        let means = tensor(self.means.unsqueeze(1))?;
-        let centred = tensor(kernels.broadcast_sub(&means))?;
-        tensor(centred.broadcast_matmul(&across(&self.hashes)?))
+        let rates = tensor(tensor(tensor(bandwidths * 2.0)?.maximum(LEAST))?.recip())?;
+        let kernels = gaussian(&units, &self.anchors, &rates)?;
+        // κ Aᵀ − μ Aᵀ, whose second part is one row for each head.
+        let across = tensor(self.hashes.transpose(1, 2))?;
+        let means = matmul(&tensor(self.means.unsqueeze(1))?, &across)?;
+        tensor(matmul(&kernels, &across)?.broadcast_sub(&means))
+    }
+
+    /// The mean `‖u_i − a_j‖²` over the tokens and anchors of each head `[batch, heads]`, for `units`
+    /// `u` `[batch, heads, length, head_width]`: of sums alone, without any distance laid out.
+    fn mean_distances(&self, units: &Tensor, kept: Option<&Tensor>) -> Result<Tensor> {
+        let (batch, heads, length, width) = tensor(units.dims4())?;
+        let kept = match kept {
+            Some(kept) => kept.clone(),
+            None => tensor(Tensor::ones(
+                (batch, 1, length, 1),
+                units.dtype(),
+                units.device(),
+            ))?,
+        };
+        let count = tensor(tensor(kept.sum_keepdim(2))?.maximum(1.0))?;
+        let shares = tensor(tensor(kept.broadcast_div(&count))?.transpose(2, 3))?;
+        // [batch, heads, 1, head_width] and [batch, heads, 1, 1]
+        let mean_unit = matmul(&shares, units)?;
+        let squares = tensor(tensor(units.sqr())?.sum_keepdim(3))?;
+        let mean_square = matmul(&shares, &squares)?;
+        let anchors = tensor(tensor(self.anchors.mean_keepdim(1))?.reshape((1, heads, 1, width)))?;
+        let of_anchors = tensor(tensor(self.anchors.sqr())?.sum_keepdim(2))?;
+        let of_anchors = tensor(tensor(of_anchors.mean_keepdim(1))?.reshape((1, heads, 1, 1)))?;
+        let across = tensor(tensor(mean_unit.broadcast_mul(&anchors))?.sum_keepdim(3))?;
+        let apart =
+            tensor(tensor(mean_square - tensor(across * 2.0)?)?.broadcast_add(&of_anchors))?;
+        tensor(tensor(apart.maximum(0.0))?.reshape((batch, heads)))
     }
 
     /// Codes of ±1 `[batch, heads, length, bits]`, of the same.
@@ -440,10 +449,9 @@ impl Mixing for Released {
         let bits = q.dim(3)?.saturating_sub(1);
         let (codes, keys) = (q.narrow(3, 0, bits)?, k.narrow(3, 0, bits)?);
         let there = k.narrow(3, bits, 1)?;
-        let context = keys.transpose(2, 3)?.contiguous()?;
-        let context = context.matmul(&values.contiguous()?)?;
+        let context = matmul(&keys.transpose(2, 3)?, values)?;
         let own = (values.broadcast_mul(&there)? * self.offset)?;
-        let sums = (codes.contiguous()?.matmul(&context)? + own)?;
+        let sums = (matmul(&codes, &context)? + own)?;
         let total = codes.broadcast_mul(&keys.sum_keepdim(2)?)?.sum_keepdim(3)?;
         let count = (there.sum_keepdim(2)? * self.offset)?;
         // Where there is no key at all, sums are zero.

@@ -36,7 +36,7 @@ use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
 use crate::state::MixerState;
 use crate::{Error, Result};
-use lapidary_kernels::{D, Tensor};
+use lapidary_kernels::{D, Tensor, exponential_features};
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -189,10 +189,18 @@ impl FeatureMap {
     /// # Errors
     /// Those of the tensor engine.
     pub fn features(&self, x: &Tensor, seed: u64) -> Result<Tensor> {
-        let projected = self.project(x, seed)?;
-        match self.read_out {
-            ReadOut::Fourier { smoothing } => self.waves(&projected, smoothing),
-            ReadOut::Positive { .. } => self.exponentials(&self.exponents(x, &projected)?),
+        match (
+            self.read_out,
+            self.spectrum.frequencies(x, self.count, seed)?,
+        ) {
+            (ReadOut::Fourier { smoothing }, _) => self.waves(&self.project(x, seed)?, smoothing),
+            (ReadOut::Positive { .. }, Some(frequencies)) => {
+                let x = self.spectrum.for_components(x)?;
+                Ok(exponential_features(&x, &frequencies, 1.0)?)
+            }
+            (ReadOut::Positive { .. }, None) => {
+                self.exponentials(&self.exponents(x, &self.project(x, seed)?)?)
+            }
         }
     }
 

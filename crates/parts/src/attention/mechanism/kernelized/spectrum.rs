@@ -18,7 +18,7 @@ use super::{KernelizedSpec, ReadOut};
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
-use lapidary_kernels::{SoftmaxMask, Tensor, linear, softmax};
+use lapidary_kernels::{SoftmaxMask, Tensor, linear, matmul, softmax};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
@@ -228,8 +228,14 @@ impl Spectrum {
         }
     }
 
-    /// `ω · x` `[batch, heads · components, length, count]` for `x` `[batch, heads, length, d]`.
-    pub(super) fn project(&self, x: &Tensor, count: usize, seed: u64) -> Result<Tensor> {
+    /// `ω` `[heads · components or 1, count, d]` for `x` `[batch, heads, length, d]`; none where they are
+    /// never laid out.
+    pub(super) fn frequencies(
+        &self,
+        x: &Tensor,
+        count: usize,
+        seed: u64,
+    ) -> Result<Option<Tensor>> {
         let width = tensor(x.dim(3))?;
         let noise = |count: usize, width: usize| normal(&[count, width], seed, x);
         let frequencies = match self {
@@ -237,7 +243,7 @@ impl Spectrum {
             Self::Symmetric { means, factors, .. } => {
                 let noise = tensor(noise(count / 2, width)?.unsqueeze(0))?;
                 // n S for every row n: n + n (S − I).
-                let turned = tensor(noise.broadcast_matmul(factors))?;
+                let turned = matmul(&noise, factors)?;
                 let turned = tensor(turned.broadcast_add(&noise))?;
                 let means = tensor(means.unsqueeze(1))?;
                 let (above, below) = (turned.broadcast_add(&means), turned.broadcast_sub(&means));
@@ -253,16 +259,27 @@ impl Spectrum {
                 let scaled = tensor(noise.broadcast_mul(&tensor(deviations.unsqueeze(1))?))?;
                 tensor(scaled.broadcast_add(&tensor(means.unsqueeze(1))?))?
             }
-            Self::Fastfood(fastfood) => return fastfood.project(x, seed),
+            Self::Fastfood(_) => return Ok(None),
             Self::Generator(generator) => {
                 let noise = noise(count, generator.input)?;
                 tensor(generator.forward(&noise)?.unsqueeze(0))?
             }
         };
-        // [1, heads · components or 1, d, count]
-        let across = tensor(tensor(frequencies.unsqueeze(0))?.transpose(2, 3))?;
-        let x = tensor(self.for_components(x)?.contiguous())?;
-        tensor(x.broadcast_matmul(&tensor(across.contiguous())?))
+        Ok(Some(frequencies))
+    }
+
+    /// `ω · x` `[batch, heads · components, length, count]` for `x` `[batch, heads, length, d]`.
+    pub(super) fn project(&self, x: &Tensor, count: usize, seed: u64) -> Result<Tensor> {
+        if let Self::Fastfood(fastfood) = self {
+            return fastfood.project(x, seed);
+        }
+        match self.frequencies(x, count, seed)? {
+            Some(frequencies) => {
+                let across = tensor(frequencies.transpose(1, 2))?;
+                Ok(matmul(&self.for_components(x)?, &across)?)
+            }
+            None => Ok(x.clone()),
+        }
     }
 
     /// Operations of the projection of one query or key of all components of a head.

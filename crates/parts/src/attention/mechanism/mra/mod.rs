@@ -37,7 +37,7 @@ use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
 use crate::state::MixerState;
 use crate::{Error, Result};
-use lapidary_kernels::{AttentionPart, Tensor};
+use lapidary_kernels::Tensor;
 use lapidary_signal::Mixing;
 use layout::Layout;
 use plan::{Plan, Refined, Scaled};
@@ -415,21 +415,6 @@ impl Resolutions {
     }
 }
 
-/// What blocks got, for each of their `size` tokens.
-fn spread(part: AttentionPart, size: usize) -> lapidary_kernels::Result<AttentionPart> {
-    let (_, _, rows, width) = part.output.dims4()?;
-    let output = part.output.reshape((rows, 1, width))?;
-    let output = output.broadcast_as((rows, size, width))?;
-    let log_sums = part
-        .log_sums
-        .reshape((rows, 1))?
-        .broadcast_as((rows, size))?;
-    Ok(AttentionPart {
-        output: output.contiguous()?.reshape((1, 1, rows * size, width))?,
-        log_sums: log_sums.contiguous()?.reshape((1, 1, rows * size))?,
-    })
-}
-
 impl Mixing for Resolutions {
     fn sizes(&self) -> [usize; 4] {
         self.layout.sizes
@@ -441,7 +426,8 @@ impl Mixing for Resolutions {
         let mut parts = Vec::with_capacity(self.parts.len());
         for Scale { size, level, part } in &self.parts {
             let values = means.get(*level).unwrap_or(&laid);
-            parts.push(spread(part.attend(values)?, *size)?);
+            // What blocks got, for each of their tokens.
+            parts.push(part.attend(values)?.repeated(*size));
         }
         self.layout.unlay(&merge(&parts, self.rows(), &laid)?)
     }

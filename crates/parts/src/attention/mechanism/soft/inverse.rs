@@ -11,7 +11,7 @@
 
 use crate::Result;
 use crate::error::tensor;
-use lapidary_kernels::{D, Tensor};
+use lapidary_kernels::{D, Tensor, matmul};
 
 /// How much of the step that just converges is taken first.
 const CAUTION: f64 = 0.9;
@@ -22,7 +22,7 @@ const CAUTION: f64 = 0.9;
 /// # Errors
 /// Those of the tensor engine.
 pub fn newton_inverse(a: &Tensor, epsilon: f64, steps: usize) -> Result<Tensor> {
-    let a = tensor(a.detach().contiguous())?;
+    let a = a.detach();
     let size = tensor(a.dim(D::Minus1))?;
     let norm = tensor(tensor(a.sum_keepdim(D::Minus1))?.max_keepdim(D::Minus2))?;
     let identity = tensor(Tensor::eye(size, a.dtype(), a.device()))?;
@@ -31,7 +31,7 @@ pub fn newton_inverse(a: &Tensor, epsilon: f64, steps: usize) -> Result<Tensor> 
     let mut y = tensor(a.broadcast_mul(&alpha))?;
     for _ in 0..steps {
         let twice = tensor(&y * 2.0)?;
-        y = tensor(twice - tensor(tensor(y.matmul(&a))?.matmul(&y))?)?;
+        y = tensor(twice - matmul(&matmul(&y, &a)?, &y)?)?;
     }
     Ok(y)
 }
@@ -47,6 +47,6 @@ pub fn regularised_inverse(a: &Tensor, epsilon: f64, steps: usize) -> Result<Ten
     }
     // Nothing in value; its derivative is d(A⁻¹) = −A⁻¹ dA A⁻¹.
     let change = tensor(a - a.detach())?;
-    let moved = tensor(tensor(y.matmul(&tensor(change.contiguous())?))?.matmul(&y))?;
+    let moved = matmul(&matmul(&y, &change)?, &y)?;
     tensor(y - moved)
 }

@@ -4,7 +4,9 @@ use super::SoftSpec;
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
-use lapidary_kernels::{Activation, DType, Device, Tensor, activate, layer_norm, linear};
+use lapidary_kernels::{
+    Activation, DType, Device, Shape, Tensor, activate, layer_norm, linear, matmul,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -209,7 +211,7 @@ impl Pooling {
                 let used = like(used, (batch, 1, count, 1), q)?;
                 let shares = like(shares, (batch, 1, count, length), q)?;
                 Ok(Points {
-                    points: tensor(shares.broadcast_matmul(&tensor(q.contiguous())?))?,
+                    points: matmul(&shares, q)?,
                     kept: used,
                     operations: 2 * count * length * width,
                 })
@@ -219,8 +221,8 @@ impl Pooling {
 }
 
 /// Numbers as a tensor on the device and of the type of `x`.
-fn like(values: Vec<f64>, shape: (usize, usize, usize, usize), x: &Tensor) -> Result<Tensor> {
-    let values = tensor(Tensor::from_vec(values, shape, &Device::Cpu))?;
+pub(super) fn like(values: Vec<f64>, shape: impl Into<Shape>, x: &Tensor) -> Result<Tensor> {
+    let values = tensor(Tensor::from_vec(values, shape.into(), &Device::Cpu))?;
     tensor(tensor(values.to_dtype(x.dtype()))?.to_device(x.device()))
 }
 

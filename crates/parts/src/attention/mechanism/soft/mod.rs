@@ -39,8 +39,8 @@ use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, QueryKeySharin
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
-use landmarks::{Grid, Points, Pooling, odd};
-use lapidary_kernels::Tensor;
+use landmarks::{Grid, Points, Pooling, like, odd};
+use lapidary_kernels::{Tensor, gaussian, matmul};
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -197,11 +197,15 @@ impl Mechanism for Soft {
                 format!("{keys}, as keys, which soft's queries are"),
             ));
         }
-        let kept = match pass.kept(q.dtype())? {
-            Some(kept) => kept,
+        let pads = pass.kept(q.dtype())?;
+        let kept = match &pads {
+            Some(kept) => kept.clone(),
             None => tensor(Tensor::ones((batch, 1, length, 1), q.dtype(), q.device()))?,
         };
-        let q = tensor(tensor(q * self.root)?.broadcast_mul(&kept))?;
+        let mut q = tensor(q * self.root)?;
+        if pads.is_some() {
+            q = tensor(q.broadcast_mul(&kept))?;
+        }
         let grid = Grid::new(&self.spec, length);
         let Points {
             points,
@@ -224,7 +228,9 @@ impl Mechanism for Soft {
         let both = tensor(of_points.broadcast_mul(&across))?;
         let identity = tensor(Tensor::eye(count, q.dtype(), q.device()))?;
         let alone = tensor(identity.broadcast_mul(&tensor(of_points.affine(-1.0, 1.0))?))?;
-        let inner = tensor(gaussian(&points, &points)?.broadcast_mul(&both))?;
+        let rate = like(vec![0.5], (1, 1), &q)?;
+        let inner = gaussian(&points, &points, &rate)?;
+        let inner = tensor(inner.broadcast_mul(&both))?;
         let inner = tensor(inner.broadcast_add(&alone))?;
         let mut middle = regularised_inverse(&inner, self.spec.epsilon, self.spec.steps)?;
         if self.spec.normalised {
@@ -233,8 +239,11 @@ impl Mechanism for Soft {
             middle = tensor(middle.broadcast_div(&degrees))?;
             middle = tensor(middle.broadcast_div(&other))?;
         }
-        let rows = tensor(gaussian(&q, &points)?.broadcast_mul(&across))?;
-        let rows = tensor(rows.broadcast_mul(&kept))?;
+        let middle = tensor(middle.broadcast_mul(&both))?;
+        let mut rows = gaussian(&q, &points, &rate)?;
+        if pads.is_some() {
+            rows = tensor(rows.broadcast_mul(&kept))?;
+        }
         let normalising = if self.spec.normalised { 5 } else { 0 };
         let squares = count * count;
         let before = operations
@@ -247,22 +256,11 @@ impl Mechanism for Soft {
             rows,
             middle,
             near: self.filters.clone().map(|filters| Near { filters, grid }),
-            kept,
+            kept: pads,
             before: (batch * heads * before) as u64,
             taps: self.spec.taps(),
         }))
     }
-}
-
-/// `exp(−‖a − b‖² / 2)` `[batch, heads, a, b]`.
-fn gaussian(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let squares = |x: &Tensor| tensor(tensor(x.sqr())?.sum_keepdim(3));
-    let across = |x: &Tensor| tensor(tensor(x.transpose(2, 3))?.contiguous());
-    let products = tensor(tensor(a.contiguous())?.matmul(&across(b)?))?;
-    let distances = tensor(tensor(products * -2.0)?.broadcast_add(&squares(a)?))?;
-    let distances = tensor(distances.broadcast_add(&across(&squares(b)?)?))?;
-    let distances = tensor(distances.maximum(0.0))?;
-    tensor(tensor(distances * -0.5)?.exp())
 }
 
 /// The filters of heads, and how tokens lie.
@@ -308,7 +306,7 @@ struct Factored {
     middle: Tensor,
     near: Option<Near>,
     /// `[batch, 1, key, 1]`.
-    kept: Tensor,
+    kept: Option<Tensor>,
     before: u64,
     taps: usize,
 }
@@ -319,12 +317,17 @@ impl Mixing for Factored {
     }
 
     fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let collected = self.rows.transpose(2, 3)?.contiguous()?;
-        let collected = collected.matmul(&values.contiguous()?)?;
-        let y = self.rows.matmul(&self.middle.matmul(&collected)?)?;
+        let collected = matmul(&self.rows.transpose(2, 3)?, values)?;
+        let y = matmul(&self.rows, &matmul(&self.middle, &collected)?)?;
         match &self.near {
             None => Ok(y),
-            Some(near) => Ok((y + near.filter(&values.broadcast_mul(&self.kept)?)?)?),
+            Some(near) => {
+                let near = match &self.kept {
+                    None => near.filter(values)?,
+                    Some(kept) => near.filter(&values.broadcast_mul(kept)?)?,
+                };
+                Ok((y + near)?)
+            }
         }
     }
 

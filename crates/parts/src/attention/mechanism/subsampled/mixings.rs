@@ -4,8 +4,9 @@ use super::super::blocks::{self, Part, Rule, rows};
 use super::super::sequences::{At, Sequences};
 use crate::Result;
 use crate::error::tensor;
-use lapidary_kernels::{AttentionPart, SoftmaxMask, Tensor, embedding, softmax};
+use lapidary_kernels::{Attended, SoftmaxMask, Tensor, embedding, matmul, softmax};
 use lapidary_signal::Mixing;
+use std::sync::Arc;
 
 /// A score that is as good as none, and yet a number.
 const HIDDEN: f64 = -1e30;
@@ -83,10 +84,9 @@ impl Mixing for Drawn {
             parts.push(part.attend(&values)?);
         }
         if let Some((own, scores)) = &self.own {
-            parts.push(AttentionPart {
-                output: own.values(&values)?.reshape((1, 1, all, ()))?,
-                log_sums: scores.reshape((1, 1, all))?,
-            });
+            let each = Arc::new((0..all as u32).collect());
+            let scores = scores.reshape(all)?;
+            parts.push(Attended::from_rows(&own.values(&values)?, &scores, each)?);
         }
         let merged = blocks::merge(&parts, all, &values)?;
         Ok(merged.reshape((batch, heads, queries, ()))?)
@@ -185,7 +185,7 @@ impl LaidOut {
         let width = tensor(q_rows.dim(1))?;
         let q = tensor(embedding(&q_rows, &query_rows)?.reshape((count, most_queries, width)))?;
         let k = tensor(embedding(&k_rows, &key_rows)?.reshape((count, most_keys, width)))?;
-        let products = tensor(q.matmul(&tensor(tensor(k.t())?.contiguous())?))?;
+        let products = matmul(&q, &tensor(k.t())?)?;
         let table = tensor(tensor(bias.contiguous())?.reshape(((), 1)))?;
         let shape = (count, most_queries, most_keys);
         let bias = tensor(embedding(&table, &ids(places)?)?.reshape(shape))?;
@@ -228,7 +228,7 @@ impl Mixing for LaidOut {
         let values = rows(values)?;
         let width = values.dim(1)?;
         let v = embedding(&values, &self.keys)?.reshape((count, keys, width))?;
-        let mut mixed = self.weights.narrow(2, 0, keys)?.contiguous()?.matmul(&v)?;
+        let mut mixed = matmul(&self.weights.narrow(2, 0, keys)?, &v)?;
         if let Some(own) = &self.own {
             let v = embedding(&values, own)?.reshape((count, each, width))?;
             mixed = (mixed + v.broadcast_mul(&self.weights.narrow(2, keys, 1)?)?)?;

@@ -17,14 +17,17 @@
 //! again, and what the sides give each other depends on levels of equal distance alone. Sums
 //! `Σ φ(k_j) v_jᵀ` are held for the levels of one cut at a time, and never for each token; nothing is kept
 //! for the gradient, which is three products of the same kind, `M` being symmetric, and a correlation
-//! by distance for `a`.
+//! by distance for `a`. Where there are so few tokens that all pairs in tiles take less, they are laid out
+//! tile by tile instead.
 //!
 //! Pads have no features and stand behind the tokens on a grid. Only bidirectional self-attention.
 //!
 //! Cost for each head of `n` tokens with `m` features: `2 n m (value_width + 1)` twice for every depth of
-//! cuts, products of levels, and `2 · 32 n (m + value_width + 1)` in the pieces that are laid out.
+//! cuts, products of levels, and `2 · 32 n (m + value_width + 1)` in the pieces that are laid out; or
+//! `2 n² (m + value_width + 1)` in tiles.
 //! Parameters: 3, or 3 for each head.
 
+mod laid_out;
 mod operation;
 
 use super::sums::{Normalised, Sums, kept};
@@ -32,8 +35,9 @@ use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Subsets, draw_
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
+use laid_out::LaidOut;
 use lapidary_factor::trees::{IntegratorTree, Tree};
-use lapidary_kernels::{Tensor, by_hand};
+use lapidary_kernels::{Tensor, by_hand, matmul};
 use lapidary_signal::Mixing;
 use operation::Masked;
 use rand::{RngExt, SeedableRng};
@@ -44,6 +48,8 @@ use std::sync::Arc;
 
 const MAX_COLUMNS: usize = 1 << 16;
 const MAX_FEATURES: usize = 1 << 12;
+/// How many operations in tiles take as long as one in cuts.
+const TILED: u64 = 8;
 
 /// Linear attention under a function of the distance in a tree.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -238,7 +244,7 @@ impl Topological {
         let drawn = tensor(drawn.to_dtype(q.dtype()))?;
         let of = |x: &Tensor| -> Result<Tensor> {
             let x = tensor(x * self.heads.scale.sqrt())?;
-            let along = tensor(tensor(x.contiguous())?.broadcast_matmul(&drawn))?;
+            let along = matmul(&x, &drawn)?;
             let squares = tensor(tensor(tensor(x.sqr())?.sum_keepdim(3))? * 0.5)?;
             tensor(along.broadcast_sub(&squares))
         };
@@ -280,7 +286,13 @@ impl Mechanism for Topological {
         let mask = self.by_distance(distances)?;
         let before = self.before([q, k], distances);
         let [q, k] = self.features([q, k], pass)?;
-        let sums = OnTree { q, k, mask, cut };
+        let sums = OnTree {
+            q,
+            k,
+            mask,
+            cut,
+            columns: self.spec.columns,
+        };
         Ok(Box::new(Normalised::new(sums, 0.0, before)))
     }
 }
@@ -294,6 +306,20 @@ struct OnTree {
     /// `M` by distance, `[heads, distances]`.
     mask: Tensor,
     cut: Arc<IntegratorTree>,
+    columns: Option<usize>,
+}
+
+impl OnTree {
+    fn features(&self) -> usize {
+        self.q.dims().last().copied().unwrap_or(0)
+    }
+
+    /// Operations of one head in cuts and in tiles, and whether it is tiles that are used.
+    fn choice(&self, width: usize) -> (u64, u64, bool) {
+        let cuts = operation::operations(&self.cut, self.features(), width);
+        let tiles = laid_out::operations(self.cut.vertices(), self.features(), width);
+        (cuts, tiles, tiles <= TILED * cuts)
+    }
 }
 
 impl Sums for OnTree {
@@ -306,20 +332,33 @@ impl Sums for OnTree {
 
     fn sums(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
         let (batch, heads, length, width) = values.dims4()?;
-        let operation = Masked {
+        let inputs = [&self.q, &self.k, values, &self.mask];
+        let (features, distances) = (self.features(), self.mask.dim(1)?);
+        let shape = [batch, heads, length, width];
+        if let (_, _, true) = self.choice(width) {
+            let tiles = LaidOut {
+                columns: self.columns,
+                length,
+                heads,
+                features,
+                width,
+                distances,
+            };
+            return by_hand(tiles, &inputs, &shape);
+        }
+        let cuts = Masked {
             cut: self.cut.clone(),
             heads,
-            features: self.q.dim(3)?,
+            features,
             width,
-            distances: self.mask.dim(1)?,
+            distances,
         };
-        let inputs = [&self.q, &self.k, values, &self.mask];
-        by_hand(operation, &inputs, &[batch, heads, length, width])
+        by_hand(cuts, &inputs, &shape)
     }
 
     fn operations(&self, width: usize) -> u64 {
         let [batch, heads, ..] = self.sizes();
-        let features = self.q.dims().last().copied().unwrap_or(0);
-        (batch * heads) as u64 * operation::operations(&self.cut, features, width)
+        let (cuts, tiles, tiled) = self.choice(width);
+        (batch * heads) as u64 * if tiled { tiles } else { cuts }
     }
 }
