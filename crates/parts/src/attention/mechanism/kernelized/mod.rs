@@ -189,18 +189,15 @@ impl FeatureMap {
     /// # Errors
     /// Those of the tensor engine.
     pub fn features(&self, x: &Tensor, seed: u64) -> Result<Tensor> {
-        match (
-            self.read_out,
-            self.spectrum.frequencies(x, self.count, seed)?,
-        ) {
-            (ReadOut::Fourier { smoothing }, _) => self.waves(&self.project(x, seed)?, smoothing),
-            (ReadOut::Positive { .. }, Some(frequencies)) => {
+        if let ReadOut::Fourier { smoothing } = self.read_out {
+            return self.waves(&self.project(x, seed)?, smoothing);
+        }
+        match self.spectrum.frequencies(x, self.count, seed)? {
+            Some(frequencies) => {
                 let x = self.spectrum.for_components(x)?;
                 Ok(exponential_features(&x, &frequencies, 1.0)?)
             }
-            (ReadOut::Positive { .. }, None) => {
-                self.exponentials(&self.exponents(x, &self.project(x, seed)?)?)
-            }
+            None => self.exponentials(&self.exponents(x, &self.project(x, seed)?)?),
         }
     }
 
