@@ -1,6 +1,12 @@
 //! What a mixer remembers between decoding steps.
 
-use crate::error::tensor;
+mod buffers;
+mod kept;
+
+pub use buffers::Buffers;
+pub use kept::Kept;
+
+use crate::attention::mechanism::{RefinedMemory, SpanMemory};
 use crate::{Error, Result};
 use lapidary_kernels::Tensor;
 
@@ -29,16 +35,11 @@ pub enum MixerState {
         decay: Option<Tensor>,
     },
     /// Keys and values of those tokens that later ones may still see.
-    Kept {
-        /// `[batch, kept, heads · head_width]`.
-        keys: Tensor,
-        /// `[batch, kept, heads · value_width]`.
-        values: Tensor,
-        /// Which tokens they are of, rising.
-        places: Vec<usize>,
-        /// Tokens so far.
-        length: usize,
-    },
+    Kept(Kept),
+    /// Summaries of spans of earlier tokens.
+    Spans(SpanMemory),
+    /// The same for blocks, and which of them are refined.
+    Refined(RefinedMemory),
     /// Keys and values of every token so far, and where they were hashed to.
     Hashed {
         /// Keys and values.
@@ -67,70 +68,21 @@ impl DecodeState {
     }
 }
 
-/// Keys and values `[batch, length, groups · head_width]` in buffers that grow by doubling, so that
-/// appending a token copies one token.
+/// Keys and values `[batch, length, groups · head_width]`, each appended to.
 #[derive(Debug)]
-pub struct KeyValueCache {
-    keys: Tensor,
-    values: Tensor,
-    length: usize,
-}
+pub struct KeyValueCache(Buffers);
 
 impl KeyValueCache {
     /// A cache that holds `keys` and `values`.
     pub fn new(keys: &Tensor, values: &Tensor) -> Result<Self> {
-        let (_, length, _) = tensor(keys.dims3())?;
-        let capacity = (length + 1).next_power_of_two().max(16);
-        Ok(Self {
-            keys: grow(keys, capacity)?,
-            values: grow(values, capacity)?,
-            length,
-        })
+        Buffers::new(&[keys, values]).map(Self)
     }
 
     /// Appends and gives all keys and values so far.
     pub fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (batch, added, width) = tensor(keys.dims3())?;
-        let length = self.length + added;
-        let (known_batch, capacity, known_width) = tensor(self.keys.dims3())?;
-        if (batch, width) != (known_batch, known_width) {
-            return Err(Error::spec(
-                "batch and width of the decode state",
-                (known_batch, known_width),
-                format!("{:?}, as in this pass", (batch, width)),
-            ));
-        }
-        if length > capacity {
-            let capacity = length.next_power_of_two();
-            self.keys = grow(&tensor(self.keys.narrow(1, 0, self.length))?, capacity)?;
-            self.values = grow(&tensor(self.values.narrow(1, 0, self.length))?, capacity)?;
-        }
-        tensor(
-            self.keys
-                .slice_set(&tensor(keys.contiguous())?, 1, self.length),
-        )?;
-        tensor(
-            self.values
-                .slice_set(&tensor(values.contiguous())?, 1, self.length),
-        )?;
-        self.length = length;
-        Ok((
-            tensor(self.keys.narrow(1, 0, length))?,
-            tensor(self.values.narrow(1, 0, length))?,
-        ))
+        self.0.append(&[keys, values])?;
+        Ok((self.0.all(0)?, self.0.all(1)?))
     }
-}
-
-fn grow(x: &Tensor, capacity: usize) -> Result<Tensor> {
-    let (batch, length, width) = tensor(x.dims3())?;
-    let buffer = tensor(Tensor::zeros(
-        (batch, capacity, width),
-        x.dtype(),
-        x.device(),
-    ))?;
-    tensor(buffer.slice_set(&tensor(x.detach().contiguous())?, 1, 0))?;
-    debug_assert!(length <= capacity);
-    Ok(buffer)
 }
 
 impl MixerState {
@@ -142,7 +94,9 @@ impl MixerState {
             Self::Recurrent { .. } => "the state of a recurrence",
             Self::Window(_) => "the window of a convolution",
             Self::Sums { .. } => "sums over keys",
-            Self::Kept { .. } => "keys and values of a pattern",
+            Self::Kept(_) => "keys and values of a pattern",
+            Self::Spans(_) => "summaries of spans",
+            Self::Refined(_) => "means of blocks",
             Self::Hashed { .. } => "hashed keys and values",
         }
     }

@@ -2,6 +2,7 @@
 
 mod combiner;
 mod common;
+mod decoding;
 mod doubly_stochastic;
 mod ecoformer;
 mod fastmax;

@@ -268,11 +268,13 @@ fn caches_hold_what_later_tokens_may_see() {
             let here = Signal::from(x.narrow(1, offset, 1).unwrap());
             attention.forward(&here, &cx, Some(&mut state)).unwrap();
         }
-        let MixerState::Kept { keys, places, .. } = &state else {
+        let MixerState::Kept(kept) = &state else {
             panic!("{state:?}");
         };
-        assert_eq!(places, &expected, "{pattern:?} {steps:?}");
-        assert_eq!(keys.dims(), [1, expected.len(), attention::WIDTH]);
+        let held = kept.places();
+        let missing = expected.iter().find(|place| !held.contains(place));
+        assert_eq!(missing, None, "{pattern:?} {steps:?}");
+        assert!(held.len() < 2 * expected.len().max(8), "{held:?}");
     }
 }
 

@@ -14,7 +14,7 @@
 //! Cost: for each pair of a query and a key that it may see `2 head_width + 2 value_width + 5`, and
 //! `2 value_width + 4` for each query of each part where there are several.
 
-use super::sequences::{At, Sequences};
+use super::sequences::At;
 use crate::Result;
 use crate::error::tensor;
 use lapidary_kernels::{Attended, AttentionOptions, PartOptions, Tensor, embedding};
@@ -69,16 +69,14 @@ impl Blocks {
         self.blocks.is_empty()
     }
 
-    /// Which rows of keys are in any block.
-    pub(super) fn met(&self) -> Vec<bool> {
-        let mut met = Vec::new();
-        for at in self.blocks.iter().flat_map(|[_, keys]| keys) {
-            if met.len() <= at.row {
-                met.resize(at.row + 1, false);
-            }
-            met[at.row] = true;
-        }
-        met
+    /// All keys of all blocks.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &At> {
+        self.blocks.iter().flat_map(|[_, keys]| keys)
+    }
+
+    /// All keys of all blocks, to be moved.
+    pub(super) fn keys_mut(&mut self) -> impl Iterator<Item = &mut At> {
+        self.blocks.iter_mut().flat_map(|[_, keys]| keys)
     }
 
     /// Most queries and keys of a block.
@@ -246,6 +244,12 @@ pub(super) fn rows(x: &Tensor) -> lapidary_kernels::Result<Tensor> {
     Ok(x.contiguous()?.reshape((batch * heads * length, width))?)
 }
 
+/// `[batch · heads, length, width]` of `[batch, heads, length, width]`, as memories hold them.
+pub(super) fn flat(x: &Tensor) -> Result<Tensor> {
+    let (batch, heads, length, width) = tensor(x.dims4())?;
+    tensor(tensor(x.contiguous())?.reshape((batch * heads, length, width)))
+}
+
 /// What queries got from several parts, as one softmax: `[queries, width]`; zeros without a part.
 pub(super) fn merge(
     parts: &[Attended],
@@ -306,7 +310,7 @@ pub(super) struct Sparse {
 impl Sparse {
     /// Attention of `q` `[batch, heads, query, head_width]` over `k` in such blocks.
     pub(super) fn new(
-        sequences: &Sequences,
+        sizes: [usize; 4],
         (q, k): (&Tensor, &Tensor),
         scale: f64,
         blocks: impl IntoIterator<Item = (Blocks, Rule)>,
@@ -316,13 +320,13 @@ impl Sparse {
         for (blocks, rule) in blocks {
             parts.extend(Part::new(blocks, rule, (&q_rows, &k_rows), scale, None)?);
         }
-        Ok(Self::of(sequences, tensor(q.dim(3))?, parts))
+        Ok(Self::of(sizes, tensor(q.dim(3))?, parts))
     }
 
     /// Attention over ready parts.
-    pub(super) fn of(sequences: &Sequences, head_width: usize, parts: Vec<Part>) -> Self {
+    pub(super) fn of(sizes: [usize; 4], head_width: usize, parts: Vec<Part>) -> Self {
         Self {
-            sizes: sequences.sizes,
+            sizes,
             head_width,
             parts,
             before: 0,

@@ -20,10 +20,12 @@ pub mod fastmax;
 pub mod kernelized;
 pub mod linformer;
 pub mod lion;
+mod met;
 pub mod mra;
 pub mod reformer;
 mod sequences;
 pub mod soft;
+mod spans;
 pub mod sparse;
 pub mod subsampled;
 mod sums;
@@ -54,6 +56,8 @@ use subsampled::SubsampledSpec;
 use topological::TopologicalSpec;
 
 use super::QueryKeySharing;
+pub use mra::RefinedMemory;
+pub use spans::SpanMemory;
 
 /// Which mechanism, and how it is set up.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -274,7 +278,7 @@ pub struct Scores {
 pub enum Memory {
     /// Every key and value.
     KeysAndValues,
-    /// A state of its own, of a size that does not grow: see [`Mechanism::resume`].
+    /// What it needs of them, and no more: see [`Mechanism::resume`].
     Own,
 }
 
@@ -288,11 +292,11 @@ pub enum Resumed {
         /// What the queries get from earlier tokens beside that, `[batch, heads, query, width]`.
         past: Tensor,
     },
-    /// Values of earlier tokens were kept.
+    /// Values of earlier tokens, or of summaries of them, were kept.
     Kept {
-        /// Mixes them and those of the step.
+        /// Mixes some of them and those of the step.
         mixing: Box<dyn Mixing>,
-        /// All of them, those of the step last: `[batch, heads, key, width]`.
+        /// What it mixes, the values of the step last: `[batch, heads, key, width]`.
         values: Tensor,
     },
 }

@@ -427,7 +427,7 @@ impl Reformer {
                 bias,
             )?);
         }
-        Ok(Sparse::of(sequences, tensor(q.dim(3))?, parts).after(self.hashing(k)?))
+        Ok(Sparse::of(sequences.sizes, tensor(q.dim(3))?, parts).after(self.hashing(k)?))
     }
 
     /// Operations of hashing keys.

@@ -18,48 +18,51 @@ pub(super) struct At {
 
 /// The real tokens of the sequences of a pass.
 #[derive(Debug)]
-pub(super) struct Sequences {
+pub(super) struct Sequences<'a> {
     /// `[batch, heads, queries, keys]`.
     pub(super) sizes: [usize; 4],
     /// Tokens so far, pads among them.
     all: usize,
-    /// Where the real tokens of each sequence lie among all.
-    real: Vec<Vec<usize>>,
-    /// Where each of all lies among the keys; itself where all are there.
-    rows: Option<Vec<usize>>,
+    /// Where the real tokens of each sequence lie among all; nothing where there are no pads.
+    real: Option<Vec<Vec<usize>>>,
+    /// What is left of earlier tokens.
+    left: Option<Left<'a>>,
 }
 
-impl Sequences {
+/// Which columns of keys are those of tokens, where not all are there.
+#[derive(Clone, Copy, Debug)]
+struct Left<'a> {
+    /// Columns of something else before them.
+    before: usize,
+    /// Where the tokens lie among all, rising.
+    places: &'a [usize],
+}
+
+impl<'a> Sequences<'a> {
     /// Those of `q` and `k`, `[batch, heads, length, width]`: queries are the last of the keys'
     /// tokens.
     pub(super) fn new(q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Self> {
-        let all = tensor(k.dim(2))?;
-        Self::among(q, k, all, pass)
+        let keys = tensor(k.dim(2))?;
+        Self::among(q, [keys; 2], pass)
     }
 
-    /// Those of keys of which only some are left of earlier tokens: those at `places`, rising.
+    /// Those of keys of which only some are left of earlier tokens: those at `places`, rising, with
+    /// `before` columns of something else before them.
     pub(super) fn kept(
         q: &Tensor,
-        k: &Tensor,
-        places: &[usize],
+        places: &'a [usize],
+        before: usize,
         pass: &MechanismPass<'_>,
     ) -> Result<Self> {
         let all = places.last().map_or(0, |last| last + 1);
-        let mut rows = vec![0; all];
-        for (row, &place) in places.iter().enumerate() {
-            if let Some(at) = rows.get_mut(place) {
-                *at = row;
-            }
-        }
         Ok(Self {
-            rows: Some(rows),
-            ..Self::among(q, k, all, pass)?
+            left: Some(Left { before, places }),
+            ..Self::among(q, [before + places.len(), all], pass)?
         })
     }
 
-    fn among(q: &Tensor, k: &Tensor, all: usize, pass: &MechanismPass<'_>) -> Result<Self> {
+    fn among(q: &Tensor, [keys, all]: [usize; 2], pass: &MechanismPass<'_>) -> Result<Self> {
         let (batch, heads, queries, _) = tensor(q.dims4())?;
-        let keys = tensor(k.dim(2))?;
         if queries > keys {
             return Err(Error::spec(
                 format!("number of queries at {}", pass.path),
@@ -68,36 +71,41 @@ impl Sequences {
             ));
         }
         let real = match pass.keep {
-            None => vec![(0..all).collect(); batch],
+            None => None,
             Some(keep) => {
                 let keep = tensor(keep.to_vec2::<u8>())?;
                 let real = |keep: Vec<u8>| (0..all).filter(|&j| keep.get(j) == Some(&1)).collect();
-                keep.into_iter().map(real).collect()
+                Some(keep.into_iter().map(real).collect())
             }
         };
         Ok(Self {
             sizes: [batch, heads, queries, keys],
             all,
             real,
-            rows: None,
+            left: None,
         })
     }
 
     /// Numbers of real tokens.
     pub(super) fn lengths(&self) -> Vec<usize> {
-        self.real.iter().map(Vec::len).collect()
+        let [batch, ..] = self.sizes;
+        match &self.real {
+            None => vec![self.all; batch],
+            Some(real) => real.iter().map(Vec::len).collect(),
+        }
     }
 
     /// Every head of every sequence.
     pub(super) fn iter(&self) -> impl Iterator<Item = Sequence<'_>> {
-        let [_, heads, ..] = self.sizes;
-        self.real.iter().enumerate().flat_map(move |(batch, real)| {
-            (0..heads).map(move |head| Sequence {
-                head,
-                index: batch * heads + head,
-                real,
-                of: self,
-            })
+        let [batch, heads, ..] = self.sizes;
+        (0..batch * heads).map(move |index| Sequence {
+            head: index % heads,
+            index,
+            real: match &self.real {
+                None => None,
+                Some(real) => real.get(index / heads).map(Vec::as_slice),
+            },
+            of: self,
         })
     }
 }
@@ -108,20 +116,31 @@ pub(super) struct Sequence<'a> {
     pub(super) head: usize,
     /// In `[batch · heads]`.
     pub(super) index: usize,
-    real: &'a [usize],
-    of: &'a Sequences,
+    /// Nothing where all tokens are.
+    real: Option<&'a [usize]>,
+    of: &'a Sequences<'a>,
 }
 
 impl Sequence<'_> {
+    /// Which sequence of the batch it is a head of.
+    pub(super) fn batch(&self) -> usize {
+        let [_, heads, ..] = self.of.sizes;
+        self.index / heads.max(1)
+    }
+
     /// Number of real tokens.
     pub(super) fn len(&self) -> usize {
-        self.real.len()
+        self.real.map_or(self.of.all, <[usize]>::len)
     }
 
     /// The first token that is a query too; all after it are.
     pub(super) fn first(&self) -> usize {
         let [_, _, queries, _] = self.of.sizes;
-        self.real.partition_point(|&j| j < self.of.all - queries)
+        let earlier = self.of.all - queries;
+        match self.real {
+            None => earlier,
+            Some(real) => real.partition_point(|&j| j < earlier),
+        }
     }
 
     /// The tokens that are queries too.
@@ -140,24 +159,44 @@ impl Sequence<'_> {
 
     /// A token as a key.
     pub(super) fn key(&self, token: usize) -> At {
-        let [.., keys] = self.of.sizes;
         At {
-            row: self.index * keys + self.lies(token),
+            row: self.row(self.lies(token)),
             position: token,
         }
+    }
+
+    /// The row of a column of keys.
+    pub(super) fn row(&self, column: usize) -> usize {
+        let [.., keys] = self.of.sizes;
+        self.index * keys + column
     }
 
     /// Where a token lies among the keys, pads among them.
     pub(super) fn lies(&self, token: usize) -> usize {
         let place = self.place(token);
-        match &self.of.rows {
-            None => place,
-            Some(rows) => rows.get(place).copied().unwrap_or_default(),
-        }
+        let Some(Left { before, places }) = self.of.left else {
+            return place;
+        };
+        let column = match places.get(place) {
+            Some(here) if *here == place => place,
+            _ => places.partition_point(|other| *other < place),
+        };
+        before + column
     }
 
     /// Where a token lies among all, pads among them.
     pub(super) fn place(&self, token: usize) -> usize {
-        self.real.get(token).copied().unwrap_or_default()
+        match self.real {
+            None => token,
+            Some(real) => real.get(token).copied().unwrap_or_default(),
+        }
+    }
+
+    /// The token that lies there; none where it is a pad.
+    pub(super) fn token(&self, place: usize) -> Option<usize> {
+        match self.real {
+            None => Some(place),
+            Some(real) => real.binary_search(&place).ok(),
+        }
     }
 }

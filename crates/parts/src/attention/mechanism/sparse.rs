@@ -28,16 +28,18 @@
 //! Cost: for each pair that a pattern leaves `2 head_width + 2 value_width + 5`; at most
 //! `l + ⌈n / l⌉` pairs for a query (strided, axial), or `l + c ⌈n / l⌉` (fixed). No parameters.
 //!
-//! While decoding, keys and values are kept only as long as a later token may see them: the last `l`
+//! While decoding, a step gathers the keys and values of its pattern alone. They are kept only as long
+//! as a later token may see them (at times twice as many, until there is no room): the last `l`
 //! in the first step of strided, the own block in that of the others, the columns in the second
 //! step of fixed; every column of strided and axial is read again, and all of it is kept.
 
-use super::blocks::{Blocks, Rule, Sparse, apart, side_by_side};
+use super::blocks::{Blocks, Rule, Sparse, flat};
+use super::met::Met;
 use super::sequences::{At, Sequence, Sequences};
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
 use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
-use crate::state::MixerState;
+use crate::state::{Kept, MixerState};
 use crate::{Error, Result};
 use lapidary_kernels::Tensor;
 use lapidary_signal::Mixing;
@@ -166,7 +168,8 @@ struct SparseAttention {
 }
 
 impl SparseAttention {
-    fn among(&self, sequences: &Sequences, q: &Tensor, k: &Tensor) -> Result<Sparse> {
+    /// Which queries meet which keys, in each step.
+    fn blocks(&self, sequences: &Sequences<'_>) -> [(Blocks, Rule); 2] {
         let (mut near, mut far) = (Blocks::default(), Blocks::default());
         for sequence in sequences.iter() {
             let (takes_near, takes_far) = self.spec.takes(sequence.head);
@@ -185,40 +188,82 @@ impl SparseAttention {
             SparsePattern::Strided { stride } => Some(stride),
             _ => None,
         };
-        let steps = [(near, Rule { window, ..causal }), (far, causal)];
-        Sparse::new(sequences, (q, k), self.scale, steps)
+        [(near, Rule { window, ..causal }), (far, causal)]
     }
 
-    /// Which of the rows of keys, and where they are from, a later token may still see.
-    fn needed(&self, sequences: &Sequences, places: &[usize]) -> Vec<(usize, usize)> {
-        let mut needed = vec![false; places.last().map_or(0, |last| last + 1)];
-        for sequence in sequences.iter() {
-            for token in 0..sequence.len() {
-                let place = needed.get_mut(sequence.place(token));
-                if let Some(needed) = place.filter(|needed| !**needed) {
-                    *needed = self.spec.keeps(sequence.head, token, sequence.len());
-                }
-            }
+    /// The first tokens; all is at hand.
+    fn start(&self, [q, k, v]: [&Tensor; 3], pass: &MechanismPass<'_>) -> Result<(Resumed, Kept)> {
+        let sequences = Sequences::new(q, k, pass)?;
+        let blocks = self.blocks(&sequences);
+        let mixing = Sparse::new(sequences.sizes, (q, k), self.scale, blocks)?;
+        let mut kept = Kept::new(&[&flat(k)?, &flat(v)?])?;
+        self.forget(&mut kept, &sequences)?;
+        let step = Resumed::Kept {
+            mixing: Box::new(mixing),
+            values: v.clone(),
+        };
+        Ok((step, kept))
+    }
+
+    /// Tokens that follow those that are `kept`.
+    fn follow(
+        &self,
+        [q, k, v]: [&Tensor; 3],
+        kept: &mut Kept,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Resumed> {
+        kept.append(&[&flat(k)?, &flat(v)?])?;
+        let step = self.among(q, kept, pass)?;
+        if kept.rows().is_full() {
+            let places = kept.places().to_vec();
+            self.forget(kept, &Sequences::kept(q, &places, 0, pass)?)?;
         }
-        let all = places.iter().copied().enumerate();
-        all.filter(|(_, place)| needed.get(*place) == Some(&true))
-            .collect()
+        Ok(step)
+    }
+
+    /// Attention of the last tokens that are `kept`.
+    fn among(&self, q: &Tensor, kept: &Kept, pass: &MechanismPass<'_>) -> Result<Resumed> {
+        let sequences = Sequences::kept(q, kept.places(), 0, pass)?;
+        let [batch, heads, queries, _] = sequences.sizes;
+        let mut blocks = self.blocks(&sequences);
+        let rows = blocks.iter().flat_map(|(blocks, _)| blocks.keys());
+        let met = Met::new(rows.map(|key| key.row), sequences.sizes, queries);
+        for key in blocks.iter_mut().flat_map(|(blocks, _)| blocks.keys_mut()) {
+            met.carry(key);
+        }
+        let sizes = [batch, heads, queries, met.columns().len()];
+        let gathered = |sort: usize| -> Result<Tensor> {
+            let rows = kept.rows().pick(sort, met.columns())?;
+            tensor(rows.reshape((batch, heads, met.columns().len(), ())))
+        };
+        let keys = gathered(0)?;
+        Ok(Resumed::Kept {
+            mixing: Box::new(Sparse::new(sizes, (q, &keys), self.scale, blocks)?),
+            values: gathered(1)?,
+        })
+    }
+
+    /// Leaves what a later token may still see.
+    fn forget(&self, kept: &mut Kept, sequences: &Sequences<'_>) -> Result<()> {
+        kept.retain(|place| {
+            sequences.iter().any(|sequence| {
+                let keeps = |token| self.spec.keeps(sequence.head, token, sequence.len());
+                sequence.token(place).is_some_and(keeps)
+            })
+        })
     }
 }
 
 impl Mechanism for SparseAttention {
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
         let sequences = Sequences::new(q, k, pass)?;
-        Ok(Box::new(self.among(&sequences, q, k)?))
+        let blocks = self.blocks(&sequences);
+        let mixing = Sparse::new(sequences.sizes, (q, k), self.scale, blocks)?;
+        Ok(Box::new(mixing))
     }
 
     fn memory(&self) -> Memory {
-        match (self.spec.pattern, self.spec.steps) {
-            (SparsePattern::Fixed { .. }, _) | (_, Steps::First) => Memory::Own,
-            // Every token is in a column that is read again.
-            (SparsePattern::Strided { .. } | SparsePattern::Axial { .. }, _)
-            | (SparsePattern::LogSparse, _) => Memory::KeysAndValues,
-        }
+        Memory::Own
     }
 
     fn resume(
@@ -229,48 +274,19 @@ impl Mechanism for SparseAttention {
         state: &mut MixerState,
         pass: &MechanismPass<'_>,
     ) -> Result<Resumed> {
-        let (_, heads, new, _) = tensor(k.dims4())?;
-        let (mut keys, mut values) = (side_by_side(k)?, side_by_side(v)?);
-        let (mut places, earlier) = match state {
-            MixerState::Empty => (Vec::new(), 0),
-            MixerState::Kept {
-                keys: old_keys,
-                values: old_values,
-                places,
-                length,
-            } => {
-                keys = tensor(Tensor::cat(&[&*old_keys, &keys], 1))?;
-                values = tensor(Tensor::cat(&[&*old_values, &values], 1))?;
-                (std::mem::take(places), *length)
+        match state {
+            MixerState::Empty => {
+                let (step, kept) = self.start([q, k, v], pass)?;
+                *state = MixerState::Kept(kept);
+                Ok(step)
             }
-            _ => {
-                return Err(Error::spec(
-                    format!("decode state at {}", pass.path),
-                    "another mixer's",
-                    "that of a pattern",
-                ));
-            }
-        };
-        let length = earlier + new;
-        places.extend(earlier..length);
-        let all = apart(&keys, heads)?;
-        let sequences = Sequences::kept(q, &all, &places, pass)?;
-        let whole = self.among(&sequences, q, &all)?;
-        let step = Resumed::Kept {
-            mixing: Box::new(whole),
-            values: apart(&values, heads)?,
-        };
-        let needed = self.needed(&sequences, &places);
-        let rows: Vec<u32> = needed.iter().map(|(row, _)| *row as u32).collect();
-        let rows = tensor(Tensor::new(rows, keys.device()))?;
-        let left = |x: &Tensor| tensor(x.detach().index_select(&rows, 1));
-        *state = MixerState::Kept {
-            keys: left(&keys)?,
-            values: left(&values)?,
-            places: needed.into_iter().map(|(_, place)| place).collect(),
-            length,
-        };
-        Ok(step)
+            MixerState::Kept(kept) => self.follow([q, k, v], kept, pass),
+            other => Err(Error::spec(
+                format!("decode state at {}", pass.path),
+                other.name(),
+                "keys and values of a pattern",
+            )),
+        }
     }
 }
 
@@ -351,9 +367,9 @@ impl SparseSpec {
         match self.pattern {
             // The sequence as [stride, length / stride].
             SparsePattern::Strided { stride } | SparsePattern::Axial { stride } => {
-                for column in 0..stride.min(length) {
-                    let column = (column..length).step_by(stride);
-                    let of = column.clone().filter(|i| queries.contains(i));
+                for first in queries.start..length.min(queries.start + stride) {
+                    let of = (first..length).step_by(stride);
+                    let column = (first % stride..length).step_by(stride);
                     let ahead = if merged { stride } else { 0 };
                     let over = column.map(|j| At {
                         position: j + ahead,

@@ -357,20 +357,20 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
                 // two, 0 of four.
                 CombinerForm::LogSparse => (6 + 7 + (3 + 2 + 4)) * pair + merging(2),
                 // Columns of 1 + 2 + 3, rows of 1 before; the other column above, and its first two
-                // beginnings; one side of each earlier row, the other being empty, and both rows'
-                // ends of one token.
+                // beginnings; one side of each earlier row, the other being empty, and both ends
+                // of one token of the two rows that have a later one.
                 CombinerForm::Mixture {
                     columns: 2,
                     joint: false,
                 } => {
                     let direct = 12 + 3;
                     let vertical = (direct + 4 + 6) * pair + merging(3);
-                    let horizontal = (direct + 6 + 6) * pair + merging(3);
+                    let horizontal = (direct + 6 + 4) * pair + merging(3);
                     vertical + horizontal + 2 * LENGTH * value
                 }
                 CombinerForm::RowMajor { columns: 2 } => {
-                    let keys = 12 * (4 * spec.head_width(WIDTH) + 5);
-                    (9 + 6 + 12) * pair + merging(2) + keys
+                    let keys = 8 * (4 * spec.head_width(WIDTH) + 5);
+                    (9 + 6 + 8) * pair + merging(2) + keys
                 }
                 other => panic!("no formula for {other:?}"),
             };

@@ -1,61 +1,128 @@
 //! Which tokens are met directly and which in spans, form by form.
 
-use super::super::blocks::{Bias, Blocks, Part, Rule, operations};
+use super::super::blocks::{Blocks, Rule};
 use super::super::sequences::{At, Sequence, Sequences};
-use super::summaries::{Lists, Summaries};
-use super::{ALL, CAUSAL, Division, OTHERS};
+use super::super::spans::{Ended, Sort, Span};
+use super::{ALL, CAUSAL, CombinerForm, OTHERS};
 use crate::Result;
-use crate::error::tensor;
-use lapidary_kernels::Tensor;
+
+/// One division of the tokens: who meets which by itself, and which spans.
+#[derive(Debug, Default)]
+pub(super) struct Division {
+    pub(super) direct: Vec<(Blocks, Rule)>,
+    pub(super) spans: Vec<(Blocks, Rule)>,
+    /// How many tokens a span has.
+    pub(super) counts: Vec<(At, usize)>,
+}
+
+impl Division {
+    fn blocks(&self) -> impl Iterator<Item = &Blocks> {
+        let all = self.direct.iter().chain(&self.spans);
+        all.map(|(blocks, _)| blocks)
+    }
+
+    /// All keys, spans among them.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &At> {
+        self.blocks().flat_map(Blocks::keys)
+    }
+
+    /// All keys, spans among them, to be moved.
+    pub(super) fn keys_mut(&mut self) -> impl Iterator<Item = &mut At> {
+        let all = self.direct.iter_mut().chain(&mut self.spans);
+        let keys = all.flat_map(|(blocks, _)| blocks.keys_mut());
+        keys.chain(self.counts.iter_mut().map(|(at, _)| at))
+    }
+}
+
+impl CombinerForm {
+    /// Sorts of spans, where the longest sequence has so many tokens.
+    pub(super) fn sorts(self, causal: bool, longest: usize) -> Vec<Sort> {
+        match self {
+            Self::Fixed { segment } => vec![Sort::Segments {
+                size: segment,
+                open: !causal,
+            }],
+            Self::LogSparse => {
+                let levels = (0..usize::BITS).take_while(|level| 1usize << level <= longest);
+                // What is behind a token is before it from the other end.
+                let ends: &[bool] = if causal { &[false] } else { &[false, true] };
+                levels
+                    .flat_map(|level| {
+                        let sort = move |&mirrored| Sort::Doubling { level, mirrored };
+                        ends.iter().map(sort)
+                    })
+                    .collect()
+            }
+            Self::Vertical { columns } => vec![Sort::Columns(columns)],
+            Self::Horizontal { columns } => vec![Sort::Sides(columns)],
+            Self::RowMajor { columns } => vec![Sort::Rows(columns)],
+            Self::Mixture { columns, .. } => vec![Sort::Columns(columns), Sort::Sides(columns)],
+        }
+    }
+}
 
 /// What the divisions of a pass are made from.
 pub(super) struct Tokens<'a> {
-    pub(super) sequences: &'a Sequences,
-    /// Rows of the queries that attend, of all queries, and of keys.
-    pub(super) queries: Tensor,
-    pub(super) all: Tensor,
-    pub(super) keys: Tensor,
+    pub(super) sequences: &'a Sequences<'a>,
+    /// Of [`CombinerForm::sorts`].
+    pub(super) ended: &'a Ended<'a>,
     pub(super) causal: bool,
-    pub(super) scale: f64,
-    pub(super) log_count: bool,
+    /// Whether anybody asks how many tokens a span has.
+    pub(super) counted: bool,
 }
 
 impl Tokens<'_> {
-    fn direct(&self, blocks: Blocks, rule: Rule) -> Result<Option<Part>> {
-        let tokens = (&self.queries, &self.keys);
-        Part::new(blocks, rule, tokens, self.scale, None)
+    /// Those of a form; the mean is taken over them.
+    pub(super) fn divisions(&self, form: CombinerForm) -> Result<Vec<Division>> {
+        let one = match form {
+            CombinerForm::Fixed { segment } => self.fixed(segment)?,
+            CombinerForm::LogSparse => self.log_sparse()?,
+            CombinerForm::RowMajor { columns } => self.row_major(columns)?,
+            CombinerForm::Vertical { columns } => self.grid(columns, [true, false])?,
+            CombinerForm::Horizontal { columns } => self.grid(columns, [false, true])?,
+            CombinerForm::Mixture {
+                columns,
+                joint: true,
+            } => self.grid(columns, [true, true])?,
+            CombinerForm::Mixture {
+                columns,
+                joint: false,
+            } => {
+                let each = [[true, false], [false, true]];
+                return each
+                    .map(|which| self.grid(columns, which))
+                    .into_iter()
+                    .collect();
+            }
+        };
+        Ok(vec![one])
     }
 
-    /// Attention over `summaries`, whose spans are the keys of `blocks`.
-    fn over(
+    /// A span of the `sort`-th sort, standing at `position`.
+    fn span(
         &self,
-        summaries: Summaries,
-        blocks: Blocks,
-        rule: Rule,
-    ) -> Result<Option<(Summaries, Part)>> {
-        let bias = |_: At, span: At| {
-            let count = summaries.counts.get(span.row).copied().unwrap_or(1);
-            (count as f64).ln()
-        };
-        let bias: Option<Bias<'_>> = match self.log_count {
-            true => Some(&bias),
-            false => None,
-        };
-        let tokens = (&self.queries, &summaries.keys);
-        let part = Part::new(blocks, rule, tokens, self.scale, bias)?;
-        Ok(part.map(|part| (summaries, part)))
+        (sort, sequence): (usize, &Sequence<'_>),
+        (span, position): (Span, usize),
+        division: &mut Division,
+    ) -> Result<At> {
+        let row = self.ended.row(sort, sequence, span)?;
+        let at = At { row, position };
+        if self.counted {
+            division.counts.push((at, span.count));
+        }
+        Ok(at)
     }
 
-    fn lists<'a>(&'a self, lists: &'a [Vec<At>]) -> Option<Lists<'a>> {
-        Lists::new(lists, [&self.all, &self.keys], self.scale)
-    }
-
-    pub(super) fn fixed(&self, segment: usize) -> Result<Division> {
+    fn fixed(&self, segment: usize) -> Result<Division> {
         let (mut own, mut others) = (Blocks::default(), Blocks::default());
-        let mut lists = Vec::new();
+        let mut division = Division::default();
         for sequence in self.sequences.iter() {
             let (queries, length) = (sequence.queries(), sequence.len());
-            for start in (0..length).step_by(segment) {
+            if queries.is_empty() {
+                continue;
+            }
+            let first = queries.start / segment * segment;
+            for start in (first..length).step_by(segment) {
                 let end = length.min(start + segment);
                 let of = start.max(queries.start)..end;
                 own.push(of.map(|i| sequence.query(i)), keys(&sequence, start..end));
@@ -65,136 +132,77 @@ impl Tokens<'_> {
                 true => length.saturating_sub(1) / segment,
                 false => length.div_ceil(segment),
             };
-            let first = lists.len();
-            lists.extend((0..spans).map(|span| {
-                let end = length.min((span + 1) * segment);
-                keys(&sequence, span * segment..end).collect::<Vec<_>>()
-            }));
-            others.push(
-                queries.map(|i| At {
-                    position: i / segment,
-                    ..sequence.query(i)
-                }),
-                (0..spans).map(|span| At {
-                    row: first + span,
-                    position: span + usize::from(self.causal),
-                }),
-            );
+            let spans = (0..spans).map(|number| {
+                let start = number * segment;
+                let span = Span::run(start, segment.min(length - start));
+                let position = number + usize::from(self.causal);
+                self.span((0, &sequence), (span, position), &mut division)
+            });
+            let spans = spans.collect::<Result<Vec<_>>>()?;
+            others.push(queries.map(|i| in_block(&sequence, i, segment)), spans);
         }
         let (near, far) = match self.causal {
             true => (CAUSAL, CAUSAL),
             false => (ALL, OTHERS),
         };
-        let spans = match self.lists(&lists) {
-            None => None,
-            Some(lists) => self.over(lists.whole()?, others, far)?,
-        };
-        Ok(Division {
-            direct: self.direct(own, near)?.into_iter().collect(),
-            spans: spans.into_iter().collect(),
-        })
+        division.direct.push((own, near));
+        division.spans.push((others, far));
+        Ok(division)
     }
 
-    pub(super) fn log_sparse(&self) -> Result<Division> {
+    fn log_sparse(&self) -> Result<Division> {
         let mut own = Blocks::default();
         for sequence in self.sequences.iter() {
             for i in sequence.queries() {
                 own.push([sequence.query(i)], [sequence.key(i)]);
             }
         }
-        let mut division = Division {
-            direct: self.direct(own, ALL)?.into_iter().collect(),
-            spans: Vec::new(),
-        };
-        // What is behind a token is before it from the other end.
+        let mut division = Division::default();
+        division.direct.push((own, ALL));
         let ends: &[bool] = if self.causal {
             &[false]
         } else {
             &[false, true]
         };
         for &mirrored in ends {
-            division.spans.extend(self.doubling(mirrored)?);
+            let blocks = self.doubling(mirrored, &mut division)?;
+            division.spans.push((blocks, ALL));
         }
         Ok(division)
     }
 
     /// Spans of `1, 2, 4, …` tokens before each token, counted from the end where `mirrored`.
-    fn doubling(&self, mirrored: bool) -> Result<Option<(Summaries, Part)>> {
-        let longest = self.sequences.lengths().into_iter().max().unwrap_or(0);
-        let mut levels = Vec::new();
-        let mut met: Vec<Vec<At>> = Vec::new();
-        let mut total = 0;
-        for level in (0..usize::BITS).take_while(|level| 1usize << level < longest) {
-            let mut lists: Vec<Vec<At>> = Vec::new();
-            let mut query = 0;
-            for sequence in self.sequences.iter() {
-                let length = sequence.len();
-                let token = |i: usize| if mirrored { length - 1 - i } else { i };
-                let first = total + lists.len();
-                // Only spans of an even number that another one follows are looked back at.
-                let spans = (length.saturating_sub(1) >> level).div_ceil(2);
-                lists.extend((0..spans).map(|span| {
-                    let start = (2 * span) << level;
-                    let span = start..start + (1 << level);
-                    span.map(|i| sequence.key(token(i))).collect()
-                }));
-                for i in sequence.queries() {
-                    let place = token(i) >> level;
-                    if met.len() == query {
-                        met.push(Vec::new());
-                    }
-                    if let Some(met) = met.get_mut(query).filter(|_| place % 2 == 1) {
-                        met.push(At {
-                            row: first + place / 2,
-                            position: 0,
-                        });
-                    }
-                    query += 1;
-                }
-            }
-            total += lists.len();
-            if let Some(lists) = self.lists(&lists) {
-                levels.push(lists.whole()?);
-            }
-        }
+    fn doubling(&self, mirrored: bool, division: &mut Division) -> Result<Blocks> {
+        let ends = if self.causal { 1 } else { 2 };
         let mut blocks = Blocks::default();
-        let queries = self
-            .sequences
-            .iter()
-            .flat_map(|sequence| sequence.queries().map(move |i| sequence.query(i)));
-        for (query, met) in queries.zip(met) {
-            blocks.push([query], met);
+        for sequence in self.sequences.iter() {
+            for i in sequence.queries() {
+                let token = if mirrored { sequence.len() - 1 - i } else { i };
+                let levels = (0..usize::BITS).take_while(|level| token >> level > 0);
+                let met = levels
+                    .filter(|level| (token >> level) % 2 == 1)
+                    .map(|level| {
+                        // One of an even number, which stands before the token's own.
+                        let span = Span::run(((token >> level) - 1) << level, 1 << level);
+                        let sort = level as usize * ends + usize::from(mirrored);
+                        self.span((sort, &sequence), (span, 0), division)
+                    });
+                blocks.push([sequence.query(i)], met.collect::<Result<Vec<_>>>()?);
+            }
         }
-        if levels.is_empty() {
-            return Ok(None);
-        }
-        let keys: Vec<&Tensor> = levels.iter().map(|level| &level.keys).collect();
-        let summaries = Summaries {
-            keys: tensor(Tensor::cat(&keys, 0))?,
-            counts: levels
-                .iter()
-                .flat_map(|level| level.counts.clone())
-                .collect(),
-            parts: levels.into_iter().flat_map(|level| level.parts).collect(),
-            before: 0,
-        };
-        self.over(summaries, blocks, ALL)
+        Ok(blocks)
     }
 
-    /// Own column above and own row so far.
-    pub(super) fn row_and_column(&self, columns: usize) -> Result<Vec<Part>> {
+    /// Own row and column, and `[vertical, horizontal]` spans.
+    fn grid(&self, columns: usize, [vertical, horizontal]: [bool; 2]) -> Result<Division> {
+        let mut division = Division::default();
         let (mut above, mut left) = (Blocks::default(), Blocks::default());
         for sequence in self.sequences.iter() {
-            let queries = sequence.queries();
-            for column in column_lists(&sequence, columns) {
-                let of = column.iter().filter(|i| queries.contains(i));
-                above.push(
-                    of.map(|&i| sequence.query(i)),
-                    column.iter().map(|&j| sequence.key(j)),
-                );
+            for (of, column) in columns_of(&sequence, columns) {
+                let column = column.map(|j| sequence.key(j));
+                above.push(of.map(|i| sequence.query(i)), column);
             }
-            for row in row_lists(&sequence, columns) {
-                let of = row.clone().filter(|i| queries.contains(i));
+            for (of, row) in rows_of(&sequence, columns) {
                 left.push(of.map(|i| sequence.query(i)), keys(&sequence, row));
             }
         }
@@ -203,153 +211,131 @@ impl Tokens<'_> {
             causal: true,
             ..OTHERS
         };
-        let parts = [self.direct(above, CAUSAL)?, self.direct(left, before)?];
-        Ok(parts.into_iter().flatten().collect())
-    }
-
-    pub(super) fn vertical(&self, columns: usize) -> Result<Vec<(Summaries, Part)>> {
-        let mut lists = Vec::new();
-        let longest = self.sequences.lengths().into_iter().max().unwrap_or(0);
-        let longest = longest.div_ceil(columns);
-        let mut blocks = Blocks::default();
-        for sequence in self.sequences.iter() {
-            let first = lists.len();
-            for column in column_lists(&sequence, columns) {
-                lists.push(column.iter().map(|&j| sequence.key(j)).collect::<Vec<_>>());
-            }
-            let above = lists.len() - first;
-            for (row, tokens) in row_lists(&sequence, columns).enumerate().skip(1) {
-                let of = tokens.filter(|i| sequence.queries().contains(i));
-                blocks.push(
-                    of.map(|i| At {
-                        position: i % columns,
-                        ..sequence.query(i)
-                    }),
-                    (0..above).map(|column| At {
-                        row: (first + column) * longest + row - 1,
-                        position: column,
-                    }),
-                );
-            }
+        division.direct.extend([(above, CAUSAL), (left, before)]);
+        if vertical {
+            let blocks = self.vertical(columns, &mut division)?;
+            division.spans.push((blocks, OTHERS));
         }
-        let Some(lists) = self.lists(&lists).filter(|_| !blocks.is_empty()) else {
-            return Ok(Vec::new());
-        };
-        let summaries = lists.beginnings(&blocks.met())?;
-        Ok(self.over(summaries, blocks, OTHERS)?.into_iter().collect())
+        if horizontal {
+            // Behind those of columns, where there are both.
+            let sort = self.ended.sorts() - 1;
+            let blocks = self.horizontal((sort, columns), &mut division)?;
+            division.spans.push((blocks, CAUSAL));
+        }
+        Ok(division)
     }
 
-    pub(super) fn horizontal(&self, columns: usize) -> Result<Vec<(Summaries, Part)>> {
-        let mut lists = Vec::new();
+    fn vertical(&self, columns: usize, division: &mut Division) -> Result<Blocks> {
         let mut blocks = Blocks::default();
         for sequence in self.sequences.iter() {
-            let first = lists.len();
-            let whole = sequence.len() / columns;
-            // Every row from the left, and from the right.
-            for row in row_lists(&sequence, columns).take(whole) {
-                lists.push(keys(&sequence, row.clone()).collect::<Vec<_>>());
-                lists.push(keys(&sequence, row).rev().collect::<Vec<_>>());
-            }
-            for column in column_lists(&sequence, columns) {
-                let Some(&top) = column.first() else {
-                    continue;
-                };
-                let of = column.iter().filter(|i| sequence.queries().contains(i));
-                let spans = (0..whole).flat_map(|row| {
-                    let span = |right: usize, tokens: usize| {
-                        (tokens > 0).then(|| At {
-                            row: (first + 2 * row + right) * columns + tokens - 1,
-                            position: row + 1,
-                        })
-                    };
-                    [span(0, top), span(1, columns - 1 - top)]
+            for (of, row) in rows_of(&sequence, columns) {
+                let height = row.start / columns;
+                let above = (0..columns).filter(|_| height > 0).map(|column| {
+                    let span = Span::column(column, columns, height);
+                    self.span((0, &sequence), (span, column), division)
                 });
-                blocks.push(
-                    of.map(|&i| At {
-                        position: i / columns,
-                        ..sequence.query(i)
-                    }),
-                    spans.flatten(),
-                );
+                let above = above.collect::<Result<Vec<_>>>()?;
+                let of = of.map(|i| At {
+                    position: i % columns,
+                    ..sequence.query(i)
+                });
+                blocks.push(of, above);
             }
         }
-        let Some(lists) = self.lists(&lists).filter(|_| !blocks.is_empty()) else {
-            return Ok(Vec::new());
-        };
-        let summaries = lists.beginnings(&blocks.met())?;
-        Ok(self.over(summaries, blocks, CAUSAL)?.into_iter().collect())
+        Ok(blocks)
     }
 
-    pub(super) fn row_major(&self, columns: usize) -> Result<Division> {
-        let (mut own, mut inside, mut earlier) =
-            (Blocks::default(), Blocks::default(), Blocks::default());
+    fn horizontal(
+        &self,
+        (sort, columns): (usize, usize),
+        division: &mut Division,
+    ) -> Result<Blocks> {
+        let mut blocks = Blocks::default();
         for sequence in self.sequences.iter() {
-            let queries = sequence.queries();
-            let whole = sequence.len() / columns;
-            for row in row_lists(&sequence, columns) {
-                let of = row.clone().filter(|i| queries.contains(i));
-                own.push(of.map(|i| sequence.query(i)), keys(&sequence, row.clone()));
-            }
-            for row in row_lists(&sequence, columns).take(whole) {
-                // All queries lie where their keys do.
-                inside.push(keys(&sequence, row.clone()), keys(&sequence, row));
-            }
-            for column in column_lists(&sequence, columns) {
-                let of = column.iter().filter(|i| queries.contains(i));
-                earlier.push(
-                    of.map(|&i| At {
-                        position: i / columns,
-                        ..sequence.query(i)
-                    }),
-                    column.iter().take(whole).map(|&j| At {
-                        position: j / columns + 1,
-                        ..sequence.key(j)
-                    }),
-                );
+            // The last row has no later one that would look back at it.
+            let whole = sequence.len().saturating_sub(1) / columns;
+            for (of, mut column) in columns_of(&sequence, columns) {
+                let top = column.next().unwrap_or(0);
+                // Every row from the left, and from the right.
+                let spans = (0..whole).flat_map(|row| {
+                    let (start, end) = (row * columns, (row + 1) * columns);
+                    let right = columns - 1 - top;
+                    [(start, top), (end - right, right)].map(|span| (span, row + 1))
+                });
+                let there = spans.filter(|((_, count), _)| *count > 0);
+                let met = there.map(|((start, count), position)| {
+                    let span = Span::run(start, count);
+                    self.span((sort, &sequence), (span, position), division)
+                });
+                let met = met.collect::<Result<Vec<_>>>()?;
+                blocks.push(of.map(|i| in_block(&sequence, i, columns)), met);
             }
         }
-        let direct = self.direct(own, CAUSAL)?.into_iter().collect();
-        let tokens = (&self.all, &self.keys);
-        let inside = Part::new(inside, ALL, tokens, self.scale, None)?;
-        let spans = match inside {
-            None => None,
-            Some(part) => {
-                let (count, width) = tensor(self.keys.dims2())?;
-                let summaries = Summaries {
-                    keys: part.attend(&self.keys)?.output()?,
-                    before: operations([&part], 0, [width; 2]),
-                    parts: vec![part],
-                    counts: vec![columns; count],
-                };
-                self.over(summaries, earlier, CAUSAL)?
+        Ok(blocks)
+    }
+
+    fn row_major(&self, columns: usize) -> Result<Division> {
+        let (mut own, mut earlier) = (Blocks::default(), Blocks::default());
+        let mut division = Division::default();
+        for sequence in self.sequences.iter() {
+            let whole = sequence.len().saturating_sub(1) / columns;
+            for (of, row) in rows_of(&sequence, columns) {
+                own.push(of.map(|i| sequence.query(i)), keys(&sequence, row));
             }
-        };
-        Ok(Division {
-            direct,
-            spans: spans.into_iter().collect(),
-        })
+            for (of, column) in columns_of(&sequence, columns) {
+                let met = column.take(whole).map(|token| {
+                    let span = (Span::row_of(token, columns), token / columns + 1);
+                    self.span((0, &sequence), span, &mut division)
+                });
+                let met = met.collect::<Result<Vec<_>>>()?;
+                earlier.push(of.map(|i| in_block(&sequence, i, columns)), met);
+            }
+        }
+        division.direct.push((own, CAUSAL));
+        division.spans.push((earlier, CAUSAL));
+        Ok(division)
     }
 }
 
 fn keys<'a>(
     sequence: &'a Sequence<'_>,
     tokens: std::ops::Range<usize>,
-) -> impl DoubleEndedIterator<Item = At> + 'a {
+) -> impl Iterator<Item = At> + 'a {
     tokens.map(|j| sequence.key(j))
 }
 
-/// The tokens of each column of a grid.
-fn column_lists(sequence: &Sequence<'_>, columns: usize) -> impl Iterator<Item = Vec<usize>> {
-    let length = sequence.len();
-    (0..columns.min(length)).map(move |column| (column..length).step_by(columns).collect())
+/// A token as a query that stands where its block does.
+fn in_block(sequence: &Sequence<'_>, token: usize, size: usize) -> At {
+    At {
+        position: token / size,
+        ..sequence.query(token)
+    }
 }
 
-/// The tokens of each row of a grid; the last may be shorter.
-fn row_lists(
+type Stepped = std::iter::StepBy<std::ops::Range<usize>>;
+
+/// The columns of a grid that have queries: these, and all tokens.
+fn columns_of(sequence: &Sequence<'_>, columns: usize) -> impl Iterator<Item = (Stepped, Stepped)> {
+    let (first, length) = (sequence.first(), sequence.len());
+    (first..length.min(first + columns)).map(move |i| {
+        let tokens = |first: usize| (first..length).step_by(columns);
+        (tokens(i), tokens(i % columns))
+    })
+}
+
+/// The rows of a grid that have queries: these, and all tokens; the last may be shorter.
+fn rows_of(
     sequence: &Sequence<'_>,
     columns: usize,
-) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let length = sequence.len();
-    let starts = (0..length).step_by(columns);
-    starts.map(move |start| start..length.min(start + columns))
+) -> impl Iterator<Item = (std::ops::Range<usize>, std::ops::Range<usize>)> {
+    let (first, length) = (sequence.first(), sequence.len());
+    let start = match first < length {
+        true => first / columns * columns,
+        false => length,
+    };
+    let starts = (start..length).step_by(columns);
+    starts.map(move |start| {
+        let end = length.min(start + columns);
+        (start.max(first)..end, start..end)
+    })
 }

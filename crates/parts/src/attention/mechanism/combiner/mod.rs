@@ -32,25 +32,39 @@
 //!
 //! Cost: for each pair of a query and a key or summary, and of a summary and a token of its span,
 //! `2 head_width + 2 value_width + 5`; for `n` tokens about `n (m + n / m)` pairs of each sort, or
-//! `n log₂ n`. While decoding, queries are kept beside keys and values, and the summaries that a
-//! step needs are made again. No parameters.
+//! `n log₂ n`. No parameters.
+//!
+//! While decoding, a summary is made once, in the step that ends its span, and a step gathers those rows
+//! alone that its queries meet: `m + n / m` or `log₂ n` of them. Kept are
+//!
+//! * *fixed*, *row-major*: a summary for each segment, or for each token of each earlier row; queries, keys
+//!   and values of the segment or row that is not over;
+//! * *log-sparse*: the summaries that tile what is before the next token, `log₂ n` of them; queries, keys and
+//!   values of all tokens, since a span of twice the length is made of them: half a token's work for each
+//!   level on average, all of it in the step that ends the span;
+//! * *vertical*: a summary or two for each column; queries, keys and values of all tokens, since a column is
+//!   summed up again when it grows;
+//! * *horizontal*: two summaries for each token of each earlier row; keys and values of all tokens, which are
+//!   met in their column, and queries of the last row;
+//! * *mixture*: what both of these need.
 
 mod divisions;
-mod summaries;
 
-use super::blocks::{Part, Rule, apart, merge, operations, rows, side_by_side};
-use super::sequences::Sequences;
+use super::blocks::{Bias, Part, Rule, rows};
+use super::met::Met;
+use super::sequences::{At, Sequences};
+use super::spans::{Ended, Making, Rules, Sort, Span, SpanMemory, Summaries, Summarised};
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
 use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
 use crate::state::MixerState;
 use crate::{Error, Result};
-use divisions::Tokens;
+use divisions::{Division, Tokens};
 use lapidary_kernels::Tensor;
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use summaries::Summaries;
+use std::collections::HashMap;
 
 const MAX_SEGMENT: usize = 1 << 24;
 
@@ -175,7 +189,7 @@ impl Mechanism for Combiner {
                 format!("{keys}, as keys: combiner's summaries ask for all queries so far"),
             ));
         }
-        Ok(Box::new(self.among(q, q, k, pass)?))
+        Ok(Box::new(self.whole(q, k, pass)?))
     }
 
     fn memory(&self) -> Memory {
@@ -190,154 +204,217 @@ impl Mechanism for Combiner {
         state: &mut MixerState,
         pass: &MechanismPass<'_>,
     ) -> Result<Resumed> {
-        let heads = tensor(q.dim(1))?;
-        let both = tensor(Tensor::cat(&[q, k], 3))?;
-        let (both, values) = state.cache(&side_by_side(&both)?, &side_by_side(v)?)?;
-        let both = apart(&both, heads)?;
-        let values = apart(&values, heads)?;
-        let [all, keys] = [0, 1].map(|half| both.chunk(2, 3).map(|halves| halves[half].clone()));
-        let whole = self.among(q, &tensor(all)?, &tensor(keys)?, pass)?;
-        Ok(Resumed::Kept {
-            mixing: Box::new(whole),
-            values,
-        })
-    }
-}
-
-/// One division of the tokens.
-#[derive(Debug)]
-struct Division {
-    direct: Vec<Part>,
-    /// Attention over summaries.
-    spans: Vec<(Summaries, Part)>,
-}
-
-impl Division {
-    /// `[queries, width]`, from `values` `[keys, width]`.
-    fn mix(&self, values: &Tensor, queries: usize) -> lapidary_kernels::Result<Tensor> {
-        let mut parts = Vec::new();
-        for part in &self.direct {
-            parts.push(part.attend(values)?);
+        match state {
+            MixerState::Empty => {
+                let mixing = self.whole(q, k, pass)?;
+                let mut memory = SpanMemory::new([q, k, v])?;
+                let step = self.remembered(&mut memory, q, (mixing, v.clone()), pass)?;
+                *state = MixerState::Spans(memory);
+                Ok(step)
+            }
+            MixerState::Spans(memory) => {
+                memory.append([q, k, v])?;
+                let step = self.follow(q, memory, pass)?;
+                self.remembered(memory, q, step, pass)
+            }
+            other => Err(Error::spec(
+                format!("decode state at {}", pass.path),
+                other.name(),
+                "summaries of spans",
+            )),
         }
-        for (summaries, part) in &self.spans {
-            parts.push(part.attend(&summaries.values(values)?)?);
-        }
-        merge(&parts, queries, values)
-    }
-
-    fn operations(&self, queries: usize, widths: [usize; 2]) -> u64 {
-        let outer = self
-            .direct
-            .iter()
-            .chain(self.spans.iter().map(|(_, part)| part));
-        let inner = self.spans.iter().map(|(summaries, _)| {
-            // Values of different spans are put side by side, with nothing to merge.
-            summaries.before + operations(&summaries.parts, 0, widths)
-        });
-        operations(outer, queries, widths) + inner.sum::<u64>()
     }
 }
 
-/// The mean over divisions.
-#[derive(Debug)]
-pub(super) struct Divisions {
-    sizes: [usize; 4],
-    head_width: usize,
+impl Rules for Combiner {
+    fn sorts(&self, longest: usize) -> Vec<Sort> {
+        self.spec.form.sorts(self.causal, longest)
+    }
+
+    fn keeps_token(&self, token: usize, next: usize) -> bool {
+        match self.spec.form {
+            CombinerForm::Fixed { segment: size } | CombinerForm::RowMajor { columns: size } => {
+                token / size == next / size
+            }
+            // Made into longer spans, or met in the column.
+            CombinerForm::LogSparse
+            | CombinerForm::Vertical { .. }
+            | CombinerForm::Horizontal { .. }
+            | CombinerForm::Mixture { .. } => true,
+        }
+    }
+
+    fn keeps_query(&self, token: usize, next: usize) -> bool {
+        match self.spec.form {
+            CombinerForm::Horizontal { columns } => token / columns == next / columns,
+            _ => self.keeps_token(token, next),
+        }
+    }
+
+    fn keeps_span(&self, span: Span, next: usize) -> bool {
+        let sort = match self.spec.form {
+            CombinerForm::LogSparse => Sort::Doubling {
+                level: 0,
+                mirrored: false,
+            },
+            // Spans of rows have no step.
+            CombinerForm::Vertical { columns } | CombinerForm::Mixture { columns, .. }
+                if span.step == columns =>
+            {
+                Sort::Columns(columns)
+            }
+            _ => return true,
+        };
+        sort.keeps(span, next)
+    }
+
+    fn scale(&self) -> f64 {
+        self.scale
+    }
+}
+
+/// Who meets what, and the summaries that are made for it.
+struct Plan {
     divisions: Vec<Division>,
+    making: Vec<Making>,
 }
 
-impl Mixing for Divisions {
-    fn sizes(&self) -> [usize; 4] {
-        self.sizes
+impl Plan {
+    /// All keys, and the tokens of spans.
+    fn keys(&self) -> impl Iterator<Item = &At> {
+        let met = self.divisions.iter().flat_map(Division::keys);
+        met.chain(self.making.iter().flat_map(Making::keys))
     }
 
-    fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let [batch, heads, queries, _] = self.sizes;
-        let values = rows(values)?;
-        let mut sum: Option<Tensor> = None;
-        for division in &self.divisions {
-            let mixed = division.mix(&values, batch * heads * queries)?;
-            sum = Some(match sum {
-                None => mixed,
-                Some(sum) => (sum + mixed)?,
-            });
-        }
-        let sum = match sum {
-            None => merge(&[], batch * heads * queries, &values)?,
-            Some(sum) if self.divisions.len() == 1 => sum,
-            Some(sum) => (sum / self.divisions.len() as f64)?,
-        };
-        Ok(sum.reshape((batch, heads, queries, ()))?)
-    }
-
-    fn operations(&self, width: usize) -> u64 {
-        let queries: usize = self.sizes[..3].iter().product();
-        let each = self.divisions.iter();
-        let attended = each.map(|one| one.operations(queries, [self.head_width, width]));
-        let averaged = match self.divisions.len() {
-            0 | 1 => 0,
-            count => count * queries * width,
-        };
-        attended.sum::<u64>() + averaged as u64
+    /// The same, to be moved.
+    fn keys_mut(&mut self) -> impl Iterator<Item = &mut At> {
+        let met = self.divisions.iter_mut().flat_map(Division::keys_mut);
+        met.chain(self.making.iter_mut().flat_map(Making::keys_mut))
     }
 }
 
 impl Combiner {
-    /// Attention of the queries `q`, the last of `all`, over `k`.
-    fn among(
+    /// Who meets what, where summaries of earlier tokens are known.
+    fn plan(&self, sequences: &Sequences<'_>, earlier: &[HashMap<Span, usize>]) -> Result<Plan> {
+        let longest = sequences.lengths().into_iter().max().unwrap_or(0);
+        let ended = Ended::new(&self.sorts(longest), sequences, earlier);
+        let tokens = Tokens {
+            sequences,
+            ended: &ended,
+            causal: self.causal,
+            counted: self.spec.log_count,
+        };
+        let mut divisions = tokens.divisions(self.spec.form)?;
+        let met = divisions.iter().flat_map(Division::keys);
+        let (making, ranks) = ended.making(met.map(|key| key.row));
+        for key in divisions.iter_mut().flat_map(Division::keys_mut) {
+            ranks.carry(key);
+        }
+        Ok(Plan { divisions, making })
+    }
+
+    /// Attention of all tokens.
+    fn whole(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Summarised> {
+        let sequences = Sequences::new(q, k, pass)?;
+        let plan = self.plan(&sequences, &[])?;
+        self.mixing_by(plan, sequences.sizes, [q, q, k])
+    }
+
+    /// The step, once its summaries are in `memory`.
+    fn remembered(
+        &self,
+        memory: &mut SpanMemory,
+        q: &Tensor,
+        (mut mixing, values): (Summarised, Tensor),
+        pass: &MechanismPass<'_>,
+    ) -> Result<Resumed> {
+        mixing.before += memory.remember(self, q, pass)?;
+        memory.forget(self, q, pass)?;
+        Ok(Resumed::Kept {
+            mixing: Box::new(mixing),
+            values,
+        })
+    }
+
+    /// Attention of the last tokens of `memory`, which `q` are the queries of, and the values that it
+    /// mixes.
+    fn follow(
         &self,
         q: &Tensor,
-        all: &Tensor,
-        k: &Tensor,
+        memory: &SpanMemory,
         pass: &MechanismPass<'_>,
-    ) -> Result<Divisions> {
-        let sequences = Sequences::new(q, k, pass)?;
-        let tokens = Tokens {
-            sequences: &sequences,
-            queries: rows(q)?,
-            all: rows(all)?,
-            keys: rows(k)?,
-            causal: self.causal,
-            scale: self.scale,
-            log_count: self.spec.log_count,
+    ) -> Result<(Summarised, Tensor)> {
+        let sequences = memory.sequences(q, pass)?;
+        let [batch, heads, queries, _] = sequences.sizes;
+        let mut plan = self.plan(&sequences, memory.earlier())?;
+        let met = Met::new(plan.keys().map(|key| key.row), sequences.sizes, queries);
+        for key in plan.keys_mut() {
+            met.carry(key);
+        }
+        let columns = met.columns();
+        let sizes = [batch, heads, queries, columns.len()];
+        let apart = |rows: Tensor| tensor(rows.reshape((batch, heads, columns.len(), ())));
+        let keys = apart(memory.recall(0, columns)?)?;
+        let all = match plan.making.is_empty() {
+            true => keys.clone(),
+            false => apart(memory.recall_queries(columns)?)?,
         };
-        let divisions = match self.spec.form {
-            CombinerForm::Fixed { segment } => vec![tokens.fixed(segment)?],
-            CombinerForm::LogSparse => vec![tokens.log_sparse()?],
-            CombinerForm::Vertical { columns } => vec![Division {
-                direct: tokens.row_and_column(columns)?,
-                spans: tokens.vertical(columns)?,
-            }],
-            CombinerForm::Horizontal { columns } => vec![Division {
-                direct: tokens.row_and_column(columns)?,
-                spans: tokens.horizontal(columns)?,
-            }],
-            CombinerForm::RowMajor { columns } => vec![tokens.row_major(columns)?],
-            CombinerForm::Mixture { columns, joint } => {
-                let direct = || tokens.row_and_column(columns);
-                let (mut vertical, horizontal) =
-                    (tokens.vertical(columns)?, tokens.horizontal(columns)?);
-                let rest = match joint {
-                    true => {
-                        vertical.extend(horizontal);
-                        None
-                    }
-                    false => Some(Division {
-                        direct: direct()?,
-                        spans: horizontal,
-                    }),
-                };
-                let first = Division {
-                    direct: direct()?,
-                    spans: vertical,
-                };
-                std::iter::once(first).chain(rest).collect()
+        let values = apart(memory.recall(1, columns)?)?;
+        Ok((self.mixing_by(plan, sizes, [q, &all, &keys])?, values))
+    }
+
+    /// Attention of the queries `q`, the last of `all`, over `k` and summaries of these.
+    fn mixing_by(
+        &self,
+        plan: Plan,
+        sizes: [usize; 4],
+        [q, all, k]: [&Tensor; 3],
+    ) -> Result<Summarised> {
+        let (queries, all, tokens) = (rows(q)?, rows(all)?, rows(k)?);
+        let made = Summaries::new(&plan.making, [&all, &tokens], self.scale)?;
+        let keys = match &made {
+            None => tokens,
+            Some(made) => tensor(Tensor::cat(&[&tokens, &made.keys], 0))?,
+        };
+        let mut divisions = Vec::with_capacity(plan.divisions.len());
+        for division in plan.divisions {
+            let counts = division.counts.into_iter();
+            let counts: HashMap<usize, usize> = counts.map(|(at, count)| (at.row, count)).collect();
+            let bias = |_: At, span: At| {
+                let count = counts.get(&span.row).copied().unwrap_or(1);
+                (count as f64).ln()
+            };
+            let bias: Option<Bias<'_>> = match self.spec.log_count {
+                true => Some(&bias),
+                false => None,
+            };
+            let mut parts = Vec::new();
+            for (blocks, rule) in division.direct {
+                parts.extend(Part::new(
+                    blocks,
+                    rule,
+                    (&queries, &keys),
+                    self.scale,
+                    None,
+                )?);
             }
-        };
-        Ok(Divisions {
-            sizes: sequences.sizes,
+            for (blocks, rule) in division.spans {
+                parts.extend(Part::new(
+                    blocks,
+                    rule,
+                    (&queries, &keys),
+                    self.scale,
+                    bias,
+                )?);
+            }
+            divisions.push(parts);
+        }
+        Ok(Summarised {
+            sizes,
             head_width: tensor(q.dim(3))?,
+            made,
             divisions,
+            before: 0,
         })
     }
 }

@@ -16,8 +16,6 @@ pub(super) struct Layout {
     pub(super) slots: usize,
     /// Real tokens of each head of each sequence.
     pub(super) lengths: Vec<usize>,
-    /// The first slot of each that is of a query.
-    pub(super) first: Vec<usize>,
     /// The row of the token in each slot, `[batch · heads · slots]`, behind all where there is none; nothing
     /// where slots are rows.
     order: Option<Tensor>,
@@ -59,7 +57,7 @@ impl Tiles {
 }
 
 impl Layout {
-    pub(super) fn new(spec: &MraSpec, sequences: &Sequences) -> Result<Self> {
+    pub(super) fn new(spec: &MraSpec, sequences: &Sequences<'_>) -> Result<Self> {
         let [batch, heads, queries, keys] = sequences.sizes;
         let block = spec.scales.first().copied().unwrap_or(1);
         let lengths: Vec<usize> = sequences.iter().map(|sequence| sequence.len()).collect();
@@ -67,7 +65,6 @@ impl Layout {
         let slots = longest.div_ceil(block).max(1) * block;
         let mut order = vec![(batch * heads * keys) as u32; batch * heads * slots];
         let mut back = vec![(batch * heads * slots) as u32; batch * heads * queries];
-        let mut first = Vec::with_capacity(batch * heads);
         for sequence in sequences.iter() {
             let tokens = match spec.image {
                 None => (0..sequence.len()).collect(),
@@ -78,19 +75,15 @@ impl Layout {
                 if let Some(at) = order.get_mut(slot) {
                     *at = sequence.key(token).row as u32;
                 }
-                if token >= sequence.first()
-                    && let Some(at) = back.get_mut(sequence.query(token).row)
-                {
+                if let Some(at) = back.get_mut(sequence.query(token).row) {
                     *at = slot as u32;
                 }
             }
-            first.push(sequence.first());
         }
         Ok(Self {
             sizes: sequences.sizes,
             slots,
             lengths,
-            first,
             order: index(order, batch * heads * keys)?,
             back: index(back, batch * heads * slots)?,
         })

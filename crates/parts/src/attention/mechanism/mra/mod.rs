@@ -29,8 +29,11 @@
 
 mod layout;
 mod plan;
+mod step;
 
-use super::blocks::{Bias, Blocks, Part, Rule, apart, merge, operations, rows, side_by_side};
+pub use step::RefinedMemory;
+
+use super::blocks::{Bias, Blocks, Part, Rule, merge, operations, rows};
 use super::sequences::{At, Sequences};
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
 use crate::error::{bounded, tensor};
@@ -197,7 +200,7 @@ impl Mechanism for Mra {
                 format!("{keys}, as keys: mra's blocks are of queries and keys alike"),
             ));
         }
-        Ok(Box::new(self.among(q, q, k, pass)?))
+        Ok(Box::new(self.among(q, k, pass)?))
     }
 
     fn memory(&self) -> Memory {
@@ -212,33 +215,32 @@ impl Mechanism for Mra {
         state: &mut MixerState,
         pass: &MechanismPass<'_>,
     ) -> Result<Resumed> {
-        let heads = tensor(q.dim(1))?;
-        let width = tensor(q.dim(3))?;
-        let both = tensor(Tensor::cat(&[q, k], 3))?;
-        let (both, values) = state.cache(&side_by_side(&both)?, &side_by_side(v)?)?;
-        let both = apart(&both, heads)?;
-        let all = tensor(both.narrow(3, 0, width))?;
-        let keys = tensor(both.narrow(3, width, width))?;
-        Ok(Resumed::Kept {
-            mixing: Box::new(self.among(q, &all, &keys, pass)?),
-            values: apart(&values, heads)?,
-        })
+        match state {
+            MixerState::Empty => {
+                let mixing = self.mixing(q, k, pass)?;
+                *state = MixerState::Refined(self.start([q, k, v], pass)?);
+                Ok(Resumed::Kept {
+                    mixing,
+                    values: v.clone(),
+                })
+            }
+            MixerState::Refined(memory) => self.follow([q, k, v], memory, pass),
+            other => Err(Error::spec(
+                format!("decode state at {}", pass.path),
+                other.name(),
+                "means of blocks",
+            )),
+        }
     }
 }
 
 impl Mra {
-    /// Attention of the queries `q`, the last of `all`, over `k`.
-    fn among(
-        &self,
-        q: &Tensor,
-        all: &Tensor,
-        k: &Tensor,
-        pass: &MechanismPass<'_>,
-    ) -> Result<Resolutions> {
+    /// Attention of all tokens.
+    fn among(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Resolutions> {
         let width = tensor(q.dim(3))?;
         let layout = Layout::new(&self.spec, &Sequences::new(q, k, pass)?)?;
         let scales = &self.spec.scales;
-        let (q, k) = (layout.lay(all)?, layout.lay(k)?);
+        let (q, k) = (layout.lay(q)?, layout.lay(k)?);
         let keys = layout.means(&k, scales)?;
         let queries = match self.causal {
             false => layout.means(&q, scales)?,
@@ -295,7 +297,6 @@ impl Mra {
         let mut blocks = Blocks::default();
         for of in 0..layout.count() {
             let all = layout.blocks(of, size);
-            let first = layout.first.get(of).copied().unwrap_or(0) / size;
             let at = |position: usize| At {
                 row: layout.row(of, position, size),
                 position,
@@ -306,7 +307,7 @@ impl Mra {
             } else {
                 all
             };
-            blocks.push((first..all).map(at), (0..keys).map(at));
+            blocks.push((0..all).map(at), (0..keys).map(at));
         }
         blocks
     }
@@ -330,9 +331,6 @@ impl Mra {
                 position,
             };
             let within = |block: usize| block * each..all.min((block + 1) * each);
-            // In a decoding step, those of the block that are queries.
-            let first = layout.first.get(of).copied().unwrap_or(0) / size;
-            let queries = within(x).filter(move |at| *at >= first);
             let (mut rest, mut count, mut part) = (keys.as_slice(), at_once, 0);
             while !rest.is_empty() {
                 let (here, further) = rest.split_at(count.min(rest.len()));
@@ -341,7 +339,7 @@ impl Mra {
                 }
                 if let Some(blocks) = parts.get_mut(part) {
                     let keys = here.iter().flat_map(|&block| within(block));
-                    blocks.push(queries.clone().map(at), keys.map(at));
+                    blocks.push(within(x).map(at), keys.map(at));
                 }
                 (rest, count, part) = (further, 2 * count, part + 1);
             }

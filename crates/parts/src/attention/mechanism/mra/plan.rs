@@ -32,13 +32,13 @@ pub(super) struct Scaled<'a> {
 }
 
 /// The rows of a tensor on the host.
-struct Table {
+pub(super) struct Table {
     values: Vec<f64>,
     width: usize,
 }
 
 impl Table {
-    fn new(x: &Tensor) -> Result<Self> {
+    pub(super) fn new(x: &Tensor) -> Result<Self> {
         let flat = tensor(tensor(x.detach().to_dtype(DType::F64))?.flatten_all())?;
         Ok(Self {
             values: tensor(flat.to_vec1())?,
@@ -46,7 +46,7 @@ impl Table {
         })
     }
 
-    fn row(&self, row: usize) -> &[f64] {
+    pub(super) fn row(&self, row: usize) -> &[f64] {
         self.values
             .get(row * self.width..(row + 1) * self.width)
             .unwrap_or_default()
@@ -55,10 +55,10 @@ impl Table {
 
 /// A block that may be refined.
 #[derive(Clone, Copy, Debug)]
-struct Candidate {
-    query: usize,
-    key: usize,
-    value: f64,
+pub(super) struct Candidate {
+    pub(super) query: usize,
+    pub(super) key: usize,
+    pub(super) value: f64,
 }
 
 impl Plan {
@@ -94,11 +94,10 @@ impl Plan {
         scale: f64,
     ) {
         let block = spec.scales.first().copied().unwrap_or(1);
-        let first = layout.first.get(of).copied().unwrap_or(0) / block;
         let all = layout.blocks(of, block);
         // Largest logit of each row of the largest blocks.
         let mut largest: Vec<f64> = vec![f64::NEG_INFINITY; all];
-        let mut current: Vec<(usize, usize)> = (first..all)
+        let mut current: Vec<(usize, usize)> = (0..all)
             .flat_map(|x| {
                 let end = if causal { x + 1 } else { all };
                 (0..end).map(move |y| (x, y))
@@ -112,12 +111,7 @@ impl Plan {
             };
             let logit = |x: usize, y: usize| -> f64 {
                 let (x, y) = (layout.row(of, x, size), layout.row(of, y, size));
-                scale
-                    * q.row(x)
-                        .iter()
-                        .zip(k.row(y))
-                        .map(|(q, k)| q * k)
-                        .sum::<f64>()
+                scale * dot(q.row(x), k.row(y))
             };
             self.considered += current.len();
             let mut candidates: Vec<Candidate> = current
@@ -162,6 +156,11 @@ impl Plan {
     }
 }
 
+/// The product of two rows.
+pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
 /// The `count` best, in order of rows and columns.
 fn best(mut candidates: Vec<Candidate>, count: usize) -> Vec<(usize, usize)> {
     // Stable: the first of those that are equal.
@@ -173,7 +172,7 @@ fn best(mut candidates: Vec<Candidate>, count: usize) -> Vec<(usize, usize)> {
 }
 
 /// Of each row what lies on the diagonal, and the best before it, `count` together.
-fn best_of_rows(candidates: Vec<Candidate>, count: usize) -> Vec<(usize, usize)> {
+pub(super) fn best_of_rows(candidates: Vec<Candidate>, count: usize) -> Vec<(usize, usize)> {
     let mut rows: BTreeMap<usize, Vec<Candidate>> = BTreeMap::new();
     for mut candidate in candidates {
         if candidate.query == candidate.key {
@@ -188,7 +187,7 @@ fn best_of_rows(candidates: Vec<Candidate>, count: usize) -> Vec<(usize, usize)>
 
 impl MraSpec {
     /// What is added to the logit of a block of the largest scale.
-    fn prior(&self, query: usize, key: usize) -> f64 {
+    pub(super) fn prior(&self, query: usize, key: usize) -> f64 {
         let near = self.diagonal > 0 && query.abs_diff(key) <= self.diagonal / 2;
         let first = query < self.first || key < self.first;
         PRIOR * (f64::from(u8::from(near)) + f64::from(u8::from(first)))

@@ -1,0 +1,188 @@
+//! Keys and values of spans, from those of their tokens.
+
+use super::ended::Making;
+use super::span::Way;
+use crate::Result;
+use crate::attention::mechanism::blocks::{Blocks, Part, Rule, operations};
+use crate::attention::mechanism::sequences::At;
+use crate::error::tensor;
+use lapidary_kernels::{Tensor, embedding};
+
+/// Summaries of spans, those of one list behind those of another.
+#[derive(Debug)]
+pub(in super::super) struct Summaries {
+    /// `[spans, head_width]`.
+    pub(in super::super) keys: Tensor,
+    /// Which make the values of some of the spans each, one after the other.
+    parts: Vec<Part>,
+    /// Operations that keys took, comparisons aside.
+    before: u64,
+}
+
+impl Summaries {
+    /// Those of lists of rows of queries and keys `tokens`, `[tokens, head_width]`; nothing of no lists.
+    pub(in super::super) fn new(
+        making: &[Making],
+        tokens: [&Tensor; 2],
+        scale: f64,
+    ) -> Result<Option<Self>> {
+        let (mut keys, mut parts, mut before) = (Vec::new(), Vec::new(), 0);
+        for making in making {
+            let lists = Lists::new(making, tokens);
+            let [_, k] = tokens;
+            let queries = lists.queries()?;
+            let Some(part) = Part::new(lists.blocks(), lists.rule(), (&queries, k), scale, None)?
+            else {
+                continue;
+            };
+            keys.push(match making.way {
+                Way::Whole | Way::Beginnings => lists.largest(k)?,
+                Way::Each | Way::Mean => {
+                    let width = tensor(k.dim(1))?;
+                    before += operations([&part], 0, [width; 2]);
+                    part.attend(k)?.output()?
+                }
+            });
+            parts.push(part);
+        }
+        if keys.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            keys: tensor(Tensor::cat(&keys, 0))?,
+            parts,
+            before,
+        }))
+    }
+
+    /// Values of spans, `[spans, width]`, from those of tokens `[tokens, width]`.
+    pub(in super::super) fn values(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        let each = self.parts.iter().map(|part| part.attend(values)?.output());
+        let each = each.collect::<lapidary_kernels::Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&each, 0)?)
+    }
+
+    /// What keys and values of `[head_width, width]` take.
+    pub(in super::super) fn operations(&self, widths: [usize; 2]) -> u64 {
+        // Values of different spans are put side by side, with nothing to merge.
+        self.before + operations(&self.parts, 0, widths)
+    }
+}
+
+/// Lists of tokens that become summaries in the same way.
+struct Lists<'a> {
+    making: &'a Making,
+    longest: usize,
+    tokens: [&'a Tensor; 2],
+}
+
+impl<'a> Lists<'a> {
+    fn new(making: &'a Making, tokens: [&'a Tensor; 2]) -> Self {
+        let lengths = making.lists.iter().map(|(list, _)| list.len());
+        Self {
+            making,
+            longest: lengths.max().unwrap_or(0),
+            tokens,
+        }
+    }
+
+    /// Which keys the query of a summary meets.
+    fn rule(&self) -> Rule {
+        Rule {
+            causal: self.making.way == Way::Beginnings,
+            window: None,
+            own: 0.0,
+        }
+    }
+
+    fn blocks(&self) -> Blocks {
+        let mut blocks = Blocks::default();
+        let mut row = 0;
+        for (list, ends) in &self.making.lists {
+            let summaries = ends.iter().zip(row..);
+            let tokens = list.iter().enumerate();
+            blocks.push(
+                summaries.map(|(&position, row)| At { row, position }),
+                tokens.map(|(position, at)| At { position, ..*at }),
+            );
+            row += ends.len();
+        }
+        blocks
+    }
+
+    /// The query of each summary, `[summaries, head_width]`.
+    fn queries(&self) -> Result<Tensor> {
+        let [q, _] = self.tokens;
+        match self.making.way {
+            Way::Whole | Way::Beginnings => self.largest(q),
+            Way::Each => {
+                let each = self
+                    .making
+                    .lists
+                    .iter()
+                    .flat_map(|(list, ends)| ends.iter().filter_map(|end| list.get(*end)));
+                picked(q, each.map(|at| at.row as u32).collect())
+            }
+            // Weighs all tokens alike.
+            Way::Mean => {
+                let shape = (self.making.lists.len(), tensor(q.dim(1))?);
+                tensor(Tensor::zeros(shape, q.dtype(), q.device()))
+            }
+        }
+    }
+
+    /// The largest features of the tokens of each summary, `[summaries, width]`.
+    fn largest(&self, x: &Tensor) -> Result<Tensor> {
+        let laid = self.laid_out(x)?;
+        if self.making.way != Way::Beginnings {
+            return tensor(laid.max(1));
+        }
+        let all = tensor(running_maximum(&laid)?.flatten(0, 1))?;
+        let starts = (0..).step_by(self.longest.max(1));
+        let ends = self.making.lists.iter().zip(starts);
+        let rows =
+            ends.flat_map(|((_, ends), start)| ends.iter().map(move |end| start + *end as u32));
+        picked(&all, rows.collect())
+    }
+
+    /// `[lists, longest, width]`, `−∞` behind the end of a list.
+    fn laid_out(&self, x: &Tensor) -> Result<Tensor> {
+        let (mut rows, mut behind, mut short) = (Vec::new(), Vec::new(), false);
+        for (list, _) in &self.making.lists {
+            rows.extend(list.iter().map(|at| at.row as u32));
+            behind.resize(rows.len(), 0f32);
+            short |= list.len() < self.longest;
+            rows.resize(rows.len() + self.longest - list.len(), 0);
+            behind.resize(rows.len(), f32::NEG_INFINITY);
+        }
+        let (lists, width) = (self.making.lists.len(), tensor(x.dim(1))?);
+        let laid = picked(x, rows)?;
+        let laid = tensor(laid.reshape((lists, self.longest, width)))?;
+        if !short {
+            return Ok(laid);
+        }
+        let shape = (lists, self.longest, 1);
+        let behind = tensor(Tensor::from_vec(behind, shape, x.device()))?;
+        tensor(laid.broadcast_add(&tensor(behind.to_dtype(x.dtype()))?))
+    }
+}
+
+fn picked(x: &Tensor, rows: Vec<u32>) -> Result<Tensor> {
+    let count = rows.len();
+    let rows = tensor(Tensor::from_vec(rows, count, x.device()))?;
+    Ok(embedding(x, &rows)?)
+}
+
+/// The maximum of all entries so far along the middle dimension, by doubling.
+fn running_maximum(x: &Tensor) -> Result<Tensor> {
+    let length = tensor(x.dim(1))?;
+    let (mut x, mut step) = (x.clone(), 1);
+    while step < length {
+        let first = tensor(x.narrow(1, 0, step))?;
+        let rest = tensor(x.narrow(1, step, length - step))?;
+        let before = tensor(x.narrow(1, 0, length - step))?;
+        x = tensor(Tensor::cat(&[first, tensor(rest.maximum(&before))?], 1))?;
+        step *= 2;
+    }
+    Ok(x)
+}
