@@ -55,10 +55,10 @@ impl Size {
                 group: 16,
                 groups: 16,
                 examples: 8000,
-                steps: 1500,
+                steps: 1200,
                 seeds: 1,
                 text_width: 64,
-                text_steps: 250,
+                text_steps: 200,
                 longest: 32_768,
             },
             Scale::Full => Self {

@@ -63,10 +63,10 @@ impl Size {
                 blocks: 4,
                 width: 64,
                 length: 128,
-                steps: 600,
+                steps: 500,
                 batches: 6,
                 digits: (500, 400),
-                seeds: 5,
+                seeds: 3,
                 timed: 2048,
             },
             Scale::Full => Self {

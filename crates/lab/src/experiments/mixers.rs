@@ -34,7 +34,9 @@ const LONGEST: usize = 128;
 struct Size {
     examples: usize,
     steps: u64,
+    batch: usize,
     text_steps: u64,
+    text_batch: usize,
     text_batches: usize,
     /// Every so many mechanisms one is run.
     every: usize,
@@ -46,21 +48,27 @@ impl Size {
             Scale::Smoke => Self {
                 examples: 40,
                 steps: 1,
+                batch: 32,
                 text_steps: 1,
+                text_batch: 8,
                 text_batches: 1,
                 every: 3,
             },
             Scale::Small => Self {
                 examples: 4000,
-                steps: 400,
-                text_steps: 400,
+                steps: 500,
+                batch: 16,
+                text_steps: 500,
+                text_batch: 4,
                 text_batches: 16,
                 every: 1,
             },
             Scale::Full => Self {
                 examples: 40_000,
                 steps: 10_000,
+                batch: 32,
                 text_steps: 10_000,
+                text_batch: 8,
                 text_batches: 64,
                 every: 1,
             },
@@ -194,7 +202,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let scores = scores(setting, &size, &tasks, &candidates)?;
     let mut rows = Vec::new();
     for (candidate, scores) in candidates.iter().zip(scores.chunks(tasks.len() + 1)) {
-        rows.push(costs(setting, &tasks, candidate, scores)?);
+        rows.push(costs(setting, &size, &tasks, candidate, scores)?);
     }
     let mut claims = vec![budget(&rows)];
     claims.extend(rows.iter().map(|row| told(setting, &tasks, row)));
@@ -208,13 +216,13 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     Ok(Reproduction {
         setting: format!(
             "{BLOCKS} blocks of width {WIDTH} with {HEADS} heads and a table of positions; {} examples, {} \
-             steps of 32; {what}, {} steps of 8 windows of {LONGEST}; one seed",
-            size.examples, size.steps, size.text_steps
+             steps of {}; {what}, {} steps of {} windows of {LONGEST}; one seed",
+            size.examples, size.steps, size.batch, size.text_steps, size.text_batch
         ),
         claims,
         plots: vec![Plot {
             title: "Mean accuracy of four tasks against the time of a training step".to_owned(),
-            x: "milliseconds a step, 32 sequences of 64".to_owned(),
+            x: format!("milliseconds a step, {} sequences of 64", size.batch),
             y: "percent right".to_owned(),
             series,
         }],
@@ -239,24 +247,30 @@ fn scores(
     in_parallel(setting, jobs, |(candidate, task)| match task {
         None => on_text(setting, size, candidate),
         Some(task) => {
-            let course = course(size.steps, setting.seed);
+            let course = course(size, setting.seed);
             let model = train(task.spec(candidate), &task.training, &course)?;
             percent_right(&model, &task.held_out)
         }
     })
 }
 
-fn course(steps: u64, seed: u64) -> Course {
+fn course(size: &Size, seed: u64) -> Course {
     Course {
-        steps,
-        batch: 32,
+        steps: size.steps,
+        batch: size.batch,
         rate: 3e-3,
         seed,
     }
 }
 
 /// A mechanism's scores with what it costs on the first task, which is measured while nothing else runs.
-fn costs(setting: &Setting, tasks: &[Task], candidate: &Mechanism, scores: &[f64]) -> Result<Row> {
+fn costs(
+    setting: &Setting,
+    size: &Size,
+    tasks: &[Task],
+    candidate: &Mechanism,
+    scores: &[f64],
+) -> Result<Row> {
     setting.tell(|| format!("{}, time and memory", candidate.name));
     let (mut step, mut held, mut parameters) = (f64::NAN, 0, 0);
     if let Some(task) = tasks.first() {
@@ -264,7 +278,7 @@ fn costs(setting: &Setting, tasks: &[Task], candidate: &Mechanism, scores: &[f64
         let model = Model::trainable(task.spec(candidate), &mut source)?;
         held = metered(&model, task.length)?.peak_live_bytes();
         parameters = model.parameter_count();
-        step = milliseconds_a_step(&model, &task.training, &course(0, setting.seed))?;
+        step = milliseconds_a_step(&model, &task.training, &course(size, setting.seed))?;
     }
     Ok(Row {
         name: candidate.name,
@@ -297,7 +311,7 @@ fn on_text(setting: &Setting, size: &Size, candidate: &Mechanism) -> Result<f64>
         };
         let course = masked::Course {
             steps: size.text_steps,
-            batch: 8,
+            batch: size.text_batch,
             length: LONGEST,
             hidden: 0.15,
             rate: 3e-3,
@@ -312,7 +326,7 @@ fn on_text(setting: &Setting, size: &Size, candidate: &Mechanism) -> Result<f64>
     let attention = candidate.attention(HEADS, LONGEST);
     let spec = attending::spec(256, WIDTH, LONGEST, &vec![attention; BLOCKS]);
     let recipe = Recipe {
-        batch: 8,
+        batch: size.text_batch,
         length: LONGEST,
         peak: 3e-3,
         alignment: None,

@@ -47,7 +47,10 @@ impl Size {
                     Scale::Full => (20_000, 4000),
                     Scale::Smoke | Scale::Small => (4000, 400),
                 },
-                seeds: 5,
+                seeds: match scale {
+                    Scale::Full => 5,
+                    Scale::Smoke | Scale::Small => 3,
+                },
             },
         }
     }

@@ -42,9 +42,9 @@ impl Size {
             },
             Scale::Small => Self {
                 length: 512,
-                width: 48,
+                width: 32,
                 examples: 8000,
-                steps: 700,
+                steps: 500,
                 seeds: 1,
                 longest: 16_384,
             },

@@ -50,9 +50,9 @@ impl Size {
             Scale::Small => Self {
                 lists: (6000, 300),
                 digits: (4000, 300),
-                motifs: (4000, 300),
+                motifs: (4000, 250),
                 length: 256,
-                chains: 600,
+                chains: 400,
                 width: 32,
                 seeds: 1,
             },

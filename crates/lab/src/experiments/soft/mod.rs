@@ -43,7 +43,7 @@ impl Size {
             },
             Scale::Small => Self {
                 images: 800,
-                epochs: 20,
+                epochs: 15,
                 seeds: 1,
                 longest: 16_384,
             },
