@@ -75,6 +75,17 @@ pub(crate) fn by_seed<W: Sync, T: Send>(
     Ok(ways.iter().map(of).collect())
 }
 
+/// What `run` gives for each seed of `setting.seed..`.
+pub(crate) fn over_seeds<T: Send>(
+    setting: &Setting,
+    seeds: u64,
+    run: impl Fn(u64) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    let seeds = (setting.seed..).take(seeds as usize);
+    let jobs = seeds.map(|seed| (format!("seed {seed}"), seed)).collect();
+    in_parallel(setting, jobs, run)
+}
+
 /// [`by_seed`] of numbers, averaged over seeds.
 pub(crate) fn means_by_seed<W: Sync>(
     setting: &Setting,
