@@ -1,7 +1,7 @@
 //! Runs one system's experiment and prints its claims:
 //! `cargo run --release --example reproduce -- decompx small 0 [DATA]`.
 
-use lapidary_lab::{Scale, Setting, find};
+use lapidary_lab::{Progress, Scale, Setting, find};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
@@ -18,7 +18,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         scale,
         seed,
         data,
-        models: None,
+        progress: Progress::to(|what| eprintln!("{what}")),
+        ..Setting::default()
     })?;
     println!(
         "{} ({scale:?}, seed {seed}, {:.0} s)\n{}\n",

@@ -8,10 +8,12 @@ pub mod catalogue;
 mod error;
 pub mod experiments;
 pub mod mechanisms;
+mod progress;
 mod registry;
 mod reproduction;
 
 pub use error::{Error, Result};
 pub use lapidary_explain::report::{Plot, Series};
+pub use progress::Progress;
 pub use registry::{Kind, System, find, systems};
 pub use reproduction::{Claim, Reproduction, Scale, Setting, Verdict};

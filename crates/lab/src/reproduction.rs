@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::Plot;
+use crate::{Plot, Progress};
 use serde::Serialize;
 
 /// How much an experiment does.
@@ -30,6 +30,15 @@ pub struct Setting {
     /// Directory to keep trained models in, for experiments that offer theirs; not kept when
     /// absent.
     pub models: Option<PathBuf>,
+    /// Who hears what the experiment is at.
+    pub progress: Progress,
+}
+
+impl Setting {
+    /// Says what the experiment is at.
+    pub fn tell(&self, what: impl FnOnce() -> String) {
+        self.progress.tell(what);
+    }
 }
 
 /// Whether a claim holds.

@@ -7,8 +7,7 @@ fn smoke(slug: &str) -> Reproduction {
     let setting = Setting {
         scale: Scale::Smoke,
         seed: 1,
-        data: None,
-        models: None,
+        ..Setting::default()
     };
     find(slug).unwrap().reproduce(&setting).unwrap()
 }

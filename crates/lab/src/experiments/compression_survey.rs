@@ -4,6 +4,7 @@
 //! The survey has no experiments of its own. Its statements about combinations are made on a decoder
 //! of a few blocks: feed-forward features and blocks taken out, matrices factorised, weights rounded.
 
+use super::jobs::over_seeds;
 use super::narrowing::{Bench, Size};
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
@@ -64,9 +65,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         Scale::Smoke => 4,
         _ => 100,
     };
-    let runs = (0..size.seeds)
-        .map(|index| one_seed(&size, steps, setting.seed + index))
-        .collect::<Result<Vec<_>>>()?;
+    let runs = over_seeds(setting, size.seeds, |seed| one_seed(&size, steps, seed))?;
     Ok(Reproduction {
         setting: format!(
             "generated language; gated decoder of {} blocks, width {}, {} steps of 16; a quarter \

@@ -103,7 +103,9 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         next: 0,
     });
     let spec = decoder::spec(vocabulary, size.width, size.blocks);
+    setting.tell(|| "a decoder that learns canaries".to_owned());
     let model = decoder::train(spec, task, size.steps, setting.seed)?;
+    setting.tell(|| "curvature and edits".to_owned());
 
     let windows = |corpus: &Corpus| -> Result<Vec<Vec<u32>>> {
         Ok((0..size.windows)

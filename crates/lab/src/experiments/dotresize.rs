@@ -4,6 +4,7 @@
 //! The paper narrows published models. Here a decoder of a few blocks is cut to 90, 80 and 70 % of
 //! its width in each way, with the same texts and the same plumbing.
 
+use super::jobs::over_seeds;
 use super::narrow::{Setup, Size, left};
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Series, Setting, Verdict};
@@ -48,9 +49,7 @@ struct Run {
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
-    let runs = (0..size.seeds)
-        .map(|index| one_seed(&size, setting.seed + index))
-        .collect::<Result<Vec<_>>>()?;
+    let runs = over_seeds(setting, size.seeds, |seed| one_seed(&size, seed))?;
     Ok(Reproduction {
         setting: format!(
             "generated language; RMS norm decoder of {} blocks, width {}, rotary positions, {} \

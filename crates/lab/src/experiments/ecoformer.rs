@@ -4,6 +4,7 @@
 //! The paper converts PVTv2 on ImageNet. Here every block is converted, the last too.
 
 use super::classifier::{Labelled, batch};
+use super::jobs::{by_seed, in_parallel};
 use super::sequences::{
     Course, LEVELS, Measures, SIDE, digits, exponent, percent_right, train, train_from,
 };
@@ -159,10 +160,7 @@ struct Found {
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
-    let mut found = Vec::new();
-    for seed in (setting.seed..).take(size.seeds as usize) {
-        found.push(study(&size, seed)?);
-    }
+    let found = study(setting, &size)?;
     let average = |of: &dyn Fn(&Found) -> f64| mean(found.iter().map(of));
     let right =
         [0, 1, 2].map(|way| average(&|found| found.right.get(way).copied().unwrap_or(f64::NAN)));
@@ -231,56 +229,95 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     })
 }
 
-fn study(size: &Size, seed: u64) -> Result<Found> {
-    let training = digits(size.examples, seed);
-    let held_out = digits(size.examples / 3, seed ^ 0xd161);
-    let course = Course {
+/// Digits to learn from and others to be asked about.
+fn examples(size: &Size, seed: u64) -> [Vec<Labelled>; 2] {
+    [
+        digits(size.examples, seed),
+        digits(size.examples / 3, seed ^ 0xd161),
+    ]
+}
+
+/// A model with softmax and what it gets right, seed by seed; then the same with hashes that were learned and
+/// with such that were drawn.
+fn study(setting: &Setting, size: &Size) -> Result<Vec<Found>> {
+    let course = |seed| Course {
         steps: size.steps,
         batch: 32,
         rate: 3e-3,
         seed,
     };
-    let dense = train(spec(size.blocks), &training, &course)?;
+    let softmax = by_seed(
+        setting,
+        "digits",
+        &[("softmax", ())],
+        size.seeds,
+        |(), seed| {
+            let [training, held_out] = examples(size, seed);
+            let dense = train(spec(size.blocks), &training, &course(seed))?;
+            let right = percent_right(&dense, &held_out)?;
+            Ok((seed, dense, right))
+        },
+    )?;
+    let dense: Vec<_> = softmax.into_iter().flat_map(|(_, dense)| dense).collect();
+    let ways = [("learned", size.iterations), ("drawn", 0)];
+    let jobs = dense.iter().flat_map(|dense| {
+        ways.map(|(name, iterations)| {
+            let name = format!("digits: hashes as {name}, seed {}", dense.0);
+            (name, (dense, iterations))
+        })
+    });
+    let hashed = in_parallel(setting, jobs.collect(), |((seed, dense, _), iterations)| {
+        with_hashes(size, dense, iterations, &course(*seed))
+    })?;
+    let both = dense.iter().zip(hashed.chunks(2));
+    both.map(|((_, _, softmax), ways)| match ways {
+        [learned, drawn] => Ok(Found {
+            right: [*softmax, learned.right, drawn.right],
+            at_once: [learned.at_once, drawn.at_once],
+            follows: [learned.follows, drawn.follows],
+        }),
+        others => Err(Error::Experiment(format!(
+            "{} ways instead of two",
+            others.len()
+        ))),
+    })
+    .collect()
+}
+
+/// What a model with hashes does.
+struct Hashed {
+    right: f64,
+    at_once: f64,
+    follows: f64,
+}
+
+/// Codes in the place of softmax, their hashes learned in so many iterations, before and after further training.
+fn with_hashes(size: &Size, dense: &Model, iterations: usize, course: &Course) -> Result<Hashed> {
+    let [training, held_out] = examples(size, course.seed);
     let sequences: Vec<&[u32]> = training
         .iter()
         .take(size.calibration)
         .map(|example| example.tokens.as_slice())
         .collect();
     let ecoformer = EcoformerSpec::default();
-    let (mut right, mut at_once, mut follows) = (Vec::new(), Vec::new(), Vec::new());
-    for iterations in [size.iterations, 0] {
-        let fit = Fit {
-            iterations,
-            seed,
-            ..Fit::default()
-        };
-        let converted = hashed(&dense, &ecoformer, &sequences, &fit)?;
-        at_once.push(percent_right(&converted, &held_out)?);
-        follows.push(correlation_of(&converted, &ecoformer, &held_out)?);
-        let further = Course {
-            steps: size.further,
-            rate: 1e-3,
-            ..course
-        };
-        let mut parameters = converted.parameters().clone();
-        let tuned = train_from(
-            converted.spec().clone(),
-            &mut parameters,
-            &training,
-            &further,
-        )?;
-        right.push(percent_right(&tuned, &held_out)?);
-    }
-    let pair = |found: Vec<f64>| -> Result<[f64; 2]> {
-        let count = found.len();
-        let wrong = |_| Error::Experiment(format!("{count} ways instead of two"));
-        found.try_into().map_err(wrong)
+    let fit = Fit {
+        iterations,
+        seed: course.seed,
+        ..Fit::default()
     };
-    let [learned, drawn] = pair(right)?;
-    Ok(Found {
-        right: [percent_right(&dense, &held_out)?, learned, drawn],
-        at_once: pair(at_once)?,
-        follows: pair(follows)?,
+    let converted = hashed(dense, &ecoformer, &sequences, &fit)?;
+    let further = Course {
+        steps: size.further,
+        rate: 1e-3,
+        ..*course
+    };
+    let spec = converted.spec().clone();
+    let mut parameters = converted.parameters().clone();
+    let tuned = train_from(spec, &mut parameters, &training, &further)?;
+    Ok(Hashed {
+        right: percent_right(&tuned, &held_out)?,
+        at_once: percent_right(&converted, &held_out)?,
+        follows: correlation_of(&converted, &ecoformer, &held_out)?,
     })
 }
 

@@ -34,6 +34,7 @@ type Ways = Vec<(&'static str, Vec<Point>)>;
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
+    setting.tell(|| "a decoder to be cut".to_owned());
     let subject = Subject::trained(size, setting.seed)?;
     let whole = subject.loss(&subject.model)?;
     let profiles = ESTIMATORS
@@ -45,7 +46,9 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             Ok((*name, profile))
         })
         .collect::<Result<Vec<_>>>()?;
+    setting.tell(|| "without attention".to_owned());
     let attention = attention(&subject, size, setting.seed)?;
+    setting.tell(|| "without blocks".to_owned());
     let blocks = blocks(&subject, size, setting.seed)?;
     let zeroed = zeroed(&subject, size)?;
     Ok(Reproduction {

@@ -5,6 +5,7 @@
 
 use super::classifier::Narrow;
 use super::decoder::{self, Recipe};
+use super::jobs::means_by_seed;
 use super::masked::text;
 use super::sequences::{
     Course, LEVELS, Measures, SIDE, crossover, digits, exponent, listed, of, on_lists_by,
@@ -85,6 +86,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let (what, claim) = as_a_decoder(setting, &size)?;
     claims.push(claim);
     claims.push(with_large_weights(setting, &size)?);
+    setting.tell(|| "time by length".to_owned());
     let (claim, plot) = in_time(&size)?;
     claims.push(claim);
     Ok(Reproduction {
@@ -141,23 +143,18 @@ const DIGITS: Measures = Measures {
 
 fn on_digits(setting: &Setting, size: &Size) -> Result<Claim> {
     let (count, steps) = size.digits;
-    let mut found = Vec::new();
-    for (name, mechanism) in ways() {
-        let mut right = Vec::new();
-        for seed in (setting.seed..).take(size.seeds as usize) {
-            let course = Course {
-                steps,
-                batch: 32,
-                rate: 3e-3,
-                seed,
-            };
-            let training = digits(count, seed);
-            let spec = DIGITS.spec(mechanism.clone(), true);
-            let model = train(spec, &training, &course)?;
-            right.push(percent_right(&model, &digits(count / 2, seed ^ 0xd161))?);
-        }
-        found.push((name, mean(right)));
-    }
+    let found = means_by_seed(setting, "digits", &ways(), size.seeds, |mechanism, seed| {
+        let course = Course {
+            steps,
+            batch: 32,
+            rate: 3e-3,
+            seed,
+        };
+        let training = digits(count, seed);
+        let spec = DIGITS.spec(mechanism.clone(), true);
+        let model = train(spec, &training, &course)?;
+        percent_right(&model, &digits(count / 2, seed ^ 0xd161))
+    })?;
     Ok(Claim::new(
         "digits as sequences: Fastmax 2 within 1.5 points of softmax of the same size",
         "the accuracy of softmax on MNIST as a sequence",
@@ -170,7 +167,7 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<Claim> {
 }
 
 fn on_lists(setting: &Setting, size: &Size) -> Result<Claim> {
-    let found = on_lists_by(&ways(), 32, size.lists, setting.seed)?;
+    let found = on_lists_by(setting, &ways(), 32, size.lists)?;
     Ok(Claim::new(
         "nested lists: Fastmax 2 within 1.5 points of softmax of the same size",
         "Long Range Arena: softmax 38.4, Fastmax 1 37.2, Fastmax 2 37.4 %",
@@ -184,9 +181,8 @@ fn on_lists(setting: &Setting, size: &Size) -> Result<Claim> {
 
 fn as_a_decoder(setting: &Setting, size: &Size) -> Result<(String, Claim)> {
     let (steps, length) = size.decoder;
-    let mut found = Vec::new();
-    let mut what = String::new();
-    for (name, mechanism) in ways() {
+    let what = text(setting)?.what;
+    let found = means_by_seed(setting, "a decoder", &ways(), 1, |mechanism, seed| {
         let mut text = text(setting)?;
         let mut spec = decoder::spec(text.vocabulary, 64, 2);
         if let InputSpec::Tokens(tokens) = &mut spec.input {
@@ -203,16 +199,15 @@ fn as_a_decoder(setting: &Setting, size: &Size) -> Result<(String, Claim)> {
             narrow: true,
             ..Recipe::default()
         };
-        let model = decoder::train_by(recipe, spec, text.training, steps, setting.seed)?;
-        let mut generator = generator(setting.seed ^ 0xfa57);
+        let model = decoder::train_by(recipe, spec, text.training, steps, seed)?;
+        let mut generator = generator(seed ^ 0xfa57);
         let mut losses = Vec::new();
         for _ in 0..10 {
             let batch = text.held_out.batch(&mut generator, 4, length)?;
             losses.push(number(&batch_loss(&model, &batch, Pass::default())?)?);
         }
-        found.push((name, mean(losses)));
-        what = text.what;
-    }
+        Ok(mean(losses))
+    })?;
     let each = found.iter().map(|(name, loss)| format!("{name} {loss:.3}"));
     let claim = Claim::new(
         "a causal decoder: the loss of Fastmax 2 is at most 0.1 nats above that of softmax",
@@ -249,42 +244,40 @@ fn with_large_weights(setting: &Setting, size: &Size) -> Result<Claim> {
     let (count, steps) = size.digits;
     let training = digits(count, setting.seed);
     let held_out = digits(count / 2, setting.seed ^ 0xd161);
-    let mut found = Vec::new();
-    for (name, normalisation) in [
-        ("token", Normalisation::Token),
-        ("none", Normalisation::None),
-    ] {
-        for degree in [1, 2] {
-            let course = Course {
-                steps,
-                batch: 32,
-                rate: 3e-3,
-                seed: setting.seed,
-            };
-            let initial = Initialiser::new(setting.seed, DType::F32, Device::Cpu);
-            let mut source = Large(Narrow(initial));
-            let spec = DIGITS.spec(fastmax(degree, normalisation), true);
-            let model = train_from(spec, &mut source, &training, &course)?;
-            found.push((name, degree, percent_right(&model, &held_out)?));
-        }
-    }
-    let right = |name: &str, degree: usize| {
-        let found = found.iter().find(|(n, d, _)| (*n, *d) == (name, degree));
-        found.map_or(f64::NAN, |(.., right)| *right)
+    let ways = [
+        ("token, degree 1", (1, Normalisation::Token)),
+        ("token, degree 2", (2, Normalisation::Token)),
+        ("none, degree 1", (1, Normalisation::None)),
+        ("none, degree 2", (2, Normalisation::None)),
+    ];
+    let task = "digits from large weights, normalised by";
+    let found = means_by_seed(setting, task, &ways, 1, |(degree, normalisation), seed| {
+        let course = Course {
+            steps,
+            batch: 32,
+            rate: 3e-3,
+            seed,
+        };
+        let mut source = Large(Narrow(Initialiser::new(seed, DType::F32, Device::Cpu)));
+        let spec = DIGITS.spec(fastmax(*degree, *normalisation), true);
+        let model = train_from(spec, &mut source, &training, &course)?;
+        percent_right(&model, &held_out)
+    })?;
+    let worse = |none: &str, token: &str| {
+        let none = of(&found, none);
+        none.is_nan() || none < of(&found, token)
     };
-    let worse = |degree: usize| {
-        let none = right("none", degree);
-        none.is_nan() || none < right("token", degree)
-    };
+    let worse =
+        worse("none, degree 1", "token, degree 1") && worse("none, degree 2", "token, degree 2");
     let each = found
         .iter()
-        .map(|(name, degree, right)| format!("{name}, degree {degree}: {right:.1} %"));
+        .map(|(name, right)| format!("{name}: {right:.1} %"));
     Ok(Claim::new(
         "with queries and keys eight times as long at the start, attention without normalisation \
          diverges or is worse",
         "normalisation is needed",
         each.collect::<Vec<_>>().join("; "),
-        after_training(setting.scale, worse(1) && worse(2)),
+        after_training(setting.scale, worse),
     ))
 }
 

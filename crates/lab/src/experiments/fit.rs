@@ -6,8 +6,9 @@
 use super::attending::{self, shakespeare};
 use super::classifier::Labelled;
 use super::decoder::{self, Recipe};
-use super::sequences::{Course, Measures, exponent, percent_right, train};
-use super::{after_training, difference, mean};
+use super::jobs::{in_parallel, means_by_seed};
+use super::sequences::{Course, Measures, exponent, of, percent_right, train};
+use super::{after_training, difference};
 use crate::catalogue::metered;
 use crate::error::engine;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
@@ -54,10 +55,10 @@ impl Size {
                 group: 16,
                 groups: 16,
                 examples: 8000,
-                steps: 1500,
+                steps: 1200,
                 seeds: 1,
                 text_width: 64,
-                text_steps: 250,
+                text_steps: 200,
                 longest: 32_768,
             },
             Scale::Full => Self {
@@ -112,6 +113,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     claims.extend(far_marks(setting, &size)?);
     let (what, more) = on_text(setting, &size)?;
     claims.extend(more);
+    setting.tell(|| "memory by length".to_owned());
     let (claim, plot) = growth(&size)?;
     claims.push(claim);
     Ok(Reproduction {
@@ -173,26 +175,19 @@ fn far_marks(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
         Ok(metered(&model, length)?.total().flops as f64)
     };
     let share = operations(&fit)? / operations(&flat)?;
-    let mut right = Vec::new();
-    for spec in [&local, &fit, &flat] {
-        let mut each = Vec::new();
-        for seed in (setting.seed..).take(size.seeds as usize) {
-            let course = Course {
-                steps: size.steps,
-                batch: 16,
-                rate: 3e-3,
-                seed,
-            };
-            let model = train(spec.clone(), &marked(size, size.examples, seed), &course)?;
-            let held_out = marked(size, (size.examples / 8).max(20), seed ^ 0x0f17);
-            each.push(percent_right(&model, &held_out)?);
-        }
-        right.push(mean(each));
-    }
-    let (local, fit, flat) = match right.as_slice() {
-        [local, fit, flat] => (*local, *fit, *flat),
-        _ => (f64::NAN, f64::NAN, f64::NAN),
-    };
+    let ways = [("local", local), ("FIT", fit), ("flat", flat)];
+    let right = means_by_seed(setting, "far marks", &ways, size.seeds, |spec, seed| {
+        let course = Course {
+            steps: size.steps,
+            batch: 16,
+            rate: 3e-3,
+            seed,
+        };
+        let model = train(spec.clone(), &marked(size, size.examples, seed), &course)?;
+        let held_out = marked(size, (size.examples / 8).max(20), seed ^ 0x0f17);
+        percent_right(&model, &held_out)
+    })?;
+    let [local, fit, flat] = ["local", "FIT", "flat"].map(|name| of(&right, name));
     let listed = format!("local blocks alone {local:.1} %, FIT {fit:.1} %, flat {flat:.1} %");
     Ok(vec![
         Claim::new(
@@ -266,7 +261,7 @@ fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>)> {
         narrow: true,
         ..Recipe::default()
     };
-    let Some([training, mut held_out]) = shakespeare(setting)? else {
+    let Some([training, held_out]) = shakespeare(setting)? else {
         let claim = Claim::new(
             "on Tiny Shakespeare its loss is within 0.1 nats of a flat decoder's",
             "estimate for this task",
@@ -276,14 +271,15 @@ fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>)> {
         return Ok(("no text".to_owned(), vec![memory, claim]));
     };
     let batches = if setting.scale == Scale::Smoke { 1 } else { 8 };
-    let mut losses = Vec::new();
     // A global block, a read and a write are about as many parameters as one block more and a half.
-    for spec in [fit, flat(blocks + 2)] {
+    let jobs = [("FIT", fit), ("flat", flat(blocks + 2))];
+    let jobs = jobs.map(|(name, spec)| (format!("a decoder of text, {name}"), spec));
+    let losses = in_parallel(setting, jobs.into(), |spec| {
         let task = Box::new(training.clone());
         let model = decoder::train_by(recipe, spec, task, size.text_steps, setting.seed)?;
-        let measure = attending::measure(&model, &mut held_out, recipe, batches)?;
-        losses.push((measure.loss, model.parameter_count()));
-    }
+        let measure = attending::measure(&model, &mut held_out.clone(), recipe, batches)?;
+        Ok((measure.loss, model.parameter_count()))
+    })?;
     let (own, flat) = match losses.as_slice() {
         [own, flat] => (*own, *flat),
         _ => ((f64::NAN, 0), (f64::NAN, 0)),

@@ -7,6 +7,7 @@
 use super::attending;
 use super::classifier::{self, Labelled};
 use super::decoder::{self, Recipe};
+use super::jobs::by_seed;
 use super::masked::{Text, text};
 use super::sequences::{
     Course, LEVELS, Measures, SIDE, digits, percent_right, quickest, train, train_from,
@@ -62,10 +63,10 @@ impl Size {
                 blocks: 4,
                 width: 64,
                 length: 128,
-                steps: 600,
+                steps: 500,
                 batches: 6,
                 digits: (500, 400),
-                seeds: 5,
+                seeds: 3,
                 timed: 2048,
             },
             Scale::Full => Self {
@@ -114,6 +115,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let (what, more, plot) = on_text(setting, size)?;
     claims.extend(more);
     claims.extend(on_digits(setting, size)?);
+    setting.tell(|| "time".to_owned());
     claims.push(in_time(setting, size)?);
     Ok(Reproduction {
         setting: format!(
@@ -342,29 +344,36 @@ fn on_text(setting: &Setting, size: Size) -> Result<(String, Vec<Claim>, Plot)> 
         what, vocabulary, ..
     } = text(setting)?;
     let dense_steps = (size.steps / 10).max(1);
-    let mut models = Vec::new();
-    for (name, mechanism) in [
+    let ways = [
         ("dense", MechanismSpec::Softmax),
         ("unbiased", quarter(Selection::Unbiased)),
         ("local", quarter(local(size.length))),
-    ] {
-        let spec = size.decoder(vocabulary, mechanism);
+    ];
+    let models = by_seed(setting, "text", &ways, 1, |mechanism, seed| {
+        let spec = size.decoder(vocabulary, mechanism.clone());
         let training = || -> Result<Box<dyn Task>> { Ok(text(setting)?.training) };
         let steps = size.steps - dense_steps;
-        let before = decoder::train_by(recipe, spec, training()?, steps, setting.seed)?;
+        let before = decoder::train_by(recipe, spec, training()?, steps, seed)?;
         let slower = Recipe {
             peak: recipe.peak / 10.0,
             dense_steps,
             ..recipe
         };
-        let after =
-            decoder::train_further(&before, slower, training()?, dense_steps, setting.seed + 1)?;
-        models.push(Trained {
-            name,
-            before,
-            after,
-        });
-    }
+        let after = decoder::train_further(&before, slower, training()?, dense_steps, seed + 1)?;
+        Ok([before, after])
+    })?;
+    let models: Vec<Trained> = models
+        .into_iter()
+        .flat_map(|(name, models)| {
+            let named = move |[before, after]: [Model; 2]| Trained {
+                name,
+                before,
+                after,
+            };
+            models.into_iter().map(named)
+        })
+        .collect();
+    setting.tell(|| "losses of text".to_owned());
     let mut held = Vec::new();
     let mut gaps = Vec::new();
     for trained in &models {
@@ -385,16 +394,23 @@ fn on_text(setting: &Setting, size: Size) -> Result<(String, Vec<Claim>, Plot)> 
     };
     let mut curves = Vec::new();
     let mut points = Vec::new();
-    for trained in models.iter().skip(1) {
+    let drawn = models.iter().skip(1);
+    let drawn: Vec<_> = drawn
+        .map(|trained| (trained.name, &trained.before))
+        .collect();
+    for (name, found) in by_seed(setting, "ensembles", &drawn, 1, |model, _| {
         let mut held_out = text(setting)?.held_out;
-        let counts = (size.batches, MEMBERS);
-        let found = losses(&trained.before, held_out.as_mut(), recipe, counts)?;
+        losses(model, held_out.as_mut(), recipe, (size.batches, MEMBERS))
+    })? {
+        let Some(found) = found.into_iter().next() else {
+            continue;
+        };
         let curve = (1u32..).map(f64::from).zip(found.ensembles.iter().copied());
         points.push(Series {
-            name: trained.name.to_owned(),
+            name: name.to_owned(),
             points: curve.collect(),
         });
-        curves.push((trained.name, found));
+        curves.push((name, found));
     }
     let last = |found: &Losses| found.ensembles.last().copied().unwrap_or(f64::NAN);
     let best = |(name, found): &(&str, Losses)| {
@@ -535,8 +551,12 @@ fn on_digits(setting: &Setting, size: Size) -> Result<Vec<Claim>> {
         blocks: 3,
     };
     let (count, steps) = size.digits;
-    let (mut dense, mut sampled, mut single, mut ensemble) = (vec![], vec![], vec![], vec![]);
-    for seed in (setting.seed..).take(size.seeds as usize) {
+    let ways = [
+        ("dense", MechanismSpec::Softmax),
+        ("sampled", quarter(Selection::Unbiased)),
+    ];
+    // After the dense steps, and before them by a dense pass and by an ensemble.
+    let found = by_seed(setting, "digits", &ways, size.seeds, |mechanism, seed| {
         let training = digits(count, seed);
         let held_out = digits(1000.min(4 * count), seed ^ 0xd161);
         let last = (steps / 10).max(1);
@@ -546,25 +566,26 @@ fn on_digits(setting: &Setting, size: Size) -> Result<Vec<Claim>> {
             rate,
             seed,
         };
-        for (mechanism, right) in [
-            (MechanismSpec::Softmax, &mut dense),
-            (quarter(Selection::Unbiased), &mut sampled),
-        ] {
-            let is_dense = mechanism.is_softmax();
-            let spec = measures.spec(mechanism, true);
-            let before = train(spec, &training, &course(steps - last, 3e-3))?;
-            if !is_dense {
-                single.push(percent_right(&before, &held_out)?);
-                ensemble.push(ensemble_right(&before, &held_out)?);
-            }
-            let spec = measures.spec(MechanismSpec::Softmax, true);
-            let mut parameters = before.parameters().clone();
-            let after = train_from(spec, &mut parameters, &training, &course(last, 3e-4))?;
-            right.push(percent_right(&after, &held_out)?);
-        }
-    }
-    let (dense, sampled) = (mean(dense), mean(sampled));
-    let (single, ensemble) = (mean(single), mean(ensemble));
+        let spec = measures.spec(mechanism.clone(), true);
+        let before = train(spec, &training, &course(steps - last, 3e-3))?;
+        let (single, ensemble) = match mechanism.is_softmax() {
+            true => (f64::NAN, f64::NAN),
+            false => (
+                percent_right(&before, &held_out)?,
+                ensemble_right(&before, &held_out)?,
+            ),
+        };
+        let spec = measures.spec(MechanismSpec::Softmax, true);
+        let mut parameters = before.parameters().clone();
+        let after = train_from(spec, &mut parameters, &training, &course(last, 3e-4))?;
+        Ok([percent_right(&after, &held_out)?, single, ensemble])
+    })?;
+    let means = |name: &str| -> [f64; 3] {
+        let rows = found.iter().filter(|(known, _)| *known == name);
+        let rows: Vec<&[f64; 3]> = rows.flat_map(|(_, rows)| rows).collect();
+        [0, 1, 2].map(|place| mean(rows.iter().filter_map(|row| row.get(place)).copied()))
+    };
+    let ([dense, ..], [sampled, single, ensemble]) = (means("dense"), means("sampled"));
     Ok(vec![
         Claim::new(
             "digits: a quarter of the pixels in training is worth at least half a point of accuracy",

@@ -298,7 +298,7 @@ fn ways() -> Vec<(&'static str, MechanismSpec)> {
 }
 
 fn on_lists(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
-    let found = on_lists_by(&ways(), 32, size.lists, setting.seed)?;
+    let found = on_lists_by(setting, &ways(), 32, size.lists)?;
     let of = |name: &str| of(&found, name);
     let positive = found.iter().filter(|(name, _)| name.ends_with("positive"));
     let least = positive

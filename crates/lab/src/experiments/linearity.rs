@@ -27,6 +27,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let mut size = Size::of(setting.scale);
     // A score needs many times as many tokens as features.
     size.calibration *= 2;
+    setting.tell(|| "a decoder to be cut".to_owned());
     let subject = Subject::trained(size, setting.seed)?;
     let whole = subject.loss(&subject.model)?;
     let corpus = decoder::corpus(Split::Training, setting.seed)?;
@@ -57,6 +58,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             order.iter().rev().take(2).copied().collect(),
         ),
     ] {
+        setting.tell(|| format!("without {what}"));
         costs.push(cost(&subject, what, blocks, steps)?);
     }
     let aligned = aligned(setting)?;
@@ -110,6 +112,7 @@ fn aligned(setting: &Setting) -> Result<Vec<Aligned>> {
     for weight in [0.0, 0.05, 0.2, 1.0] {
         let (mut scores, mut losses) = (Vec::new(), Vec::new());
         for seed in setting.seed..setting.seed + seeds {
+            setting.tell(|| format!("trained with a term of {weight}, seed {seed}"));
             let corpus = decoder::corpus(Split::Training, seed)?;
             let windows = (0..size.calibration)
                 .map(|index| Ok(corpus.window(index, decoder::LENGTH)?))

@@ -231,14 +231,19 @@ fn recall_without_scans(work: &Work, seed: u64) -> Result<(f64, f64)> {
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let work = Work::of(setting.scale);
+    setting.tell(|| "a decoder to be cut".to_owned());
     let subject = trained(work.size, None, setting.seed)?;
     let whole = subject.loss(&subject.model)?;
+    setting.tell(|| "without blocks".to_owned());
     let blocks = curves(&subject, &work, Kind::Block, setting.seed)?;
+    setting.tell(|| "without scans".to_owned());
     let scans = curves(&subject, &work, Kind::Scan, setting.seed)?;
+    setting.tell(|| "a hybrid and its parts".to_owned());
     let hybrid = trained(work.size, Some(1), setting.seed)?;
     let parts = Shed::parts(&hybrid.model);
     let steps = work.size.blocks / 2;
     let shed = Search::run(&hybrid.model, &hybrid.data, BATCH, &parts, steps)?;
+    setting.tell(|| "recall without scans".to_owned());
     let recall = recall_without_scans(&work, setting.seed)?;
     Ok(Reproduction {
         setting: format!(

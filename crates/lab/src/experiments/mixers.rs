@@ -6,21 +6,23 @@
 
 use super::after_training;
 use super::attending;
-use super::classifier::Labelled;
+use super::classifier::{Labelled, Narrow};
 use super::decoder::{Recipe, train_by};
+use super::jobs::in_parallel;
 use super::masked;
 use super::sequences::{
-    Course, LEVELS, LIST_TOKENS, Measures, SIDE, digits, list_operations, percent_right, train,
+    Course, LEVELS, LIST_TOKENS, Measures, SIDE, digits, list_operations, milliseconds_a_step,
+    percent_right, train,
 };
 use crate::catalogue::metered;
 use crate::mechanisms::{Mechanism, mechanisms};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
-use lapidary_model::{HeadSpec, ModelSpec};
+use lapidary_kernels::{DType, Device};
+use lapidary_model::{HeadSpec, Initialiser, Model, ModelSpec};
 use lapidary_parts::attention::MixerSpec;
 use lapidary_train::generator;
 use rand::RngExt;
 use rand::seq::SliceRandom;
-use std::time::Instant;
 
 const WIDTH: usize = 32;
 const HEADS: usize = 4;
@@ -32,7 +34,9 @@ const LONGEST: usize = 128;
 struct Size {
     examples: usize,
     steps: u64,
+    batch: usize,
     text_steps: u64,
+    text_batch: usize,
     text_batches: usize,
     /// Every so many mechanisms one is run.
     every: usize,
@@ -44,21 +48,27 @@ impl Size {
             Scale::Smoke => Self {
                 examples: 40,
                 steps: 1,
+                batch: 32,
                 text_steps: 1,
+                text_batch: 8,
                 text_batches: 1,
                 every: 3,
             },
             Scale::Small => Self {
                 examples: 4000,
-                steps: 400,
-                text_steps: 400,
+                steps: 500,
+                batch: 16,
+                text_steps: 500,
+                text_batch: 4,
                 text_batches: 16,
                 every: 1,
             },
             Scale::Full => Self {
                 examples: 40_000,
                 steps: 10_000,
+                batch: 32,
                 text_steps: 10_000,
+                text_batch: 8,
                 text_batches: 64,
                 every: 1,
             },
@@ -74,6 +84,20 @@ struct Task {
     labels: usize,
     training: Vec<Labelled>,
     held_out: Vec<Labelled>,
+}
+
+impl Task {
+    fn spec(&self, candidate: &Mechanism) -> ModelSpec {
+        let measures = Measures {
+            vocabulary: self.vocabulary,
+            length: LONGEST,
+            labels: self.labels,
+            width: WIDTH,
+            heads: HEADS,
+            blocks: BLOCKS,
+        };
+        arranged(measures.spec(Default::default(), true), candidate, LONGEST)
+    }
 }
 
 fn tasks(size: &Size, seed: u64) -> Vec<Task> {
@@ -173,12 +197,12 @@ struct Row {
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
     let tasks = tasks(&size, setting.seed);
+    let what = masked::text(setting)?.what;
+    let candidates: Vec<&Mechanism> = mechanisms().iter().step_by(size.every).collect();
+    let scores = scores(setting, &size, &tasks, &candidates)?;
     let mut rows = Vec::new();
-    let mut what = String::new();
-    for candidate in mechanisms().iter().step_by(size.every) {
-        let (row, text) = study(setting, &size, &tasks, candidate)?;
-        what = text;
-        rows.push(row);
+    for (candidate, scores) in candidates.iter().zip(scores.chunks(tasks.len() + 1)) {
+        rows.push(costs(setting, &size, &tasks, candidate, scores)?);
     }
     let mut claims = vec![budget(&rows)];
     claims.extend(rows.iter().map(|row| told(setting, &tasks, row)));
@@ -192,13 +216,13 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     Ok(Reproduction {
         setting: format!(
             "{BLOCKS} blocks of width {WIDTH} with {HEADS} heads and a table of positions; {} examples, {} \
-             steps of 32; {what}, {} steps of 8 windows of {LONGEST}; one seed",
-            size.examples, size.steps, size.text_steps
+             steps of {}; {what}, {} steps of {} windows of {LONGEST}; one seed",
+            size.examples, size.steps, size.batch, size.text_steps, size.text_batch
         ),
         claims,
         plots: vec![Plot {
             title: "Mean accuracy of four tasks against the time of a training step".to_owned(),
-            x: "milliseconds a step, 32 sequences of 64".to_owned(),
+            x: format!("milliseconds a step, {} sequences of 64", size.batch),
             y: "percent right".to_owned(),
             series,
         }],
@@ -206,53 +230,69 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     })
 }
 
-fn study(
+/// What every mechanism in turn gets right of each task, in percent, and its loss of text.
+fn scores(
+    setting: &Setting,
+    size: &Size,
+    tasks: &[Task],
+    candidates: &[&Mechanism],
+) -> Result<Vec<f64>> {
+    let mut jobs = Vec::new();
+    for &candidate in candidates {
+        for task in tasks.iter().map(Some).chain([None]) {
+            let on = task.map_or("text", |task| task.name);
+            jobs.push((format!("{} on {on}", candidate.name), (candidate, task)));
+        }
+    }
+    in_parallel(setting, jobs, |(candidate, task)| match task {
+        None => on_text(setting, size, candidate),
+        Some(task) => {
+            let course = course(size, setting.seed);
+            let model = train(task.spec(candidate), &task.training, &course)?;
+            percent_right(&model, &task.held_out)
+        }
+    })
+}
+
+fn course(size: &Size, seed: u64) -> Course {
+    Course {
+        steps: size.steps,
+        batch: size.batch,
+        rate: 3e-3,
+        seed,
+    }
+}
+
+/// A mechanism's scores with what it costs on the first task, which is measured while nothing else runs.
+fn costs(
     setting: &Setting,
     size: &Size,
     tasks: &[Task],
     candidate: &Mechanism,
-) -> Result<(Row, String)> {
-    let (mut right, mut step, mut held, mut parameters) = (Vec::new(), f64::NAN, 0, 0);
-    for task in tasks {
-        let measures = Measures {
-            vocabulary: task.vocabulary,
-            length: LONGEST,
-            labels: task.labels,
-            width: WIDTH,
-            heads: HEADS,
-            blocks: BLOCKS,
-        };
-        let usual = measures.spec(Default::default(), true);
-        let spec = arranged(usual, candidate, LONGEST);
-        let course = Course {
-            steps: size.steps,
-            batch: 32,
-            rate: 3e-3,
-            seed: setting.seed,
-        };
-        let started = Instant::now();
-        let model = train(spec, &task.training, &course)?;
-        if task.name == "digits" {
-            step = 1e3 * started.elapsed().as_secs_f64() / size.steps as f64;
-            held = metered(&model, task.length)?.peak_live_bytes();
-            parameters = model.parameter_count();
-        }
-        right.push(percent_right(&model, &task.held_out)?);
+    scores: &[f64],
+) -> Result<Row> {
+    setting.tell(|| format!("{}, time and memory", candidate.name));
+    let (mut step, mut held, mut parameters) = (f64::NAN, 0, 0);
+    if let Some(task) = tasks.first() {
+        let mut source = Narrow(Initialiser::new(setting.seed, DType::F32, Device::Cpu));
+        let model = Model::trainable(task.spec(candidate), &mut source)?;
+        held = metered(&model, task.length)?.peak_live_bytes();
+        parameters = model.parameter_count();
+        step = milliseconds_a_step(&model, &task.training, &course(size, setting.seed))?;
     }
-    let (text, what) = on_text(setting, size, candidate)?;
-    let row = Row {
+    Ok(Row {
         name: candidate.name,
         causal: candidate.causal,
-        right,
-        text,
+        right: scores.iter().take(tasks.len()).copied().collect(),
+        text: scores.last().copied().unwrap_or(f64::NAN),
         parameters,
         step,
         held,
-    };
-    Ok((row, what))
+    })
 }
 
-fn on_text(setting: &Setting, size: &Size, candidate: &Mechanism) -> Result<(f64, String)> {
+/// Nats of a next byte where the mechanism is causal, of a hidden one otherwise; not a number without text.
+fn on_text(setting: &Setting, size: &Size, candidate: &Mechanism) -> Result<f64> {
     if !candidate.causal {
         let mut text = masked::text(setting)?;
         let measures = Measures {
@@ -271,23 +311,22 @@ fn on_text(setting: &Setting, size: &Size, candidate: &Mechanism) -> Result<(f64
         };
         let course = masked::Course {
             steps: size.text_steps,
-            batch: 8,
+            batch: size.text_batch,
             length: LONGEST,
             hidden: 0.15,
             rate: 3e-3,
             questions: size.text_batches,
             seed: setting.seed,
         };
-        let what = text.what.clone();
-        return Ok((text.study(spec, &course)?.loss, what));
+        return Ok(text.study(spec, &course)?.loss);
     }
     let Some([training, held_out]) = attending::shakespeare(setting)? else {
-        return Ok((f64::NAN, "the generated language".to_owned()));
+        return Ok(f64::NAN);
     };
     let attention = candidate.attention(HEADS, LONGEST);
     let spec = attending::spec(256, WIDTH, LONGEST, &vec![attention; BLOCKS]);
     let recipe = Recipe {
-        batch: 8,
+        batch: size.text_batch,
         length: LONGEST,
         peak: 3e-3,
         alignment: None,
@@ -302,8 +341,7 @@ fn on_text(setting: &Setting, size: &Size, candidate: &Mechanism) -> Result<(f64
         setting.seed,
     )?;
     let mut task = held_out;
-    let found = attending::measure(&model, &mut task, recipe, size.text_batches)?;
-    Ok((found.loss, "the bytes of Tiny Shakespeare".to_owned()))
+    Ok(attending::measure(&model, &mut task, recipe, size.text_batches)?.loss)
 }
 
 /// That the comparison is one of equals.

@@ -30,6 +30,7 @@ pub mod glyphs;
 pub mod grammar;
 pub mod information_pathways;
 pub mod introduction;
+mod jobs;
 pub mod kernelized;
 pub mod linearity;
 pub mod linformer;

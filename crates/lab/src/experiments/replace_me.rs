@@ -87,12 +87,14 @@ struct Point {
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
+    setting.tell(|| "a decoder to be cut".to_owned());
     let subject = Subject::trained(size, setting.seed)?;
     let whole = subject.loss(&subject.model)?;
     let most = (size.blocks / 2).min(4);
     let mut points = Vec::new();
     for removed in 1..=most {
         for way in Way::ALL {
+            setting.tell(|| format!("{removed} of {most} blocks gone, {}", way.name()));
             let settings = way.settings(setting.scale);
             let cut = subject.without(way.method(), removed, size.blocks, &settings)?;
             points.push(Point {

@@ -2,8 +2,9 @@
 //! operators, and how a comparison is run.
 
 use super::classifier::{Labelled, Narrow, batch, fit, probabilities};
-use crate::Result;
+use super::jobs::means_by_seed;
 use crate::error::engine;
+use crate::{Result, Setting};
 use lapidary_explain::faithfulness::masking::most_likely;
 use lapidary_kernels::{CrossEntropyOptions, DType, Device, Tensor, cross_entropy};
 use lapidary_model::{
@@ -15,9 +16,10 @@ use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
 use lapidary_parts::norm::NormSpec;
 use lapidary_parts::parameters::ParameterSource;
-use lapidary_train::generator;
+use lapidary_train::{Generator, generator};
 use rand::RngExt;
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 /// Height and width of an image of a digit.
 pub const SIDE: usize = 8;
@@ -218,28 +220,60 @@ pub fn train_from(
     course: &Course,
 ) -> Result<Model> {
     let model = Model::trainable(spec, source)?;
-    let mut generator = generator(course.seed);
+    let mut draws = generator(course.seed);
     fit(&model, course.steps, course.rate, |step| {
-        let chosen: Vec<&Labelled> = (0..course.batch)
-            .filter_map(|_| examples.get(generator.random_range(0..examples.len().max(1))))
-            .collect();
-        let sequences: Vec<&[u32]> = chosen.iter().map(|e| e.tokens.as_slice()).collect();
-        let labels: Vec<u32> = chosen.iter().map(|e| e.label).collect();
-        let (input, padding) = batch(&sequences)?;
-        let pass = Pass {
-            padding: Some(&padding),
-            dropout_seed: Some(step),
-            draw: Some(step),
-            ..Pass::default()
-        };
-        let logits = model.forward(&input, pass)?.into_logits()?.into_value();
-        let labels = engine(Tensor::from_vec(labels, chosen.len(), &Device::Cpu))?;
-        Ok(cross_entropy(
-            &logits,
-            &labels,
-            &CrossEntropyOptions::default(),
-        )?)
+        loss(&model, examples, course.batch, step, &mut draws)
     })
+}
+
+/// Mean cross-entropy of `count` random examples.
+fn loss(
+    model: &Model,
+    examples: &[Labelled],
+    count: usize,
+    step: u64,
+    draws: &mut Generator,
+) -> Result<Tensor> {
+    let chosen: Vec<&Labelled> = (0..count)
+        .filter_map(|_| examples.get(draws.random_range(0..examples.len().max(1))))
+        .collect();
+    let sequences: Vec<&[u32]> = chosen.iter().map(|e| e.tokens.as_slice()).collect();
+    let labels: Vec<u32> = chosen.iter().map(|e| e.label).collect();
+    let (input, padding) = batch(&sequences)?;
+    let pass = Pass {
+        padding: Some(&padding),
+        dropout_seed: Some(step),
+        draw: Some(step),
+        ..Pass::default()
+    };
+    let logits = model.forward(&input, pass)?.into_logits()?.into_value();
+    let labels = engine(Tensor::from_vec(labels, chosen.len(), &Device::Cpu))?;
+    Ok(cross_entropy(
+        &logits,
+        &labels,
+        &CrossEntropyOptions::default(),
+    )?)
+}
+
+/// Milliseconds of a training step: the median of five, behind two that warm up.
+pub fn milliseconds_a_step(model: &Model, examples: &[Labelled], course: &Course) -> Result<f64> {
+    const WARM: usize = 2;
+    const TIMED: usize = 5;
+    let mut draws = generator(course.seed);
+    let mut starts = Vec::new();
+    // A step ends where the next one starts.
+    fit(model, (WARM + TIMED + 1) as u64, course.rate, |step| {
+        starts.push(Instant::now());
+        loss(model, examples, course.batch, step, &mut draws)
+    })?;
+    let mut took: Vec<f64> = starts
+        .iter()
+        .zip(starts.iter().skip(1))
+        .skip(WARM)
+        .map(|(start, end)| 1e3 * end.duration_since(*start).as_secs_f64())
+        .collect();
+    took.sort_by(f64::total_cmp);
+    Ok(took.get(TIMED / 2).copied().unwrap_or(f64::NAN))
 }
 
 /// The share of examples that a model gets right, in percent; not a number where its scores are not.
@@ -274,13 +308,13 @@ pub fn of(found: &[(&str, f64)], name: &str) -> f64 {
 /// Percent of held-out lists that classifiers of this width get right, by mechanism: `(count, steps)`
 /// examples to learn from and steps of 32.
 pub fn on_lists_by(
+    setting: &Setting,
     ways: &[(&'static str, MechanismSpec)],
     width: usize,
     (count, steps): (usize, u64),
-    seed: u64,
 ) -> Result<Vec<(&'static str, f64)>> {
-    let training = list_operations(count, seed);
-    let held_out = list_operations(count / 8, seed ^ 0x1157);
+    let training = list_operations(count, setting.seed);
+    let held_out = list_operations(count / 8, setting.seed ^ 0x1157);
     let measures = Measures {
         vocabulary: LIST_TOKENS,
         length: 120,
@@ -289,25 +323,23 @@ pub fn on_lists_by(
         heads: 4,
         blocks: 2,
     };
-    let course = Course {
-        steps,
-        batch: 32,
-        rate: 3e-3,
-        seed,
-    };
-    let mut found = Vec::new();
-    for (name, mechanism) in ways {
+    means_by_seed(setting, "nested lists", ways, 1, |mechanism, seed| {
+        let course = Course {
+            steps,
+            batch: 32,
+            rate: 3e-3,
+            seed,
+        };
         let model = train(measures.spec(mechanism.clone(), true), &training, &course)?;
-        found.push((*name, percent_right(&model, &held_out)?));
-    }
-    Ok(found)
+        percent_right(&model, &held_out)
+    })
 }
 
 /// Seconds of the quickest of some calls.
 pub fn quickest(times: usize, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
     let mut best = f64::INFINITY;
     for _ in 0..times {
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         call()?;
         best = best.min(started.elapsed().as_secs_f64());
     }

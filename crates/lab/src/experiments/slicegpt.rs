@@ -4,6 +4,7 @@
 //! of a few blocks is cut by 5 to 40 % in its principal directions, in random ones and in its
 //! worst ones, and the law is laid beside each.
 
+use super::jobs::over_seeds;
 use super::narrow::{BATCH, Setup, Size, left};
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
@@ -48,9 +49,7 @@ struct Run {
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
-    let runs = (0..size.seeds)
-        .map(|index| one_seed(&size, setting.seed + index))
-        .collect::<Result<Vec<_>>>()?;
+    let runs = over_seeds(setting, size.seeds, |seed| one_seed(&size, seed))?;
     Ok(Reproduction {
         setting: format!(
             "generated language; RMS norm decoder of {} blocks, width {}, rotary positions, {} \

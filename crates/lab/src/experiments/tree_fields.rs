@@ -4,6 +4,7 @@
 //! The paper integrates on meshes and citation graphs that are not here and trains on ImageNet. Here trees,
 //! graphs and a sphere are generated, and digits are printed.
 
+use super::jobs::means_by_seed;
 use super::sequences::{
     Course, LEVELS, Measures, SIDE, digits, exponent, percent_right, quickest, train,
 };
@@ -46,7 +47,10 @@ impl Size {
                     Scale::Full => (20_000, 4000),
                     Scale::Smoke | Scale::Small => (4000, 400),
                 },
-                seeds: 5,
+                seeds: match scale {
+                    Scale::Full => 5,
+                    Scale::Smoke | Scale::Small => 3,
+                },
             },
         }
     }
@@ -56,8 +60,11 @@ impl Size {
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
     let (mut claims, plots) = on_random_trees(setting, &size)?;
+    setting.tell(|| "a graph's metric".to_owned());
     claims.push(of_a_graph(setting, &size)?);
+    setting.tell(|| "fields on a mesh".to_owned());
     claims.push(on_a_mesh(setting, &size)?);
+    setting.tell(|| "spectra of graphs".to_owned());
     claims.push(spectra(setting, &size)?);
     claims.push(on_digits(setting, &size)?);
     Ok(Reproduction {
@@ -129,6 +136,7 @@ fn on_random_trees(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Pl
     for (name, function) in &functions {
         let (mut fast, mut slow) = (Vec::new(), Vec::new());
         for &vertices in size.trees {
+            setting.tell(|| format!("{name} on a tree of {vertices} vertices"));
             let tree = random_tree(vertices, &mut random)?;
             let field = numbers(vertices, &mut random);
             let integrator = IntegratorTree::new(&tree);
@@ -454,27 +462,23 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<Claim> {
         unit: 1e9,
         ..TopologicalSpec::default()
     });
-    let mut found = Vec::new();
-    for (name, mechanism) in [
+    let ways = [
         ("masked by a grid's tree", tree(Some(SIDE))),
         ("masked by a path", tree(None)),
         ("without a mask", plain),
-    ] {
-        let mut right = Vec::new();
-        for seed in (setting.seed..).take(size.seeds as usize) {
-            let training = digits(size.digits.0, seed);
-            let held_out = digits(size.digits.0 / 4, seed ^ 0xd161);
-            let course = Course {
-                steps: size.digits.1,
-                batch: 32,
-                rate: 3e-3,
-                seed,
-            };
-            let model = train(measures.spec(mechanism.clone(), true), &training, &course)?;
-            right.push(percent_right(&model, &held_out)?);
-        }
-        found.push((name, mean(right)));
-    }
+    ];
+    let found = means_by_seed(setting, "digits", &ways, size.seeds, |mechanism, seed| {
+        let training = digits(size.digits.0, seed);
+        let held_out = digits(size.digits.0 / 4, seed ^ 0xd161);
+        let course = Course {
+            steps: size.digits.1,
+            batch: 32,
+            rate: 3e-3,
+            seed,
+        };
+        let model = train(measures.spec(mechanism.clone(), true), &training, &course)?;
+        percent_right(&model, &held_out)
+    })?;
     let of = |name: &str| super::sequences::of(&found, name);
     let better = of("masked by a grid's tree") >= of("without a mask") + 0.5;
     Ok(Claim::new(

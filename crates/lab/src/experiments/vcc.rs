@@ -5,8 +5,9 @@
 //! noise, and the token behind it is the class.
 
 use super::classifier::Labelled;
+use super::jobs::means_by_seed;
 use super::sequences::{Course, Measures, exponent, listed, of, percent_right, quickest, train};
-use super::{after_training, difference, mean};
+use super::{after_training, difference};
 use crate::catalogue::metered;
 use crate::error::engine;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
@@ -41,9 +42,9 @@ impl Size {
             },
             Scale::Small => Self {
                 length: 512,
-                width: 48,
+                width: 32,
                 examples: 8000,
-                steps: 700,
+                steps: 500,
                 seeds: 1,
                 longest: 16_384,
             },
@@ -161,23 +162,18 @@ fn on_needles(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
         ("random blocks", with(plain.clone(), random)),
         ("no scale correction", with(plain, uncorrected)),
     ];
-    let mut found = Vec::new();
-    for (name, spec) in &ways {
-        let mut each = Vec::new();
-        for seed in (setting.seed..).take(size.seeds as usize) {
-            let training = needles(size.length, size.examples, seed);
-            let held_out = needles(size.length, (size.examples / 16).max(16), seed ^ 0x0bcc);
-            let course = Course {
-                steps: size.steps,
-                batch: 16,
-                rate: 2e-3,
-                seed,
-            };
-            let model = train(spec.clone(), &training, &course)?;
-            each.push(percent_right(&model, &held_out)?);
-        }
-        found.push((*name, mean(each)));
-    }
+    let found = means_by_seed(setting, "needles", &ways, size.seeds, |spec, seed| {
+        let training = needles(size.length, size.examples, seed);
+        let held_out = needles(size.length, (size.examples / 16).max(16), seed ^ 0x0bcc);
+        let course = Course {
+            steps: size.steps,
+            batch: 16,
+            rate: 2e-3,
+            seed,
+        };
+        let model = train(spec.clone(), &training, &course)?;
+        percent_right(&model, &held_out)
+    })?;
     let right = |name: &str| of(&found, name);
     Ok(vec![
         Claim::new(
@@ -260,6 +256,7 @@ fn costs(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Plot)> {
     let (mut counted, mut timed) = (Vec::new(), [Vec::new(), Vec::new()]);
     let lengths = std::iter::successors(Some(1024usize), |length| Some(2 * length));
     for length in lengths.take_while(|length| *length <= size.longest) {
+        setting.tell(|| format!("operations and time of {length} tokens"));
         counted.push((
             length as f64,
             metered(&model(length, true)?, length)?.total().flops as f64,

@@ -5,6 +5,7 @@
 //! 512, and models two narrow blocks.
 
 use super::classifier::{Labelled, Narrow, fit};
+use super::jobs::{by_seed, means_by_seed};
 use super::sequences::{Course, LEVELS, LIST_TOKENS, Measures, SIDE, digits, list_operations};
 use super::sequences::{listed, of, percent_right, train};
 use super::{after_training, difference, mean, numbers};
@@ -49,9 +50,9 @@ impl Size {
             Scale::Small => Self {
                 lists: (6000, 300),
                 digits: (4000, 300),
-                motifs: (4000, 300),
+                motifs: (4000, 250),
                 length: 256,
-                chains: 600,
+                chains: 400,
                 width: 32,
                 seeds: 1,
             },
@@ -264,43 +265,41 @@ fn trained(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
         heads: 4,
         blocks: 2,
     };
-    type Draw<'a> = Box<dyn Fn(usize, u64) -> Vec<Labelled> + 'a>;
-    let tasks: [(Measures, (usize, u64), Draw<'_>); 3] = [
+    type Draw<'a> = Box<dyn Fn(usize, u64) -> Vec<Labelled> + Sync + 'a>;
+    let tasks: [(&str, Measures, (usize, u64), Draw<'_>); 3] = [
         (
+            "nested lists",
             measures(LIST_TOKENS, 120, 10),
             size.lists,
             Box::new(list_operations),
         ),
         (
+            "digits",
             measures(LEVELS, SIDE * SIDE, 10),
             size.digits,
             Box::new(digits),
         ),
         (
+            "motifs",
             measures(LOUD, size.length, 4),
             size.motifs,
             Box::new(|count, seed| motifs(size.length, count, seed)),
         ),
     ];
     let mut found: Vec<Vec<(&str, f64)>> = Vec::new();
-    for (measures, (count, steps), draw) in &tasks {
-        let mut right = Vec::new();
-        for (name, family) in WAYS {
-            let mut each = Vec::new();
-            for seed in (setting.seed..).take(size.seeds as usize) {
-                let course = Course {
-                    steps: *steps,
-                    batch: 16,
-                    rate: 3e-3,
-                    seed,
-                };
-                let spec = in_space(measures.spec(MechanismSpec::Softmax, true), family);
-                let model = train(spec, &draw(*count, seed), &course)?;
-                let held_out = draw((count / 8).max(20), seed ^ 0x3a1e);
-                each.push(percent_right(&model, &held_out)?);
-            }
-            right.push((name, mean(each)));
-        }
+    for (task, measures, (count, steps), draw) in &tasks {
+        let right = means_by_seed(setting, task, &WAYS, size.seeds, |family, seed| {
+            let course = Course {
+                steps: *steps,
+                batch: 16,
+                rate: 3e-3,
+                seed,
+            };
+            let spec = in_space(measures.spec(MechanismSpec::Softmax, true), *family);
+            let model = train(spec, &draw(*count, seed), &course)?;
+            let held_out = draw((count / 8).max(20), seed ^ 0x3a1e);
+            percent_right(&model, &held_out)
+        })?;
         found.push(right);
     }
     let none = Vec::new();
@@ -355,10 +354,15 @@ fn chains(setting: &Setting, size: &Size) -> Result<Claim> {
         bias: true,
         transform: None,
     };
+    let [softmax, fixed, adaptive, orthogonal, ..] = WAYS;
+    let ways = [softmax, fixed, adaptive, orthogonal];
+    let found = by_seed(setting, "chains", &ways, 1, |family, seed| {
+        on_chains(in_space(spec.clone(), *family), size.chains, seed)
+    })?;
     let mut beyond = Vec::new();
     let mut told = Vec::new();
-    for (name, family) in WAYS.into_iter().take(4) {
-        let right = on_chains(in_space(spec.clone(), family), size.chains, setting.seed)?;
+    for (name, right) in found {
+        let right: Vec<f64> = right.into_iter().flatten().collect();
         let next: Vec<f64> = right.iter().skip(SUPERVISED).take(2).copied().collect();
         let first: Vec<f64> = right.iter().take(SUPERVISED).copied().collect();
         told.push(format!(

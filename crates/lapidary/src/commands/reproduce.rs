@@ -1,12 +1,13 @@
 //! `lapidary reproduce`: a system's claims, published and measured.
 
 use std::path::Path;
+use std::time::Instant;
 
 use crate::cli::{self, Global, Reproduce};
 use crate::output;
 use anyhow::{Context, Result};
 use comfy_table::{ContentArrangement, Table, presets};
-use lapidary_lab::{Reproduction, Scale, Setting, System, Verdict, find, systems};
+use lapidary_lab::{Progress, Reproduction, Scale, Setting, System, Verdict, find, systems};
 
 pub fn run(arguments: &Reproduce, global: &Global) -> Result<()> {
     if arguments.list {
@@ -21,6 +22,7 @@ pub fn run(arguments: &Reproduce, global: &Global) -> Result<()> {
         seed: global.seed,
         data: arguments.data.clone(),
         models: arguments.models.clone(),
+        progress: Progress::default(),
     };
     std::fs::create_dir_all(&arguments.out)
         .with_context(|| format!("{} cannot be made", arguments.out.display()))?;
@@ -30,10 +32,10 @@ pub fn run(arguments: &Reproduce, global: &Global) -> Result<()> {
     };
     let mut done = Vec::new();
     for system in chosen {
-        if arguments.all {
-            eprintln!("{} …", system.slug);
-        }
-        let reproduction = system.reproduce(&setting)?;
+        let reproduction = system.reproduce(&Setting {
+            progress: on_standard_error(system.slug),
+            ..setting.clone()
+        })?;
         write(&arguments.out, &reproduction)?;
         if !global.json {
             output::print(&in_terminal(&reproduction))?;
@@ -51,6 +53,16 @@ pub fn run(arguments: &Reproduce, global: &Global) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// Lines with the time since the experiment's start.
+fn on_standard_error(slug: &'static str) -> Progress {
+    let started = Instant::now();
+    eprintln!("{slug} …");
+    Progress::to(move |what| {
+        let seconds = started.elapsed().as_secs_f64();
+        eprintln!("{seconds:7.1} s  {slug}: {what}");
+    })
 }
 
 fn list(global: &Global) -> Result<()> {

@@ -9,6 +9,7 @@ mod examples;
 
 use super::classifier::{Narrow, fit};
 use super::glyphs::Alphabet;
+use super::jobs::{by_seed, means_by_seed};
 use super::sequences::{LEVELS, SIDE, digits};
 use super::{after_training, mean, numbers};
 use crate::error::engine;
@@ -116,6 +117,7 @@ fn sinkhorn(iterations: usize) -> Operator {
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
+    setting.tell(|| "distances from the polytope, and what is told apart".to_owned());
     let mut claims = distances(setting, size)?;
     claims.extend(injectivity(setting, size)?);
     let (more, plot) = on_digits(setting, size)?;
@@ -349,21 +351,17 @@ fn deviation(values: &[f64]) -> f64 {
 }
 
 fn on_digits(setting: &Setting, size: Size) -> Result<(Vec<Claim>, Plot)> {
-    let mut found: Vec<(&'static str, Vec<f64>)> = Vec::new();
-    for (name, operator) in size.operators() {
-        let mut right = Vec::new();
-        for seed in (setting.seed..).take(size.seeds as usize) {
-            let training = stripes(size.images, seed);
-            let held_out = stripes(400.min(2 * size.images), seed ^ 0xd161);
-            let mut random = generator(seed);
-            let spec = vit(size, operator.clone(), 1, 1);
-            let all = size.epochs * steps(size);
-            let next = || drawn(&training, size.batch, &mut random);
-            let model = train_on(spec, &mut narrow(seed), all, next)?;
-            right.push(percent_right(&model, &held_out)?);
-        }
-        found.push((name, right));
-    }
+    let ways = size.operators();
+    let found = by_seed(setting, "digits", &ways, size.seeds, |operator, seed| {
+        let training = stripes(size.images, seed);
+        let held_out = stripes(400.min(2 * size.images), seed ^ 0xd161);
+        let mut random = generator(seed);
+        let spec = vit(size, operator.clone(), 1, 1);
+        let all = size.epochs * steps(size);
+        let next = || drawn(&training, size.batch, &mut random);
+        let model = train_on(spec, &mut narrow(seed), all, next)?;
+        percent_right(&model, &held_out)
+    })?;
     let told: Vec<String> = found
         .iter()
         .map(|(name, right)| {
@@ -445,18 +443,18 @@ fn training_modes(setting: &Setting, size: Size) -> Result<Claim> {
     let training = stripes(size.images, seed);
     let held_out = stripes(400.min(2 * size.images), seed ^ 0xd161);
     let epochs = size.epochs.min(6);
-    let mut told = Vec::new();
-    let mut least = f64::INFINITY;
-    for (name, mode, grad_through) in [
-        ("static", Training::Static, true),
-        ("static, gradients stopped", Training::Static, false),
-        ("mixed", Training::Mixed, true),
-        ("differentiable", Training::Differentiable, true),
-    ] {
+    let ways = [
+        ("static", (Training::Static, true)),
+        ("static, gradients stopped", (Training::Static, false)),
+        ("mixed", (Training::Mixed, true)),
+        ("differentiable", (Training::Differentiable, true)),
+    ];
+    let task = "factors of angles";
+    let found = means_by_seed(setting, task, &ways, 1, |(mode, grad_through), _| {
         let mut random = generator(seed);
         let operator = Operator::Circuit(CircuitSpec {
-            training: mode,
-            grad_through,
+            training: *mode,
+            grad_through: *grad_through,
             ..size.circuit()
         });
         let spec = vit(size, operator, 1, 1);
@@ -465,19 +463,23 @@ fn training_modes(setting: &Setting, size: Size) -> Result<Claim> {
             let mut parameters = model.parameters().clone();
             let next = || drawn(&training, size.batch, &mut random);
             model = train_on(spec.clone(), &mut parameters, steps(size), next)?;
-            if mode == Training::Mixed {
+            if *mode == Training::Mixed {
                 let batch = drawn(&training, size.batch, &mut random);
                 model = search(model, &batch, size.search, &mut random)?;
             }
         }
-        let right = percent_right(&model, &held_out)?;
-        least = least.min(right);
-        told.push(format!("{name} {right:.1} %"));
-    }
+        percent_right(&model, &held_out)
+    })?;
+    let least = found
+        .iter()
+        .fold(f64::INFINITY, |least, (_, right)| least.min(*right));
     Ok(Claim::new(
         "every way of finding the factors of angles trains: at least half of the digits are right",
         "static for the main tables; mixed and differentiable beside it",
-        format!("{} after {epochs} epoch(s), one seed", told.join(", ")),
+        format!(
+            "{} after {epochs} epoch(s), one seed",
+            super::sequences::listed(&found)
+        ),
         after_training(setting.scale, least >= 50.0),
     ))
 }
@@ -545,28 +547,23 @@ fn compositions(setting: &Setting, size: Size) -> Result<Claim> {
             of.push(pixels.collect());
         }
     }
-    let seeds = size.seeds.min(2);
-    let mut found = Vec::new();
-    for (name, operator) in size.operators() {
-        let mut right = Vec::new();
-        for seed in (setting.seed..).take(seeds as usize) {
-            let mut random = generator(seed);
-            let spec = vit(size, operator.clone(), 2, 0);
-            let next = || {
-                let batch = 0..size.batch.min(64);
-                batch
-                    .map(|_| composition(&alphabet, &pool, &mut random))
-                    .collect()
-            };
-            let model = train_on(spec, &mut narrow(seed), size.compositions, next)?;
-            let mut random = generator(seed ^ 0xe0e0);
-            let held_out: Vec<Example> = (0..(4 * size.batch))
+    let (seeds, ways) = (size.seeds.min(2), size.operators());
+    let found = means_by_seed(setting, "compositions", &ways, seeds, |operator, seed| {
+        let mut random = generator(seed);
+        let spec = vit(size, operator.clone(), 2, 0);
+        let next = || {
+            let batch = 0..size.batch.min(64);
+            batch
                 .map(|_| composition(&alphabet, &pool, &mut random))
-                .collect();
-            right.push(percent_right(&model, &held_out)?);
-        }
-        found.push((name, mean(right)));
-    }
+                .collect()
+        };
+        let model = train_on(spec, &mut narrow(seed), size.compositions, next)?;
+        let mut random = generator(seed ^ 0xe0e0);
+        let held_out: Vec<Example> = (0..(4 * size.batch))
+            .map(|_| composition(&alphabet, &pool, &mut random))
+            .collect();
+        percent_right(&model, &held_out)
+    })?;
     let of = |name: &str| super::sequences::of(&found, name);
     Ok(Claim::new(
         "a compositional task, a class by place if two digits agree: a circuit gets further than softmax",

@@ -61,7 +61,9 @@ impl Size {
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
+    setting.tell(|| "functions to be searched".to_owned());
     let trials = functions::run(&size, setting.seed)?;
+    setting.tell(|| "ranks of a model's layers".to_owned());
     let ranks = ranks::run(setting.scale, setting.seed)?;
     let trade = theory::trade_off(setting.seed)?;
     let mut plots: Vec<Plot> = trials.iter().map(Trial::plot).collect();

@@ -5,8 +5,9 @@
 
 mod pyramid;
 
+use super::jobs::by_seed;
 use super::sequences::{self, SIDE, exponent, quickest};
-use super::{after_training, numbers};
+use super::{after_training, mean, numbers};
 use crate::error::engine;
 use crate::mechanisms::mixing_alone;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
@@ -42,7 +43,7 @@ impl Size {
             },
             Scale::Small => Self {
                 images: 800,
-                epochs: 20,
+                epochs: 15,
                 seeds: 1,
                 longest: 16_384,
             },
@@ -59,8 +60,10 @@ impl Size {
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
+    setting.tell(|| "how far the factored kernel is from the whole".to_owned());
     let mut claims = approximation(setting)?;
     claims.push(gradient(setting)?);
+    setting.tell(|| "operations and time by length".to_owned());
     let (growth, plot) = growth(&size)?;
     claims.push(growth);
     claims.extend(on_images(setting, &size)?);
@@ -372,8 +375,7 @@ fn ways(columns: usize) -> [(&'static str, MultiHeadSpec); 3] {
     ]
 }
 
-/// What a way did, averaged over seeds.
-#[derive(Clone, Copy, Default)]
+/// What a way did.
 struct Row {
     right: f64,
     larger: f64,
@@ -381,34 +383,53 @@ struct Row {
     peak: f64,
 }
 
+impl Row {
+    fn mean(rows: &[Self]) -> Self {
+        let of = |number: fn(&Self) -> f64| mean(rows.iter().map(number));
+        Self {
+            right: of(|row| row.right),
+            larger: of(|row| row.larger),
+            growth: of(|row| row.growth),
+            peak: of(|row| row.peak),
+        }
+    }
+}
+
 fn on_images(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
     const TIMES: usize = 4;
     let steps = (size.images * size.epochs).div_ceil(32) as u64;
-    let mut rows: BTreeMap<&str, Row> = BTreeMap::new();
-    for seed in (setting.seed..).take(size.seeds as usize) {
-        let training = images(size.images, seed).enlarged(TIMES);
-        let held_out = images((size.images / 2).max(20), seed ^ 0xd161);
-        let (usual, larger) = (held_out.enlarged(TIMES), held_out.enlarged(2 * TIMES));
-        for (place, (name, attention)) in ways(16).into_iter().enumerate() {
-            let model = Pyramid::new(training.side, &attention, seed)?;
+    // The second one with the same weights; columns are of the grid, and no parameter.
+    let both: Vec<_> = ways(16)
+        .into_iter()
+        .zip(ways(32))
+        .map(|((name, usual), (_, wide))| (name, [usual, wide]))
+        .collect();
+    let rows = by_seed(
+        setting,
+        "digits",
+        &both,
+        size.seeds,
+        |[usual, wide], seed| {
+            let training = images(size.images, seed).enlarged(TIMES);
+            let held_out = images((size.images / 2).max(20), seed ^ 0xd161);
+            let model = Pyramid::new(training.side, usual, seed)?;
             model.train(&training, steps, 2e-3, seed)?;
-            let [right, length] = model.measure(&usual)?;
-            // The same weights; columns are of the grid, and no parameter.
-            let wide = ways(32)
-                .into_iter()
-                .nth(place)
-                .map(|(_, attention)| attention);
-            let wide = model.on_another_grid(&wide.unwrap_or(attention))?;
-            let [larger, further] = wide.measure(&larger)?;
-            let row = rows.entry(name).or_default();
-            let share = 1.0 / size.seeds as f64;
-            row.right += share * right;
-            row.larger += share * larger;
-            row.growth += share * further / length;
-            row.peak += share * model.peak(&usual)? as f64;
-        }
-    }
-    let of = |name: &str| rows.get(name).copied().unwrap_or_default();
+            let seen = held_out.enlarged(TIMES);
+            let [right, length] = model.measure(&seen)?;
+            let wide = model.on_another_grid(wide)?;
+            let [larger, further] = wide.measure(&held_out.enlarged(2 * TIMES))?;
+            Ok(Row {
+                right,
+                larger,
+                growth: further / length,
+                peak: model.peak(&seen)? as f64,
+            })
+        },
+    )?;
+    let of = |name: &str| {
+        let found = rows.iter().find(|(known, _)| *known == name);
+        Row::mean(found.map_or(&[], |(_, rows)| rows.as_slice()))
+    };
     let (dense, soft, bare) = (of("softmax"), of("normalised"), of("as it comes"));
     let saved = dense.peak / soft.peak;
     Ok(vec![
