@@ -139,7 +139,6 @@ fn picked(x: &Tensor, columns: &[usize]) -> Result<Tensor> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use lapidary_kernels::{DType, Device};
