@@ -264,11 +264,14 @@ fn a_step_gathers_what_it_meets() {
     }
 }
 
+/// A mechanism for so many tokens.
+type Made = fn(usize) -> MechanismSpec;
+
 /// With rows and blocks of the root, a step's operations grow as the root; those of doubling spans as the
 /// logarithm.
 #[test]
 fn a_step_does_not_pay_for_all_that_was_before() {
-    let of: [(&str, fn(usize) -> MechanismSpec, f64); 9] = [
+    let of: [(&str, Made, f64); 9] = [
         (
             "fixed",
             |m| combiner(CombinerForm::Fixed { segment: m }),
