@@ -177,7 +177,8 @@ fn blockable<'a, T: Real>(
     } else {
         2 * BLOCKED_ROWS
     };
-    let worth = a.rows >= rows && b.columns >= BLOCKED_COLUMNS;
+    // Blocks of an empty inner dimension would leave the result unwritten.
+    let worth = a.columns > 0 && a.rows >= rows && b.columns >= BLOCKED_COLUMNS;
     worth.then(|| a.single().zip(b.single())).flatten()
 }
 
@@ -375,6 +376,52 @@ mod tests {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_product_of_nothing_is_zero() {
+        let mut result = vec![7f32; 20 * 30];
+        let (a, b) = (Matrix::packed(&[], 20, 0), Matrix::packed(&[], 0, 30));
+        multiply(&mut result, 30, Into::Add, 1.0, a, b, Threads::All);
+        assert_eq!(result, [7.0; 600]);
+        multiply(&mut result, 30, Into::Replace, 1.0, a, b, Threads::All);
+        assert_eq!(result, [0.0; 600]);
+    }
+
+    #[test]
+    fn a_repeated_operand_multiplies_in_parts() {
+        let (rows, inner, columns) = (21, 70, 200);
+        let (x, y) = (numbers(rows * inner, 1), numbers(inner * columns, 2));
+        let b = Matrix::packed(&y, inner, columns);
+        let repeated = Repeated::new(b, rows);
+        for (depth, part) in [
+            (0..inner, 0..columns),
+            (10..33, 48..96),
+            (5..70, 144..171),
+            (0..64, 7..60),
+        ] {
+            let a = Matrix::spaced(&x, rows, depth.len(), inner);
+            let size = rows * part.len();
+            let [mut found, mut expected] = [vec![1f32; size], vec![1f32; size]];
+            let to = (found.as_mut_ptr(), part.len());
+            // SAFETY: the result is as large and nobody else's.
+            unsafe {
+                repeated.multiply_at(to, Into::Add, 0.5, a, (depth.clone(), part.clone()));
+            }
+            let b = b.part_of_rows(&depth).part_of_columns(&part);
+            multiply(
+                &mut expected,
+                part.len(),
+                Into::Add,
+                0.5,
+                a,
+                b,
+                Threads::One,
+            );
+            for (found, expected) in found.iter().zip(&expected) {
+                assert!((found - expected).abs() < 1e-4, "{depth:?} {part:?}");
             }
         }
     }
