@@ -27,6 +27,7 @@ mod gather;
 mod host;
 mod linear;
 mod linear_attention;
+mod local_filter;
 mod matmul;
 mod mixture;
 pub mod naive;
@@ -36,6 +37,7 @@ mod polynomial_attention;
 mod product;
 mod pytorch;
 mod quantised;
+mod quotient;
 mod recompute;
 mod recurrence;
 mod relevance_rules;
@@ -71,6 +73,7 @@ pub use linear_attention::{
     Direction, linear_attention, linear_attention_in_chunks, linear_attention_operations,
     operations_in_chunks,
 };
+pub use local_filter::local_filter;
 pub use matmul::matmul;
 pub use mixture::{Mixture, VectorNorm, mixture_distances};
 pub use norm::{layer_norm, rms_norm};
@@ -81,6 +84,7 @@ pub use optimiser::{
 pub use polynomial_attention::{FactorDropout, PolynomialAttention};
 pub use pytorch::PytorchFile;
 pub use quantised::{QuantisedMatrix, quantised_linear};
+pub use quotient::quotients;
 pub use recompute::{Coupling, Recomputation};
 pub use recurrence::{cumulative_product, cumulative_sum, linear_scan};
 pub use relevance_rules::{balanced_sum, pass_gradient, scale_gradient, stabilised_reciprocal};

@@ -44,6 +44,27 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     })
 }
 
+/// `x` `[batch, heads, length, width]`, laid out in `columns` columns, under a filter
+/// `[heads, high, wide]` of each head.
+pub fn local_filter(x: &Tensor, filters: &Tensor, columns: usize) -> Result<Tensor> {
+    let (batch, heads, length, width) = x.dims4()?;
+    let (_, high, wide) = filters.dims3()?;
+    let rows = length.div_ceil(columns);
+    let laid = x.pad_with_zeros(2, 0, rows * columns - length)?;
+    let laid = laid.reshape((batch, heads, rows, columns, width))?;
+    // The engine pads both sides alike.
+    let laid = laid
+        .pad_with_zeros(2, high / 2, high / 2)?
+        .pad_with_zeros(3, wide / 2, wide / 2)?;
+    let images = laid.permute((0, 4, 1, 2, 3))?.contiguous()?;
+    let (tall, broad) = (rows + high - 1, columns + wide - 1);
+    let images = images.reshape((batch * width, heads, tall, broad))?;
+    let filtered = images.conv2d(&filters.unsqueeze(1)?, 0, 1, 1, heads)?;
+    let filtered = filtered.reshape((batch, width, heads, rows * columns))?;
+    let filtered = filtered.narrow(3, 0, length)?;
+    Ok(filtered.permute((0, 2, 3, 1))?.contiguous()?)
+}
+
 /// Applies `activation` to every element.
 pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
     Ok(match activation {

@@ -165,7 +165,9 @@ impl Task<'_> {
                 return unsafe { self.rows_of_tiles::<S, ROWS>(simd, 0, 0, block) };
             }
         };
-        let (k, n) = (b.rows, b.columns);
+        // One column beyond whole registers would cost as much as a register of them.
+        let alone = b.columns % lanes == 1;
+        let (k, n) = (b.rows, b.columns - usize::from(alone));
         let width = across(n.min(COLUMNS), lanes) * lanes;
         let mut packed =
             crate::host::unwritten::<f32>(DEPTH.min(k) * COLUMNS.min(n).next_multiple_of(lanes));
@@ -188,6 +190,48 @@ impl Task<'_> {
                 };
                 // SAFETY: the block was packed just now.
                 unsafe { self.rows_of_tiles::<S, ROWS>(simd, p, left, block) };
+            }
+        }
+        if alone {
+            // SAFETY: by the contract of `run`.
+            unsafe { self.column(simd, b, n) };
+        }
+    }
+
+    /// One column of the result, without panels.
+    #[inline(always)]
+    unsafe fn column<S: Simd>(&self, simd: S, b: &Matrix<'_, f32>, at: usize) {
+        let a = &self.a;
+        let from = &b.data[at * b.column_stride..];
+        let column: Vec<f32> = from
+            .iter()
+            .step_by(b.row_stride)
+            .copied()
+            .take(b.rows)
+            .collect();
+        // Loops, not closures, which would not be compiled for the instructions at hand.
+        let mut sums = vec![0.0; a.rows];
+        if a.column_stride == 1 {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = dot(simd, &a.data[i * a.row_stride..][..a.columns], &column);
+            }
+        } else {
+            for (p, &y) in column.iter().enumerate() {
+                let from = &a.data[p * a.column_stride..];
+                if a.row_stride == 1 {
+                    crate::simd::add_scaled(&mut sums, &from[..a.rows], y);
+                } else {
+                    for (i, sum) in sums.iter_mut().enumerate() {
+                        *sum += from[i * a.row_stride] * y;
+                    }
+                }
+            }
+        }
+        for (i, sum) in sums.into_iter().enumerate() {
+            // SAFETY: the column is one of the result's.
+            unsafe {
+                let to = self.result.add(i * self.row_stride + at);
+                *to = self.scale * sum + if self.add { *to } else { 0.0 };
             }
         }
     }
@@ -299,44 +343,52 @@ impl Task<'_> {
             }
         }
         let scale = simd.splat_f32s(self.scale);
-        if rows == ROWS && width == V * S::F32_LANES {
-            for (i, row) in sum.into_iter().enumerate() {
-                for (v, sum) in row.into_iter().enumerate() {
-                    // SAFETY: a whole tile lies in the result.
-                    unsafe {
-                        let to = to.add(i * self.row_stride).cast::<S::f32s>().add(v);
+        for (i, row) in sum.into_iter().enumerate() {
+            if i == rows {
+                break;
+            }
+            for (v, sum) in row.into_iter().enumerate() {
+                let start = v * S::F32_LANES;
+                let left = width.saturating_sub(start).min(S::F32_LANES);
+                // SAFETY: `rows × width` numbers lie in the result.
+                unsafe {
+                    let to = to.add(i * self.row_stride + start);
+                    if left == S::F32_LANES {
+                        let to = to.cast::<S::f32s>();
                         let value = match add {
                             true => simd.mul_add_f32s(scale, sum, to.read_unaligned()),
                             false => simd.mul_f32s(scale, sum),
                         };
                         to.write_unaligned(value);
+                        continue;
                     }
-                }
-            }
-        } else {
-            // Written whole to a place of its own, so that the sums stay in registers above.
-            let mut whole = [0f32; TILE_ROWS * PANEL_COLUMNS];
-            for (i, row) in sum.into_iter().enumerate() {
-                for (v, sum) in row.into_iter().enumerate() {
-                    // SAFETY: the place holds the largest tile.
-                    unsafe {
-                        let at = whole.as_mut_ptr().add((i * V + v) * S::F32_LANES);
-                        at.cast::<S::f32s>()
-                            .write_unaligned(simd.mul_f32s(scale, sum));
-                    }
-                }
-            }
-            for (i, row) in whole.chunks_exact(V * S::F32_LANES).take(rows).enumerate() {
-                for (j, value) in row.iter().take(width).enumerate() {
-                    // SAFETY: `rows × width` numbers lie in the result.
-                    unsafe {
-                        let to = to.add(i * self.row_stride + j);
+                    // The last columns of a result that no register ends with.
+                    let mut numbers = [0f32; PANEL_COLUMNS];
+                    let whole = numbers.as_mut_ptr().cast::<S::f32s>();
+                    whole.write_unaligned(simd.mul_f32s(scale, sum));
+                    for (j, value) in numbers.iter().take(left).enumerate() {
+                        let to = to.add(j);
                         *to = if add { *to + value } else { *value };
                     }
                 }
             }
         }
     }
+}
+
+/// `Σ x_p y_p`.
+#[inline(always)]
+fn dot<S: Simd>(simd: S, x: &[f32], y: &[f32]) -> f32 {
+    let ((x, x_rest), (y, y_rest)) = (S::as_simd_f32s(x), S::as_simd_f32s(y));
+    let mut sum = simd.splat_f32s(0.0);
+    for (x, y) in x.iter().zip(y) {
+        sum = simd.mul_add_f32s(*x, *y, sum);
+    }
+    let mut rest = 0.0;
+    for (x, y) in x_rest.iter().zip(y_rest) {
+        rest += x * y;
+    }
+    simd.reduce_sum_f32s(sum) + rest
 }
 
 /// Copies rows `depth` and `columns` of `b` into a panel `[depth, width]`, its width rounded up to
@@ -410,7 +462,13 @@ mod tests {
 
     /// Products by the instructions of `simd`, against sums in double precision.
     fn assert_products(simd: impl Simd) {
-        for (m, k, n) in [(13, 70, 37), (9, 385, 50), (4, 3, 24), (1, 1, 1)] {
+        for (m, k, n) in [
+            (13, 70, 37),
+            (9, 385, 50),
+            (11, 390, 65),
+            (4, 3, 24),
+            (1, 1, 1),
+        ] {
             let x: Vec<f32> = (0..m * k)
                 .map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0)
                 .collect();

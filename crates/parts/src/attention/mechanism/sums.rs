@@ -14,7 +14,7 @@ use crate::error::tensor;
 use crate::state::MixerState;
 use crate::{Error, Result};
 use lapidary_kernels::{
-    DType, Direction, Tensor, linear_attention_in_chunks, matmul, operations_in_chunks,
+    DType, Direction, Tensor, linear_attention_in_chunks, matmul, operations_in_chunks, quotients,
 };
 use lapidary_signal::Mixing;
 
@@ -98,11 +98,15 @@ impl<S> Normalised<S> {
     /// All but the last column of `sums`, divided, components averaged.
     fn divide(&self, sums: &Tensor, by: &Tensor) -> lapidary_kernels::Result<Tensor> {
         let width = sums.dim(3)?.saturating_sub(1);
-        let y = sums.narrow(3, 0, width)?.broadcast_div(by)?;
+        self.averaged(sums.narrow(3, 0, width)?.broadcast_div(by)?)
+    }
+
+    /// `y` `[batch, heads · components, query, width]`, components averaged.
+    fn averaged(&self, y: Tensor) -> lapidary_kernels::Result<Tensor> {
         let Some(weights) = &self.components else {
             return Ok(y);
         };
-        let (batch, all, queries, _) = y.dims4()?;
+        let (batch, all, queries, width) = y.dims4()?;
         let (heads, components) = weights.dims2()?;
         let y = y.reshape((batch, heads, components, queries * width))?;
         debug_assert_eq!(all, heads * components);
@@ -133,7 +137,10 @@ impl<S: Sums> Mixing for Normalised<S> {
 
     fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
         let sums = self.sums.sums(&self.spread(values)?)?;
-        self.divide(&sums, &self.denominator(&sums)?)
+        match &self.past {
+            None => self.averaged(quotients(&sums, self.epsilon)?),
+            Some(_) => self.divide(&sums, &self.denominator(&sums)?),
+        }
     }
 
     fn operations(&self, width: usize) -> u64 {

@@ -40,7 +40,7 @@ use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
 use landmarks::{Grid, Points, Pooling, like, odd};
-use lapidary_kernels::{Tensor, gaussian, matmul};
+use lapidary_kernels::{Tensor, gaussian, local_filter, matmul};
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -273,26 +273,10 @@ struct Near {
 impl Near {
     /// Every feature of a head under the head's filter, for `x` `[batch, heads, length, width]`.
     fn filter(&self, x: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let (batch, heads, length, width) = x.dims4()?;
-        let Grid { rows, columns, .. } = self.grid;
-        let side = self.filters.dim(1)?;
-        // [batch · width, heads, rows, columns]
-        let images = self.grid.lay(x)?.permute((0, 4, 1, 2, 3))?.contiguous()?;
-        let filtered = match self.grid.is_line {
-            true => {
-                let lines = images.reshape((batch * width, heads, columns))?;
-                lines.conv1d(&self.filters.unsqueeze(1)?, side / 2, 1, 1, heads)?
-            }
-            false => {
-                let images = images.reshape((batch * width, heads, rows, columns))?;
-                images.conv2d(&self.filters.unsqueeze(1)?, side / 2, 1, 1, heads)?
-            }
-        };
-        let filtered = filtered
-            .contiguous()?
-            .reshape((batch, width, heads, rows * columns))?;
-        let filtered = filtered.narrow(3, 0, length)?;
-        Ok(filtered.permute((0, 2, 3, 1))?.contiguous()?)
+        match self.grid.is_line {
+            true => local_filter(x, &self.filters.unsqueeze(1)?, self.grid.columns),
+            false => local_filter(x, &self.filters, self.grid.columns),
+        }
     }
 }
 
