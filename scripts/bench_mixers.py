@@ -57,8 +57,8 @@ def versions(n):
         sums = torch.einsum("bhnf,bhnd->bhnfd", fk, v).cumsum(2)
         return torch.einsum("bhnf,bhnfd->bhnd", fq, sums) / (fq * fk.cumsum(2)).sum(-1, keepdim=True)
 
-    projection = torch.randn(128, n) / n**0.5
-    directions = torch.randn(WIDTH, 256)
+    projection = torch.randn(min(128, n // 4), n) / n**0.5
+    directions = torch.randn(WIDTH, 512)
     rotation = torch.randn(HEADS, WIDTH, max(n // 64, 2))
     positions = torch.arange(n)
     decay = torch.tensor([0.9, 0.95, 0.98, 0.995]).view(1, HEADS, 1, 1)
@@ -262,7 +262,7 @@ def versions(n):
     return {
         "softmax": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
         "softmax, causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        "linformer, 128 slots": linformer,
+        "linformer, up to 128 slots": linformer,
         "lion, constant decay": lion,
         "lion, selective decay, causal": lion_causal,
         "fastmax of degree 1": fastmax1,

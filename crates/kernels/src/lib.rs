@@ -29,6 +29,7 @@ mod linear;
 mod linear_attention;
 mod local_filter;
 mod matmul;
+pub mod memory;
 mod mixture;
 pub mod naive;
 mod norm;

@@ -96,9 +96,9 @@ const fn shared(name: &'static str, causal: bool, spec: fn(usize) -> MechanismSp
 static MECHANISMS: &[Mechanism] = &[
     entry("softmax", false, true, |_| MechanismSpec::Softmax),
     entry("softmax, causal", true, true, |_| MechanismSpec::Softmax),
-    entry("linformer, 128 slots", false, false, |length| {
+    entry("linformer, up to 128 slots", false, false, |length| {
         MechanismSpec::Linformer(LinformerSpec {
-            slots: 128,
+            slots: (length / 4).clamp(1, 128),
             longest: length,
             longer: Default::default(),
             sharing: Sharing::Headwise,

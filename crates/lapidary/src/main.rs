@@ -15,11 +15,12 @@ mod tensors;
 use std::process::ExitCode;
 
 use clap::Parser;
+use lapidary_kernels::memory::Counting;
 
 /// Tensors are allocated and freed at a high rate, in which the system's allocator returns pages
-/// that are wanted again at once; see [`prepare`] for this one.
+/// that are wanted again at once; see [`prepare`] for this one. What it holds is counted.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Counting<mimalloc::MiMalloc> = Counting(mimalloc::MiMalloc);
 
 /// Number of the option `purge_delay` in `mimalloc.h`.
 const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
