@@ -26,7 +26,7 @@ pub struct MethodRow {
     pub evidence_f1: EvidenceF1,
     /// What the model loses when tokens are hidden.
     pub masking: Curve,
-    /// `|left out|` relative to `|explained|`.
+    /// `|left out|` relative to `|explained|`, over the examples in which that is not 0.
     pub left_out: Summary,
     /// Seconds for one example.
     pub seconds: Summary,
@@ -167,7 +167,10 @@ fn method_row(
         let explanation = method.explain(&question, target(example), &options)?;
         seconds.push(started.elapsed().as_secs_f64());
         let account = &explanation.account;
-        left_out.push(account.unattributed.abs() / account.explained.abs().max(f64::MIN_POSITIVE));
+        // Relative to nothing it is nothing that could be averaged.
+        if account.explained != 0.0 {
+            left_out.push((account.unattributed / account.explained).abs());
+        }
         let units = units(example);
         let mut of_units = over_words(&explanation.scores, &units)?;
         of_units.truncate(units.len());
@@ -340,7 +343,10 @@ impl Evaluation {
                 of(&row.masking.aopc),
                 of(&row.masking.log_odds),
                 of(&row.masking.sufficiency),
-                format!("{:.2e}", row.left_out.mean).into(),
+                match row.left_out.count {
+                    0 => "explains nothing".into(),
+                    _ => format!("{:.2e}", row.left_out.mean).into(),
+                },
                 format!("{:.2e}", row.seconds.mean).into(),
             ]);
         }
