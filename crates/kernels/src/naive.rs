@@ -65,6 +65,14 @@ pub fn local_filter(x: &Tensor, filters: &Tensor, columns: usize) -> Result<Tens
     Ok(filtered.permute((0, 2, 3, 1))?.contiguous()?)
 }
 
+/// All but the last column of `sums` `[.., width + 1]`, divided by the last one and `epsilon`.
+pub fn quotients(sums: &Tensor, epsilon: f64) -> Result<Tensor> {
+    let last = sums.dim(D::Minus1)?.saturating_sub(1);
+    let total = (sums.narrow(D::Minus1, last, 1)? + epsilon)?;
+    let total = (&total + total.eq(0.0)?.to_dtype(total.dtype())?)?;
+    Ok(sums.narrow(D::Minus1, 0, last)?.broadcast_div(&total)?)
+}
+
 /// Applies `activation` to every element.
 pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
     Ok(match activation {
