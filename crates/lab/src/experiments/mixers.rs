@@ -11,7 +11,7 @@ use super::decoder::{Recipe, train_by};
 use super::jobs::in_parallel;
 use super::masked;
 use super::sequences::{
-    Course, LEVELS, LIST_TOKENS, Measures, SIDE, digits, list_operations, milliseconds_a_step,
+    Course, LEVELS, LIST_TOKENS, Measures, digits, list_operations, milliseconds_a_step,
     percent_right, train,
 };
 use crate::mechanisms::{Mechanism, mechanisms};
@@ -79,7 +79,6 @@ impl Size {
 struct Task {
     name: &'static str,
     vocabulary: usize,
-    length: usize,
     labels: usize,
     training: Vec<Labelled>,
     held_out: Vec<Labelled>,
@@ -106,22 +105,21 @@ fn tasks(size: &Size, seed: u64) -> Vec<Task> {
             make(size.examples / 8, seed ^ 0x7e57),
         )
     };
-    let task = |name, vocabulary, length, labels, make: &dyn Fn(usize, u64) -> Vec<Labelled>| {
+    let task = |name, vocabulary, labels, make: &dyn Fn(usize, u64) -> Vec<Labelled>| {
         let (training, held_out) = halves(make);
         Task {
             name,
             vocabulary,
-            length,
             labels,
             training,
             held_out,
         }
     };
     vec![
-        task("digits", LEVELS, SIDE * SIDE, 10, &digits),
-        task("lists", LIST_TOKENS, LONGEST, 10, &list_operations),
-        task("recall", 24, 17, 8, &recall),
-        task("order", 16, 64, 2, &order),
+        task("digits", LEVELS, 10, &digits),
+        task("lists", LIST_TOKENS, 10, &list_operations),
+        task("recall", 24, 8, &recall),
+        task("order", 16, 2, &order),
     ]
 }
 
