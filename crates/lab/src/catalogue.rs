@@ -213,13 +213,7 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
             none,
             attention(MultiHeadSpec {
                 causal: false,
-                mechanism: MechanismSpec::Linformer(LinformerSpec {
-                    slots: 64,
-                    longest,
-                    longer: Default::default(),
-                    sharing: Default::default(),
-                    projection: Default::default(),
-                }),
+                mechanism: MechanismSpec::Linformer(LinformerSpec::new(64, longest)),
                 ..base.clone()
             }),
         ),

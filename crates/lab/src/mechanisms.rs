@@ -9,7 +9,7 @@ use lapidary_parts::attention::mechanism::doubly_stochastic::DoublyStochasticSpe
 use lapidary_parts::attention::mechanism::ecoformer::{Bandwidth, EcoformerSpec};
 use lapidary_parts::attention::mechanism::fastmax::FastmaxSpec;
 use lapidary_parts::attention::mechanism::kernelized::KernelizedSpec;
-use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
+use lapidary_parts::attention::mechanism::linformer::LinformerSpec;
 use lapidary_parts::attention::mechanism::lion::{LionDecay, LionSpec};
 use lapidary_parts::attention::mechanism::mra::MraSpec;
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
@@ -97,13 +97,7 @@ static MECHANISMS: &[Mechanism] = &[
     entry("softmax", false, true, |_| MechanismSpec::Softmax),
     entry("softmax, causal", true, true, |_| MechanismSpec::Softmax),
     entry("linformer, 128 slots", false, false, |length| {
-        MechanismSpec::Linformer(LinformerSpec {
-            slots: 128,
-            longest: length,
-            longer: Default::default(),
-            sharing: Sharing::Headwise,
-            projection: Projection::Learned,
-        })
+        MechanismSpec::Linformer(LinformerSpec::new(128, length))
     }),
     entry("lion, constant decay", false, false, |_| {
         MechanismSpec::Lion(LionSpec {

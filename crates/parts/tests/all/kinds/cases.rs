@@ -70,11 +70,19 @@ pub(super) fn through(mechanism: MechanismSpec) -> MultiHeadSpec {
 
 pub(super) fn linformer(sharing: Sharing, projection: Projection) -> MechanismSpec {
     MechanismSpec::Linformer(LinformerSpec {
-        slots: 3,
-        longest: 9,
-        longer: Default::default(),
         sharing,
         projection,
+        ..LinformerSpec::new(3, 9)
+    })
+}
+
+/// Of two heads, the first has fewer slots.
+fn linformer_by_head(sharing: Sharing, projection: Projection) -> MechanismSpec {
+    MechanismSpec::Linformer(LinformerSpec {
+        slots_by_head: vec![2, 3],
+        sharing,
+        projection,
+        ..LinformerSpec::new(3, 9)
     })
 }
 
@@ -635,6 +643,31 @@ fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
             "linformer by convolution",
             multi_head(through(linformer(
                 Sharing::Headwise,
+                Projection::Convolution,
+            ))),
+        ),
+        (
+            "linformer by the largest keys",
+            multi_head(through(linformer(Sharing::Headwise, Projection::Max))),
+        ),
+        (
+            "linformer with slots of each head, in one matrix",
+            multi_head(through(linformer_by_head(
+                Sharing::KeyValue,
+                Projection::Learned,
+            ))),
+        ),
+        (
+            "linformer with slots and matrices of each head",
+            multi_head(through(linformer_by_head(
+                Sharing::None,
+                Projection::Learned,
+            ))),
+        ),
+        (
+            "linformer with slots and windows of each head",
+            multi_head(through(linformer_by_head(
+                Sharing::None,
                 Projection::Convolution,
             ))),
         ),

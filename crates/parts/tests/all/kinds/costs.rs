@@ -300,20 +300,26 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
             mechanism_formula(&inner, pairs, keys)
         }
         MechanismSpec::Linformer(linformer) => {
-            let slots = linformer.slots;
-            let (meets, one) = match linformer.projection {
+            let one = |slots: usize| match linformer.projection {
                 Projection::Learned => (slots, slots * linformer.longest),
-                Projection::Mean => (1, 0),
+                Projection::Mean | Projection::Max => (1, 0),
                 Projection::Convolution => (1, linformer.longest.div_ceil(slots)),
             };
-            let matrices = match linformer.sharing {
-                Sharing::None => 2 * spec.heads,
-                Sharing::Headwise => 2,
-                Sharing::KeyValue | Sharing::Layerwise => 1,
+            let by_head = match linformer.slots_by_head.as_slice() {
+                [] => vec![linformer.slots; spec.heads],
+                given => given.to_vec(),
             };
-            let projections = 2 * meets * keys * widths;
-            let softmax = LENGTH * slots * (2 * widths + 5);
-            (matrices * one, heads * (projections + softmax))
+            let own = by_head.iter().map(|slots| one(*slots).1).sum::<usize>();
+            let parameters = match linformer.sharing {
+                Sharing::None => 2 * own,
+                Sharing::Headwise => 2 * one(linformer.slots).1,
+                Sharing::KeyValue | Sharing::Layerwise => one(linformer.slots).1,
+            };
+            let each = by_head.iter().map(|&slots| {
+                let projections = 2 * one(slots).0 * keys * widths;
+                projections + LENGTH * slots * (2 * widths + 5)
+            });
+            (parameters, BATCH * each.sum::<usize>())
         }
         MechanismSpec::Lion(lion) => lion_formula(spec, lion, keys),
         MechanismSpec::Fastmax(fastmax) => (0, fastmax_formula(spec, fastmax, keys)),

@@ -388,13 +388,7 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
         ),
         (
             with_heads(subsampled(SubsampledSpec {
-                inner: Box::new(MechanismSpec::Linformer(LinformerSpec {
-                    slots: 0,
-                    longest: 9,
-                    longer: Default::default(),
-                    sharing: Sharing::None,
-                    projection: Projection::Mean,
-                })),
+                inner: Box::new(MechanismSpec::Linformer(LinformerSpec::new(0, 9))),
                 ..SubsampledSpec::default()
             })),
             "b.attention.mechanism.inner.slots is 0, but must be between 1 and 65536",
@@ -423,14 +417,31 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
              without a window: linformer has no scores to mask or add to",
         ),
         (
-            with_heads(through(MechanismSpec::Linformer(LinformerSpec {
-                slots: 0,
-                longest: 9,
-                longer: Default::default(),
-                sharing: Sharing::None,
-                projection: Projection::Mean,
-            }))),
+            with_heads(through(MechanismSpec::Linformer(LinformerSpec::new(0, 9)))),
             "b.attention.mechanism.slots is 0, but must be between 1 and 65536",
+        ),
+        (
+            with_heads(through(MechanismSpec::Linformer(LinformerSpec {
+                slots_by_head: vec![2, 3, 3],
+                ..LinformerSpec::new(3, 9)
+            }))),
+            "number of b.attention.mechanism.slots_by_head is 3, but must be 2, one number for each head",
+        ),
+        (
+            with_heads(through(MechanismSpec::Linformer(LinformerSpec {
+                slots_by_head: vec![2, 4],
+                ..LinformerSpec::new(3, 9)
+            }))),
+            "b.attention.mechanism.slots_by_head[1] is 4, but must be between 1 and 3",
+        ),
+        (
+            with_heads(through(MechanismSpec::Linformer(LinformerSpec {
+                slots_by_head: vec![2, 3],
+                projection: Projection::Convolution,
+                ..LinformerSpec::new(3, 9)
+            }))),
+            "b.attention.mechanism.slots_by_head is \"given\", but must be absent, or beside sharing = \
+             \"none\": windows of different lengths have no weights in common",
         ),
         (
             with_heads(MultiHeadSpec {
