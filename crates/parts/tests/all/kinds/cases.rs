@@ -172,6 +172,26 @@ fn linear() -> Vec<(&'static str, BlockSpec)> {
             plain(fastmax(1, Normalisation::Token)),
         ),
         (
+            "fastmax that learns its polynomial, causal, grouped keys",
+            multi_head(MultiHeadSpec {
+                causal: true,
+                groups: Some(1),
+                ..through(MechanismSpec::Fastmax(FastmaxSpec {
+                    learned: true,
+                    ..FastmaxSpec::default()
+                }))
+            }),
+        ),
+        (
+            "fastmax of first degree that learns its slope",
+            plain(MechanismSpec::Fastmax(FastmaxSpec {
+                degree: 1,
+                learned: true,
+                normalisation: Normalisation::Max { limit: 0.8 },
+                ..FastmaxSpec::default()
+            })),
+        ),
+        (
             "fastmax by the longest",
             plain(fastmax(2, Normalisation::Max { limit: 0.8 })),
         ),

@@ -322,7 +322,10 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
             (parameters, BATCH * each.sum::<usize>())
         }
         MechanismSpec::Lion(lion) => lion_formula(spec, lion, keys),
-        MechanismSpec::Fastmax(fastmax) => (0, fastmax_formula(spec, fastmax, keys)),
+        MechanismSpec::Fastmax(fastmax) => {
+            let learned = usize::from(fastmax.learned) * fastmax.degree * spec.heads;
+            (learned, fastmax_formula(spec, fastmax, keys))
+        }
         MechanismSpec::Kernelized(kernelized) => kernelized_formula(spec, kernelized, keys),
         MechanismSpec::Sparse(sparse) => {
             let merging = match sparse.pattern {
@@ -502,12 +505,15 @@ fn lion_formula(spec: &MultiHeadSpec, lion: &LionSpec, n: usize) -> (usize, usiz
 
 fn fastmax_formula(spec: &MultiHeadSpec, fastmax: &FastmaxSpec, n: usize) -> usize {
     let (d, width) = (spec.head_width(WIDTH), spec.value_width(WIDTH) + 1);
-    let monomials = 1 + d + (fastmax.degree - 1) * d * (d + 1) / 2;
     let before = match fastmax.normalisation {
         Normalisation::None => n * d,
         Normalisation::Token => 12 * n * d,
         Normalisation::Max { .. } => 8 * n * d,
     };
+    // Queries are multiplied by what is learned, and in degree two have a feature more.
+    let before = before + usize::from(fastmax.learned) * n * d;
+    let d = d + usize::from(fastmax.learned && fastmax.degree == 2);
+    let monomials = 1 + d + (fastmax.degree - 1) * d * (d + 1) / 2;
     let within = if spec.causal {
         n * n * (2 * d + 4 + 2 * width)
     } else {
