@@ -13,6 +13,7 @@ mod kernelized;
 mod kinds;
 mod linformer;
 mod lion;
+mod lion_by_feature;
 mod mra;
 mod positions;
 mod reformer;

@@ -14,6 +14,7 @@
 
 mod blocks;
 pub mod combiner;
+mod decayed;
 pub mod doubly_stochastic;
 pub mod ecoformer;
 pub mod fastmax;

@@ -149,6 +149,25 @@ fn linear() -> Vec<(&'static str, BlockSpec)> {
             }),
         ),
         (
+            "lion with decays of each feature, causal, grouped keys",
+            multi_head(MultiHeadSpec {
+                causal: true,
+                groups: Some(1),
+                ..through(MechanismSpec::Lion(LionSpec {
+                    per_feature: true,
+                    ..lion(LionDecay::Selective)
+                }))
+            }),
+        ),
+        (
+            "lion with decays of each feature, in both directions",
+            plain(MechanismSpec::Lion(LionSpec {
+                per_feature: true,
+                form: LionForm::Chunked { size: 2 },
+                ..lion(LionDecay::Constant)
+            })),
+        ),
+        (
             "lion laid out, with a class token",
             plain(MechanismSpec::Lion(LionSpec {
                 form: LionForm::Parallel,

@@ -482,16 +482,30 @@ fn lion_formula(spec: &MultiHeadSpec, lion: &LionSpec, n: usize) -> (usize, usiz
     let (heads, features) = (spec.heads, spec.head_width(WIDTH));
     let (values, width) = (spec.value_width(WIDTH), spec.value_width(WIDTH) + 1);
     let curves = lion.image.as_ref().map_or(1, |image| image.curves.len());
+    let own = if lion.per_feature { features } else { 1 };
     let (parameters, logits) = match lion.decay {
         LionDecay::None => (0, 0),
-        LionDecay::Constant => (curves * heads, 0),
-        LionDecay::Selective => (curves * heads * (WIDTH + 1), curves * (2 * WIDTH + 2)),
+        LionDecay::Constant => (curves * heads * own, 0),
+        LionDecay::Selective => (
+            curves * heads * own * (WIDTH + 1),
+            curves * own * (2 * WIDTH + 2),
+        ),
     };
     let each = if lion.decay == LionDecay::None { 3 } else { 5 };
-    let both = 2 * past(n, features, width) + n * (2 * features + 4 * width);
+    // Six positions are filled up to eight in one chunk, or are three chunks of two.
+    let by_half = match lion.form {
+        LionForm::Chunked { size: 2 } => 6 * 3 * (features + width) + 4 * 6 * features * width,
+        _ => 8 * 9 * (features + width) + 4 * 8 * features * width,
+    };
+    let direction = if lion.per_feature {
+        by_half
+    } else {
+        past(n, features, width)
+    };
+    let both = 2 * direction + n * (2 * features + 4 * width);
     let sums = match (spec.causal, lion.decay, lion.form) {
         (true, _, LionForm::Recurrent) => n * past(1, features, width),
-        (true, ..) => past(n, features, width),
+        (true, ..) => direction,
         (false, _, LionForm::Parallel) => n * n * (2 * (features + width) + 8 * curves),
         (false, LionDecay::None, _) => 4 * n * features * width,
         (false, ..) => curves * both,
