@@ -286,20 +286,18 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
             "combiner, segments of 16",
             "its segment, all earlier ones in summary (Ren et al., 2021)",
             none,
-            through(MechanismSpec::Combiner(CombinerSpec {
-                form: CombinerForm::Fixed { segment: 16 },
-                log_count: false,
-            })),
+            through(MechanismSpec::Combiner(CombinerSpec::new(
+                CombinerForm::Fixed { segment: 16 },
+            ))),
         ),
         entry(
             "attention",
             "combiner, log-sparse",
             "itself, and spans that double before it (Ren et al., 2021)",
             none,
-            through(MechanismSpec::Combiner(CombinerSpec {
-                form: CombinerForm::LogSparse,
-                log_count: false,
-            })),
+            through(MechanismSpec::Combiner(CombinerSpec::new(
+                CombinerForm::LogSparse,
+            ))),
         ),
         entry(
             "attention",

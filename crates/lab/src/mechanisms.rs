@@ -145,12 +145,9 @@ static MECHANISMS: &[Mechanism] = &[
         })
     }),
     entry("combiner, segments of the root", true, false, |length| {
-        MechanismSpec::Combiner(CombinerSpec {
-            form: CombinerForm::Fixed {
-                segment: length.isqrt(),
-            },
-            log_count: false,
-        })
+        MechanismSpec::Combiner(CombinerSpec::new(CombinerForm::Fixed {
+            segment: length.isqrt(),
+        }))
     }),
     Mechanism {
         wavelets: true,
@@ -159,10 +156,7 @@ static MECHANISMS: &[Mechanism] = &[
         })
     },
     entry("combiner, log-sparse", true, false, |_| {
-        MechanismSpec::Combiner(CombinerSpec {
-            form: CombinerForm::LogSparse,
-            log_count: false,
-        })
+        MechanismSpec::Combiner(CombinerSpec::new(CombinerForm::LogSparse))
     }),
     entry("doubly stochastic, sinkhorn", false, true, |_| {
         MechanismSpec::DoublyStochastic(DoublyStochasticSpec::default())

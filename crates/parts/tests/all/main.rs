@@ -1,6 +1,7 @@
 //! Integration tests of the parts, in one program; the one that counts the bytes it allocates stands alone.
 
 mod combiner;
+mod combiner_learned;
 mod common;
 mod decoding;
 mod doubly_stochastic;

@@ -271,8 +271,8 @@ fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
     let combiner = |form| MultiHeadSpec {
         causal: true,
         ..through(MechanismSpec::Combiner(CombinerSpec {
-            form,
             log_count: true,
+            ..CombinerSpec::new(form)
         }))
     };
     let reformer = |rounds, chunk| MultiHeadSpec {
@@ -331,6 +331,44 @@ fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
         (
             "earlier rows in summary",
             combiner(CombinerForm::RowMajor { columns: 2 }),
+        ),
+        (
+            "segments and what a layer makes of them",
+            MultiHeadSpec {
+                causal: true,
+                ..through(MechanismSpec::Combiner(CombinerSpec {
+                    summary: Summary::DeepSets {
+                        pooling: Pooling::Mean,
+                    },
+                    ..CombinerSpec::new(CombinerForm::Fixed { segment: 2 })
+                }))
+            },
+        ),
+        (
+            "columns and what a layer makes of them",
+            MultiHeadSpec {
+                causal: true,
+                ..through(MechanismSpec::Combiner(CombinerSpec {
+                    summary: Summary::DeepSets {
+                        pooling: Pooling::Max,
+                    },
+                    ..CombinerSpec::new(CombinerForm::Vertical { columns: 2 })
+                }))
+            },
+        ),
+        (
+            "own cluster and others in summary, grouped keys",
+            MultiHeadSpec {
+                groups: Some(1),
+                ..combiner(CombinerForm::Routed { clusters: 3 })
+            },
+        ),
+        (
+            "own cluster and others in summary in both directions",
+            MultiHeadSpec {
+                causal: false,
+                ..combiner(CombinerForm::Routed { clusters: 2 })
+            },
         ),
     ]
 }

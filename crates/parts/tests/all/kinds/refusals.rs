@@ -59,12 +59,7 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
         sharing: QueryKeySharing::QueryKey,
         ..through(MechanismSpec::Reformer(spec))
     };
-    let combiner = |form| {
-        through(MechanismSpec::Combiner(CombinerSpec {
-            form,
-            log_count: false,
-        }))
-    };
+    let combiner = |form| through(MechanismSpec::Combiner(CombinerSpec::new(form)));
     let made_by = |operator| {
         through(MechanismSpec::DoublyStochastic(DoublyStochasticSpec {
             operator,
@@ -359,10 +354,9 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
             with_heads(MultiHeadSpec {
                 causal: true,
                 ..subsampled(SubsampledSpec {
-                    inner: Box::new(MechanismSpec::Combiner(CombinerSpec {
-                        form: CombinerForm::LogSparse,
-                        log_count: false,
-                    })),
+                    inner: Box::new(MechanismSpec::Combiner(CombinerSpec::new(
+                        CombinerForm::LogSparse,
+                    ))),
                     ..SubsampledSpec::default()
                 })
             }),
@@ -590,6 +584,23 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
                 ..combiner(CombinerForm::Vertical { columns: 0 })
             }),
             "b.attention.mechanism.form.columns is 0, but must be between 1 and 16777216",
+        ),
+        (
+            with_heads(combiner(CombinerForm::Routed { clusters: 0 })),
+            "b.attention.mechanism.form.clusters is 0, but must be between 1 and 65536",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..through(MechanismSpec::Combiner(CombinerSpec {
+                    summary: Summary::DeepSets {
+                        pooling: Pooling::Sum,
+                    },
+                    ..CombinerSpec::new(CombinerForm::RowMajor { columns: 4 })
+                }))
+            }),
+            "b.attention.mechanism.summary.kind is \"deep-sets\", but must be largest in row-major form, \
+             whose spans are summed up by their tokens",
         ),
         (
             with_heads(combiner(CombinerForm::RowMajor { columns: 4 })),
