@@ -119,16 +119,23 @@ fn summaries_by_a_layer_equal_their_effective_matrix() {
                 let run = subject.run(&x, Given::default());
                 let expected = |b: usize, head: usize, i: usize| {
                     let divisions = divisions(form, causal, length, i);
-                    effective(&run, [b, head, i], &divisions, false, &|span| {
-                        let made = |side: &str, of: &dyn Fn(usize) -> Vec<f64>| {
-                            let rows = span.iter().map(|&j| layer(&subject, side, head, &of(j)));
-                            pool(pooling, &rows.collect::<Vec<_>>())
-                        };
-                        [
-                            made("query", &|j| run.query(b, head, j).to_vec()),
-                            made("key", &|j| run.key(b, head, j).to_vec()),
-                        ]
-                    })
+                    effective(
+                        &run,
+                        [b, head, i],
+                        &divisions,
+                        false,
+                        &|span: &[usize]| {
+                            let made = |side: &str, of: &dyn Fn(usize) -> Vec<f64>| {
+                                let rows =
+                                    span.iter().map(|&j| layer(&subject, side, head, &of(j)));
+                                pool(pooling, &rows.collect::<Vec<_>>())
+                            };
+                            [
+                                made("query", &|j| run.query(b, head, j).to_vec()),
+                                made("key", &|j| run.key(b, head, j).to_vec()),
+                            ]
+                        },
+                    )
                 };
                 let what = format!("{form:?} {pooling:?} causal {causal} at {length}");
                 run.check(2, expected, 1e-11, &what);
@@ -195,9 +202,13 @@ fn routed_attention_equals_its_effective_matrix() {
                 };
                 let expected = |b: usize, head: usize, i: usize| {
                     let one = routed(&subject, &run, [b, head, i], (clusters, causal));
-                    effective(&run, [b, head, i], &[one], log_count, &|span| {
-                        largest(b, head, span)
-                    })
+                    effective(
+                        &run,
+                        [b, head, i],
+                        &[one],
+                        log_count,
+                        &|span: &[usize]| largest(b, head, span),
+                    )
                 };
                 let what = format!("{clusters} clusters, causal {causal} at {length}");
                 run.check(2, expected, 1e-11, &what);

@@ -262,7 +262,7 @@ impl LinformerSpec {
                 let deviation = 1.0 / (self.longest as f64).sqrt();
                 let start = Init::Normal { deviation };
                 if own && differ {
-                    let rows = self.slots_by_head.iter().sum();
+                    let rows: usize = self.slots_by_head.iter().sum();
                     let all = parameters.tensor(name, &[rows, self.longest], start)?;
                     let parts = parted(&all, runs, |slots| slots)?.into_iter();
                     return Ok(parts.map(Along::Matrix).collect());
@@ -276,7 +276,8 @@ impl LinformerSpec {
             Projection::Convolution => {
                 let window = |slots| neighbours(self.longest, slots);
                 if differ {
-                    let weights = self.slots_by_head.iter().map(|slots| window(*slots)).sum();
+                    let each = self.slots_by_head.iter().map(|slots| window(*slots));
+                    let weights: usize = each.sum();
                     // Near the mean of each window.
                     let mean = Init::Constant(self.slots as f64 / self.longest as f64);
                     let all = parameters.tensor(name, &[weights], mean)?;
