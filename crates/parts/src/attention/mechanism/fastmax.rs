@@ -71,19 +71,11 @@ pub struct FastmaxSpec {
     #[serde(default = "taylor")]
     pub coefficients: [f64; 3],
     /// Whether each head learns its own, from these on, up to a common factor.
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub learned: bool,
     /// Probability with which a monomial of highest degree is dropped in training.
     #[serde(default)]
     pub dropout: f64,
-}
-
-#[allow(
-    clippy::trivially_copy_pass_by_ref,
-    reason = "serde asks for a reference"
-)]
-fn is_false(flag: &bool) -> bool {
-    !flag
 }
 
 fn two() -> usize {

@@ -74,7 +74,7 @@ pub struct LionSpec {
     #[serde(default)]
     pub decay: LionDecay,
     /// Whether each feature of a head's keys has a decay of its own.
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub per_feature: bool,
     /// How it is computed; parameters and results do not depend on it.
     #[serde(default)]
@@ -85,14 +85,6 @@ pub struct LionSpec {
     /// Curves over an image, instead of the order of the tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<LionImage>,
-}
-
-#[allow(
-    clippy::trivially_copy_pass_by_ref,
-    reason = "serde asks for a reference"
-)]
-fn is_false(flag: &bool) -> bool {
-    !flag
 }
 
 /// How a weight fades with the distance.
