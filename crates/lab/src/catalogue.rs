@@ -213,13 +213,7 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
             none,
             attention(MultiHeadSpec {
                 causal: false,
-                mechanism: MechanismSpec::Linformer(LinformerSpec {
-                    slots: 64,
-                    longest,
-                    longer: Default::default(),
-                    sharing: Default::default(),
-                    projection: Default::default(),
-                }),
+                mechanism: MechanismSpec::Linformer(LinformerSpec::new(64, longest)),
                 ..base.clone()
             }),
         ),
@@ -292,20 +286,18 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
             "combiner, segments of 16",
             "its segment, all earlier ones in summary (Ren et al., 2021)",
             none,
-            through(MechanismSpec::Combiner(CombinerSpec {
-                form: CombinerForm::Fixed { segment: 16 },
-                log_count: false,
-            })),
+            through(MechanismSpec::Combiner(CombinerSpec::new(
+                CombinerForm::Fixed { segment: 16 },
+            ))),
         ),
         entry(
             "attention",
             "combiner, log-sparse",
             "itself, and spans that double before it (Ren et al., 2021)",
             none,
-            through(MechanismSpec::Combiner(CombinerSpec {
-                form: CombinerForm::LogSparse,
-                log_count: false,
-            })),
+            through(MechanismSpec::Combiner(CombinerSpec::new(
+                CombinerForm::LogSparse,
+            ))),
         ),
         entry(
             "attention",

@@ -9,7 +9,7 @@ use lapidary_parts::attention::mechanism::doubly_stochastic::DoublyStochasticSpe
 use lapidary_parts::attention::mechanism::ecoformer::{Bandwidth, EcoformerSpec};
 use lapidary_parts::attention::mechanism::fastmax::FastmaxSpec;
 use lapidary_parts::attention::mechanism::kernelized::KernelizedSpec;
-use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
+use lapidary_parts::attention::mechanism::linformer::LinformerSpec;
 use lapidary_parts::attention::mechanism::lion::{LionDecay, LionSpec};
 use lapidary_parts::attention::mechanism::mra::MraSpec;
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
@@ -97,13 +97,7 @@ static MECHANISMS: &[Mechanism] = &[
     entry("softmax", false, true, |_| MechanismSpec::Softmax),
     entry("softmax, causal", true, true, |_| MechanismSpec::Softmax),
     entry("linformer, up to 128 slots", false, false, |length| {
-        MechanismSpec::Linformer(LinformerSpec {
-            slots: (length / 4).clamp(1, 128),
-            longest: length,
-            longer: Default::default(),
-            sharing: Sharing::Headwise,
-            projection: Projection::Learned,
-        })
+        MechanismSpec::Linformer(LinformerSpec::new((length / 4).clamp(1, 128), length))
     }),
     entry("lion, constant decay", false, false, |_| {
         MechanismSpec::Lion(LionSpec {
@@ -151,12 +145,9 @@ static MECHANISMS: &[Mechanism] = &[
         })
     }),
     entry("combiner, segments of the root", true, false, |length| {
-        MechanismSpec::Combiner(CombinerSpec {
-            form: CombinerForm::Fixed {
-                segment: length.isqrt(),
-            },
-            log_count: false,
-        })
+        MechanismSpec::Combiner(CombinerSpec::new(CombinerForm::Fixed {
+            segment: length.isqrt(),
+        }))
     }),
     Mechanism {
         wavelets: true,
@@ -165,10 +156,7 @@ static MECHANISMS: &[Mechanism] = &[
         })
     },
     entry("combiner, log-sparse", true, false, |_| {
-        MechanismSpec::Combiner(CombinerSpec {
-            form: CombinerForm::LogSparse,
-            log_count: false,
-        })
+        MechanismSpec::Combiner(CombinerSpec::new(CombinerForm::LogSparse))
     }),
     entry("doubly stochastic, sinkhorn", false, true, |_| {
         MechanismSpec::DoublyStochastic(DoublyStochasticSpec::default())

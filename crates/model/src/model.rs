@@ -47,6 +47,8 @@ pub struct Pass<'a> {
     pub dropout_seed: Option<u64>,
     /// Seed of what mixers draw anew in this pass; their own draw, always the same, when `None`.
     pub draw: Option<u64>,
+    /// The step of training that this pass is part of, for draws that last several steps.
+    pub step: Option<u64>,
     /// What was decoded before; updated.
     pub state: Option<&'a mut DecodeState>,
     /// Scores of the last position only.
@@ -342,6 +344,7 @@ impl Model {
             offset: state.as_ref().map_or(0, |state| state.length),
             dropout_seed: pass.dropout_seed,
             draw: pass.draw,
+            step: pass.step,
             memory: pass.memory,
             key_bias: None,
             places: None,

@@ -18,6 +18,8 @@ pub struct Context<'a> {
     /// Seed of what this pass draws anew: subsets of keys, random features, rotations of hashes.
     /// `None`: each module's own draw, always the same.
     pub draw: Option<u64>,
+    /// The step of training that this pass is part of, for draws that last several steps.
+    pub step: Option<u64>,
     /// What cross-attention reads: `[batch, length, width]` and its padding.
     pub memory: Option<(&'a Signal, Option<&'a Tensor>)>,
     /// What self-attention adds to every score of a key, `[batch, key]`; differentiated. A token
@@ -38,6 +40,7 @@ impl<'a> Context<'a> {
             offset: 0,
             dropout_seed: None,
             draw: None,
+            step: None,
             memory: None,
             key_bias: None,
             places: None,

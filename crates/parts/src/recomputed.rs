@@ -15,6 +15,7 @@ pub struct Again {
     offset: usize,
     dropout_seed: Option<u64>,
     draw: Option<u64>,
+    step: Option<u64>,
 }
 
 impl Again {
@@ -36,6 +37,7 @@ impl Again {
             offset: cx.offset,
             dropout_seed: cx.dropout_seed,
             draw: cx.draw,
+            step: cx.step,
         })
     }
 
@@ -53,6 +55,7 @@ impl Again {
                 offset: told.offset,
                 dropout_seed: told.dropout_seed,
                 draw: told.draw,
+                step: told.step,
                 ..Context::new(&trace)
             };
             match part(Signal::from(x.clone()), &cx) {

@@ -31,7 +31,8 @@ pub enum MixerState {
     Sums {
         /// `[batch, heads, features, value_width + 1]`, the last column that of the weights alone.
         sums: Tensor,
-        /// Logarithm of the decay between the last token and the next, `[batch, heads, 1]`.
+        /// Logarithm of the decay between the last token and the next,
+        /// `[batch, heads, 1, 1 or features]`.
         decay: Option<Tensor>,
     },
     /// Keys and values of those tokens that later ones may still see.

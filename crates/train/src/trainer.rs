@@ -147,6 +147,7 @@ impl Trainer {
             let pass = Pass {
                 dropout_seed: Some(dropout_seed.wrapping_add(part as u64)),
                 draw: draws.then(|| dropout_seed.wrapping_add(part as u64)),
+                step: Some(self.step),
                 recomputation: recomputation.as_ref(),
                 trace: streams.as_ref(),
                 ..Pass::default()

@@ -87,12 +87,7 @@ impl Way {
                 steps: Steps::Merged,
             })
         };
-        let combiner = |form| {
-            MechanismSpec::Combiner(CombinerSpec {
-                form,
-                log_count: false,
-            })
-        };
+        let combiner = |form| MechanismSpec::Combiner(CombinerSpec::new(form));
         match self {
             Self::Dense => MechanismSpec::Softmax,
             Self::Fixed => sparse(SparsePattern::Fixed {

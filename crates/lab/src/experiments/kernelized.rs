@@ -69,7 +69,7 @@ fn spec(spectrum: SpectrumSpec, features: ReadOut, count: Option<usize>) -> Kern
         spectrum,
         features,
         count,
-        seed: 0,
+        ..KernelizedSpec::default()
     }
 }
 

@@ -17,7 +17,7 @@ use lapidary_kernels::{
 use lapidary_model::{HeadSpec, Initialiser, Input, Pass};
 use lapidary_parts::attention::MechanismSpec;
 use lapidary_parts::attention::QueryKeySharing;
-use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
+use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Sharing};
 use lapidary_parts::attention::mechanism::{Describe, Heads};
 use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
 use lapidary_signal::Trace;
@@ -105,11 +105,8 @@ impl Size {
 
 fn mechanism(slots: usize, longest: usize, sharing: Sharing) -> MechanismSpec {
     MechanismSpec::Linformer(LinformerSpec {
-        slots,
-        longest,
-        longer: Default::default(),
         sharing,
-        projection: Projection::Learned,
+        ..LinformerSpec::new(slots, longest)
     })
 }
 
@@ -492,13 +489,7 @@ fn speed(setting: &Setting, size: &Size) -> Result<Claim> {
         scale: 0.125,
         sharing: QueryKeySharing::None,
     };
-    let spec = LinformerSpec {
-        slots: 128,
-        longest: size.longest,
-        longer: Default::default(),
-        sharing: Sharing::Headwise,
-        projection: Projection::Learned,
-    };
+    let spec = LinformerSpec::new(128, size.longest);
     let mut source = Initialiser::new(setting.seed, DType::F32, Device::Cpu);
     let shape = [1, 4, size.longest, WIDTH];
     let mut draw = |name: &str| source.parameter(name, &shape, Init::Normal { deviation: 1.0 });

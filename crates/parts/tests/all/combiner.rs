@@ -10,7 +10,10 @@ use lapidary_parts::attention::mechanism::MechanismSpec;
 use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
 
 fn subject(form: CombinerForm, log_count: bool, causal: bool) -> Subject {
-    let mechanism = MechanismSpec::Combiner(CombinerSpec { form, log_count });
+    let mechanism = MechanismSpec::Combiner(CombinerSpec {
+        log_count,
+        ..CombinerSpec::new(form)
+    });
     Subject::new(spec(mechanism, causal), 4)
 }
 
@@ -46,7 +49,7 @@ fn forms() -> Vec<(CombinerForm, bool)> {
 }
 
 /// A span, and the token whose query it is summed up by, where it isn't the maximum.
-type Span = (Vec<usize>, Option<usize>);
+pub type Span = (Vec<usize>, Option<usize>);
 
 /// What token `i` meets directly and in spans, in one division of the tokens that it sees.
 fn division(form: CombinerForm, causal: bool, length: usize, i: usize) -> (Vec<usize>, Vec<Span>) {
@@ -113,11 +116,12 @@ fn division(form: CombinerForm, causal: bool, length: usize, i: usize) -> (Vec<u
             (span(&|j| j / columns == row), spans.collect())
         }
         CombinerForm::Mixture { .. } => unreachable!("a mixture of two"),
+        CombinerForm::Routed { .. } => unreachable!("decided by what tokens say"),
     }
 }
 
 /// The divisions of a form: the mean is taken over the outer list, one softmax over the inner one.
-fn divisions(
+pub fn divisions(
     form: CombinerForm,
     causal: bool,
     length: usize,
@@ -140,7 +144,7 @@ fn divisions(
     }
 }
 
-fn scaled(q: &[f64], k: &[f64]) -> f64 {
+pub fn scaled(q: &[f64], k: &[f64]) -> f64 {
     dot(q, k) / (HEAD_WIDTH as f64).sqrt()
 }
 

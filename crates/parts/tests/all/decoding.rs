@@ -18,10 +18,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 fn combiner(form: CombinerForm) -> MechanismSpec {
-    MechanismSpec::Combiner(CombinerSpec {
-        form,
-        log_count: false,
-    })
+    MechanismSpec::Combiner(CombinerSpec::new(form))
 }
 
 fn forms(size: usize) -> Vec<CombinerForm> {
@@ -72,8 +69,8 @@ fn mechanisms() -> Vec<MechanismSpec> {
         for form in forms(size) {
             all.push(combiner(form));
             all.push(MechanismSpec::Combiner(CombinerSpec {
-                form,
                 log_count: true,
+                ..CombinerSpec::new(form)
             }));
         }
         for pattern in patterns(size) {

@@ -4,11 +4,12 @@
 use crate::common;
 use crate::common::{Map, assert_near, build, random, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor, Var};
-use lapidary_parts::Context;
 use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::fastmax::{FastmaxSpec, Normalisation};
 use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass, Resumed};
+use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
 use lapidary_parts::state::MixerState;
+use lapidary_parts::{Context, Error};
 use lapidary_signal::{Mixing, Trace};
 
 const MAX: Normalisation = Normalisation::Max { limit: 0.8 };
@@ -370,6 +371,137 @@ fn work_grows_linearly() {
     });
 }
 
+/// Random coefficients of each head, as `w` and `u`, or `θ`, and the polynomials that they stand for.
+fn learned(degree: usize, steepest: f64) -> (Map, Vec<[f64; 3]>) {
+    let drawn = random(&[2, degree], 5);
+    let polynomials = values(&drawn).chunks(degree).map(|own| match own {
+        [theta] => [1.0, steepest * theta.tanh(), 0.0],
+        [w, u] => [1.0 + w * w, 2.0 * w * u, u * u],
+        _ => panic!("two at the most"),
+    });
+    let polynomials = polynomials.collect();
+    (Map::from([("coefficients".to_owned(), drawn)]), polynomials)
+}
+
+fn learned_mixing(
+    spec: &FastmaxSpec,
+    map: &Map,
+    causal: bool,
+    q: &Tensor,
+    k: &Tensor,
+) -> Box<dyn Mixing> {
+    let heads = heads(causal, q.dim(3).unwrap());
+    spec.validate(&heads, "m").unwrap();
+    let module = build(map, |p| spec.build(&heads, p)).unwrap();
+    let trace = Trace::new();
+    let context = Context::new(&trace);
+    let pass = MechanismPass {
+        path: "m",
+        tokens: q,
+        keep: None,
+        offset: 0,
+        context: &context,
+    };
+    module.mixing(q, k, &pass).unwrap()
+}
+
+#[test]
+fn learned_coefficients_are_those_of_a_polynomial_of_each_head() {
+    let length = 70;
+    let q = (random(&[2, 2, length, 4], 1) * 2.0).unwrap();
+    let k = (random(&[2, 2, length, 4], 2) * 2.0).unwrap();
+    let v = random(&[2, 2, length, 3], 3);
+    let head = |x: &Tensor, head: usize| x.narrow(1, head, 1).unwrap().contiguous().unwrap();
+    for (degree, normalisation, causal, steepest) in [
+        (1, Normalisation::Token, true, 1.3),
+        (1, MAX, false, 1.3 / 0.64),
+        (2, Normalisation::Token, false, 0.0),
+        (2, MAX, false, 0.0),
+        (2, Normalisation::None, true, 0.0),
+    ] {
+        let spec = FastmaxSpec {
+            temperature: 1.3,
+            learned: true,
+            ..spec(degree, normalisation)
+        };
+        let (map, polynomials) = learned(degree, steepest);
+        let mixing = learned_mixing(&spec, &map, causal, &q, &k);
+        let found = mixing.mix(&v).unwrap();
+        for (index, coefficients) in polynomials.into_iter().enumerate() {
+            let fixed = FastmaxSpec {
+                coefficients,
+                learned: false,
+                ..spec.clone()
+            };
+            let expected = brute_force(
+                &fixed,
+                causal,
+                [&q, &k, &v].map(|x| head(x, index)).each_ref(),
+            );
+            let what = format!("{spec:?} head {index}");
+            assert_near(&head(&found, index), &expected, 1e-10, &what);
+        }
+        // Positive, whatever they are.
+        let weights = values(&mixing.weights(&v).unwrap());
+        for (at, weight) in weights.into_iter().enumerate() {
+            let seen = !causal || at % length <= at / length % length;
+            assert!(!seen || weight > 0.0, "{spec:?}: {weight}");
+        }
+    }
+}
+
+/// Heads start with the polynomial of the spec, up to a factor that division takes away.
+#[test]
+fn learned_coefficients_start_as_those_that_are_given() {
+    let q = random(&[2, 2, 9, 4], 1);
+    let k = random(&[2, 2, 9, 4], 2);
+    let v = random(&[2, 2, 9, 3], 3);
+    for (degree, coefficients) in [
+        (2, [1.0, 1.0, 0.5]),
+        (2, [0.7, -0.4, 0.9]),
+        (1, [2.0, 0.6, 0.5]),
+        (1, [1.0, -0.4, 0.5]),
+    ] {
+        let fixed = FastmaxSpec {
+            coefficients,
+            ..spec(degree, Normalisation::Token)
+        };
+        let spec = FastmaxSpec {
+            learned: true,
+            ..fixed.clone()
+        };
+        let heads = heads(true, 4);
+        let (ranks, mut linears) = (Default::default(), Vec::new());
+        let mut start = Start(Map::new());
+        let parameters = Parameters::new(&mut start, &ranks, &mut linears);
+        spec.build(&heads, parameters).unwrap();
+        let found = learned_mixing(&spec, &start.0, true, &q, &k)
+            .mix(&v)
+            .unwrap();
+        let expected = mixing(&fixed, true, &q, &k).mix(&v).unwrap();
+        assert_near(&found, &expected, 1e-12, &format!("{coefficients:?}"));
+    }
+}
+
+/// What parameters start as, where it is not drawn.
+struct Start(Map);
+
+impl ParameterSource for Start {
+    fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor, Error> {
+        let [rows, columns] = *shape else {
+            panic!("coefficients of heads");
+        };
+        let row = match init {
+            Init::Constant(number) => vec![number; columns],
+            Init::Spaced { first, last } => vec![first, last],
+            other => panic!("drawn: {other:?}"),
+        };
+        let start = tensor(row.repeat(rows), shape);
+        self.0.insert(name.to_owned(), start.clone());
+        Ok(start)
+    }
+}
+
 #[test]
 fn impossible_specs_are_refused() {
     let refused = |spec: FastmaxSpec, causal: bool, width: usize| {
@@ -438,5 +570,49 @@ fn impossible_specs_are_refused() {
             4
         ),
         "m.dropout is 1.0, but must be at least 0 and below 1"
+    );
+    let learning = |spec: FastmaxSpec| FastmaxSpec {
+        learned: true,
+        ..spec
+    };
+    assert_eq!(
+        refused(learning(spec(1, Normalisation::None)), false, 4),
+        "m.degree is 1, but must be 2 where coefficients are learned and nothing bounds the scores"
+    );
+    assert_eq!(
+        refused(
+            learning(FastmaxSpec {
+                coefficients: [-1.0, 1.0, 0.0],
+                ..spec(1, Normalisation::Token)
+            }),
+            false,
+            4
+        ),
+        "m.coefficients is [-1.0, 1.0, 0.0], but must be three numbers, the first positive, where they are \
+         learned"
+    );
+    assert_eq!(
+        refused(
+            learning(FastmaxSpec {
+                coefficients: [1.0, 2.0, 1.0],
+                ..base()
+            }),
+            false,
+            4
+        ),
+        "m.coefficients is [1.0, 2.0, 1.0], but must be those of a polynomial that is positive everywhere, \
+         as only such are learned: a2 > 0 and a1² < 4 a0 a2"
+    );
+    assert_eq!(
+        refused(
+            learning(FastmaxSpec {
+                dropout: 0.1,
+                ..base()
+            }),
+            false,
+            4
+        ),
+        "m.dropout is 0.1, but must be 0 where coefficients of degree two are learned: what would be \
+         dropped then has the lower degrees in it"
     );
 }

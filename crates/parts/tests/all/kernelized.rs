@@ -6,7 +6,7 @@ use lapidary_kernels::{Device, Tensor};
 use lapidary_parts::Context;
 use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::kernelized::{
-    FeatureMap, KernelizedSpec, Learned, ReadOut, SpectrumSpec, hadamard,
+    FeatureMap, KernelizedSpec, Learned, ReadOut, Redraw, SpectrumSpec, hadamard,
 };
 use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass, Resumed};
 use lapidary_parts::state::MixerState;
@@ -470,6 +470,76 @@ fn a_draw_is_its_seed_and_its_variance_falls_with_the_number_of_frequencies() {
     }
 }
 
+/// In training a draw lasts a pass, some steps, or for ever; in evaluation it is the spec's own, and
+/// decoding has that whatever it is told.
+#[test]
+fn a_draw_lasts_as_long_as_it_is_said_to() {
+    let (q, k) = (random(&[1, 2, 5, 4], 1), random(&[1, 2, 5, 4], 2));
+    let v = random(&[1, 2, 5, 3], 3);
+    let map = parameters(&spec(MIXTURE, POSITIVE), 4);
+    let output = |redraw: Redraw, seed: u64, draw: Option<u64>, step: Option<u64>| {
+        let spec = KernelizedSpec {
+            redraw,
+            seed,
+            ..spec(MIXTURE, POSITIVE)
+        };
+        let heads = heads(true, 4);
+        spec.validate(&heads, "m").unwrap();
+        let module = build(&map, |p| spec.build(&heads, p)).unwrap();
+        let trace = Trace::new();
+        let context = Context {
+            draw,
+            step,
+            ..Context::new(&trace)
+        };
+        let pass = MechanismPass {
+            path: "m",
+            tokens: &q,
+            keep: None,
+            offset: 0,
+            context: &context,
+        };
+        let mixing = module.mixing(&q, &k, &pass).unwrap();
+        let mut state = MixerState::Empty;
+        let decoded = module.resume(&q, &k, &v, &mut state, &pass).unwrap();
+        let Resumed::Summed { mixing: step, .. } = decoded else {
+            panic!("values of earlier tokens are not kept");
+        };
+        [mixing.mix(&v).unwrap(), step.mix(&v).unwrap()].map(|y| values(&y))
+    };
+    let three = Redraw::Steps { every: 3 };
+    let [frozen, _] = output(Redraw::Pass, 3, None, None);
+    for redraw in [Redraw::Pass, three, Redraw::Never] {
+        for (draw, step) in [
+            (None, None),
+            (None, Some(7)),
+            (Some(1), None),
+            (Some(1), Some(7)),
+        ] {
+            let [y, decoded] = output(redraw, 3, draw, step);
+            assert_eq!(decoded, frozen, "{redraw:?}");
+            let draws = draw.is_some() && redraw != Redraw::Never;
+            assert_eq!(y != frozen, draws, "{redraw:?} {draw:?} {step:?}");
+        }
+    }
+    let drawn = |redraw, draw, step| output(redraw, 3, Some(draw), Some(step))[0].clone();
+    // Passes of one step, and of one period.
+    assert_ne!(drawn(Redraw::Pass, 1, 0), drawn(Redraw::Pass, 2, 0));
+    assert_eq!(drawn(Redraw::Pass, 1, 0), drawn(Redraw::Pass, 1, 9));
+    for (draw, step) in [(1, 4), (2, 3), (9, 5)] {
+        assert_eq!(drawn(three, draw, step), drawn(three, 1, 3));
+    }
+    for step in [0, 2, 6, 300] {
+        assert_ne!(drawn(three, 1, step), drawn(three, 1, 3));
+    }
+    // Another seed of the spec is another draw; without steps it is the pass's.
+    assert_ne!(output(three, 4, Some(1), Some(3))[0], drawn(three, 1, 3));
+    assert_eq!(
+        output(three, 3, Some(1), None)[0],
+        drawn(Redraw::Pass, 1, 0)
+    );
+}
+
 /// Far from the origin plain exponentials vanish in every sum; stabilised they keep their ratios.
 #[test]
 fn stabilised_exponentials_do_not_vanish() {
@@ -509,6 +579,14 @@ fn impossible_specs_are_refused() {
         count: Some(count),
         ..spec(spectrum, features)
     };
+    let never_over = KernelizedSpec {
+        redraw: Redraw::Steps { every: 0 },
+        ..spec(MIXTURE, POSITIVE)
+    };
+    assert_eq!(
+        refused(never_over, false, 4),
+        "m.redraw.every is 0, but must be at least 1"
+    );
     assert_eq!(
         refused(with_count(0, MIXTURE, POSITIVE), false, 4),
         "m.count is 0, but must be between 1 and 65536"

@@ -30,11 +30,8 @@ fn heads() -> Heads {
 
 fn spec(slots: usize, longest: usize, sharing: Sharing) -> LinformerSpec {
     LinformerSpec {
-        slots,
-        longest,
-        longer: Default::default(),
         sharing,
-        projection: Projection::Learned,
+        ..LinformerSpec::new(slots, longest)
     }
 }
 
@@ -49,9 +46,18 @@ fn mixing(
     [q, k]: [&Tensor; 2],
     keep: Option<&Tensor>,
 ) -> Result<Box<dyn Mixing>> {
+    mixing_seen(spec, map, [q, k], keep, &Trace::new())
+}
+
+fn mixing_seen(
+    spec: &LinformerSpec,
+    map: &Map,
+    [q, k]: [&Tensor; 2],
+    keep: Option<&Tensor>,
+    trace: &Trace,
+) -> Result<Box<dyn Mixing>> {
     let module: Box<dyn Mechanism> = build(map, |p| spec.build(&heads(), p)).unwrap();
-    let trace = Trace::new();
-    let context = Context::new(&trace);
+    let context = Context::new(trace);
     let tokens = random(&[BATCH, q.dim(2).unwrap(), HEADS * WIDTH], 0);
     let pass = MechanismPass {
         path: "attention",
@@ -278,6 +284,169 @@ fn the_weights_are_the_softmax_times_the_values_projection() {
     assert_near(&weights, &expected, 1e-12, "weights");
     let by_weights = weights.contiguous().unwrap().matmul(&v).unwrap();
     assert_near(&by_weights, &mixing.mix(&v).unwrap(), 1e-12, "applied");
+}
+
+/// `P`, `P E` and `P F`: heads have different numbers of slots, and some keys are pads.
+#[test]
+fn weights_of_slots_and_of_keys_can_be_looked_at() {
+    let spec = LinformerSpec {
+        slots_by_head: vec![1, 3, 3],
+        ..spec(3, KEYS, Sharing::Headwise)
+    };
+    let map = parameters(&spec);
+    let [q, k, v] = inputs(KEYS);
+    let real = |at: usize| at % KEYS < 6;
+    let kept: Vec<u8> = (0..BATCH * KEYS).map(|at| u8::from(real(at))).collect();
+    let keep = Tensor::from_vec(kept, (BATCH, KEYS), &Device::Cpu).unwrap();
+    let trace = Trace::new().capture("*").unwrap();
+    let mixing = mixing_seen(&spec, &map, [&q, &k], Some(&keep), &trace).unwrap();
+    let site = |name: &str| trace.signal(name).unwrap().into_value();
+    let (slots, of_keys) = (
+        site("attention.slot_weights"),
+        site("attention.key_weights"),
+    );
+    assert_eq!(slots.dims(), [BATCH, HEADS, 5, 3]);
+    let of_values = mixing.weights(&v).unwrap();
+    let (q, k) = (values(&q), values(&k));
+    let (e, f) = (values(&map["keys"]), values(&map["values"]));
+    let (slots, of_keys, of_values) = (values(&slots), values(&of_keys), values(&of_values));
+    for (row, found) in slots.chunks(3).enumerate() {
+        let (b, head) = (row / (HEADS * 5), row / 5 % HEADS);
+        let count = if head == 0 { 1 } else { 3 };
+        let key = |t: usize, at: usize| k[((b * HEADS + head) * KEYS + t) * WIDTH + at];
+        let scores = (0..count).map(|slot| {
+            let entry = |at: usize| (0..6).map(|t| e[slot * KEYS + t] * key(t, at)).sum::<f64>();
+            (0..WIDTH)
+                .map(|at| q[row * WIDTH + at] * entry(at))
+                .sum::<f64>()
+                * 0.5
+        });
+        let exponentials: Vec<f64> = scores.map(f64::exp).collect();
+        let total: f64 = exponentials.iter().sum();
+        for (slot, found) in found.iter().enumerate() {
+            let expected = exponentials.get(slot).map_or(0.0, |one| one / total);
+            assert!(
+                (found - expected).abs() < 1e-12,
+                "slot {slot} of head {head}"
+            );
+        }
+        for t in 0..KEYS {
+            let through = |matrix: &[f64]| match real(t) {
+                true => (0..3).map(|s| found[s] * matrix[s * KEYS + t]).sum::<f64>(),
+                false => 0.0,
+            };
+            assert!(
+                (of_keys[row * KEYS + t] - through(&e)).abs() < 1e-12,
+                "E at {t}"
+            );
+            assert!(
+                (of_values[row * KEYS + t] - through(&f)).abs() < 1e-12,
+                "F at {t}"
+            );
+        }
+    }
+}
+
+/// A head with slots of its own is that head of a module in which all have as many.
+#[test]
+fn heads_have_slots_of_their_own() {
+    let by_head = vec![1, 3, 2];
+    let [q, k, v] = inputs(KEYS);
+    let head = |x: &Tensor, head: usize| x.narrow(1, head, 1).unwrap().contiguous().unwrap();
+    let differ = |sharing, projection| LinformerSpec {
+        slots_by_head: by_head.clone(),
+        projection,
+        ..spec(3, KEYS, sharing)
+    };
+    // The first rows of what is shared; means of windows of different lengths.
+    for projection in [Projection::Learned, Projection::Mean, Projection::Max] {
+        let spec = differ(Sharing::Headwise, projection);
+        let map = parameters(&spec);
+        let found = mixed(&spec, &map, [&q, &k, &v], None);
+        for (index, &slots) in by_head.iter().enumerate() {
+            let alike = LinformerSpec {
+                slots_by_head: Vec::new(),
+                slots,
+                ..spec.clone()
+            };
+            let rows = |x: &Tensor| x.narrow(1, 0, slots).unwrap();
+            let first: Map = map
+                .iter()
+                .map(|(name, x)| (name.clone(), rows(x)))
+                .collect();
+            let expected = head(&mixed(&alike, &first, [&q, &k, &v], None), index);
+            assert_near(&head(&found, index), &expected, 1e-12, "shared");
+        }
+    }
+    // Of matrices of their own, and of windows with weights of their own.
+    for projection in [Projection::Learned, Projection::Convolution] {
+        let spec = differ(Sharing::None, projection);
+        let map = parameters(&spec);
+        let found = mixed(&spec, &map, [&q, &k, &v], None);
+        let mut first = 0;
+        for (index, &slots) in by_head.iter().enumerate() {
+            let alike = LinformerSpec {
+                slots_by_head: Vec::new(),
+                slots,
+                ..differ(Sharing::Headwise, projection)
+            };
+            let count = match projection {
+                Projection::Learned => slots,
+                _ => KEYS.div_ceil(slots),
+            };
+            let own = |x: &Tensor| x.narrow(0, first, count).unwrap().unsqueeze(0).unwrap();
+            let one: Map = map.iter().map(|(name, x)| (name.clone(), own(x))).collect();
+            let expected = head(&mixed(&alike, &one, [&q, &k, &v], None), index);
+            assert_near(&head(&found, index), &expected, 1e-12, "own");
+            first += count;
+        }
+        assert!(map.values().all(|x| x.dim(0).unwrap() == first));
+    }
+}
+
+/// Keys of windows are their largest entries among real tokens, values their means.
+#[test]
+fn the_largest_entries_stand_in_for_the_keys_of_a_window() {
+    let (slots, longest, keys, real) = (4, 12, 8, 7);
+    let spec = LinformerSpec {
+        projection: Projection::Max,
+        ..spec(slots, longest, Sharing::Headwise)
+    };
+    let [q, k, v] = inputs(keys);
+    let kept: Vec<u8> = (0..BATCH * keys)
+        .map(|at| u8::from(at % keys < real))
+        .collect();
+    let keep = Tensor::from_vec(kept, (BATCH, keys), &Device::Cpu).unwrap();
+    let found = mixed(&spec, &Map::new(), [&q, &k, &v], Some(&keep));
+    // Three positions each; the last window is beyond the input.
+    let pooled = |x: &Tensor, pool: &dyn Fn(&[f64]) -> f64| {
+        let all = values(x);
+        let mut pooled = Vec::new();
+        for head in 0..BATCH * HEADS {
+            for slot in 0..slots {
+                for at in 0..WIDTH {
+                    let there = (3 * slot..(3 * slot + 3).min(real))
+                        .map(|t| (head * keys + t) * WIDTH + at);
+                    pooled.push(pool(&there.map(|index| all[index]).collect::<Vec<_>>()));
+                }
+            }
+        }
+        tensor(pooled, &[BATCH, HEADS, slots, WIDTH])
+    };
+    let largest = |of: &[f64]| match of {
+        [] => 0.0,
+        there => there.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+    };
+    let mean = |of: &[f64]| of.iter().sum::<f64>() / 3.0;
+    let expected = attention(&q, &pooled(&k, &largest), &pooled(&v, &mean));
+    assert_near(&found, &expected, 1e-12, "pooled");
+    let trace = Trace::new().capture("*").unwrap();
+    mixing_seen(&spec, &Map::new(), [&q, &k], Some(&keep), &trace).unwrap();
+    assert_eq!(
+        trace.names(),
+        ["attention.slot_weights"],
+        "no map of keys is linear"
+    );
 }
 
 #[test]

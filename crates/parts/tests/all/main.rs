@@ -1,6 +1,7 @@
 //! Integration tests of the parts, in one program; the one that counts the bytes it allocates stands alone.
 
 mod combiner;
+mod combiner_learned;
 mod common;
 mod decoding;
 mod doubly_stochastic;
@@ -13,6 +14,7 @@ mod kernelized;
 mod kinds;
 mod linformer;
 mod lion;
+mod lion_by_feature;
 mod mra;
 mod positions;
 mod reformer;

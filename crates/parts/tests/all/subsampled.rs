@@ -9,7 +9,7 @@ use crate::common::{
 use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::fastmax::FastmaxSpec;
-use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
+use lapidary_parts::attention::mechanism::linformer::LinformerSpec;
 use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec};
 use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass, Scores};
 use lapidary_parts::attention::{MechanismSpec, MultiHeadSpec, QueryKeySharing};
@@ -537,13 +537,7 @@ fn gradients_of_a_pass_that_draws_equal_central_differences() {
 #[test]
 fn other_mechanisms_see_the_drawn_keys_alone() {
     let fastmax = MechanismSpec::Fastmax(FastmaxSpec::default());
-    let linformer = MechanismSpec::Linformer(LinformerSpec {
-        slots: 4,
-        longest: LENGTH,
-        longer: Default::default(),
-        sharing: Sharing::Headwise,
-        projection: Projection::Learned,
-    });
+    let linformer = MechanismSpec::Linformer(LinformerSpec::new(4, LENGTH));
     let [q, k, v] = drawn(2, LENGTH);
     for (inner, causal) in [
         (fastmax.clone(), false),

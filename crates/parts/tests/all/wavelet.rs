@@ -4,7 +4,7 @@
 use crate::common::{Map, assert_near, build, difference, draw, random, values};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::attention::mechanism::kernelized::KernelizedSpec;
-use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
+use lapidary_parts::attention::mechanism::linformer::LinformerSpec;
 use lapidary_parts::attention::mechanism::lion::LionSpec;
 use lapidary_parts::attention::wavelet::filters::{coiflet, daubechies, symlet};
 use lapidary_parts::attention::wavelet::{
@@ -371,13 +371,7 @@ fn bands_are_mixed_by_any_attention() {
             window: Some(3),
             ..MultiHeadSpec::new(2)
         },
-        through(MechanismSpec::Linformer(LinformerSpec {
-            slots: 3,
-            longest: 8,
-            longer: Default::default(),
-            sharing: Sharing::Headwise,
-            projection: Projection::Learned,
-        })),
+        through(MechanismSpec::Linformer(LinformerSpec::new(3, 8))),
         through(MechanismSpec::Lion(LionSpec::default())),
         through(MechanismSpec::Kernelized(KernelizedSpec::default())),
     ];

@@ -77,6 +77,9 @@ fn steps_with_and_without_recomputation_are_the_same_bit_for_bit() {
            }"#,
         r#""mechanism": { "kind": "subsampled", "inner": { "kind": "fastmax" } }"#,
         r#""mechanism": { "kind": "combiner", "form": { "kind": "fixed", "segment": 5 } }"#,
+        r#""mechanism": { "kind": "kernelized" }"#,
+        r#""mechanism": { "kind": "kernelized", "redraw": { "kind": "steps", "every": 2 } }"#,
+        r#""mechanism": { "kind": "kernelized", "redraw": { "kind": "never" } }"#,
     ] {
         assert_eq!(
             run(mechanism, true, 0),
@@ -98,4 +101,19 @@ fn subsets_of_keys_are_drawn_anew_in_each_step_but_the_last() {
     assert_eq!(always.0[..2], at_first.0[..2]);
     assert_ne!(always.0[2], at_first.0[2]);
     assert_ne!(always.0[0], dense.0[0]);
+}
+
+/// The trainer says which step it is, so that a draw may last several.
+#[test]
+fn random_features_last_as_many_steps_as_they_are_said_to() {
+    let losses = |every: u64| {
+        let redraw = format!(r#"{{ "kind": "steps", "every": {every} }}"#);
+        let mechanism = format!(r#""mechanism": {{ "kind": "kernelized", "redraw": {redraw} }}"#);
+        run(&mechanism, false, 0).0
+    };
+    let [one, two, three] = [1, 2, 3].map(losses);
+    assert_eq!(one[0], two[0]);
+    assert_ne!(one[1], two[1]);
+    assert_eq!(two[..2], three[..2]);
+    assert_ne!(two[2], three[2]);
 }

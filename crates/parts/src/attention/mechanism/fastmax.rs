@@ -12,6 +12,18 @@
 //! longest of the sequence and head, times a limit, which under a causal mask would tell of later
 //! tokens; `none` leaves the score `scale · q · k`.
 //!
+//! Heads may learn their coefficients. Division takes a common factor away, and what is left of a
+//! polynomial that is positive everywhere is
+//!
+//! ```text
+//! f(s) / c = 1 + (w + u s)²,   c = a₀ − a₁² / 4 a₂,   u = √(a₂ / c),   w = a₁ / 2 √(a₂ c)
+//! ```
+//!
+//! so that `w` and `u` stand for all of `a₀`, `a₁` and `a₂`, and every weight stays positive whatever they
+//! become; Taylor's polynomial is `w = u = 1`. It is one pass over queries `(u q, w)` and keys `(k, 1)`. In
+//! degree one `f(s) / a₀ = 1 + r tanh(θ) s`, with `r` the most that leaves it positive for normalised
+//! queries and keys: `t` by token, `t / limit²` by the longest.
+//!
 //! The sums over keys are those of [`PolynomialAttention`]: all pairs of positions, in time linear in
 //! their number, exactly. A pad's values and its one are zeroed, so that it adds neither to the
 //! numerator nor, by the constant term, to the denominator. Dropout acts on the monomials of highest
@@ -20,13 +32,14 @@
 //! Cost for each head, with `F = 1 + d + d (d + 1) / 2` monomials of `d` features (`1 + d` in degree
 //! one): `2 F (value_width + 2)` for each query and each key, and under a causal mask the products
 //! of each chunk of 64 positions with itself. A decode state has `F (value_width + 1)` numbers for
-//! each head. No parameters.
+//! each head; with learned coefficients `d` is one more in degree two. Parameters: none, or two or one for
+//! each head.
 
 use super::sums::{Normalised, Remembered, Sums, kept, resume};
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed, Subsets};
 use crate::dropout::seed_of_site;
 use crate::error::tensor;
-use crate::parameters::Parameters;
+use crate::parameters::{Init, Parameters};
 use crate::state::MixerState;
 use crate::{Error, Result};
 use lapidary_kernels::{FactorDropout, PolynomialAttention, Tensor};
@@ -36,6 +49,8 @@ use serde::{Deserialize, Serialize};
 
 /// Features of a head from which on its pairs are too many.
 const MAX_WIDTH: usize = 256;
+/// The part of its bound that a learned coefficient of degree one starts with at most.
+const WITHIN: f64 = 0.99;
 /// Added to squared lengths, so that a vector without any has a direction.
 const TINY: f64 = 1e-12;
 
@@ -55,6 +70,9 @@ pub struct FastmaxSpec {
     /// `a₀`, `a₁` and, used in degree two alone, `a₂`.
     #[serde(default = "taylor")]
     pub coefficients: [f64; 3],
+    /// Whether each head learns its own, from these on, up to a common factor.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub learned: bool,
     /// Probability with which a monomial of highest degree is dropped in training.
     #[serde(default)]
     pub dropout: f64,
@@ -79,6 +97,7 @@ impl Default for FastmaxSpec {
             normalisation: Normalisation::default(),
             temperature: one(),
             coefficients: taylor(),
+            learned: false,
             dropout: 0.0,
         }
     }
@@ -103,11 +122,80 @@ pub enum Normalisation {
 
 impl FastmaxSpec {
     fn attention(&self, causal: bool) -> PolynomialAttention {
-        let mut coefficients = self.coefficients;
-        if self.degree < 2 {
-            coefficients[2] = 0.0;
-        }
+        let [constant, linear, square] = self.coefficients;
+        let coefficients = match (self.learned, self.degree) {
+            (false, 1) => [constant, linear, 0.0],
+            (false, _) => [constant, linear, square],
+            // What is learned is in queries and keys.
+            (true, 1) => [1.0, 1.0, 0.0],
+            (true, _) => [1.0, 0.0, 1.0],
+        };
         PolynomialAttention::new(coefficients, causal)
+    }
+
+    /// `c`, which is positive where the polynomial of second degree is.
+    fn least(&self) -> f64 {
+        let [constant, linear, square] = self.coefficients;
+        constant - linear * linear / (4.0 * square)
+    }
+
+    /// `r`: the slope of degree one that leaves weights positive; nothing where scores are not bounded.
+    fn steepest(&self) -> Option<f64> {
+        match self.normalisation {
+            Normalisation::Token => Some(self.temperature),
+            Normalisation::Max { limit } => Some(self.temperature / (limit * limit)),
+            Normalisation::None => None,
+        }
+    }
+
+    fn validate_learned(&self, field: &str) -> Result<()> {
+        let at = |name: &str| format!("{field}.{name}");
+        let [constant, _, square] = self.coefficients;
+        if self.degree == 1 {
+            return match self.steepest() {
+                Some(_) if constant > 0.0 => Ok(()),
+                Some(_) => {
+                    let expected = "three numbers, the first positive, where they are learned";
+                    Err(Error::spec(at("coefficients"), self.coefficients, expected))
+                }
+                None => {
+                    let expected = "2 where coefficients are learned and nothing bounds the scores";
+                    Err(Error::spec(at("degree"), 1, expected))
+                }
+            };
+        }
+        if !(square > 0.0 && self.least() > 0.0) {
+            let expected = "those of a polynomial that is positive everywhere, as only such are learned: \
+                            a2 > 0 and a1² < 4 a0 a2";
+            return Err(Error::spec(at("coefficients"), self.coefficients, expected));
+        }
+        if self.dropout > 0.0 {
+            let expected = "0 where coefficients of degree two are learned: what would be dropped then has \
+                            the lower degrees in it";
+            return Err(Error::spec(at("dropout"), self.dropout, expected));
+        }
+        Ok(())
+    }
+
+    /// `[heads, 2]`: `w` and `u`; in degree one `[heads, 1]`: `θ`.
+    fn learned(&self, heads: &Heads, mut parameters: Parameters<'_>) -> Result<Tensor> {
+        let [constant, linear, square] = self.coefficients;
+        let (count, start) = match self.degree {
+            1 => {
+                let part = linear / constant / self.steepest().unwrap_or(1.0);
+                let start = part.clamp(-WITHIN, WITHIN).atanh();
+                (1, Init::Constant(start))
+            }
+            _ => {
+                let least = self.least();
+                let start = Init::Spaced {
+                    first: linear / (2.0 * (square * least).sqrt()),
+                    last: (square / least).sqrt(),
+                };
+                (2, start)
+            }
+        };
+        parameters.tensor("coefficients", &[heads.heads, count], start)
     }
 }
 
@@ -166,13 +254,20 @@ impl Describe for FastmaxSpec {
             let expected = "at least 0 and below 1";
             return Err(Error::spec(at("dropout"), self.dropout, expected));
         }
-        Ok(())
+        match self.learned {
+            true => self.validate_learned(field),
+            false => Ok(()),
+        }
     }
 
-    fn build(&self, heads: &Heads, _: Parameters<'_>) -> Result<Box<dyn Mechanism>> {
+    fn build(&self, heads: &Heads, parameters: Parameters<'_>) -> Result<Box<dyn Mechanism>> {
         Ok(Box::new(Fastmax {
             spec: self.clone(),
             heads: *heads,
+            learned: match self.learned {
+                true => Some(self.learned(heads, parameters)?),
+                false => None,
+            },
         }))
     }
 }
@@ -182,9 +277,37 @@ impl Describe for FastmaxSpec {
 struct Fastmax {
     spec: FastmaxSpec,
     heads: Heads,
+    /// See [`FastmaxSpec::learned`].
+    learned: Option<Tensor>,
 }
 
 impl Fastmax {
+    /// Queries and keys whose products have learned coefficients in them: `(u q, w)` and `(k, 1)`, or
+    /// `r tanh(θ) q` in degree one.
+    fn with_learned(&self, q: Tensor, k: Tensor) -> Result<(Tensor, Tensor)> {
+        let Some(learned) = &self.learned else {
+            return Ok((q, k));
+        };
+        let of_heads = |at: usize| tensor(tensor(learned.narrow(1, at, 1))?.reshape((1, (), 1, 1)));
+        if self.spec.degree == 1 {
+            let steepest = self.spec.steepest().unwrap_or(1.0);
+            let slope = tensor(tensor(of_heads(0)?.tanh())? * steepest)?;
+            return Ok((tensor(q.broadcast_mul(&slope))?, k));
+        }
+        let column = |x: &Tensor, of: &Tensor| {
+            let (batch, heads, length, _) = tensor(x.dims4())?;
+            tensor(of.broadcast_as((batch, heads, length, 1)))
+        };
+        let one = tensor(Tensor::ones((1, 1, 1, 1), k.dtype(), k.device()))?;
+        let constant = column(&q, &of_heads(0)?)?;
+        let scaled = tensor(q.broadcast_mul(&of_heads(1)?))?;
+        let ones = column(&k, &one)?;
+        Ok((
+            tensor(Tensor::cat(&[&scaled, &constant], 3))?,
+            tensor(Tensor::cat(&[&k, &ones], 3))?,
+        ))
+    }
+
     /// `x` `[batch, heads, length, head_width]`, normalised; `kept` is 1 at real tokens.
     fn normalise(&self, x: &Tensor, kept: Option<&Tensor>) -> Result<Tensor> {
         let length = |x: &Tensor| {
@@ -223,15 +346,20 @@ impl Fastmax {
         };
         let q = tensor(self.normalise(q, here)? * (scale / self.spec.temperature))?;
         let k = self.normalise(k, kept.as_ref())?;
-        let dropout = pass
-            .context
-            .dropout_seed
-            .filter(|_| self.spec.dropout > 0.0);
         let before = match self.spec.normalisation {
             Normalisation::None => q.elem_count(),
             Normalisation::Token => 6 * (q.elem_count() + k.elem_count()),
             Normalisation::Max { .. } => 4 * (q.elem_count() + k.elem_count()),
         };
+        let learned = match self.learned {
+            None => 0,
+            Some(_) => q.elem_count(),
+        };
+        let (q, k) = self.with_learned(q, k)?;
+        let dropout = pass
+            .context
+            .dropout_seed
+            .filter(|_| self.spec.dropout > 0.0);
         let polynomial = Polynomial {
             attention: PolynomialAttention {
                 dropout: dropout.map(|seed| FactorDropout {
@@ -244,7 +372,7 @@ impl Fastmax {
             k,
             kept,
         };
-        Ok(Normalised::new(polynomial, 0.0, before as u64))
+        Ok(Normalised::new(polynomial, 0.0, (before + learned) as u64))
     }
 }
 

@@ -10,10 +10,11 @@
 //!   them. Every lens, and whoever wants to see the weights, is served by that map.
 //!
 //! A new one is a file here, a variant of [`MechanismSpec`] and a line in [`MechanismSpec::spec`];
-//! [`linformer`] is the shortest.
+//! [`linformer`] is a short one.
 
 mod blocks;
 pub mod combiner;
+mod decayed;
 pub mod doubly_stochastic;
 pub mod ecoformer;
 pub mod fastmax;

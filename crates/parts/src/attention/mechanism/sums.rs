@@ -9,12 +9,13 @@
 
 use std::fmt;
 
+use super::decayed::{self, by_feature};
 use super::{MechanismPass, Resumed};
 use crate::error::tensor;
 use crate::state::MixerState;
 use crate::{Error, Result};
 use lapidary_kernels::{
-    DType, Direction, Tensor, linear_attention_in_chunks, matmul, operations_in_chunks, quotients,
+    DType, Direction, Tensor, cumulative_sum, linear_attention_in_chunks, matmul, quotients,
 };
 use lapidary_signal::Mixing;
 
@@ -232,8 +233,8 @@ pub(super) struct Features {
     /// `[batch, heads, key, features]`, zero at pads.
     pub k: Tensor,
     pub causal: bool,
-    /// `a` `[batch, heads, length]`, where `w_ij` has the factor `e^{a_{j+1} + … + a_i}`; under a
-    /// causal mask alone.
+    /// `a` `[batch, heads, length, 1 or features]`, where `w_ij`, or each feature's part of it, has
+    /// the factor `e^{a_{j+1} + … + a_i}`; under a causal mask alone.
     pub log_decay: Option<Tensor>,
     /// Positions that meet directly under a causal mask.
     pub chunk: usize,
@@ -259,23 +260,26 @@ impl Sums for Features {
     }
 
     fn sums(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        if self.causal {
-            return linear_attention_in_chunks(
-                &self.q,
-                &self.k,
-                values,
-                self.log_decay.as_ref(),
-                Direction::Past,
-                self.chunk,
-            );
+        let given = [&self.q, &self.k, values];
+        match (self.causal, &self.log_decay) {
+            (false, _) => {}
+            (true, None) => {
+                let [q, k, v] = given;
+                return linear_attention_in_chunks(q, k, v, None, Direction::Past, self.chunk);
+            }
+            (true, Some(decay)) => {
+                return decayed::sums(given, decay, Direction::Past, self.chunk);
+            }
         }
         matmul(&self.q, &collected(&self.k, values)?)
     }
 
     fn operations(&self, width: usize) -> u64 {
         let [batch, heads, queries, keys] = self.sizes();
+        let by_feature = self.log_decay.as_ref().is_some_and(by_feature);
+        let widths = [self.width(), width];
         let each = match self.causal {
-            true => operations_in_chunks(queries, self.width(), width, self.chunk),
+            true => decayed::operations(by_feature, queries, widths, self.chunk),
             false => 2 * ((queries + keys) * self.width() * width) as u64,
         };
         (batch * heads) as u64 * each
@@ -284,13 +288,12 @@ impl Sums for Features {
 
 impl Remembered for Features {
     fn read(&self, state: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let read = matmul(&self.q, state)?;
         match &self.log_decay {
-            None => Ok(read),
+            None => matmul(&self.q, state),
             Some(decay) => {
                 // e^{a_0 + … + a_i}
-                let reach = decay.cumsum(2)?.exp()?.unsqueeze(3)?;
-                Ok(read.broadcast_mul(&reach)?)
+                let reach = cumulative_sum(decay, 2)?.exp()?;
+                matmul(&self.q.broadcast_mul(&reach)?, state)
             }
         }
     }
@@ -307,15 +310,15 @@ impl Remembered for Features {
                 Some(earlier) => (here + earlier)?,
             });
         };
-        let sums = decay.cumsum(2)?;
+        let sums = cumulative_sum(decay, 2)?;
         let last = sums.narrow(2, sums.dim(2)?.saturating_sub(1), 1)?;
         // e^{a_{j+1} + … + a_n}
-        let fades = last.broadcast_sub(&sums)?.exp()?.unsqueeze(3)?;
+        let fades = last.broadcast_sub(&sums)?.exp()?;
         let here = collected(&self.k.broadcast_mul(&fades)?, values)?;
         match earlier {
             None => Ok(here),
             Some(earlier) => {
-                let faded = earlier.broadcast_mul(&last.exp()?.unsqueeze(3)?)?;
+                let faded = earlier.broadcast_mul(&last.exp()?.transpose(2, 3)?)?;
                 Ok((here + faded)?)
             }
         }

@@ -70,11 +70,19 @@ pub(super) fn through(mechanism: MechanismSpec) -> MultiHeadSpec {
 
 pub(super) fn linformer(sharing: Sharing, projection: Projection) -> MechanismSpec {
     MechanismSpec::Linformer(LinformerSpec {
-        slots: 3,
-        longest: 9,
-        longer: Default::default(),
         sharing,
         projection,
+        ..LinformerSpec::new(3, 9)
+    })
+}
+
+/// Of two heads, the first has fewer slots.
+fn linformer_by_head(sharing: Sharing, projection: Projection) -> MechanismSpec {
+    MechanismSpec::Linformer(LinformerSpec {
+        slots_by_head: vec![2, 3],
+        sharing,
+        projection,
+        ..LinformerSpec::new(3, 9)
     })
 }
 
@@ -141,6 +149,25 @@ fn linear() -> Vec<(&'static str, BlockSpec)> {
             }),
         ),
         (
+            "lion with decays of each feature, causal, grouped keys",
+            multi_head(MultiHeadSpec {
+                causal: true,
+                groups: Some(1),
+                ..through(MechanismSpec::Lion(LionSpec {
+                    per_feature: true,
+                    ..lion(LionDecay::Selective)
+                }))
+            }),
+        ),
+        (
+            "lion with decays of each feature, in both directions",
+            plain(MechanismSpec::Lion(LionSpec {
+                per_feature: true,
+                form: LionForm::Chunked { size: 2 },
+                ..lion(LionDecay::Constant)
+            })),
+        ),
+        (
             "lion laid out, with a class token",
             plain(MechanismSpec::Lion(LionSpec {
                 form: LionForm::Parallel,
@@ -162,6 +189,26 @@ fn linear() -> Vec<(&'static str, BlockSpec)> {
         (
             "fastmax of first degree",
             plain(fastmax(1, Normalisation::Token)),
+        ),
+        (
+            "fastmax that learns its polynomial, causal, grouped keys",
+            multi_head(MultiHeadSpec {
+                causal: true,
+                groups: Some(1),
+                ..through(MechanismSpec::Fastmax(FastmaxSpec {
+                    learned: true,
+                    ..FastmaxSpec::default()
+                }))
+            }),
+        ),
+        (
+            "fastmax of first degree that learns its slope",
+            plain(MechanismSpec::Fastmax(FastmaxSpec {
+                degree: 1,
+                learned: true,
+                normalisation: Normalisation::Max { limit: 0.8 },
+                ..FastmaxSpec::default()
+            })),
         ),
         (
             "fastmax by the longest",
@@ -224,8 +271,8 @@ fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
     let combiner = |form| MultiHeadSpec {
         causal: true,
         ..through(MechanismSpec::Combiner(CombinerSpec {
-            form,
             log_count: true,
+            ..CombinerSpec::new(form)
         }))
     };
     let reformer = |rounds, chunk| MultiHeadSpec {
@@ -284,6 +331,44 @@ fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
         (
             "earlier rows in summary",
             combiner(CombinerForm::RowMajor { columns: 2 }),
+        ),
+        (
+            "segments and what a layer makes of them",
+            MultiHeadSpec {
+                causal: true,
+                ..through(MechanismSpec::Combiner(CombinerSpec {
+                    summary: Summary::DeepSets {
+                        pooling: Pooling::Mean,
+                    },
+                    ..CombinerSpec::new(CombinerForm::Fixed { segment: 2 })
+                }))
+            },
+        ),
+        (
+            "columns and what a layer makes of them",
+            MultiHeadSpec {
+                causal: true,
+                ..through(MechanismSpec::Combiner(CombinerSpec {
+                    summary: Summary::DeepSets {
+                        pooling: Pooling::Max,
+                    },
+                    ..CombinerSpec::new(CombinerForm::Vertical { columns: 2 })
+                }))
+            },
+        ),
+        (
+            "own cluster and others in summary, grouped keys",
+            MultiHeadSpec {
+                groups: Some(1),
+                ..combiner(CombinerForm::Routed { clusters: 3 })
+            },
+        ),
+        (
+            "own cluster and others in summary in both directions",
+            MultiHeadSpec {
+                causal: false,
+                ..combiner(CombinerForm::Routed { clusters: 2 })
+            },
         ),
     ]
 }
@@ -635,6 +720,31 @@ fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
             "linformer by convolution",
             multi_head(through(linformer(
                 Sharing::Headwise,
+                Projection::Convolution,
+            ))),
+        ),
+        (
+            "linformer by the largest keys",
+            multi_head(through(linformer(Sharing::Headwise, Projection::Max))),
+        ),
+        (
+            "linformer with slots of each head, in one matrix",
+            multi_head(through(linformer_by_head(
+                Sharing::KeyValue,
+                Projection::Learned,
+            ))),
+        ),
+        (
+            "linformer with slots and matrices of each head",
+            multi_head(through(linformer_by_head(
+                Sharing::None,
+                Projection::Learned,
+            ))),
+        ),
+        (
+            "linformer with slots and windows of each head",
+            multi_head(through(linformer_by_head(
+                Sharing::None,
                 Projection::Convolution,
             ))),
         ),

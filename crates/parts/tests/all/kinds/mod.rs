@@ -15,7 +15,9 @@ use crate::common::{
 use cases::*;
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::activation::ActivationSpec;
-use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
+use lapidary_parts::attention::mechanism::combiner::{
+    CombinerForm, CombinerSpec, Pooling, Summary,
+};
 use lapidary_parts::attention::mechanism::doubly_stochastic::{
     Ansatz, CircuitSpec, DoublyStochasticSpec, Operator, Over, SinkhornForm, Statistic, Training,
 };
@@ -243,6 +245,13 @@ impl Case {
     fn takes_signs(&self) -> bool {
         matches!(&self.spec.attention, MixerSpec::MultiHead(heads)
             if matches!(heads.mechanism, MechanismSpec::Ecoformer(_)))
+    }
+
+    /// Whether which tokens meet is decided by what they say, and not by where they stand.
+    fn is_divided_by_content(&self) -> bool {
+        matches!(&self.spec.attention, MixerSpec::MultiHead(heads)
+            if matches!(&heads.mechanism, MechanismSpec::Combiner(combiner)
+                if matches!(combiner.form, CombinerForm::Routed { .. })))
     }
 
     fn is_mamba_with_bias(&self) -> bool {

@@ -59,12 +59,7 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
         sharing: QueryKeySharing::QueryKey,
         ..through(MechanismSpec::Reformer(spec))
     };
-    let combiner = |form| {
-        through(MechanismSpec::Combiner(CombinerSpec {
-            form,
-            log_count: false,
-        }))
-    };
+    let combiner = |form| through(MechanismSpec::Combiner(CombinerSpec::new(form)));
     let made_by = |operator| {
         through(MechanismSpec::DoublyStochastic(DoublyStochasticSpec {
             operator,
@@ -359,10 +354,9 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
             with_heads(MultiHeadSpec {
                 causal: true,
                 ..subsampled(SubsampledSpec {
-                    inner: Box::new(MechanismSpec::Combiner(CombinerSpec {
-                        form: CombinerForm::LogSparse,
-                        log_count: false,
-                    })),
+                    inner: Box::new(MechanismSpec::Combiner(CombinerSpec::new(
+                        CombinerForm::LogSparse,
+                    ))),
                     ..SubsampledSpec::default()
                 })
             }),
@@ -388,13 +382,7 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
         ),
         (
             with_heads(subsampled(SubsampledSpec {
-                inner: Box::new(MechanismSpec::Linformer(LinformerSpec {
-                    slots: 0,
-                    longest: 9,
-                    longer: Default::default(),
-                    sharing: Sharing::None,
-                    projection: Projection::Mean,
-                })),
+                inner: Box::new(MechanismSpec::Linformer(LinformerSpec::new(0, 9))),
                 ..SubsampledSpec::default()
             })),
             "b.attention.mechanism.inner.slots is 0, but must be between 1 and 65536",
@@ -423,14 +411,31 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
              without a window: linformer has no scores to mask or add to",
         ),
         (
-            with_heads(through(MechanismSpec::Linformer(LinformerSpec {
-                slots: 0,
-                longest: 9,
-                longer: Default::default(),
-                sharing: Sharing::None,
-                projection: Projection::Mean,
-            }))),
+            with_heads(through(MechanismSpec::Linformer(LinformerSpec::new(0, 9)))),
             "b.attention.mechanism.slots is 0, but must be between 1 and 65536",
+        ),
+        (
+            with_heads(through(MechanismSpec::Linformer(LinformerSpec {
+                slots_by_head: vec![2, 3, 3],
+                ..LinformerSpec::new(3, 9)
+            }))),
+            "number of b.attention.mechanism.slots_by_head is 3, but must be 2, one number for each head",
+        ),
+        (
+            with_heads(through(MechanismSpec::Linformer(LinformerSpec {
+                slots_by_head: vec![2, 4],
+                ..LinformerSpec::new(3, 9)
+            }))),
+            "b.attention.mechanism.slots_by_head[1] is 4, but must be between 1 and 3",
+        ),
+        (
+            with_heads(through(MechanismSpec::Linformer(LinformerSpec {
+                slots_by_head: vec![2, 3],
+                projection: Projection::Convolution,
+                ..LinformerSpec::new(3, 9)
+            }))),
+            "b.attention.mechanism.slots_by_head is \"given\", but must be absent, or beside sharing = \
+             \"none\": windows of different lengths have no weights in common",
         ),
         (
             with_heads(MultiHeadSpec {
@@ -579,6 +584,23 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
                 ..combiner(CombinerForm::Vertical { columns: 0 })
             }),
             "b.attention.mechanism.form.columns is 0, but must be between 1 and 16777216",
+        ),
+        (
+            with_heads(combiner(CombinerForm::Routed { clusters: 0 })),
+            "b.attention.mechanism.form.clusters is 0, but must be between 1 and 65536",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..through(MechanismSpec::Combiner(CombinerSpec {
+                    summary: Summary::DeepSets {
+                        pooling: Pooling::Sum,
+                    },
+                    ..CombinerSpec::new(CombinerForm::RowMajor { columns: 4 })
+                }))
+            }),
+            "b.attention.mechanism.summary.kind is \"deep-sets\", but must be largest in row-major form, \
+             whose spans are summed up by their tokens",
         ),
         (
             with_heads(combiner(CombinerForm::RowMajor { columns: 4 })),

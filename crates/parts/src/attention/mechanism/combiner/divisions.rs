@@ -57,6 +57,8 @@ impl CombinerForm {
             Self::Horizontal { columns } => vec![Sort::Sides(columns)],
             Self::RowMajor { columns } => vec![Sort::Rows(columns)],
             Self::Mixture { columns, .. } => vec![Sort::Columns(columns), Sort::Sides(columns)],
+            // What is in a cluster is known of each pass alone.
+            Self::Routed { .. } => Vec::new(),
         }
     }
 }
@@ -75,6 +77,8 @@ impl Tokens<'_> {
     /// Those of a form; the mean is taken over them.
     pub(super) fn divisions(&self, form: CombinerForm) -> Result<Vec<Division>> {
         let one = match form {
+            // Divided by what tokens say, not by where they stand.
+            CombinerForm::Routed { .. } => return Ok(Vec::new()),
             CombinerForm::Fixed { segment } => self.fixed(segment)?,
             CombinerForm::LogSparse => self.log_sparse()?,
             CombinerForm::RowMajor { columns } => self.row_major(columns)?,

@@ -22,17 +22,28 @@
 //! * *row-major*: own row directly; each earlier row a span, summed up by its token in the same
 //!   column: `q_Ω` is the query of that token and `k_Ω` the keys weighted as the values are;
 //! * *mixture*: the mean of vertical and horizontal attention, or, where `joint`, both sorts of spans
-//!   under one softmax, as the authors' program has it, which covers earlier tokens twice.
+//!   under one softmax, as the authors' program has it, which covers earlier tokens twice;
+//! * *routed*: clusters of tokens by what they say, see `clustering.rs`: keys of the query's own cluster directly,
+//!   those of every other one a span, of which under a causal mask only what is not later counts.
+//!
+//! In place of the maximum of keys and queries themselves, summaries may pool what a layer makes of them
+//! (`deep-sets`; Zaheer et al., Deep Sets, 2017, arXiv 1703.06114), its weights those of each head:
+//!
+//! ```text
+//! k_Ω = pool_{j ∈ Ω} relu(W_k k_j + b_k),   q_Ω = pool_{j ∈ Ω} relu(W_q q_j + b_q),   pool = max, mean, Σ
+//! ```
 //!
 //! A span whose keys are all alike counts as one key, not as its number of tokens; `log_count`
 //! adds the logarithm of that number to its score.
 //!
-//! Left out: summaries by a learned layer, and keys of row-major spans that are projections of their
-//! values, which would make weights depend on values.
+//! Left out: keys of row-major spans that are projections of their values, which would make weights depend
+//! on values.
 //!
 //! Cost: for each pair of a query and a key or summary, and of a summary and a token of its span,
 //! `2 head_width + 2 value_width + 5`; for `n` tokens about `n (m + n / m)` pairs of each sort, or
-//! `n log₂ n`. No parameters.
+//! `n log₂ n`; in `c` clusters of one size `n² / c` pairs of each sort, `n c` of queries and summaries, and
+//! `2 c head_width` for each query and key; a layer takes `2 head_width² + 2 head_width` for each. Parameters:
+//! none, or `2 (head_width² + head_width)` for each head with a layer, `c head_width` with clusters.
 //!
 //! While decoding, a summary is made once, in the step that ends its span, and a step gathers those rows
 //! alone that its queries meet: `m + n / m` or `log₂ n` of them. Kept are
@@ -46,27 +57,37 @@
 //!   summed up again when it grows;
 //! * *horizontal*: two summaries for each token of each earlier row; keys and values of all tokens, which are
 //!   met in their column, and queries of the last row;
-//! * *mixture*: what both of these need.
+//! * *mixture*: what both of these need;
+//! * *routed*: queries, keys and values of all tokens: a step divides them again and sums up what it meets,
+//!   at the cost of a step of dense attention.
 
+mod clustering;
 mod divisions;
+mod layer;
+
+pub use super::spans::Pooling;
+pub use clustering::{Fit, Fitted};
 
 use super::blocks::{Bias, Part, Rule, rows};
 use super::met::Met;
 use super::sequences::{At, Sequences};
-use super::spans::{Ended, Making, Rules, Sort, Span, SpanMemory, Summaries, Summarised};
+use super::spans::{Ended, Making, Pooled, Rules, Sort, Span, SpanMemory, Summaries, Summarised};
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
 use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
 use crate::state::MixerState;
 use crate::{Error, Result};
+use clustering::Clustering;
 use divisions::{Division, Tokens};
 use lapidary_kernels::Tensor;
 use lapidary_signal::Mixing;
+use layer::Layer;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
 const MAX_SEGMENT: usize = 1 << 24;
+const MAX_CLUSTERS: usize = 1 << 16;
 
 /// Attention to all tokens, most of them in summary.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -77,6 +98,45 @@ pub struct CombinerSpec {
     /// Whether the logarithm of a span's number of tokens is added to its score.
     #[serde(default)]
     pub log_count: bool,
+    /// What a span's query and key are made of.
+    #[serde(default, skip_serializing_if = "Summary::is_largest")]
+    pub summary: Summary,
+}
+
+impl CombinerSpec {
+    /// A form with summaries by the largest features, each counting as one key.
+    pub fn new(form: CombinerForm) -> Self {
+        Self {
+            form,
+            log_count: false,
+            summary: Summary::default(),
+        }
+    }
+}
+
+/// What a span's query and key are made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Summary {
+    /// The largest of its tokens' queries and keys, feature by feature.
+    #[default]
+    Largest,
+    /// What a layer makes of these, pooled.
+    DeepSets {
+        /// How.
+        #[serde(default)]
+        pooling: Pooling,
+    },
+}
+
+impl Summary {
+    #[allow(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde asks for a reference"
+    )]
+    fn is_largest(&self) -> bool {
+        *self == Self::Largest
+    }
 }
 
 /// How the tokens that one may see are divided.
@@ -113,6 +173,11 @@ pub enum CombinerForm {
         #[serde(default)]
         joint: bool,
     },
+    /// Own cluster; other clusters.
+    Routed {
+        /// Clusters of each head.
+        clusters: usize,
+    },
 }
 
 impl Describe for CombinerSpec {
@@ -125,29 +190,48 @@ impl Describe for CombinerSpec {
             causal: true,
             bidirectional: matches!(
                 self.form,
-                CombinerForm::Fixed { .. } | CombinerForm::LogSparse
+                CombinerForm::Fixed { .. } | CombinerForm::LogSparse | CombinerForm::Routed { .. }
             ),
             ..Abilities::default()
         }
     }
 
     fn validate(&self, _: &Heads, field: &str) -> Result<()> {
-        let (name, size) = match self.form {
+        let by_rows = matches!(self.form, CombinerForm::RowMajor { .. });
+        if by_rows && self.summary != Summary::Largest {
+            let expected = "largest in row-major form, whose spans are summed up by their tokens";
+            let field = format!("{field}.summary.kind");
+            return Err(Error::spec(field, "deep-sets", expected));
+        }
+        let (name, size, most) = match self.form {
             CombinerForm::LogSparse => return Ok(()),
-            CombinerForm::Fixed { segment } => ("segment", segment),
+            CombinerForm::Fixed { segment } => ("segment", segment, MAX_SEGMENT),
             CombinerForm::Vertical { columns }
             | CombinerForm::Horizontal { columns }
             | CombinerForm::RowMajor { columns }
-            | CombinerForm::Mixture { columns, .. } => ("columns", columns),
+            | CombinerForm::Mixture { columns, .. } => ("columns", columns, MAX_SEGMENT),
+            CombinerForm::Routed { clusters } => ("clusters", clusters, MAX_CLUSTERS),
         };
-        bounded(format!("{field}.form.{name}"), size, 1..=MAX_SEGMENT)
+        bounded(format!("{field}.form.{name}"), size, 1..=most)
     }
 
-    fn build(&self, heads: &Heads, _: Parameters<'_>) -> Result<Box<dyn Mechanism>> {
+    fn build(&self, heads: &Heads, mut parameters: Parameters<'_>) -> Result<Box<dyn Mechanism>> {
         Ok(Box::new(Combiner {
             spec: self.clone(),
             causal: heads.causal,
             scale: heads.scale,
+            clustering: match self.form {
+                CombinerForm::Routed { clusters } => {
+                    Some(Clustering::new(clusters, heads, &mut parameters)?)
+                }
+                _ => None,
+            },
+            layer: match self.summary {
+                Summary::Largest => None,
+                Summary::DeepSets { pooling } => {
+                    Some(Layer::new(pooling, heads, parameters.at("summary"))?)
+                }
+            },
         }))
     }
 }
@@ -177,6 +261,10 @@ struct Combiner {
     spec: CombinerSpec,
     causal: bool,
     scale: f64,
+    /// Where tokens are divided by what they say.
+    clustering: Option<Clustering>,
+    /// Where summaries pool what it makes of queries and keys.
+    layer: Option<Layer>,
 }
 
 impl Mechanism for Combiner {
@@ -236,11 +324,12 @@ impl Rules for Combiner {
             CombinerForm::Fixed { segment: size } | CombinerForm::RowMajor { columns: size } => {
                 token / size == next / size
             }
-            // Made into longer spans, or met in the column.
+            // Made into longer spans, or met in the column or the cluster.
             CombinerForm::LogSparse
             | CombinerForm::Vertical { .. }
             | CombinerForm::Horizontal { .. }
-            | CombinerForm::Mixture { .. } => true,
+            | CombinerForm::Mixture { .. }
+            | CombinerForm::Routed { .. } => true,
         }
     }
 
@@ -271,12 +360,21 @@ impl Rules for Combiner {
     fn scale(&self) -> f64 {
         self.scale
     }
+
+    fn pooled(&self, tokens: [&Tensor; 2], sequences: [usize; 2]) -> Result<Pooled> {
+        match &self.layer {
+            None => Ok(Pooled::largest(tokens)),
+            Some(layer) => layer.pooled(tokens, sequences),
+        }
+    }
 }
 
 /// Who meets what, and the summaries that are made for it.
 struct Plan {
     divisions: Vec<Division>,
     making: Vec<Making>,
+    /// Operations that it took to find out.
+    before: u64,
 }
 
 impl Plan {
@@ -294,8 +392,24 @@ impl Plan {
 }
 
 impl Combiner {
-    /// Who meets what, where summaries of earlier tokens are known.
-    fn plan(&self, sequences: &Sequences<'_>, earlier: &[HashMap<Span, usize>]) -> Result<Plan> {
+    /// Who meets what, where summaries of earlier tokens are known, for queries and all keys
+    /// `[batch, heads, length, head_width]`, which are looked at where they decide it.
+    fn plan(
+        &self,
+        sequences: &Sequences<'_>,
+        earlier: &[HashMap<Span, usize>],
+        [q, k]: [&Tensor; 2],
+    ) -> Result<Plan> {
+        if let Some(clustering) = &self.clustering {
+            let clusters = [clustering.clusters(q)?, clustering.clusters(k)?];
+            let (division, making) = clustering.divide(sequences, &clusters, self.causal);
+            let rows = clusters.iter().map(Vec::len).sum();
+            return Ok(Plan {
+                divisions: vec![division],
+                making: making.into_iter().collect(),
+                before: clustering.operations(rows),
+            });
+        }
         let longest = sequences.lengths().into_iter().max().unwrap_or(0);
         let ended = Ended::new(&self.sorts(longest), sequences, earlier);
         let tokens = Tokens {
@@ -310,13 +424,17 @@ impl Combiner {
         for key in divisions.iter_mut().flat_map(Division::keys_mut) {
             ranks.carry(key);
         }
-        Ok(Plan { divisions, making })
+        Ok(Plan {
+            divisions,
+            making,
+            before: 0,
+        })
     }
 
     /// Attention of all tokens.
     fn whole(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Summarised> {
         let sequences = Sequences::new(q, k, pass)?;
-        let plan = self.plan(&sequences, &[])?;
+        let plan = self.plan(&sequences, &[], [q, k])?;
         self.mixing_by(plan, sequences.sizes, [q, q, k])
     }
 
@@ -346,7 +464,18 @@ impl Combiner {
     ) -> Result<(Summarised, Tensor)> {
         let sequences = memory.sequences(q, pass)?;
         let [batch, heads, queries, _] = sequences.sizes;
-        let mut plan = self.plan(&sequences, memory.earlier())?;
+        let every = match &self.clustering {
+            None => q.clone(),
+            Some(_) => {
+                let all: Vec<usize> = (0..sequences.sizes[3]).collect();
+                tensor(
+                    memory
+                        .recall(0, &all)?
+                        .reshape((batch, heads, all.len(), ())),
+                )?
+            }
+        };
+        let mut plan = self.plan(&sequences, memory.earlier(), [q, &every])?;
         let met = Met::new(plan.keys().map(|key| key.row), sequences.sizes, queries);
         for key in plan.keys_mut() {
             met.carry(key);
@@ -371,7 +500,14 @@ impl Combiner {
         [q, all, k]: [&Tensor; 3],
     ) -> Result<Summarised> {
         let (queries, all, tokens) = (rows(q)?, rows(all)?, rows(k)?);
-        let made = Summaries::new(&plan.making, [&all, &tokens], self.scale)?;
+        let both = [&all, &tokens];
+        let made = match plan.making.as_slice() {
+            [] => None,
+            making => {
+                let pooled = self.pooled(both, [sizes[0], sizes[1]])?;
+                Summaries::new(making, both, &pooled, self.scale)?
+            }
+        };
         let keys = match &made {
             None => tokens,
             Some(made) => tensor(Tensor::cat(&[&tokens, &made.keys], 0))?,
@@ -414,7 +550,7 @@ impl Combiner {
             head_width: tensor(q.dim(3))?,
             made,
             divisions,
-            before: 0,
+            before: plan.before,
         })
     }
 }

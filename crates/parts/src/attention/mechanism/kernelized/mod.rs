@@ -13,9 +13,10 @@
 //! standard normal frequencies `exp(−‖x − y‖²/2)`. What the frequencies `ω` are drawn from is a
 //! [`SpectrumSpec`]; its parameters get their gradients through `ω`.
 //!
-//! Frequencies are drawn anew by every pass that has a seed for that (each step of training), and
-//! otherwise from the spec's own seed, always the same; decoding keeps to the latter, since its
-//! state was made with them.
+//! Frequencies are drawn anew by passes that have a seed for that (those of training), as often as the
+//! spec's [`Redraw`] says, and otherwise from the spec's own seed, always the same; decoding keeps to the
+//! latter, since its state was made with them. A draw is a function of seeds, the step of training and
+//! the module's path, so that a block that is recomputed sees the one it saw.
 //!
 //! Cost for each head and component: `2 m head_width` for each query and key, then
 //! `2 features · value_width` for either, with `features` `m`, or `2 m + 1` for cosines and sines;
@@ -28,9 +29,7 @@ pub use fastfood::hadamard;
 pub use spectrum::{Learned, SpectrumSpec};
 
 use super::sums::{Features, Normalised, kept, resume};
-use super::{
-    Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed, Subsets, draw_seed,
-};
+use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed, Subsets};
 use crate::dropout::seed_of_site;
 use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
@@ -62,9 +61,51 @@ pub struct KernelizedSpec {
     /// of `d` features. FastFood has as many as features.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub count: Option<usize>,
-    /// Seed of the frequencies of passes without one.
+    /// Seed of the frequencies of passes without one, and of those that last several steps.
     #[serde(default)]
     pub seed: u64,
+    /// When frequencies are drawn anew.
+    #[serde(default, skip_serializing_if = "Redraw::is_each_pass")]
+    pub redraw: Redraw,
+}
+
+/// When frequencies are drawn anew in training.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Redraw {
+    /// In each pass.
+    #[default]
+    Pass,
+    /// Every so many steps; all passes in between have the same. Passes that draw outside of
+    /// training, where there are no steps, each have their own.
+    Steps {
+        /// Steps that a draw lasts.
+        every: u64,
+    },
+    /// Never: those of evaluation are trained with.
+    Never,
+}
+
+impl Redraw {
+    #[allow(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde asks for a reference"
+    )]
+    fn is_each_pass(&self) -> bool {
+        *self == Self::Pass
+    }
+
+    /// The seed of the frequencies of a pass, where `own` is the spec's.
+    fn seed(self, own: u64, pass: &MechanismPass<'_>) -> u64 {
+        match (self, pass.context.draw, pass.context.step) {
+            (Self::Never, ..) | (_, None, _) => seed_of_site(own, pass.path),
+            (Self::Steps { every }, Some(_), Some(step)) => {
+                let period = step / every.max(1);
+                seed_of_site(own, &format!("{} from period {period}", pass.path))
+            }
+            (Self::Pass | Self::Steps { .. }, Some(draw), _) => seed_of_site(draw, pass.path),
+        }
+    }
 }
 
 /// How frequencies become features.
@@ -151,6 +192,9 @@ impl Describe for KernelizedSpec {
         if let Some(count) = self.count {
             bounded(at("count"), count, 1..=MAX_COUNT)?;
         }
+        if self.redraw == (Redraw::Steps { every: 0 }) {
+            return Err(Error::spec(at("redraw.every"), 0, "at least 1"));
+        }
         match self.features {
             ReadOut::Fourier { smoothing } if !(smoothing >= 0.0 && smoothing.is_finite()) => {
                 let expected = "a number of at least 0";
@@ -169,6 +213,7 @@ impl Describe for KernelizedSpec {
         Ok(Box::new(Kernelized {
             map: self.feature_map(heads, parameters)?,
             seed: self.seed,
+            redraw: self.redraw,
             heads: *heads,
         }))
     }
@@ -281,6 +326,7 @@ impl FeatureMap {
 struct Kernelized {
     map: FeatureMap,
     seed: u64,
+    redraw: Redraw,
     heads: Heads,
 }
 
@@ -325,12 +371,8 @@ impl Kernelized {
 
 impl Mechanism for Kernelized {
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
-        Ok(Box::new(self.sums(
-            q,
-            k,
-            draw_seed(pass, self.seed),
-            pass,
-        )?))
+        let seed = self.redraw.seed(self.seed, pass);
+        Ok(Box::new(self.sums(q, k, seed, pass)?))
     }
 
     fn memory(&self) -> Memory {

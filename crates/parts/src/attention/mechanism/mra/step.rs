@@ -9,7 +9,7 @@ use crate::attention::mechanism::blocks::{Bias, Blocks};
 use crate::attention::mechanism::met::Met;
 use crate::attention::mechanism::sequences::{At, Sequence, Sequences};
 use crate::attention::mechanism::spans::{
-    Ended, Rules, Sort, Span, SpanMemory, Summaries, Summarised,
+    Ended, Pooled, Rules, Sort, Span, SpanMemory, Summaries, Summarised,
 };
 use crate::attention::mechanism::{MechanismPass, Resumed};
 use crate::error::tensor;
@@ -294,7 +294,8 @@ impl Mra {
         let columns = met.columns();
         let width = tensor(q.dim(3))?;
         let tokens = tensor(means.recall(0, columns)?.reshape(((), width)))?;
-        let made = Summaries::new(&making, [&tokens, &tokens], self.scale)?;
+        let both = [&tokens, &tokens];
+        let made = Summaries::new(&making, both, &Pooled::largest(both), self.scale)?;
         let keys = match &made {
             None => tokens,
             Some(made) => tensor(Tensor::cat(&[&tokens, &made.keys], 0))?,

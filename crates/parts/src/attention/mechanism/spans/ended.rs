@@ -68,6 +68,14 @@ pub(in super::super) struct Making {
 }
 
 impl Making {
+    /// Summaries of beginnings of lists, those that end at the given tokens of each.
+    pub(in super::super) fn beginnings(lists: Vec<(Vec<At>, Vec<usize>)>) -> Self {
+        Self {
+            way: Way::Beginnings,
+            lists,
+        }
+    }
+
     /// The tokens of all lists.
     pub(in super::super) fn keys(&self) -> impl Iterator<Item = &At> {
         self.lists.iter().flat_map(|(list, _)| list)

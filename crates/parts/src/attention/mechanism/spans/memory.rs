@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
-use super::Summaries;
 use super::ended::{Earlier, Ended};
 use super::span::{Sort, Span};
+use super::{Pooled, Summaries};
 use crate::Result;
 use crate::attention::mechanism::MechanismPass;
 use crate::attention::mechanism::blocks::flat;
@@ -30,6 +30,11 @@ pub(in super::super) trait Rules {
 
     /// What scores are multiplied by.
     fn scale(&self) -> f64;
+
+    /// What summaries pool, of queries and keys `[batch · heads · tokens, head_width]`.
+    fn pooled(&self, tokens: [&Tensor; 2], _: [usize; 2]) -> Result<Pooled> {
+        Ok(Pooled::largest(tokens))
+    }
 }
 
 /// Summaries of spans that are over, and those tokens that later ones may meet or make summaries of.
@@ -181,8 +186,10 @@ impl SpanMemory {
         let queries = self.recall_queries(met.columns())?;
         let [keys, values] = [0, 1].map(|sort| self.recall(sort, met.columns()));
         let [queries, keys, values] = [queries, keys?, values?].map(|x| x.flatten(0, 1));
-        let tokens = [&tensor(queries)?, &tensor(keys)?];
-        let Some(made) = Summaries::new(&making, tokens, rules.scale())? else {
+        let (queries, keys) = (tensor(queries)?, tensor(keys)?);
+        let tokens = [&queries, &keys];
+        let pooled = rules.pooled(tokens, [batch, heads])?;
+        let Some(made) = Summaries::new(&making, tokens, &pooled, rules.scale())? else {
             return Ok(0);
         };
         let nothing = tensor(made.keys.dim(0))?;

@@ -8,6 +8,7 @@
 mod ended;
 mod memory;
 mod mixing;
+mod pooling;
 mod span;
 mod summaries;
 
@@ -15,5 +16,7 @@ pub(super) use ended::{Ended, Making};
 pub(super) use memory::Rules;
 pub use memory::SpanMemory;
 pub(super) use mixing::Summarised;
+pub(super) use pooling::Pooled;
+pub use pooling::Pooling;
 pub(super) use span::{Sort, Span};
 pub(super) use summaries::Summaries;

@@ -1,6 +1,7 @@
 //! Keys and values of spans, from those of their tokens.
 
 use super::ended::Making;
+use super::pooling::{Pooled, Pooling};
 use super::span::Way;
 use crate::Result;
 use crate::attention::mechanism::blocks::{Blocks, Part, Rule, operations};
@@ -20,15 +21,17 @@ pub(in super::super) struct Summaries {
 }
 
 impl Summaries {
-    /// Those of lists of rows of queries and keys `tokens`, `[tokens, head_width]`; nothing of no lists.
+    /// Those of lists of rows of queries and keys `tokens`, `[tokens, head_width]`, their own queries and
+    /// keys made of what is `pooled`; nothing of no lists.
     pub(in super::super) fn new(
         making: &[Making],
         tokens: [&Tensor; 2],
+        pooled: &Pooled,
         scale: f64,
     ) -> Result<Option<Self>> {
-        let (mut keys, mut parts, mut before) = (Vec::new(), Vec::new(), 0);
+        let (mut keys, mut parts, mut before) = (Vec::new(), Vec::new(), pooled.before);
         for making in making {
-            let lists = Lists::new(making, tokens);
+            let lists = Lists::new(making, tokens, pooled);
             let [_, k] = tokens;
             let queries = lists.queries()?;
             let Some(part) = Part::new(lists.blocks(), lists.rule(), (&queries, k), scale, None)?
@@ -36,7 +39,10 @@ impl Summaries {
                 continue;
             };
             keys.push(match making.way {
-                Way::Whole | Way::Beginnings => lists.largest(k)?,
+                Way::Whole | Way::Beginnings => {
+                    before += lists.additions(tensor(k.dim(1))?);
+                    lists.pooled(&pooled.keys)?
+                }
                 Way::Each | Way::Mean => {
                     let width = tensor(k.dim(1))?;
                     before += operations([&part], 0, [width; 2]);
@@ -74,15 +80,17 @@ struct Lists<'a> {
     making: &'a Making,
     longest: usize,
     tokens: [&'a Tensor; 2],
+    pooled: &'a Pooled,
 }
 
 impl<'a> Lists<'a> {
-    fn new(making: &'a Making, tokens: [&'a Tensor; 2]) -> Self {
+    fn new(making: &'a Making, tokens: [&'a Tensor; 2], pooled: &'a Pooled) -> Self {
         let lengths = making.lists.iter().map(|(list, _)| list.len());
         Self {
             making,
             longest: lengths.max().unwrap_or(0),
             tokens,
+            pooled,
         }
     }
 
@@ -114,7 +122,7 @@ impl<'a> Lists<'a> {
     fn queries(&self) -> Result<Tensor> {
         let [q, _] = self.tokens;
         match self.making.way {
-            Way::Whole | Way::Beginnings => self.largest(q),
+            Way::Whole | Way::Beginnings => self.pooled(&self.pooled.queries),
             Way::Each => {
                 let each = self
                     .making
@@ -131,39 +139,49 @@ impl<'a> Lists<'a> {
         }
     }
 
-    /// The largest features of the tokens of each summary, `[summaries, width]`.
-    fn largest(&self, x: &Tensor) -> Result<Tensor> {
-        let laid = self.laid_out(x)?;
-        if self.making.way != Way::Beginnings {
-            return tensor(laid.max(1));
+    /// Additions of queries and keys, where these are sums.
+    fn additions(&self, width: usize) -> u64 {
+        let tokens: usize = self.making.lists.iter().map(|(list, _)| list.len()).sum();
+        match self.pooled.by {
+            Pooling::Max => 0,
+            Pooling::Mean | Pooling::Sum => (2 * tokens * width) as u64,
         }
-        let all = tensor(running_maximum(&laid)?.flatten(0, 1))?;
-        let starts = (0..).step_by(self.longest.max(1));
-        let ends = self.making.lists.iter().zip(starts);
-        let rows =
-            ends.flat_map(|((_, ends), start)| ends.iter().map(move |end| start + *end as u32));
-        picked(&all, rows.collect())
     }
 
-    /// `[lists, longest, width]`, `−∞` behind the end of a list.
+    /// What is pooled of the tokens of each summary, `[summaries, width]`.
+    fn pooled(&self, x: &Tensor) -> Result<Tensor> {
+        let by = self.pooled.by;
+        let laid = self.laid_out(x)?;
+        let lists = self.making.lists.iter();
+        if self.making.way != Way::Beginnings {
+            let counts = lists.map(|(list, _)| list.len()).collect();
+            return by.divided(by.whole(&laid)?, counts);
+        }
+        let all = tensor(by.beginnings(&laid)?.flatten(0, 1))?;
+        let starts = (0..).step_by(self.longest.max(1));
+        let ends = lists.clone().zip(starts);
+        let rows =
+            ends.flat_map(|((_, ends), start)| ends.iter().map(move |end| start + *end as u32));
+        let counts = lists.flat_map(|(_, ends)| ends.iter().map(|end| end + 1));
+        by.divided(picked(&all, rows.collect())?, counts.collect())
+    }
+
+    /// `[lists, longest, width]`, behind the end of a list what counts for nothing.
     fn laid_out(&self, x: &Tensor) -> Result<Tensor> {
-        let (mut rows, mut behind, mut short) = (Vec::new(), Vec::new(), false);
+        let (mut rows, mut there) = (Vec::new(), Vec::new());
         for (list, _) in &self.making.lists {
             rows.extend(list.iter().map(|at| at.row as u32));
-            behind.resize(rows.len(), 0f32);
-            short |= list.len() < self.longest;
+            there.resize(rows.len(), true);
             rows.resize(rows.len() + self.longest - list.len(), 0);
-            behind.resize(rows.len(), f32::NEG_INFINITY);
+            there.resize(rows.len(), false);
         }
         let (lists, width) = (self.making.lists.len(), tensor(x.dim(1))?);
         let laid = picked(x, rows)?;
         let laid = tensor(laid.reshape((lists, self.longest, width)))?;
-        if !short {
-            return Ok(laid);
+        match there.iter().all(|there| *there) {
+            true => Ok(laid),
+            false => self.pooled.by.behind(&laid, &there),
         }
-        let shape = (lists, self.longest, 1);
-        let behind = tensor(Tensor::from_vec(behind, shape, x.device()))?;
-        tensor(laid.broadcast_add(&tensor(behind.to_dtype(x.dtype()))?))
     }
 }
 
@@ -171,18 +189,4 @@ fn picked(x: &Tensor, rows: Vec<u32>) -> Result<Tensor> {
     let count = rows.len();
     let rows = tensor(Tensor::from_vec(rows, count, x.device()))?;
     Ok(embedding(x, &rows)?)
-}
-
-/// The maximum of all entries so far along the middle dimension, by doubling.
-fn running_maximum(x: &Tensor) -> Result<Tensor> {
-    let length = tensor(x.dim(1))?;
-    let (mut x, mut step) = (x.clone(), 1);
-    while step < length {
-        let first = tensor(x.narrow(1, 0, step))?;
-        let rest = tensor(x.narrow(1, step, length - step))?;
-        let before = tensor(x.narrow(1, 0, length - step))?;
-        x = tensor(Tensor::cat(&[first, tensor(rest.maximum(&before))?], 1))?;
-        step *= 2;
-    }
-    Ok(x)
 }

@@ -24,20 +24,33 @@
 //!
 //! With a causal mask only the past is summed over, and decoding keeps the state.
 //!
+//! Any linear recurrence over the past looks in both directions in the same way, one with a diagonal `Λ` too
+//! (`per_feature`): each feature of a key then has a decay of its own,
+//!
+//! ```text
+//! S_i = Λ_i S_{i−1} + φ(k_i) v_iᵀ,   weight_ij = Σ_f φ(q_i)_f φ(k_j)_f Π_t λ_tf
+//! ```
+//!
+//! and there is no one mask to lay out: `parallel` is refused. How such sums are taken is in `decayed.rs`.
+//!
 //! Cost for each head: parallel `2 n² (features + value_width)`, otherwise
 //! `4 n (2 features · value_width + chunk (features + value_width))`, times the number of curves.
-//! Parameters for each curve: none, one for each head, or `width + 1` for each head.
+//! Parameters for each curve: none, one for each head, or `width + 1` for each head; `per_feature`, for
+//! each feature of each head. Chunks are then powers of two, and meet themselves half by half.
 
-use super::sums::{Features, Normalised, Sums, earlier, kept, resume};
+mod directions;
+mod image;
+
+pub use image::{Curve, LionImage};
+
+use super::sums::{Features, Normalised, earlier, kept, resume};
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed, Subsets};
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::state::MixerState;
 use crate::{Error, Result};
-use lapidary_kernels::{
-    Activation, Direction, Tensor, activate, cumulative_sum, linear, linear_attention_in_chunks,
-    matmul, operations_in_chunks,
-};
+use directions::{Curves, Order};
+use lapidary_kernels::{Activation, Tensor, activate, linear};
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -60,6 +73,9 @@ pub struct LionSpec {
     /// How a weight fades with the distance.
     #[serde(default)]
     pub decay: LionDecay,
+    /// Whether each feature of a head's keys has a decay of its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub per_feature: bool,
     /// How it is computed; parameters and results do not depend on it.
     #[serde(default)]
     pub form: LionForm,
@@ -105,61 +121,31 @@ impl Default for LionForm {
     }
 }
 
-/// Curves over an image whose patches follow each other row by row.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct LionImage {
-    /// Patches in a row.
-    pub columns: usize,
-    /// The curves, each with a decay of its own.
-    #[serde(default = "both")]
-    pub curves: Vec<Curve>,
-}
-
-fn both() -> Vec<Curve> {
-    vec![Curve::Rows, Curve::Columns]
-}
-
-/// A way through all patches that steps from neighbour to neighbour.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Curve {
-    /// Along the rows, every other one backwards.
-    Rows,
-    /// Along the columns, every other one upwards.
-    Columns,
-}
-
-impl Curve {
-    /// The patches of an image in the order of the curve, where patch `r · columns + c` stands in
-    /// row `r`; the last row may be short.
-    pub fn order(self, patches: usize, columns: usize) -> Vec<usize> {
-        let columns = columns.max(1);
-        let rows = patches.div_ceil(columns);
-        let (lines, length) = match self {
-            Self::Rows => (rows, columns),
-            Self::Columns => (columns, rows),
-        };
-        let all = (0..lines).flat_map(|line| {
-            (0..length).map(move |along| {
-                let along = if line % 2 == 0 {
-                    along
-                } else {
-                    length - 1 - along
-                };
-                match self {
-                    Self::Rows => line * columns + along,
-                    Self::Columns => along * columns + line,
-                }
-            })
-        });
-        all.filter(|patch| *patch < patches).collect()
-    }
-}
-
 impl LionSpec {
     fn curves(&self) -> usize {
         self.image.as_ref().map_or(1, |image| image.curves.len())
+    }
+
+    /// Decays of a token and head on one curve.
+    fn decays(&self, heads: &Heads) -> usize {
+        match self.per_feature {
+            true => heads.head_width,
+            false => 1,
+        }
+    }
+
+    fn validate_per_feature(&self, field: &str) -> Result<()> {
+        let at = |name: &str| format!("{field}.{name}");
+        if self.decay == LionDecay::None {
+            let expected = "false where nothing decays";
+            return Err(Error::spec(at("per_feature"), true, expected));
+        }
+        if self.form == LionForm::Parallel {
+            let expected =
+                "recurrent or chunked where features decay apart: they have no mask in common";
+            return Err(Error::spec(at("form.kind"), "parallel", expected));
+        }
+        Ok(())
     }
 
     /// Tokens that no curve passes through first.
@@ -195,6 +181,9 @@ impl Describe for LionSpec {
         if let LionForm::Chunked { size } = self.form {
             bounded(format!("{field}.form.size"), size, 1..=MAX_CHUNK)?;
         }
+        if self.per_feature {
+            self.validate_per_feature(field)?;
+        }
         if heads.causal && self.class_token {
             let expected = "false in causal attention, where the first token sees itself alone";
             return Err(Error::spec(format!("{field}.class_token"), true, expected));
@@ -228,11 +217,15 @@ impl Describe for LionSpec {
                     first: logit(FIRST_DECAYS.0),
                     last: logit(FIRST_DECAYS.1),
                 };
-                Decay::Constant(parameters.tensor("decay", &[curves, heads.heads], start)?)
+                let mut shape = vec![curves, heads.heads];
+                if self.per_feature {
+                    shape.push(heads.head_width);
+                }
+                Decay::Constant(parameters.tensor("decay", &shape, start)?)
             }
             LionDecay::Selective => {
                 let mut parameters = parameters.at("decay");
-                let rows = curves * heads.heads;
+                let rows = curves * heads.heads * self.decays(heads);
                 let start = Init::Normal { deviation: 0.02 };
                 Decay::Selective {
                     weight: parameters.tensor("weight", &[rows, heads.width], start)?,
@@ -259,9 +252,9 @@ struct Lion {
 #[derive(Debug)]
 enum Decay {
     None,
-    /// `a` `[curves, heads]`.
+    /// `a` `[curves, heads]` or `[curves, heads, features]`.
     Constant(Tensor),
-    /// `w` `[curves · heads, width]` and `b`.
+    /// `w` `[curves · heads · (1 or features), width]` and `b`.
     Selective {
         weight: Tensor,
         bias: Tensor,
@@ -290,18 +283,20 @@ impl Lion {
         Ok([q, features])
     }
 
-    /// `log λ` of every position for each curve, `[batch, heads, length]`: zero at pads and the
-    /// class token.
+    /// `log λ` of every position for each curve, `[batch, heads, length, 1 or features]`: zero at
+    /// pads and the class token.
     fn log_decays(&self, length: usize, pass: &MechanismPass<'_>) -> Result<Vec<Tensor>> {
         let (batch, _, _) = tensor(pass.tokens.dims3())?;
         let (curves, heads) = (self.spec.curves(), self.heads.heads);
+        let each = self.spec.decays(&self.heads);
+        let rows = curves * heads * each;
         // log σ(z) = −softplus(−z)
         let all = match &self.decay {
             Decay::None => return Ok(Vec::new()),
             Decay::Constant(logits) => {
                 let rates = activate(&tensor(logits.neg())?, Activation::Softplus)?;
-                let rates = tensor(rates.reshape((1, curves * heads, 1)))?;
-                tensor(rates.broadcast_as((batch, curves * heads, length)))?
+                let rates = tensor(rates.reshape((1, rows, 1)))?;
+                tensor(rates.broadcast_as((batch, rows, length)))?
             }
             Decay::Selective { weight, bias } => {
                 let logits = linear(pass.tokens, weight, Some(bias))?;
@@ -318,14 +313,18 @@ impl Lion {
             all = tensor(rest.pad_with_zeros(2, 1, 0))?;
         }
         (0..curves)
-            .map(|curve| tensor(tensor(all.narrow(1, curve * heads, heads))?.contiguous()))
+            .map(|curve| {
+                let own = tensor(all.narrow(1, curve * heads * each, heads * each))?;
+                let own = tensor(tensor(own.contiguous())?.reshape((batch, heads, each, length)))?;
+                tensor(tensor(own.transpose(2, 3))?.contiguous())
+            })
             .collect()
     }
 
     /// Operations of features and decays.
     fn before(&self, q: &Tensor, k: &Tensor) -> u64 {
         let entries = (q.elem_count() + k.elem_count()) as u64;
-        let logits = (self.spec.curves() * self.heads.heads) as u64;
+        let logits = (self.spec.curves() * self.heads.heads * self.spec.decays(&self.heads)) as u64;
         let tokens = k.dims().first().zip(k.dims().get(2));
         let tokens = tokens.map_or(0, |(batch, length)| (batch * length) as u64);
         match self.spec.decay {
@@ -436,13 +435,6 @@ impl Mechanism for Lion {
     }
 }
 
-/// An order of positions and the way back.
-#[derive(Clone, Debug)]
-struct Order {
-    along: Tensor,
-    back: Tensor,
-}
-
 impl Lion {
     /// The order of each curve; nothing where it is that of the tokens.
     fn orders(&self, length: usize, like: &Tensor) -> Result<Vec<Option<Order>>> {
@@ -466,129 +458,5 @@ impl Lion {
             }))
         });
         each.collect()
-    }
-}
-
-/// Sums over both directions along each of some curves, averaged.
-#[derive(Debug)]
-struct Curves {
-    /// `[batch, heads, length, features]`.
-    q: Tensor,
-    /// As `q`, zero at pads.
-    k: Tensor,
-    /// `log λ` `[batch, heads, length]` by token, and the order of the tokens; no curve where
-    /// nothing decays.
-    curves: Vec<(Tensor, Option<Order>)>,
-    form: LionForm,
-    chunk: usize,
-}
-
-fn along(x: &Tensor, order: Option<&Order>) -> lapidary_kernels::Result<Tensor> {
-    match order {
-        None => Ok(x.clone()),
-        Some(order) => Ok(x.contiguous()?.index_select(&order.along, 2)?),
-    }
-}
-
-fn back(x: &Tensor, order: Option<&Order>, dim: usize) -> lapidary_kernels::Result<Tensor> {
-    match order {
-        None => Ok(x.clone()),
-        Some(order) => Ok(x.contiguous()?.index_select(&order.back, dim)?),
-    }
-}
-
-impl Curves {
-    /// `M` of one curve, `[batch, heads, query, key]` in the order of the tokens.
-    fn mask(log_decay: &Tensor, order: Option<&Order>) -> lapidary_kernels::Result<Tensor> {
-        let log_decay = along(log_decay, order)?;
-        let length = log_decay.dim(2)?;
-        // e_i = Σ_{t ≤ i} log λ_t and c_i = Σ_{t < i} log λ_t.
-        let through = cumulative_sum(&log_decay, 2)?;
-        let until = (&through - &log_decay)?;
-        let differences = |of: &Tensor| of.unsqueeze(3)?.broadcast_sub(&of.unsqueeze(2)?);
-        // exp(c_i − c_j) on and below the diagonal, exp(e_j − e_i) above; the other halves grow.
-        let past = differences(&until)?.minimum(0.0)?.exp()?;
-        let future = differences(&through)?.neg()?.minimum(0.0)?.exp()?;
-        let below = Tensor::tril2(length, log_decay.dtype(), log_decay.device())?;
-        let above = below.affine(-1.0, 1.0)?;
-        let mask = (past.broadcast_mul(&below)? + future.broadcast_mul(&above)?)?;
-        back(&back(&mask, order, 2)?, order, 3)
-    }
-
-    fn laid_out(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let mut scores = matmul(&self.q, &self.k.transpose(2, 3)?)?;
-        let mut masks = None;
-        for (log_decay, order) in &self.curves {
-            let mask = Self::mask(log_decay, order.as_ref())?;
-            masks = Some(match masks {
-                None => mask,
-                Some(masks) => (masks + mask)?,
-            });
-        }
-        if let Some(masks) = masks {
-            scores = (scores * (masks / self.curves.len() as f64)?)?;
-        }
-        matmul(&scores, values)
-    }
-
-    /// The past and the future of one curve, what a position has of itself counted once.
-    fn directions(
-        &self,
-        values: &Tensor,
-        log_decay: &Tensor,
-        order: Option<&Order>,
-    ) -> lapidary_kernels::Result<Tensor> {
-        let [q, k, v] = [&self.q, &self.k, values].map(|x| along(x, order));
-        let (q, k, v, decay) = (q?, k?, v?, along(log_decay, order)?);
-        let length = decay.dim(2)?;
-        // a_i = log λ_{i−1} on the past, log λ_i on the future.
-        let before = decay.narrow(2, 0, length - 1)?.pad_with_zeros(2, 1, 0)?;
-        let sums = |decay: &Tensor, direction| {
-            linear_attention_in_chunks(&q, &k, &v, Some(decay), direction, self.chunk)
-        };
-        let both = (sums(&before, Direction::Past)? + sums(&decay, Direction::Future)?)?;
-        let own = (&q * &k)?.sum_keepdim(3)?.broadcast_mul(&v)?;
-        back(&(both - own)?, order, 2)
-    }
-}
-
-impl Sums for Curves {
-    fn sizes(&self) -> [usize; 4] {
-        match *self.q.dims() {
-            [batch, heads, length, _] => [batch, heads, length, length],
-            _ => [0; 4],
-        }
-    }
-
-    fn sums(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        if self.form == LionForm::Parallel {
-            return self.laid_out(values);
-        }
-        let mut total: Option<Tensor> = None;
-        for (log_decay, order) in &self.curves {
-            let sums = self.directions(values, log_decay, order.as_ref())?;
-            total = Some(match total {
-                None => sums,
-                Some(total) => (total + sums)?,
-            });
-        }
-        let total = total.map_or_else(|| values.zeros_like(), Ok)?;
-        Ok((total / self.curves.len().max(1) as f64)?)
-    }
-
-    fn operations(&self, width: usize) -> u64 {
-        let [batch, heads, length, _] = self.sizes();
-        let features = self.q.dims().last().copied().unwrap_or(0);
-        let curves = self.curves.len() as u64;
-        let (n, each) = (length as u64, (features + width) as u64);
-        let one = match self.form {
-            // Both halves of a mask and their sum, with an exponential each.
-            LionForm::Parallel => n * n * (2 * each + 8 * curves),
-            LionForm::Recurrent | LionForm::Chunked { .. } => {
-                let direction = operations_in_chunks(length, features, width, self.chunk);
-                curves * (2 * direction + n * (2 * each + 2 * width as u64))
-            }
-        };
-        (batch * heads) as u64 * one
     }
 }

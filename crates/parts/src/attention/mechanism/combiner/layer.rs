@@ -1,0 +1,76 @@
+//! What a layer makes of queries and keys, before it is pooled.
+
+use super::Pooling;
+use crate::Result;
+use crate::attention::mechanism::Heads;
+use crate::attention::mechanism::spans::Pooled;
+use crate::error::tensor;
+use crate::parameters::{Init, Parameters};
+use lapidary_kernels::{Tensor, matmul};
+
+/// `relu(W x + b)` of each head, for queries and for keys.
+#[derive(Debug)]
+pub(super) struct Layer {
+    pooling: Pooling,
+    queries: Affine,
+    keys: Affine,
+}
+
+/// `W` `[heads, head_width, head_width]` and `b` `[heads, 1, head_width]`.
+#[derive(Debug)]
+struct Affine {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Affine {
+    fn new(heads: &Heads, mut parameters: Parameters<'_>) -> Result<Self> {
+        let (count, width) = (heads.heads, heads.head_width);
+        // Half of what comes out is cut off.
+        let deviation = (2.0 / width as f64).sqrt();
+        Ok(Self {
+            weight: parameters.tensor(
+                "weight",
+                &[count, width, width],
+                Init::Normal { deviation },
+            )?,
+            bias: parameters.tensor("bias", &[count, 1, width], Init::Zeros)?,
+        })
+    }
+
+    /// Of `x` `[batch · heads · tokens, head_width]`.
+    fn forward(&self, x: &Tensor, [batch, heads]: [usize; 2]) -> Result<Tensor> {
+        let (rows, width) = tensor(x.dims2())?;
+        let tokens = rows / (batch * heads).max(1);
+        let each = tensor(x.reshape((batch, heads, tokens, width)))?;
+        let y = matmul(&each, &tensor(self.weight.transpose(1, 2))?)?;
+        let y = tensor(tensor(y.broadcast_add(&self.bias))?.relu())?;
+        tensor(y.reshape((rows, width)))
+    }
+}
+
+impl Layer {
+    pub(super) fn new(
+        pooling: Pooling,
+        heads: &Heads,
+        mut parameters: Parameters<'_>,
+    ) -> Result<Self> {
+        Ok(Self {
+            pooling,
+            queries: Affine::new(heads, parameters.at("query"))?,
+            keys: Affine::new(heads, parameters.at("key"))?,
+        })
+    }
+
+    /// What it makes of queries and keys of `[batch, heads]`.
+    pub(super) fn pooled(&self, [q, k]: [&Tensor; 2], sequences: [usize; 2]) -> Result<Pooled> {
+        let width = tensor(q.dim(1))?;
+        let entries = q.elem_count() + k.elem_count();
+        Ok(Pooled {
+            queries: self.queries.forward(q, sequences)?,
+            keys: self.keys.forward(k, sequences)?,
+            by: self.pooling,
+            before: (entries * (2 * width + 2)) as u64,
+        })
+    }
+}

@@ -1,0 +1,128 @@
+//! Projections along the sequence.
+
+use lapidary_kernels::{Tensor, matmul};
+
+/// Below any key that is there, and finite in half precision.
+const FAR_BELOW: f64 = -6e4;
+
+/// What projects along the sequence.
+#[derive(Clone, Debug)]
+pub(super) enum Along {
+    /// `[heads or 1, slots, longest]`.
+    Matrix(Tensor),
+    /// The same weights `[heads or 1, neighbours]` for the neighbours of each slot; equal ones when
+    /// absent.
+    Windows(Option<Tensor>),
+    /// The largest neighbour of each slot, feature by feature.
+    Largest,
+}
+
+/// A projection of keys, or of values, to `slots`.
+#[derive(Clone, Debug)]
+pub(super) struct Side {
+    pub(super) along: Along,
+    pub(super) slots: usize,
+    pub(super) longest: usize,
+}
+
+/// As many neighbours as `slots` windows of `longest` positions have each.
+pub(super) fn neighbours(longest: usize, slots: usize) -> usize {
+    longest.div_ceil(slots.max(1))
+}
+
+impl Side {
+    /// `E x` for `x` `[batch, heads, key, width]`, pads zeroed first: `[batch, heads, slot, width]`.
+    pub(super) fn project(
+        &self,
+        x: &Tensor,
+        keep: Option<&Tensor>,
+    ) -> lapidary_kernels::Result<Tensor> {
+        let real = match keep {
+            Some(keep) => x.broadcast_mul(keep)?,
+            None => x.clone(),
+        };
+        match &self.along {
+            Along::Matrix(matrix) => self.by_matrix(matrix, &real),
+            Along::Windows(weights) => {
+                let windows = self.windows(&real)?;
+                let slots = match weights {
+                    None => windows.mean(3)?,
+                    Some(weights) => {
+                        let (heads, neighbours) = weights.dims2()?;
+                        let weights = weights.reshape((1, heads, 1, neighbours, 1))?;
+                        windows.broadcast_mul(&weights)?.sum(3)?
+                    }
+                };
+                self.behind_used(&slots)
+            }
+            Along::Largest => {
+                let there = match keep {
+                    Some(keep) => keep.clone(),
+                    None => real.narrow(1, 0, 1)?.narrow(3, 0, 1)?.ones_like()?,
+                };
+                let there = self.windows(&there)?;
+                let away = there.affine(-FAR_BELOW, FAR_BELOW)?;
+                let largest = self.windows(&real)?.broadcast_add(&away)?.max(3)?;
+                // A window of pads alone has the key 0.
+                self.behind_used(&largest.broadcast_mul(&there.max(3)?)?)
+            }
+        }
+    }
+
+    fn by_matrix(&self, matrix: &Tensor, x: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        let (batch, heads, keys, width) = x.dims4()?;
+        let matrix = columns(matrix, keys)?;
+        if matrix.dim(0)? > 1 {
+            return matmul(&matrix.unsqueeze(0)?, x);
+        }
+        // One matrix for all heads is one product for each sequence.
+        let merged = x.transpose(1, 2)?.contiguous()?;
+        let merged = merged.reshape((batch, keys, heads * width))?;
+        let slots = matmul(&matrix, &merged)?;
+        let slots = slots.reshape((batch, self.slots, heads, width))?;
+        Ok(slots.transpose(1, 2)?.contiguous()?)
+    }
+
+    /// `[batch, heads, windows, neighbours, width]`. Neighbours beyond the input are zeros, as its
+    /// columns would be.
+    fn windows(&self, x: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        let (batch, heads, keys, width) = x.dims4()?;
+        let neighbours = neighbours(self.longest, self.slots);
+        let used = keys.div_ceil(neighbours);
+        let x = x.pad_with_zeros(2, 0, used * neighbours - keys)?;
+        let shape = (batch, heads, used, neighbours, width);
+        Ok(x.contiguous()?.reshape(shape)?)
+    }
+
+    /// Zeros for the slots beyond the input.
+    fn behind_used(&self, slots: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        Ok(slots.pad_with_zeros(2, 0, self.slots - slots.dim(2)?)?)
+    }
+}
+
+/// The columns of `matrix` `[heads, slots, longest]` for `keys` positions.
+fn columns(matrix: &Tensor, keys: usize) -> lapidary_kernels::Result<Tensor> {
+    let longest = matrix.dim(2)?;
+    if keys <= longest {
+        return Ok(matrix.narrow(2, 0, keys)?);
+    }
+    // Position `t` stands at `t (longest − 1) / (keys − 1)` between the columns.
+    let step = (longest - 1) as f64 / (keys - 1) as f64;
+    let (mut left, mut share) = (Vec::new(), Vec::new());
+    for t in 0..keys {
+        let place = t as f64 * step;
+        let below = (place as usize).min(longest.saturating_sub(2));
+        left.push(below as u32);
+        share.push(place - below as f64);
+    }
+    let right = left.iter().map(|below| (below + 1).min(longest as u32 - 1));
+    let right = Tensor::from_vec(right.collect::<Vec<_>>(), keys, matrix.device())?;
+    let left = Tensor::from_vec(left, keys, matrix.device())?;
+    let share = Tensor::from_vec(share, keys, matrix.device())?.to_dtype(matrix.dtype())?;
+    let (left, right) = (
+        matrix.contiguous()?.index_select(&left, 2)?,
+        matrix.contiguous()?.index_select(&right, 2)?,
+    );
+    let between = (&left + (right - &left)?.broadcast_mul(&share)?)?;
+    Ok((between * (longest as f64 / keys as f64))?)
+}

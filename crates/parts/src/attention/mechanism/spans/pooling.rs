@@ -1,0 +1,103 @@
+//! What a span's query and key are made of.
+
+use crate::Result;
+use crate::error::tensor;
+use lapidary_kernels::{Tensor, cumulative_sum};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// How what is made of the tokens of a span becomes one, feature by feature.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pooling {
+    /// The largest.
+    #[default]
+    Max,
+    /// The mean.
+    Mean,
+    /// The sum.
+    Sum,
+}
+
+/// What is pooled: `[tokens, head_width]` for queries and for keys.
+#[derive(Debug)]
+pub(in super::super) struct Pooled {
+    pub(in super::super) queries: Tensor,
+    pub(in super::super) keys: Tensor,
+    pub(in super::super) by: Pooling,
+    /// Operations that it took to make them.
+    pub(in super::super) before: u64,
+}
+
+impl Pooled {
+    /// The largest features of queries and keys themselves.
+    pub(in super::super) fn largest([queries, keys]: [&Tensor; 2]) -> Self {
+        Self {
+            queries: queries.clone(),
+            keys: keys.clone(),
+            by: Pooling::Max,
+            before: 0,
+        }
+    }
+}
+
+impl Pooling {
+    /// What stands behind the end of a list, so that it counts for nothing: added to the largest,
+    /// otherwise multiplied.
+    pub(super) fn behind(self, x: &Tensor, there: &[bool]) -> Result<Tensor> {
+        let (lists, longest, _) = tensor(x.dims3())?;
+        let [kept, left] = match self {
+            Self::Max => [0.0, f32::NEG_INFINITY],
+            Self::Mean | Self::Sum => [1.0, 0.0],
+        };
+        let numbers = there.iter().map(|there| if *there { kept } else { left });
+        let numbers: Vec<f32> = numbers.collect();
+        let numbers = tensor(Tensor::from_vec(numbers, (lists, longest, 1), x.device()))?;
+        let numbers = tensor(numbers.to_dtype(x.dtype()))?;
+        tensor(match self {
+            Self::Max => x.broadcast_add(&numbers),
+            Self::Mean | Self::Sum => x.broadcast_mul(&numbers),
+        })
+    }
+
+    /// Of each list of `x` `[lists, longest, width]` as a whole, sums not yet divided:
+    /// `[lists, width]`.
+    pub(super) fn whole(self, x: &Tensor) -> Result<Tensor> {
+        tensor(match self {
+            Self::Max => x.max(1),
+            Self::Mean | Self::Sum => x.sum(1),
+        })
+    }
+
+    /// The same of each beginning of each list: `[lists, longest, width]`.
+    pub(super) fn beginnings(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Max => running_maximum(x),
+            Self::Mean | Self::Sum => Ok(cumulative_sum(x, 1)?),
+        }
+    }
+
+    /// What is pooled `[summaries, width]`, of so many tokens each.
+    pub(super) fn divided(self, x: Tensor, counts: Vec<usize>) -> Result<Tensor> {
+        if self != Self::Mean {
+            return Ok(x);
+        }
+        let shares: Vec<f64> = counts.iter().map(|count| 1.0 / *count as f64).collect();
+        let shares = tensor(Tensor::from_vec(shares, (counts.len(), 1), x.device()))?;
+        tensor(x.broadcast_mul(&tensor(shares.to_dtype(x.dtype()))?))
+    }
+}
+
+/// The maximum of all entries so far along the middle dimension, by doubling.
+fn running_maximum(x: &Tensor) -> Result<Tensor> {
+    let length = tensor(x.dim(1))?;
+    let (mut x, mut step) = (x.clone(), 1);
+    while step < length {
+        let first = tensor(x.narrow(1, 0, step))?;
+        let rest = tensor(x.narrow(1, step, length - step))?;
+        let before = tensor(x.narrow(1, 0, length - step))?;
+        x = tensor(Tensor::cat(&[first, tensor(rest.maximum(&before))?], 1))?;
+        step *= 2;
+    }
+    Ok(x)
+}
