@@ -613,6 +613,34 @@ fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
             },
         ),
         (
+            "a dictionary, and attention taken off",
+            BlockSpec {
+                feedforward: Some(FeedforwardSpec::Linear(LinearSpec { bias: false })),
+                ..block(
+                    Wiring::Reversed,
+                    LAYER,
+                    MixerSpec::MultiHead(MultiHeadSpec {
+                        sharing: QueryKeySharing::All,
+                        bias: false,
+                        output_bias: Some(true),
+                        ..MultiHeadSpec::new(2)
+                    }),
+                )
+            },
+        ),
+        (
+            "taken off causally",
+            BlockSpec {
+                feedforward: Some(FeedforwardSpec::Linear(LinearSpec { bias: true })),
+                layer_scale: Some(0.7),
+                ..block(
+                    Wiring::Reversed,
+                    RMS,
+                    MixerSpec::MultiHead(causal(PositionSpec::None)),
+                )
+            },
+        ),
+        (
             "linformer",
             multi_head(through(linformer(Sharing::Headwise, Projection::Learned))),
         ),

@@ -106,6 +106,7 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
             }),
         }
         parts.push(norm(&spec.norm, WIDTH, n));
+        // A reversed block has no second sum, but turns the sign of what attention gives.
         if spec.wiring != Wiring::Replacing {
             parts.push((0, n * WIDTH));
         }

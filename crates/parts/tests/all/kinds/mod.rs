@@ -80,7 +80,7 @@ kinds!(mechanism, MECHANISMS, MechanismSpec:
     Softmax, Linformer, Lion, Fastmax, Kernelized, Sparse, Reformer, Combiner,
     DoublyStochastic, Subsampled, Topological, Soft, Ecoformer, Mra);
 kinds!(scaling, SCALINGS, RotaryScaling: None, Linear, Llama3);
-kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel, Replacing);
+kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel, Replacing, Reversed);
 kinds!(activation, ACTIVATIONS, ActivationSpec:
     Identity, Relu, Gelu, GeluTanh, QuickGelu, Silu, Tanh, Sigmoid);
 

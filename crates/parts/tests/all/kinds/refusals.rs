@@ -752,8 +752,15 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
                 shortcuts: true,
                 ..with_heads(MultiHeadSpec::new(2))
             },
-            "b.shortcuts is true, but must be false in a post-norm or replacing block, whose parts change what \
-             the residual carries",
+            "b.shortcuts is true, but must be false in a post-norm, replacing or reversed block, whose parts \
+             change what the residual carries",
+        ),
+        (
+            BlockSpec {
+                wiring: Wiring::Reversed,
+                ..with_cross(MultiHeadSpec::new(2))
+            },
+            "b.wiring is \"reversed\", but must be pre-norm or post-norm in a block with cross-attention",
         ),
         (
             BlockSpec {
