@@ -83,7 +83,7 @@ fn hidden_patches_are_not_seen() {
     let silent = Trace::new();
     let (one, other) = (image(0.0), image(5.0));
     // The patches that are seen are those of the first image in both.
-    let InputSpecOf { cut, join } = InputSpecOf::new(&model);
+    let Ways { cut, join } = Ways::new(&model);
     let (a, b) = (cut(&one), cut(&other));
     let shown = keep.to_dtype(DType::F64).unwrap().unsqueeze(2).unwrap();
     let hidden = shown.affine(-1.0, 1.0).unwrap();
@@ -108,12 +108,12 @@ fn hidden_patches_are_not_seen() {
 }
 
 /// The two ways between images of three channels of 6 by 6 and their patches, written out.
-struct InputSpecOf {
+struct Ways {
     cut: fn(&Tensor) -> Tensor,
     join: fn(&Tensor) -> Tensor,
 }
 
-impl InputSpecOf {
+impl Ways {
     fn new(model: &Model) -> Self {
         assert_eq!(model.spec().length(), 10);
         fn place(patch: usize, entry: usize) -> usize {
@@ -141,7 +141,7 @@ impl InputSpecOf {
 #[test]
 fn images_are_cut_as_a_convolution_reads_them() {
     let model = model();
-    let ways = InputSpecOf::new(&model);
+    let ways = Ways::new(&model);
     let lapidary_model::InputSpec::Patches(patches) = &model.spec().input else {
         panic!("patches");
     };

@@ -18,6 +18,7 @@ mod positions;
 mod reformer;
 mod soft;
 mod sparse_attention;
+mod sparse_layout;
 mod subsampled;
 mod topological;
 mod vcc;

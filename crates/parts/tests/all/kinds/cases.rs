@@ -214,6 +214,15 @@ fn linear() -> Vec<(&'static str, BlockSpec)> {
     ]
 }
 
+/// A mask of a block, with a row that sees nothing.
+fn edge() -> Vec<String> {
+    let row = |i: usize| {
+        let seen = |j: usize| i != 2 && (i + j) % 3 != 1;
+        (0..8).map(|j| if seen(j) { '#' } else { '.' }).collect()
+    };
+    (0..8).map(row).collect()
+}
+
 /// Heads that meet some of the keys. One chunk holds everything where tokens are sorted and causal,
 /// so that what is met doesn't hang on later ones.
 fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
@@ -243,9 +252,20 @@ fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
         groups: 2,
     };
     vec![
-        ("strided, merged", sparse(strided, Steps::Merged)),
+        ("strided, merged", sparse(strided.clone(), Steps::Merged)),
         ("strided, by head", sparse(strided, Steps::ByHead)),
         ("fixed, columns of each head", sparse(fixed, Steps::Merged)),
+        (
+            "a layout of its own for each head",
+            sparse(
+                SparsePattern::Layout(BlockLayout {
+                    block: 8,
+                    heads: vec![vec!["a".to_owned()], vec!["#".to_owned()]],
+                    masks: BTreeMap::from([("a".to_owned(), edge())]),
+                }),
+                Steps::Merged,
+            ),
+        ),
         (
             "log-sparse, grouped keys, rotary",
             MultiHeadSpec {

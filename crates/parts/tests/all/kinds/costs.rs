@@ -321,7 +321,7 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
         MechanismSpec::Kernelized(kernelized) => kernelized_formula(spec, kernelized, keys),
         MechanismSpec::Sparse(sparse) => {
             let merging = match sparse.pattern {
-                SparsePattern::LogSparse => 0,
+                SparsePattern::LogSparse | SparsePattern::Layout(_) => 0,
                 _ => 2 * LENGTH * (2 * spec.value_width(WIDTH) + 4),
             };
             let met = (0..spec.heads).map(|head| pairs_of_pattern(sparse, head));
@@ -445,9 +445,9 @@ fn mra_formula(spec: &MultiHeadSpec, mra: &MraSpec) -> usize {
 
 /// Pairs of a query and a key that a head meets in a sequence.
 fn pairs_of_pattern(sparse: &SparseSpec, head: usize) -> usize {
-    let sees = |i: usize, j: usize| match sparse.pattern {
+    let sees = |i: usize, j: usize| match &sparse.pattern {
         SparsePattern::Strided { stride } => {
-            let steps = [i - j < stride, (i - j).is_multiple_of(stride)];
+            let steps = [i - j < *stride, (i - j).is_multiple_of(*stride)];
             match sparse.steps {
                 Steps::ByHead => steps[head % 2],
                 _ => steps[0] || steps[1],
@@ -459,6 +459,10 @@ fn pairs_of_pattern(sparse: &SparseSpec, head: usize) -> usize {
             groups,
         } => i / stride == j / stride || stride - 1 - j % stride == head % groups,
         SparsePattern::LogSparse => i == j || (i - j).is_power_of_two(),
+        SparsePattern::Layout(layout) => match layout.heads[head][0].as_str() {
+            "#" => true,
+            letter => layout.masks[letter][i].as_bytes()[j] == b'#',
+        },
         other => panic!("no formula for {other:?}"),
     };
     let pairs = (0..LENGTH).flat_map(|i| (0..=i).map(move |j| (i, j)));

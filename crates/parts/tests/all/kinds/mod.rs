@@ -29,7 +29,7 @@ use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, Lio
 use lapidary_parts::attention::mechanism::mra::{MraSpec, Tiles};
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
 use lapidary_parts::attention::mechanism::soft::{Landmarks, SoftSpec};
-use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
+use lapidary_parts::attention::mechanism::sparse::{BlockLayout, SparsePattern, SparseSpec, Steps};
 use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec};
 use lapidary_parts::attention::mechanism::topological::{FeatureMap, Mask, TopologicalSpec};
 use lapidary_parts::attention::wavelet::{Family, WaveletSpec};
