@@ -66,13 +66,19 @@ fn transition(circuit: &Circuit, angles: &[f64]) -> Vec<f64> {
     values(&circuit.transitions(&angles).unwrap())
 }
 
+const ANSATZE: [fn(usize, usize, usize) -> Circuit; 3] =
+    [Circuit::bricks, Circuit::centrosymmetric, Circuit::trotter];
+
 #[test]
 fn circuits_are_doubly_stochastic_whatever_their_angles() {
     for data in 0..=3 {
         // Of one qubit at least.
         for extra in usize::from(data == 0)..=2 {
-            for layers in [0, 1, 3] {
-                let circuit = Circuit::bricks(data, extra, layers);
+            for (layers, make) in [0, 1, 3]
+                .into_iter()
+                .flat_map(|n| ANSATZE.map(|make| (n, make)))
+            {
+                let circuit = make(data, extra, layers);
                 let batch = 3;
                 let drawn = (random(&[batch, circuit.angles()], 4) * 3.0).unwrap();
                 for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-5)] {
@@ -103,13 +109,19 @@ fn circuits_have_as_many_angles_as_the_paper_counts() {
 
 #[test]
 fn without_angles_nothing_moves_and_with_any_the_matrix_is_unitary() {
-    let circuit = Circuit::bricks(2, 2, 3);
-    let still = transition(&circuit, &vec![0.0; circuit.angles()]);
+    for make in ANSATZE {
+        let circuit = make(2, 2, 3);
+        moves_by_angles_alone(&circuit);
+    }
+}
+
+fn moves_by_angles_alone(circuit: &Circuit) {
+    let still = transition(circuit, &vec![0.0; circuit.angles()]);
     for (at, entry) in still.iter().enumerate() {
         assert_eq!(*entry, f64::from(u8::from(at / 4 == at % 4)));
     }
     let rows = 16;
-    let [re, im] = circuit.unitary(&angles(&circuit, 3));
+    let [re, im] = circuit.unitary(&angles(circuit, 3));
     for a in 0..rows {
         for b in 0..rows {
             let (mut real, mut imaginary) = (0.0, 0.0);
@@ -285,6 +297,98 @@ fn without_extra_qubits_it_is_the_squares_of_a_unitary() {
     }
 }
 
+/// `P_ij = P_{T−1−i, T−1−j}` whatever the angles, where other circuits have no such thing; and blocks are those
+/// of the usual circuit but for the axis.
+#[test]
+fn centrosymmetric_circuits_are_the_same_from_both_ends() {
+    let apart = |circuit: &Circuit| {
+        let made = transition(circuit, &angles(circuit, 6));
+        let pairs = made.iter().zip(made.iter().rev());
+        pairs.fold(0.0, |most: f64, (a, b)| most.max((a - b).abs()))
+    };
+    for (data, extra) in [(1, 0), (2, 0), (2, 2), (3, 1)] {
+        let own = apart(&Circuit::centrosymmetric(data, extra, 3));
+        assert!(own < 1e-14, "{data}, {extra}: {own:e}");
+    }
+    assert!(apart(&Circuit::bricks(2, 2, 3)) > 1e-2);
+    assert!(apart(&Circuit::trotter(2, 2, 3)) > 1e-2);
+    // One block on two qubits.
+    let circuit = Circuit::centrosymmetric(2, 0, 1);
+    let phi = angles(&circuit, 7);
+    let not = controlled_not();
+    let inner = kron(&rotation('x', phi[4]), &rotation('z', phi[5]));
+    let before = kron(&rotation('x', phi[0]), &rotation('x', phi[1]));
+    let after = kron(&rotation('x', phi[2]), &rotation('x', phi[3]));
+    let coupled = product(&not, &product(&inner, &not));
+    let expected = product(&after, &product(&coupled, &before)).concat();
+    let [re, im] = circuit.unitary(&phi);
+    for ((re, im), (x, y)) in re.iter().zip(&im).zip(expected) {
+        assert!((re - x).abs() < 1e-14 && (im - y).abs() < 1e-14);
+    }
+}
+
+/// `e^{−iH}` by its series, `H` being multiplied out from Pauli's matrices.
+fn evolved(qubits: usize, phi: &[f64]) -> Gate {
+    let pauli = |axis: usize| -> Gate {
+        match axis {
+            0 => vec![vec![(0.0, 0.0), (1.0, 0.0)], vec![(1.0, 0.0), (0.0, 0.0)]],
+            1 => vec![vec![(0.0, 0.0), (0.0, -1.0)], vec![(0.0, 1.0), (0.0, 0.0)]],
+            _ => vec![vec![(1.0, 0.0), (0.0, 0.0)], vec![(0.0, 0.0), (-1.0, 0.0)]],
+        }
+    };
+    let on = |sites: &[(usize, usize)]| {
+        (0..qubits).fold(eye(1), |all, qubit| {
+            let here = sites.iter().find(|site| site.0 == qubit);
+            kron(&all, &here.map_or_else(|| eye(2), |site| pauli(site.1)))
+        })
+    };
+    let mut terms = Vec::new();
+    for qubit in 0..qubits {
+        terms.extend((0..3).map(|axis| on(&[(qubit, axis)])));
+    }
+    for first in 0..qubits {
+        for second in first + 1..qubits {
+            terms.extend([0, 2].map(|axis| on(&[(first, axis), (second, axis)])));
+        }
+    }
+    assert_eq!(terms.len(), phi.len());
+    let size = 1 << qubits;
+    // −i H
+    let mut generator = vec![vec![(0.0, 0.0); size]; size];
+    for (term, phi) in terms.iter().zip(phi) {
+        for (to, from) in generator.iter_mut().flatten().zip(term.iter().flatten()) {
+            let (re, im) = times((0.0, -phi / 2.0), *from);
+            *to = (to.0 + re, to.1 + im);
+        }
+    }
+    let (mut sum, mut power) = (eye(size), eye(size));
+    for n in 1..60 {
+        power = product(&power, &generator);
+        for (sum, entry) in sum.iter_mut().flatten().zip(power.iter_mut().flatten()) {
+            *entry = (entry.0 / f64::from(n), entry.1 / f64::from(n));
+            *sum = (sum.0 + entry.0, sum.1 + entry.1);
+        }
+    }
+    sum
+}
+
+/// Twice as many steps are half as far from the evolution that they approach.
+#[test]
+fn steps_approach_the_evolution_of_an_ising_model() {
+    for qubits in [1, 2, 3] {
+        let phi = angles(&Circuit::trotter(qubits, 0, 1), 9);
+        let expected = evolved(qubits, &phi).concat();
+        let error = |steps: usize| {
+            let [re, im] = Circuit::trotter(qubits, 0, steps).unitary(&phi);
+            let squares = re.iter().zip(&im).zip(&expected);
+            let squares = squares.map(|((re, im), (x, y))| (re - x).powi(2) + (im - y).powi(2));
+            squares.sum::<f64>().sqrt()
+        };
+        let order = (error(64) / error(128)).log2();
+        assert!((order - 1.0).abs() < 0.1, "{qubits}: {order}");
+    }
+}
+
 #[test]
 fn the_gradient_of_a_rotation_is_the_shift_rule() {
     let circuit = Circuit::bricks(1, 0, 0);
@@ -304,10 +408,21 @@ fn the_gradient_of_a_rotation_is_the_shift_rule() {
 
 #[test]
 fn gradients_pass_to_angles_and_scores() {
-    let spec = CircuitSpec {
-        layers: 1,
+    for ansatz in [Ansatz::Parted, Ansatz::Centrosymmetric] {
+        passes_gradients(CircuitSpec {
+            layers: 1,
+            ansatz,
+            ..CircuitSpec::new(4, 3)
+        });
+    }
+    passes_gradients(CircuitSpec {
+        layers: 3,
+        ansatz: Ansatz::Trotter,
         ..CircuitSpec::new(4, 3)
-    };
+    });
+}
+
+fn passes_gradients(spec: CircuitSpec) {
     let inputs = Map::from([
         ("theta".to_owned(), random(&[spec.circuit().angles()], 1)),
         ("scores".to_owned(), random(&[2, 1, 4, 4], 2)),

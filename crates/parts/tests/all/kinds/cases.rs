@@ -355,6 +355,21 @@ fn doubly_stochastic() -> Vec<(&'static str, MultiHeadSpec)> {
             by(Operator::Circuit(CircuitSpec::new(LENGTH, 4))),
         ),
         (
+            "a centrosymmetric circuit",
+            by(Operator::Circuit(CircuitSpec {
+                ansatz: Ansatz::Centrosymmetric,
+                ..CircuitSpec::new(LENGTH, 4)
+            })),
+        ),
+        (
+            "steps of an Ising model",
+            by(Operator::Circuit(CircuitSpec {
+                ansatz: Ansatz::Trotter,
+                training: Training::Differentiable,
+                ..CircuitSpec::new(LENGTH, 4)
+            })),
+        ),
+        (
             "a circuit that learns",
             by(Operator::Circuit(CircuitSpec {
                 layers: 3,

@@ -259,17 +259,22 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
                 Operator::Qr { .. } => (4 * squared * LENGTH, 0),
                 Operator::Circuit(circuit) => {
                     // Of 2ⁿ rows; half the layers are those of each part.
-                    let qubits = circuit.qubits;
-                    let layers = match circuit.ansatz {
-                        Ansatz::Simple => circuit.layers,
-                        Ansatz::Parted => 2 * circuit.layers,
+                    let (qubits, layers) = (circuit.qubits, circuit.layers);
+                    let bricks = |layers| 4 * (qubits - 1) * layers;
+                    let (angles, turns) = match circuit.ansatz {
+                        Ansatz::Simple => (3 * qubits + bricks(layers), 1),
+                        Ansatz::Parted => (3 * qubits + bricks(2 * layers), 1),
+                        Ansatz::Centrosymmetric => (qubits + bricks(layers), 1),
+                        Ansatz::Trotter => (3 * qubits + qubits * (qubits - 1), layers),
                     };
-                    let angles = 3 * qubits + 4 * (qubits - 1) * layers;
                     let learned = match circuit.training {
                         Training::Static => 0,
                         Training::Mixed | Training::Differentiable => angles,
                     };
-                    (angles + (6 * angles + 3) * (1 << (2 * qubits)), learned)
+                    (
+                        angles + (6 * angles * turns + 3) * (1 << (2 * qubits)),
+                        learned,
+                    )
                 }
             };
             (parameters, heads * (operations + 2 * squared * widths))
