@@ -1,5 +1,6 @@
 //! Integration tests of the parts, in one program; the one that counts the bytes it allocates stands alone.
 
+mod circuits;
 mod combiner;
 mod common;
 mod decoding;
@@ -8,6 +9,7 @@ mod ecoformer;
 mod fastmax;
 mod fit;
 mod golden;
+mod hash_search;
 mod introduction;
 mod kernelized;
 mod kinds;
