@@ -2,8 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
 use crate::common::{
-    Map, assert_near, build, contracted, difference, draw, gradient_error, is_finite, random,
-    tensor, values,
+    Map, assert_near, build, contracted, difference, draw, is_finite, random, tensor, values,
 };
 use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::Context;
