@@ -85,7 +85,7 @@ impl Objective {
                     _ => Ok(Self::Label),
                 }
             }
-            (HeadSpec::Pooled { .. } | HeadSpec::None, Some(Target::None)) => {
+            (HeadSpec::Pooled { .. } | HeadSpec::None | HeadSpec::Pixels, Some(Target::None)) => {
                 Ok(Self::Representation)
             }
             _ => Err(Error::invalid(

@@ -9,6 +9,7 @@
 //!   from plain SVD to the Kronecker-factored Fisher information.
 //! - [`Regression`]: the best linear map between rows, streaming; [`nearest_distances`].
 //! - [`trees`]: products with functions of the distances in a tree, without the matrix.
+//! - [`polynomial`]: all roots at once.
 //! - [`rank`]: how many parameters a rank costs, and which rank a budget buys.
 //!
 //! ```
@@ -29,6 +30,7 @@ mod decompose;
 mod error;
 mod matrix;
 mod neighbours;
+pub mod polynomial;
 pub mod rank;
 mod regression;
 pub mod trees;

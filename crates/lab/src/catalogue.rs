@@ -557,6 +557,13 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
             none,
             wired(Wiring::Replacing),
         ),
+        entry(
+            "wiring",
+            "reversed",
+            "the second part first, and attention taken off: CRATE's decoder (Yu et al., 2023)",
+            none,
+            wired(Wiring::Reversed),
+        ),
         organised(
             "interleaved, (1)1(1) in groups of 32",
             "groups of tokens, two latents each that meet in a global block (Chen & Li, 2023)",

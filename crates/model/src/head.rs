@@ -1,6 +1,6 @@
 //! From the last hidden vectors to scores.
 
-use crate::input::Input;
+use crate::input::{Embedding, Input};
 use crate::spec::{HeadSpec, HeadTransform, Pool};
 use lapidary_kernels::{Activation, D, DType, Tensor};
 use lapidary_parts::norm::Norm;
@@ -35,29 +35,47 @@ pub(crate) enum Head {
         /// One, or for [`Pool::FirstTwo`] two.
         outputs: Vec<Linear>,
     },
+    Pixels {
+        /// Tokens before those of patches.
+        before: usize,
+        output: Linear,
+    },
 }
 
 /// What the head makes.
+#[derive(Default)]
 pub(crate) struct HeadOutput {
     pub(crate) pooled: Option<Signal>,
     pub(crate) logits: Option<Signal>,
+    pub(crate) pixels: Option<Signal>,
 }
 
 impl Head {
     pub(crate) fn new(
         spec: &HeadSpec,
         width: usize,
-        table: Option<&Tensor>,
+        embedding: &Embedding,
         mut root: Parameters<'_>,
     ) -> Result<Self> {
         match spec {
             HeadSpec::None => Ok(Self::None),
+            HeadSpec::Pixels => {
+                let patches = embedding
+                    .patches()
+                    .ok_or_else(|| Error::spec("head.kind", "pixels", "a head for tokens"))?;
+                // Named from the root, where its input's site is.
+                let from = "pixels.in";
+                Ok(Self::Pixels {
+                    before: patches.class_tokens,
+                    output: root.linear("head.output", from, width, patches.pixels(), true)?,
+                })
+            }
             HeadSpec::LanguageModel {
                 tied,
                 bias,
                 transform,
             } => {
-                let table = table.ok_or_else(|| {
+                let table = embedding.table().ok_or_else(|| {
                     Error::spec("head.kind", "language-model", "a head for patches")
                 })?;
                 let (vocabulary, table_width) = engine(table.dims2())?;
@@ -151,10 +169,19 @@ impl Head {
         cx: &Context<'_>,
     ) -> Result<HeadOutput> {
         match self {
-            Self::None => Ok(HeadOutput {
-                pooled: None,
-                logits: None,
-            }),
+            Self::None => Ok(HeadOutput::default()),
+            Self::Pixels { before, output } => {
+                let length = hidden.dims().get(1).copied().unwrap_or(0);
+                let patches = hidden.narrow(1, *before, length.saturating_sub(*before))?;
+                let patches = cx.trace.site(format_args!("pixels.in"), patches)?;
+                let pixels = cx
+                    .trace
+                    .site(format_args!("pixels"), patches.linear(output)?)?;
+                Ok(HeadOutput {
+                    pixels: Some(pixels),
+                    ..HeadOutput::default()
+                })
+            }
             Self::LanguageModel {
                 transform,
                 projection,
@@ -173,8 +200,8 @@ impl Head {
                     .trace
                     .site(format_args!("logits"), x.linear_scores(output)?)?;
                 Ok(HeadOutput {
-                    pooled: None,
                     logits: Some(logits),
+                    ..HeadOutput::default()
                 })
             }
             Self::Pooled {
@@ -196,6 +223,7 @@ impl Head {
                 Ok(HeadOutput {
                     pooled: Some(first),
                     logits: Some(logits),
+                    pixels: None,
                 })
             }
             Self::Pooled {
@@ -220,6 +248,7 @@ impl Head {
                 Ok(HeadOutput {
                     pooled: Some(pooled),
                     logits,
+                    pixels: None,
                 })
             }
         }

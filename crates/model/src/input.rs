@@ -1,7 +1,7 @@
 //! From token ids or pixels to the first hidden vectors.
 
 use crate::position::Positions;
-use crate::spec::{InputSpec, PatchInput, Projected, TokenInput};
+use crate::spec::{InputSpec, PatchInput, PatchPosition, Projected, TokenInput};
 use lapidary_kernels::Tensor;
 use lapidary_parts::norm::Norm;
 use lapidary_parts::parameters::{Init, Parameters};
@@ -55,12 +55,26 @@ impl Embedding {
         })
     }
 
-    pub(crate) fn forward(&self, input: &Input, cx: &Context<'_>) -> Result<Signal> {
+    /// The first hidden vectors; of patches those alone that are `visible` `[batch, patches]`, 1 = seen,
+    /// where that is given.
+    pub(crate) fn forward(
+        &self,
+        input: &Input,
+        visible: Option<&Tensor>,
+        cx: &Context<'_>,
+    ) -> Result<Signal> {
         match (self, input) {
+            (Self::Tokens(_), _) if visible.is_some() => Err(Error::spec(
+                "visible patches",
+                "given",
+                "absent for a model that reads tokens",
+            )),
             (Self::Tokens(embedding), Input::Tokens { ids, token_types }) => {
                 embedding.forward(ids, token_types.as_ref(), cx)
             }
-            (Self::Patches(embedding), Input::Pixels(pixels)) => embedding.forward(pixels, cx),
+            (Self::Patches(embedding), Input::Pixels(pixels)) => {
+                embedding.forward(pixels, visible, cx)
+            }
             (Self::Tokens(_), Input::Pixels(_)) => Err(Error::spec(
                 "input",
                 "pixel_values",
@@ -79,6 +93,14 @@ impl Embedding {
         match self {
             Self::Tokens(embedding) => Some(&embedding.tokens),
             Self::Patches(_) => None,
+        }
+    }
+
+    /// How images are cut.
+    pub(crate) fn patches(&self) -> Option<&PatchInput> {
+        match self {
+            Self::Tokens(_) => None,
+            Self::Patches(embedding) => Some(&embedding.spec),
         }
     }
 }
@@ -212,23 +234,33 @@ pub(crate) struct PatchEmbedding {
     spec: PatchInput,
     projection: Linear,
     class_tokens: Option<Tensor>,
-    positions: Tensor,
+    /// `[width]`.
+    mask_token: Option<Tensor>,
+    /// `[tokens, width]`, where they are learned.
+    positions: Option<Tensor>,
     norm: Norm,
 }
 
 impl PatchEmbedding {
     fn new(spec: &PatchInput, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
         let init = Init::Normal { deviation: 0.02 };
-        let features = spec.channels * spec.patch * spec.patch;
-        let projection = parameters.linear("patches", "pixels", features, width, spec.bias)?;
+        let projection = parameters.linear("patches", "pixels", spec.pixels(), width, spec.bias)?;
         let class_tokens = match spec.class_tokens {
             0 => None,
             count => Some(parameters.tensor("class_tokens", &[count, width], init)?),
         };
-        let tokens = spec.patches() + spec.class_tokens;
-        let positions = parameters
-            .at("positions")
-            .tensor("weight", &[tokens, width], init)?;
+        let mask_token = match spec.mask_token {
+            true => Some(parameters.tensor("mask_token", &[width], init)?),
+            false => None,
+        };
+        let positions = match spec.position {
+            PatchPosition::Learned => {
+                let tokens = spec.patches() + spec.class_tokens;
+                let mut own = parameters.at("positions");
+                Some(own.tensor("weight", &[tokens, width], init)?)
+            }
+            PatchPosition::SineCosine => None,
+        };
         let norm = match &spec.norm {
             Some(norm) => Norm::new(norm, width, parameters.at("norm"))?,
             None => Norm::None,
@@ -237,36 +269,72 @@ impl PatchEmbedding {
             spec: spec.clone(),
             projection,
             class_tokens,
+            mask_token,
             positions,
             norm,
         })
     }
 
-    fn forward(&self, pixels: &Tensor, cx: &Context<'_>) -> Result<Signal> {
-        let [height, width] = self.spec.image;
-        let (channels, patch) = (self.spec.channels, self.spec.patch);
-        let batch = match pixels.dims() {
-            [batch, c, h, w] if [*c, *h, *w] == [channels, height, width] => *batch,
-            found => {
-                let expected = format!("[batch, {channels}, {height}, {width}]");
-                return Err(Error::spec("pixel_values shape", found, expected));
-            }
-        };
-        let (rows, columns) = (height / patch, width / patch);
-        // [batch, channels, rows, patch, columns, patch] -> [batch, rows, columns, channels,
-        // patch, patch], so that a patch is one row of pixels in the order of a convolution.
-        let cut = engine(pixels.reshape(vec![batch, channels, rows, patch, columns, patch]))?;
-        let cut = engine(cut.permute(vec![0, 2, 4, 1, 3, 5]))?;
-        let cut = engine(cut.reshape((batch, rows * columns, channels * patch * patch)))?;
-        let cut = Signal::from(cut);
+    fn forward(
+        &self,
+        pixels: &Tensor,
+        visible: Option<&Tensor>,
+        cx: &Context<'_>,
+    ) -> Result<Signal> {
+        let cut = Signal::from(self.spec.cut(pixels)?);
+        let (batch, _, _) = engine(cut.value().dims3())?;
         let cut = cx.trace.site(format_args!("embeddings.pixels"), cut)?;
         let mut x = cut.linear(&self.projection)?;
+        if let Some(visible) = visible {
+            x = self.masked(&x, visible)?;
+        }
         if let Some(tokens) = &self.class_tokens {
             let (count, features) = engine(tokens.dims2())?;
             let tokens =
                 engine(engine(tokens.unsqueeze(0))?.broadcast_as((batch, count, features)))?;
             x = Signal::concatenate(&[Signal::from(tokens), x], 1)?;
         }
-        self.norm.forward(&x.add_constant(&self.positions)?)
+        let positions = match &self.positions {
+            Some(learned) => learned.clone(),
+            None => waves(&self.spec, x.value())?,
+        };
+        self.norm.forward(&x.add_constant(&positions)?)
     }
+
+    /// `x` `[batch, patches, width]` with the mask token where a patch is not `visible`.
+    fn masked(&self, x: &Signal, visible: &Tensor) -> Result<Signal> {
+        let Some(token) = &self.mask_token else {
+            let expected = "absent for a model without input.mask_token";
+            return Err(Error::spec("visible patches", "given", expected));
+        };
+        let (batch, patches, _) = engine(x.value().dims3())?;
+        if visible.dims() != [batch, patches] {
+            let expected = format!("[{batch}, {patches}]");
+            return Err(Error::spec(
+                "shape of visible patches",
+                visible.dims(),
+                expected,
+            ));
+        }
+        let keep = engine(engine(visible.to_dtype(x.dtype()))?.unsqueeze(2))?;
+        let hidden = engine(engine(keep.affine(-1.0, 1.0))?.broadcast_mul(token))?;
+        Ok(x.multiply_constant(&keep)?.add_constant(&hidden)?)
+    }
+}
+
+/// [`PatchPosition::SineCosine`] `[tokens, width]`, of the kind of `like` `[batch, tokens, width]`.
+fn waves(spec: &PatchInput, like: &Tensor) -> Result<Tensor> {
+    let (_, tokens, width) = engine(like.dims3())?;
+    let columns = (spec.image[1] / spec.patch).max(1);
+    let quarter = width / 4;
+    let mut table = vec![0f32; spec.class_tokens * width];
+    for patch in 0..spec.patches() {
+        for place in [patch % columns, patch / columns] {
+            let angle = |i: usize| place as f64 / 10_000f64.powf(i as f64 / quarter as f64);
+            table.extend((0..quarter).map(|i| angle(i).sin() as f32));
+            table.extend((0..quarter).map(|i| angle(i).cos() as f32));
+        }
+    }
+    let table = engine(Tensor::from_vec(table, (tokens, width), like.device()))?;
+    engine(table.to_dtype(like.dtype()))
 }

@@ -58,6 +58,9 @@ pub struct Pass<'a> {
     /// Begin at this block with what flows into it, `[batch, length, width]`, as an earlier pass
     /// found it: embeddings and earlier blocks are not run. Not together with a decode state.
     pub start: Option<(usize, &'a Signal)>,
+    /// Patches that are seen, `[batch, patches]` in `u8`, 1 = seen; a learned token stands for the
+    /// others. All are when absent.
+    pub visible: Option<&'a Tensor>,
     /// Remember only what flows between blocks, and recompute the rest in the backward pass. For
     /// training: not together with a trace, a decode state or a memory.
     pub recomputation: Option<&'a Recomputation>,
@@ -72,6 +75,8 @@ pub struct Output {
     pub pooled: Option<Signal>,
     /// `[batch, length, vocabulary]` or `[batch, labels]`.
     pub logits: Option<Signal>,
+    /// `[batch, patches, channels · patch²]`, for heads that give pixels.
+    pub pixels: Option<Signal>,
 }
 
 impl Output {
@@ -142,7 +147,7 @@ impl Model {
             Some(norm) => Norm::new(norm, width, root.at("final_norm"))?,
             None => Norm::None,
         };
-        let head = Head::new(&spec.head, width, embedding.table(), root)?;
+        let head = Head::new(&spec.head, width, &embedding, root)?;
         let known: BTreeSet<&str> = linears.iter().map(|linear| linear.path.as_str()).collect();
         if let Some(unknown) = ranks.keys().find(|path| !known.contains(path.as_str())) {
             return Err(Error::spec(
@@ -352,7 +357,7 @@ impl Model {
         let (first, mut x) = match pass.start {
             Some((block, hidden)) => (self.check_start(block, hidden)?, hidden.clone()),
             None => {
-                let x = self.embedding.forward(input, &cx)?;
+                let x = self.embedding.forward(input, pass.visible, &cx)?;
                 (0, cx.trace.site(format_args!("embeddings"), x)?)
             }
         };
@@ -404,6 +409,7 @@ impl Model {
             hidden,
             pooled: output.pooled,
             logits: output.logits,
+            pixels: output.pixels,
         })
     }
 }

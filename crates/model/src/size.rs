@@ -71,7 +71,7 @@ impl ModelSpec {
             if let Some(norm) = &self.final_norm {
                 Norm::new(norm, width, root.at("final_norm"))?;
             }
-            Head::new(&self.head, width, embedding.table(), root).map(|_| ())
+            Head::new(&self.head, width, &embedding, root).map(|_| ())
         })?;
         for block in &self.blocks {
             let one = counted(|root| Block::new(block, width, root).map(|_| ()))?;

@@ -24,6 +24,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::input::engine;
+use lapidary_kernels::Tensor;
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::block::BlockSpec;
 use lapidary_parts::norm::NormSpec;
@@ -230,6 +232,35 @@ pub struct PatchInput {
     /// Norm of the embeddings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub norm: Option<NormSpec>,
+    /// Positions added to the patches.
+    #[serde(default, skip_serializing_if = "PatchPosition::is_default")]
+    pub position: PatchPosition,
+    /// Whether there is a learned token that stands for patches which a pass hides.
+    #[serde(default, skip_serializing_if = "is_not")]
+    pub mask_token: bool,
+}
+
+/// Positions added to patches and the tokens before them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum PatchPosition {
+    /// A table with a row for each.
+    #[default]
+    Learned,
+    /// `sin(c θ_i), cos(c θ_i)` of the column `c` in the first half of the features and of the row in
+    /// the second, `θ_i = 10000^{−4i/width}`; nothing for the tokens before the patches (He et al.,
+    /// Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377).
+    SineCosine,
+}
+
+impl PatchPosition {
+    #[allow(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde asks for a reference"
+    )]
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 fn three() -> usize {
@@ -249,6 +280,35 @@ impl PatchInput {
     pub fn patches(&self) -> usize {
         let side = |pixels: usize| pixels / self.patch.max(1);
         side(self.image[0]).saturating_mul(side(self.image[1]))
+    }
+
+    /// Numbers of a patch, `channels · patch²`.
+    pub fn pixels(&self) -> usize {
+        self.patch
+            .saturating_mul(self.patch)
+            .saturating_mul(self.channels)
+    }
+
+    /// Images `[batch, channels, height, width]` as patches `[batch, patches, pixels]`, row by row, the
+    /// numbers of each in the order of a convolution: channels, rows, columns.
+    ///
+    /// # Errors
+    /// For images of another size.
+    pub fn cut(&self, images: &Tensor) -> Result<Tensor> {
+        let [height, width] = self.image;
+        let (channels, patch) = (self.channels, self.patch);
+        let batch = match images.dims() {
+            [batch, c, h, w] if [*c, *h, *w] == [channels, height, width] => *batch,
+            found => {
+                let expected = format!("[batch, {channels}, {height}, {width}]");
+                return Err(Error::spec("pixel_values shape", found, expected));
+            }
+        };
+        let (rows, columns) = (height / patch, width / patch);
+        // [batch, channels, rows, patch, columns, patch] -> [batch, rows, columns, channels, patch, patch]
+        let cut = engine(images.reshape(vec![batch, channels, rows, patch, columns, patch]))?;
+        let cut = engine(cut.permute(vec![0, 2, 4, 1, 3, 5]))?;
+        engine(cut.reshape((batch, rows * columns, self.pixels())))
     }
 }
 
@@ -289,6 +349,8 @@ pub enum HeadSpec {
         #[serde(default = "yes")]
         bias: bool,
     },
+    /// The pixels of each patch, from its token.
+    Pixels,
 }
 
 #[allow(
@@ -429,7 +491,7 @@ impl ModelSpec {
                 }
                 validate_norm(&tokens.norm, "input.norm")?;
             }
-            InputSpec::Patches(patches) => validate_patches(patches)?,
+            InputSpec::Patches(patches) => validate_patches(patches, self.width)?,
         }
         for (index, block) in self.blocks.iter().enumerate() {
             block.validate(self.width, &format!("blocks.{index}"))?;
@@ -461,6 +523,7 @@ impl ModelSpec {
                 Pool::AtToken(_) => Some("pooled at a token"),
                 Pool::First | Pool::Mean | Pool::Last | Pool::FirstTwo => None,
             },
+            HeadSpec::Pixels => Some("pixels"),
             HeadSpec::None => None,
         };
         match by_token {
@@ -476,6 +539,12 @@ impl ModelSpec {
     fn validate_head(&self) -> Result<()> {
         match &self.head {
             HeadSpec::None => Ok(()),
+            HeadSpec::Pixels if self.vocabulary().is_some() => Err(Error::spec(
+                "head.kind",
+                "pixels",
+                "another for a model that reads tokens",
+            )),
+            HeadSpec::Pixels => Ok(()),
             HeadSpec::LanguageModel { .. } if self.vocabulary().is_none() => Err(Error::spec(
                 "head.kind",
                 "language-model",
@@ -513,7 +582,11 @@ fn validate_norm(norm: &Option<NormSpec>, field: &str) -> Result<()> {
     norm.as_ref().map_or(Ok(()), |norm| norm.validate(field))
 }
 
-fn validate_patches(patches: &PatchInput) -> Result<()> {
+fn validate_patches(patches: &PatchInput, width: usize) -> Result<()> {
+    if patches.position == PatchPosition::SineCosine && !width.is_multiple_of(4) {
+        let expected = "a multiple of 4 for sines and cosines of rows and columns";
+        return Err(Error::spec("width", width, expected));
+    }
     bounded("input.patch", patches.patch, 4096)?;
     bounded("input.channels", patches.channels, 4096)?;
     for side in patches.image {

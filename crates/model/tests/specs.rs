@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{
     AbsolutePosition, HeadSpec, HeadTransform, Input, InputSpec, Model, ModelSpec, Pass,
-    PatchInput, Pool, Projected, TokenInput,
+    PatchInput, PatchPosition, Pool, Projected, TokenInput,
 };
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::wavelet::{Base, Boundary, Family, WaveletSpec};
@@ -351,7 +351,9 @@ fn block() -> BoxedStrategy<BlockSpec> {
     let wiring = prop_oneof![
         Just(Wiring::PreNorm),
         Just(Wiring::PostNorm),
-        Just(Wiring::Parallel)
+        Just(Wiring::Parallel),
+        Just(Wiring::Replacing),
+        Just(Wiring::Reversed)
     ];
     let part = proptest::option::weighted(0.8, feedforward());
     (size(), wiring, norm(), mixer(), part, number())
@@ -408,8 +410,8 @@ fn input() -> BoxedStrategy<InputSpec> {
                 })
             }
         ),
-        1 => (size(), size(), size(), size(), size(), norm()).prop_map(
-            |(height, width, patch, channels, class_tokens, norm)| {
+        1 => (size(), size(), size(), size(), size(), norm(), any::<[bool; 2]>()).prop_map(
+            |(height, width, patch, channels, class_tokens, norm, [waves, mask_token])| {
                 InputSpec::Patches(PatchInput {
                     image: [height, width],
                     patch,
@@ -417,6 +419,11 @@ fn input() -> BoxedStrategy<InputSpec> {
                     class_tokens,
                     bias: true,
                     norm,
+                    position: match waves {
+                        true => PatchPosition::SineCosine,
+                        false => PatchPosition::Learned,
+                    },
+                    mask_token,
                 })
             }
         ),
@@ -441,6 +448,7 @@ fn head() -> BoxedStrategy<HeadSpec> {
     let seldom = || proptest::option::weighted(0.3, activation());
     prop_oneof![
         Just(HeadSpec::None),
+        Just(HeadSpec::Pixels),
         (any::<[bool; 2]>(), proptest::option::of(transform)).prop_map(
             |([tied, bias], transform)| HeadSpec::LanguageModel {
                 tied,

@@ -35,6 +35,10 @@ pub enum Wiring {
     /// `y = x + A(N₁ x); z = F(N₂ y)`: what the second part gives takes the place of the stream (Yu
     /// et al., CRATE, arXiv 2306.01129).
     Replacing,
+    /// `y = F(N₁ x); z = y − A(N₂ y)`: the way back of what replaces, feed-forward part first and attention
+    /// taken off (the decoder of Yu et al., White-Box Transformers via Sparse Rate Reduction: Compression
+    /// Is All There Is?, arXiv 2311.13110).
+    Reversed,
 }
 
 impl Wiring {
@@ -45,6 +49,7 @@ impl Wiring {
             Self::PostNorm => "post-norm",
             Self::Parallel => "parallel",
             Self::Replacing => "replacing",
+            Self::Reversed => "reversed",
         }
     }
 
@@ -124,10 +129,10 @@ impl BlockSpec {
         self.validate_shortcuts(field)?;
         if let Some(cross) = &self.cross_attention {
             cross.validate_cross(width, &format!("{field}.cross_attention"))?;
-            if self.wiring == Wiring::Parallel {
+            if matches!(self.wiring, Wiring::Parallel | Wiring::Reversed) {
                 return Err(Error::spec(
                     format!("{field}.wiring"),
-                    "parallel",
+                    self.wiring.name(),
                     "pre-norm or post-norm in a block with cross-attention",
                 ));
             }
@@ -176,9 +181,9 @@ impl BlockSpec {
 
     fn validate_shortcuts(&self, field: &str) -> Result<()> {
         let obstacle = match (self.wiring, &self.cross_attention) {
-            (Wiring::PostNorm | Wiring::Replacing, _) => {
-                "false in a post-norm or replacing block, whose parts change what the residual \
-                 carries"
+            (Wiring::PostNorm | Wiring::Replacing | Wiring::Reversed, _) => {
+                "false in a post-norm, replacing or reversed block, whose parts change what the \
+                 residual carries"
             }
             (_, Some(_)) => "false in a block with cross-attention",
             _ => return Ok(()),
@@ -321,8 +326,10 @@ impl Block {
         state: Option<&mut MixerState>,
     ) -> Result<Signal> {
         let x = cx.trace.site(format_args!("{}.in", self.path), x)?;
-        if self.wiring == Wiring::Parallel {
-            return self.parallel(x, cx, state);
+        match self.wiring {
+            Wiring::Parallel => return self.parallel(x, cx, state),
+            Wiring::Reversed => return self.reversed(x, cx, state),
+            Wiring::PreNorm | Wiring::PostNorm | Wiring::Replacing => {}
         }
         let shortcut = self.attention_shortcut.as_ref();
         let x = match &self.attention {
@@ -437,7 +444,7 @@ impl Block {
                 let y = self.written(part(&x)?, around, name, cx)?;
                 around.norm.forward(&x.add(&y)?)
             }
-            Wiring::PreNorm | Wiring::Parallel | Wiring::Replacing => {
+            Wiring::PreNorm | Wiring::Parallel | Wiring::Replacing | Wiring::Reversed => {
                 let y = self.half(&x, around, name, cx, part)?;
                 Ok(passed(&x, shortcut)?.add(&y)?)
             }
@@ -454,6 +461,19 @@ impl Block {
         let parts = [self.attended(&x, cx, state)?, self.transformed(&x, cx)?];
         for part in parts.into_iter().flatten() {
             y = y.add(&part)?;
+        }
+        Ok(cx.trace.site(format_args!("{}.out", self.path), y)?)
+    }
+
+    fn reversed(
+        &self,
+        x: Signal,
+        cx: &Context<'_>,
+        state: Option<&mut MixerState>,
+    ) -> Result<Signal> {
+        let mut y = self.transformed(&x, cx)?.unwrap_or(x);
+        if let Some(attended) = self.attended(&y, cx, state)? {
+            y = y.add(&attended.scale(-1.0)?)?;
         }
         Ok(cx.trace.site(format_args!("{}.out", self.path), y)?)
     }

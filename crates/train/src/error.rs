@@ -106,3 +106,10 @@ impl Error {
         }
     }
 }
+
+/// What the tensor engine gives, its errors as these.
+pub(crate) fn engine<T, E: Into<lapidary_kernels::Error>>(
+    result: std::result::Result<T, E>,
+) -> Result<T> {
+    result.map_err(|error| Error::Kernel(error.into()))
+}

@@ -4,6 +4,7 @@
 //! - [`data`]: text and token files, windows over them, and generated [`data::Task`]s.
 //! - [`Schedule`], [`Gradients`], [`MovingAverage`], [`Masks`]: what surrounds an optimiser step;
 //!   [`Updates`]: the step itself, whatever the loss.
+//! - [`masked_patches`]: images with most patches hidden, and the loss of drawing them again.
 //! - [`log`]: JSON lines, TensorBoard event files, and a progress line on a terminal.
 //! - [`TrainSpec`], [`Trainer`], [`run`]: a run as data, a step at a time, and in a directory.
 //! - [`state`]: the training state on disk.
@@ -17,6 +18,7 @@ mod error;
 mod gradients;
 pub mod language;
 pub mod log;
+pub mod masked_patches;
 mod masks;
 mod random;
 mod run;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use lapidary_kernels::{DType, Tensor};
 
+use crate::error::engine;
 use crate::{Error, Result};
 
 /// For some parameters, which of their entries are trained: 1 keeps, 0 is zero and stays zero, in
@@ -115,10 +116,6 @@ fn flat<T: lapidary_kernels::WithDType>(tensor: &Tensor) -> Result<Vec<T>> {
 }
 
 /// Lifts an error of the tensor engine.
-fn engine<T, E: Into<lapidary_kernels::Error>>(result: std::result::Result<T, E>) -> Result<T> {
-    result.map_err(|error| Error::Kernel(error.into()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -28,7 +28,7 @@ impl Score {
         let scored = match &model.spec().head {
             HeadSpec::LanguageModel { .. } => true,
             HeadSpec::Pooled { labels, .. } => labels.is_some(),
-            HeadSpec::None => false,
+            HeadSpec::None | HeadSpec::Pixels => false,
         };
         match Objective::of(model, data) {
             Ok(objective @ (Objective::NextToken | Objective::TargetTokens | Objective::Label)) => {

@@ -104,5 +104,6 @@ fn of_row(output: &Output, row: usize) -> Result<Output> {
         hidden: one(&output.hidden)?,
         pooled: maybe(&output.pooled)?,
         logits: maybe(&output.logits)?,
+        pixels: maybe(&output.pixels)?,
     })
 }

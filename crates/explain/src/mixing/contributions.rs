@@ -29,10 +29,10 @@ impl Contributions {
     /// counts as the token's own.
     pub(crate) fn of(self, captured: &Captured<'_>, index: usize) -> Result<Vec<Vec<f64>>> {
         let shares = match (self, captured.spec(index)?.wiring) {
-            (_, Wiring::Replacing) => {
+            (_, wiring @ (Wiring::Replacing | Wiring::Reversed)) => {
                 return Err(Error::invalid(
                     format!("the wiring of block {index}"),
-                    "replacing",
+                    wiring.name(),
                     "one with a residual around each part; decompx takes any",
                 ));
             }

@@ -22,7 +22,7 @@ pub enum Function {
         /// `φ`.
         phase: f64,
     },
-    /// `(a₀ + a₁ x + …) / (b₀ + b₁ x + …)`.
+    /// `(a₀ + a₁ x + …) / (b₀ + b₁ x + …)`: low rank away from its poles.
     Rational {
         /// `a`.
         numerator: Vec<f64>,

@@ -12,7 +12,8 @@
 //!
 //! Cost: `O(n ln n)` to cut and to add up levels, and a product with `[f(x_u + y_w)]` for each cut: of low
 //! rank for polynomials, exponentials and waves, a Fourier transform where distances are multiples of
-//! one length, laid out otherwise.
+//! one length, in blocks of low rank for rational functions ([`super::Blocked`], off by no more than
+//! [`super::TOLERANCE`]), laid out otherwise.
 
 use super::product::multiply;
 use super::{Function, Tree};

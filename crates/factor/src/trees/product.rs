@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use realfft::RealFftPlanner;
 use realfft::num_complex::Complex;
 
-use super::Function;
+use super::{Blocked, Function};
 
 /// Entries of a matrix up to which it is laid out, where transforming would take longer.
 const SMALL: usize = 4096;
@@ -150,7 +150,7 @@ impl Transform {
     }
 }
 
-/// `C_u = Σ_w f(x_u + y_w) X_w`, `[x, width]`, for a field `[y, width]`. `lattice` is a length that all of
+/// `C_u = Σ_w f(x_u + y_w) X_w`, `[x, width]`, for a field `[y, width]`, `x` and `y` rising. `lattice` is a length that all of
 /// `x` and `y` are whole numbers of, where there is one.
 pub(super) fn multiply(
     function: &Function,
@@ -191,6 +191,13 @@ pub(super) fn multiply(
                 .collect();
             return hankel(&values, &rows, &columns, field, width);
         }
+    }
+    let entries = x.len() * y.len();
+    if entries > SMALL
+        && let Some(blocked) = Blocked::new(function, x, y)
+        && blocked.products() < entries
+    {
+        return blocked.multiply(field, width);
     }
     let mut found = vec![0.0; x.len() * width];
     for (x, row) in x.iter().zip(found.chunks_mut(width)) {

@@ -203,6 +203,8 @@ fn spec(course: &Course) -> ModelSpec {
             class_tokens: 1,
             bias: true,
             norm: None,
+            position: Default::default(),
+            mask_token: false,
         }),
         blocks: vec![BlockSpec {
             repeat: course.blocks,

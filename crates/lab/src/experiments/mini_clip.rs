@@ -104,6 +104,8 @@ impl Course {
                 class_tokens: 1,
                 bias: false,
                 norm: Some(NormSpec::default()),
+                position: Default::default(),
+                mask_token: false,
             }),
             blocks: vec![self.block(self.blocks, false)],
             final_norm: None,

@@ -10,7 +10,7 @@ use super::sequences::{
 };
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
-use lapidary_factor::trees::{Function, Graph, IntegratorTree, RationalFit, Tree};
+use lapidary_factor::trees::{Distortion, Function, Graph, IntegratorTree, RationalFit, Tree};
 use lapidary_factor::{Matrix, symmetric_eigen};
 use lapidary_parts::attention::MechanismSpec;
 use lapidary_parts::attention::mechanism::topological::{FeatureMap, Mask, TopologicalSpec};
@@ -62,6 +62,9 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let (mut claims, plots) = on_random_trees(setting, &size)?;
     setting.tell(|| "a graph's metric".to_owned());
     claims.push(of_a_graph(setting, &size)?);
+    claims.push(over_a_graph(setting, &size)?);
+    setting.tell(|| "rational functions on a path".to_owned());
+    claims.push(by_poles(setting, &size)?);
     setting.tell(|| "fields on a mesh".to_owned());
     claims.push(on_a_mesh(setting, &size)?);
     setting.tell(|| "spectra of graphs".to_owned());
@@ -264,6 +267,107 @@ fn of_a_graph(setting: &Setting, size: &Size) -> Result<Claim> {
         "learned functions of few coefficients approach the graph's metric",
         format!("relative Frobenius error {fitted:.3} against {plain:.3}, on pairs not fitted to"),
         Verdict::of(fitted <= 0.8 * plain),
+    ))
+}
+
+/// Random trees over a graph beside the spanning one.
+fn over_a_graph(setting: &Setting, size: &Size) -> Result<Claim> {
+    const SEEDS: u64 = 20;
+    let mut random = generator(setting.seed ^ 0x9a7);
+    let graph = with_chords(size.path, &mut random)?;
+    let from: Vec<usize> = (0..20)
+        .map(|_| random.random_range(0..graph.vertices()))
+        .collect();
+    let spanning = Distortion::of(&graph.spanning_tree()?, &graph, &from)?;
+    let mut least = f64::INFINITY;
+    // Means over seeds, pair by pair.
+    let mut ratios: Vec<f64> = Vec::new();
+    for seed in setting.seed..setting.seed + SEEDS {
+        let tree = graph.hierarchical_tree(seed)?;
+        least = least.min(Distortion::of(&tree, &graph, &from)?.least);
+        let mut each = Vec::new();
+        for &vertex in &from {
+            let both = tree
+                .distances(vertex)
+                .into_iter()
+                .zip(graph.distances(vertex));
+            let apart = both.filter(|(_, on_graph)| *on_graph > 0.0);
+            each.extend(apart.map(|(on_tree, on_graph)| on_tree / on_graph / SEEDS as f64));
+        }
+        ratios.resize(each.len(), 0.0);
+        for (sum, ratio) in ratios.iter_mut().zip(each) {
+            *sum += ratio;
+        }
+    }
+    let worst = ratios.iter().copied().fold(0.0, f64::max);
+    Ok(Claim::new(
+        "random trees of clusters are never shorter than the graph, and the pair that they stretch most on \
+         average over seeds is stretched less than the spanning tree stretches its worst",
+        "O(log n) in expectation; the spanning tree's worst pair has no such bound",
+        format!(
+            "largest mean ratio {worst:.1}, mean {:.2}, least {least:.3}; spanning tree: largest {:.1}, mean \
+             {:.2}",
+            mean(ratios),
+            spanning.largest,
+            spanning.mean
+        ),
+        Verdict::of(least >= 1.0 - 1e-12 && worst < spanning.largest),
+    )
+    .noted(format!("pairs of 20 vertices with all others, {SEEDS} seeds")))
+}
+
+/// Rational functions of distances that no lattice holds, in blocks of low rank and laid out.
+fn by_poles(setting: &Setting, size: &Size) -> Result<Claim> {
+    let vertices = size.trees.last().copied().unwrap_or(0);
+    let mut random = generator(setting.seed ^ 0xb10c);
+    let edges = (1..vertices).map(|v| (v - 1, v, random.random_range(0.0..1.0)));
+    let integrator = IntegratorTree::new(&Tree::new(vertices, edges.collect())?);
+    let field = numbers(vertices, &mut random);
+    let functions = [
+        (
+            "1 / (1 + x²)",
+            Function::Rational {
+                numerator: vec![1.0],
+                denominator: vec![1.0, 0.0, 1.0],
+            },
+        ),
+        (
+            "e^−x/100 / (x + 1/2)",
+            Function::Quotient {
+                rate: -0.01,
+                shift: 0.5,
+            },
+        ),
+    ];
+    let (mut worst, mut least, mut told) = (0f64, f64::INFINITY, Vec::new());
+    for (name, function) in functions {
+        let laid_out = function.clone();
+        let laid_out = Function::any(move |x| laid_out.value(x));
+        let timed = |function: &Function| -> Result<(f64, Vec<f64>)> {
+            let mut found = Vec::new();
+            let seconds = quickest(3, || {
+                found = integrator.integrate(function, &field, 1)?;
+                Ok(())
+            })?;
+            Ok((seconds, found))
+        };
+        let ((fast, found), (slow, expected)) = (timed(&function)?, timed(&laid_out)?);
+        worst = worst.max(off(&found, &expected));
+        least = least.min(slow / fast);
+        told.push(format!("{name} {:.1} times", slow / fast));
+    }
+    Ok(Claim::new(
+        "a path of random weights: blocks of low rank take rational functions at least 3 times as fast as \
+         their matrices laid out, and differ by less than 1e-11",
+        "N log³ N by fast multiplication of matrices such as Cauchy's",
+        format!(
+            "{} at {vertices} vertices, largest relative difference {worst:.1e}",
+            told.join(", ")
+        ),
+        match worst < 1e-11 {
+            true => after_training(setting.scale, least >= 3.0),
+            false => Verdict::DoesNotHold,
+        },
     ))
 }
 

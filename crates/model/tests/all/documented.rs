@@ -2,7 +2,7 @@
 #![allow(clippy::panic, clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_model::{Initialiser, Input, Model, ModelSpec, Pass};
+use lapidary_model::{Initialiser, Input, InputSpec, Model, ModelSpec, Pass, PatchInput};
 use toml::{Table, Value};
 
 const DOCUMENT: &str = include_str!("../../../../docs/MIXERS.md");
@@ -91,6 +91,22 @@ fn completed(snippet: Table) -> Table {
     spec
 }
 
+/// A model of patches gives the pixels of each.
+fn draws(model: &Model, patches: &PatchInput, line: usize) {
+    let [height, width] = patches.image;
+    let shape = (1, patches.channels, height, width);
+    let images = Input::Pixels(Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap());
+    let output = model
+        .forward(&images, Pass::default())
+        .unwrap_or_else(|error| panic!("line {line}: {error}"));
+    let pixels = output.pixels.unwrap().into_value();
+    assert_eq!(
+        pixels.dims(),
+        [1, patches.patches(), patches.pixels()],
+        "line {line}"
+    );
+}
+
 #[test]
 fn every_snippet_is_a_model_that_runs() {
     let snippets = snippets();
@@ -110,6 +126,10 @@ fn every_snippet_is_a_model_that_runs() {
         let mut source = Initialiser::new(0, DType::F32, Device::Cpu);
         let model =
             Model::new(spec, &mut source).unwrap_or_else(|error| panic!("line {line}: {error}"));
+        if let InputSpec::Patches(patches) = &model.spec().input {
+            draws(&model, patches, line);
+            continue;
+        }
         let ids: Vec<u32> = (0..length as u32).map(|place| place * 5 % 16).collect();
         let ids = Tensor::from_vec(ids, (1, length), &Device::Cpu).unwrap();
         // The first tokens are of the type that marks VIPs.

@@ -4,6 +4,7 @@ mod axial;
 mod documented;
 mod families;
 mod gguf;
+mod masked_autoencoder;
 mod organised;
 mod self_ensemble;
 mod shared;

@@ -75,7 +75,7 @@ fn mechanisms() -> Vec<MechanismSpec> {
         }
         for pattern in patterns(size) {
             for steps in [Steps::First, Steps::Second, Steps::Merged, Steps::ByHead] {
-                all.push(sparse(pattern, steps));
+                all.push(sparse(pattern.clone(), steps));
             }
         }
     }

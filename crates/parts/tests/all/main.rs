@@ -1,5 +1,6 @@
 //! Integration tests of the parts, in one program; the one that counts the bytes it allocates stands alone.
 
+mod circuits;
 mod combiner;
 mod combiner_learned;
 mod common;
@@ -9,6 +10,7 @@ mod ecoformer;
 mod fastmax;
 mod fit;
 mod golden;
+mod hash_search;
 mod introduction;
 mod kernelized;
 mod kinds;
@@ -20,6 +22,7 @@ mod positions;
 mod reformer;
 mod soft;
 mod sparse_attention;
+mod sparse_layout;
 mod subsampled;
 mod topological;
 mod vcc;

@@ -194,6 +194,53 @@ fn tokens_may_change_places() {
     assert_near(&run(&moved).unwrap(), &expected, 1e-12, "moved");
 }
 
+/// A decoder's step after an encoder's with the same weights leaves `κ² A'(Z) A(Z)`: with an orthogonal
+/// dictionary, nothing taken off the code and no norms.
+#[test]
+fn a_reversed_block_takes_a_step_back() {
+    let of = |wiring: &str, feedforward: &str| -> BlockSpec {
+        toml::from_str(&format!(
+            "wiring = '{wiring}'
+            norm = {{ kind = 'none' }}
+            attention = {{ kind = 'multi-head', heads = 2, sharing = 'all', bias = false }}
+            feedforward = {feedforward}"
+        ))
+        .unwrap()
+    };
+    let encoder = of(
+        "replacing",
+        "{ kind = 'sparse-code', step = 1.0, penalty = 0.0 }",
+    );
+    let decoder = of("reversed", "{ kind = 'linear', bias = false }");
+    // Another order of the features: codes of what is positive are positive.
+    let order = Tensor::new(&[2u32, 0, 1, 5, 3, 4], &Device::Cpu).unwrap();
+    let dictionary = Tensor::eye(WIDTH, lapidary_kernels::DType::F64, &Device::Cpu).unwrap();
+    let dictionary = dictionary.index_select(&order, 0).unwrap();
+    let query = random(&[WIDTH, WIDTH], 11);
+    let x = (random(&[1, 5, WIDTH], 12).abs().unwrap() + 1.0).unwrap();
+    let error = |scale: f64| {
+        let output = (random(&[WIDTH, WIDTH], 13) * scale).unwrap();
+        let attention = [
+            ("attention.query.weight".to_owned(), query.clone()),
+            ("attention.output.weight".to_owned(), output),
+        ];
+        let mut map = Map::from(attention);
+        map.insert("feedforward.dictionary".to_owned(), dictionary.clone());
+        map.insert("feedforward.map.weight".to_owned(), dictionary.clone());
+        let trace = Trace::new();
+        let mut y = Signal::from(x.clone());
+        for spec in [&encoder, &decoder] {
+            let block = build(&map, |p| Block::new(spec, WIDTH, p)).unwrap();
+            y = block.forward(y, &Context::new(&trace), None).unwrap();
+        }
+        let squares = (y.value() - &x).unwrap().sqr().unwrap();
+        values(&squares).iter().sum::<f64>().sqrt()
+    };
+    let slope = (error(0.02) / error(0.01)).log2();
+    assert!((slope - 2.0).abs() < 0.1, "{slope}");
+    assert!(error(0.0) < 1e-12);
+}
+
 /// The layers of one head each are listed once, and keys are what queries are.
 #[test]
 fn shared_projections_are_one_layer() {

@@ -284,7 +284,7 @@ pub(super) fn check_head(model: &Model) -> Result<()> {
         HeadSpec::Pooled {
             labels: Some(_), ..
         } => Ok(()),
-        HeadSpec::Pooled { .. } | HeadSpec::None => Err(Error::invalid(
+        HeadSpec::Pooled { .. } | HeadSpec::None | HeadSpec::Pixels => Err(Error::invalid(
             "head of the model",
             "one without scores",
             "a language model's or a classifier's for curvature",

@@ -58,7 +58,8 @@ pub(super) fn folded_spec(spec: &ModelSpec) -> ModelSpec {
             *bias |= centred;
         }
         HeadSpec::Pooled { bias, .. } => *bias |= centred,
-        HeadSpec::None => {}
+        // Its output has a bias.
+        HeadSpec::Pixels | HeadSpec::None => {}
     }
     ModelSpec {
         blocks,

@@ -246,6 +246,11 @@ impl Refusal<'_> {
                 "none",
                 "one that gives scores, as nothing else turns the narrower vectors back,",
             )),
+            HeadSpec::Pixels => Err(self.error(
+                "head",
+                "pixels",
+                "one that gives scores, by which it is said how much is lost,",
+            )),
             HeadSpec::LanguageModel {
                 transform: Some(_), ..
             } => Err(self.error(

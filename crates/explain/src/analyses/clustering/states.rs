@@ -65,12 +65,12 @@ pub fn layers_without_skip(question: &Question<'_>) -> Result<Vec<Layer>> {
     }
     let shared = |block: &BlockSpec| {
         block.cross_attention.is_some()
-            || matches!(block.wiring, Wiring::Parallel | Wiring::Replacing)
+            || !matches!(block.wiring, Wiring::PreNorm | Wiring::PostNorm)
     };
     if spec.blocks.iter().any(shared) {
         return Err(Error::invalid(
             "wiring",
-            "parallel, replacing, or with cross-attention",
+            "parallel, replacing, reversed, or with cross-attention",
             "pre-norm or post-norm: elsewhere attention shares its residual with another part",
         ));
     }

@@ -95,7 +95,7 @@ impl Projections {
         let mut blocks = root.at("blocks");
         let mut block = blocks.at(block);
         let norm = match wiring {
-            Wiring::PreNorm | Wiring::Parallel | Wiring::Replacing => {
+            Wiring::PreNorm | Wiring::Parallel | Wiring::Replacing | Wiring::Reversed => {
                 Some(Norm::new(norm, width, block.at("attention_norm"))?)
             }
             Wiring::PostNorm => None,

@@ -247,8 +247,11 @@ impl Part<'_> {
         if block.cross_attention.is_some() {
             return Err(self.refused("cross-attention", "no cross-attention"));
         }
-        if block.wiring == Wiring::Replacing {
-            return Err(self.refused("replacing wiring", "a residual around each part"));
+        if matches!(block.wiring, Wiring::Replacing | Wiring::Reversed) {
+            return Err(self.refused(
+                "replacing or reversed wiring",
+                "a residual around each part",
+            ));
         }
         if block.wiring == Wiring::PostNorm {
             return self.after_sums(block, attention);

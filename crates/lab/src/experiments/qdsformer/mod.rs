@@ -280,6 +280,8 @@ fn vit(size: Size, operator: Operator, channels: usize, class_tokens: usize) -> 
             class_tokens,
             bias: true,
             norm: None,
+            position: Default::default(),
+            mask_token: false,
         }),
         blocks: vec![BlockSpec {
             repeat: 2,

@@ -4,20 +4,21 @@
 //! The papers train image classifiers on ImageNet and decoders on OpenWebText. Here the theorem is
 //! run as stated, printed digits are classified from their pixels, and small decoders read bytes.
 
+mod audit;
+mod masked_images;
 mod rate;
 
 use super::attending;
 use super::decoder::{Recipe, train_by};
 use super::sequences::{Course, LEVELS, Measures, SIDE, digits, percent_right, train};
-use super::{after_training, mean, numbers};
-use crate::error::engine;
-use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
+use super::{after_training, mean};
+use crate::{Claim, Plot, Reproduction, Result, Scale, Setting, Verdict};
+use audit::{averaged, falls, of_sequences, series, told};
 use lapidary_factor::Matrix;
-use lapidary_model::{Initialiser, Model, ModelSpec, Pass};
+use lapidary_model::{Initialiser, Model, ModelSpec};
 use lapidary_parts::attention::{MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeySharing};
 use lapidary_parts::block::Wiring;
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, SparseCodeSpec};
-use lapidary_signal::Trace;
 use lapidary_train::generator;
 use rate::{attend, mixture, rate, rate_gradient, signal_to_noise, softmax, subspaces};
 
@@ -90,10 +91,14 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     claims.extend(more);
     let (what, more) = on_text(setting, &size)?;
     claims.extend(more);
+    let (more, drawn) = masked_images::run(setting, &size)?;
+    claims.extend(more);
+    let plots = plots.into_iter().chain(drawn).collect();
     Ok(Reproduction {
         setting: format!(
             "printed digits as {} pixels, {BLOCKS} blocks of width {} with {HEADS} heads, {} steps of \
-             32, {} seed(s); {what}, {} steps of {} windows of {}",
+             32, {} seed(s), as images with three of four patches hidden too; {what}, {} steps of {} \
+             windows of {}",
             SIDE * SIDE,
             size.width,
             size.steps,
@@ -296,7 +301,7 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> 
             right[index].push(percent_right(&model, &held_out)?);
             parameters[index] = in_blocks(&model);
             if index == 1 {
-                audits.push(audit(&model, &sequences)?);
+                audits.push(of_sequences(&model, &sequences)?);
             }
         }
         let mut source = super::classifier::Narrow(Initialiser::new(
@@ -304,21 +309,14 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> 
             lapidary_kernels::DType::F32,
             lapidary_kernels::Device::Cpu,
         ));
-        initial.push(audit(&Model::new(own.clone(), &mut source)?, &sequences)?);
+        initial.push(of_sequences(
+            &Model::new(own.clone(), &mut source)?,
+            &sequences,
+        )?);
     }
     let [usual_right, own_right] = right.map(mean);
     let share = parameters[1] as f64 / parameters[0] as f64;
     let trained = averaged(&audits);
-    let falls = |values: &[f64]| {
-        values
-            .windows(2)
-            .filter(|w| matches!(w, [a, b] if b < a))
-            .count()
-    };
-    let told = |values: &[f64]| {
-        let each: Vec<String> = values.iter().map(|value| format!("{value:.2}")).collect();
-        each.join(", ")
-    };
     let claims = vec![
         Claim::new(
             "with less than 40 % of the blocks' parameters it comes within 2 points of a Transformer of \
@@ -351,13 +349,6 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> 
             after_training(setting.scale, falls(&trained.active) >= 2),
         ),
     ];
-    let series = |name: &str, values: &[f64]| Series {
-        name: name.to_owned(),
-        points: (1..)
-            .zip(values)
-            .map(|(block, value)| (f64::from(block), *value))
-            .collect(),
-    };
     let plots = vec![
         Plot {
             title: "Coding rate of tokens against each block's subspaces".to_owned(),
@@ -387,89 +378,6 @@ fn in_blocks(model: &Model) -> usize {
         .iter()
         .filter(|(name, _)| name.starts_with("blocks."));
     of_blocks.map(|(_, parameter)| parameter.elem_count()).sum()
-}
-
-/// What is measured behind each block.
-#[derive(Clone, Debug, Default)]
-struct Audit {
-    /// `½ log det(I + p/(N ε) W Wᵀ)` of tokens projected on a head's subspace and made as long as one,
-    /// `ε = 0.01`; mean over heads and sequences.
-    rates: Vec<f64>,
-    /// Share of entries that are not zero.
-    active: Vec<f64>,
-}
-
-fn averaged(audits: &[Audit]) -> Audit {
-    let over = |of: fn(&Audit) -> &Vec<f64>| {
-        let blocks = audits.first().map_or(0, |audit| of(audit).len());
-        (0..blocks)
-            .map(|block| {
-                mean(
-                    audits
-                        .iter()
-                        .filter_map(|audit| of(audit).get(block).copied())
-                        .collect::<Vec<_>>(),
-                )
-            })
-            .collect()
-    };
-    Audit {
-        rates: over(|audit| &audit.rates),
-        active: over(|audit| &audit.active),
-    }
-}
-
-fn audit(model: &Model, sequences: &[&[u32]]) -> Result<Audit> {
-    let (input, padding) = super::classifier::batch(sequences)?;
-    let trace = Trace::new()
-        .capture("blocks.*.attention.query")?
-        .capture("blocks.*.feedforward.code")?;
-    model.forward(
-        &input,
-        Pass {
-            padding: Some(&padding),
-            trace: Some(&trace),
-            ..Pass::default()
-        },
-    )?;
-    let mut audit = Audit::default();
-    for block in 0..BLOCKS {
-        let projected = trace.signal(&format!("blocks.{block}.attention.query"))?;
-        let (batch, length, width) = engine(projected.value().dims3())?;
-        let each = width / HEADS;
-        let values = numbers(projected.value())?;
-        let mut rates = Vec::new();
-        for sequence in 0..batch {
-            for head in 0..HEADS {
-                let token = |j: usize| {
-                    let start = (sequence * length + j) * width + head * each;
-                    values.get(start..start + each).unwrap_or(&[])
-                };
-                let lengths: Vec<f64> = (0..length)
-                    .map(|j| {
-                        token(j)
-                            .iter()
-                            .map(|x| x * x)
-                            .sum::<f64>()
-                            .sqrt()
-                            .max(1e-12)
-                    })
-                    .collect();
-                let w = Matrix::from_fn(each, length, |i, j| token(j)[i] / lengths[j]);
-                let identity = Matrix::from_fn(each, each, |i, j| f64::from(u8::from(i == j)));
-                // ε = 0.01 stands where the definition has ε², as in the authors' measurements.
-                rates.push(rate(&w, &[identity], 0.1)?);
-            }
-        }
-        audit.rates.push(mean(rates));
-        let code = trace.signal(&format!("blocks.{block}.feedforward.code"))?;
-        let values = numbers(code.value())?;
-        let active = values.iter().filter(|value| **value != 0.0).count();
-        audit
-            .active
-            .push(active as f64 / values.len().max(1) as f64);
-    }
-    Ok(audit)
 }
 
 fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>)> {

@@ -216,7 +216,9 @@ fn explain(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
     let model = model(arguments, global)?;
     let input = Input::tokens(ids(&model, 1, arguments.length)?);
     let target = match model.spec().head {
-        HeadSpec::None | HeadSpec::Pooled { labels: None, .. } => Target::Representation,
+        HeadSpec::None | HeadSpec::Pixels | HeadSpec::Pooled { labels: None, .. } => {
+            Target::Representation
+        }
         _ => Target::class(0),
     };
     let method = explainer(arguments.method.as_deref().unwrap_or("decompx"))?;

@@ -207,6 +207,6 @@ fn has_scores(model: &Model) -> bool {
     match &model.spec().head {
         HeadSpec::LanguageModel { .. } => true,
         HeadSpec::Pooled { labels, .. } => labels.is_some(),
-        HeadSpec::None => false,
+        HeadSpec::None | HeadSpec::Pixels => false,
     }
 }

@@ -153,6 +153,8 @@ fn vision(config: &ClipVisionConfig, projection: usize) -> Result<Tower> {
             class_tokens: 1,
             bias: false,
             norm: Some(norm),
+            position: Default::default(),
+            mask_token: false,
         }),
         blocks: vec![block(
             config.num_hidden_layers,

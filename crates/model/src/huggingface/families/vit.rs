@@ -87,6 +87,8 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
         class_tokens: config.prefix_tokens(),
         bias: true,
         norm: None,
+        position: Default::default(),
+        mask_token: false,
     };
     let table = names(config, &kind, &input);
     let spec = ModelSpec {

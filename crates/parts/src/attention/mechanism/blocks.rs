@@ -308,17 +308,19 @@ pub(super) struct Sparse {
 }
 
 impl Sparse {
-    /// Attention of `q` `[batch, heads, query, head_width]` over `k` in such blocks.
+    /// Attention of `q` `[batch, heads, query, head_width]` over `k` in such blocks, with `bias` added to all
+    /// scores.
     pub(super) fn new(
         sizes: [usize; 4],
         (q, k): (&Tensor, &Tensor),
         scale: f64,
         blocks: impl IntoIterator<Item = (Blocks, Rule)>,
+        bias: Option<Bias<'_>>,
     ) -> Result<Self> {
         let (q_rows, k_rows) = (rows(q)?, rows(k)?);
         let mut parts = Vec::new();
         for (blocks, rule) in blocks {
-            parts.extend(Part::new(blocks, rule, (&q_rows, &k_rows), scale, None)?);
+            parts.extend(Part::new(blocks, rule, (&q_rows, &k_rows), scale, bias)?);
         }
         Ok(Self::of(sizes, tensor(q.dim(3))?, parts))
     }

@@ -17,7 +17,8 @@
 //! the next), in the even and the odd heads of one (`by-head`), or one softmax is taken over the
 //! keys of both (`merged`). Heads of the fixed pattern may each have columns of their own: the
 //! `h mod groups`-th run of `c` counted from the end of the block. Beside them stands the pattern of
-//! LogSparse (Li et al., 2019, arXiv 1907.00235): the token itself and those `1, 2, 4, …` before.
+//! LogSparse (Li et al., 2019, arXiv 1907.00235): the token itself and those `1, 2, 4, …` before, and layouts
+//! that are written out block by block ([`BlockLayout`]).
 //!
 //! Nothing outside a pattern is computed: `i − j < l` is attention of runs of `l` queries over `2 l`
 //! keys, the second step of strided is block-local attention once the sequence is laid out as
@@ -26,12 +27,18 @@
 //! column, gets zeros.
 //!
 //! Cost: for each pair that a pattern leaves `2 head_width + 2 value_width + 5`; at most
-//! `l + ⌈n / l⌉` pairs for a query (strided, axial), or `l + c ⌈n / l⌉` (fixed). No parameters.
+//! `l + ⌈n / l⌉` pairs for a query (strided, axial), or `l + c ⌈n / l⌉` (fixed). Rows of a layout are laid out
+//! together that name about as many blocks, which are merged where there are several kinds. No parameters.
 //!
 //! While decoding, a step gathers the keys and values of its pattern alone. They are kept only as long
 //! as a later token may see them (at times twice as many, until there is no room): the last `l`
 //! in the first step of strided, the own block in that of the others, the columns in the second
-//! step of fixed; every column of strided and axial is read again, and all of it is kept.
+//! step of fixed; every column of strided and axial is read again, and all of it is kept. Of a layout it is
+//! the blocks that a later row names.
+
+mod layout;
+
+pub use layout::BlockLayout;
 
 use super::blocks::{Blocks, Rule, Sparse, flat};
 use super::met::Met;
@@ -60,7 +67,7 @@ pub struct SparseSpec {
 }
 
 /// Which earlier tokens a token sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum SparsePattern {
     /// The last `stride`; every `stride`-th.
@@ -85,6 +92,8 @@ pub enum SparsePattern {
     },
     /// Those `0, 1, 2, 4, 8, …` before, in one step.
     LogSparse,
+    /// Those of the blocks that a layout names, in one step.
+    Layout(BlockLayout),
 }
 
 /// Which steps of a pattern an attention takes.
@@ -121,14 +130,17 @@ impl Describe for SparseSpec {
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
         let at = |name: &str| format!("{field}.{name}");
         match self.pattern {
-            SparsePattern::LogSparse if self.steps != Steps::Merged => {
+            SparsePattern::LogSparse | SparsePattern::Layout(_) if self.steps != Steps::Merged => {
                 return Err(Error::spec(
                     at("steps"),
                     self.steps,
-                    "merged: log-sparse has one step",
+                    "merged: log-sparse and layouts have one step",
                 ));
             }
             SparsePattern::LogSparse => {}
+            SparsePattern::Layout(ref layout) => {
+                layout.validate(heads.heads, &at("pattern"))?;
+            }
             SparsePattern::Strided { stride } | SparsePattern::Axial { stride } => {
                 bounded(at("pattern.stride"), stride, 1..=MAX_STRIDE)?;
             }
@@ -168,8 +180,48 @@ struct SparseAttention {
 }
 
 impl SparseAttention {
-    /// Which queries meet which keys, in each step.
-    fn blocks(&self, sequences: &Sequences<'_>) -> [(Blocks, Rule); 2] {
+    /// Attention of `q` over `k`, of which it is said which queries meet which keys.
+    fn attend(
+        &self,
+        sizes: [usize; 4],
+        (q, k): (&Tensor, &Tensor),
+        blocks: Vec<(Blocks, Rule)>,
+    ) -> Result<Sparse> {
+        let [_, heads, queries, _] = sizes;
+        match &self.spec.pattern {
+            SparsePattern::Layout(layout) if layout.is_masked() => {
+                let bias = |query: At, key: At| {
+                    let head = query.row / queries.max(1) % heads.max(1);
+                    match layout.sees(head, query.position, key.position) {
+                        true => 0.0,
+                        false => f64::NEG_INFINITY,
+                    }
+                };
+                Sparse::new(sizes, (q, k), self.scale, blocks, Some(&bias))
+            }
+            _ => Sparse::new(sizes, (q, k), self.scale, blocks, None),
+        }
+    }
+
+    /// Which queries meet which keys, in each step, or of a layout in each part.
+    fn blocks(
+        &self,
+        sequences: &Sequences<'_>,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Vec<(Blocks, Rule)>> {
+        let causal = Rule {
+            causal: true,
+            ..Rule::default()
+        };
+        if let SparsePattern::Layout(layout) = &self.spec.pattern {
+            let longest = sequences.lengths().into_iter().max().unwrap_or(0);
+            layout.holds(longest, pass.path)?;
+            let mut parts = Vec::new();
+            for sequence in sequences.iter() {
+                layout.meet(&sequence, &mut parts);
+            }
+            return Ok(parts.into_iter().map(|part| (part, causal)).collect());
+        }
         let (mut near, mut far) = (Blocks::default(), Blocks::default());
         for sequence in sequences.iter() {
             let (takes_near, takes_far) = self.spec.takes(sequence.head);
@@ -180,22 +232,18 @@ impl SparseAttention {
                 self.spec.far(&sequence, &mut far);
             }
         }
-        let causal = Rule {
-            causal: true,
-            ..Rule::default()
-        };
         let window = match self.spec.pattern {
             SparsePattern::Strided { stride } => Some(stride),
             _ => None,
         };
-        [(near, Rule { window, ..causal }), (far, causal)]
+        Ok(vec![(near, Rule { window, ..causal }), (far, causal)])
     }
 
     /// The first tokens; all is at hand.
     fn start(&self, [q, k, v]: [&Tensor; 3], pass: &MechanismPass<'_>) -> Result<(Resumed, Kept)> {
         let sequences = Sequences::new(q, k, pass)?;
-        let blocks = self.blocks(&sequences);
-        let mixing = Sparse::new(sequences.sizes, (q, k), self.scale, blocks)?;
+        let blocks = self.blocks(&sequences, pass)?;
+        let mixing = self.attend(sequences.sizes, (q, k), blocks)?;
         let mut kept = Kept::new(&[&flat(k)?, &flat(v)?])?;
         self.forget(&mut kept, &sequences)?;
         let step = Resumed::Kept {
@@ -225,7 +273,7 @@ impl SparseAttention {
     fn among(&self, q: &Tensor, kept: &Kept, pass: &MechanismPass<'_>) -> Result<Resumed> {
         let sequences = Sequences::kept(q, kept.places(), 0, pass)?;
         let [batch, heads, queries, _] = sequences.sizes;
-        let mut blocks = self.blocks(&sequences);
+        let mut blocks = self.blocks(&sequences, pass)?;
         let rows = blocks.iter().flat_map(|(blocks, _)| blocks.keys());
         let met = Met::new(rows.map(|key| key.row), sequences.sizes, queries);
         for key in blocks.iter_mut().flat_map(|(blocks, _)| blocks.keys_mut()) {
@@ -238,7 +286,7 @@ impl SparseAttention {
         };
         let keys = gathered(0)?;
         Ok(Resumed::Kept {
-            mixing: Box::new(Sparse::new(sizes, (q, &keys), self.scale, blocks)?),
+            mixing: Box::new(self.attend(sizes, (q, &keys), blocks)?),
             values: gathered(1)?,
         })
     }
@@ -257,9 +305,8 @@ impl SparseAttention {
 impl Mechanism for SparseAttention {
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
         let sequences = Sequences::new(q, k, pass)?;
-        let blocks = self.blocks(&sequences);
-        let mixing = Sparse::new(sequences.sizes, (q, k), self.scale, blocks)?;
-        Ok(Box::new(mixing))
+        let blocks = self.blocks(&sequences, pass)?;
+        Ok(Box::new(self.attend(sequences.sizes, (q, k), blocks)?))
     }
 
     fn memory(&self) -> Memory {
@@ -326,6 +373,7 @@ impl SparseSpec {
                     || (far && run == self.run_of(head, groups))
             }
             SparsePattern::LogSparse => true,
+            SparsePattern::Layout(ref layout) => layout.keeps(head, token, next),
         }
     }
 
@@ -356,6 +404,8 @@ impl SparseSpec {
                     blocks.push([sequence.query(i)], seen.map(|j| sequence.key(j)));
                 }
             }
+            // Its blocks are told apart by how many meet, not by steps.
+            SparsePattern::Layout(_) => {}
         }
     }
 
@@ -396,7 +446,7 @@ impl SparseSpec {
                     });
                 blocks.push(queries.map(|i| sequence.query(i)), over);
             }
-            SparsePattern::LogSparse => {}
+            SparsePattern::LogSparse | SparsePattern::Layout(_) => {}
         }
     }
 }

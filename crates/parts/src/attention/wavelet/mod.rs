@@ -12,7 +12,7 @@
 //! orthonormal filters make an orthogonal matrix, whose transpose is the inverse. With *reflect* the
 //! sequence is reflected at its ends, as in the published code, and the inverse is none near them.
 //!
-//! Filters are fixed (Daubechies, symlets, a coiflet), free (starting there, from a sinusoid or from
+//! Filters are fixed (Daubechies, symlets, coiflets), free (starting there, from a sinusoid or from
 //! normal numbers), or orthonormal for all parameters: with `w / 2` angles a channel, `S` the cyclic shift of
 //! `w` places and `R(θ)` blocks `[[sin θ, cos θ], [cos θ, −sin θ]]`,
 //! `lo = e₁ᵀ R(θ₁) S R(θ₂) S … R(θ_L) S S⁻¹`. Or there are none, and lifting steps instead, whose inverse
@@ -28,6 +28,7 @@
 //! numbers at level `j`. Dense attention in two bands has half of the pairs of a query and a key.
 //! Parameters: `w width` for free filters, `w width / 2` for angles, `2 w width` for a learned lifting.
 
+mod coiflets;
 pub mod filters;
 mod fourier;
 pub mod transform;
@@ -103,7 +104,8 @@ pub enum Base {
     Daubechies,
     /// The most symmetric one with as many.
     Symlet,
-    /// The coiflet of six taps.
+    /// The coiflet of 6, 12, 18, 24 or 30 taps, a third of whose number are vanishing moments of the wavelet and,
+    /// but one, of the scaling function.
     Coiflet,
     /// Half a wave of a sinusoid, for an adaptive family.
     Sinusoid,
@@ -202,8 +204,10 @@ impl WaveletSpec {
             return Err(Error::spec(at("taps"), self.taps, expected));
         }
         let based = matches!(self.family, Family::Fixed | Family::Adaptive);
-        if based && self.base == Base::Coiflet && self.taps != 6 {
-            let expected = "6 for the coiflet";
+        let mut coiflets = (1..=coiflets::MOST).map(|order| 6 * order);
+        let none = !coiflets.any(|taps| taps == self.taps);
+        if based && self.base == Base::Coiflet && none {
+            let expected = "6, 12, 18, 24 or 30 for a coiflet";
             return Err(Error::spec(at("taps"), self.taps, expected));
         }
         if self.family == Family::Fixed && matches!(self.base, Base::Sinusoid | Base::Normal) {

@@ -261,6 +261,15 @@ fn linear() -> Vec<(&'static str, BlockSpec)> {
     ]
 }
 
+/// A mask of a block, with a row that sees nothing.
+fn edge() -> Vec<String> {
+    let row = |i: usize| {
+        let seen = |j: usize| i != 2 && (i + j) % 3 != 1;
+        (0..8).map(|j| if seen(j) { '#' } else { '.' }).collect()
+    };
+    (0..8).map(row).collect()
+}
+
 /// Heads that meet some of the keys. One chunk holds everything where tokens are sorted and causal,
 /// so that what is met doesn't hang on later ones.
 fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
@@ -290,9 +299,20 @@ fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
         groups: 2,
     };
     vec![
-        ("strided, merged", sparse(strided, Steps::Merged)),
+        ("strided, merged", sparse(strided.clone(), Steps::Merged)),
         ("strided, by head", sparse(strided, Steps::ByHead)),
         ("fixed, columns of each head", sparse(fixed, Steps::Merged)),
+        (
+            "a layout of its own for each head",
+            sparse(
+                SparsePattern::Layout(BlockLayout {
+                    block: 8,
+                    heads: vec![vec!["a".to_owned()], vec!["#".to_owned()]],
+                    masks: BTreeMap::from([("a".to_owned(), edge())]),
+                }),
+                Steps::Merged,
+            ),
+        ),
         (
             "log-sparse, grouped keys, rotary",
             MultiHeadSpec {
@@ -418,6 +438,21 @@ fn doubly_stochastic() -> Vec<(&'static str, MultiHeadSpec)> {
         (
             "a circuit as drawn",
             by(Operator::Circuit(CircuitSpec::new(LENGTH, 4))),
+        ),
+        (
+            "a centrosymmetric circuit",
+            by(Operator::Circuit(CircuitSpec {
+                ansatz: Ansatz::Centrosymmetric,
+                ..CircuitSpec::new(LENGTH, 4)
+            })),
+        ),
+        (
+            "steps of an Ising model",
+            by(Operator::Circuit(CircuitSpec {
+                ansatz: Ansatz::Trotter,
+                training: Training::Differentiable,
+                ..CircuitSpec::new(LENGTH, 4)
+            })),
         ),
         (
             "a circuit that learns",
@@ -694,6 +729,34 @@ fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
                         causal: true,
                         ..MultiHeadSpec::new(2)
                     }),
+                )
+            },
+        ),
+        (
+            "a dictionary, and attention taken off",
+            BlockSpec {
+                feedforward: Some(FeedforwardSpec::Linear(LinearSpec { bias: false })),
+                ..block(
+                    Wiring::Reversed,
+                    LAYER,
+                    MixerSpec::MultiHead(MultiHeadSpec {
+                        sharing: QueryKeySharing::All,
+                        bias: false,
+                        output_bias: Some(true),
+                        ..MultiHeadSpec::new(2)
+                    }),
+                )
+            },
+        ),
+        (
+            "taken off causally",
+            BlockSpec {
+                feedforward: Some(FeedforwardSpec::Linear(LinearSpec { bias: true })),
+                layer_scale: Some(0.7),
+                ..block(
+                    Wiring::Reversed,
+                    RMS,
+                    MixerSpec::MultiHead(causal(PositionSpec::None)),
                 )
             },
         ),

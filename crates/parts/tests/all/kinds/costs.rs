@@ -106,6 +106,7 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
             }),
         }
         parts.push(norm(&spec.norm, WIDTH, n));
+        // A reversed block has no second sum, but turns the sign of what attention gives.
         if spec.wiring != Wiring::Replacing {
             parts.push((0, n * WIDTH));
         }
@@ -262,17 +263,22 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
                 Operator::Qr { .. } => (4 * squared * LENGTH, 0),
                 Operator::Circuit(circuit) => {
                     // Of 2ⁿ rows; half the layers are those of each part.
-                    let qubits = circuit.qubits;
-                    let layers = match circuit.ansatz {
-                        Ansatz::Simple => circuit.layers,
-                        Ansatz::Parted => 2 * circuit.layers,
+                    let (qubits, layers) = (circuit.qubits, circuit.layers);
+                    let bricks = |layers| 4 * (qubits - 1) * layers;
+                    let (angles, turns) = match circuit.ansatz {
+                        Ansatz::Simple => (3 * qubits + bricks(layers), 1),
+                        Ansatz::Parted => (3 * qubits + bricks(2 * layers), 1),
+                        Ansatz::Centrosymmetric => (qubits + bricks(layers), 1),
+                        Ansatz::Trotter => (3 * qubits + qubits * (qubits - 1), layers),
                     };
-                    let angles = 3 * qubits + 4 * (qubits - 1) * layers;
                     let learned = match circuit.training {
                         Training::Static => 0,
                         Training::Mixed | Training::Differentiable => angles,
                     };
-                    (angles + (6 * angles + 3) * (1 << (2 * qubits)), learned)
+                    (
+                        angles + (6 * angles * turns + 3) * (1 << (2 * qubits)),
+                        learned,
+                    )
                 }
             };
             (parameters, heads * (operations + 2 * squared * widths))
@@ -333,7 +339,7 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
         MechanismSpec::Kernelized(kernelized) => kernelized_formula(spec, kernelized, keys),
         MechanismSpec::Sparse(sparse) => {
             let merging = match sparse.pattern {
-                SparsePattern::LogSparse => 0,
+                SparsePattern::LogSparse | SparsePattern::Layout(_) => 0,
                 _ => 2 * LENGTH * (2 * spec.value_width(WIDTH) + 4),
             };
             let met = (0..spec.heads).map(|head| pairs_of_pattern(sparse, head));
@@ -481,9 +487,9 @@ fn mra_formula(spec: &MultiHeadSpec, mra: &MraSpec) -> usize {
 
 /// Pairs of a query and a key that a head meets in a sequence.
 fn pairs_of_pattern(sparse: &SparseSpec, head: usize) -> usize {
-    let sees = |i: usize, j: usize| match sparse.pattern {
+    let sees = |i: usize, j: usize| match &sparse.pattern {
         SparsePattern::Strided { stride } => {
-            let steps = [i - j < stride, (i - j).is_multiple_of(stride)];
+            let steps = [i - j < *stride, (i - j).is_multiple_of(*stride)];
             match sparse.steps {
                 Steps::ByHead => steps[head % 2],
                 _ => steps[0] || steps[1],
@@ -495,6 +501,10 @@ fn pairs_of_pattern(sparse: &SparseSpec, head: usize) -> usize {
             groups,
         } => i / stride == j / stride || stride - 1 - j % stride == head % groups,
         SparsePattern::LogSparse => i == j || (i - j).is_power_of_two(),
+        SparsePattern::Layout(layout) => match layout.heads[head][0].as_str() {
+            "#" => true,
+            letter => layout.masks[letter][i].as_bytes()[j] == b'#',
+        },
         other => panic!("no formula for {other:?}"),
     };
     let pairs = (0..LENGTH).flat_map(|i| (0..=i).map(move |j| (i, j)));

@@ -31,7 +31,7 @@ use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, Lio
 use lapidary_parts::attention::mechanism::mra::{MraSpec, Tiles};
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
 use lapidary_parts::attention::mechanism::soft::{Landmarks, SoftSpec};
-use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
+use lapidary_parts::attention::mechanism::sparse::{BlockLayout, SparsePattern, SparseSpec, Steps};
 use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec};
 use lapidary_parts::attention::mechanism::topological::{FeatureMap, Mask, TopologicalSpec};
 use lapidary_parts::attention::wavelet::{Family, WaveletSpec};
@@ -82,7 +82,7 @@ kinds!(mechanism, MECHANISMS, MechanismSpec:
     Softmax, Linformer, Lion, Fastmax, Kernelized, Sparse, Reformer, Combiner,
     DoublyStochastic, Subsampled, Topological, Soft, Ecoformer, Mra);
 kinds!(scaling, SCALINGS, RotaryScaling: None, Linear, Llama3);
-kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel, Replacing);
+kinds!(wiring, WIRINGS, Wiring: PreNorm, PostNorm, Parallel, Replacing, Reversed);
 kinds!(activation, ACTIVATIONS, ActivationSpec:
     Identity, Relu, Gelu, GeluTanh, QuickGelu, Silu, Tanh, Sigmoid);
 

@@ -47,6 +47,21 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
             ..RotarySpec::default()
         })
     };
+    let layout = |block, heads: &[&[&str]], masks: &[(&str, [&str; 8])], steps| {
+        let rows = |rows: &[&str]| rows.iter().map(|row| (*row).to_owned()).collect();
+        let pattern = SparsePattern::Layout(BlockLayout {
+            block,
+            heads: heads.iter().map(|head| rows(head)).collect(),
+            masks: masks
+                .iter()
+                .map(|(letter, mask)| ((*letter).to_owned(), rows(mask)))
+                .collect(),
+        });
+        MultiHeadSpec {
+            causal: true,
+            ..through(MechanismSpec::Sparse(SparseSpec { pattern, steps }))
+        }
+    };
     let sparse = |stride, summaries, groups, steps| {
         let pattern = SparsePattern::Fixed {
             stride,
@@ -522,7 +537,57 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
                     steps: Steps::First,
                 }))
             }),
-            "b.attention.mechanism.steps is First, but must be merged: log-sparse has one step",
+            "b.attention.mechanism.steps is First, but must be merged: log-sparse and layouts have one step",
+        ),
+        (
+            with_heads(layout(8, &[&["#"]], &[], Steps::ByHead)),
+            "b.attention.mechanism.steps is ByHead, but must be merged: log-sparse and layouts have one step",
+        ),
+        (
+            with_heads(layout(12, &[&["#"]], &[], Steps::Merged)),
+            "b.attention.mechanism.pattern.block is 12, but must be 8, 16, 32 or 64",
+        ),
+        (
+            with_heads(layout(8, &[&["#"], &["#"], &["#"]], &[], Steps::Merged)),
+            "b.attention.mechanism.pattern.heads is 3, but must be the layout of one head, for all, or of 2",
+        ),
+        (
+            with_heads(layout(8, &[&[]], &[], Steps::Merged)),
+            "b.attention.mechanism.pattern.heads.0 is 0, but must be between 1 and 1024",
+        ),
+        (
+            with_heads(layout(8, &[&["#", "###"]], &[], Steps::Merged)),
+            "b.attention.mechanism.pattern.heads.0.1 is \"###\", but must be 2 of the characters ., # and the \
+             letters of masks",
+        ),
+        (
+            with_heads(layout(
+                8,
+                &[&["#", ".b"]],
+                &[("a", ["########"; 8])],
+                Steps::Merged,
+            )),
+            "b.attention.mechanism.pattern.heads.0.1 is \".b\", but must be 2 of the characters ., # and the \
+             letters of masks",
+        ),
+        (
+            with_heads(layout(
+                8,
+                &[&["#"]],
+                &[("ab", ["########"; 8])],
+                Steps::Merged,
+            )),
+            "b.attention.mechanism.pattern.masks.ab is \"a mask\", but must be named by one letter, a to z",
+        ),
+        (
+            with_heads(layout(
+                8,
+                &[&["#"]],
+                &[("a", ["#######x"; 8])],
+                Steps::Merged,
+            )),
+            "b.attention.mechanism.pattern.masks.a is \"#######x #######x #######x #######x #######x #######x \
+             #######x #######x\", but must be 8 rows of 8 characters, . or #",
         ),
         (
             with_heads(sparse(4, 1, 1, Steps::Merged)),
@@ -774,8 +839,15 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
                 shortcuts: true,
                 ..with_heads(MultiHeadSpec::new(2))
             },
-            "b.shortcuts is true, but must be false in a post-norm or replacing block, whose parts change what \
-             the residual carries",
+            "b.shortcuts is true, but must be false in a post-norm, replacing or reversed block, whose parts \
+             change what the residual carries",
+        ),
+        (
+            BlockSpec {
+                wiring: Wiring::Reversed,
+                ..with_cross(MultiHeadSpec::new(2))
+            },
+            "b.wiring is \"reversed\", but must be pre-norm or post-norm in a block with cross-attention",
         ),
         (
             BlockSpec {

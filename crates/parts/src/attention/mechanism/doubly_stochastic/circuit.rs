@@ -45,6 +45,8 @@ pub struct Circuit {
     extra: usize,
     gates: Vec<Gate>,
     angles: usize,
+    /// What every angle is divided by.
+    steps: usize,
 }
 
 impl Circuit {
@@ -55,36 +57,93 @@ impl Circuit {
     /// Two circuits whose halves act on the two sides of the entangled register are one of as many
     /// layers as both: `(Aᵀ ⊗ B)|Φ⟩ = (1 ⊗ BA)|Φ⟩`.
     pub fn bricks(data: usize, extra: usize, layers: usize) -> Self {
+        let mut circuit = Self::empty(data, extra);
+        circuit.turn(&[Axis::Z, Axis::Y, Axis::Z]);
+        circuit.lay(layers, Axis::Y);
+        circuit
+    }
+
+    /// `R_x` on each qubit, and then layers as those of [`Circuit::bricks`] whose blocks end in `R_x` where
+    /// those have `R_y`: `[R_x(φ₁) ⊗ R_x(φ₂)] e^{−iφ₃ X⊗X/2} e^{−iφ₄ Z⊗Z/2}`.
+    ///
+    /// Turning all qubits over commutes with every gate, so that `P` is the same seen from the other end,
+    /// `P_ij = P_{T−1−i, T−1−j}`.
+    pub fn centrosymmetric(data: usize, extra: usize, layers: usize) -> Self {
+        let mut circuit = Self::empty(data, extra);
+        circuit.turn(&[Axis::X]);
+        circuit.lay(layers, Axis::X);
+        circuit
+    }
+
+    /// So many steps of Trotter's product for the time 1 of an Ising model with a field in every direction,
+    ///
+    /// ```text
+    /// W ≈ e^{−iH},   H = ½ Σ_q (φ X_q + φ' Y_q + φ'' Z_q) + ½ Σ_{p<q} (φ X_p X_q + φ' Z_p Z_q)
+    /// ```
+    ///
+    /// with numbers of their own for each qubit and each pair, and the same in all steps: the product errs by
+    /// `O(1 / steps)`. Nothing moves in no step.
+    pub fn trotter(data: usize, extra: usize, steps: usize) -> Self {
+        let mut circuit = Self::empty(data, extra);
         let qubits = data + extra;
-        let mut circuit = Self {
+        circuit.turn(&[Axis::X, Axis::Y, Axis::Z]);
+        for first in 0..qubits {
+            for second in first + 1..qubits {
+                circuit.couple(first, second);
+            }
+        }
+        circuit.steps = steps.max(1);
+        let step = std::mem::take(&mut circuit.gates);
+        circuit.gates = step.repeat(steps);
+        circuit
+    }
+
+    fn empty(data: usize, extra: usize) -> Self {
+        Self {
             data,
             extra,
             gates: Vec::new(),
             angles: 0,
-        };
-        for qubit in 0..qubits {
-            for axis in [Axis::Z, Axis::Y, Axis::Z] {
-                let angle = circuit.angle();
-                circuit.gates.push(Gate::Rotation(axis, qubit, angle));
+            steps: 1,
+        }
+    }
+
+    /// Rotations of every qubit, by angles of their own.
+    fn turn(&mut self, axes: &[Axis]) {
+        for qubit in 0..self.data + self.extra {
+            for axis in axes {
+                let angle = self.angle();
+                self.gates.push(Gate::Rotation(*axis, qubit, angle));
             }
         }
+    }
+
+    /// `e^{−iφ X⊗X/2} e^{−iφ' Z⊗Z/2}`: rotations of single qubits between two CNOT.
+    fn couple(&mut self, first: usize, second: usize) {
+        let [x, z] = [(); 2].map(|()| self.angle());
+        self.gates.extend([
+            Gate::Not(first, second),
+            Gate::Rotation(Axis::X, first, x),
+            Gate::Rotation(Axis::Z, second, z),
+            Gate::Not(first, second),
+        ]);
+    }
+
+    /// Layers of blocks that couple neighbours and then turn both around `axis`.
+    fn lay(&mut self, layers: usize, axis: Axis) {
+        let qubits = self.data + self.extra;
         let pairs = (0..qubits)
             .step_by(2)
             .chain((1..qubits).step_by(2))
             .filter(|first| first + 1 < qubits);
         for first in std::iter::repeat_n(pairs, layers).flatten() {
-            let second = first + 1;
-            let [one, two, three, four] = [(); 4].map(|()| circuit.angle());
-            circuit.gates.extend([
-                Gate::Not(first, second),
-                Gate::Rotation(Axis::X, first, three),
-                Gate::Rotation(Axis::Z, second, four),
-                Gate::Not(first, second),
-                Gate::Rotation(Axis::Y, first, one),
-                Gate::Rotation(Axis::Y, second, two),
+            let [one, two] = [(); 2].map(|()| self.angle());
+            self.couple(first, first + 1);
+            self.gates.extend([
+                Gate::Rotation(axis, first, one),
+                Gate::Rotation(axis, first + 1, two),
             ]);
         }
-        circuit
     }
 
     fn angle(&mut self) -> usize {
@@ -92,7 +151,8 @@ impl Circuit {
         self.angles - 1
     }
 
-    /// Number of angles, `3 n_w + 4 (n_w − 1) layers`.
+    /// Number of angles: `3 n_w + 4 (n_w − 1) layers` of bricks, `n_w + 4 (n_w − 1) layers` where they are
+    /// centrosymmetric, `3 n_w + n_w (n_w − 1)` of Trotter's product.
     pub fn angles(&self) -> usize {
         self.angles
     }
@@ -110,7 +170,9 @@ impl Circuit {
     /// Multiplications and additions for one matrix.
     pub fn operations(&self) -> u64 {
         let squared = (self.rows() * self.rows()) as u64;
-        (6 * self.angles as u64 + 3) * squared
+        let turns = |gate: &&Gate| matches!(gate, Gate::Rotation(..));
+        let turns = self.gates.iter().filter(turns).count() as u64;
+        (6 * turns + 3) * squared
     }
 
     /// `W(φ)`, real and imaginary parts row by row.
@@ -124,8 +186,9 @@ impl Circuit {
         for row in 0..rows {
             state.parts[0][row * rows + row] = 1.0;
         }
+        let share = 1.0 / self.steps as f64;
         for gate in &self.gates {
-            state.apply(*gate, angles, 1.0);
+            state.apply(*gate, angles, share);
         }
         state.parts
     }
@@ -166,12 +229,13 @@ impl Circuit {
             parts,
         };
         let mut found = vec![0.0; self.angles];
+        let part = 1.0 / self.steps as f64;
         for gate in self.gates.iter().rev() {
             if let Gate::Rotation(axis, qubit, angle) = *gate {
-                found[angle] += state.turned(axis, qubit, &slopes);
+                found[angle] += part * state.turned(axis, qubit, &slopes);
             }
-            state.apply(*gate, angles, -1.0);
-            slopes.apply(*gate, angles, -1.0);
+            state.apply(*gate, angles, -part);
+            slopes.apply(*gate, angles, -part);
         }
         found
     }
@@ -251,8 +315,8 @@ impl State {
         [re0, re1, im0, im1]
     }
 
-    /// Applies a gate to the rows, or its inverse where `sign` is −1.
-    fn apply(&mut self, gate: Gate, angles: &[f64], sign: f64) {
+    /// Applies a gate to the rows, its angle times `share`; the inverse where that is negative.
+    fn apply(&mut self, gate: Gate, angles: &[f64], share: f64) {
         match gate {
             Gate::Not(control, target) => {
                 let (control, target) = (self.stride(control), self.stride(target));
@@ -265,7 +329,7 @@ impl State {
                 }
             }
             Gate::Rotation(axis, qubit, angle) => {
-                let (s, c) = (sign * angles[angle] / 2.0).sin_cos();
+                let (s, c) = (share * angles[angle] / 2.0).sin_cos();
                 let stride = self.stride(qubit);
                 for row in self.zeros(qubit) {
                     let rows = self.pair(row, row | stride);

@@ -126,7 +126,7 @@ pub struct CircuitSpec {
     pub tokens: usize,
     /// Qubits `n_w`, at least as many as it takes to number the tokens.
     pub qubits: usize,
-    /// Layers of blocks, in each half where there are two.
+    /// Layers of blocks, in each half where there are two; steps of Trotter's product.
     #[serde(default = "two")]
     pub layers: usize,
     /// What the layers are.
@@ -160,6 +160,10 @@ pub enum Ansatz {
     /// A circuit for each side of the entangled register, which act one after the other.
     #[default]
     Parted,
+    /// One circuit whose matrix is the same seen from the other end.
+    Centrosymmetric,
+    /// Steps of the time that an Ising model takes, with the same angles in each.
+    Trotter,
 }
 
 /// How the angles' factors `θ` are found.
@@ -196,12 +200,14 @@ impl CircuitSpec {
 
     /// The circuit.
     pub fn circuit(&self) -> Circuit {
-        let data = self.data();
-        let layers = match self.ansatz {
-            Ansatz::Simple => self.layers,
-            Ansatz::Parted => 2 * self.layers,
-        };
-        Circuit::bricks(data, self.qubits.saturating_sub(data), layers)
+        let (data, layers) = (self.data(), self.layers);
+        let extra = self.qubits.saturating_sub(data);
+        match self.ansatz {
+            Ansatz::Simple => Circuit::bricks(data, extra, layers),
+            Ansatz::Parted => Circuit::bricks(data, extra, 2 * layers),
+            Ansatz::Centrosymmetric => Circuit::centrosymmetric(data, extra, layers),
+            Ansatz::Trotter => Circuit::trotter(data, extra, layers),
+        }
     }
 
     /// `θ` as drawn.

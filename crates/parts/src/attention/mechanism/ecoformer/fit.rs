@@ -11,8 +11,12 @@
 //! by gradient descent with Nesterov's momentum from where `a_r` was, averaged over sequences; what comes of
 //! it is taken where the objective of the signs is lower. `R` is never laid out: it is `S`, which has a
 //! few entries in a row, less the products of the bits so far.
+//!
+//! Hashes may start where bits without signs are best ([`Initial::Eigenvectors`]), and all bits may be sought
+//! together, from the start or behind the others ([`Search`]).
 
-use super::{Bandwidth, EcoformerSpec};
+use super::eigenvectors::leading;
+use super::{Bandwidth, EcoformerSpec, joint};
 use crate::error::tensor;
 use crate::{Error, Result};
 use lapidary_kernels::{DType, Device, Tensor};
@@ -30,12 +34,39 @@ pub struct Fit {
     pub rate: f64,
     /// Its momentum.
     pub momentum: f64,
-    /// Its steps for each bit.
+    /// Its steps for each bit, or for all of them.
     pub iterations: usize,
+    /// The order in which bits are sought.
+    pub search: Search,
+    /// Where they start.
+    pub initial: Initial,
     /// Decides anchors, and where hashes start.
     pub seed: u64,
     /// Hashes to start from, `[heads, bits, anchors]`; normal numbers when absent.
     pub start: Option<Vec<f64>>,
+}
+
+/// The order in which bits are sought.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Search {
+    /// One after the other, each for what the ones before it leave.
+    #[default]
+    BitByBit,
+    /// All together.
+    Joint,
+    /// One after the other, and then all together from there.
+    Refined,
+}
+
+/// Where bits start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Initial {
+    /// At [`Fit::start`].
+    #[default]
+    Start,
+    /// At the leading eigenvectors of what is to be learned, in the order of eigenvalues where bits are
+    /// sought together; at [`Fit::start`] where there are fewer than bits.
+    Eigenvectors,
 }
 
 impl Default for Fit {
@@ -45,13 +76,16 @@ impl Default for Fit {
             rate: 5e-4,
             momentum: 0.9,
             iterations: 100,
+            search: Search::default(),
+            initial: Initial::default(),
             seed: 0,
             start: None,
         }
     }
 }
 
-/// What became of a bit.
+/// What became of a bit, or of all bits where they are sought together: their objective is then
+/// `(½ ‖Yᵀ Y‖² − β tr Yᵀ S Y) / n β`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bit {
     /// The objective of the signs that it started with.
@@ -69,7 +103,7 @@ pub struct Bit {
 pub struct Fitted {
     /// What the mechanism has under these names, in double precision.
     pub parameters: BTreeMap<String, Tensor>,
-    /// The bits of each head.
+    /// What became of each head, as [`learn`] says it.
     pub bits: Vec<Vec<Bit>>,
 }
 
@@ -82,7 +116,7 @@ pub struct Sample {
     pub targets: Vec<Vec<(usize, f64)>>,
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
+pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
@@ -91,18 +125,18 @@ impl Sample {
         self.kernels.len()
     }
 
-    fn projected(&self, hash: &[f64]) -> Vec<f64> {
+    pub(super) fn projected(&self, hash: &[f64]) -> Vec<f64> {
         self.kernels.iter().map(|row| dot(row, hash)).collect()
     }
 
-    fn signs(&self, hash: &[f64]) -> Vec<f64> {
+    pub(super) fn signs(&self, hash: &[f64]) -> Vec<f64> {
         let sign = |x: f64| if x < 0.0 { -1.0 } else { 1.0 };
         self.projected(hash).into_iter().map(sign).collect()
     }
 }
 
 /// What is left of `β S` behind some bits.
-struct Residual<'a> {
+pub(super) struct Residual<'a> {
     sample: &'a Sample,
     bits: f64,
     codes: Vec<Vec<f64>>,
@@ -111,7 +145,7 @@ struct Residual<'a> {
 }
 
 impl<'a> Residual<'a> {
-    fn new(sample: &'a Sample, bits: usize) -> Self {
+    pub(super) fn new(sample: &'a Sample, bits: usize) -> Self {
         let bits = bits as f64;
         let entries = sample.targets.iter().flatten();
         Self {
@@ -122,8 +156,18 @@ impl<'a> Residual<'a> {
         }
     }
 
+    /// What it is left of.
+    pub(super) fn sample(&self) -> &'a Sample {
+        self.sample
+    }
+
+    /// `‖R‖²`.
+    pub(super) fn squares(&self) -> f64 {
+        self.squares
+    }
+
     /// `(R + Rᵀ) y`.
-    fn both_sides(&self, y: &[f64]) -> Vec<f64> {
+    pub(super) fn both_sides(&self, y: &[f64]) -> Vec<f64> {
         let mut product = vec![0.0; y.len()];
         for (i, row) in self.sample.targets.iter().enumerate() {
             for &(j, s) in row {
@@ -148,11 +192,12 @@ impl<'a> Residual<'a> {
     }
 
     /// `yᵀ R y`.
-    fn agreement(&self, y: &[f64]) -> f64 {
+    pub(super) fn agreement(&self, y: &[f64]) -> f64 {
         dot(&self.both_sides(y), y) / 2.0
     }
 
-    fn scale(&self) -> f64 {
+    /// `1 / n β`.
+    pub(super) fn scale(&self) -> f64 {
         1.0 / (self.bits * self.sample.tokens().max(1) as f64)
     }
 
@@ -183,13 +228,40 @@ impl<'a> Residual<'a> {
     }
 }
 
-fn sigmoid(x: f64) -> f64 {
+pub(super) fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-/// Learns one head's hashes bit by bit, from `start`, one row of as many numbers as kernel values for each
-/// bit; gives them and what became of each bit.
+/// Learns one head's hashes from `start`, one row of as many numbers as kernel values for each bit; gives them
+/// and what became of each bit, of all together, or of each and then of all.
 pub fn learn(samples: &[Sample], start: &[Vec<f64>], fit: &Fit) -> (Vec<Vec<f64>>, Vec<Bit>) {
+    match fit.search {
+        Search::BitByBit => bit_by_bit(samples, start, fit),
+        Search::Joint => {
+            let mut start = start.to_vec();
+            if fit.initial == Initial::Eigenvectors {
+                let whole: Vec<Residual<'_>> = samples
+                    .iter()
+                    .map(|sample| Residual::new(sample, start.len()))
+                    .collect();
+                let found = leading(&whole, start.len());
+                for (hash, found) in start.iter_mut().zip(found) {
+                    *hash = found;
+                }
+            }
+            let (hashes, all) = joint::learn(samples, &start, fit);
+            (hashes, vec![all])
+        }
+        Search::Refined => {
+            let (hashes, mut bits) = bit_by_bit(samples, start, fit);
+            let (hashes, all) = joint::learn(samples, &hashes, fit);
+            bits.push(all);
+            (hashes, bits)
+        }
+    }
+}
+
+fn bit_by_bit(samples: &[Sample], start: &[Vec<f64>], fit: &Fit) -> (Vec<Vec<f64>>, Vec<Bit>) {
     let each = 1.0 / samples.len().max(1) as f64;
     let mut left: Vec<Residual<'_>> = samples
         .iter()
@@ -202,6 +274,11 @@ pub fn learn(samples: &[Sample], start: &[Vec<f64>], fit: &Fit) -> (Vec<Vec<f64>
                 |left: &Residual<'_>| -left.scale() * left.agreement(&left.sample.signs(hash));
             each * left.iter().map(one).sum::<f64>()
         };
+        let eigenvector = match fit.initial {
+            Initial::Start => None,
+            Initial::Eigenvectors => leading(&left, 1).pop(),
+        };
+        let first = eigenvector.as_ref().unwrap_or(first);
         let mut hash = first.clone();
         let mut velocity = vec![0.0; hash.len()];
         for _ in 0..fit.iterations {

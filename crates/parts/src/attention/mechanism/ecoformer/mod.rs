@@ -27,12 +27,14 @@
 //! each head. Memory of a decode state: `(β + 1)(value_width + 1)` numbers for each head.
 
 mod codes;
+mod eigenvectors;
 mod energy;
 mod fit;
+mod joint;
 
 pub use codes::PackedCodes;
 pub use energy::Tally;
-pub use fit::{Bit, Fit, Fitted, Sample, learn};
+pub use fit::{Bit, Fit, Fitted, Initial, Sample, Search, learn};
 
 use super::sums::{Features, Normalised, kept, resume};
 use super::{
