@@ -12,6 +12,7 @@ use lapidary_parts::block::Block;
 use lapidary_parts::norm::Norm;
 use lapidary_parts::organisation::{Organisation, Organised, Read, Surroundings};
 use lapidary_parts::parameters::{LinearInfo, ParameterSource, Parameters};
+use lapidary_parts::position::SharedBiases;
 use lapidary_parts::recomputed::recomputed;
 use lapidary_parts::state::DecodeState;
 use lapidary_parts::{Context, Error, Result};
@@ -336,6 +337,7 @@ impl Model {
     pub fn forward(&self, input: &Input, pass: Pass<'_>) -> Result<Output> {
         let silent = Trace::new();
         let mut state = pass.state;
+        let biases = SharedBiases::default();
         let cx = Context {
             trace: pass.trace.unwrap_or(&silent),
             key_padding: pass.padding,
@@ -346,6 +348,7 @@ impl Model {
             key_bias: None,
             places: None,
         };
+            biases: Some(&biases),
         let (first, mut x) = match pass.start {
             Some((block, hidden)) => (self.check_start(block, hidden)?, hidden.clone()),
             None => {

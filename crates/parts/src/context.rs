@@ -1,5 +1,6 @@
 //! What a module is told about the pass it runs in.
 
+use crate::position::SharedBiases;
 use lapidary_kernels::Tensor;
 use lapidary_signal::{Signal, Trace};
 
@@ -25,8 +26,10 @@ pub struct Context<'a> {
     pub key_bias: Option<&'a Tensor>,
     /// Where tokens stand, `[batch, token]` in `u32`, where that is not one behind the other: what
     /// causality, windows and buckets of distances in self-attention go by. Tokens that stand at
-    /// one place see each other.
+    /// one place see each other. Covers cached keys too.
     pub places: Option<&'a Tensor>,
+    /// Biases of scores that layers share, computed once in this pass; by each layer when absent.
+    pub biases: Option<&'a SharedBiases>,
 }
 
 impl<'a> Context<'a> {
@@ -41,6 +44,7 @@ impl<'a> Context<'a> {
             memory: None,
             key_bias: None,
             places: None,
+            biases: None,
         }
     }
 }

@@ -513,9 +513,10 @@ impl MultiHeadAttention {
             queries: q.dims()[1],
             keys: k.dims()[1],
             offset: cx.offset,
-            draw: cx.draw.map(|seed| seed_of_site(seed, &self.path)),
+            draw: cx.draw,
         };
-        self.position.bias(span, q.dtype(), q.device())
+        let on = (q.dtype(), q.device());
+        self.position.bias_in_pass(span, &self.path, cx.biases, on)
     }
 
     /// Mixes by a mechanism that is not softmax: `x` `[batch, query, width]`, queries, keys and
