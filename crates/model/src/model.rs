@@ -65,7 +65,7 @@ pub struct Pass<'a> {
 /// What a model gives.
 #[derive(Clone, Debug)]
 pub struct Output {
-    /// `[batch, length, width]`, after the final norm.
+    /// `[batch, length, width]`, after the final norm; of [`ModelSpec::read_width`].
     pub hidden: Signal,
     /// `[batch, width]`, for heads that pool.
     pub pooled: Option<Signal>,
@@ -137,11 +137,12 @@ impl Model {
                 Some(Organisation::new(organisation, &model, own)?)
             }
         };
+        let read = spec.read_width();
         let final_norm = match &spec.final_norm {
-            Some(norm) => Norm::new(norm, width, root.at("final_norm"))?,
+            Some(norm) => Norm::new(norm, read, root.at("final_norm"))?,
             None => Norm::None,
         };
-        let head = Head::new(&spec.head, width, embedding.table(), root)?;
+        let head = Head::new(&spec.head, [width, read], embedding.table(), root)?;
         let known: BTreeSet<&str> = linears.iter().map(|linear| linear.path.as_str()).collect();
         if let Some(unknown) = ranks.keys().find(|path| !known.contains(path.as_str())) {
             return Err(Error::spec(
@@ -336,8 +337,8 @@ impl Model {
     /// Runs the model.
     pub fn forward(&self, input: &Input, pass: Pass<'_>) -> Result<Output> {
         let silent = Trace::new();
-        let mut state = pass.state;
         let biases = SharedBiases::default();
+        let mut state = pass.state;
         let cx = Context {
             trace: pass.trace.unwrap_or(&silent),
             key_padding: pass.padding,
@@ -347,8 +348,8 @@ impl Model {
             memory: pass.memory,
             key_bias: None,
             places: None,
-        };
             biases: Some(&biases),
+        };
         let (first, mut x) = match pass.start {
             Some((block, hidden)) => (self.check_start(block, hidden)?, hidden.clone()),
             None => {
@@ -430,7 +431,7 @@ fn refuse_steps(spec: &ModelSpec, first: usize, decodes: bool) -> Result<()> {
         let expected = format!("0 in a model with an organisation that is {kind}");
         return Err(Error::spec("block to start at", first, expected));
     }
-    if decodes && !organisation.decodes() {
+    if decodes && !organisation.decodes(spec.is_causal()) {
         let expected = format!(
             "absent in a model with an organisation that is {kind}: every step runs the whole sequence"
         );

@@ -52,6 +52,7 @@ pub fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
             cross_attention: None,
             shared: false,
             layer_scale: None,
+            drop_path: 0.0,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * width,

@@ -5,5 +5,6 @@ mod documented;
 mod families;
 mod gguf;
 mod organised;
+mod reversible;
 mod self_ensemble;
 mod shared;

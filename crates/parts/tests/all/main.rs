@@ -4,6 +4,7 @@ mod combiner;
 mod common;
 mod decoding;
 mod doubly_stochastic;
+mod drop_path;
 mod ecoformer;
 mod fastmax;
 mod fit;

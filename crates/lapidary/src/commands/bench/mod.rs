@@ -90,6 +90,7 @@ fn spec(arguments: &Bench) -> ModelSpec {
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * arguments.width,

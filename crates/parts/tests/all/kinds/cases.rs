@@ -11,6 +11,7 @@ pub(super) fn block(wiring: Wiring, norm: NormSpec, attention: MixerSpec) -> Blo
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         feedforward: None,
         dropout: 0.0,
