@@ -19,7 +19,7 @@ mod by_place;
 mod scores;
 
 use super::mechanism::{self, Mechanism, MechanismPass, MechanismSpec, Memory, Resumed, Scores};
-use crate::dropout::{dropout, seed_of_site};
+use crate::dropout::dropout;
 use crate::error::{bounded, tensor};
 use crate::norm::{Norm, NormSpec};
 use crate::parameters::Parameters;

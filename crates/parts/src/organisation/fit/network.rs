@@ -50,7 +50,6 @@ pub(super) struct Beside<'a> {
 #[derive(Clone, Copy, Debug)]
 struct Sizes {
     batch: usize,
-    length: usize,
     /// Tokens of a group.
     group: usize,
     groups: usize,
@@ -188,7 +187,6 @@ impl Fit {
         let (batch, length, _) = tensor(x.value().dims3())?;
         let sizes = Sizes {
             batch,
-            length,
             // One group alone is as long as the input.
             group: self.spec.group.min(length.max(1)),
             groups: length.div_ceil(self.spec.group),

@@ -264,6 +264,17 @@ fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
         ),
         ("hashed in both directions", reformer(1, 2)),
         (
+            "hashed by fixed rotations",
+            MultiHeadSpec {
+                mechanism: MechanismSpec::Reformer(ReformerSpec {
+                    rotations: Rotations::Fixed,
+                    buckets: vec![4],
+                    ..ReformerSpec::new(3)
+                }),
+                ..reformer(1, 3)
+            },
+        ),
+        (
             "segments and their summaries",
             combiner(CombinerForm::Fixed { segment: 2 }),
         ),
@@ -542,6 +553,13 @@ fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
             "fire beside a rotation",
             multi_head(causal(PositionSpec::Fire(FireSpec {
                 rotary: Some(RotarySpec::default()),
+                ..fire.clone()
+            }))),
+        ),
+        (
+            "fire that layers share",
+            multi_head(causal(PositionSpec::Fire(FireSpec {
+                shared: true,
                 ..fire.clone()
             }))),
         ),
