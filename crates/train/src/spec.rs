@@ -6,7 +6,7 @@ use lapidary_kernels::{AdamWOptions, LionOptions};
 use lapidary_model::ModelSpec;
 use serde::{Deserialize, Serialize};
 
-use crate::data::Order;
+use crate::data::{MaskingSpec, Order};
 use crate::language::Mixture;
 use crate::{AlignmentSpec, Decay, Error, Result, Schedule};
 
@@ -60,6 +60,9 @@ pub struct TrainSpec {
     /// What is trained.
     pub model: ModelSpec,
 }
+    /// Tokens that are hidden from a model that looks ahead, which is to name them instead of the next.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub masking: Option<MaskingSpec>,
 
 fn one() -> usize {
     1
@@ -446,6 +449,17 @@ impl TrainSpec {
         }
         if self.validation.batches == 0 {
             return wrong("validation.batches", "0".into(), "at least 1");
+        }
+        if self.annealed_steps > self.steps - self.dense_steps {
+            let expected = "at most the number of steps before the dense ones";
+            return wrong("annealed_steps", self.annealed_steps.to_string(), expected);
+        }
+        if let Some(masking) = &self.masking {
+            masking.validate(self.length)?;
+            if self.model.is_causal() {
+                let expected = "absent for a causal model, which does not see what follows";
+                return wrong("masking", "given".into(), expected);
+            }
         }
         if !matches!(
             self.model.head,

@@ -8,7 +8,7 @@ use lapidary_parts::parameters::ParameterSource;
 use lapidary_signal::Trace;
 use rand::Rng;
 
-use crate::data::{Batch, IGNORE, Task};
+use crate::data::{Batch, IGNORE, Masked, Task};
 use crate::state::TrainingState;
 use crate::{
     Error, Generator, GeneratorState, Gradients, Masks, Result, Schedule, TrainSpec, UpdateOptions,
@@ -65,6 +65,13 @@ impl Trainer {
         validation: Box<dyn Task>,
     ) -> Result<Self> {
         spec.validate()?;
+        let hiding = |task: Box<dyn Task>| -> Box<dyn Task> {
+            match spec.masking {
+                Some(masking) => Box::new(Masked::new(task, masking)),
+                None => task,
+            }
+        };
+        let (training, validation) = (hiding(training), hiding(validation));
         let vocabulary = spec.model.vocabulary().unwrap_or(0);
         for task in [&training, &validation] {
             if task.vocabulary() > vocabulary {
