@@ -48,6 +48,9 @@ pub struct Pass<'a> {
     pub dropout_seed: Option<u64>,
     /// Seed of what mixers draw anew in this pass; their own draw, always the same, when `None`.
     pub draw: Option<u64>,
+    /// In a pass that draws: from 0, where mixers see the subsets of keys that their specs say, to 1, where
+    /// they see all.
+    pub annealing: f64,
     /// What was decoded before; updated.
     pub state: Option<&'a mut DecodeState>,
     /// Scores of the last position only.
@@ -345,6 +348,7 @@ impl Model {
             offset: state.as_ref().map_or(0, |state| state.length),
             dropout_seed: pass.dropout_seed,
             draw: pass.draw,
+            annealing: pass.annealing,
             memory: pass.memory,
             key_bias: None,
             places: None,

@@ -19,6 +19,9 @@ pub struct Context<'a> {
     /// Seed of what this pass draws anew: subsets of keys, random features, rotations of hashes.
     /// `None`: each module's own draw, always the same.
     pub draw: Option<u64>,
+    /// How far a pass that draws is on the way from the subsets of keys that mixers say to all of them: 0
+    /// at the start, 1 where nothing is left out.
+    pub annealing: f64,
     /// What cross-attention reads: `[batch, length, width]` and its padding.
     pub memory: Option<(&'a Signal, Option<&'a Tensor>)>,
     /// What self-attention adds to every score of a key, `[batch, key]`; differentiated. A token
@@ -41,6 +44,7 @@ impl<'a> Context<'a> {
             offset: 0,
             dropout_seed: None,
             draw: None,
+            annealing: 0.0,
             memory: None,
             key_bias: None,
             places: None,

@@ -16,6 +16,7 @@ pub struct Again {
     offset: usize,
     dropout_seed: Option<u64>,
     draw: Option<u64>,
+    annealing: f64,
 }
 
 impl Again {
@@ -37,6 +38,7 @@ impl Again {
             offset: cx.offset,
             dropout_seed: cx.dropout_seed,
             draw: cx.draw,
+            annealing: cx.annealing,
         })
     }
 
@@ -54,6 +56,7 @@ impl Again {
                 offset: told.offset,
                 dropout_seed: told.dropout_seed,
                 draw: told.draw,
+                annealing: told.annealing,
                 ..Context::new(&trace)
             };
             match part(Signal::from(x.clone()), &cx) {
@@ -73,7 +76,7 @@ impl Again {
 /// One block whose intermediates are not remembered.
 ///
 /// # Errors
-/// Those of the block, and of [`Again::new`].
+/// Those of the block.
 pub fn recomputed(
     recomputation: &Recomputation,
     block: &Arc<Block>,

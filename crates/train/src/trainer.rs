@@ -136,7 +136,7 @@ impl Trainer {
         let rate = self.schedule.rate(self.step);
         let rows = self.spec.batch / self.spec.accumulate;
         let dropout_seed = self.generator.next_u64();
-        let draws = self.step + self.spec.dense_steps < self.spec.steps;
+        let (draws, annealing) = self.spec.draws(self.step);
         let (mut loss, mut tokens, mut store) = (0.0, 0, None);
         let mut sum = Gradients::default();
         for part in 0..self.spec.accumulate {
@@ -154,6 +154,7 @@ impl Trainer {
             let pass = Pass {
                 dropout_seed: Some(dropout_seed.wrapping_add(part as u64)),
                 draw: draws.then(|| dropout_seed.wrapping_add(part as u64)),
+                annealing,
                 recomputation: recomputation.as_ref(),
                 trace: streams.as_ref(),
                 ..Pass::default()

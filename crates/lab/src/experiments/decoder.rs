@@ -224,6 +224,8 @@ pub fn train_from(
         clip: Some(1.0),
         average: None,
         dense_steps: recipe.dense_steps,
+        annealed_steps: 0,
+        masking: None,
         recompute: false,
         alignment: recipe.alignment,
         schedule: ScheduleSpec {

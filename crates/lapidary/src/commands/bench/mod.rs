@@ -179,6 +179,8 @@ fn step(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
         clip: Some(1.0),
         average: None,
         dense_steps: 0,
+        annealed_steps: 0,
+        masking: None,
         recompute: false,
         alignment: None,
         schedule: ScheduleSpec {
