@@ -1,7 +1,7 @@
 //! What a model is worth, and how far another one is from it.
 
 use lapidary_kernels::{D, DType, SoftmaxMask, Tensor, gather, log_softmax};
-use lapidary_model::{HeadSpec, Model};
+use lapidary_model::{HeadSpec, Model, Pass};
 use serde::Serialize;
 
 use crate::calibration::forward;
@@ -77,6 +77,80 @@ pub struct Perplexity {
 
 /// The perplexity of a causal language model on windows, `batch` at a time.
 pub fn perplexity(model: &Model, windows: &[Window], batch: usize) -> Result<Perplexity> {
+    check_predicts(model)?;
+    let (mut sum, mut tokens) = (0.0, 0);
+    for chunk in windows.chunks(batch.max(1)) {
+        for said in log_probabilities(model, chunk, None)? {
+            sum -= said;
+            tokens += 1;
+        }
+    }
+    Ok(Perplexity {
+        value: (sum / counted(tokens)?).exp(),
+        tokens,
+        windows: windows.len(),
+    })
+}
+
+/// What the sub-networks that a model draws are worth, alone and together.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Members {
+    /// Perplexity of the mean of the probabilities of the first member, of the first two, and so on.
+    pub together: Vec<f64>,
+    /// The exponential of the mean negative log-likelihood over tokens and members: never below the last
+    /// of `together`, since the logarithm is concave.
+    pub alone: f64,
+    /// The deviation of a token's probability among the members, on average: how unsure they are.
+    pub deviation: f64,
+}
+
+/// [`perplexity`] of an ensemble of a causal language model's own draws, whose seeds are `seed`,
+/// `seed + 1`, … (Hussain et al., arXiv 2306.01705). Members of a model that draws nothing agree.
+///
+/// # Errors
+/// For no members, or as for [`perplexity`].
+pub fn ensemble_perplexity(
+    model: &Model,
+    windows: &[Window],
+    batch: usize,
+    (members, seed): (usize, u64),
+) -> Result<Members> {
+    check_predicts(model)?;
+    if members == 0 {
+        return Err(Error::invalid("members of an ensemble", 0, "at least 1"));
+    }
+    let mut together = vec![0.0; members];
+    let (mut alone, mut deviation, mut tokens) = (0.0, 0.0, 0);
+    for chunk in windows.chunks(batch.max(1)) {
+        // Of each token: the sums of probabilities and of their squares over the members so far.
+        let mut sums: Vec<(f64, f64)> = Vec::new();
+        for (so_far, together) in (1..).zip(&mut together) {
+            let draw = seed.wrapping_add(so_far - 1);
+            let said = log_probabilities(model, chunk, Some(draw))?;
+            sums.resize(said.len(), (0.0, 0.0));
+            for (said, (sum, squares)) in said.into_iter().zip(&mut sums) {
+                alone -= said;
+                *sum += said.exp();
+                *squares += (2.0 * said).exp();
+                *together -= (*sum / so_far as f64).ln();
+            }
+        }
+        let each = members as f64;
+        deviation += sums
+            .iter()
+            .map(|(sum, squares)| (squares / each - (sum / each).powi(2)).max(0.0).sqrt())
+            .sum::<f64>();
+        tokens += sums.len();
+    }
+    let tokens = counted(tokens)?;
+    Ok(Members {
+        together: together.iter().map(|sum| (sum / tokens).exp()).collect(),
+        alone: (alone / tokens / members as f64).exp(),
+        deviation: deviation / tokens,
+    })
+}
+
+fn check_predicts(model: &Model) -> Result<()> {
     if !model.spec().is_causal() || !matches!(model.spec().head, HeadSpec::LanguageModel { .. }) {
         return Err(Error::invalid(
             "model",
@@ -84,35 +158,49 @@ pub fn perplexity(model: &Model, windows: &[Window], batch: usize) -> Result<Per
             "one: perplexity is defined by predicting each next token",
         ));
     }
-    let device = model.device();
-    let (mut sum, mut tokens) = (0.0, 0);
-    for chunk in windows.chunks(batch.max(1)) {
-        let examples: Vec<Example> = chunk
-            .iter()
-            .map(|window| Example::window(window.tokens.clone()))
-            .collect();
-        let data = CalibrationData::new(examples)?;
-        let batch = Batch::new(data.examples(), &device)?;
-        let logits = forward(model, &batch, None)?.into_logits()?.into_value();
-        for (row, window) in chunk.iter().enumerate() {
-            let first = window.context.max(1);
-            let Some(targets) = window.tokens.get(first..).filter(|rest| !rest.is_empty()) else {
-                continue;
-            };
-            let count = targets.len();
-            let scores = scores_of(&logits, row, first - 1, count)?;
-            sum += negative_log_likelihood(&scores, targets)?;
-            tokens += count;
-        }
+    Ok(())
+}
+
+fn counted(tokens: usize) -> Result<f64> {
+    match tokens {
+        0 => Err(Error::invalid("tokens to score", 0, "at least 1")),
+        _ => Ok(tokens as f64),
     }
-    if tokens == 0 {
-        return Err(Error::invalid("tokens to score", 0, "at least 1"));
+}
+
+/// The logarithm of the probability of each token of the windows that is scored, in one pass with such a
+/// draw.
+fn log_probabilities(model: &Model, windows: &[Window], draw: Option<u64>) -> Result<Vec<f64>> {
+    let examples = windows
+        .iter()
+        .map(|window| Example::window(window.tokens.clone()));
+    let data = CalibrationData::new(examples.collect())?;
+    let batch = Batch::new(data.examples(), &model.device())?;
+    let pass = Pass {
+        padding: batch.padding.as_ref(),
+        draw,
+        ..Pass::default()
+    };
+    let logits = model
+        .forward(&batch.input, pass)?
+        .into_logits()?
+        .into_value();
+    let mut found = Vec::new();
+    for (row, window) in windows.iter().enumerate() {
+        let first = window.context.max(1);
+        let Some(targets) = window.tokens.get(first..).filter(|rest| !rest.is_empty()) else {
+            continue;
+        };
+        let scores = scores_of(&logits, row, first - 1, targets.len())?;
+        let shape = (targets.len(), 1);
+        let targets = engine(Tensor::from_slice(targets, shape, scores.device()))?;
+        let log_probability = log_softmax(&scores, &SoftmaxMask::default())?;
+        let picked = engine(gather(&log_probability, &targets, 1)?.flatten_all())?;
+        found.extend(engine(
+            engine(picked.to_dtype(DType::F64))?.to_vec1::<f64>(),
+        )?);
     }
-    Ok(Perplexity {
-        value: (sum / tokens as f64).exp(),
-        tokens,
-        windows: windows.len(),
-    })
+    Ok(found)
 }
 
 /// `[count, vocabulary]` of `[batch, length, vocabulary]`: one sequence from `start` on.
@@ -124,19 +212,6 @@ fn scores_of(
 ) -> lapidary_kernels::Result<Tensor> {
     let sequence = logits.narrow(0, row, 1)?.squeeze(0)?;
     Ok(sequence.narrow(0, start, count)?)
-}
-
-/// `−Σ log p(target)` for `scores` `[targets, vocabulary]`.
-fn negative_log_likelihood(scores: &Tensor, targets: &[u32]) -> Result<f64> {
-    let targets = engine(Tensor::from_slice(
-        targets,
-        (targets.len(), 1),
-        scores.device(),
-    ))?;
-    let log_probability = log_softmax(scores, &SoftmaxMask::default())?;
-    let picked = gather(&log_probability, &targets, 1)?;
-    let sum = engine(engine(picked.to_dtype(DType::F64))?.sum_all())?;
-    Ok(-engine(sum.to_scalar::<f64>())?)
 }
 
 /// How much two models say the same.

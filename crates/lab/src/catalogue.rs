@@ -91,6 +91,7 @@ fn mixer_block(attention: MixerSpec) -> BlockSpec {
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         feedforward: None,
         dropout: 0.0,

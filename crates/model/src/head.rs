@@ -51,9 +51,10 @@ pub(crate) struct HeadOutput {
 }
 
 impl Head {
+    /// For a model of `width` whose head reads vectors of `read`.
     pub(crate) fn new(
         spec: &HeadSpec,
-        width: usize,
+        [width, read]: [usize; 2],
         embedding: &Embedding,
         mut root: Parameters<'_>,
     ) -> Result<Self> {
@@ -88,19 +89,22 @@ impl Head {
                         norm,
                         narrows,
                     }) => {
-                        let to = if *narrows { table_width } else { width };
-                        let dense = parameters.linear("transform", site, width, to, true)?;
+                        let to = if *narrows { table_width } else { read };
+                        let dense = parameters.linear("transform", site, read, to, true)?;
                         site = TRANSFORMED;
                         let norm = Norm::new(norm, to, parameters.at("norm"))?;
                         Some(Box::new((dense, (*activation).into(), norm)))
                     }
                 };
-                let narrowed = spec.narrows();
-                let projection = if table_width == width || narrowed {
+                // An output of its own reads more than the model's width as it comes.
+                let scored = match !*tied && table_width == width && !spec.narrows() {
+                    true => read,
+                    false => table_width,
+                };
+                let projection = if scored == read || spec.narrows() {
                     None
                 } else {
-                    let linear =
-                        parameters.linear("projection", site, width, table_width, false)?;
+                    let linear = parameters.linear("projection", site, read, scored, false)?;
                     site = PROJECTED;
                     Some(linear)
                 };
@@ -115,7 +119,7 @@ impl Head {
                     };
                     Linear::from_weight(Weight::dense(table.clone()), bias)?
                 } else {
-                    parameters.linear("output", site, table_width, vocabulary, *bias)?
+                    parameters.linear("output", site, scored, vocabulary, *bias)?
                 };
                 Ok(Self::LanguageModel {
                     transform,
@@ -132,12 +136,12 @@ impl Head {
             } => {
                 let mut parameters = root.at("head");
                 let norm = match norm {
-                    Some(norm) => Norm::new(norm, width, parameters.at("norm"))?,
+                    Some(norm) => Norm::new(norm, read, parameters.at("norm"))?,
                     None => Norm::None,
                 };
                 let hidden = match hidden {
                     Some(activation) => Some((
-                        parameters.linear("hidden", "in", width, width, true)?,
+                        parameters.linear("hidden", "in", read, read, true)?,
                         (*activation).into(),
                     )),
                     None => None,
@@ -145,10 +149,10 @@ impl Head {
                 let mut outputs = Vec::new();
                 if let Some(labels) = *labels {
                     // Named from the root, where the pooled vector's site is.
-                    outputs.push(root.linear("head.output", "pooled", width, labels, *bias)?);
+                    outputs.push(root.linear("head.output", "pooled", read, labels, *bias)?);
                     if *pool == Pool::FirstTwo {
                         let second = "head.second_output";
-                        outputs.push(root.linear(second, SECOND, width, labels, *bias)?);
+                        outputs.push(root.linear(second, SECOND, read, labels, *bias)?);
                     }
                 }
                 Ok(Self::Pooled {

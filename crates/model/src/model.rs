@@ -12,6 +12,7 @@ use lapidary_parts::block::Block;
 use lapidary_parts::norm::Norm;
 use lapidary_parts::organisation::{Organisation, Organised, Read, Surroundings};
 use lapidary_parts::parameters::{LinearInfo, ParameterSource, Parameters};
+use lapidary_parts::position::SharedBiases;
 use lapidary_parts::recomputed::recomputed;
 use lapidary_parts::state::DecodeState;
 use lapidary_parts::{Context, Error, Result};
@@ -49,6 +50,9 @@ pub struct Pass<'a> {
     pub draw: Option<u64>,
     /// The step of training that this pass is part of, for draws that last several steps.
     pub step: Option<u64>,
+    /// In a pass that draws: from 0, where mixers see the subsets of keys that their specs say, to 1, where
+    /// they see all.
+    pub annealing: f64,
     /// What was decoded before; updated.
     pub state: Option<&'a mut DecodeState>,
     /// Scores of the last position only.
@@ -69,7 +73,7 @@ pub struct Pass<'a> {
 /// What a model gives.
 #[derive(Clone, Debug)]
 pub struct Output {
-    /// `[batch, length, width]`, after the final norm.
+    /// `[batch, length, width]`, after the final norm; of [`ModelSpec::read_width`].
     pub hidden: Signal,
     /// `[batch, width]`, for heads that pool.
     pub pooled: Option<Signal>,
@@ -143,11 +147,12 @@ impl Model {
                 Some(Organisation::new(organisation, &model, own)?)
             }
         };
+        let read = spec.read_width();
         let final_norm = match &spec.final_norm {
-            Some(norm) => Norm::new(norm, width, root.at("final_norm"))?,
+            Some(norm) => Norm::new(norm, read, root.at("final_norm"))?,
             None => Norm::None,
         };
-        let head = Head::new(&spec.head, width, &embedding, root)?;
+        let head = Head::new(&spec.head, [width, read], &embedding, root)?;
         let known: BTreeSet<&str> = linears.iter().map(|linear| linear.path.as_str()).collect();
         if let Some(unknown) = ranks.keys().find(|path| !known.contains(path.as_str())) {
             return Err(Error::spec(
@@ -342,6 +347,7 @@ impl Model {
     /// Runs the model.
     pub fn forward(&self, input: &Input, pass: Pass<'_>) -> Result<Output> {
         let silent = Trace::new();
+        let biases = SharedBiases::default();
         let mut state = pass.state;
         let cx = Context {
             trace: pass.trace.unwrap_or(&silent),
@@ -350,9 +356,11 @@ impl Model {
             dropout_seed: pass.dropout_seed,
             draw: pass.draw,
             step: pass.step,
+            annealing: pass.annealing,
             memory: pass.memory,
             key_bias: None,
             places: None,
+            biases: Some(&biases),
         };
         let (first, mut x) = match pass.start {
             Some((block, hidden)) => (self.check_start(block, hidden)?, hidden.clone()),
@@ -436,7 +444,7 @@ fn refuse_steps(spec: &ModelSpec, first: usize, decodes: bool) -> Result<()> {
         let expected = format!("0 in a model with an organisation that is {kind}");
         return Err(Error::spec("block to start at", first, expected));
     }
-    if decodes && !organisation.decodes() {
+    if decodes && !organisation.decodes(spec.is_causal()) {
         let expected = format!(
             "absent in a model with an organisation that is {kind}: every step runs the whole sequence"
         );

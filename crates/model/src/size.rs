@@ -65,13 +65,13 @@ impl ModelSpec {
     /// Parameters of the model with every layer dense, tied ones counted once. Nothing of their
     /// size is allocated.
     pub fn parameter_count(&self) -> Result<u64> {
-        let width = self.width;
+        let (width, read) = (self.width, self.read_width());
         let mut total = counted(|mut root| {
             let embedding = Embedding::new(&self.input, width, root.at("embeddings"))?;
             if let Some(norm) = &self.final_norm {
-                Norm::new(norm, width, root.at("final_norm"))?;
+                Norm::new(norm, read, root.at("final_norm"))?;
             }
-            Head::new(&self.head, width, &embedding, root).map(|_| ())
+            Head::new(&self.head, [width, read], &embedding, root).map(|_| ())
         })?;
         for block in &self.blocks {
             let one = counted(|root| Block::new(block, width, root).map(|_| ()))?;

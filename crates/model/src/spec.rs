@@ -502,6 +502,14 @@ impl ModelSpec {
         self.validate_size()
     }
 
+    /// Features of what the final norm and the head read: the width, but where an organisation gives more.
+    pub fn read_width(&self) -> usize {
+        let organisation = self.organisation.as_ref();
+        organisation.map_or(self.width, |organisation| {
+            organisation.output_width(self.width)
+        })
+    }
+
     fn validate_organisation(&self) -> Result<()> {
         let Some(organisation) = &self.organisation else {
             return Ok(());

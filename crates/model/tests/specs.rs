@@ -19,6 +19,7 @@ use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, GatedSpec, LinearS
 use lapidary_parts::norm::NormSpec;
 use lapidary_parts::organisation::OrganisationSpec;
 use lapidary_parts::organisation::fit::{FitOutput, FitSpec, GroupPositions, LatentPositions};
+use lapidary_parts::organisation::reversible::{Joined, ReversibleSpec};
 use lapidary_parts::organisation::vcc::{VccOutput, VccSpec};
 use lapidary_parts::position::{KeptPairs, PositionSpec, RotaryScaling, RotarySpec};
 use lapidary_parts::recurrent::MambaSpec;
@@ -310,7 +311,10 @@ fn organisation() -> BoxedStrategy<OrganisationSpec> {
                 })
             },
         );
-    let reversible = Just(OrganisationSpec::Reversible(Default::default()));
+    let joined = prop_oneof![Just(Joined::Mean), Just(Joined::Concatenated)];
+    let reversible = (joined, proptest::option::of(0..5usize));
+    let reversible = reversible
+        .prop_map(|(output, chunk)| OrganisationSpec::Reversible(ReversibleSpec { output, chunk }));
     prop_oneof![fit, vcc, reversible].boxed()
 }
 
@@ -366,6 +370,7 @@ fn block() -> BoxedStrategy<BlockSpec> {
                 cross_attention: None,
                 shared: repeat.is_multiple_of(2),
                 layer_scale: None,
+                drop_path: 0.0,
                 shortcuts: false,
                 feedforward,
                 dropout,

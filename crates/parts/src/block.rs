@@ -6,7 +6,7 @@
 //! Its cost is that of its parts and `2 width` operations per token for two residual sums.
 
 use crate::attention::{Mixer, MixerSpec, MultiHeadAttention, MultiHeadSpec};
-use crate::dropout::dropout;
+use crate::dropout::{drop_path, dropout};
 use crate::error::bounded;
 use crate::feedforward::{Feedforward, FeedforwardSpec};
 use crate::norm::{Norm, NormSpec};
@@ -96,6 +96,11 @@ pub struct BlockSpec {
     /// Probability with which an entry of a part's output is dropped in training.
     #[serde(default)]
     pub dropout: f64,
+    /// Probability with which training leaves out what a part adds to a whole sequence (Huang et al.,
+    /// Deep Networks with Stochastic Depth, 2016, arXiv 1603.09382). Each part of each block, and each
+    /// sequence that the block sees, for itself; what is added otherwise is divided by the rest.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub drop_path: f64,
 }
 
 fn one() -> usize {
@@ -116,6 +121,14 @@ fn is_one(repeat: &usize) -> bool {
 )]
 fn is_not(flag: &bool) -> bool {
     !*flag
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_zero(probability: &f64) -> bool {
+    *probability == 0.0
 }
 
 impl BlockSpec {
@@ -147,11 +160,21 @@ impl BlockSpec {
                 "a finite number",
             ));
         }
-        if !(0.0..1.0).contains(&self.dropout) {
+        for (name, probability) in [("dropout", self.dropout), ("drop_path", self.drop_path)] {
+            if !(0.0..1.0).contains(&probability) {
+                let expected = "at least 0 and below 1";
+                return Err(Error::spec(
+                    format!("{field}.{name}"),
+                    probability,
+                    expected,
+                ));
+            }
+        }
+        if self.wiring == Wiring::Replacing && self.drop_path > 0.0 {
             return Err(Error::spec(
-                format!("{field}.dropout"),
-                self.dropout,
-                "at least 0 and below 1",
+                format!("{field}.drop_path"),
+                self.drop_path,
+                "0 in a replacing block, whose parts cannot be left out",
             ));
         }
         Ok(())
@@ -201,6 +224,7 @@ pub struct Block {
     path: String,
     wiring: Wiring,
     dropout: f64,
+    drop_path: f64,
     attention: Option<(Around, Mixer)>,
     cross_attention: Option<(Around, MultiHeadAttention)>,
     feedforward: Option<(Around, Feedforward)>,
@@ -278,6 +302,7 @@ impl Block {
             path: parameters.path().to_owned(),
             wiring: spec.wiring,
             dropout: spec.dropout,
+            drop_path: spec.drop_path,
             attention,
             cross_attention,
             feedforward,
@@ -391,17 +416,27 @@ impl Block {
         self.half(x, around, "attention", cx, mix).map(Some)
     }
 
-    /// What the feed-forward part adds to a residual stream `x` that it reads through its norm:
-    /// `F(N₂ x)`, scaled and dropped; nothing in a block without.
+    /// What the feed-forward part makes of each token of a residual stream `x` that it reads through its
+    /// norm, `F(N₂ x)`, neither scaled nor dropped yet; nothing in a block without.
     ///
     /// # Errors
     /// Those of the part.
-    pub fn transformed(&self, x: &Signal, cx: &Context<'_>) -> Result<Option<Signal>> {
+    pub fn fed(&self, x: &Signal, cx: &Context<'_>) -> Result<Option<Signal>> {
         let Some((around, part)) = &self.feedforward else {
             return Ok(None);
         };
-        let transform = |x: &Signal| part.forward(x, cx);
-        self.half(x, around, "feedforward", cx, transform).map(Some)
+        part.forward(&around.norm.forward(x)?, cx).map(Some)
+    }
+
+    /// What is added to the residual stream of what [`Block::fed`] gave for all tokens.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn transformed(&self, fed: Signal, cx: &Context<'_>) -> Result<Signal> {
+        match &self.feedforward {
+            None => Ok(fed),
+            Some((around, _)) => self.written(fed, around, "feedforward", cx),
+        }
     }
 
     /// What a part adds to the residual stream `x` that it reads through its norm.
@@ -426,7 +461,9 @@ impl Block {
             }
         };
         let site = format_args!("{}.{name}.dropout", self.path);
-        dropout(&y, self.dropout, site, cx)
+        let y = dropout(&y, self.dropout, site, cx)?;
+        let site = format_args!("{}.{name}.drop_path", self.path);
+        drop_path(&y, self.drop_path, site, cx)
     }
 
     /// One part with its norm, scale, dropout and residual.
@@ -458,8 +495,12 @@ impl Block {
         state: Option<&mut MixerState>,
     ) -> Result<Signal> {
         let mut y = passed(&x, self.attention_shortcut.as_ref())?;
-        let parts = [self.attended(&x, cx, state)?, self.transformed(&x, cx)?];
-        for part in parts.into_iter().flatten() {
+        let attended = self.attended(&x, cx, state)?;
+        let transformed = match self.fed(&x, cx)? {
+            Some(fed) => Some(self.transformed(fed, cx)?),
+            None => None,
+        };
+        for part in [attended, transformed].into_iter().flatten() {
             y = y.add(&part)?;
         }
         Ok(cx.trace.site(format_args!("{}.out", self.path), y)?)

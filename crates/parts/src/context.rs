@@ -1,5 +1,6 @@
 //! What a module is told about the pass it runs in.
 
+use crate::position::SharedBiases;
 use lapidary_kernels::Tensor;
 use lapidary_signal::{Signal, Trace};
 
@@ -20,6 +21,9 @@ pub struct Context<'a> {
     pub draw: Option<u64>,
     /// The step of training that this pass is part of, for draws that last several steps.
     pub step: Option<u64>,
+    /// How far a pass that draws is on the way from the subsets of keys that mixers say to all of them: 0
+    /// at the start, 1 where nothing is left out.
+    pub annealing: f64,
     /// What cross-attention reads: `[batch, length, width]` and its padding.
     pub memory: Option<(&'a Signal, Option<&'a Tensor>)>,
     /// What self-attention adds to every score of a key, `[batch, key]`; differentiated. A token
@@ -27,8 +31,10 @@ pub struct Context<'a> {
     pub key_bias: Option<&'a Tensor>,
     /// Where tokens stand, `[batch, token]` in `u32`, where that is not one behind the other: what
     /// causality, windows and buckets of distances in self-attention go by. Tokens that stand at
-    /// one place see each other.
+    /// one place see each other. Covers cached keys too.
     pub places: Option<&'a Tensor>,
+    /// Biases of scores that layers share, computed once in this pass; by each layer when absent.
+    pub biases: Option<&'a SharedBiases>,
 }
 
 impl<'a> Context<'a> {
@@ -41,9 +47,11 @@ impl<'a> Context<'a> {
             dropout_seed: None,
             draw: None,
             step: None,
+            annealing: 0.0,
             memory: None,
             key_bias: None,
             places: None,
+            biases: None,
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Dropout whose mask is a function of seed and site (Srivastava et al., JMLR 15, 2014).
+//! Dropout whose mask is a function of seed and site: of entries (Srivastava et al., JMLR 15, 2014),
+//! and of what a part adds to a whole sequence (Huang et al., 2016, arXiv 1603.09382).
 
 use crate::error::tensor;
 use crate::{Context, Result};
@@ -15,13 +16,36 @@ pub(crate) fn dropout(
     site: std::fmt::Arguments<'_>,
     cx: &Context<'_>,
 ) -> Result<Signal> {
+    dropped(x, x.dims(), probability, site, cx)
+}
+
+/// Zeroes each row of `x` `[batch, length, width]` with `probability` and divides the rest by
+/// `1 − probability`; nothing when evaluating.
+pub(crate) fn drop_path(
+    x: &Signal,
+    probability: f64,
+    site: std::fmt::Arguments<'_>,
+    cx: &Context<'_>,
+) -> Result<Signal> {
+    let rows = x.dims().first().copied().unwrap_or(0);
+    dropped(x, &[rows, 1, 1], probability, site, cx)
+}
+
+/// `x` times a random mask of some shape, which is broadcast.
+fn dropped(
+    x: &Signal,
+    shape: &[usize],
+    probability: f64,
+    site: std::fmt::Arguments<'_>,
+    cx: &Context<'_>,
+) -> Result<Signal> {
     let Some(seed) = cx.dropout_seed.filter(|_| probability > 0.0) else {
         return Ok(x.clone());
     };
     let mut rng = ChaCha8Rng::seed_from_u64(seed_of_site(seed, &site.to_string()));
     let keep = (1.0 / (1.0 - probability)) as f32;
     let threshold = (probability * f64::from(u32::MAX)) as u32;
-    let mask: Vec<f32> = (0..x.value().elem_count())
+    let mask: Vec<f32> = (0..shape.iter().product())
         .map(|_| {
             if rng.random::<u32>() < threshold {
                 0.0
@@ -30,7 +54,7 @@ pub(crate) fn dropout(
             }
         })
         .collect();
-    let mask = tensor(Tensor::from_vec(mask, x.dims(), x.device()))?;
+    let mask = tensor(Tensor::from_vec(mask, shape, x.device()))?;
     Ok(x.multiply_constant(&tensor(mask.to_dtype(x.dtype()))?)?)
 }
 

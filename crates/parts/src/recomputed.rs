@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::block::Block;
+use crate::error::tensor;
 use crate::{Context, Error, Result};
 use lapidary_kernels::{Recomputation, Tensor};
 use lapidary_signal::{Signal, Trace};
@@ -16,6 +17,7 @@ pub struct Again {
     dropout_seed: Option<u64>,
     draw: Option<u64>,
     step: Option<u64>,
+    annealing: f64,
 }
 
 impl Again {
@@ -28,7 +30,7 @@ impl Again {
             return Err(Error::spec(
                 "recomputation",
                 "given",
-                "absent where scores of keys are biased, as in a vip-centric organisation",
+                "absent where scores of keys are biased and a part is run that is no block",
             ));
         }
         Ok(Self {
@@ -38,6 +40,7 @@ impl Again {
             dropout_seed: cx.dropout_seed,
             draw: cx.draw,
             step: cx.step,
+            annealing: cx.annealing,
         })
     }
 
@@ -56,6 +59,7 @@ impl Again {
                 dropout_seed: told.dropout_seed,
                 draw: told.draw,
                 step: told.step,
+                annealing: told.annealing,
                 ..Context::new(&trace)
             };
             match part(Signal::from(x.clone()), &cx) {
@@ -75,7 +79,7 @@ impl Again {
 /// One block whose intermediates are not remembered.
 ///
 /// # Errors
-/// Those of the block, and of [`Again::new`].
+/// Those of the block.
 pub fn recomputed(
     recomputation: &Recomputation,
     block: &Arc<Block>,
@@ -83,6 +87,24 @@ pub fn recomputed(
     cx: &Context<'_>,
 ) -> Result<Signal> {
     let block = block.clone();
-    let part = Again::new(cx)?.part(move |x, cx| block.forward(x, cx, None));
-    Ok(Signal::from(recomputation.run(x.value(), part)?))
+    let Some(bias) = cx.key_bias else {
+        let part = Again::new(cx)?.part(move |x, cx| block.forward(x, cx, None));
+        return Ok(Signal::from(recomputation.run(x.value(), part)?));
+    };
+    // A bias of keys goes in as one more feature of each token, so that its gradient comes out.
+    let width = tensor(x.value().dim(2))?;
+    let both = tensor(Tensor::cat(&[x.value(), &tensor(bias.unsqueeze(2))?], 2))?;
+    let unbiased = Context {
+        key_bias: None,
+        ..*cx
+    };
+    let part = Again::new(&unbiased)?.part(move |both, cx| {
+        let bias = both.narrow(2, width, 1)?.squeeze(2)?.into_value();
+        let cx = Context {
+            key_bias: Some(&bias),
+            ..*cx
+        };
+        block.forward(both.narrow(2, 0, width)?.contiguous()?, &cx, None)
+    });
+    Ok(Signal::from(recomputation.run(&both, part)?))
 }

@@ -7,6 +7,7 @@ pub use buffers::Buffers;
 pub use kept::Kept;
 
 use crate::attention::mechanism::{RefinedMemory, SpanMemory};
+use crate::organisation::fit::GroupMemory;
 use crate::{Error, Result};
 use lapidary_kernels::Tensor;
 
@@ -55,6 +56,8 @@ pub enum MixerState {
 pub struct DecodeState {
     /// One for each block.
     pub mixers: Vec<MixerState>,
+    /// What groups of tokens are kept as, where tokens are organised so.
+    pub groups: GroupMemory,
     /// Tokens seen so far.
     pub length: usize,
 }
@@ -64,6 +67,7 @@ impl DecodeState {
     pub fn new(blocks: usize) -> Self {
         Self {
             mixers: (0..blocks).map(|_| MixerState::Empty).collect(),
+            groups: GroupMemory::default(),
             length: 0,
         }
     }

@@ -128,6 +128,11 @@ impl Trace {
         Ok(self)
     }
 
+    /// Whether nothing is done or measured at any site.
+    pub fn is_idle(&self) -> bool {
+        self.rules.is_empty() && !self.follow_conservation
+    }
+
     /// Whether any rule matches the site, so that a module knows to compute what it would
     /// otherwise fuse away.
     pub fn wants(&self, site: fmt::Arguments<'_>) -> bool {
@@ -141,7 +146,7 @@ impl Trace {
     /// Passes `signal` through the site's rules, in the order in which they were declared.
     pub fn site(&self, site: fmt::Arguments<'_>, signal: Signal) -> Result<Signal> {
         let metered = matches!(signal.lens(), Lens::Meter(..));
-        if self.rules.is_empty() && !self.follow_conservation && !metered {
+        if self.is_idle() && !metered {
             return Ok(signal);
         }
         let name = site.to_string();

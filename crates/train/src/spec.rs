@@ -6,7 +6,7 @@ use lapidary_kernels::{AdamWOptions, LionOptions};
 use lapidary_model::ModelSpec;
 use serde::{Deserialize, Serialize};
 
-use crate::data::Order;
+use crate::data::{MaskingSpec, Order};
 use crate::language::Mixture;
 use crate::{AlignmentSpec, Decay, Error, Result, Schedule};
 
@@ -35,6 +35,9 @@ pub struct TrainSpec {
     /// Last steps in which mixers draw nothing: they consolidate what was trained on subsets of keys.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub dense_steps: u64,
+    /// Steps before those in which mixers come to see all keys: where they keep one of `c`, `c` falls to 1.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub annealed_steps: u64,
     /// Recompute blocks in the backward pass instead of remembering their intermediates.
     #[serde(default)]
     pub recompute: bool,
@@ -57,6 +60,9 @@ pub struct TrainSpec {
     pub checkpoint: CheckpointSpec,
     /// What is read.
     pub data: DataSpec,
+    /// Tokens that are hidden from a model that looks ahead, which is to name them instead of the next.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub masking: Option<MaskingSpec>,
     /// What is trained.
     pub model: ModelSpec,
 }
@@ -372,6 +378,16 @@ impl TrainSpec {
         }
     }
 
+    /// Whether mixers draw in a step (the first is 0), and how far they are on the way to all keys.
+    pub(crate) fn draws(&self, step: u64) -> (bool, f64) {
+        let drawing = self.steps.saturating_sub(self.dense_steps);
+        let constant = drawing.saturating_sub(self.annealed_steps);
+        // The step behind the last of them would be dense.
+        let gone = (step + 1).saturating_sub(constant);
+        let annealing = gone as f64 / (self.annealed_steps + 1) as f64;
+        (step < drawing, annealing.min(1.0))
+    }
+
     /// Refuses settings that cannot be trained with.
     pub fn validate(&self) -> Result<()> {
         let wrong = |name, found: String, expected| {
@@ -433,6 +449,17 @@ impl TrainSpec {
         if self.dense_steps > self.steps {
             let expected = "at most the number of steps";
             return wrong("dense_steps", self.dense_steps.to_string(), expected);
+        }
+        if self.annealed_steps > self.steps - self.dense_steps {
+            let expected = "at most the number of steps before the dense ones";
+            return wrong("annealed_steps", self.annealed_steps.to_string(), expected);
+        }
+        if let Some(masking) = &self.masking {
+            masking.validate(self.length)?;
+            if self.model.is_causal() {
+                let expected = "absent for a causal model, which does not see what follows";
+                return wrong("masking", "given".into(), expected);
+            }
         }
         if self.accumulate == 0 || !self.batch.is_multiple_of(self.accumulate) {
             return wrong(

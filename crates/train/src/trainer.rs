@@ -8,7 +8,7 @@ use lapidary_parts::parameters::ParameterSource;
 use lapidary_signal::Trace;
 use rand::Rng;
 
-use crate::data::{Batch, IGNORE, Task};
+use crate::data::{Batch, IGNORE, Masked, Task};
 use crate::state::TrainingState;
 use crate::{
     Error, Generator, GeneratorState, Gradients, Masks, Result, Schedule, TrainSpec, UpdateOptions,
@@ -65,6 +65,13 @@ impl Trainer {
         validation: Box<dyn Task>,
     ) -> Result<Self> {
         spec.validate()?;
+        let hiding = |task: Box<dyn Task>| -> Box<dyn Task> {
+            match spec.masking {
+                Some(masking) => Box::new(Masked::new(task, masking)),
+                None => task,
+            }
+        };
+        let (training, validation) = (hiding(training), hiding(validation));
         let vocabulary = spec.model.vocabulary().unwrap_or(0);
         for task in [&training, &validation] {
             if task.vocabulary() > vocabulary {
@@ -129,7 +136,7 @@ impl Trainer {
         let rate = self.schedule.rate(self.step);
         let rows = self.spec.batch / self.spec.accumulate;
         let dropout_seed = self.generator.next_u64();
-        let draws = self.step + self.spec.dense_steps < self.spec.steps;
+        let (draws, annealing) = self.spec.draws(self.step);
         let (mut loss, mut tokens, mut store) = (0.0, 0, None);
         let mut sum = Gradients::default();
         for part in 0..self.spec.accumulate {
@@ -148,6 +155,7 @@ impl Trainer {
                 dropout_seed: Some(dropout_seed.wrapping_add(part as u64)),
                 draw: draws.then(|| dropout_seed.wrapping_add(part as u64)),
                 step: Some(self.step),
+                annealing,
                 recomputation: recomputation.as_ref(),
                 trace: streams.as_ref(),
                 ..Pass::default()

@@ -225,6 +225,7 @@ fn put_map(edit: &mut Edit, index: usize, map: &lapidary_factor::AffineMap) -> R
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Linear(LinearSpec { bias: true })),
         dropout: 0.0,

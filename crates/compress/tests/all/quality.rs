@@ -3,9 +3,11 @@
 
 use crate::common::{DECODER, all, close, labelled, model, scores, windows};
 use lapidary_compress::quality::{
-    Window, accuracy, agreement, likeness, perplexity, sliding_windows,
+    Window, accuracy, agreement, ensemble_perplexity, likeness, perplexity, sliding_windows,
 };
 use lapidary_compress::{Content, Target};
+use lapidary_kernels::{Device, Tensor};
+use lapidary_model::{Input, Pass};
 
 /// `log p` of every token but the first, from the scores of one window.
 fn log_likelihoods(scores: &[f64], ids: &[u32]) -> Vec<f64> {
@@ -45,6 +47,75 @@ fn perplexity_is_the_exponential_of_the_mean_loss_whatever_the_batch() {
         assert_eq!((found.tokens, found.windows), (count, 7));
         close(&[found.value], &[(sum / count as f64).exp()], 1e-12);
     }
+}
+
+/// Probabilities are averaged, not scores, over the draws of the seeds, which are averaged here by
+/// another way.
+#[test]
+fn an_ensemble_averages_what_its_draws_say() {
+    let drawing = DECODER.replace(
+        "causal = true",
+        "causal = true, scale = 9.0, mechanism = { kind = 'subsampled', keep = 0.3 }",
+    );
+    let model = model(&drawing, 3);
+    let cut: Vec<Window> = (0..6u32)
+        .map(|window| Window {
+            tokens: (0..9).map(|i| (7 * window + 3 * i * i + i) % 20).collect(),
+            context: 2,
+        })
+        .collect();
+    let (members, seed) = (4, 11);
+    for batch in [1, 6] {
+        let found = ensemble_perplexity(&model, &cut, batch, (members, seed)).unwrap();
+        let mut terms = vec![Vec::new(); members];
+        for chunk in cut.chunks(batch) {
+            let ids: Vec<u32> = chunk.iter().flat_map(|w| w.tokens.clone()).collect();
+            let length = chunk[0].tokens.len();
+            let ids = Tensor::from_vec(ids, (chunk.len(), length), &Device::Cpu).unwrap();
+            for (member, terms) in terms.iter_mut().enumerate() {
+                let pass = Pass {
+                    draw: Some(seed + member as u64),
+                    ..Pass::default()
+                };
+                let output = model.forward(&Input::tokens(ids.clone()), pass).unwrap();
+                let logits = output.into_logits().unwrap().into_value();
+                let logits: Vec<f64> = logits.flatten_all().unwrap().to_vec1().unwrap();
+                for (window, scores) in chunk.iter().zip(logits.chunks(length * 20)) {
+                    // The first two tokens are context.
+                    terms.extend(log_likelihoods(scores, &window.tokens).into_iter().skip(1));
+                }
+            }
+        }
+        let tokens = terms[0].len();
+        let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
+        for (count, together) in (1..).zip(&found.together) {
+            let each: Vec<f64> = (0..tokens)
+                .map(|token| {
+                    let said: Vec<f64> = terms[..count].iter().map(|t| t[token].exp()).collect();
+                    -mean(&said).ln()
+                })
+                .collect();
+            close(&[*together], &[mean(&each).exp()], 1e-12);
+        }
+        assert_eq!(found.together.len(), members);
+        close(&[found.alone], &[(-mean(&terms.concat())).exp()], 1e-12);
+        let deviations: Vec<f64> = (0..tokens)
+            .map(|token| {
+                let said: Vec<f64> = terms.iter().map(|t| t[token].exp()).collect();
+                let off: Vec<f64> = said.iter().map(|p| (p - mean(&said)).powi(2)).collect();
+                mean(&off).sqrt()
+            })
+            .collect();
+        assert!((found.deviation - mean(&deviations)).abs() < 1e-9);
+        assert!(found.deviation > 1e-4);
+        // Jensen: together is never worse than alone.
+        assert!(found.together[members - 1] < found.alone);
+    }
+    let none = ensemble_perplexity(&model, &cut, 2, (0, 1)).unwrap_err();
+    assert!(
+        none.to_string().contains("members of an ensemble is 0"),
+        "{none}"
+    );
 }
 
 #[test]

@@ -122,6 +122,7 @@ impl Encoder {
                 cross_attention: None,
                 shared: false,
                 layer_scale: None,
+                drop_path: 0.0,
                 shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 4 * self.width,

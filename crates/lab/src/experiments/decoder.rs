@@ -52,6 +52,7 @@ pub fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
             cross_attention: None,
             shared: false,
             layer_scale: None,
+            drop_path: 0.0,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * width,
@@ -223,6 +224,8 @@ pub fn train_from(
         clip: Some(1.0),
         average: None,
         dense_steps: recipe.dense_steps,
+        annealed_steps: 0,
+        masking: None,
         recompute: false,
         alignment: recipe.alignment,
         schedule: ScheduleSpec {

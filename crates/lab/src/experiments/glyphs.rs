@@ -214,6 +214,7 @@ fn spec(course: &Course) -> ModelSpec {
             cross_attention: None,
             shared: false,
             layer_scale: None,
+            drop_path: 0.0,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * course.width,

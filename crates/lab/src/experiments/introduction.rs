@@ -85,6 +85,7 @@ impl Specimen {
                 cross_attention: None,
                 shared: false,
                 layer_scale: None,
+                drop_path: 0.0,
                 shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 4 * WIDTH,

@@ -73,6 +73,7 @@ fn stack(vocabulary: usize, size: Size, attention: Option<usize>) -> ModelSpec {
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         feedforward: None,
         dropout: 0.0,

@@ -83,6 +83,7 @@ impl Course {
             cross_attention: None,
             shared: false,
             layer_scale: None,
+            drop_path: 0.0,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: self.expansion * self.width,

@@ -170,6 +170,7 @@ impl Measures {
                 cross_attention: None,
                 shared: false,
                 layer_scale: None,
+                drop_path: 0.0,
                 shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 2 * self.width,

@@ -1,15 +1,17 @@
-//! `lapidary evaluate`: perplexity, with what it was measured on.
+//! `lapidary evaluate`: perplexity, with what it was measured on, and that of an ensemble of draws.
 
 use std::time::Instant;
 
 use crate::cli::{Evaluate, Global};
 use crate::{loading, output};
 use anyhow::{Result, ensure};
-use lapidary_compress::quality::{perplexity, sliding_windows};
+use lapidary_compress::quality::{ensemble_perplexity, perplexity, sliding_windows};
 use serde_json::json;
 
 /// Windows in a forward pass.
 const BATCH: usize = 8;
+/// Sub-networks of an ensemble.
+const MAX_MEMBERS: usize = 1024;
 
 pub fn run(arguments: &Evaluate, global: &Global) -> Result<()> {
     let package = loading::package(&arguments.model, global)?;
@@ -30,9 +32,20 @@ pub fn run(arguments: &Evaluate, global: &Global) -> Result<()> {
     let mut windows = sliding_windows(&tokens, window, stride)?;
     windows.truncate(arguments.limit.unwrap_or(usize::MAX));
     let measured = perplexity(model, &windows, BATCH)?;
+    let members = match arguments.ensemble {
+        None => None,
+        Some(count) => {
+            ensure!(
+                (1..=MAX_MEMBERS).contains(&count),
+                "ensemble is {count}, but must be between 1 and {MAX_MEMBERS}"
+            );
+            let draws = (count, arguments.seed);
+            Some(ensemble_perplexity(model, &windows, BATCH, draws)?)
+        }
+    };
     let seconds = started.elapsed().as_secs_f64();
     if global.json {
-        return output::print_json(&json!({
+        let mut found = json!({
             "model": arguments.model,
             "text": arguments.text,
             "perplexity": measured.value,
@@ -44,7 +57,11 @@ pub fn run(arguments: &Evaluate, global: &Global) -> Result<()> {
             "text_tokens": tokens.len(),
             "seconds": seconds,
             "version": env!("CARGO_PKG_VERSION"),
-        }));
+        });
+        if let (Some(members), Some(found)) = (members, found.as_object_mut()) {
+            found.insert("ensemble".to_owned(), json!(members));
+        }
+        return output::print_json(&found);
     }
     output::print(&format!(
         "perplexity {:.4} over {} scored tokens in {} windows of {window}, stride {stride} ({} tokens of text, {seconds:.1} s)\n",
@@ -52,5 +69,16 @@ pub fn run(arguments: &Evaluate, global: &Global) -> Result<()> {
         output::grouped(measured.tokens),
         output::grouped(measured.windows),
         output::grouped(tokens.len()),
+    ))?;
+    let Some(members) = members else {
+        return Ok(());
+    };
+    let together = members.together.last().copied().unwrap_or(f64::NAN);
+    output::print(&format!(
+        "perplexity {together:.4} of {} draws together, {:.4} of one alone; the probability of a token deviates by \
+         {:.4} among them\n",
+        members.together.len(),
+        members.alone,
+        members.deviation,
     ))
 }

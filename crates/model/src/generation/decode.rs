@@ -97,9 +97,10 @@ fn decode(
     options: &GenerationOptions,
     on_token: &mut impl FnMut(usize, u32) -> ControlFlow<()>,
 ) -> Result<()> {
-    // Where an organisation decides what blocks see, nothing is kept between steps.
-    let organisation = model.spec().organisation.as_ref();
-    let cache = options.cache && organisation.is_none_or(|organisation| organisation.decodes());
+    // Some organisations keep nothing between steps.
+    let (organisation, causal) = (model.spec().organisation.as_ref(), model.spec().is_causal());
+    let decodes = organisation.is_none_or(|organisation| organisation.decodes(causal));
+    let cache = options.cache && decodes;
     let mut state = model.decode_state();
     // A sequence that has ended keeps its place in the batch and repeats its last token, which
     // nobody hears of.

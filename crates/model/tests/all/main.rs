@@ -6,5 +6,6 @@ mod families;
 mod gguf;
 mod masked_autoencoder;
 mod organised;
+mod reversible;
 mod self_ensemble;
 mod shared;

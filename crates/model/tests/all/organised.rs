@@ -155,7 +155,7 @@ fn specs_say_how_tokens_are_organised() {
     assert!(said.contains("latent"), "{said}");
 }
 
-/// What is generated is what the whole sequence says, token by token: nothing is kept between steps.
+/// What is generated is what the whole sequence says, token by token.
 #[test]
 fn a_decoder_of_groups_generates() {
     let model = model(DECODER);
@@ -188,17 +188,53 @@ fn a_decoder_of_groups_generates() {
 }
 
 #[test]
-fn steps_and_starts_in_the_middle_are_refused() {
-    for text in [DECODER, ENCODER] {
-        let model = model(text);
-        let input = Input::tokens(ids(1, 8));
-        let mut state = model.decode_state();
+fn a_decoder_of_groups_goes_on_from_what_it_keeps() {
+    let model = model(DECODER);
+    let x = ids(2, 16);
+    let whole = logits(&model, &x, Pass::default());
+    let mut state = model.decode_state();
+    let mut found = vec![Vec::new(); 2];
+    for (start, count) in [(0, 6), (6, 1), (7, 1), (8, 8)] {
         let pass = Pass {
             state: Some(&mut state),
             ..Pass::default()
         };
-        let said = model.forward(&input, pass).unwrap_err().to_string();
-        assert!(said.starts_with("decode state is \"given\""), "{said}");
+        let piece = x.narrow(1, start, count).unwrap().contiguous().unwrap();
+        let scores = logits(&model, &piece, pass);
+        for (row, scores) in found.iter_mut().zip(scores.chunks(count * 11)) {
+            row.extend(scores);
+        }
+    }
+    assert_eq!(state.length, 16);
+    assert!(largest(&whole, &found.concat()) < 1e-12);
+    // One that looks ahead cannot.
+    let both = DECODER.replace(", causal = true", "");
+    let both =
+        self::model(&both.replace("kind = \"language-model\", bias = true", "kind = \"none\""));
+    let mut state = both.decode_state();
+    let pass = Pass {
+        state: Some(&mut state),
+        ..Pass::default()
+    };
+    let said = both.forward(&Input::tokens(ids(1, 8)), pass).unwrap_err();
+    let said = said.to_string();
+    assert!(said.starts_with("decode state is \"given\""), "{said}");
+}
+
+#[test]
+fn steps_and_starts_in_the_middle_are_refused() {
+    for text in [DECODER, ENCODER] {
+        let model = model(text);
+        let input = Input::tokens(ids(1, 8));
+        if text == ENCODER {
+            let mut state = model.decode_state();
+            let pass = Pass {
+                state: Some(&mut state),
+                ..Pass::default()
+            };
+            let said = model.forward(&input, pass).unwrap_err().to_string();
+            assert!(said.starts_with("decode state is \"given\""), "{said}");
+        }
         let hidden = Signal::from(Tensor::zeros((1, 8, 8), DType::F64, &Device::Cpu).unwrap());
         let pass = Pass {
             start: Some((1, &hidden)),
@@ -224,7 +260,14 @@ fn steps_and_starts_in_the_middle_are_refused() {
 
 #[test]
 fn recomputed_blocks_have_the_same_gradients() {
-    let model = Model::trainable(spec(DECODER), &mut lively()).unwrap();
+    // Parts that are left out are left out again.
+    let dropping = DECODER
+        .replace("repeat = 3", "repeat = 3\ndrop_path = 0.3")
+        .replace(
+            "[organisation.block]",
+            "[organisation.block]\ndrop_path = 0.3",
+        );
+    let model = Model::trainable(spec(&dropping), &mut lively()).unwrap();
     let gradients = |recomputation: Option<&Recomputation>| -> GradStore {
         let pass = Pass {
             recomputation,
@@ -253,16 +296,55 @@ fn recomputed_blocks_have_the_same_gradients() {
         let scale = a.iter().fold(1.0, |most: f64, x| most.max(x.abs()));
         assert!(largest(&a, &b) < 1e-10 * scale, "{name}");
     }
-    let encoder = Model::trainable(spec(ENCODER), &mut lively()).unwrap();
-    let recomputation = Recomputation::of(encoder.variables().values());
-    let pass = Pass {
-        recomputation: Some(&recomputation),
-        ..Pass::default()
+}
+
+/// The choice of blocks, the blocks themselves and the bias of means: with dropout, exploration and pads.
+#[test]
+fn recomputed_blocks_of_a_compressed_sequence_have_the_same_gradients() {
+    let text = ENCODER
+        .replace("repeat = 3", "repeat = 4\ndropout = 0.2\ndrop_path = 0.2")
+        .replace(
+            "fine = 2",
+            "fine = 2\nexploration = 0.5\nwhole_blocks = [2]",
+        );
+    let model = Model::trainable(spec(&text), &mut lively()).unwrap();
+    let keep: Vec<u8> = (0..100).map(|i| u8::from(i < 50 || i % 50 < 31)).collect();
+    let keep = Tensor::from_vec(keep, (2, 50), &Device::Cpu).unwrap();
+    let run = |recomputation: Option<&Recomputation>| -> (Vec<f64>, GradStore) {
+        let pass = Pass {
+            padding: Some(&keep),
+            recomputation,
+            dropout_seed: Some(1),
+            draw: Some(1),
+            ..Pass::default()
+        };
+        let output = model.forward(&Input::tokens(ids(2, 50)), pass).unwrap();
+        let logits = output.into_logits().unwrap().into_value();
+        let mut found = logits.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        if let Some(recomputation) = recomputation {
+            recomputation.add_to(&mut found).unwrap();
+        }
+        (logits.flatten_all().unwrap().to_vec1().unwrap(), found)
     };
-    let said = encoder
-        .forward(&Input::tokens(ids(2, 64)), pass)
-        .unwrap_err();
-    assert!(said.to_string().starts_with("recomputation is"), "{said}");
+    let recomputation = Recomputation::of(model.variables().values());
+    let (plain, recomputed) = (run(None), run(Some(&recomputation)));
+    assert!(largest(&plain.0, &recomputed.0) < 1e-12);
+    let mut compared = 0;
+    for (name, variable) in model.variables() {
+        let of = |store: &GradStore| -> Option<Vec<f64>> {
+            let gradient = store.get(variable.as_tensor())?;
+            Some(gradient.flatten_all().unwrap().to_vec1().unwrap())
+        };
+        let (a, b) = match (of(&plain.1), of(&recomputed.1)) {
+            (Some(a), Some(b)) => (a, b),
+            (None, None) => continue,
+            _ => panic!("{name} has a gradient in one of two passes"),
+        };
+        compared += 1;
+        let scale = a.iter().fold(1.0, |most: f64, x| most.max(x.abs()));
+        assert!(largest(&a, &b) < 1e-10 * scale, "{name}");
+    }
+    assert!(compared > model.variables().len() - 3, "{compared}");
 }
 
 #[test]

@@ -19,7 +19,7 @@ mod by_place;
 mod scores;
 
 use super::mechanism::{self, Mechanism, MechanismPass, MechanismSpec, Memory, Resumed, Scores};
-use crate::dropout::{dropout, seed_of_site};
+use crate::dropout::dropout;
 use crate::error::{bounded, tensor};
 use crate::norm::{Norm, NormSpec};
 use crate::parameters::Parameters;
@@ -513,9 +513,10 @@ impl MultiHeadAttention {
             queries: q.dims()[1],
             keys: k.dims()[1],
             offset: cx.offset,
-            draw: cx.draw.map(|seed| seed_of_site(seed, &self.path)),
+            draw: cx.draw,
         };
-        self.position.bias(span, q.dtype(), q.device())
+        let on = (q.dtype(), q.device());
+        self.position.bias_in_pass(span, &self.path, cx.biases, on)
     }
 
     /// Mixes by a mechanism that is not softmax: `x` `[batch, query, width]`, queries, keys and

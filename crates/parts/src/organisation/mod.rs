@@ -75,7 +75,7 @@ impl OrganisationSpec {
         match self {
             Self::Interleaved(spec) => spec.validate(model, field),
             Self::VipCentric(spec) => spec.validate(model, field),
-            Self::Reversible(spec) => spec.validate(model),
+            Self::Reversible(spec) => spec.validate(model, field),
         }
     }
 
@@ -99,9 +99,22 @@ impl OrganisationSpec {
         }
     }
 
-    /// Whether a sequence can be gone on with from the states of its mixers.
-    pub fn decodes(&self) -> bool {
-        matches!(self, Self::Reversible(_))
+    /// Features of what comes out of the blocks of a model of `width`.
+    pub fn output_width(&self, width: usize) -> usize {
+        match self {
+            Self::Interleaved(_) | Self::VipCentric(_) => width,
+            Self::Reversible(spec) => spec.output_width(width),
+        }
+    }
+
+    /// Whether a sequence can be gone on with from what is kept of it, in a model whose blocks are
+    /// `causal`.
+    pub fn decodes(&self, causal: bool) -> bool {
+        match self {
+            Self::Interleaved(spec) => spec.decodes(causal),
+            Self::VipCentric(_) => false,
+            Self::Reversible(_) => true,
+        }
     }
 }
 
@@ -120,7 +133,8 @@ pub type Run<'a> = dyn Fn(&Arc<Block>, Signal, &Context<'_>) -> Result<Signal> +
 /// What an organisation gives.
 #[derive(Clone, Debug)]
 pub struct Organised {
-    /// `[batch, length, width]`: the tokens, or what stands in their place.
+    /// `[batch, length, width]`: the tokens, or what stands in their place, of
+    /// [`OrganisationSpec::output_width`].
     pub hidden: Signal,
     /// `[batch, length]` in `u8`, 1 = real; all when absent.
     pub padding: Option<Tensor>,
@@ -134,7 +148,7 @@ pub enum Organisation {
     /// Some tokens and blocks of the others.
     VipCentric(Box<Vcc>),
     /// Two streams.
-    Reversible,
+    Reversible(ReversibleSpec),
 }
 
 impl Organisation {
@@ -154,7 +168,7 @@ impl Organisation {
             OrganisationSpec::VipCentric(spec) => {
                 Self::VipCentric(Box::new(Vcc::new(spec, parameters)))
             }
-            OrganisationSpec::Reversible(_) => Self::Reversible,
+            OrganisationSpec::Reversible(spec) => Self::Reversible(*spec),
         })
     }
 
@@ -172,8 +186,12 @@ impl Organisation {
         recomputation: Option<&Recomputation>,
         state: Option<&mut DecodeState>,
     ) -> Result<Organised> {
-        let steps = cx.offset > 0 || state.is_some();
-        if steps && !matches!(self, Self::Reversible) {
+        let decodes = match self {
+            Self::Interleaved(fit) => fit.decodes() && state.is_some(),
+            Self::VipCentric(_) => false,
+            Self::Reversible(_) => true,
+        };
+        if (cx.offset > 0 || state.is_some()) && !decodes {
             let expected = "0, and no state: such a sequence is not decoded step by step";
             return Err(Error::spec("offset", cx.offset, expected));
         }
@@ -182,10 +200,13 @@ impl Organisation {
             None => block.forward(x, cx, None),
         };
         match self {
-            Self::Interleaved(fit) => fit.organise(x, blocks, &run, cx),
+            Self::Interleaved(fit) => match state {
+                Some(state) => fit.decode(&x, blocks, state, cx),
+                None => fit.organise(x, blocks, &run, cx),
+            },
             Self::VipCentric(vcc) => vcc.organise(x, blocks, &run, read, cx),
-            Self::Reversible => Ok(Organised {
-                hidden: reversible::forward(x, blocks, recomputation, state, cx)?,
+            Self::Reversible(spec) => Ok(Organised {
+                hidden: reversible::forward(spec, x, blocks, recomputation, state, cx)?,
                 padding: cx.key_padding.cloned(),
             }),
         }

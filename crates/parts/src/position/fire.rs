@@ -14,7 +14,8 @@
 //! row alike, which softmax does not see.
 //!
 //! Rows before `L` have as many different values as there are distances: the network runs once for
-//! each distance there, and once for every query and key beyond. Parameters:
+//! each distance there, and once for every query and key beyond; where layers share it (FIRE-S), for
+//! the first of them only. Parameters:
 //! `2 + 2 hidden + (layers − 1) (hidden² + hidden) + (hidden + 1) heads`.
 //!
 //! Bidirectional attention is an extension of ours: `|i − j|` relative to `max(i, j)`, with outputs of
@@ -38,6 +39,9 @@ const MAX_LENGTH: usize = 1 << 24;
 /// Keeps the denominator from zero where `c` is.
 const EPSILON: f64 = 1e-6;
 
+/// Where a shared network has its parameters, and draws its positions.
+pub(super) const SHARED: &str = "fire";
+
 /// FIRE.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -52,7 +56,8 @@ pub struct FireSpec {
     pub transform: FireTransform,
     /// `L` at the start.
     pub initial_length: usize,
-    /// Whether all layers that say so share one network.
+    /// Whether all layers that say so share one network, which then is run once in a pass, and the
+    /// positions that it draws.
     pub shared: bool,
     /// Where training draws the positions of a sequence at random, in order, from `0..randomised`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -148,7 +153,7 @@ impl Fire {
         parameters: Parameters<'_>,
     ) -> Result<Self> {
         let mut parameters = match spec.shared {
-            true => parameters.at_root("fire"),
+            true => parameters.at_root(SHARED),
             false => parameters,
         };
         let outputs = if causal { heads } else { 2 * heads };
@@ -173,6 +178,14 @@ impl Fire {
             length: parameters.tensor("length", &[1], Init::Ones)?,
             layers,
         })
+    }
+
+    pub(super) fn spec(&self) -> &FireSpec {
+        &self.spec
+    }
+
+    pub(super) fn is_causal(&self) -> bool {
+        self.causal
     }
 
     /// The bias `[1, heads, query, key]`. Of causal attention, what belongs to later keys, which are

@@ -8,10 +8,13 @@
 mod distance;
 pub mod fire;
 pub mod rotary;
+mod shared;
 
 pub use fire::FireSpec;
 pub use rotary::{KeptPairs, Rotary, RotaryScaling, RotarySpec};
+pub use shared::SharedBiases;
 
+use crate::dropout::seed_of_site;
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
@@ -186,7 +189,7 @@ pub struct KerpleBias {
 }
 
 /// The queries and keys that a bias is asked for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
     /// Number of queries.
     pub queries: usize,
@@ -315,6 +318,33 @@ impl Position {
                 let bias = tensor(tensor(bias.t())?.reshape((1, heads, queries, keys)))?;
                 Ok(Some(bias))
             }
+        }
+    }
+
+    /// [`Position::bias`] of a layer at `path` in a pass with such a `draw`: what layers share is
+    /// computed once where the pass keeps it, and draws the same positions for all of them.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn bias_in_pass(
+        &self,
+        span: Span,
+        path: &str,
+        shared: Option<&SharedBiases>,
+        (dtype, device): (DType, &Device),
+    ) -> Result<Option<Tensor>> {
+        let at = |site: &str| Span {
+            draw: span.draw.map(|seed| seed_of_site(seed, site)),
+            ..span
+        };
+        match (self, shared) {
+            (Self::Fire(fire, _), Some(shared)) if fire.spec().shared => {
+                shared.of(fire, at(fire::SHARED)).map(Some)
+            }
+            (Self::Fire(fire, _), None) if fire.spec().shared => {
+                fire.bias(at(fire::SHARED)).map(Some)
+            }
+            _ => self.bias(at(path), dtype, device),
         }
     }
 

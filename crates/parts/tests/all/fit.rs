@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::common::{
     Map, assert_near, build, contracted, difference, draw, gradient_error, random, tensor, values,
 };
-use lapidary_kernels::{Device, Tensor, Var};
+use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{Block, BlockSpec, Wiring};
@@ -18,6 +18,7 @@ use lapidary_parts::organisation::fit::{
 };
 use lapidary_parts::organisation::{Organisation, OrganisationSpec, Read, Surroundings};
 use lapidary_parts::parameters::Parameters;
+use lapidary_parts::state::{DecodeState, MixerState};
 use lapidary_parts::{Context, Result};
 use lapidary_signal::meter::Meter;
 use lapidary_signal::relevance::{RelevanceRules, relevance_of};
@@ -35,6 +36,7 @@ fn block(hidden: usize, heads: usize, causal: bool) -> BlockSpec {
         wiring: Wiring::PreNorm,
         norm: NormSpec::default(),
         layer_scale: None,
+        drop_path: 0.0,
         attention: MixerSpec::MultiHead(MultiHeadSpec {
             causal,
             ..MultiHeadSpec::new(heads)
@@ -82,6 +84,7 @@ struct Given<'a> {
     keep: Option<&'a Tensor>,
     memory: Option<&'a Tensor>,
     sites: Option<&'a str>,
+    dropout_seed: Option<u64>,
 }
 
 impl Subject {
@@ -130,6 +133,7 @@ impl Subject {
         let cx = Context {
             key_padding: given.keep,
             memory: memory.as_ref().map(|memory| (memory, None)),
+            dropout_seed: given.dropout_seed,
             ..Context::new(trace)
         };
         let organised = organisation.forward(x, &blocks, Read::default(), &cx, None, None)?;
@@ -145,6 +149,26 @@ impl Subject {
 
     fn run(&self, x: &Tensor) -> Tensor {
         self.pass(x, Given::default()).0
+    }
+
+    /// The tokens in steps of these lengths, each going on from those before.
+    fn decode(&self, x: &Tensor, steps: &[usize], trace: &Trace) -> Result<(Tensor, DecodeState)> {
+        let (organisation, blocks) = build(&self.map, |p| self.modules(p))?;
+        let mut state = DecodeState::new(blocks.len());
+        let mut outputs = Vec::new();
+        for &step in steps {
+            let cx = Context {
+                offset: state.length,
+                ..Context::new(trace)
+            };
+            let piece = Signal::from(rows(x, state.length, step));
+            let state_now = Some(&mut state);
+            let organised =
+                organisation.forward(piece, &blocks, Read::default(), &cx, None, state_now)?;
+            outputs.push(organised.hidden.into_value());
+            state.length += step;
+        }
+        Ok((Tensor::cat(&outputs, 1).unwrap(), state))
     }
 
     /// Sets parameters whose names contain one of these to zero.
@@ -305,6 +329,130 @@ fn the_first_groups_alone_give_what_they_give_among_all() {
         let alone = subject.run(&rows(&x, 0, length));
         assert_near(&alone, &rows(&whole, 0, length), 1e-12, "a prefix");
     }
+}
+
+#[test]
+fn decoding_equals_the_whole_sequence() {
+    let sinusoidal = FitSpec {
+        latent_positions: LatentPositions::Sinusoidal,
+        positions: GroupPositions::Sinusoidal,
+        ..spec("(1)1(1)", 4, true)
+    };
+    let transformed = FitSpec {
+        read_feedforward: block(10, 2, true).feedforward,
+        ..spec("(1)1(1)1(1)", 4, true)
+    };
+    let layouts = ["(2)", "(1)1(1)", "(1)2(1)1(1)", "(0)1(2)", "(2)1(1)2"];
+    let specs = layouts.map(|layout| spec(layout, 4, true)).into_iter();
+    for spec in specs.chain([sinusoidal, transformed]) {
+        let subject = Subject::new(spec, true);
+        let x = tokens(14);
+        let whole = subject.run(&x);
+        for steps in [&[1; 14][..], &[5, 1, 1, 7], &[4, 4, 6], &[3, 10, 1], &[14]] {
+            let (found, _) = subject.decode(&x, steps, &Trace::new()).unwrap();
+            let what = format!("{} in steps of {steps:?}", subject.spec.layout);
+            assert_near(&found, &whole, 1e-12, &what);
+        }
+    }
+}
+
+#[test]
+fn a_step_keeps_its_own_group_and_computes_latents_once() {
+    let subject = Subject::new(spec("(1)2(1)1(1)2", 4, true), true);
+    let trace = Trace::new().capture("none").unwrap();
+    let (_, mut state) = subject.decode(&tokens(14), &[1; 14], &trace).unwrap();
+    let names = trace.names();
+    let times = |site: &str| names.iter().filter(|name| *name == site).count();
+    // Three of four groups are full.
+    assert_eq!(times("blocks.0.out"), 14);
+    assert_eq!(times("organisation.write.0.out"), 14);
+    assert_eq!(times("organisation.read.0.out"), 3);
+    assert_eq!(times("organisation.global.2.out"), 3);
+    // Nobody hears of the latents of the last stage.
+    assert_eq!(times("organisation.read.2.out"), 0);
+    let MixerState::Cache(cache) = &mut state.mixers[0] else {
+        panic!("a block keeps {}", state.mixers[0].name());
+    };
+    let one = tensor(vec![0.0; BATCH * WIDTH], &[BATCH, 1, WIDTH]);
+    let (keys, _) = cache.append(&one, &one).unwrap();
+    assert_eq!(keys.dims(), [BATCH, 2 + 1, WIDTH]);
+}
+
+#[test]
+fn what_cannot_be_decoded_says_so() {
+    let x = tokens(14);
+    let silent = Trace::new();
+    let refused = |subject: &Subject, steps: &[usize], x: &Tensor| {
+        subject.decode(x, steps, &silent).unwrap_err().to_string()
+    };
+    let causal = Subject::new(spec("(1)1(1)", 4, true), true);
+    let said = refused(&causal, &[14, 4], &tokens(18));
+    assert!(said.starts_with("number of tokens is 18"), "{said}");
+    for spec in [
+        FitSpec {
+            output: FitOutput::Latents,
+            width: None,
+            ..spec("(1)1(1)", 4, true)
+        },
+        FitSpec {
+            condition: 1,
+            ..spec("(1)1(1)", 4, true)
+        },
+    ] {
+        let said = refused(&Subject::new(spec, true), &[3], &x);
+        assert!(said.starts_with("offset is 0"), "{said}");
+    }
+    let both = Subject::new(spec("(1)1(1)", 4, false), false);
+    let said = refused(&both, &[3], &x);
+    assert!(said.starts_with("offset is 0"), "{said}");
+    // Without a state there is nothing to go on from; pads have no place in one.
+    let (organisation, blocks) = build(&causal.map, |p| causal.modules(p)).unwrap();
+    let keep = Tensor::ones((BATCH, 3), DType::U8, &Device::Cpu).unwrap();
+    let run = |cx: &Context<'_>, state: Option<&mut DecodeState>| {
+        let x = Signal::from(rows(&x, 0, 3));
+        let found = organisation.forward(x, &blocks, Read::default(), cx, None, state);
+        found.unwrap_err().to_string()
+    };
+    let later = Context {
+        offset: 2,
+        ..Context::new(&silent)
+    };
+    let said = run(&later, None);
+    assert!(said.starts_with("offset is 2"), "{said}");
+    let padded = Context {
+        key_padding: Some(&keep),
+        ..Context::new(&silent)
+    };
+    let said = run(&padded, Some(&mut DecodeState::new(2)));
+    assert!(said.starts_with("padding is \"given\""), "{said}");
+}
+
+/// Parts of blocks are left out in training, reading and writing never.
+#[test]
+fn paths_between_tokens_and_latents_are_not_dropped() {
+    let drops = |block: BlockSpec| BlockSpec {
+        drop_path: 1.0 - 1e-9,
+        ..block
+    };
+    let mut fit = spec("(1)1(1)", 3, false);
+    fit.block = fit.block.map(|block| Box::new(drops(*block)));
+    let mut subject = Subject::with(fit, vec![drops(block(12, 4, false)); 2]);
+    let x = tokens(12);
+    let trained = Given {
+        dropout_seed: Some(4),
+        ..Given::default()
+    };
+    let (found, _) = subject.pass(&x, trained);
+    assert!(difference(&found, &subject.run(&x)) > 1e-3);
+    subject.silence(&["blocks.", "organisation.global."]);
+    assert_near(
+        &found,
+        &subject.run(&x),
+        1e-12,
+        "without any part of a block",
+    );
+    subject.silence(&["organisation.write."]);
+    assert!(difference(&found, &subject.run(&x)) > 1e-3);
 }
 
 #[test]

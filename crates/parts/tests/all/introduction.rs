@@ -263,6 +263,7 @@ fn block_with(attention: MultiHeadSpec) -> BlockSpec {
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * D,

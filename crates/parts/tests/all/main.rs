@@ -6,6 +6,7 @@ mod combiner_learned;
 mod common;
 mod decoding;
 mod doubly_stochastic;
+mod drop_path;
 mod ecoformer;
 mod fastmax;
 mod fit;

@@ -4,8 +4,11 @@
 use crate::common;
 use crate::common::{Map, assert_near, build, difference, draw, gradient_error, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_parts::Context;
+use lapidary_parts::attention::{MultiHeadAttention, MultiHeadSpec};
 use lapidary_parts::position::fire::{FireActivation, FireTransform};
-use lapidary_parts::position::{FireSpec, Position, PositionSpec, RotarySpec, Span};
+use lapidary_parts::position::{FireSpec, Position, PositionSpec, RotarySpec, SharedBiases, Span};
+use lapidary_signal::{Signal, Trace};
 
 const LENGTH: usize = 40;
 
@@ -264,6 +267,125 @@ fn layers_can_share_one_network() {
     let (own, shared) = (two(&own), two(&shared));
     assert_eq!(numbers(&own), 2 * numbers(&shared));
     assert!(shared.keys().all(|name| name.starts_with("fire.")));
+}
+
+/// Two layers of attention one after the other, as they run in a pass that keeps what layers share.
+fn through_two(map: &Map, spec: &FireSpec, x: &Tensor, kept: Option<&SharedBiases>) -> Tensor {
+    let attention = MultiHeadSpec {
+        causal: true,
+        position: fire(spec.clone()),
+        ..MultiHeadSpec::new(2)
+    };
+    let layers = build(map, |mut p| {
+        let first = MultiHeadAttention::new(&attention, 4, p.at("blocks.0"))?;
+        Ok([
+            first,
+            MultiHeadAttention::new(&attention, 4, p.at("blocks.1"))?,
+        ])
+    });
+    let trace = Trace::new();
+    let cx = Context {
+        draw: Some(5),
+        biases: kept,
+        ..Context::new(&trace)
+    };
+    let mut x = Signal::from(x.clone());
+    for layer in layers.unwrap() {
+        x = layer.forward(&x, &cx, None).unwrap();
+    }
+    x.into_value()
+}
+
+#[test]
+fn a_shared_network_is_run_once_in_a_pass() {
+    let x = common::random(&[1, 9, 4], 8);
+    for (shared, randomised) in [(true, None), (true, Some(30)), (false, None)] {
+        let spec = FireSpec {
+            shared,
+            randomised,
+            hidden: 5,
+            initial_length: 6,
+            ..FireSpec::default()
+        };
+        let attention = MultiHeadSpec {
+            causal: true,
+            position: fire(spec.clone()),
+            ..MultiHeadSpec::new(2)
+        };
+        let mut map = draw(2, |mut p| {
+            MultiHeadAttention::new(&attention, 4, p.at("blocks.0"))?;
+            MultiHeadAttention::new(&attention, 4, p.at("blocks.1"))
+        });
+        let kept = SharedBiases::default();
+        let found = through_two(&map, &spec, &x, Some(&kept));
+        assert_eq!(kept.runs(), usize::from(shared));
+        // Another length is another bias.
+        let fewer = through_two(&map, &spec, &x.narrow(1, 0, 7).unwrap(), Some(&kept));
+        assert_eq!(kept.runs(), 2 * usize::from(shared));
+        assert_near(&found, &through_two(&map, &spec, &x, None), 0.0, "pass");
+        if randomised.is_none() {
+            let first = found.narrow(1, 0, 7).unwrap();
+            assert_near(&first, &fewer, 1e-12, "fewer tokens");
+        }
+        // The gradient of what both layers read is of both.
+        map.insert("x".to_owned(), x.clone());
+        let error = gradient_error(&map, 3, |map| {
+            let kept = SharedBiases::default();
+            common::contracted(&through_two(map, &spec, &map["x"], Some(&kept)))
+        });
+        assert!(error < 1e-6, "{error}");
+        if !shared || randomised.is_some() {
+            continue;
+        }
+        // Copies that each layer has for itself compute the same.
+        let mut copied = map.clone();
+        for (name, tensor) in &map {
+            for block in 0..2 {
+                if let Some(rest) = name.strip_prefix("fire.") {
+                    copied.insert(format!("blocks.{block}.position.{rest}"), tensor.clone());
+                }
+            }
+        }
+        let own = FireSpec {
+            shared: false,
+            ..spec
+        };
+        assert_near(
+            &found,
+            &through_two(&copied, &own, &x, None),
+            1e-13,
+            "copies",
+        );
+    }
+}
+
+#[test]
+fn layers_that_share_a_network_draw_the_same_positions() {
+    let spec = fire(FireSpec {
+        shared: true,
+        randomised: Some(1000),
+        ..FireSpec::default()
+    });
+    let map = drawn(&spec, 2, true);
+    let at = position(&spec, 2, true, &map);
+    let drawing = Span {
+        draw: Some(3),
+        ..span(12, 12, 0)
+    };
+    let on = (DType::F64, &Device::Cpu);
+    let of = |path: &str, kept: Option<&SharedBiases>| {
+        let found = at.bias_in_pass(drawing, path, kept, on).unwrap();
+        found.unwrap()
+    };
+    let kept = SharedBiases::default();
+    let first = of("blocks.0.attention", Some(&kept));
+    for other in [
+        of("blocks.1.attention", Some(&kept)),
+        of("blocks.2.attention", None),
+    ] {
+        assert_eq!(difference(&first, &other), 0.0);
+    }
+    assert_eq!(kept.runs(), 1);
 }
 
 /// The table of the causal buckets, 32 up to a distance of 128.

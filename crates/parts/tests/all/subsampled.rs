@@ -54,6 +54,7 @@ struct How<'a> {
     keep: Option<&'a Tensor>,
     bias: Option<&'a Tensor>,
     window: Option<usize>,
+    annealing: f64,
 }
 
 /// The mixing of queries and keys `[batch, heads, length, width]`.
@@ -64,6 +65,7 @@ fn mixing(spec: &SubsampledSpec, [q, k]: [&Tensor; 2], how: How<'_>) -> Box<dyn 
     let trace = Trace::new();
     let context = Context {
         draw: Some(how.seed),
+        annealing: how.annealing,
         ..Context::new(&trace)
     };
     let (batch, _, queries, _) = q.dims4().unwrap();
@@ -261,7 +263,7 @@ fn subsets_are_uniform() {
         per_head: true,
         ..subsampled(0.375, Selection::Unbiased)
     };
-    assert_eq!(spec.kept(length), kept);
+    assert_eq!(spec.kept(length, 0.0), kept);
     let batch = 2500;
     let [q, k, v] = drawn(batch, length);
     let (mut single, mut double) = (vec![0.0; length], vec![0.0; length * length]);
@@ -505,6 +507,62 @@ fn work_is_the_share_of_keys_that_is_kept() {
         assert_eq!(work(1.0, selection), dense);
         assert_eq!(work(0.25, selection), dense / 4);
         assert_eq!(work(0.125, selection), dense / 8);
+    }
+}
+
+/// `c` goes from `1 / keep` to 1 in a straight line.
+#[test]
+fn on_the_way_to_all_keys_more_of_them_are_kept() {
+    let spec = subsampled(0.125, Selection::Unbiased);
+    let kept = [0.0, 0.25, 0.5, 0.75, 1.0, 2.0].map(|so_far| spec.kept(64, so_far));
+    // c is 8, 6.25, 4.5, 2.75 and 1.
+    assert_eq!(kept, [8, 11, 15, 24, 64, 64]);
+    let [q, k, v] = drawn(2, 24);
+    for (name, spec, causal) in ways() {
+        let at = |annealing| {
+            let how = How {
+                causal,
+                seed: 3,
+                path: "attention",
+                annealing,
+                ..How::default()
+            };
+            mixing(&spec, [&q, &k], how)
+        };
+        let dense = SubsampledSpec {
+            keep: 1.0,
+            ..spec.clone()
+        };
+        let how = How {
+            causal,
+            seed: 9,
+            path: "attention",
+            ..How::default()
+        };
+        let dense = mixing(&dense, [&q, &k], how).mix(&v).unwrap();
+        assert_near(&at(1.0).mix(&v).unwrap(), &dense, 1e-12, name);
+        // Windows of local selection are a whole number, so that their size grows in steps.
+        let operations = [0.0, 0.5, 1.0].map(|so_far| at(so_far).operations(HEAD));
+        assert!(operations.is_sorted(), "{name}: {operations:?}");
+        assert!(operations[0] < operations[2], "{name}: {operations:?}");
+    }
+    let fastmax = SubsampledSpec {
+        inner: Box::new(MechanismSpec::Fastmax(FastmaxSpec::default())),
+        ..SubsampledSpec::default()
+    };
+    for causal in [false, true] {
+        let how = How {
+            causal,
+            path: "attention",
+            annealing: 1.0,
+            ..How::default()
+        };
+        let dense = SubsampledSpec {
+            keep: 1.0,
+            ..fastmax.clone()
+        };
+        let [found, dense] = [&fastmax, &dense].map(|spec| mixing(spec, [&q, &k], how).mix(&v));
+        assert_near(&found.unwrap(), &dense.unwrap(), 1e-12, "around fastmax");
     }
 }
 

@@ -38,6 +38,7 @@ fn block(position: PositionSpec) -> BlockSpec {
         wiring: Wiring::PreNorm,
         norm: NormSpec::default(),
         layer_scale: None,
+        drop_path: 0.0,
         attention: MixerSpec::MultiHead(MultiHeadSpec {
             position,
             ..MultiHeadSpec::new(2)

@@ -2,6 +2,7 @@
 
 mod batch;
 mod language;
+mod masked;
 mod synthetic;
 mod text;
 mod token_file;
@@ -9,6 +10,7 @@ mod windows;
 
 pub use batch::{Batch, IGNORE, Task};
 pub use language::LanguageTask;
+pub use masked::{Masked, MaskingSpec};
 pub use synthetic::{Addition, AssociativeRecall, Copying, Induction};
 pub use text::{BYTE_VOCABULARY, bytes, words, write_text};
 pub use token_file::{TokenFile, TokenWriter};

@@ -58,6 +58,8 @@ fn trainer(optimiser: OptimiserSpec, average: Option<f64>, accumulate: usize) ->
         clip: Some(0.5),
         average,
         dense_steps: 0,
+        annealed_steps: 0,
+        masking: None,
         recompute: false,
         alignment: None,
         schedule: ScheduleSpec {

@@ -3,10 +3,12 @@
 
 use lapidary_kernels::Device;
 use lapidary_train::data::{
-    Addition, AssociativeRecall, Batch, Copying, IGNORE, Induction, LanguageTask, Task,
+    Addition, AssociativeRecall, Batch, Copying, IGNORE, Induction, LanguageTask, Masked,
+    MaskingSpec, Task,
 };
 use lapidary_train::generator;
 use lapidary_train::language::{Corpus, Language, Mixture, Split};
+use rand::RngExt;
 
 fn rows(batch: &Batch) -> Vec<(&[u32], &[u32])> {
     assert_eq!(batch.inputs.len(), batch.rows * batch.length);
@@ -179,4 +181,166 @@ fn sums_are_right_and_only_their_digits_count() {
     let mut task = Addition::new(5, 10, true).unwrap();
     assert!(task.batch(&mut generator(3), 1, 33).is_err());
     assert!(task.batch(&mut generator(3), 1, 34).is_ok());
+}
+
+/// The numbers from 0 on in each row.
+struct Counting;
+
+const LONGEST: usize = 600;
+
+impl Task for Counting {
+    fn vocabulary(&self) -> usize {
+        LONGEST
+    }
+
+    fn batch(
+        &mut self,
+        _: &mut lapidary_train::Generator,
+        rows: usize,
+        length: usize,
+    ) -> lapidary_train::Result<Batch> {
+        let row: Vec<u32> = (0..length as u32).collect();
+        Ok(Batch {
+            rows,
+            length,
+            inputs: row.repeat(rows),
+            targets: row.repeat(rows),
+        })
+    }
+}
+
+#[test]
+fn hidden_tokens_are_all_that_is_asked_for() {
+    let masking = MaskingSpec {
+        segments: Some([3, 9]),
+        ..MaskingSpec::new(20)
+    };
+    let mut task = Masked::new(Box::new(Counting), masking);
+    let mask = task.mask();
+    assert_eq!(mask, LONGEST as u32);
+    assert_eq!(task.vocabulary(), LONGEST + 1);
+    let batch = task.batch(&mut generator(3), 30, 200).unwrap();
+    in_range(&task, &batch);
+    let mut moved = 0;
+    for (inputs, targets) in rows(&batch) {
+        assert_eq!(inputs.iter().filter(|t| **t == mask).count(), 20);
+        let mut said = Vec::new();
+        for (input, target) in inputs.iter().zip(targets) {
+            assert_eq!(*input == mask, *target != IGNORE);
+            said.push(if *input == mask { *target } else { *input });
+        }
+        // Every token is there once, in from three to nine segments.
+        let jumps = said
+            .windows(2)
+            .filter(|pair| pair[1] != pair[0] + 1)
+            .count();
+        assert!(jumps < 9, "{said:?}");
+        moved += usize::from(jumps > 0);
+        said.sort_unstable();
+        assert!(said.iter().enumerate().all(|(at, t)| at as u32 == *t));
+    }
+    assert!(moved > 25, "{moved}");
+    let again = task.batch(&mut generator(3), 30, 200).unwrap();
+    assert_eq!(batch, again, "a function of the generator");
+}
+
+/// With one narrow cluster the hidden tokens lie together, and how often two at a distance are hidden
+/// both is what drawing by the weights of a cluster gives, by another way of drawing.
+#[test]
+fn hidden_tokens_lie_in_clusters() {
+    let (length, hidden, deviation) = (120, 4, 5.0);
+    let masking = MaskingSpec {
+        clusters: [1, 1],
+        deviation: [deviation, deviation],
+        ..MaskingSpec::new(hidden)
+    };
+    let mut task = Masked::new(Box::new(Counting), masking);
+    let batch = task.batch(&mut generator(5), 4000, length).unwrap();
+    let spread = |places: &[usize]| {
+        let mean = places.iter().sum::<usize>() as f64 / places.len() as f64;
+        let squares = places.iter().map(|p| (*p as f64 - mean).powi(2));
+        squares.sum::<f64>() / places.len() as f64
+    };
+    let found: Vec<f64> = rows(&batch)
+        .iter()
+        .map(|(_, targets)| {
+            let at = |(place, target): (usize, &u32)| (*target != IGNORE).then_some(place);
+            spread(
+                &targets
+                    .iter()
+                    .enumerate()
+                    .filter_map(at)
+                    .collect::<Vec<_>>(),
+            )
+        })
+        .collect();
+    // One after the other, each from what is left.
+    let mut random = generator(11);
+    let expected: Vec<f64> = (0..4000)
+        .map(|_| {
+            let centre = random.random_range(0..length) as f64;
+            let weight = |t: usize| {
+                1e-6 + (-(t as f64 - centre).powi(2) / (2.0 * deviation * deviation)).exp()
+            };
+            let mut left: Vec<usize> = (0..length).collect();
+            let mut places = Vec::new();
+            while places.len() < hidden {
+                let mut at = random.random::<f64>() * left.iter().map(|t| weight(*t)).sum::<f64>();
+                let chosen = left.iter().position(|t| {
+                    at -= weight(*t);
+                    at <= 0.0
+                });
+                places.push(left.remove(chosen.unwrap()));
+            }
+            spread(&places)
+        })
+        .collect();
+    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
+    let deviation_of = |x: &[f64]| {
+        let m = mean(x);
+        (x.iter().map(|x| (x - m).powi(2)).sum::<f64>() / x.len() as f64).sqrt()
+    };
+    let apart = (mean(&found) - mean(&expected)).abs();
+    let error = (deviation_of(&found).powi(2) + deviation_of(&expected).powi(2)).sqrt();
+    assert!(
+        apart < 4.0 * error / (found.len() as f64).sqrt(),
+        "{} {}",
+        mean(&found),
+        mean(&expected)
+    );
+    // Tokens anywhere would be spread over the sequence.
+    assert!(mean(&found) < 0.1 * (length * length) as f64 / 12.0);
+}
+
+#[test]
+fn masking_that_cannot_be_done_is_refused() {
+    for (masking, expected) in [
+        (MaskingSpec::new(0), "masking.hidden is 0"),
+        (MaskingSpec::new(33), "masking.hidden is 33"),
+        (
+            MaskingSpec {
+                clusters: [3, 2],
+                ..MaskingSpec::new(4)
+            },
+            "masking.clusters is [3, 2]",
+        ),
+        (
+            MaskingSpec {
+                deviation: [0.0, 2.0],
+                ..MaskingSpec::new(4)
+            },
+            "masking.deviation is [0.0, 2.0]",
+        ),
+        (
+            MaskingSpec {
+                segments: Some([1, 33]),
+                ..MaskingSpec::new(4)
+            },
+            "masking.segments is [1, 33]",
+        ),
+    ] {
+        let mut task = Masked::new(Box::new(Counting), masking);
+        let said = task.batch(&mut generator(1), 1, 32).unwrap_err();
+        assert!(said.to_string().starts_with(expected), "{said}");
+    }
 }

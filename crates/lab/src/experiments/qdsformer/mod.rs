@@ -294,6 +294,7 @@ fn vit(size: Size, operator: Operator, channels: usize, class_tokens: usize) -> 
             cross_attention: None,
             shared: false,
             layer_scale: None,
+            drop_path: 0.0,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: size.width,

@@ -135,6 +135,7 @@ fn block(wiring: Wiring, attention: MultiHeadSpec, width: usize) -> BlockSpec {
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * width,

@@ -90,6 +90,7 @@ fn spec(arguments: &Bench) -> ModelSpec {
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * arguments.width,
@@ -178,6 +179,8 @@ fn step(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
         clip: Some(1.0),
         average: None,
         dense_steps: 0,
+        annealed_steps: 0,
+        masking: None,
         recompute: false,
         alignment: None,
         schedule: ScheduleSpec {

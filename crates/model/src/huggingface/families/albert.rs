@@ -40,6 +40,7 @@ pub(super) fn tower(config: &AlbertConfig, architecture: &Architecture<'_>) -> R
         repeat,
         shared: true,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         wiring: Wiring::PostNorm,
         norm,

@@ -46,6 +46,7 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.intermediate_size,

@@ -86,6 +86,7 @@ pub(super) fn tower(config: &LlamaConfig, architecture: &Architecture<'_>) -> Re
                 cross_attention: None,
                 shared: false,
                 layer_scale: None,
+                drop_path: 0.0,
                 shortcuts: false,
                 feedforward: Some(feedforward),
                 dropout: 0.0,

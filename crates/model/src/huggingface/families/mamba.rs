@@ -39,6 +39,7 @@ pub(super) fn tower(config: &MambaConfig, architecture: &Architecture<'_>) -> Re
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         feedforward: None,
         dropout: 0.0,

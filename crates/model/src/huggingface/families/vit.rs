@@ -48,6 +48,7 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.intermediate_size,

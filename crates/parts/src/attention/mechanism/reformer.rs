@@ -17,9 +17,9 @@
 //! often the two meet. A token's own key gets `−10⁵`: it is read where nothing else is there.
 //!
 //! Several numbers of buckets are hashed one by one and read as the digits of one number. Rotations
-//! are those of the pass where it draws anew, as in training, and of `seed` otherwise; all sequences
-//! of a batch share them, so that none depends on which others are beside it. The authors draw for
-//! each sequence.
+//! are those of the pass where it draws anew, as in training, and of `seed` otherwise; of `seed` always
+//! where they are `fixed`. All sequences of a batch share them, so that none depends on which others
+//! are beside it. The authors draw for each sequence.
 //!
 //! What a token may see is a matter of its own past, but which of these keys it meets depends on
 //! where later tokens push it in the sorted list. While decoding, a step gives what the pass over
@@ -33,7 +33,6 @@ use super::blocks::{Bias, Blocks, Part, Rule, Sparse, apart, rows, side_by_side}
 use super::sequences::{At, Sequences};
 use super::{
     Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, QueryKeySharing, Resumed,
-    draw_seed,
 };
 use crate::dropout::seed_of_site;
 use crate::error::{bounded, tensor};
@@ -85,9 +84,23 @@ pub struct ReformerSpec {
     /// Whether scores are multiplied by the attention's scale, though keys have unit length.
     #[serde(default)]
     pub extra_scale: bool,
+    /// Where rotations come from.
+    #[serde(default)]
+    pub rotations: Rotations,
     /// Decides the rotations of passes that draw none anew.
     #[serde(default)]
     pub seed: u64,
+}
+
+/// Where rotations come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rotations {
+    /// From the draw of each pass that has one: anew in every step of training.
+    #[default]
+    Drawn,
+    /// From the seed alone, in training too.
+    Fixed,
 }
 
 /// How a key counts that a query meets several times.
@@ -117,6 +130,7 @@ impl ReformerSpec {
             within_buckets: false,
             repeats: Repeats::Counted,
             extra_scale: false,
+            rotations: Rotations::Drawn,
             seed: 0,
         }
     }
@@ -207,10 +221,16 @@ impl ReformerSpec {
     /// Those of the tensor engine.
     pub fn buckets(&self, keys: &Tensor, path: &str, draw: Option<u64>) -> Result<Tensor> {
         let (batch, heads, length, _) = tensor(keys.dims4())?;
-        let seed = seed_of_site(draw.unwrap_or(self.seed), path);
+        let seed = self.seed_at(path, draw);
         let buckets = self.hash(keys, &vec![length; batch], seed)?;
         let shape = (batch, heads, length, self.rounds);
         tensor(Tensor::from_vec(buckets, shape, keys.device()))
+    }
+
+    /// The seed of the rotations of the attention at `path` in a pass with such a draw.
+    fn seed_at(&self, path: &str, draw: Option<u64>) -> u64 {
+        let drawn = draw.filter(|_| self.rotations == Rotations::Drawn);
+        seed_of_site(drawn.unwrap_or(self.seed), path)
     }
 
     /// The buckets of keys `k` `[batch, heads, key, width]`, token by token for each head of each
@@ -441,7 +461,7 @@ impl Reformer {
 impl Mechanism for Reformer {
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
         let sequences = Sequences::new(q, k, pass)?;
-        let seed = draw_seed(pass, self.spec.seed);
+        let seed = self.spec.seed_at(pass.path, pass.context.draw);
         let buckets = self.spec.hash(k, &sequences.lengths(), seed)?;
         Ok(Box::new(self.among(&sequences, (q, k), &buckets)?))
     }
@@ -466,7 +486,7 @@ impl Mechanism for Reformer {
             ));
         }
         let (batch, heads, new, _) = tensor(k.dims4())?;
-        let seed = draw_seed(pass, self.spec.seed);
+        let seed = self.spec.seed_at(pass.path, pass.context.draw);
         let hashed = self.spec.hash(k, &vec![new; batch], seed)?;
         let (keys, values) = (side_by_side(k)?, side_by_side(v)?);
         let (keys, values, buckets) = match state {

@@ -22,8 +22,8 @@ pub(super) struct ByPlace {
 }
 
 impl ByPlace {
-    /// Queries `[batch, heads, token, width]` over keys `[batch, groups, token, width]`, the tokens
-    /// standing at `places` `[batch, token]`.
+    /// Queries `[batch, heads, query, width]` over keys `[batch, groups, key, width]`, which stand at
+    /// `places` `[batch, key]`; the queries are the last of them.
     pub(super) fn new(
         q: Tensor,
         k: Tensor,
@@ -32,18 +32,19 @@ impl ByPlace {
     ) -> Result<Self> {
         let (batch, heads, queries, head_width) = tensor(q.dims4())?;
         let keys = tensor(k.dim(2))?;
-        if places.dims() != [batch, queries] || queries != keys {
+        if places.dims() != [batch, keys] || queries > keys {
             let expected = format!("[{batch}, {keys}]");
             return Err(Error::spec("shape of places", places.dims(), expected));
         }
-        let pairs = pairs(&attention, places)?;
+        let asking = tensor(tensor(places.narrow(1, keys - queries, queries))?.contiguous())?;
+        let pairs = pairs(&attention, places, queries)?;
         Ok(Self {
             sizes: [batch, heads, queries, keys],
             head_width,
             k: repeat_groups(&k, heads)?,
             q,
             options: PartOptions {
-                positions: Some([places.clone(), places.clone()]),
+                positions: Some([asking, places.clone()]),
                 ..PartOptions::new(attention)
             },
             pairs,
@@ -51,7 +52,7 @@ impl ByPlace {
     }
 }
 
-fn pairs(options: &AttentionOptions, places: &Tensor) -> Result<u64> {
+fn pairs(options: &AttentionOptions, places: &Tensor, queries: usize) -> Result<u64> {
     let rows = tensor(places.to_vec2::<u32>())?;
     let kept = match &options.key_padding {
         Some(keep) => tensor(tensor(keep.to_dtype(DType::U8))?.to_vec2::<u8>())?,
@@ -59,7 +60,7 @@ fn pairs(options: &AttentionOptions, places: &Tensor) -> Result<u64> {
     };
     let mut pairs = 0;
     for (places, kept) in rows.iter().zip(&kept) {
-        for query in places {
+        for query in places.iter().skip(places.len().saturating_sub(queries)) {
             let sees = |key: &u32| {
                 !(options.causal && key > query)
                     && options

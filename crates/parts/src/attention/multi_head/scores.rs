@@ -39,7 +39,7 @@ impl MultiHeadAttention {
         Ok(q.attention_received(&k, shares, &options)?)
     }
 
-    /// Softmax over keys that stand where `places` `[batch, token]` say.
+    /// Softmax over keys that stand where `places` `[batch, key]` say, the queries being the last of them.
     pub(super) fn mix_by_place(
         &self,
         q: &Signal,
@@ -71,7 +71,7 @@ impl MultiHeadAttention {
         if let Some(mechanism) = self.spec.mechanism.spec() {
             return refuse(mechanism.kind().to_owned());
         }
-        if decodes {
+        if decodes && (cx.key_bias.is_some() || self.position.is_bias()) {
             return refuse("given while decoding".to_owned());
         }
         let orders = self.spec.causal || self.spec.window.is_some();

@@ -24,12 +24,14 @@
 //! and `t m latent_width` for the tables, `4 · narrower · (width + latent_width) / 2` and two norms
 //! for each read and write.
 
+mod decode;
 pub mod denoiser;
 mod exchange;
 pub mod layout;
 mod network;
 mod tables;
 
+pub use decode::GroupMemory;
 pub use network::Fit;
 
 use super::Surroundings;

@@ -18,18 +18,19 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Fit {
     path: String,
-    spec: FitSpec,
-    stages: Vec<Stage>,
+    pub(super) spec: FitSpec,
+    pub(super) stages: Vec<Stage>,
     width: usize,
     latent_width: usize,
     causal: bool,
+    decodes: bool,
     /// `[n, width]`, where they are learned.
     positions: Option<Tensor>,
     /// `[t · m, latent_width]`, where they are learned.
     latents: Option<Tensor>,
-    globals: Vec<Arc<Block>>,
-    reads: Vec<Exchange>,
-    writes: Vec<Exchange>,
+    pub(super) globals: Vec<Arc<Block>>,
+    pub(super) reads: Vec<Exchange>,
+    pub(super) writes: Vec<Exchange>,
     /// What latents read of the conditions of a whole pass, after each read.
     contexts: Vec<Exchange>,
     latent_norm: Norm,
@@ -49,7 +50,6 @@ pub(super) struct Beside<'a> {
 #[derive(Clone, Copy, Debug)]
 struct Sizes {
     batch: usize,
-    length: usize,
     /// Tokens of a group.
     group: usize,
     groups: usize,
@@ -136,6 +136,7 @@ impl Fit {
         Ok(Self {
             path: parameters.path().to_owned(),
             causal: FitSpec::is_causal(model.blocks),
+            decodes: spec.decodes(model.blocks.iter().all(|b| b.attention.is_causal())),
             spec: spec.clone(),
             stages,
             width,
@@ -186,12 +187,11 @@ impl Fit {
         let (batch, length, _) = tensor(x.value().dims3())?;
         let sizes = Sizes {
             batch,
-            length,
             // One group alone is as long as the input.
             group: self.spec.group.min(length.max(1)),
             groups: length.div_ceil(self.spec.group),
         };
-        self.check(sizes)?;
+        self.check_length(length)?;
         let order = match self.spec.tiles {
             Some(tiles) => Some(order(tiles, length, x.device())?),
             None => None,
@@ -278,21 +278,31 @@ impl Fit {
         Ok((x, z))
     }
 
-    fn check(&self, sizes: Sizes) -> Result<()> {
+    /// Whether sequences can be gone on with.
+    pub(in crate::organisation) fn decodes(&self) -> bool {
+        self.decodes
+    }
+
+    pub(super) fn check_length(&self, length: usize) -> Result<()> {
         let longest = self.spec.group * self.spec.groups;
         let whole = self.spec.tiles.is_some();
-        if sizes.length > longest || (whole && sizes.length != longest) {
+        if length > longest || (whole && length != longest) {
             let expected = match whole {
                 true => format!("{longest}, all tiles"),
                 false => format!("at most {longest}, the groups that there are latents for"),
             };
-            return Err(Error::spec("number of tokens", sizes.length, expected));
+            return Err(Error::spec("number of tokens", length, expected));
         }
         Ok(())
     }
 
     /// Positions of the first `count` tokens of a group, `[count, width]`.
-    fn group_positions(&self, count: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+    pub(super) fn group_positions(
+        &self,
+        count: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
         if let Some(learned) = &self.positions {
             return tensor(learned.narrow(0, 0, count));
         }
@@ -316,16 +326,35 @@ impl Fit {
         device: &Device,
     ) -> Result<Signal> {
         let count = sizes.groups * self.spec.latents;
-        let table = match &self.latents {
-            Some(learned) => tensor(learned.narrow(0, 0, count))?,
-            None => tables::line(count, self.latent_width, dtype, device)?,
-        };
-        let shape = (sizes.batch, count, self.latent_width);
-        let start = Signal::from(tensor(tensor(table.broadcast_as(shape))?.contiguous())?);
+        let start = self.latents(sizes.batch, (0, count), dtype, device)?;
         match added {
             Some(added) => Ok(start.add(added)?),
             None => Ok(start),
         }
+    }
+
+    /// So many latents from the `first` on as they start, `[batch, count, latent_width]`.
+    pub(super) fn latents(
+        &self,
+        batch: usize,
+        (first, count): (usize, usize),
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Signal> {
+        let table = match &self.latents {
+            Some(learned) => learned.clone(),
+            None => tables::line(first + count, self.latent_width, dtype, device)?,
+        };
+        let table = tensor(table.narrow(0, first, count))?;
+        let shape = (batch, count, self.latent_width);
+        let start = tensor(table.broadcast_as(shape))?;
+        Ok(Signal::from(tensor(start.contiguous())?))
+    }
+
+    /// What is written into a first group, `[batch, m, latent_width]`.
+    pub(super) fn nothing(&self, batch: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+        let shape = (batch, self.spec.latents, self.latent_width);
+        tensor(Tensor::zeros(shape, dtype, device))
     }
 
     /// The groups with the memory's tokens before their own, and the mask of both.
@@ -377,10 +406,9 @@ impl Fit {
         if !self.causal {
             return Ok(z.clone());
         }
-        let (batch, count, width) = tensor(z.value().dims3())?;
+        let (batch, count, _) = tensor(z.value().dims3())?;
         let latents = self.spec.latents;
-        let first = Tensor::zeros((batch, latents, width), z.dtype(), z.device());
-        let first = Signal::from(tensor(first)?);
+        let first = Signal::from(self.nothing(batch, z.dtype(), z.device())?);
         match count - latents {
             0 => Ok(first),
             others => Ok(Signal::concatenate(&[first, z.narrow(1, 0, others)?], 1)?),

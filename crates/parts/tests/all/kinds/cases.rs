@@ -11,6 +11,7 @@ pub(super) fn block(wiring: Wiring, norm: NormSpec, attention: MixerSpec) -> Blo
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         feedforward: None,
         dropout: 0.0,
@@ -329,6 +330,17 @@ fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
             },
         ),
         ("hashed in both directions", reformer(1, 2)),
+        (
+            "hashed by fixed rotations",
+            MultiHeadSpec {
+                mechanism: MechanismSpec::Reformer(ReformerSpec {
+                    rotations: Rotations::Fixed,
+                    buckets: vec![4],
+                    ..ReformerSpec::new(3)
+                }),
+                ..reformer(1, 3)
+            },
+        ),
         (
             "segments and their summaries",
             combiner(CombinerForm::Fixed { segment: 2 }),
@@ -661,6 +673,13 @@ fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
             "fire beside a rotation",
             multi_head(causal(PositionSpec::Fire(FireSpec {
                 rotary: Some(RotarySpec::default()),
+                ..fire.clone()
+            }))),
+        ),
+        (
+            "fire that layers share",
+            multi_head(causal(PositionSpec::Fire(FireSpec {
+                shared: true,
                 ..fire.clone()
             }))),
         ),

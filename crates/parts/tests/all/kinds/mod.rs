@@ -29,7 +29,7 @@ use lapidary_parts::attention::mechanism::kernelized::{
 use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
 use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
 use lapidary_parts::attention::mechanism::mra::{MraSpec, Tiles};
-use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
+use lapidary_parts::attention::mechanism::reformer::{ReformerSpec, Rotations};
 use lapidary_parts::attention::mechanism::soft::{Landmarks, SoftSpec};
 use lapidary_parts::attention::mechanism::sparse::{BlockLayout, SparsePattern, SparseSpec, Steps};
 use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec};

@@ -11,7 +11,8 @@
 //! for every layer, pass and sequence, and for every head where asked; all queries of a sequence share
 //! it. A pass that draws nothing is dense: it is the wrapped mechanism itself. So training samples,
 //! which regularises and makes attention `1 / keep` times cheaper, a few steps without draws
-//! consolidate, and evaluation with several seeds is an ensemble of the sub-networks.
+//! consolidate, and evaluation with several seeds is an ensemble of the sub-networks. A pass may say that
+//! it is on the way from `c = 1 / keep` to 1: `c` then is so far between the two.
 //!
 //! *Local* selection moves each key by at most `2 radius` places, by sorting `j + radius · u_j` for
 //! uniform `u_j` in `[−1, 1]`, cuts what results into windows of `k` keys, and gives each window of
@@ -113,10 +114,12 @@ pub enum Selection {
 }
 
 impl SubsampledSpec {
-    /// Keys of a sequence of `length` real tokens that are kept.
-    pub fn kept(&self, length: usize) -> usize {
+    /// Keys of a sequence of `length` real tokens that are kept, in a pass so far on the way to all of
+    /// them: `⌈length / c⌉` for `c` from `1 / keep` at 0 to 1 at 1.
+    pub fn kept(&self, length: usize, annealing: f64) -> usize {
+        let keep = self.keep / (1.0 + (self.keep - 1.0) * annealing.clamp(0.0, 1.0));
         // What is a whole number but for rounding is one.
-        let kept = (length as f64 * self.keep - 1e-9).ceil() as usize;
+        let kept = (length as f64 * keep - 1e-9).ceil() as usize;
         kept.clamp(1, length.max(1)).min(length)
     }
 
@@ -283,23 +286,29 @@ impl Subsampled {
         ChaCha8Rng::seed_from_u64(seed_of_site(seed, &format!("{batch}.{head}")))
     }
 
-    /// The tokens that are drawn from `length` real ones, rising.
-    fn subset(&self, length: usize, generator: &mut ChaCha8Rng) -> Vec<usize> {
-        let mut subset = sample(generator, length, self.spec.kept(length)).into_vec();
+    /// `kept` tokens that are drawn from `length` real ones, rising.
+    fn subset(&self, length: usize, kept: usize, generator: &mut ChaCha8Rng) -> Vec<usize> {
+        let mut subset = sample(generator, length, kept).into_vec();
         subset.sort_unstable();
         subset
     }
 
-    /// Which queries meet which keys, in tokens.
-    fn windows(&self, length: usize, generator: &mut ChaCha8Rng) -> Vec<[Vec<usize>; 2]> {
+    /// Which queries meet which keys, in tokens, where so many keys are kept.
+    fn windows(
+        &self,
+        length: usize,
+        kept: usize,
+        generator: &mut ChaCha8Rng,
+    ) -> Vec<[Vec<usize>; 2]> {
         match self.spec.selection {
-            Selection::Unbiased => vec![[(0..length).collect(), self.subset(length, generator)]],
+            Selection::Unbiased => {
+                vec![[(0..length).collect(), self.subset(length, kept, generator)]]
+            }
             Selection::Local {
                 radius,
                 columns: Some(columns),
-            } => image_windows(self.spec.kept(length), length, columns, radius, generator),
+            } => image_windows(kept, length, columns, radius, generator),
             Selection::Local { radius, .. } => {
-                let kept = self.spec.kept(length);
                 line_windows(kept, length, self.heads.causal, radius, generator)
             }
         }
@@ -324,7 +333,8 @@ impl Subsampled {
         let mut windows: Vec<[Vec<At>; 2]> = Vec::new();
         for sequence in sequences.iter() {
             let mut generator = self.generator(seed, sequence);
-            for [queries, keys] in self.windows(sequence.len(), &mut generator) {
+            let kept = self.spec.kept(sequence.len(), pass.context.annealing);
+            for [queries, keys] in self.windows(sequence.len(), kept, &mut generator) {
                 let queries = queries.into_iter().filter(|i| *i >= sequence.first());
                 let window = [
                     queries.map(|i| sequence.query(i)).collect::<Vec<_>>(),
@@ -384,16 +394,18 @@ impl Subsampled {
         let [batch, heads, _, keys] = sequences.sizes;
         let seed = draw_seed(pass, 0);
         let lengths = sequences.lengths();
-        let kept = |length: &usize| self.spec.kept(*length);
-        let most = lengths.iter().map(kept).max().unwrap_or_default();
+        let kept = |length: usize| self.spec.kept(length, pass.context.annealing);
+        let most = lengths.iter().map(|length| kept(*length)).max();
+        let most = most.unwrap_or_default();
         let mut picked = Vec::with_capacity(batch * heads * most);
         for sequence in sequences.iter() {
-            let subset = self.subset(sequence.len(), &mut self.generator(seed, sequence));
+            let generator = &mut self.generator(seed, sequence);
+            let subset = self.subset(sequence.len(), kept(sequence.len()), generator);
             picked.extend(subset.iter().map(|&j| sequence.key(j).row as u32));
             picked.resize((sequence.index + 1) * most, (sequence.index * keys) as u32);
         }
         let keep = lengths.iter().flat_map(|length| {
-            let kept = self.spec.kept(*length);
+            let kept = kept(*length);
             (0..most).map(move |slot| u8::from(slot < kept))
         });
         let device = k.device();
@@ -420,7 +432,9 @@ impl Subsampled {
         let seed = draw_seed(pass, 0);
         let mut keep = vec![0u8; batch * keys];
         for sequence in sequences.iter().filter(|sequence| sequence.head == 0) {
-            let mut subset = self.subset(sequence.len(), &mut self.generator(seed, sequence));
+            let kept = self.spec.kept(sequence.len(), pass.context.annealing);
+            let generator = &mut self.generator(seed, sequence);
+            let mut subset = self.subset(sequence.len(), kept, generator);
             // Under a causal mask every query then has a key.
             if let Some(first) = subset.first_mut().filter(|_| self.heads.causal) {
                 *first = 0;

@@ -1,7 +1,12 @@
-//! FIRE beside the other ways that scores know positions: loss at the length of training and beyond.
+//! FIRE beside the other ways that scores know positions: loss at the length of training and beyond,
+//! words copied, reversed and counted that are longer than those of training, and what the heads
+//! learn.
 //!
 //! The paper trains on 2 048 tokens of C4 and evaluates up to 8 192. Here small decoders read bytes in
 //! windows of 128 and are asked about longer ones.
+
+mod curves;
+mod words;
 
 use super::attending;
 use super::decoder::{Recipe, train_by};
@@ -107,13 +112,22 @@ fn ways() -> Vec<(&'static str, PositionSpec, bool)> {
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
     let mut claims = exact()?;
-    let (what, more, plots) = on_text(setting, &size)?;
+    let (what, more, mut plots) = on_text(setting, &size)?;
     claims.extend(more);
+    let on_words = words::run(setting)?;
+    claims.extend(on_words.claims);
+    plots.extend(on_words.plots);
     Ok(Reproduction {
         setting: format!(
             "{what}; decoders of {} blocks of width {} with {HEADS} heads, {} steps of {} windows of {}, \
-             {} seed(s)",
-            size.blocks, size.width, size.steps, size.recipe.batch, size.recipe.length, size.seeds
+             {} seed(s); {}",
+            size.blocks,
+            size.width,
+            size.steps,
+            size.recipe.batch,
+            size.recipe.length,
+            size.seeds,
+            on_words.setting
         ),
         claims,
         plots,
@@ -243,6 +257,7 @@ fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>, Vec<Pl
         return Ok(("no text".to_owned(), vec![claim], Vec::new()));
     };
     let mut losses: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    let mut learned = Vec::new();
     for (name, position, table) in ways() {
         let mut by_length: Vec<Vec<f64>> = vec![Vec::new(); size.lengths.len()];
         for seed in (setting.seed..).take(size.seeds as usize) {
@@ -254,6 +269,9 @@ fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>, Vec<Pl
                 size.steps,
                 seed,
             )?;
+            if matches!(position, PositionSpec::Fire(_)) && seed == setting.seed {
+                learned = curves::of(&model, size.recipe.length)?;
+            }
             for (each, &length) in by_length.iter_mut().zip(&size.lengths) {
                 // A table has no row for what is longer.
                 if table && length > size.recipe.length {
@@ -298,6 +316,7 @@ fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>, Vec<Pl
         .collect();
     let told = format!("nats a byte at {:?}: {}", size.lengths, told.join("; "));
     let claims = vec![
+        curves::claim(setting.scale, &learned, "text"),
         Claim::new(
             "at four times the length of training its loss is at most 0.03 nats above that at it",
             "C4: flat or falling to four times the length",
@@ -344,6 +363,6 @@ fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>, Vec<Pl
     Ok((
         "the bytes of Tiny Shakespeare".to_owned(),
         claims,
-        vec![plot],
+        vec![plot, curves::plot(learned, "text")],
     ))
 }

@@ -1,0 +1,179 @@
+//! What passes hold in memory: that what is recomputed, taken in chunks or shared is not held, counted in
+//! allocated bytes.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use lapidary_kernels::{DType, Device, Recomputation, Tensor};
+use lapidary_model::{Initialiser, Input, Model, ModelSpec, Pass};
+
+/// The system's allocator, with what is held and the most that was.
+struct Watching;
+
+static HELD: AtomicUsize = AtomicUsize::new(0);
+static MOST: AtomicUsize = AtomicUsize::new(0);
+/// One measurement at a time, and nothing beside it.
+static ALONE: Mutex<()> = Mutex::new(());
+
+// SAFETY: every call is passed on as it is.
+unsafe impl GlobalAlloc for Watching {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let held = HELD.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
+        MOST.fetch_max(held, Ordering::Relaxed);
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Watching = Watching;
+
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    ALONE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// A decoder of width 16 with `blocks` blocks, of which the attention and the feed-forward part are told
+/// more.
+fn model(blocks: usize, length: usize, [organisation, attention, feedforward]: [&str; 3]) -> Model {
+    let text = format!(
+        "width = 16
+        {organisation}
+        [input]
+        kind = 'tokens'
+        vocabulary = 11
+        length = {length}
+        [[blocks]]
+        repeat = {blocks}
+        dropout = 0.1
+        attention = {{ kind = 'multi-head', heads = 2{attention} }}
+        feedforward = {{ kind = 'dense', {feedforward} }}
+        [head]
+        kind = 'pooled'
+        pool = 'mean'
+        labels = 3"
+    );
+    let spec: ModelSpec = toml::from_str(&text).unwrap();
+    Model::trainable(spec, &mut Initialiser::new(3, DType::F32, Device::Cpu)).unwrap()
+}
+
+fn input(length: usize) -> Input {
+    let ids: Vec<u32> = (0..2 * length as u32)
+        .map(|i| (i * i + 3 * i) % 11)
+        .collect();
+    Input::tokens(Tensor::from_vec(ids, (2, length), &Device::Cpu).unwrap())
+}
+
+/// One step of training: a pass, and its gradients.
+fn step(model: &Model, length: usize, recompute: bool) {
+    let recomputation = recompute.then(|| Recomputation::of(model.variables().values()));
+    let pass = Pass {
+        dropout_seed: Some(4),
+        draw: Some(9),
+        recomputation: recomputation.as_ref(),
+        ..Pass::default()
+    };
+    let output = model.forward(&input(length), pass).unwrap();
+    let logits = output.into_logits().unwrap().into_value();
+    let loss = logits.sqr().unwrap().mean_all().unwrap();
+    let mut store = loss.backward().unwrap();
+    if let Some(recomputation) = &recomputation {
+        recomputation.add_to(&mut store).unwrap();
+    }
+}
+
+/// Most bytes that `run` holds beside what was there before.
+fn most(run: impl Fn()) -> usize {
+    // Whatever is made once and kept.
+    run();
+    let before = HELD.load(Ordering::SeqCst);
+    MOST.store(before, Ordering::SeqCst);
+    run();
+    MOST.load(Ordering::SeqCst) - before
+}
+
+const REVERSIBLE: &str = "organisation = { kind = 'reversible' }";
+const CAUSAL: &str = ", causal = true";
+
+#[test]
+fn memory_of_reversible_blocks_does_not_grow_with_their_number() {
+    let _alone = alone();
+    let length = 512;
+    let of = |blocks, recompute| {
+        let model = model(blocks, length, [REVERSIBLE, CAUSAL, "hidden = 32"]);
+        most(|| step(&model, length, recompute))
+    };
+    let (few, many) = (of(6, true), of(24, true));
+    // Each block has its parameters' gradients, 10 KiB here.
+    assert!(
+        (many as f64) < 1.1 * few as f64 + (18 * 12_000) as f64,
+        "{few} {many}"
+    );
+    let stored = of(24, false);
+    assert!((many as f64) <= 0.25 * stored as f64, "{many} of {stored}");
+}
+
+#[test]
+fn chunks_hold_the_inside_of_feed_forward_parts_one_at_a_time() {
+    let _alone = alone();
+    let (length, hidden) = (1024, 1024);
+    let inside = 4 * 2 * length * hidden;
+    let feedforward = format!("hidden = {hidden}");
+    let of = |chunk: &str| {
+        let organisation = format!("organisation = {{ kind = 'reversible'{chunk} }}");
+        let model = model(2, length, [&organisation, CAUSAL, &feedforward]);
+        // Of a model that is trained a pass remembers everything for its gradients.
+        let fixed = Model::initialised(model.spec().clone(), 3, DType::F32, &Device::Cpu).unwrap();
+        let evaluated = most(|| {
+            fixed.forward(&input(length), Pass::default()).unwrap();
+        });
+        [evaluated, most(|| step(&model, length, true))]
+    };
+    let (whole, chunked) = (of(""), of(", chunk = 64"));
+    for (whole, chunked) in whole.into_iter().zip(chunked) {
+        assert!(whole > inside, "{whole} with {inside} inside");
+        assert!(chunked < inside / 2, "{chunked} with {inside} inside");
+    }
+}
+
+#[test]
+fn a_shared_bias_is_held_once() {
+    let _alone = alone();
+    let length = 256;
+    let bias = 4 * 2 * length * length;
+    let of = |blocks, shared: bool| {
+        let attention = format!(
+            "{CAUSAL}, position = {{ kind = 'fire', hidden = 4, layers = 1, shared = {shared} }}"
+        );
+        let model = model(blocks, length, ["", &attention, "hidden = 16"]);
+        most(|| step(&model, length, false))
+    };
+    let grown = |shared| of(7, shared) - of(2, shared);
+    let (own, shared) = (grown(false), grown(true));
+    // Five more layers have five more biases, or none.
+    assert!(own - shared > 4 * bias, "{own} {shared}, a bias has {bias}");
+}
+
+#[test]
+fn compressed_blocks_that_are_recomputed_are_not_held() {
+    let _alone = alone();
+    let (length, hidden) = (1024, 512);
+    let feedforward = format!("hidden = {hidden}");
+    let vcc = "organisation = { kind = 'vip-centric', segment_blocks = 0, vips = 16, size = 16, fine = 16 }";
+    let of = |recompute| {
+        let model = model(8, length, [vcc, "", &feedforward]);
+        most(|| step(&model, length, recompute))
+    };
+    // 16 blocks in full, 47 means and the VIPs of both sequences, in each of 8 blocks.
+    let inside = 8 * 4 * 2 * (16 * 16 + 47 + 16) * hidden;
+    let (stored, recomputed) = (of(false), of(true));
+    assert!(stored > inside, "{stored} with {inside} inside");
+    assert!(recomputed < stored / 2, "{recomputed} of {stored}");
+}
