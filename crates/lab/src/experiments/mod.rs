@@ -100,6 +100,14 @@ pub(crate) fn after_training(scale: Scale, holds: bool) -> Verdict {
     }
 }
 
+/// As [`after_training`], of models that say nothing when they have not learned their task.
+pub(crate) fn after_learning(scale: Scale, learned: bool, holds: bool) -> Verdict {
+    match learned {
+        true => after_training(scale, holds),
+        false => Verdict::NotMeasured,
+    }
+}
+
 /// Keeps a trained model under `name` when the setting asks for it.
 pub(crate) fn keep(setting: &Setting, name: &str, model: &Model, labels: &[&str]) -> Result<()> {
     let Some(directory) = &setting.models else {
