@@ -374,7 +374,8 @@ fn work_grows_linearly() {
 /// Random coefficients of each head, as `w` and `u`, or `θ`, and the polynomials that they stand for.
 fn learned(degree: usize, steepest: f64) -> (Map, Vec<[f64; 3]>) {
     let drawn = random(&[2, degree], 5);
-    let polynomials = values(&drawn).chunks(degree).map(|own| match own {
+    let all = values(&drawn);
+    let polynomials = all.chunks(degree).map(|own| match own {
         [theta] => [1.0, steepest * theta.tanh(), 0.0],
         [w, u] => [1.0 + w * w, 2.0 * w * u, u * u],
         _ => panic!("two at the most"),

@@ -22,7 +22,7 @@
 //! so that `w` and `u` stand for all of `a₀`, `a₁` and `a₂`, and every weight stays positive whatever they
 //! become; Taylor's polynomial is `w = u = 1`. It is one pass over queries `(u q, w)` and keys `(k, 1)`. In
 //! degree one `f(s) / a₀ = 1 + r tanh(θ) s`, with `r` the most that leaves it positive for normalised
-//! queries and keys: `t` by token, `t / limit²` by the longest.
+//! queries and keys: `t` by token, `t / limit²` by the longest; it starts within 99 % of it.
 //!
 //! The sums over keys are those of [`PolynomialAttention`]: all pairs of positions, in time linear in
 //! their number, exactly. A pad's values and its one are zeroed, so that it adds neither to the
