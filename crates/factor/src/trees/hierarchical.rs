@@ -67,8 +67,9 @@ impl Graph {
     /// Vertices of the graph are the first of the tree and hang from clusters of ever larger radii
     /// `r_i = β 2^i r₀`, `β` between 1 and 2 with density `1 / (β ln 2)`. On each level a vertex belongs to the
     /// first centre, in a random order of all, that it is no farther from than the radius; clusters are
-    /// those that agree on all levels above. Two vertices that part below level `i` are `2 (r₁ + … + r_i)`
-    /// apart in the tree, and no more than `2 r_i` in the graph. There are fewer than `2 n` vertices.
+    /// those that agree on all levels above. A cluster of level `i` stands `r_i` above its vertices, so that two
+    /// that part below it are `2 r_i` apart in the tree, and no farther in the graph. There are fewer
+    /// than `2 n` vertices.
     ///
     /// Takes a search of shortest paths from each centre that is somebody's, all at most, and a number for
     /// each vertex and level.
@@ -103,11 +104,6 @@ impl Graph {
             radii.push(radii.last().map_or(least, |radius| 2.0 * radius));
         }
         let centres = self.centres(&order, &radii);
-        // How high a cluster of each level stands over its vertices.
-        let mut heights = vec![0.0; radii.len()];
-        for level in 1..radii.len() {
-            heights[level] = heights[level - 1] + radii[level];
-        }
         let mut edges = Vec::new();
         let mut next = count;
         let all: Vec<usize> = (0..count).collect();
@@ -132,7 +128,7 @@ impl Graph {
                     (*first, 0.0)
                 }
                 _ => {
-                    let height = heights[level + 1];
+                    let height = radii[level + 1];
                     let node = next;
                     next += 1;
                     open.extend(
