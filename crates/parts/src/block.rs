@@ -170,11 +170,11 @@ impl BlockSpec {
                 ));
             }
         }
-        if self.wiring == Wiring::Replacing && self.drop_path > 0.0 {
+        if matches!(self.wiring, Wiring::Replacing | Wiring::Reversed) && self.drop_path > 0.0 {
             return Err(Error::spec(
                 format!("{field}.drop_path"),
                 self.drop_path,
-                "0 in a replacing block, whose parts cannot be left out",
+                "0 in a replacing or reversed block, whose parts cannot be left out",
             ));
         }
         Ok(())
@@ -512,7 +512,10 @@ impl Block {
         cx: &Context<'_>,
         state: Option<&mut MixerState>,
     ) -> Result<Signal> {
-        let mut y = self.transformed(&x, cx)?.unwrap_or(x);
+        let mut y = match self.fed(&x, cx)? {
+            Some(fed) => self.transformed(fed, cx)?,
+            None => x,
+        };
         if let Some(attended) = self.attended(&y, cx, state)? {
             y = y.add(&attended.scale(-1.0)?)?;
         }
