@@ -11,6 +11,7 @@ use lapidary_train::data::{LanguageTask, Task};
 use lapidary_train::language::Split;
 use lapidary_train::{Generator, generator};
 use rand::RngExt;
+use std::collections::BTreeMap;
 
 /// What is not predicted.
 const IGNORED: u32 = u32::MAX;
@@ -75,8 +76,17 @@ pub struct Study {
     pub model: Model,
     /// Share of hidden tokens that it names, in percent.
     pub accuracy: f64,
+    /// Share of the hidden tokens that are the most frequent one, in percent.
+    pub commonest: f64,
     /// Mean cross-entropy of hidden tokens, in nats.
     pub loss: f64,
+}
+
+impl Study {
+    /// Whether the model knows more than which token is the most frequent: five points more.
+    pub fn has_learned(&self) -> bool {
+        self.accuracy >= self.commonest + 5.0
+    }
 }
 
 impl Text {
@@ -128,6 +138,7 @@ impl Text {
         let mask = self.mask();
         let mut draws = generator(course.seed ^ 0xa5c);
         let (mut shares, mut losses) = (Vec::new(), Vec::new());
+        let mut counts = BTreeMap::<u32, usize>::new();
         for _ in 0..course.questions {
             let (inputs, targets) = hide(self.held_out.as_mut(), course, mask, &mut draws)?;
             let logits = logits(&model, &inputs, None)?;
@@ -139,11 +150,15 @@ impl Text {
             losses.push(number(&loss)?);
             let said = engine(logits.argmax(1))?;
             let pairs = numbers(&said)?.into_iter().zip(numbers(&targets)?);
-            let asked = pairs.filter(|(_, target)| *target != f64::from(IGNORED));
-            shares.extend(asked.map(|(said, target)| f64::from(u8::from(said == target))));
+            for (said, target) in pairs.filter(|(_, target)| *target != f64::from(IGNORED)) {
+                shares.push(f64::from(u8::from(said == target)));
+                *counts.entry(target as u32).or_default() += 1;
+            }
         }
+        let most = counts.values().copied().max().unwrap_or(0);
         Ok(Study {
             model,
+            commonest: 100.0 * most as f64 / shares.len().max(1) as f64,
             accuracy: 100.0 * mean(shares),
             loss: mean(losses),
         })
