@@ -104,6 +104,7 @@ fn spec(width: usize) -> ModelSpec {
         cross_attention: None,
         shared: false,
         layer_scale: None,
+        drop_path: 0.0,
         shortcuts: false,
         feedforward: Some(feedforward),
         dropout: 0.0,
