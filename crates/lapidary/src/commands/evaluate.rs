@@ -39,7 +39,7 @@ pub fn run(arguments: &Evaluate, global: &Global) -> Result<()> {
                 (1..=MAX_MEMBERS).contains(&count),
                 "ensemble is {count}, but must be between 1 and {MAX_MEMBERS}"
             );
-            let draws = (count, arguments.seed);
+            let draws = (count, global.seed);
             Some(ensemble_perplexity(model, &windows, BATCH, draws)?)
         }
     };
