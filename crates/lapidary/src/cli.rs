@@ -446,9 +446,6 @@ pub struct Evaluate {
     /// Measure too what so many sub-networks say together that the model draws, one pass for each
     #[arg(long, value_name = "N")]
     pub ensemble: Option<usize>,
-    /// Decides what is drawn
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
 }
 
 #[derive(Args, Debug)]

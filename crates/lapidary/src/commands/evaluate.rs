@@ -27,6 +27,12 @@ pub fn run(arguments: &Evaluate, global: &Global) -> Result<()> {
         (1..window).contains(&stride),
         "stride is {stride}, but must be at least 1 and below the window {window}"
     );
+    if let Some(count) = arguments.ensemble {
+        ensure!(
+            (1..=MAX_MEMBERS).contains(&count),
+            "ensemble is {count}, but must be between 1 and {MAX_MEMBERS}"
+        );
+    }
     let tokens = loading::file_tokens(&package, &arguments.text)?;
     let started = Instant::now();
     let mut windows = sliding_windows(&tokens, window, stride)?;
@@ -35,11 +41,7 @@ pub fn run(arguments: &Evaluate, global: &Global) -> Result<()> {
     let members = match arguments.ensemble {
         None => None,
         Some(count) => {
-            ensure!(
-                (1..=MAX_MEMBERS).contains(&count),
-                "ensemble is {count}, but must be between 1 and {MAX_MEMBERS}"
-            );
-            let draws = (count, arguments.seed);
+            let draws = (count, global.seed);
             Some(ensemble_perplexity(model, &windows, BATCH, draws)?)
         }
     };
