@@ -237,8 +237,9 @@ impl Case {
 
     /// Whether later tokens change the order in which earlier ones are added up.
     fn sorts_tokens(&self) -> bool {
-        matches!(&self.spec.attention, MixerSpec::MultiHead(heads)
-            if matches!(heads.mechanism, MechanismSpec::Reformer(_)))
+        self.is_divided_by_content()
+            || matches!(&self.spec.attention, MixerSpec::MultiHead(heads)
+                if matches!(heads.mechanism, MechanismSpec::Reformer(_)))
     }
 
     /// Whether weights are made of signs, whose gradient is another function's.
