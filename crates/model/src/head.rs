@@ -68,7 +68,7 @@ impl Head {
                 let from = "pixels.in";
                 Ok(Self::Pixels {
                     before: patches.class_tokens,
-                    output: root.linear("head.output", from, width, patches.pixels(), true)?,
+                    output: root.linear("head.output", from, read, patches.pixels(), true)?,
                 })
             }
             HeadSpec::LanguageModel {

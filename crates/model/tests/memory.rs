@@ -137,9 +137,14 @@ fn chunks_hold_the_inside_of_feed_forward_parts_one_at_a_time() {
         [evaluated, most(|| step(&model, length, true))]
     };
     let (whole, chunked) = (of(""), of(", chunk = 64"));
-    for (whole, chunked) in whole.into_iter().zip(chunked) {
-        assert!(whole > inside, "{whole} with {inside} inside");
-        assert!(chunked < inside / 2, "{chunked} with {inside} inside");
+    // A step of training holds the inside of a part several times: with its activation, their gradients,
+    // and what is dropped.
+    for (whole, chunked, bound) in [
+        (whole[0], chunked[0], inside / 2),
+        (whole[1], chunked[1], inside),
+    ] {
+        assert!(whole > 2 * inside, "{whole} with {inside} inside");
+        assert!(chunked < bound, "{chunked} with {inside} inside");
     }
 }
 

@@ -60,8 +60,8 @@ fn pool(by: Pooling, rows: &[Vec<f64>]) -> Vec<f64> {
 
 /// What the layer `side` of a head makes of a row.
 fn layer(subject: &Subject, side: &str, head: usize, x: &[f64]) -> Vec<f64> {
-    let weight = values(&subject.map[&format!("summary.{side}.weight")]);
-    let bias = values(&subject.map[&format!("summary.{side}.bias")]);
+    let weight = values(&subject.map[&format!("mechanism.summary.{side}.weight")]);
+    let bias = values(&subject.map[&format!("mechanism.summary.{side}.bias")]);
     (0..HEAD_WIDTH)
         .map(|f| {
             let row = head * HEAD_WIDTH + f;
@@ -146,7 +146,7 @@ fn summaries_by_a_layer_equal_their_effective_matrix() {
 
 /// The cluster of a query or key of a head, by the angles to its centroids.
 fn cluster(subject: &Subject, clusters: usize, head: usize, x: &[f64]) -> usize {
-    let centroids = values(&subject.map["centroids"]);
+    let centroids = values(&subject.map["mechanism.centroids"]);
     let cosine = |cluster: usize| {
         let centroid = &centroids[(head * clusters + cluster) * HEAD_WIDTH..][..HEAD_WIDTH];
         dot(centroid, x) / dot(centroid, centroid).sqrt()

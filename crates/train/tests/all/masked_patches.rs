@@ -55,8 +55,8 @@ fn the_loss_is_the_mean_over_hidden_patches_alone() {
     let (pixels, targets) = (random(&[2, 3, 4], 1), random(&[2, 3, 4], 2));
     let keep = Tensor::new(&[[1u8, 0, 0], [0, 1, 1]], &Device::Cpu).unwrap();
     for normalised in [false, true] {
-        let (found, wanted): (Vec<Vec<Vec<f64>>>, Vec<Vec<Vec<f64>>>) =
-            (pixels.to_vec3().unwrap(), targets.to_vec3().unwrap());
+        let found = pixels.to_vec3::<f64>().unwrap();
+        let wanted = targets.to_vec3::<f64>().unwrap();
         let mut sum = 0.0;
         for (image, patch) in [(0, 1), (0, 2), (1, 0)] {
             let wanted = &wanted[image][patch];
