@@ -368,9 +368,9 @@ def sweep(names, lengths, options):
         found[name] = dict(ours=swept(ours, name, lengths, options.limit, options))
         found[name]["theirs"] = swept(theirs, name, lengths, options.limit, options) if name not in OURS_ALONE else {}
         print(f"{name} done", file=sys.stderr, flush=True)
-    if options.save:
-        with open(options.save, "w") as out:
-            json.dump(found, out)
+        if options.save:
+            with open(options.save, "w") as out:
+                json.dump(found, out)
     return found
 
 
