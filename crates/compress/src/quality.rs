@@ -105,10 +105,10 @@ pub struct Members {
 }
 
 /// [`perplexity`] of an ensemble of a causal language model's own draws, whose seeds are `seed`,
-/// `seed + 1`, … (Hussain et al., arXiv 2306.01705). Members of a model that draws nothing agree.
+/// `seed + 1`, … (Hussain et al., arXiv 2306.01705).
 ///
 /// # Errors
-/// For no members, or as for [`perplexity`].
+/// For no members, a model that draws nothing, or as for [`perplexity`].
 pub fn ensemble_perplexity(
     model: &Model,
     windows: &[Window],
@@ -121,12 +121,18 @@ pub fn ensemble_perplexity(
     }
     let mut together = vec![0.0; members];
     let (mut alone, mut deviation, mut tokens) = (0.0, 0.0, 0);
+    let mut differs = false;
     for chunk in windows.chunks(batch.max(1)) {
         // Of each token: the sums of probabilities and of their squares over the members so far.
         let mut sums: Vec<(f64, f64)> = Vec::new();
+        let mut first: Option<Vec<f64>> = None;
         for (so_far, together) in (1..).zip(&mut together) {
             let draw = seed.wrapping_add(so_far - 1);
             let said = log_probabilities(model, chunk, Some(draw))?;
+            match &first {
+                None => first = Some(said.clone()),
+                Some(first) => differs |= *first != said,
+            }
             sums.resize(said.len(), (0.0, 0.0));
             for (said, (sum, squares)) in said.into_iter().zip(&mut sums) {
                 alone -= said;
@@ -134,6 +140,13 @@ pub fn ensemble_perplexity(
                 *squares += (2.0 * said).exp();
                 *together -= (*sum / so_far as f64).ln();
             }
+        }
+        if members > 1 && !differs {
+            return Err(Error::invalid(
+                "model of an ensemble",
+                "draws nothing at random: its members are one and the same",
+                "one whose draws differ, such as with subsampled attention",
+            ));
         }
         let each = members as f64;
         deviation += sums

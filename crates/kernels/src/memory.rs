@@ -9,12 +9,13 @@ const LEAST: usize = 1024;
 static COUNTS: AtomicBool = AtomicBool::new(false);
 static HELD: AtomicUsize = AtomicUsize::new(0);
 static MOST: AtomicUsize = AtomicUsize::new(0);
+static LARGEST: AtomicUsize = AtomicUsize::new(0);
 
 /// An allocator that counts the bytes it has given out and not got back, in pieces of at least 1 KiB. A
 /// program installs it around the one that it uses:
 ///
 /// ```
-/// use lapidary_kernels::memory::{Counting, most_held};
+/// use lapidary_kernels::memory::{Counting, largest_piece, most_held};
 /// use std::alloc::System;
 ///
 /// #[global_allocator]
@@ -22,6 +23,8 @@ static MOST: AtomicUsize = AtomicUsize::new(0);
 ///
 /// let (sum, held) = most_held(|| vec![1u64; 1 << 10].iter().sum::<u64>());
 /// assert_eq!((sum, held), (1 << 10, Some(8 << 10)));
+/// let (_, largest) = largest_piece(|| [vec![1u8; 2 << 10], vec![1; 4 << 10]]);
+/// assert_eq!(largest, Some(4 << 10));
 /// ```
 #[derive(Debug)]
 pub struct Counting<A>(
@@ -36,6 +39,7 @@ fn taken(bytes: usize) {
         }
         let held = HELD.fetch_add(bytes, Ordering::Relaxed) + bytes;
         MOST.fetch_max(held, Ordering::Relaxed);
+        LARGEST.fetch_max(bytes, Ordering::Relaxed);
     }
 }
 
@@ -83,4 +87,13 @@ pub fn most_held<T>(run: impl FnOnce() -> T) -> (T, Option<usize>) {
     let given = run();
     let most = MOST.load(Ordering::Relaxed).saturating_sub(before);
     (given, COUNTS.load(Ordering::Relaxed).then_some(most))
+}
+
+/// What `run` gives, and the bytes of the largest piece of at least 1 KiB that the whole program asked for
+/// meanwhile; nothing where no [`Counting`] allocator is installed.
+pub fn largest_piece<T>(run: impl FnOnce() -> T) -> (T, Option<usize>) {
+    LARGEST.store(0, Ordering::Relaxed);
+    let given = run();
+    let largest = LARGEST.load(Ordering::Relaxed);
+    (given, COUNTS.load(Ordering::Relaxed).then_some(largest))
 }

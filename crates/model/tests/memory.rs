@@ -2,37 +2,18 @@
 //! allocated bytes.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
+use std::alloc::System;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
+use lapidary_kernels::memory::{Counting, most_held};
 use lapidary_kernels::{DType, Device, Recomputation, Tensor};
 use lapidary_model::{Initialiser, Input, Model, ModelSpec, Pass};
 
-/// The system's allocator, with what is held and the most that was.
-struct Watching;
+#[global_allocator]
+static ALLOCATOR: Counting<System> = Counting(System);
 
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static MOST: AtomicUsize = AtomicUsize::new(0);
 /// One measurement at a time, and nothing beside it.
 static ALONE: Mutex<()> = Mutex::new(());
-
-// SAFETY: every call is passed on as it is.
-unsafe impl GlobalAlloc for Watching {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let held = HELD.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        MOST.fetch_max(held, Ordering::Relaxed);
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Watching = Watching;
 
 fn alone() -> std::sync::MutexGuard<'static, ()> {
     ALONE
@@ -93,10 +74,7 @@ fn step(model: &Model, length: usize, recompute: bool) {
 fn most(run: impl Fn()) -> usize {
     // Whatever is made once and kept.
     run();
-    let before = HELD.load(Ordering::SeqCst);
-    MOST.store(before, Ordering::SeqCst);
-    run();
-    MOST.load(Ordering::SeqCst) - before
+    most_held(run).1.unwrap()
 }
 
 const REVERSIBLE: &str = "organisation = { kind = 'reversible' }";

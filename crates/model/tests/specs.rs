@@ -3,9 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::alloc::System;
 
+use lapidary_kernels::memory::{Counting, largest_piece};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{
     AbsolutePosition, HeadSpec, HeadTransform, Input, InputSpec, Model, ModelSpec, Pass,
@@ -26,30 +26,8 @@ use lapidary_parts::recurrent::MambaSpec;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 
-/// The system's allocator, and the largest piece that was asked of it.
-struct Watching;
-
-static LARGEST: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call is passed on as it is.
-unsafe impl GlobalAlloc for Watching {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        LARGEST.fetch_max(size, Ordering::Relaxed);
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Watching = Watching;
+static ALLOCATOR: Counting<System> = Counting(System);
 
 /// Models above this are not built by these tests.
 const PARAMETERS: u64 = 1 << 18;
@@ -580,15 +558,15 @@ fn no_spec_panics_or_allocates_beyond_its_parameters() {
     let (strategy, mut ran, mut refused) = (spec(), 0, 0);
     for _ in 0..12_000 {
         let spec = strategy.new_tree(&mut runner).unwrap().current();
-        LARGEST.store(0, Ordering::Relaxed);
-        match std::panic::catch_unwind(|| outcome(&spec)) {
+        let (outcome, largest) = largest_piece(|| std::panic::catch_unwind(|| outcome(&spec)));
+        match outcome {
             Ok(outcome) => {
                 ran += usize::from(outcome == Outcome::Ran);
                 refused += usize::from(outcome == Outcome::Refused);
             }
             Err(_) => panic!("panicked on {spec:?}"),
         }
-        let largest = LARGEST.load(Ordering::Relaxed);
+        let largest = largest.unwrap();
         assert!(largest <= BYTES, "{largest} bytes at once for {spec:?}");
     }
     println!("{ran} ran, {refused} were refused");

@@ -4,10 +4,10 @@
 #[path = "all/common/mod.rs"]
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::alloc::System;
 
 use common::{Map, build, random};
+use lapidary_kernels::memory::{Counting, largest_piece};
 use lapidary_kernels::{DType, Tensor, Var};
 use lapidary_parts::Context;
 use lapidary_parts::attention::QueryKeySharing;
@@ -15,30 +15,8 @@ use lapidary_parts::attention::mechanism::fastmax::FastmaxSpec;
 use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass};
 use lapidary_signal::Trace;
 
-/// The system's allocator, and the largest piece that was asked of it.
-struct Watching;
-
-static LARGEST: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call is passed on as it is.
-unsafe impl GlobalAlloc for Watching {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        LARGEST.fetch_max(size, Ordering::Relaxed);
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Watching = Watching;
+static ALLOCATOR: Counting<System> = Counting(System);
 
 /// Bytes of the largest piece of memory that one pass and its gradient ask for.
 fn largest(length: usize, width: usize, causal: bool) -> usize {
@@ -66,10 +44,11 @@ fn largest(length: usize, width: usize, causal: bool) -> usize {
         offset: 0,
         context: &context,
     };
-    LARGEST.store(0, Ordering::Relaxed);
-    let y = module.mixing(q, k, &pass).unwrap().mix(v).unwrap();
-    y.sum_all().unwrap().backward().unwrap();
-    LARGEST.load(Ordering::Relaxed)
+    let run = || {
+        let y = module.mixing(q, k, &pass).unwrap().mix(v).unwrap();
+        y.sum_all().unwrap().backward().unwrap();
+    };
+    largest_piece(run).1.unwrap()
 }
 
 #[test]

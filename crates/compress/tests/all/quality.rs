@@ -116,6 +116,13 @@ fn an_ensemble_averages_what_its_draws_say() {
         none.to_string().contains("members of an ensemble is 0"),
         "{none}"
     );
+    let drawless = self::model(DECODER, 3);
+    let same = ensemble_perplexity(&drawless, &cut, 2, (2, 1)).unwrap_err();
+    assert!(
+        same.to_string().contains("draws nothing at random"),
+        "{same}"
+    );
+    assert!(ensemble_perplexity(&drawless, &cut, 2, (1, 1)).is_ok());
 }
 
 #[test]
