@@ -6,24 +6,26 @@ use std::sync::Arc;
 use crate::common::{
     Map, assert_near, build, contracted, difference, draw, gradient_error, random, tensor, values,
 };
-use lapidary_kernels::{DType, Device, Tensor, Var};
+use lapidary_kernels::{Device, Tensor};
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{Block, BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
 use lapidary_parts::norm::NormSpec;
-use lapidary_parts::organisation::fit::denoiser::{Denoiser, DenoiserSpec, Noisy};
 use lapidary_parts::organisation::fit::{
     FitOutput, FitSpec, GroupPositions, LatentPositions, Tiles,
 };
 use lapidary_parts::organisation::{Organisation, OrganisationSpec, Read, Surroundings};
 use lapidary_parts::parameters::Parameters;
-use lapidary_parts::state::{DecodeState, MixerState};
+use lapidary_parts::state::DecodeState;
 use lapidary_parts::{Context, Result};
 use lapidary_signal::meter::Meter;
 use lapidary_signal::relevance::{RelevanceRules, relevance_of};
 use lapidary_signal::streams::{BiasSplit, Partition, StreamRules};
 use lapidary_signal::{Signal, Trace};
+
+mod decoding;
+mod denoiser;
 
 const WIDTH: usize = 8;
 const LATENT: usize = 4;
@@ -329,102 +331,6 @@ fn the_first_groups_alone_give_what_they_give_among_all() {
         let alone = subject.run(&rows(&x, 0, length));
         assert_near(&alone, &rows(&whole, 0, length), 1e-12, "a prefix");
     }
-}
-
-#[test]
-fn decoding_equals_the_whole_sequence() {
-    let sinusoidal = FitSpec {
-        latent_positions: LatentPositions::Sinusoidal,
-        positions: GroupPositions::Sinusoidal,
-        ..spec("(1)1(1)", 4, true)
-    };
-    let transformed = FitSpec {
-        read_feedforward: block(10, 2, true).feedforward,
-        ..spec("(1)1(1)1(1)", 4, true)
-    };
-    let layouts = ["(2)", "(1)1(1)", "(1)2(1)1(1)", "(0)1(2)", "(2)1(1)2"];
-    let specs = layouts.map(|layout| spec(layout, 4, true)).into_iter();
-    for spec in specs.chain([sinusoidal, transformed]) {
-        let subject = Subject::new(spec, true);
-        let x = tokens(14);
-        let whole = subject.run(&x);
-        for steps in [&[1; 14][..], &[5, 1, 1, 7], &[4, 4, 6], &[3, 10, 1], &[14]] {
-            let (found, _) = subject.decode(&x, steps, &Trace::new()).unwrap();
-            let what = format!("{} in steps of {steps:?}", subject.spec.layout);
-            assert_near(&found, &whole, 1e-12, &what);
-        }
-    }
-}
-
-#[test]
-fn a_step_keeps_its_own_group_and_computes_latents_once() {
-    let subject = Subject::new(spec("(1)2(1)1(1)2", 4, true), true);
-    let trace = Trace::new().capture("none").unwrap();
-    let (_, mut state) = subject.decode(&tokens(14), &[1; 14], &trace).unwrap();
-    let names = trace.names();
-    let times = |site: &str| names.iter().filter(|name| *name == site).count();
-    // Three of four groups are full.
-    assert_eq!(times("blocks.0.out"), 14);
-    assert_eq!(times("organisation.write.0.out"), 14);
-    assert_eq!(times("organisation.read.0.out"), 3);
-    assert_eq!(times("organisation.global.2.out"), 3);
-    // Nobody hears of the latents of the last stage.
-    assert_eq!(times("organisation.read.2.out"), 0);
-    let MixerState::Cache(cache) = &mut state.mixers[0] else {
-        panic!("a block keeps {}", state.mixers[0].name());
-    };
-    let one = tensor(vec![0.0; BATCH * WIDTH], &[BATCH, 1, WIDTH]);
-    let (keys, _) = cache.append(&one, &one).unwrap();
-    assert_eq!(keys.dims(), [BATCH, 2 + 1, WIDTH]);
-}
-
-#[test]
-fn what_cannot_be_decoded_says_so() {
-    let x = tokens(14);
-    let silent = Trace::new();
-    let refused = |subject: &Subject, steps: &[usize], x: &Tensor| {
-        subject.decode(x, steps, &silent).unwrap_err().to_string()
-    };
-    let causal = Subject::new(spec("(1)1(1)", 4, true), true);
-    let said = refused(&causal, &[14, 4], &tokens(18));
-    assert!(said.starts_with("number of tokens is 18"), "{said}");
-    for spec in [
-        FitSpec {
-            output: FitOutput::Latents,
-            width: None,
-            ..spec("(1)1(1)", 4, true)
-        },
-        FitSpec {
-            condition: 1,
-            ..spec("(1)1(1)", 4, true)
-        },
-    ] {
-        let said = refused(&Subject::new(spec, true), &[3], &x);
-        assert!(said.starts_with("offset is 0"), "{said}");
-    }
-    let both = Subject::new(spec("(1)1(1)", 4, false), false);
-    let said = refused(&both, &[3], &x);
-    assert!(said.starts_with("offset is 0"), "{said}");
-    // Without a state there is nothing to go on from; pads have no place in one.
-    let (organisation, blocks) = build(&causal.map, |p| causal.modules(p)).unwrap();
-    let keep = Tensor::ones((BATCH, 3), DType::U8, &Device::Cpu).unwrap();
-    let run = |cx: &Context<'_>, state: Option<&mut DecodeState>| {
-        let x = Signal::from(rows(&x, 0, 3));
-        let found = organisation.forward(x, &blocks, Read::default(), cx, None, state);
-        found.unwrap_err().to_string()
-    };
-    let later = Context {
-        offset: 2,
-        ..Context::new(&silent)
-    };
-    let said = run(&later, None);
-    assert!(said.starts_with("offset is 2"), "{said}");
-    let padded = Context {
-        key_padding: Some(&keep),
-        ..Context::new(&silent)
-    };
-    let said = run(&padded, Some(&mut DecodeState::new(2)));
-    assert!(said.starts_with("padding is \"given\""), "{said}");
 }
 
 /// Parts of blocks are left out in training, reading and writing never.
@@ -794,191 +700,4 @@ fn what_does_not_fit_is_refused() {
             .to_string()
             .starts_with("number of tokens is 13")
     );
-}
-
-fn denoiser(self_conditioning: bool) -> DenoiserSpec {
-    DenoiserSpec {
-        channels: 3,
-        width: WIDTH,
-        network: FitSpec {
-            width: Some(16),
-            latent_positions: LatentPositions::Sinusoidal,
-            positions: GroupPositions::Grid,
-            ..spec("(1)1(1)", 2, false)
-        },
-        blocks: vec![BlockSpec {
-            repeat: 2,
-            ..block(12, 4, false)
-        }],
-        condition_width: Some(5),
-        self_conditioning,
-    }
-}
-
-/// Patches, times and conditions.
-fn noisy() -> [Tensor; 3] {
-    [
-        random(&[BATCH, 8, 3], 1),
-        tensor(vec![0.2, 0.7], &[BATCH]),
-        random(&[BATCH, 3, 5], 2),
-    ]
-}
-
-fn denoise(spec: &DenoiserSpec, map: &Map, given: &[Tensor; 3], z: Option<&Signal>) -> [Tensor; 2] {
-    let module = build(map, |p| Denoiser::new(spec, p)).unwrap();
-    let [patches, time, conditions] = given;
-    let (patches, conditions) = (
-        Signal::from(patches.clone()),
-        Signal::from(conditions.clone()),
-    );
-    let noisy = Noisy {
-        patches: &patches,
-        time,
-        conditions: Some(&conditions),
-        latents: z,
-    };
-    let trace = Trace::new();
-    let (x, z) = module.forward(noisy, &Context::new(&trace)).unwrap();
-    [x.into_value(), z.into_value()]
-}
-
-#[test]
-fn self_conditioning_starts_as_nothing() {
-    let spec = denoiser(true);
-    let mut map = draw(4, |p| Denoiser::new(&spec, p));
-    let given = noisy();
-    let z = Signal::from(random(&[BATCH, 4, 16], 9));
-    let drawn = denoise(&spec, &map, &given, None);
-    assert_eq!(drawn[0].dims(), [BATCH, 8, 3]);
-    let conditioned = denoise(&spec, &map, &given, Some(&z));
-    assert!(difference(&drawn[0], &conditioned[0]) > 1e-4);
-    // A fresh one has zeros there, as its initial values say.
-    for name in ["previous.norm.weight", "previous.norm.bias"] {
-        let zero = map[name].zeros_like().unwrap();
-        map.insert(name.to_owned(), zero);
-    }
-    let [x, latents] = denoise(&spec, &map, &given, None);
-    let [x_again, latents_again] = denoise(&spec, &map, &given, Some(&z));
-    assert_eq!(values(&x), values(&x_again));
-    assert_eq!(values(&latents), values(&latents_again));
-}
-
-#[test]
-fn latents_hear_of_time_and_conditions() {
-    let spec = denoiser(false);
-    let map = draw(4, |p| Denoiser::new(&spec, p));
-    let given = noisy();
-    let [x, _] = denoise(&spec, &map, &given, None);
-    let mut later = given.clone();
-    later[1] = tensor(vec![0.2, 0.8], &[BATCH]);
-    let [changed, _] = denoise(&spec, &map, &later, None);
-    assert_eq!(
-        difference(&x.get(0).unwrap(), &changed.get(0).unwrap()),
-        0.0
-    );
-    assert!(difference(&x.get(1).unwrap(), &changed.get(1).unwrap()) > 1e-6);
-    let mut other = given;
-    other[2] = random(&[BATCH, 3, 5], 3);
-    assert!(difference(&x, &denoise(&spec, &map, &other, None)[0]) > 1e-6);
-}
-
-#[test]
-fn half_of_the_examples_train_with_latents_of_a_step_before() {
-    let spec = denoiser(true);
-    let map = draw(4, |p| Denoiser::new(&spec, p));
-    let module = build(&map, |p| Denoiser::new(&spec, p)).unwrap();
-    let (patches, conditions) = (
-        Signal::from(random(&[40, 8, 3], 1)),
-        Signal::from(random(&[40, 3, 5], 2)),
-    );
-    let time = tensor(vec![0.3; 40], &[40]);
-    let noisy = Noisy {
-        patches: &patches,
-        time: &time,
-        conditions: Some(&conditions),
-        latents: None,
-    };
-    let trace = Trace::new();
-    let cx = Context::new(&trace);
-    let draw = |seed| {
-        let latents = module
-            .latents_to_train_with(noisy, seed, &cx)
-            .unwrap()
-            .unwrap();
-        latents.into_value()
-    };
-    let first = draw(1);
-    assert_eq!(values(&first), values(&draw(1)));
-    assert!(difference(&first, &draw(2)) > 0.0);
-    let (_, all) = module.forward(noisy, &cx).unwrap();
-    let mut zeros = 0;
-    for example in 0..40 {
-        let found = first.get(example).unwrap();
-        let is_zero = values(&found).iter().all(|x| *x == 0.0);
-        zeros += usize::from(is_zero);
-        if !is_zero {
-            assert_near(
-                &found,
-                &all.value().get(example).unwrap(),
-                0.0,
-                "kept latents",
-            );
-        }
-    }
-    assert!((10..=30).contains(&zeros), "{zeros}");
-}
-
-#[test]
-fn gradients_of_the_denoiser_equal_central_differences() {
-    let spec = denoiser(true);
-    let mut inputs = draw(4, |p| Denoiser::new(&spec, p));
-    inputs.insert("patches".to_owned(), noisy()[0].clone());
-    inputs.insert("latents".to_owned(), random(&[BATCH, 4, 16], 9));
-    let error = gradient_error(&inputs, 2, |inputs| {
-        let z = Signal::from(inputs["latents"].clone());
-        let [_, time, conditions] = noisy();
-        let given = [inputs["patches"].clone(), time, conditions];
-        let [x, z] = denoise(&spec, inputs, &given, Some(&z));
-        (contracted(&x) + contracted(&z)).unwrap()
-    });
-    assert!(error < 1e-6, "{error:e}");
-}
-
-#[test]
-fn denoisers_that_do_not_fit_are_refused() {
-    let refused = |change: &dyn Fn(&mut DenoiserSpec), expected: &str| {
-        let mut spec = denoiser(true);
-        change(&mut spec);
-        let said = spec.validate().unwrap_err().to_string();
-        assert!(said.starts_with(expected), "{said}");
-    };
-    refused(&|spec| spec.channels = 0, "channels is 0");
-    refused(&|spec| spec.network.width = Some(12), "network.width is 12");
-    refused(&|spec| spec.network.condition = 1, "network.output is");
-    refused(&|spec| spec.blocks[0].repeat = 3, "network.layout is");
-    let spec = denoiser(false);
-    let map = draw(4, |p| Denoiser::new(&spec, p));
-    let module = build(&map, |p| Denoiser::new(&spec, p)).unwrap();
-    let [patches, time, _] = noisy();
-    let patches = Signal::from(patches);
-    let trace = Trace::new();
-    let given = Noisy {
-        patches: &patches,
-        time: &time,
-        conditions: None,
-        latents: None,
-    };
-    let said = module.forward(given, &Context::new(&trace)).unwrap_err();
-    assert!(said.to_string().starts_with("conditions is"), "{said}");
-    let z = Signal::from(
-        Var::from_tensor(&random(&[BATCH, 4, 16], 9))
-            .unwrap()
-            .as_tensor()
-            .clone(),
-    );
-    let given = Noisy {
-        latents: Some(&z),
-        ..given
-    };
-    assert!(module.forward(given, &Context::new(&trace)).is_err());
 }
