@@ -84,7 +84,8 @@ pub use methods::replace_me::{CosineDescent, ReplaceMe, angular_distances};
 pub use methods::shedder::{Search, SearchStep, Shed};
 pub use methods::slicing;
 pub use methods::{
-    LorapSettings, ModegptSettings, MovementSettings, Pattern, PruneSettings, QuantiseSettings, Scope,
+    LorapSettings, ModegptSettings, MovementSettings, Pattern, PruneSettings, QuantiseSettings,
+    Scope,
 };
 pub use objective::Objective;
 pub use output::output_errors;

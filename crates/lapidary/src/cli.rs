@@ -394,7 +394,13 @@ pub struct Compress {
     pub distil_streams: f64,
     /// Share of the weights that --heal lets change places with zeros at the first turn, falling to none;
     /// in ten turns, by size and gradient
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0, requires = "heal", conflicts_with = "pattern")]
+    #[arg(
+        long,
+        value_name = "SHARE",
+        default_value_t = 0.0,
+        requires = "heal",
+        conflicts_with = "pattern"
+    )]
     pub regrow: f64,
     /// Where methods that set weights to zero may do so: `N:M` leaves N of every M neighbours, as
     /// 2:4, at the ratio that this comes to; anywhere when absent

@@ -22,11 +22,7 @@ pub(super) struct Lesson<'a> {
 }
 
 impl<'a> Lesson<'a> {
-    pub(super) fn of(
-        model: &Model,
-        data: &HealData<'a>,
-        settings: &HealSettings,
-    ) -> Result<Self> {
+    pub(super) fn of(model: &Model, data: &HealData<'a>, settings: &HealSettings) -> Result<Self> {
         let objective = Objective::of(model, data.training)?;
         if Objective::of(model, data.validation)? != objective {
             return Err(Error::invalid(
@@ -110,7 +106,8 @@ impl<'a> Lesson<'a> {
             },
         )?;
         let blocks = 0..model.spec().expanded_blocks().len();
-        let streams = blocks.map(|block| Ok(trace.signal(&format!("blocks.{block}.out"))?.into_value()));
+        let streams =
+            blocks.map(|block| Ok(trace.signal(&format!("blocks.{block}.out"))?.into_value()));
         Ok((output, streams.collect::<Result<_>>()?))
     }
 
@@ -140,12 +137,7 @@ impl<'a> Lesson<'a> {
     }
 
     /// The mean loss over all examples.
-    pub(super) fn mean(
-        &self,
-        model: &Model,
-        data: &CalibrationData,
-        size: usize,
-    ) -> Result<f64> {
+    pub(super) fn mean(&self, model: &Model, data: &CalibrationData, size: usize) -> Result<f64> {
         let mut sum = 0.0;
         for batch in data.batches(size, &model.device()) {
             let batch = batch?;

@@ -284,7 +284,11 @@ fn zeros_change_places_and_stay_as_many() {
     assert!(report.best > 0 && report.regrown > 0, "{report:?}");
     assert_ne!(masks(&turned), masks(&pruned.model));
     for (path, after) in weights(&turned) {
-        assert_eq!(zeros(&after), zeros(&weights(&pruned.model)[&path]), "{path}");
+        assert_eq!(
+            zeros(&after),
+            zeros(&weights(&pruned.model)[&path]),
+            "{path}"
+        );
     }
     let (again, _) = healed(0.5);
     assert_eq!(
@@ -386,7 +390,10 @@ fn streams_need_an_original_of_as_many_blocks() {
         };
         let error = heal(&shallow.model, &lesson, &settings, |_, _| ()).err();
         let error = error.unwrap().to_string();
-        assert!(error.contains(words) && error.contains("1 blocks"), "{error}");
+        assert!(
+            error.contains(words) && error.contains("1 blocks"),
+            "{error}"
+        );
     }
 }
 
@@ -407,7 +414,14 @@ fn a_zero_saves_a_multiply_add_for_each_row_and_heads_save_theirs() {
         last = found;
     }
     assert!(last.bytes < whole.bytes);
-    let channels = cut(&original, &data, "channel-magnitude", 0.5, &Settings::default()).unwrap();
+    let channels = cut(
+        &original,
+        &data,
+        "channel-magnitude",
+        0.5,
+        &Settings::default(),
+    )
+    .unwrap();
     let found = Work::of(&channels.model, length).unwrap();
     assert!(found.operations < whole.operations && found.bytes < whole.bytes);
     assert!(Work::of(&original, 13).is_err() && Work::of(&original, 0).is_err());

@@ -151,7 +151,10 @@ fn learn(task: &Task<'_>, wanted: &[(Layer, f64)]) -> Result<Learned> {
             updates.set_masks(masks(&moving)?)?;
         }
     }
-    let least = moving.iter().map(Moving::least).fold(f64::INFINITY, f64::min);
+    let least = moving
+        .iter()
+        .map(Moving::least)
+        .fold(f64::INFINITY, f64::min);
     Ok(Learned {
         parameters: updates.parameters()?,
         scores: moving.iter().map(|matrix| matrix.compared(least)).collect(),
@@ -167,7 +170,10 @@ fn last_mask(told: &MovementSettings) -> u64 {
 fn masks(moving: &[Moving]) -> Result<Masks> {
     let masked = moving.iter().filter(|matrix| matrix.pruned.contains(&true));
     let tensors = masked.map(|matrix| {
-        let kept = matrix.pruned.iter().map(|pruned| f64::from(u8::from(!pruned)));
+        let kept = matrix
+            .pruned
+            .iter()
+            .map(|pruned| f64::from(u8::from(!pruned)));
         let mask = matrix.laid_out(kept.collect())?;
         let name = Layer::weight_name(&matrix.layer.path);
         Ok((name, engine(mask.to_dtype(DType::U8))?))

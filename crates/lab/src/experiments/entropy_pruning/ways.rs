@@ -196,12 +196,7 @@ fn attention_path(block: usize) -> String {
     format!("blocks.{block}.attention")
 }
 
-pub(super) fn attention(
-    subject: &Subject,
-    writer: &Writer,
-    size: Size,
-    seed: u64,
-) -> Result<Ways> {
+pub(super) fn attention(subject: &Subject, writer: &Writer, size: Size, seed: u64) -> Result<Ways> {
     let cutting = Cutting {
         subject,
         writer,

@@ -48,7 +48,12 @@ pub(super) fn run(setting: &Setting) -> Result<Vec<Aligned>> {
     for (kind, weight) in TERMS {
         let (mut scores, mut losses) = (Vec::new(), Vec::new());
         for seed in setting.seed..setting.seed + seeds {
-            setting.tell(|| format!("trained with a term of {weight} {}, seed {seed}", name(kind)));
+            setting.tell(|| {
+                format!(
+                    "trained with a term of {weight} {}, seed {seed}",
+                    name(kind)
+                )
+            });
             let corpus = decoder::corpus(Split::Training, seed)?;
             let windows = (0..size.calibration)
                 .map(|index| Ok(corpus.window(index, decoder::LENGTH)?))
@@ -59,10 +64,7 @@ pub(super) fn run(setting: &Setting) -> Result<Vec<Aligned>> {
                 size.blocks,
             );
             let recipe = Recipe {
-                alignment: Some(AlignmentSpec {
-                    kind,
-                    weight,
-                }),
+                alignment: Some(AlignmentSpec { kind, weight }),
                 ..Recipe::default()
             };
             let task = Box::new(LanguageTask::new(corpus));
@@ -88,7 +90,8 @@ pub(super) fn run(setting: &Setting) -> Result<Vec<Aligned>> {
 pub(super) fn claim(scale: Scale, aligned: &[Aligned]) -> Claim {
     let plain = aligned.first();
     let better = |found: &&Aligned| {
-        found.kind == AlignmentKind::Cosine && plain.is_some_and(|plain| found.score < plain.score && found.loss <= plain.loss)
+        found.kind == AlignmentKind::Cosine
+            && plain.is_some_and(|plain| found.score < plain.score && found.loss <= plain.loss)
     };
     let listed = aligned.iter().map(|found| {
         let Aligned {
@@ -97,7 +100,10 @@ pub(super) fn claim(scale: Scale, aligned: &[Aligned]) -> Claim {
             score,
             loss,
         } = found;
-        format!("λ = {weight} {}: score {score:.4}, {loss:.4} nats", name(*kind))
+        format!(
+            "λ = {weight} {}: score {score:.4}, {loss:.4} nats",
+            name(*kind)
+        )
     });
     Claim::new(
         "some weight of the cosine term in training lowers the score, and the loss is no worse",

@@ -30,7 +30,11 @@ impl Point {
         Ok(Self {
             step,
             score: mean(found.iter().map(|block| block.held_out)),
-            added: mean(found.iter().filter_map(|block| block.residual_free_held_out)),
+            added: mean(
+                found
+                    .iter()
+                    .filter_map(|block| block.residual_free_held_out),
+            ),
         })
     }
 }

@@ -1,8 +1,8 @@
 //! Blocks that become linear maps or go, and what training afterwards makes of it.
 
+use crate::experiments::after_training;
 use crate::experiments::decoder;
 use crate::experiments::depth::{self, BATCH, Size, Subject};
-use crate::experiments::after_training;
 use crate::{Claim, Result, Scale};
 use lapidary_compress::{CalibrationData, Change, HealData, HealSettings, Settings, heal};
 use lapidary_model::Model;

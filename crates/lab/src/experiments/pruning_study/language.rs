@@ -10,8 +10,8 @@ use crate::{Result, Series, Setting};
 use lapidary_compress::quality::{Window, perplexity, sliding_windows};
 use lapidary_compress::{
     Budget, Calibration, CalibrationData, CalibrationOptions, Compressed, HealData, HealSettings,
-    Method, MovementSettings, PruneAndHeal, PruneSettings, Requirements, Settings, Task as Cut, Work,
-    heal, prune_and_heal,
+    Method, MovementSettings, PruneAndHeal, PruneSettings, Requirements, Settings, Task as Cut,
+    Work, heal, prune_and_heal,
 };
 use lapidary_kernels::{SparseSizes, Tensor};
 use lapidary_model::Model;

@@ -284,7 +284,10 @@ fn regrowth_does_no_worse(scale: Scale, curves: &Curves) -> Claim {
             [Way::Healed, Way::Regrown].map(|way| curves.loss("magnitude", way, share));
         (share, fixed, turned)
     });
-    let count = losses.iter().filter(|(_, fixed, turned)| turned <= fixed).count();
+    let count = losses
+        .iter()
+        .filter(|(_, fixed, turned)| turned <= fixed)
+        .count();
     let listed = losses.map(|(share, fixed, turned)| {
         format!("{:.0} %: {turned:.3} against {fixed:.3}", 100.0 * share)
     });
@@ -308,7 +311,10 @@ fn single_weights_cost_less(scale: Scale, curves: &Curves) -> Claim {
         points.filter_map(|(place, loss)| Some((*loss, between(single, *place)?)))
     });
     let pairs: Vec<(f64, f64)> = pairs.collect();
-    let count = pairs.iter().filter(|(whole, single)| single < whole).count();
+    let count = pairs
+        .iter()
+        .filter(|(whole, single)| single < whole)
+        .count();
     let means = |of: fn(&(f64, f64)) -> f64| super::mean(pairs.iter().map(of));
     Claim::new(
         "at as many multiply-adds, zeros being left out, single weights cost less than whole heads and \
@@ -422,7 +428,11 @@ fn plots(curves: &Curves, noisy: &[noise::Curve]) -> Vec<Plot> {
     );
     for (name, method, way) in [
         ("movement", MOVEMENT, Way::Healed),
-        ("magnitude, zeros changing places", "magnitude", Way::Regrown),
+        (
+            "magnitude, zeros changing places",
+            "magnitude",
+            Way::Regrown,
+        ),
     ] {
         healed.series.push(Series {
             name: name.to_owned(),
