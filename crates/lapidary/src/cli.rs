@@ -284,6 +284,8 @@ pub enum Analysis {
     Clusters(crate::commands::inspect::clusters::Clusters),
     /// How a model's states lie around those of its training data
     Energy(crate::commands::inspect::energy::Energy),
+    /// How much entropy each block adds, and in which order blocks would go by it
+    Entropy(crate::commands::inspect::entropy::Entropy),
     /// How nearly linear each block is
     Linearity(crate::commands::inspect::linearity::Linearity),
     /// Random particles that attention gathers
