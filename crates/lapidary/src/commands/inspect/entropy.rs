@@ -124,7 +124,7 @@ pub fn run(arguments: &Entropy, global: &Global) -> Result<Report> {
 
 fn table(name: &str, profile: &EntropyProfile, attention: &[usize]) -> Result<Table> {
     let mut table = Table::new(
-        format!("by {name}").as_str(),
+        format!("by {name}"),
         &[
             "block",
             "before it",
