@@ -193,7 +193,7 @@ fn stock_shapes_are_written_as_such() {
     let trains = left_out
         .iter()
         .filter(|pair| pair[1].as_str().unwrap().contains("trains"));
-    assert_eq!(trains.count(), 2, "{left_out:?}");
+    assert_eq!(trains.count(), 3, "{left_out:?}");
 }
 
 #[test]
