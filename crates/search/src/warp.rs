@@ -108,11 +108,13 @@ impl InputWarp {
 
     /// Where it sees points.
     pub(crate) fn points(&self, points: &[Point]) -> Vec<Point> {
-        let point = |point: &Point| {
+        let point = |point: &Point| -> Point {
             let places = point.iter().enumerate();
-            places.map(|(variable, place)| self.seen(variable, *place))
+            places
+                .map(|(variable, place)| self.seen(variable, *place))
+                .collect()
         };
-        points.iter().map(|one| point(one).collect()).collect()
+        points.iter().map(point).collect()
     }
 
     /// Where it sees some places of each variable.
