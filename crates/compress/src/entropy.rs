@@ -268,6 +268,18 @@ impl EntropyProfile {
         })
     }
 
+    /// The blocks in the order in which they would go: those first that add least, of equal ones the
+    /// first.
+    pub fn block_order(&self) -> Vec<usize> {
+        ordered(self.blocks.iter().copied().enumerate())
+    }
+
+    /// The blocks with attention in the order in which that would go.
+    pub fn attention_order(&self) -> Vec<usize> {
+        let blocks = self.attention.iter().enumerate();
+        ordered(blocks.filter_map(|(block, score)| score.map(|score| (block, score))))
+    }
+
     /// The first block behind which entropy only grew: the place of the least entropy.
     pub fn stage(&self) -> usize {
         let least = self
@@ -277,6 +289,13 @@ impl EntropyProfile {
             .min_by(|a, b| a.1.total_cmp(b.1));
         least.map_or(0, |(index, _)| index)
     }
+}
+
+/// Blocks by rising score.
+fn ordered(scores: impl Iterator<Item = (usize, f64)>) -> Vec<usize> {
+    let mut scores: Vec<(usize, f64)> = scores.collect();
+    scores.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
+    scores.into_iter().map(|(block, _)| block).collect()
 }
 
 /// At most `most` rows, evenly spread.
@@ -425,6 +444,19 @@ mod tests {
         assert!((ln_gamma(13.0) - factorial.ln()).abs() < 1e-10);
         let half = std::f64::consts::PI.sqrt() / 2.0;
         assert!((ln_gamma(1.5) - half.ln()).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_adds_least_goes_first_and_of_equal_ones_the_first() {
+        let profile = EntropyProfile {
+            stream: vec![0.0, 2.0, 1.0, 3.0, 2.0],
+            blocks: vec![2.0, -1.0, 2.0, -1.0],
+            attention: vec![Some(0.5), None, Some(-0.5), Some(0.5)],
+        };
+        assert_eq!(profile.block_order(), [1, 3, 0, 2]);
+        assert_eq!(profile.attention_order(), [2, 0, 3]);
+        let ranks = ranks_of_order(&profile.block_order()).unwrap();
+        assert_eq!(ranks, [2, 0, 3, 1]);
     }
 
     #[test]

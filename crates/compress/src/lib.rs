@@ -64,6 +64,7 @@ mod report;
 mod requirements;
 mod selection;
 mod sites;
+mod work;
 
 pub use calibration::{Calibration, CalibrationOptions};
 pub use data::{CalibrationData, Content, Example, Target};
@@ -83,7 +84,8 @@ pub use methods::replace_me::{CosineDescent, ReplaceMe, angular_distances};
 pub use methods::shedder::{Search, SearchStep, Shed};
 pub use methods::slicing;
 pub use methods::{
-    LorapSettings, ModegptSettings, Pattern, PruneSettings, QuantiseSettings, Scope,
+    LorapSettings, ModegptSettings, MovementSettings, Pattern, PruneSettings, QuantiseSettings,
+    Scope,
 };
 pub use objective::Objective;
 pub use output::output_errors;
@@ -92,3 +94,4 @@ pub use recipe::{Done, Recipe, Seconds, Stage};
 pub use report::{Compressed, LayerErrors, ModuleReport, Report, Size};
 pub use requirements::{Requirements, Statistic};
 pub use selection::{Layer, Selection};
+pub use work::Work;

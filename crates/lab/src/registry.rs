@@ -444,6 +444,7 @@ static SYSTEMS: &[System] = &[
             "compress::first-order",
             "compress::wanda",
             "compress::second-order",
+            "compress::movement",
             "compress::prune-heads",
             "compress::channel-gradient",
             "compress::heal",

@@ -284,6 +284,8 @@ pub enum Analysis {
     Clusters(crate::commands::inspect::clusters::Clusters),
     /// How a model's states lie around those of its training data
     Energy(crate::commands::inspect::energy::Energy),
+    /// How much entropy each block adds, and in which order blocks would go by it
+    Entropy(crate::commands::inspect::entropy::Entropy),
     /// How nearly linear each block is
     Linearity(crate::commands::inspect::linearity::Linearity),
     /// Random particles that attention gathers
@@ -388,6 +390,20 @@ pub struct Compress {
     /// Weight of the original's predictions in the loss of --heal, between 0 and 1
     #[arg(long, value_name = "WEIGHT", default_value_t = 0.0, requires = "heal")]
     pub distil: f64,
+    /// Weight in the loss of --heal of how far the residual stream behind each block is from the original's:
+    /// for models of as many blocks and as wide a stream
+    #[arg(long, value_name = "WEIGHT", default_value_t = 0.0, requires = "heal")]
+    pub distil_streams: f64,
+    /// Share of the weights that --heal lets change places with zeros at the first turn, falling to none;
+    /// in ten turns, by size and gradient
+    #[arg(
+        long,
+        value_name = "SHARE",
+        default_value_t = 0.0,
+        requires = "heal",
+        conflicts_with = "pattern"
+    )]
+    pub regrow: f64,
     /// Where methods that set weights to zero may do so: `N:M` leaves N of every M neighbours, as
     /// 2:4, at the ratio that this comes to; anywhere when absent
     #[arg(long, value_name = "N:M", value_parser = pattern)]

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::warp::{gaussian, standardised};
 use crate::{Domain, Error, Point, Result};
 
 /// How a process sees what was observed. Its prior mean is zero either way.
@@ -13,6 +14,9 @@ pub enum Scale {
     AsGiven,
     /// Less the mean, over the standard deviation: where little is known, the mean is expected.
     Standardised,
+    /// Bent by the power transform under which it looks most Gaussian, and standardised: a few values far
+    /// from the others count less.
+    Warped,
 }
 
 /// Points and what was observed there, in order.
@@ -51,17 +55,9 @@ impl History {
     pub(crate) fn scaled(&self, scale: Scale) -> Vec<f64> {
         match scale {
             Scale::AsGiven => self.values.clone(),
-            Scale::Standardised => self.standardised(),
+            Scale::Standardised => standardised(&self.values),
+            Scale::Warped => gaussian(&self.values),
         }
-    }
-
-    fn standardised(&self) -> Vec<f64> {
-        let count = self.len().max(1) as f64;
-        let mean = self.values.iter().sum::<f64>() / count;
-        let variance = self.values.iter().map(|y| (y - mean).powi(2)).sum::<f64>() / count;
-        // Values that are all the same say nothing, whatever they are divided by.
-        let scale = if variance > 0.0 { variance.sqrt() } else { 1.0 };
-        self.values.iter().map(|y| (y - mean) / scale).collect()
     }
 
     pub(crate) fn push(&mut self, domain: &Domain, point: Point, value: f64) -> Result<()> {

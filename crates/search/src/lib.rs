@@ -10,8 +10,11 @@
 //! ([`minimise`]).
 //!
 //! - [`Rducb`]: the search, as a stepper whose state is plain data.
+//! - [`Ensemble`]: the random forest in another search, by several acquisitions.
 //! - [`RandomSearch`], [`LearnedTree`], [`GlobalProcess`], [`Rembo`]: what it is compared with.
 //! - [`TestFunction`]: functions with known minima.
+//! - [`AdditiveProcess::information_gain`], [`AdditiveProcess::expected_errors`]: what a decomposition
+//!   lets observations say, and what it costs where another one is true.
 //!
 //! ```
 //! use lapidary_search::{Domain, Optimiser, Rducb, RducbSettings};
@@ -33,16 +36,19 @@ mod acquisition;
 mod baselines;
 mod cholesky;
 mod domain;
+mod ensemble;
 mod error;
 mod fit;
 mod forest;
 mod functions;
 mod history;
+mod information;
 mod kernel;
 mod messages;
 mod process;
 mod rducb;
 mod stepper;
+mod warp;
 mod zoom;
 
 pub use acquisition::lower_confidence_bound;
@@ -51,11 +57,13 @@ pub use baselines::random::RandomSearch;
 pub use baselines::rembo::Rembo;
 pub use baselines::tree::{LearnedTree, TreeSettings};
 pub use domain::{Domain, Point};
+pub use ensemble::{Decomposition, Ensemble, EnsembleSettings};
 pub use error::{Error, Result};
 pub use fit::{Fit, fitted};
 pub use forest::{Forest, edge_probabilities, spanning_trees};
 pub use functions::TestFunction;
 pub use history::{History, Scale};
+pub use information::{missed_pairs, random_partition};
 pub use kernel::Hyperparameters;
 pub use messages::{Costs, Minimum, minimise};
 pub use process::{AdditiveProcess, Marginal};

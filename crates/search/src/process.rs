@@ -126,6 +126,11 @@ impl AdditiveProcess {
         })
     }
 
+    /// The variance of the noise.
+    pub(crate) fn noise(&self) -> f64 {
+        self.noise
+    }
+
     /// The terms: the variables of each.
     pub fn cliques(&self) -> &[Vec<usize>] {
         &self.kernel.cliques

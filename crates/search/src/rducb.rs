@@ -65,6 +65,11 @@ impl RducbSettings {
         }
     }
 
+    /// Edges of a forest over so many variables.
+    pub(crate) fn edge_count(&self, dimensions: usize) -> usize {
+        edge_count(self.edges, dimensions)
+    }
+
     pub(crate) fn state(&self, domain: Domain, seed: u64) -> Result<State> {
         let dimensions = domain.dimensions();
         let course = Course {
@@ -77,6 +82,12 @@ impl RducbSettings {
         let scales = Hyperparameters::new(dimensions, self.length, self.amplitude);
         State::new(domain, course, scales, seed)
     }
+}
+
+/// `max(1, ⌊edges · d⌋)`, none of a single variable.
+fn edge_count(edges: f64, dimensions: usize) -> usize {
+    let edges = (edges * dimensions as f64).floor() as usize;
+    edges.max(1).min(dimensions.saturating_sub(1))
 }
 
 /// Bayesian optimisation with a new random forest at each step.
@@ -162,13 +173,6 @@ impl Rducb {
     pub fn hyperparameters(&self) -> &Hyperparameters {
         &self.state.hyperparameters
     }
-
-    /// `max(1, ⌊edges · d⌋)`, none of a single variable.
-    fn edge_count(&self) -> usize {
-        let dimensions = self.state.domain.dimensions();
-        let edges = (self.edges * dimensions as f64).floor() as usize;
-        edges.max(1).min(dimensions - 1)
-    }
 }
 
 impl Optimiser for Rducb {
@@ -181,7 +185,8 @@ impl Optimiser for Rducb {
             Some(point) => point,
             None => {
                 let dimensions = self.state.domain.dimensions();
-                let forest = Forest::random(dimensions, self.edge_count(), &mut generator)?;
+                let edges = edge_count(self.edges, dimensions);
+                let forest = Forest::random(dimensions, edges, &mut generator)?;
                 self.state.step(&forest, self.chunks, &mut generator)?
             }
         };

@@ -6,26 +6,33 @@
 //! (1 − α) L_task + α T² KL(softmax(z_original / T) ‖ softmax(z / T))
 //! ```
 //!
-//! (Hinton et al. 2015, arXiv 1503.02531). Whatever shape the compression left is trained: factors,
-//! narrower parts, fewer blocks. Weights that are exactly zero, which pruning leaves, stay zero. What
-//! comes out is the best of what was validated on the way, the unhealed model included.
+//! (Hinton et al. 2015, arXiv 1503.02531), and beside it, where wanted, how far the residual stream
+//! behind each block is from the original's. Whatever shape the compression left is trained: factors,
+//! narrower parts, fewer blocks. Weights that are exactly zero, which pruning leaves, stay zero, or change
+//! places ([`regrowth`]). What comes out is the best of what was validated on the way, the unhealed model
+//! included.
 
+mod lesson;
+mod regrowth;
 mod rounds;
 
+pub(crate) use lesson::number;
 pub use rounds::{PruneAndHeal, cubic_sparsity, prune_and_heal};
 
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use lapidary_kernels::{D, DType, SoftmaxMask, Tensor, log_softmax};
-use lapidary_model::{Model, Output};
+use lapidary_kernels::{DType, Tensor};
+use lapidary_model::Model;
 use lapidary_train::spec::OptimiserSpec;
 use lapidary_train::{Decay, Generator, Masks, Schedule, UpdateOptions, Updates, generator};
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
-use crate::calibration::forward;
-use crate::data::{Batch, real_rows};
+use lesson::Lesson;
+use regrowth::Regrowth;
+
+use crate::data::Batch;
 use crate::error::engine;
 use crate::{CalibrationData, Error, Example, Layer, Objective, Result};
 
@@ -45,12 +52,23 @@ pub struct HealSettings {
     pub distil: f64,
     /// `T`: the temperature of both predictions.
     pub temperature: f64,
+    /// `β`, at least 0: the loss has `β` times the mean over blocks of `‖Y − Y*‖² / ‖Y*‖²` added, `Y` the
+    /// residual stream behind a block and `Y*` the original's. For models of as many blocks and as wide a
+    /// stream.
+    pub streams: f64,
     /// Steps between validations; a tenth of the steps when 0.
     pub every: u64,
     /// Validations without a new best after which training stops; never when 0.
     pub patience: usize,
     /// Whether weights of linear layers and of the table of embeddings that are exactly zero stay so.
     pub keep_zeros: bool,
+    /// The share of each masked matrix's weights that change places at the first turn, falling to none as
+    /// a cosine over three quarters of the steps; none when 0. Each turn, the smallest weights become
+    /// zero and as many zeros of the largest gradient may grow (Evci et al. 2020, arXiv 1911.11134).
+    /// Patterns such as 2 of 4 are not kept.
+    pub regrow: f64,
+    /// Steps between two turns; a tenth of the steps when 0.
+    pub regrow_every: u64,
     /// Seed of the order of examples.
     pub seed: u64,
 }
@@ -64,9 +82,12 @@ impl Default for HealSettings {
             batch: 8,
             distil: 0.0,
             temperature: 1.0,
+            streams: 0.0,
             every: 0,
             patience: 5,
             keep_zeros: true,
+            regrow: 0.0,
+            regrow_every: 0,
             seed: 0,
         }
     }
@@ -92,6 +113,17 @@ impl HealSettings {
         }
         if !(self.temperature > 0.0 && self.temperature.is_finite()) {
             return wrong("temperature", self.temperature.to_string(), "above 0");
+        }
+        if !(self.streams >= 0.0 && self.streams.is_finite()) {
+            return wrong("weight of streams", self.streams.to_string(), "at least 0");
+        }
+        if !(0.0..1.0).contains(&self.regrow) {
+            let expected = "at least 0 and below 1";
+            return wrong("share that regrows", self.regrow.to_string(), expected);
+        }
+        if self.regrow > 0.0 && !self.keep_zeros {
+            let expected = "0 where zeros are not kept: then every weight grows";
+            return wrong("share that regrows", self.regrow.to_string(), expected);
         }
         Ok(())
     }
@@ -129,6 +161,8 @@ pub struct HealReport {
     pub validation: Vec<(u64, f64)>,
     /// Weights that were kept at zero.
     pub zeros: usize,
+    /// Of those that were zero at first, how many had another's place in the end.
+    pub regrown: usize,
     /// Examples trained on, each counted once.
     pub examples: usize,
     /// How long it took.
@@ -194,6 +228,7 @@ pub fn heal(
         false => Masks::default(),
     };
     let zeros = masks.zeros();
+    let regrowth = Regrowth::new(settings, &masks);
     updates.set_masks(masks)?;
     let schedule = Schedule {
         peak: settings.rate,
@@ -230,6 +265,9 @@ pub fn heal(
             });
         }
         let mut gradients = engine(value.backward())?;
+        if let Some(masks) = regrowth.turn(step, &student, &gradients, updates.masks())? {
+            updates.set_masks(masks)?;
+        }
         updates.step(&mut gradients, schedule.rate(step - 1), 1.0)?;
         training.push((step, loss));
         progress(step, loss);
@@ -252,13 +290,14 @@ pub fn heal(
         training,
         validation,
         zeros,
+        regrown: regrowth.regrown(updates.masks())?,
         examples: data.training.len(),
         seconds: started.elapsed().as_secs_f64(),
     };
     Ok((best.model(model)?, report))
 }
 
-fn adam(weight_decay: f64) -> OptimiserSpec {
+pub(crate) fn adam(weight_decay: f64) -> OptimiserSpec {
     OptimiserSpec::Adamw {
         beta1: 0.9,
         beta2: 0.99,
@@ -268,7 +307,7 @@ fn adam(weight_decay: f64) -> OptimiserSpec {
 }
 
 /// The parameters in a type that optimisers take.
-fn trained(model: &Model) -> Result<BTreeMap<String, Tensor>> {
+pub(crate) fn trained(model: &Model) -> Result<BTreeMap<String, Tensor>> {
     let parameters = model.parameters().iter();
     parameters
         .map(|(name, tensor)| {
@@ -343,14 +382,14 @@ impl Best {
 }
 
 /// Examples in an order drawn anew each time that all have been seen.
-struct Order<'a> {
+pub(crate) struct Order<'a> {
     examples: &'a [Example],
     left: Vec<usize>,
     random: Generator,
 }
 
 impl<'a> Order<'a> {
-    fn new(data: &'a CalibrationData, seed: u64) -> Self {
+    pub(crate) fn new(data: &'a CalibrationData, seed: u64) -> Self {
         Self {
             examples: data.examples(),
             left: Vec::new(),
@@ -358,7 +397,7 @@ impl<'a> Order<'a> {
         }
     }
 
-    fn next(&mut self, count: usize) -> Vec<Example> {
+    pub(crate) fn next(&mut self, count: usize) -> Vec<Example> {
         let mut drawn = Vec::with_capacity(count);
         while drawn.len() < count.min(self.examples.len()) {
             if self.left.is_empty() {
@@ -370,119 +409,4 @@ impl<'a> Order<'a> {
         }
         drawn
     }
-}
-
-/// What is learned.
-struct Lesson<'a> {
-    objective: Objective,
-    teacher: Option<&'a Model>,
-    distil: f64,
-    temperature: f64,
-}
-
-impl<'a> Lesson<'a> {
-    fn of(model: &Model, data: &HealData<'a>, settings: &HealSettings) -> Result<Self> {
-        let objective = Objective::of(model, data.training)?;
-        if Objective::of(model, data.validation)? != objective {
-            return Err(Error::invalid(
-                "the validation examples",
-                "of another task than the training examples",
-                "of the same",
-            ));
-        }
-        if settings.distil > 0.0 && data.teacher.is_none() {
-            return Err(Error::invalid(
-                "the original, whose predictions are to be learned",
-                "absent",
-                "given, or the weight of distillation 0",
-            ));
-        }
-        if objective == Objective::Representation && settings.distil < 1.0 {
-            return Err(Error::invalid(
-                "weight of distillation",
-                settings.distil,
-                "1 for a model and examples without a task, which can only learn the original's \
-                 hidden vectors",
-            ));
-        }
-        Ok(Self {
-            objective,
-            teacher: data.teacher,
-            distil: settings.distil,
-            temperature: settings.temperature,
-        })
-    }
-
-    /// The mean loss of a batch's examples.
-    fn loss(&self, model: &Model, batch: &Batch<'_>) -> Result<Tensor> {
-        let output = forward(model, batch, None)?;
-        let teacher = match self.teacher.filter(|_| self.distil > 0.0) {
-            Some(teacher) => Some(forward(teacher, batch, None)?),
-            None => None,
-        };
-        let learned = match teacher {
-            Some(teacher) => Some(self.distance(&output, &teacher, batch)?),
-            None => None,
-        };
-        let task =
-            || -> Result<Tensor> { engine(self.objective.losses(&output, batch)?.mean_all()) };
-        match learned {
-            None => task(),
-            Some(learned) if self.distil >= 1.0 => Ok(learned),
-            Some(learned) => {
-                let task = engine(task()?.affine(1.0 - self.distil, 0.0))?;
-                engine(task + engine(learned.affine(self.distil, 0.0))?)
-            }
-        }
-    }
-
-    /// How far predictions are from the original's, or hidden vectors where nothing is predicted.
-    fn distance(&self, output: &Output, teacher: &Output, batch: &Batch<'_>) -> Result<Tensor> {
-        let rows = |x: &Tensor| engine(real_rows(x, batch.real.as_ref()));
-        let (Some(found), Some(wanted)) = (&output.logits, &teacher.logits) else {
-            let found = rows(output.hidden.value())?;
-            let wanted = rows(&teacher.hidden.value().detach())?;
-            alike(&found, &wanted)?;
-            let length = number(&engine(engine(wanted.sqr())?.sum_all())?)?;
-            let error = engine(engine(engine(found - wanted)?.sqr())?.sum_all())?;
-            return engine(error.affine(1.0 / length.max(f64::MIN_POSITIVE), 0.0));
-        };
-        let found = rows(found.value())?;
-        let wanted = engine(rows(&wanted.value().detach())?.to_dtype(found.dtype()))?;
-        alike(&found, &wanted)?;
-        let logarithms = |scores: &Tensor| -> Result<Tensor> {
-            let cooled = engine(scores.affine(1.0 / self.temperature, 0.0))?;
-            Ok(log_softmax(&cooled, &SoftmaxMask::default())?)
-        };
-        let (found, wanted) = (logarithms(&found)?, logarithms(&wanted)?.detach());
-        let gap = engine(&wanted - found)?;
-        let divergence = engine(engine(engine(wanted.exp())? * gap)?.sum(D::Minus1))?;
-        let scale = self.temperature * self.temperature;
-        engine(engine(divergence.mean_all())?.affine(scale, 0.0))
-    }
-
-    /// The mean loss over all examples.
-    fn mean(&self, model: &Model, data: &CalibrationData, size: usize) -> Result<f64> {
-        let mut sum = 0.0;
-        for batch in data.batches(size, &model.device()) {
-            let batch = batch?;
-            sum += number(&self.loss(model, &batch)?)? * batch.examples.len() as f64;
-        }
-        Ok(sum / data.len() as f64)
-    }
-}
-
-fn alike(found: &Tensor, wanted: &Tensor) -> Result<()> {
-    match found.dims() == wanted.dims() {
-        true => Ok(()),
-        false => Err(Error::invalid(
-            "what the original says of a batch",
-            format!("{:?}", wanted.dims()),
-            format!("{:?}, as the compressed model does", found.dims()),
-        )),
-    }
-}
-
-fn number(scalar: &Tensor) -> Result<f64> {
-    engine(engine(scalar.detach().to_dtype(DType::F64))?.to_scalar::<f64>())
 }

@@ -6,7 +6,7 @@ use super::{HealData, HealReport, HealSettings, heal, zeros};
 use crate::method::{Method, Settings, Task};
 use crate::plan::{Budget, Change};
 use crate::report::Compressed;
-use crate::{Calibration, CalibrationData, CalibrationOptions, Error, Result};
+use crate::{Calibration, CalibrationData, CalibrationOptions, Error, Pattern, Result};
 
 /// `s_f + (s_0 − s_f)(1 − t)³`, the sparsity at a share `t` of the way from `first` to `last` (Zhu &
 /// Gupta 2017, arXiv 1710.01878): most goes while there is most to spare.
@@ -46,13 +46,20 @@ pub struct PruneAndHeal<'a> {
 /// healed model, and each round's healing.
 ///
 /// # Errors
-/// Those of the method and of [`heal`]; and when weights are to be rewound that the method gave
-/// another shape.
+/// Those of the method and of [`heal`]; when weights are to be rewound that the method gave another
+/// shape; and when zeros are to change places that a pattern holds.
 pub fn prune_and_heal(
     model: &Model,
     data: &HealData<'_>,
     told: &PruneAndHeal<'_>,
 ) -> Result<(Compressed, Vec<HealReport>)> {
+    if told.healing.regrow > 0.0 && told.settings.pruning.pattern != Pattern::Unstructured {
+        return Err(Error::invalid(
+            "share that regrows",
+            told.healing.regrow,
+            "0 with a pattern of zeros, which what grows would break",
+        ));
+    }
     let rounds = told.rounds.max(1);
     let goal = 1.0 - told.keep;
     let mut healings = Vec::new();

@@ -18,7 +18,7 @@ pub mod slicing;
 
 pub use lorap::LorapSettings;
 pub use modegpt::ModegptSettings;
-pub use pruning::{Pattern, PruneSettings, Scope};
+pub use pruning::{MovementSettings, Pattern, PruneSettings, Scope};
 pub use quantise::QuantiseSettings;
 
 use crate::factorisation::{
@@ -57,6 +57,7 @@ pub(crate) const METHODS: &[&Method] = &[
     &shedder::MAMBA_SHEDDER,
     &shedder::MAMBA_SHEDDER_SCAN,
     &modegpt::MODEGPT,
+    &pruning::MOVEMENT,
     &pruning::PRUNE_HEADS,
     &pruning::RANDOM_WEIGHTS,
     &replace_me::REPLACE_ME,

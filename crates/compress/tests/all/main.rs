@@ -14,6 +14,7 @@ mod heal;
 mod linearise;
 mod lorap;
 mod modegpt;
+mod movement;
 mod narrowed;
 mod oracle;
 mod plan;

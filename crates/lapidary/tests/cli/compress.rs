@@ -193,7 +193,7 @@ fn stock_shapes_are_written_as_such() {
     let trains = left_out
         .iter()
         .filter(|pair| pair[1].as_str().unwrap().contains("trains"));
-    assert_eq!(trains.count(), 2, "{left_out:?}");
+    assert_eq!(trains.count(), 3, "{left_out:?}");
 }
 
 #[test]
@@ -226,6 +226,26 @@ fn inspects_linearity_and_cuts_depth() {
         ],
         &["windows is 1", "held out"],
     );
+    let entropy = json(&[
+        "inspect",
+        "entropy",
+        "embedded",
+        "--text",
+        &text,
+        "--window",
+        "16",
+        "--windows",
+        "16",
+        "--json",
+    ]);
+    let tables = entropy["tables"].as_array().unwrap();
+    assert_eq!(tables.len(), 3);
+    for table in tables {
+        let rows = table["rows"].as_array().unwrap();
+        let mut ranks: Vec<&str> = rows.iter().map(|row| row[3].as_str().unwrap()).collect();
+        ranks.sort_unstable();
+        assert_eq!(ranks, ["0", "1", "2", "3", "4", "5"]);
+    }
     for (method, ratio) in [("replaceme", "0.34"), ("attention-cosine", "0.34")] {
         let out = directory.path().join(method).display().to_string();
         let document = json(&[

@@ -95,6 +95,12 @@ fn wrong_input_gets_one_sentence() {
     let compress = ["compress", "embedded", "--ratio", "0.3", "--out", "x"];
     for (more, words) in [
         (&["--heal-rate", "0.1"][..], "--heal"),
+        (&["--regrow", "0.3"], "--heal"),
+        (&["--distil-streams", "1"], "--heal"),
+        (
+            &["--heal", "1", "--regrow", "0.3", "--pattern", "2:4"],
+            "--pattern",
+        ),
         (&["--pattern", "4:2"], "2:4"),
         (&["--pattern", "two"], "2:4"),
         (&["--method", "magnitude", "--pattern", "2:4"], "2 of 4"),

@@ -3,8 +3,8 @@
 #![allow(clippy::panic, clippy::result_large_err, clippy::unwrap_used)]
 
 use lapidary_search::{
-    Domain, Fit, GlobalProcess, GlobalSettings, LearnedTree, Optimiser, RandomSearch, Rducb,
-    RducbSettings, Rembo, TestFunction, TreeSettings,
+    Decomposition, Domain, Ensemble, EnsembleSettings, Fit, GlobalProcess, GlobalSettings,
+    LearnedTree, Optimiser, RandomSearch, Rducb, RducbSettings, Rembo, TestFunction, TreeSettings,
 };
 
 const FUNCTION: TestFunction = TestFunction::StyblinskiTang { dimensions: 8 };
@@ -25,6 +25,11 @@ fn advance(search: &mut dyn Optimiser, steps: usize) {
     }
 }
 
+fn ensemble(decomposition: Decomposition, seed: u64) -> Ensemble {
+    let settings = EnsembleSettings::new(domain().dimensions(), decomposition);
+    Ensemble::new(domain(), settings, seed).unwrap()
+}
+
 fn all(seed: u64) -> Vec<Box<dyn Optimiser>> {
     vec![
         Box::new(RandomSearch::new(domain(), seed)),
@@ -32,6 +37,8 @@ fn all(seed: u64) -> Vec<Box<dyn Optimiser>> {
         Box::new(LearnedTree::new(domain(), TreeSettings::default(), seed).unwrap()),
         Box::new(GlobalProcess::new(domain(), GlobalSettings::default(), seed).unwrap()),
         Box::new(Rembo::new(domain(), 3, GlobalSettings::default(), seed).unwrap()),
+        Box::new(ensemble(Decomposition::RandomForest, seed)),
+        Box::new(ensemble(Decomposition::Whole, seed)),
     ]
 }
 
@@ -108,6 +115,22 @@ fn random_decompositions_beat_random_points() {
         wins += usize::from(least(&search) < least(&random));
     }
     assert_eq!(wins, 3);
+}
+
+#[test]
+fn several_acquisitions_beat_random_points() {
+    let least = |found: &dyn Optimiser| found.history().best().unwrap().1;
+    for decomposition in [Decomposition::RandomForest, Decomposition::Whole] {
+        let mut wins = 0;
+        for seed in 0..3 {
+            let mut random = RandomSearch::new(domain(), seed);
+            let mut search = ensemble(decomposition, seed);
+            advance(&mut random, 60);
+            advance(&mut search, 60);
+            wins += usize::from(least(&search) < least(&random));
+        }
+        assert_eq!(wins, 3, "{decomposition:?}");
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Weights read, set to zero and written back, and what they would take without their zeros.
 
-use lapidary_kernels::{Device, SparseSizes, Tensor};
+use lapidary_kernels::{DType, Device, SparseSizes, Tensor};
 use lapidary_model::Model;
 
 use crate::edit::Edit;
@@ -74,22 +74,36 @@ pub(super) fn asked(model: &Model, module: &ModulePlan) -> Result<Option<(Layer,
 
 /// A layer's weights `[output, input]`, row after row.
 pub(super) fn read(edit: &Edit, layer: &Layer) -> Result<Vec<f64>> {
-    let mut weight = edit.get(&Layer::weight_name(&layer.path))?;
-    if layer.is_table() {
-        weight = engine(weight.t())?;
-    }
-    let weight = engine(engine(weight.to_device(&Device::Cpu))?.flatten_all())?;
-    engine(weight.to_vec1::<f64>())
+    entries(layer, &edit.get(&Layer::weight_name(&layer.path))?)
 }
 
 /// Puts a layer's weights back.
 pub(super) fn write(edit: &mut Edit, layer: &Layer, weights: Vec<f64>) -> Result<()> {
-    let shape = (layer.output, layer.input);
-    let mut weight = engine(Tensor::from_vec(weights, shape, &edit.device()))?;
-    if layer.is_table() {
-        weight = engine(weight.t())?;
-    }
+    let weight = laid_out(layer, weights, &edit.device())?;
     edit.put(Layer::weight_name(&layer.path), &weight)
+}
+
+/// The entries of a tensor that lies as a layer's weight does: `[output, input]`, row after row.
+pub(super) fn entries(layer: &Layer, tensor: &Tensor) -> Result<Vec<f64>> {
+    let mut tensor = engine(tensor.detach().to_dtype(DType::F64))?;
+    if layer.is_table() {
+        tensor = engine(tensor.t())?;
+    }
+    let tensor = engine(engine(tensor.to_device(&Device::Cpu))?.flatten_all())?;
+    engine(tensor.to_vec1::<f64>())
+}
+
+/// The tensor, in `f64`, of entries `[output, input]` that lies as a layer's weight does.
+pub(super) fn laid_out(layer: &Layer, entries: Vec<f64>, device: &Device) -> Result<Tensor> {
+    let tensor = engine(Tensor::from_vec(
+        entries,
+        (layer.output, layer.input),
+        device,
+    ))?;
+    match layer.is_table() {
+        true => engine(engine(tensor.t())?.contiguous()),
+        false => Ok(tensor),
+    }
 }
 
 /// What became of a layer whose weights are now these, and what they take, each of `value` bytes.

@@ -2,8 +2,8 @@
 //! method has to beat.
 //!
 //! A mask `M ∈ {0, 1}` of each chosen matrix keeps the weights of largest score: `W ⊙ M`. Criteria
-//! differ in the score ([`scores`]), among which weights it is compared ([`Scope`]), and in whether
-//! what is left makes up for what went ([`second_order`]). Norms, biases and tables of positions are
+//! differ in the score ([`scores`]; [`movement`], which is learned), among which weights it is compared
+//! ([`Scope`]), and in whether what is left makes up for what went ([`second_order`]). Norms, biases and tables of positions are
 //! never touched; the table of token embeddings and the head only where the selection names them.
 //!
 //! Masks of one shot are nested: a larger share takes what a smaller one took. The shares of a plan
@@ -15,6 +15,7 @@
 mod heads;
 mod hidden;
 mod matrices;
+mod movement;
 mod scores;
 mod second_order;
 mod select;
@@ -22,8 +23,9 @@ mod settings;
 
 pub(crate) use heads::PRUNE_HEADS;
 pub(crate) use hidden::CHANNEL_GRADIENT;
+pub(crate) use movement::MOVEMENT;
 pub(crate) use second_order::SECOND_ORDER;
-pub use settings::{Pattern, PruneSettings, Scope};
+pub use settings::{MovementSettings, Pattern, PruneSettings, Scope};
 
 use lapidary_kernels::SparseSizes;
 use lapidary_model::Model;
@@ -280,7 +282,17 @@ fn finished(method: &str, task: &Task<'_>, plan: &Plan, edit: Edit) -> Result<Co
     if !sizes.is_empty() {
         let stored = matrices::stored(&matrices::together(&sizes));
         let changed = sizes.len();
-        compressed.report.notes = vec![format!("{changed} pruned matrices: {stored}")];
+        let pruned = compressed.report.modules.iter();
+        let pruned = pruned.filter(|module| matches!(module.change, Change::Prune { .. }));
+        let (mut before, mut after) = (0, 0);
+        for module in pruned {
+            before += module.parameters_before;
+            after += module.parameters_after;
+        }
+        compressed.report.notes = vec![format!(
+            "{changed} pruned matrices: {stored}; without their zeros {after} of {before} multiply-adds for \
+             each row that they read"
+        )];
     }
     Ok(compressed)
 }

@@ -52,7 +52,7 @@ impl Pattern {
 #[serde(default, deny_unknown_fields)]
 pub struct PruneSettings {
     /// Among which weights the smallest are looked for; what the method's source does when absent:
-    /// `magnitude`, `random-weights` and `second-order` in each layer, `first-order`,
+    /// `magnitude`, `random-weights`, `second-order` and `movement` in each layer, `first-order`,
     /// `prune-heads` and `channel-gradient` in the whole model, `wanda` in each row.
     pub scope: Option<Scope>,
     /// Whether, in the whole model, the scores of `magnitude` and `wanda` are measured in units of
@@ -69,6 +69,62 @@ pub struct PruneSettings {
     /// columns to the right. As many as a layer has is exact, and costs their cube for each row. With a
     /// pattern, as many more as make its groups whole.
     pub block: usize,
+    /// How `movement` trains while it prunes.
+    pub movement: MovementSettings,
+}
+
+/// How `movement` trains while it prunes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MovementSettings {
+    /// Steps of training.
+    pub steps: u64,
+    /// The share of the steps over which zeros grow to their share, along a cubic ramp; in the rest
+    /// the mask is fixed. Above 0 and at most 1.
+    pub ramp: f64,
+    /// Steps between two masks.
+    pub every: u64,
+    /// The highest learning rate: it rises over a tenth of the steps and falls to zero as a cosine.
+    pub rate: f64,
+    /// Decay of the weights that the mask keeps.
+    pub weight_decay: f64,
+    /// Examples of a step.
+    pub batch: usize,
+}
+
+impl Default for MovementSettings {
+    fn default() -> Self {
+        Self {
+            steps: 100,
+            ramp: 0.7,
+            every: 5,
+            rate: 1e-4,
+            weight_decay: 0.01,
+            batch: 8,
+        }
+    }
+}
+
+impl MovementSettings {
+    fn check(&self) -> Result<()> {
+        for (what, found) in [
+            ("steps of movement", self.steps),
+            ("steps between two masks of movement", self.every),
+            ("batch of movement", self.batch as u64),
+        ] {
+            if found == 0 {
+                return Err(Error::invalid(what, found, "at least 1"));
+            }
+        }
+        if !(self.ramp > 0.0 && self.ramp <= 1.0) {
+            let what = "share of the steps of movement in which zeros grow";
+            return Err(Error::invalid(what, self.ramp, "above 0 and at most 1"));
+        }
+        if !(self.rate > 0.0 && self.rate.is_finite()) {
+            return Err(Error::invalid("rate of movement", self.rate, "above 0"));
+        }
+        Ok(())
+    }
 }
 
 impl Default for PruneSettings {
@@ -80,6 +136,7 @@ impl Default for PruneSettings {
             keep_at_least: 0.01,
             damping: 0.01,
             block: 64,
+            movement: MovementSettings::default(),
         }
     }
 }
@@ -112,6 +169,6 @@ impl PruneSettings {
                 "at least 1",
             ));
         }
-        Ok(())
+        self.movement.check()
     }
 }

@@ -10,7 +10,8 @@ use crate::{Result, Series, Setting};
 use lapidary_compress::quality::{Window, perplexity, sliding_windows};
 use lapidary_compress::{
     Budget, Calibration, CalibrationData, CalibrationOptions, Compressed, HealData, HealSettings,
-    Method, PruneAndHeal, PruneSettings, Requirements, Settings, Task as Cut, heal, prune_and_heal,
+    Method, MovementSettings, PruneAndHeal, PruneSettings, Requirements, Settings, Task as Cut,
+    Work, heal, prune_and_heal,
 };
 use lapidary_kernels::{SparseSizes, Tensor};
 use lapidary_model::Model;
@@ -23,8 +24,12 @@ pub(super) const RATE: f64 = 5e-4;
 /// Sequences of a forward pass, and of a step of healing.
 const BATCH: usize = 8;
 /// Methods that take out whole heads and channels, at these shares.
-const STRUCTURED: [&str; 3] = ["prune-heads", "channel-gradient", "channel-magnitude"];
+pub(super) const STRUCTURED: [&str; 3] = ["prune-heads", "channel-gradient", "channel-magnitude"];
 const TAKEN_OUT: [f64; 3] = [0.25, 0.5, 0.75];
+/// The criterion that is learned while it prunes.
+pub(super) const MOVEMENT: &str = "movement";
+/// Share of the weights that change places at the first turn, as published.
+const REGROWN: f64 = 0.3;
 
 /// What happens beside pruning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +42,10 @@ pub(super) enum Way {
     Rounds,
     /// Rounds whose weights go back to earlier ones.
     Rewound,
+    /// Rounds of pruning alone.
+    Alone,
+    /// Training afterwards, in which zeros change places.
+    Regrown,
 }
 
 struct Point {
@@ -45,7 +54,9 @@ struct Point {
     share: f64,
     loss: f64,
     /// Bytes of the model, each matrix stored as is smallest.
-    bytes: usize,
+    bytes: f64,
+    /// Operations of a token without those of zeros.
+    operations: f64,
 }
 
 /// Every measured point, of every seed.
@@ -55,6 +66,8 @@ pub(super) struct Curves {
     points: Vec<Point>,
     dense: Vec<f64>,
     control: Vec<f64>,
+    /// Operations of a token of the dense model.
+    operations: Vec<f64>,
 }
 
 impl Curves {
@@ -63,6 +76,7 @@ impl Curves {
         self.points.extend(other.points);
         self.dense.extend(other.dense);
         self.control.extend(other.control);
+        self.operations.extend(other.operations);
     }
 
     /// Loss of the dense model, the mean over seeds.
@@ -110,6 +124,21 @@ impl Curves {
 
     /// Bytes and losses of every method without training.
     pub(super) fn by_bytes(&self) -> Vec<Series> {
+        self.against(&|point| point.bytes)
+    }
+
+    /// Operations of a token and losses of every method without training, the dense model first.
+    pub(super) fn by_operations(&self) -> Vec<Series> {
+        let dense = (mean(self.operations.iter().copied()), self.dense());
+        let mut all = self.against(&|point| point.operations);
+        for series in &mut all {
+            series.points.insert(0, dense);
+        }
+        all
+    }
+
+    /// What each method's points have beside their losses, without training, by their shares.
+    fn against(&self, of: &dyn Fn(&Point) -> f64) -> Vec<Series> {
         let methods = CRITERIA.into_iter().chain(STRUCTURED);
         let series = methods.map(|method| {
             let mut by_share: BTreeMap<u64, Vec<&Point>> = BTreeMap::new();
@@ -122,8 +151,8 @@ impl Curves {
                 }
             }
             let points = by_share.into_values().map(|points| {
-                let bytes = mean(points.iter().map(|point| point.bytes as f64));
-                (bytes, mean(points.iter().map(|point| point.loss)))
+                let place = mean(points.iter().map(|point| of(point)));
+                (place, mean(points.iter().map(|point| point.loss)))
             });
             Series {
                 name: method.to_owned(),
@@ -231,6 +260,7 @@ pub(super) fn curves(size: Size, setting: &Setting, seed: u64) -> Result<Curves>
         text: sides.what,
         dense: vec![subject.loss(&subject.model)?],
         control: vec![subject.control()?],
+        operations: vec![operations(&subject.model)?],
         points: subject.points()?,
     })
 }
@@ -304,7 +334,8 @@ impl Subject {
                 way,
                 share,
                 loss: self.loss(&compressed.model)?,
-                bytes: bytes(&compressed.model)?,
+                bytes: bytes(&compressed.model)? as f64,
+                operations: operations(&compressed.model)?,
             });
             Ok(())
         };
@@ -325,31 +356,54 @@ impl Subject {
             let plan = method.plan(&task, &Budget::Keep(1.0 - share))?;
             add(name, Way::Plain, share, &method.apply(&task, &plan)?)?;
         }
+        let rounds = self.size.rounds;
+        let (healing, none) = (self.healing(self.size.healing), self.healing(0));
         for name in CRITERIA {
             for share in HEALED {
-                add(
-                    name,
-                    Way::Healed,
-                    share,
-                    &self.healed(name, share, 1, None)?,
-                )?;
+                let found = self.healed(name, share, 1, None, &healing)?;
+                add(name, Way::Healed, share, &found)?;
             }
             for share in IN_ROUNDS {
-                let rounds = self.size.rounds;
-                add(
-                    name,
-                    Way::Rounds,
-                    share,
-                    &self.healed(name, share, rounds, None)?,
-                )?;
+                let found = self.healed(name, share, rounds, None, &healing)?;
+                add(name, Way::Rounds, share, &found)?;
+                let found = self.healed(name, share, rounds, None, &none)?;
+                add(name, Way::Alone, share, &found)?;
             }
         }
         for share in IN_ROUNDS {
-            let early = Some(&self.early);
-            let found = self.healed("magnitude", share, self.size.rounds, early)?;
+            let found = self.healed("magnitude", share, rounds, Some(&self.early), &healing)?;
             add("magnitude", Way::Rewound, share, &found)?;
         }
+        let regrowing = HealSettings {
+            regrow: REGROWN,
+            ..healing
+        };
+        for share in HEALED {
+            add(MOVEMENT, Way::Healed, share, &self.moved(share)?)?;
+            let found = self.healed("magnitude", share, 1, None, &regrowing)?;
+            add("magnitude", Way::Regrown, share, &found)?;
+        }
         Ok(points)
+    }
+
+    /// Pruned by movement, in a training of as many steps as the others heal.
+    fn moved(&self, share: f64) -> Result<Compressed> {
+        let mut settings = self.settings();
+        settings.pruning.movement = MovementSettings {
+            steps: self.size.healing,
+            every: (self.size.healing / 20).max(1),
+            rate: RATE,
+            batch: BATCH,
+            ..MovementSettings::default()
+        };
+        let method = Method::find(MOVEMENT)?;
+        let task = Cut {
+            data: Some(&self.training),
+            settings: Some(&settings),
+            ..Cut::new(&self.model)
+        };
+        let plan = method.plan(&task, &Budget::Keep(1.0 - share))?;
+        Ok(method.apply(&task, &plan)?)
     }
 
     fn healed(
@@ -358,8 +412,9 @@ impl Subject {
         share: f64,
         rounds: usize,
         rewind: Option<&Model>,
+        healing: &HealSettings,
     ) -> Result<Compressed> {
-        let (settings, healing) = (self.settings(), self.healing(self.size.healing));
+        let settings = self.settings();
         let told = PruneAndHeal {
             method: Method::find(method)?,
             settings: &settings,
@@ -367,10 +422,15 @@ impl Subject {
             keep: 1.0 - share,
             rounds,
             rewind,
-            healing: &healing,
+            healing,
         };
         Ok(prune_and_heal(&self.model, &self.data(), &told)?.0)
     }
+}
+
+/// Operations of a token of a window, those of zeros left out.
+fn operations(model: &Model) -> Result<f64> {
+    Ok(Work::of(model, LENGTH)?.operations as f64 / LENGTH as f64)
 }
 
 /// Bytes of a model whose linear layers are stored as is smallest: dense, as bitmaps or as CSR.

@@ -1,8 +1,8 @@
 //! Regret on functions with known minima.
 
 use lapidary_search::{
-    Domain, GlobalProcess, GlobalSettings, LearnedTree, Optimiser, RandomSearch, Rducb,
-    RducbSettings, Rembo, TestFunction, TreeSettings,
+    Decomposition, Domain, Ensemble, EnsembleSettings, GlobalProcess, GlobalSettings, LearnedTree,
+    Optimiser, RandomSearch, Rducb, RducbSettings, Rembo, TestFunction, TreeSettings,
 };
 use rand::RngExt;
 
@@ -25,16 +25,22 @@ pub(super) enum Way {
     Tree,
     Global,
     Rembo,
+    /// Several acquisitions on bent values and places, over random forests.
+    Ensemble,
+    /// The same over one process of all variables.
+    WholeEnsemble,
 }
 
 impl Way {
-    pub(super) const ALL: [Self; 6] = [
+    pub(super) const ALL: [Self; 8] = [
         Self::Rducb,
         Self::Standardised,
         Self::Random,
         Self::Tree,
         Self::Global,
         Self::Rembo,
+        Self::Ensemble,
+        Self::WholeEnsemble,
     ];
 
     fn name(self) -> &'static str {
@@ -45,6 +51,8 @@ impl Way {
             Self::Tree => "learned tree",
             Self::Global => "one process",
             Self::Rembo => "REMBO",
+            Self::Ensemble => "ensemble over random forests",
+            Self::WholeEnsemble => "ensemble over one process",
         }
     }
 
@@ -60,8 +68,15 @@ impl Way {
             Self::Tree => Box::new(LearnedTree::new(domain, TreeSettings::default(), seed)?),
             Self::Global => Box::new(GlobalProcess::new(domain, global, seed)?),
             Self::Rembo => Box::new(Rembo::new(domain, DIRECTIONS, global, seed)?),
+            Self::Ensemble => ensemble(domain, Decomposition::RandomForest, seed)?,
+            Self::WholeEnsemble => ensemble(domain, Decomposition::Whole, seed)?,
         })
     }
+}
+
+fn ensemble(domain: Domain, decomposition: Decomposition, seed: u64) -> Result<Box<dyn Optimiser>> {
+    let settings = EnsembleSettings::new(domain.dimensions(), decomposition);
+    Ok(Box::new(Ensemble::new(domain, settings, seed)?))
 }
 
 /// Every way on one function.

@@ -27,6 +27,8 @@ pub(super) fn run(
         steps,
         rate: arguments.heal_rate,
         distil: arguments.distil,
+        streams: arguments.distil_streams,
+        regrow: arguments.regrow,
         seed: global.seed,
         ..HealSettings::default()
     };

@@ -195,9 +195,13 @@ impl Outcome {
                 ),
                 false => String::new(),
             };
+            let regrown = match healing.regrown {
+                0 => String::new(),
+                count => format!(", {} zeros grown again", output::grouped(count)),
+            };
             lines.push(format!(
                 "healing     {} steps on {} examples by {}{from}: {:.4} -> {:.4} on held-out ones, best \
-                 after {}, {:.1} s",
+                 after {}{regrown}, {:.1} s",
                 healing.steps,
                 output::grouped(healing.examples),
                 healing.objective,

@@ -8,6 +8,7 @@ pub mod clip;
 pub mod clusters;
 pub mod collapse;
 pub mod energy;
+pub mod entropy;
 pub mod geometry;
 pub mod linearity;
 pub mod particles;
@@ -28,6 +29,7 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
         Analysis::Channels(arguments) => channels::run(arguments, global)?,
         Analysis::Clusters(arguments) => clusters::run(arguments, global)?,
         Analysis::Energy(arguments) => energy::run(arguments, global)?,
+        Analysis::Entropy(arguments) => entropy::run(arguments, global)?,
         Analysis::Linearity(arguments) => linearity::run(arguments, global)?,
         Analysis::Particles(arguments) => particles::run(arguments, global)?,
         Analysis::PrefixInduction(arguments) => prefix_induction::run(arguments, global)?,

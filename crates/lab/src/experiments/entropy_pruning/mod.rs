@@ -1,14 +1,19 @@
 //! Attention and blocks left out by entropy, beside angles, chance and a greedy search.
 //!
 //! The paper prunes Llama-3.1-8B. Here a small decoder of the generated language loses attention,
-//! or whole blocks, by two estimators of entropy, by the angle, by chance, and by the search that
-//! measures perplexity again after each removal.
+//! or whole blocks, by three estimators of entropy, by the angle, from the end, by chance, and by the
+//! search that measures perplexity again after each removal. What is left also writes, and entropy is
+//! also measured on other text.
 
-use super::depth::{BATCH, Size, Subject, draws};
+mod domains;
+mod ways;
+
+use super::depth::{Size, Subject};
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
-use lapidary_compress::entropy::{EntropyChoice, EntropyProfile, Estimator};
-use lapidary_compress::{Change, Compressed, Search, Settings, Shed};
+use domains::Domain;
+use lapidary_compress::entropy::{EntropyProfile, Estimator};
+use ways::{Ways, Writer, settings};
 
 /// Blocks that never go, as in the published code.
 const FIRST: usize = 2;
@@ -19,17 +24,6 @@ const ESTIMATORS: [(&str, Estimator); 3] = [
     ("buckets", Estimator::Buckets { bins: 20 }),
     ("Rényi", Estimator::Renyi { order: 4.0 }),
 ];
-
-/// How much was removed, and what is left.
-#[derive(Clone, Copy)]
-struct Point {
-    removed: usize,
-    loss: f64,
-    same: f64,
-}
-
-/// The points of each way, by name.
-type Ways = Vec<(&'static str, Vec<Point>)>;
 
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
@@ -46,11 +40,21 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             Ok((*name, profile))
         })
         .collect::<Result<Vec<_>>>()?;
+    let writer = Writer::new(&subject)?;
     setting.tell(|| "without attention".to_owned());
-    let attention = attention(&subject, size, setting.seed)?;
+    let attention = ways::attention(&subject, &writer, size, setting.seed)?;
     setting.tell(|| "without blocks".to_owned());
-    let blocks = blocks(&subject, size, setting.seed)?;
-    let zeroed = zeroed(&subject, size)?;
+    let blocks = ways::blocks(&subject, &writer, size, setting.seed)?;
+    setting.tell(|| "by entropy on other text".to_owned());
+    let measured = Measured {
+        whole,
+        repeats: writer.repeats(&subject.model)?,
+        zeroed: ways::zeroed(&subject, size)?,
+        domains: domains::run(&subject, size, setting.seed)?,
+        profiles,
+        attention,
+        blocks,
+    };
     Ok(Reproduction {
         setting: format!(
             "{}; whole model at {whole:.4} nats; the first {FIRST} blocks and the last never go; \
@@ -58,159 +62,23 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             size.describe(),
             size.draws
         ),
-        claims: claims(setting.scale, whole, &profiles, &attention, &blocks, zeroed),
+        claims: claims(setting.scale, &measured),
         plots: vec![
             Plot {
                 title: "Entropy of the stream above its least".to_owned(),
                 x: "blocks behind".to_owned(),
                 y: "share of the estimator's range".to_owned(),
-                series: profiles
+                series: measured
+                    .profiles
                     .iter()
                     .map(|(name, found)| ranged(name, &found.stream))
                     .collect(),
             },
-            plot("Attention left out", whole, &attention),
-            plot("Blocks left out", whole, &blocks),
+            plot("Attention left out", whole, &measured.attention),
+            plot("Blocks left out", whole, &measured.blocks),
         ],
         ..Reproduction::default()
     })
-}
-
-fn settings(estimator: Estimator) -> Settings {
-    Settings {
-        batch: BATCH / 4,
-        entropy: EntropyChoice {
-            estimator,
-            first: FIRST,
-            last: LAST,
-            stages: false,
-            ..EntropyChoice::default()
-        },
-        ..Settings::default()
-    }
-}
-
-fn candidates(size: Size) -> Vec<usize> {
-    (FIRST..size.blocks.saturating_sub(LAST)).collect()
-}
-
-fn point(subject: &Subject, removed: usize, cut: &Compressed) -> Result<Point> {
-    Ok(Point {
-        removed,
-        loss: subject.loss(&cut.model)?,
-        same: subject.same(&cut.model)?,
-    })
-}
-
-/// The mean over random choices.
-fn random(
-    subject: &Subject,
-    size: Size,
-    removed: usize,
-    seed: u64,
-    method: &str,
-    path: impl Fn(usize) -> String,
-) -> Result<Point> {
-    let mut points = Vec::new();
-    for chosen in draws(&candidates(size), removed, size.draws, seed) {
-        points.push(point(
-            subject,
-            removed,
-            &removing(subject, method, &chosen, &path)?,
-        )?);
-    }
-    Ok(Point {
-        removed,
-        loss: mean(points.iter().map(|point| point.loss)),
-        same: mean(points.iter().map(|point| point.same)),
-    })
-}
-
-/// What is left without these.
-fn removing(
-    subject: &Subject,
-    method: &str,
-    chosen: &[usize],
-    path: impl Fn(usize) -> String,
-) -> Result<Compressed> {
-    let mut plan = subject.empty_plan(method)?;
-    let paths: Vec<String> = chosen.iter().map(|block| path(*block)).collect();
-    for module in plan
-        .modules
-        .iter_mut()
-        .filter(|module| paths.contains(&module.path))
-    {
-        module.change = Change::Remove;
-    }
-    subject.apply(&plan)
-}
-
-fn attention(subject: &Subject, size: Size, seed: u64) -> Result<Ways> {
-    let most = candidates(size).len().min(4);
-    let path = |block| format!("blocks.{block}.attention");
-    let method = "entropy-attention";
-    let by = |method: &str, settings: Settings| -> Result<Vec<Point>> {
-        let each = (1..=most).map(|removed| {
-            let cut = subject.without(method, removed, size.blocks, &settings)?;
-            point(subject, removed, &cut)
-        });
-        each.collect()
-    };
-    let mixers: Vec<Shed> = (0..size.blocks).map(Shed::Mixer).collect();
-    let search = Search::run(&subject.model, &subject.data, BATCH, &mixers, most)?;
-    let greedy = (1..=most).map(|removed| {
-        let steps = search.steps.iter().take(removed);
-        let chosen: Vec<usize> = steps
-            .filter_map(|step| match step.shed {
-                Shed::Mixer(block) => Some(block),
-                Shed::Feedforward(_) | Shed::Scan(_) => None,
-            })
-            .collect();
-        point(subject, removed, &removing(subject, method, &chosen, path)?)
-    });
-    let random = (1..=most).map(|removed| random(subject, size, removed, seed, method, path));
-    let [(_, neighbours), (_, buckets), _] = ESTIMATORS;
-    Ok(vec![
-        ("neighbours", by(method, settings(neighbours))?),
-        ("buckets", by(method, settings(buckets))?),
-        ("angle", by("attention-cosine", settings(neighbours))?),
-        ("greedy", greedy.collect::<Result<_>>()?),
-        ("random", random.collect::<Result<_>>()?),
-    ])
-}
-
-fn blocks(subject: &Subject, size: Size, seed: u64) -> Result<Ways> {
-    let most = candidates(size).len().min(4);
-    let by = |method: &str, settings: Settings| -> Result<Vec<Point>> {
-        let each = (1..=most).map(|removed| {
-            let cut = subject.without(method, removed, size.blocks, &settings)?;
-            point(subject, removed, &cut)
-        });
-        each.collect()
-    };
-    let path = |block| format!("blocks.{block}");
-    let random =
-        (1..=most).map(|removed| random(subject, size, removed, seed, "entropy-blocks", path));
-    let [(_, neighbours), (_, buckets), _] = ESTIMATORS;
-    Ok(vec![
-        ("neighbours", by("entropy-blocks", settings(neighbours))?),
-        ("buckets", by("entropy-blocks", settings(buckets))?),
-        ("angle", by("block-influence", settings(neighbours))?),
-        ("random", random.collect::<Result<_>>()?),
-    ])
-}
-
-/// Largest difference of loss between attention left out and its output set to zero.
-fn zeroed(subject: &Subject, size: Size) -> Result<f64> {
-    let mut largest: f64 = 0.0;
-    for block in candidates(size) {
-        let path = |block| format!("blocks.{block}.attention");
-        let cut = removing(subject, "entropy-attention", &[block], path)?;
-        let dense = lapidary_compress::export_dense(&cut.model)?;
-        let apart = subject.loss(&cut.model)? - subject.loss(&dense)?;
-        largest = largest.max(apart.abs());
-    }
-    Ok(largest)
 }
 
 fn ranged(name: &str, stream: &[f64]) -> Series {
@@ -245,6 +113,20 @@ fn plot(title: &str, whole: f64, ways: &Ways) -> Plot {
     }
 }
 
+/// Everything that claims are made of.
+struct Measured {
+    /// Loss of the whole model.
+    whole: f64,
+    /// How much of what it writes it has written before.
+    repeats: f64,
+    /// Largest difference of loss between attention left out and its output set to zero.
+    zeroed: f64,
+    profiles: Vec<(&'static str, EntropyProfile)>,
+    attention: Ways,
+    blocks: Ways,
+    domains: Vec<Domain>,
+}
+
 /// The mean rise of the loss of a way over all numbers of removals.
 fn rise(ways: &Ways, name: &str, whole: f64) -> f64 {
     let points = ways.iter().find(|(way, _)| *way == name);
@@ -261,6 +143,17 @@ fn last(ways: &Ways, name: &str) -> f64 {
     points
         .and_then(|(_, points)| points.last())
         .map_or(f64::NAN, |point| point.same)
+}
+
+/// The mean share of repetitions of a way over all numbers of removals.
+fn repeats(ways: &Ways, name: &str) -> f64 {
+    let points = ways.iter().find(|(way, _)| *way == name);
+    mean(
+        points
+            .iter()
+            .flat_map(|(_, points)| points)
+            .map(|point| point.repeats),
+    )
 }
 
 /// Whether values fall to an inner least and rise from there.
@@ -281,14 +174,16 @@ fn falls_then_rises(stream: &[f64]) -> bool {
     falls && rises
 }
 
-fn claims(
-    scale: Scale,
-    whole: f64,
-    profiles: &[(&str, EntropyProfile)],
-    attention: &Ways,
-    blocks: &Ways,
-    zeroed: f64,
-) -> Vec<Claim> {
+fn claims(scale: Scale, measured: &Measured) -> Vec<Claim> {
+    let Measured {
+        whole,
+        zeroed,
+        profiles,
+        attention,
+        blocks,
+        ..
+    } = measured;
+    let (whole, zeroed) = (*whole, *zeroed);
     let patterns = profiles.iter().map(|(name, found)| {
         let pattern = match falls_then_rises(&found.stream) {
             true => "falls, then rises".to_owned(),
@@ -362,5 +257,32 @@ fn claims(
                 last(attention, "neighbours") >= last(attention, "angle"),
             ),
         ),
+        writing(scale, measured),
+        domains::claim(scale, &measured.domains),
     ]
+}
+
+fn writing(scale: Scale, measured: &Measured) -> Claim {
+    let listed = |ways: &Ways| {
+        let each = ways
+            .iter()
+            .map(|(name, _)| format!("{name} {:.3}", repeats(ways, name)));
+        each.collect::<Vec<_>>().join(", ")
+    };
+    let (attention, blocks) = (&measured.attention, &measured.blocks);
+    let no_more = |ways| repeats(ways, "neighbours") <= repeats(ways, "random");
+    Claim::new(
+        "what is left repeats itself no more in writing where entropy chose than where chance did",
+        "not tested, as reviewers say",
+        format!(
+            "runs of {} words that were written before, greedy: whole model {:.3}; attention gone: {}; \
+             blocks gone: {}",
+            ways::RUN,
+            measured.repeats,
+            listed(attention),
+            listed(blocks)
+        ),
+        after_training(scale, no_more(attention) && no_more(blocks)),
+    )
+    .noted("means over the numbers of removals")
 }

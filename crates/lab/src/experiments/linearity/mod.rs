@@ -1,26 +1,21 @@
 //! How linear the blocks of a small decoder are, and what replacing them by maps costs.
 //!
 //! The paper measures published decoders and finds scores near 1. Here the decoder is small and
-//! learned the generated language; its most and least linear blocks become linear maps, or go.
+//! learned the generated language; its most and least linear blocks become linear maps, or go. The score is
+//! followed through its training and through a further one on other facts.
 
-use super::decoder::Recipe;
+mod aligned;
+mod course;
+mod replaced;
+
 use super::depth::{BATCH, Size, Subject};
 use super::{after_training, decoder, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
-use lapidary_compress::Change;
+use aligned::Aligned;
+use course::Course;
 use lapidary_explain::analyses::linearity::{Linearity, linearity};
-use lapidary_train::data::LanguageTask;
 use lapidary_train::language::Split;
-use lapidary_train::{AlignmentKind, AlignmentSpec};
-
-/// Losses when blocks are replaced or go.
-struct Cost {
-    what: &'static str,
-    blocks: Vec<usize>,
-    deleted: f64,
-    replaced: f64,
-    tuned: f64,
-}
+use replaced::{Cost, Cut};
 
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
@@ -28,12 +23,15 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     // A score needs many times as many tokens as features.
     size.calibration *= 2;
     setting.tell(|| "a decoder to be cut".to_owned());
-    let subject = Subject::trained(size, setting.seed)?;
+    let windows = windows(size, setting.seed)?;
+    let (model, pretraining) = course::pretrained(size, setting.seed, &windows)?;
+    let subject = Subject::of(model, size, setting.seed)?;
     let whole = subject.loss(&subject.model)?;
-    let corpus = decoder::corpus(Split::Training, setting.seed)?;
-    let windows = (0..size.calibration)
-        .map(|index| Ok(corpus.window(index, decoder::LENGTH)?))
-        .collect::<Result<Vec<_>>>()?;
+    setting.tell(|| "trained further on other facts".to_owned());
+    let course = Course {
+        pretraining,
+        tuning: course::tuned(&subject.model, size, setting.seed, &windows)?,
+    };
     let profile = linearity(&subject.model, &windows, BATCH)?;
     let mut order: Vec<usize> = (0..profile.len()).collect();
     let score = |block: &usize| profile.get(*block).map_or(f64::NAN, |found| found.score);
@@ -59,115 +57,59 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         ),
     ] {
         setting.tell(|| format!("without {what}"));
-        costs.push(cost(&subject, what, blocks, steps)?);
+        costs.push(replaced::cost(&subject, what, blocks, steps)?);
     }
-    let aligned = aligned(setting)?;
+    let cuts = replaced::cuts(&subject, size, steps)?;
+    let aligned = aligned::run(setting)?;
     let baseline = subject.loss(&subject.tuned(&subject.model, steps)?)?;
+    let lesson = replaced::Lesson::new(&subject.model, steps, setting.seed)?;
+    let taught = subject.loss(&lesson.distilled(&subject.model)?)?;
+    let measured = Measured {
+        profile,
+        costs,
+        cuts,
+        aligned,
+        course,
+        whole,
+        baseline,
+        taught,
+    };
     Ok(Reproduction {
         setting: format!(
             "{}; whole model at {whole:.4} nats, {baseline:.4} after the {steps} steps of further \
-             training that replaced models get",
+             training that replaced models get, {taught:.4} with the streams of its blocks held to what \
+             they were",
             size.describe()
         ),
-        claims: claims(setting.scale, &profile, &costs, whole, baseline, &aligned),
-        plots: vec![profile_plot(&profile), cost_plot(&costs, whole)],
+        claims: claims(setting.scale, &measured),
+        plots: vec![
+            profile_plot(&measured.profile),
+            cost_plot(&measured.costs, whole),
+            measured.course.plot(),
+        ],
         ..Reproduction::default()
     })
 }
 
-fn cost(subject: &Subject, what: &'static str, blocks: Vec<usize>, steps: u64) -> Result<Cost> {
-    let changed = |method: &str, change: Change| -> Result<_> {
-        let mut plan = subject.empty_plan(method)?;
-        for block in &blocks {
-            if let Some(module) = plan.modules.get_mut(*block) {
-                module.change = change.clone();
-            }
-        }
-        Ok(subject.apply(&plan)?.model)
-    };
-    let replaced = changed("linearise", Change::Linearise { blocks: 1 })?;
-    Ok(Cost {
-        what,
-        deleted: subject.loss(&changed("delete-linear", Change::Remove)?)?,
-        tuned: subject.loss(&subject.tuned(&replaced, steps)?)?,
-        replaced: subject.loss(&replaced)?,
-        blocks,
-    })
+/// Everything that claims are made of.
+struct Measured {
+    profile: Vec<Linearity>,
+    costs: Vec<Cost>,
+    cuts: Vec<Cut>,
+    aligned: Vec<Aligned>,
+    course: Course,
+    /// Loss of the whole model.
+    whole: f64,
+    /// The same after as many further steps as replaced models get.
+    baseline: f64,
+    /// The same with the streams of its blocks as a lesson.
+    taught: f64,
 }
 
-/// What training with the term that keeps the stream from turning gives, over the seeds.
-struct Aligned {
-    weight: f64,
-    score: f64,
-    loss: f64,
-}
-
-/// Smaller decoders, since each weight and seed is trained from the start.
-fn aligned(setting: &Setting) -> Result<Vec<Aligned>> {
-    let (mut size, seeds) = (Size::of(setting.scale), 2);
-    size.blocks /= 2;
-    size.width = (size.width / 2).max(16);
-    size.steps = size.steps * 2 / 3;
-    let mut found = Vec::new();
-    for weight in [0.0, 0.05, 0.2, 1.0] {
-        let (mut scores, mut losses) = (Vec::new(), Vec::new());
-        for seed in setting.seed..setting.seed + seeds {
-            setting.tell(|| format!("trained with a term of {weight}, seed {seed}"));
-            let corpus = decoder::corpus(Split::Training, seed)?;
-            let windows = (0..size.calibration)
-                .map(|index| Ok(corpus.window(index, decoder::LENGTH)?))
-                .collect::<Result<Vec<_>>>()?;
-            let spec = decoder::spec(
-                corpus.language().vocabulary().size(),
-                size.width,
-                size.blocks,
-            );
-            let recipe = Recipe {
-                alignment: Some(AlignmentSpec {
-                    kind: AlignmentKind::Cosine,
-                    weight,
-                }),
-                ..Recipe::default()
-            };
-            let task = Box::new(LanguageTask::new(corpus));
-            let model = decoder::train_by(recipe, spec, task, size.steps, seed)?;
-            scores.push(mean(
-                linearity(&model, &windows, BATCH)?
-                    .iter()
-                    .map(|f| f.held_out),
-            ));
-            let subject = Subject::of(model, size, seed)?;
-            losses.push(subject.loss(&subject.model)?);
-        }
-        found.push(Aligned {
-            weight,
-            score: mean(scores),
-            loss: mean(losses),
-        });
-    }
-    Ok(found)
-}
-
-fn regularised_claim(scale: Scale, aligned: &[Aligned]) -> Claim {
-    let plain = aligned.first();
-    let better = |found: &&Aligned| {
-        plain.is_some_and(|plain| found.score < plain.score && found.loss <= plain.loss)
-    };
-    let listed = aligned.iter().map(|found| {
-        let Aligned {
-            weight,
-            score,
-            loss,
-        } = found;
-        format!("λ = {weight}: score {score:.4}, {loss:.4} nats")
-    });
-    Claim::new(
-        "some weight of the cosine term in training lowers the score, and the loss is no worse",
-        "direction only",
-        listed.collect::<Vec<_>>().join("; "),
-        after_training(scale, aligned.iter().skip(1).any(|found| better(&found))),
-    )
-    .noted("half as many blocks and features, two seeds; scores and losses held out")
+fn windows(size: Size, seed: u64) -> Result<Vec<Vec<u32>>> {
+    let corpus = decoder::corpus(Split::Training, seed)?;
+    let windows = (0..size.calibration).map(|index| Ok(corpus.window(index, decoder::LENGTH)?));
+    windows.collect()
 }
 
 fn profile_plot(profile: &[Linearity]) -> Plot {
@@ -213,18 +155,14 @@ fn cost_plot(costs: &[Cost], whole: f64) -> Plot {
             series("left out", |cost| cost.deleted),
             series("linear map", |cost| cost.replaced),
             series("linear map, trained further", |cost| cost.tuned),
+            series("linear map, distilled", |cost| cost.distilled),
         ],
     }
 }
 
-fn claims(
-    scale: Scale,
-    profile: &[Linearity],
-    costs: &[Cost],
-    whole: f64,
-    baseline: f64,
-    aligned: &[Aligned],
-) -> Vec<Claim> {
+fn claims(scale: Scale, measured: &Measured) -> Vec<Claim> {
+    let Measured { profile, costs, .. } = measured;
+    let whole = measured.whole;
     let inner = profile
         .get(1..profile.len().saturating_sub(1))
         .unwrap_or_default();
@@ -243,7 +181,9 @@ fn claims(
     let at = |what: &str| costs.iter().find(|cost| cost.what == what);
     let rises =
         |what: &str, of: fn(&Cost) -> f64| at(what).map_or(f64::NAN, |cost| of(cost) - whole);
-    let tuned = at("the two most linear").map_or(f64::NAN, |cost| cost.tuned);
+    let two = |of: fn(&Cost) -> f64| at("the two most linear").map_or(f64::NAN, of);
+    let (tuned, distilled) = (two(|cost| cost.tuned), two(|cost| cost.distilled));
+    let (baseline, taught) = (measured.baseline, measured.taught);
     let named = |what: &str| at(what).map_or_else(Vec::new, |cost| cost.blocks.clone());
     let (most, least) = (
         rises("the most linear", |cost| cost.replaced),
@@ -283,13 +223,17 @@ fn claims(
              above that of the whole model trained as much",
             "hardly changed",
             format!(
-                "{:+.1} % (blocks {:?}): {tuned:.4} against {baseline:.4} nats",
-                100.0 * (tuned / baseline - 1.0),
+                "{:+.1} % (blocks {:?}): {distilled:.4} against {taught:.4} nats",
+                100.0 * (distilled / taught - 1.0),
                 named("the two most linear")
             ),
-            after_training(scale, tuned <= 1.02 * baseline),
+            after_training(scale, distilled <= 1.02 * taught),
         )
-        .noted("trained on the loss of the language model alone, without distilling hidden states"),
+        .noted(format!(
+            "by the loss of the language model and the streams behind all blocks; by the former alone {:+.1} \
+             %: {tuned:.4} against {baseline:.4} nats",
+            100.0 * (tuned / baseline - 1.0)
+        )),
         Claim::new(
             "replacing the least linear block costs at least three times as much as the most linear",
             "estimate",
@@ -300,6 +244,9 @@ fn claims(
             ),
             after_training(scale, least >= 3.0 * most),
         ),
-        regularised_claim(scale, aligned),
+        replaced::claim(scale, &measured.cuts),
+        course::falls(scale, &measured.course),
+        course::rises(scale, &measured.course),
+        aligned::claim(scale, &measured.aligned),
     ]
 }
