@@ -56,6 +56,7 @@ mod method;
 mod methods;
 mod objective;
 mod observe;
+mod order;
 mod output;
 mod plan;
 pub mod quality;
@@ -75,7 +76,7 @@ pub use heal::{
     HealData, HealReport, HealSettings, PruneAndHeal, cubic_sparsity, heal, prune_and_heal,
 };
 pub use interaction::{Interaction, Interactions, interactions};
-pub use method::{Method, Schedule, Settings, Task};
+pub use method::{Effect, Method, Schedule, Settings, Task};
 pub use methods::curvature;
 pub use methods::fuse::{FuseLoss, FuseSettings, Gate, macro_influences};
 pub use methods::linearise::linearity_scores;
@@ -86,6 +87,7 @@ pub use methods::{
     LorapSettings, ModegptSettings, Pattern, PruneSettings, QuantiseSettings, Scope,
 };
 pub use objective::Objective;
+pub use order::Reordered;
 pub use output::output_errors;
 pub use plan::{Budget, Change, ModulePlan, Plan};
 pub use recipe::{Done, Recipe, Seconds, Stage};
