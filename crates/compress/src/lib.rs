@@ -39,6 +39,7 @@
 //! # Ok(()) }
 //! ```
 
+mod activations;
 pub mod automatic;
 mod calibration;
 mod data;
@@ -66,6 +67,7 @@ mod requirements;
 mod selection;
 mod sites;
 
+pub use activations::{ActivationRange, ActivationSettings, RoundedActivations};
 pub use calibration::{Calibration, CalibrationOptions};
 pub use data::{CalibrationData, Content, Example, Target};
 pub use error::{Error, Result};
@@ -84,7 +86,7 @@ pub use methods::replace_me::{CosineDescent, ReplaceMe, angular_distances};
 pub use methods::shedder::{Search, SearchStep, Shed};
 pub use methods::slicing;
 pub use methods::{
-    LorapSettings, ModegptSettings, Pattern, PruneSettings, QuantiseSettings, Scope,
+    LorapSettings, ModegptSettings, Pattern, PruneSettings, QuantiseSettings, RoundingGoal, Scope,
 };
 pub use objective::Objective;
 pub use order::Reordered;

@@ -2,6 +2,7 @@
 
 use lapidary_model::Model;
 
+use crate::activations::ActivationSettings;
 use crate::entropy::EntropyChoice;
 use crate::methods::fuse::FuseSettings;
 use crate::methods::quantise::ROUNDING;
@@ -82,6 +83,8 @@ pub struct Settings {
     pub modegpt: ModegptSettings,
     /// How weights are rounded.
     pub quantise: QuantiseSettings,
+    /// How activations are rounded where a model is measured.
+    pub activations: ActivationSettings,
     /// For the methods that set weights to zero, or take out whole heads or channels.
     pub pruning: PruneSettings,
 }
@@ -99,6 +102,7 @@ impl Default for Settings {
             lorap: LorapSettings::default(),
             modegpt: ModegptSettings::default(),
             quantise: QuantiseSettings::default(),
+            activations: ActivationSettings::default(),
             pruning: PruneSettings::default(),
         }
     }

@@ -1,14 +1,13 @@
 //! What a model is worth, and how far another one is from it.
 
 use lapidary_kernels::{D, DType, SoftmaxMask, Tensor, gather, log_softmax};
-use lapidary_model::{HeadSpec, Model, Pass};
+use lapidary_model::{HeadSpec, Model, Output, Pass};
 use serde::Serialize;
 
-use crate::calibration::forward;
 use crate::data::{Batch, Target, real_rows};
 use crate::error::engine;
 use crate::observe::observe;
-use crate::{CalibrationData, Error, Example, Result};
+use crate::{CalibrationData, Error, Example, Result, RoundedActivations};
 
 /// A stretch of text, of which the last tokens are scored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,10 +76,32 @@ pub struct Perplexity {
 
 /// The perplexity of a causal language model on windows, `batch` at a time.
 pub fn perplexity(model: &Model, windows: &[Window], batch: usize) -> Result<Perplexity> {
+    perplexity_by(model, windows, batch, None)
+}
+
+/// As [`perplexity`], with the model's activations rounded.
+///
+/// # Errors
+/// Those of [`perplexity`].
+pub fn perplexity_rounded(
+    model: &Model,
+    windows: &[Window],
+    batch: usize,
+    activations: &RoundedActivations,
+) -> Result<Perplexity> {
+    perplexity_by(model, windows, batch, Some(activations))
+}
+
+fn perplexity_by(
+    model: &Model,
+    windows: &[Window],
+    batch: usize,
+    activations: Option<&RoundedActivations>,
+) -> Result<Perplexity> {
     check_predicts(model)?;
     let (mut sum, mut tokens) = (0.0, 0);
     for chunk in windows.chunks(batch.max(1)) {
-        for said in log_probabilities(model, chunk, None)? {
+        for said in log_probabilities(model, chunk, None, activations)? {
             sum -= said;
             tokens += 1;
         }
@@ -126,7 +147,7 @@ pub fn ensemble_perplexity(
         let mut sums: Vec<(f64, f64)> = Vec::new();
         for (so_far, together) in (1..).zip(&mut together) {
             let draw = seed.wrapping_add(so_far - 1);
-            let said = log_probabilities(model, chunk, Some(draw))?;
+            let said = log_probabilities(model, chunk, Some(draw), None)?;
             sums.resize(said.len(), (0.0, 0.0));
             for (said, (sum, squares)) in said.into_iter().zip(&mut sums) {
                 alone -= said;
@@ -169,15 +190,22 @@ fn counted(tokens: usize) -> Result<f64> {
 }
 
 /// The logarithm of the probability of each token of the windows that is scored, in one pass with such a
-/// draw.
-fn log_probabilities(model: &Model, windows: &[Window], draw: Option<u64>) -> Result<Vec<f64>> {
+/// draw and, where told, rounded activations.
+fn log_probabilities(
+    model: &Model,
+    windows: &[Window],
+    draw: Option<u64>,
+    activations: Option<&RoundedActivations>,
+) -> Result<Vec<f64>> {
     let examples = windows
         .iter()
         .map(|window| Example::window(window.tokens.clone()));
     let data = CalibrationData::new(examples.collect())?;
     let batch = Batch::new(data.examples(), &model.device())?;
+    let trace = activations.map(RoundedActivations::trace).transpose()?;
     let pass = Pass {
         padding: batch.padding.as_ref(),
+        trace: trace.as_ref(),
         draw,
         ..Pass::default()
     };
@@ -233,15 +261,56 @@ pub fn agreement(
     data: &CalibrationData,
     batch: usize,
 ) -> Result<Agreement> {
+    agreement_by(original, other, data, batch, None)
+}
+
+/// As [`agreement`], with the activations of `other` rounded.
+///
+/// # Errors
+/// Those of [`agreement`].
+pub fn agreement_rounded(
+    original: &Model,
+    other: &Model,
+    data: &CalibrationData,
+    batch: usize,
+    activations: &RoundedActivations,
+) -> Result<Agreement> {
+    agreement_by(original, other, data, batch, Some(activations))
+}
+
+/// One pass, with activations rounded where told.
+fn output(
+    model: &Model,
+    batch: &Batch<'_>,
+    activations: Option<&RoundedActivations>,
+) -> Result<Output> {
+    let trace = activations.map(RoundedActivations::trace).transpose()?;
+    Ok(model.forward(
+        &batch.input,
+        Pass {
+            padding: batch.padding.as_ref(),
+            trace: trace.as_ref(),
+            ..Pass::default()
+        },
+    )?)
+}
+
+fn agreement_by(
+    original: &Model,
+    other: &Model,
+    data: &CalibrationData,
+    batch: usize,
+    activations: Option<&RoundedActivations>,
+) -> Result<Agreement> {
     let device = original.device();
     let (mut divergence, mut same, mut predictions) = (0.0, 0.0, 0);
     for batch in data.batches(batch, &device) {
         let batch = batch?;
-        let rows = |model: &Model| -> Result<Tensor> {
-            let logits = forward(model, &batch, None)?.into_logits()?;
+        let rows = |model: &Model, activations| -> Result<Tensor> {
+            let logits = output(model, &batch, activations)?.into_logits()?;
             Ok(real_rows(logits.value(), batch.real.as_ref())?)
         };
-        let (p, q) = (rows(original)?, rows(other)?);
+        let (p, q) = (rows(original, None)?, rows(other, activations)?);
         if p.dims() != q.dims() {
             return Err(Error::invalid(
                 "scores of the other model",
@@ -286,16 +355,40 @@ pub fn likeness(
     data: &CalibrationData,
     batch: usize,
 ) -> Result<Likeness> {
+    likeness_by(original, other, data, batch, None)
+}
+
+/// As [`likeness`], with the activations of `other` rounded.
+///
+/// # Errors
+/// Those of [`likeness`].
+pub fn likeness_rounded(
+    original: &Model,
+    other: &Model,
+    data: &CalibrationData,
+    batch: usize,
+    activations: &RoundedActivations,
+) -> Result<Likeness> {
+    likeness_by(original, other, data, batch, Some(activations))
+}
+
+fn likeness_by(
+    original: &Model,
+    other: &Model,
+    data: &CalibrationData,
+    batch: usize,
+    activations: Option<&RoundedActivations>,
+) -> Result<Likeness> {
     let device = original.device();
     let (mut cosine, mut error, mut size, mut vectors) = (0.0, 0.0, 0.0, 0);
     for batch in data.batches(batch, &device) {
         let batch = batch?;
-        let rows = |model: &Model| -> Result<Tensor> {
-            let hidden = forward(model, &batch, None)?.hidden.into_value();
+        let rows = |model: &Model, activations| -> Result<Tensor> {
+            let hidden = output(model, &batch, activations)?.hidden.into_value();
             let rows = real_rows(&hidden, batch.real.as_ref())?;
             engine(rows.to_dtype(DType::F64))
         };
-        let (a, b) = (rows(original)?, rows(other)?);
+        let (a, b) = (rows(original, None)?, rows(other, activations)?);
         let total = |t: &Tensor| engine(engine(t.sum_all())?.to_scalar::<f64>());
         let dot = |x: &Tensor, y: &Tensor| engine(engine(x * y)?.sum(D::Minus1));
         let (squares_a, squares_b) = (dot(&a, &a)?, dot(&b, &b)?);
@@ -369,7 +462,7 @@ pub fn accuracy(model: &Model, data: &CalibrationData, batch: usize) -> Result<f
     let mut right = 0usize;
     for batch in data.batches(batch, &model.device()) {
         let batch = batch?;
-        let logits = forward(model, &batch, None)?.into_logits()?.into_value();
+        let logits = output(model, &batch, None)?.into_logits()?.into_value();
         if logits.rank() != 2 {
             return Err(Error::invalid(
                 "scores",

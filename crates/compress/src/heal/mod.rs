@@ -6,10 +6,15 @@
 //! (1 − α) L_task + α T² KL(softmax(z_original / T) ‖ softmax(z / T))
 //! ```
 //!
-//! (Hinton et al. 2015, arXiv 1503.02531). Whatever shape the compression left is trained: factors,
-//! narrower parts, fewer blocks. Weights that are exactly zero, which pruning leaves, stay zero. What
+//! (Hinton et al. 2015, arXiv 1503.02531), and where wanted `β` times how far the residual stream is from
+//! the original's ([`HealSettings::hints`]). Whatever shape the compression left is trained: factors,
+//! narrower parts, fewer blocks. Weights that are exactly zero, which pruning leaves, stay zero. A model
+//! that is to be rounded after may be trained as it will be then ([`HealSettings::rounding`]). What
 //! comes out is the best of what was validated on the way, the unhealed model included.
 
+mod hints;
+mod lesson;
+mod rounded;
 mod rounds;
 
 pub use rounds::{PruneAndHeal, cubic_sparsity, prune_and_heal};
@@ -17,17 +22,18 @@ pub use rounds::{PruneAndHeal, cubic_sparsity, prune_and_heal};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use lapidary_kernels::{D, DType, SoftmaxMask, Tensor, log_softmax};
-use lapidary_model::{Model, Output};
+use lapidary_kernels::{DType, Tensor};
+use lapidary_model::Model;
 use lapidary_train::spec::OptimiserSpec;
 use lapidary_train::{Decay, Generator, Masks, Schedule, UpdateOptions, Updates, generator};
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
-use crate::calibration::forward;
-use crate::data::{Batch, real_rows};
+use crate::data::Batch;
 use crate::error::engine;
-use crate::{CalibrationData, Error, Example, Layer, Objective, Result};
+use crate::{CalibrationData, Error, Example, Layer, Objective, Result, RoundingGoal};
+use lesson::Lesson;
+use rounded::SeenRounded;
 
 /// How a compressed model is trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,6 +51,14 @@ pub struct HealSettings {
     pub distil: f64,
     /// `T`: the temperature of both predictions.
     pub temperature: f64,
+    /// `β`: the weight of the mean relative squared error of the residual stream after each block, beside
+    /// the rest of the loss; the original's streams are not run for 0.
+    #[serde(default)]
+    pub hints: f64,
+    /// What the model is to be rounded to after: passes see its weights so, and what comes out are the
+    /// weights that are best once they are rounded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rounding: Option<RoundingGoal>,
     /// Steps between validations; a tenth of the steps when 0.
     pub every: u64,
     /// Validations without a new best after which training stops; never when 0.
@@ -64,6 +78,8 @@ impl Default for HealSettings {
             batch: 8,
             distil: 0.0,
             temperature: 1.0,
+            hints: 0.0,
+            rounding: None,
             every: 0,
             patience: 5,
             keep_zeros: true,
@@ -93,6 +109,9 @@ impl HealSettings {
         if !(self.temperature > 0.0 && self.temperature.is_finite()) {
             return wrong("temperature", self.temperature.to_string(), "above 0");
         }
+        if !(self.hints >= 0.0 && self.hints.is_finite()) {
+            return wrong("weight of hints", self.hints.to_string(), "at least 0");
+        }
         Ok(())
     }
 }
@@ -115,6 +134,10 @@ pub struct HealReport {
     pub objective: Objective,
     /// The weight of the original's predictions.
     pub distil: f64,
+    /// The weight of the original's residual stream.
+    pub hints: f64,
+    /// Bits of the weights that it was trained to be rounded to.
+    pub bits: Option<u32>,
     /// Steps done.
     pub steps: u64,
     /// Steps after which the model was best, which is what came out; 0 when it was best unhealed.
@@ -161,8 +184,9 @@ pub struct HealReport {
 /// ```
 ///
 /// # Errors
-/// When the data does not fit the model, a model without a task has no teacher, the loss or its
-/// gradient is not finite, or the model is neither in floating point nor on the CPU.
+/// When the data does not fit the model, a model without a task has no teacher, hints are asked for and
+/// the teacher's stream has another width, the loss or its gradient is not finite, or the model is
+/// neither in floating point nor on the CPU.
 pub fn heal(
     model: &Model,
     data: &HealData<'_>,
@@ -180,6 +204,15 @@ pub fn heal(
     let started = Instant::now();
     let lesson = Lesson::of(model, data, settings)?;
     let student = Model::trainable(model.spec().clone(), &mut trained(model)?)?;
+    let goal = settings.rounding.as_ref();
+    let seen = goal.map(|goal| SeenRounded::new(goal, model)).transpose()?;
+    // The student as passes see it.
+    let rounded = || seen.as_ref().map(|seen| seen.model(&student)).transpose();
+    let validate = || -> Result<f64> {
+        let rounded = rounded()?;
+        let acting = rounded.as_ref().unwrap_or(&student);
+        lesson.mean(acting, data.validation, settings.batch)
+    };
     let mut updates = Updates::new(
         &student,
         &UpdateOptions {
@@ -209,7 +242,7 @@ pub fn heal(
     let mut order = Order::new(data.training, settings.seed);
     let mut best = Best {
         step: 0,
-        loss: lesson.mean(&student, data.validation, settings.batch)?,
+        loss: validate()?,
         parameters: None,
         since: 0,
     };
@@ -219,7 +252,8 @@ pub fn heal(
     for step in 1..=settings.steps {
         let examples = order.next(settings.batch);
         let batch = Batch::new(&examples, &student.device())?;
-        let value = lesson.loss(&student, &batch)?;
+        let rounded = rounded()?;
+        let value = lesson.loss(rounded.as_ref().unwrap_or(&student), &batch)?;
         let loss = number(&value)?;
         if !loss.is_finite() {
             return Err(Error::NotFinite {
@@ -234,7 +268,7 @@ pub fn heal(
         training.push((step, loss));
         progress(step, loss);
         if step.is_multiple_of(every) || step == settings.steps {
-            let loss = lesson.mean(&student, data.validation, settings.batch)?;
+            let loss = validate()?;
             validation.push((step, loss));
             best.see(step, loss, || Ok(updates.parameters()?))?;
             if settings.patience > 0 && best.since >= settings.patience {
@@ -245,6 +279,8 @@ pub fn heal(
     let report = HealReport {
         objective: lesson.objective,
         distil: settings.distil,
+        hints: settings.hints,
+        bits: goal.map(|goal| goal.quantise.bits),
         steps: training.len() as u64,
         best: best.step,
         before,
@@ -369,117 +405,6 @@ impl<'a> Order<'a> {
             drawn.extend(example.cloned());
         }
         drawn
-    }
-}
-
-/// What is learned.
-struct Lesson<'a> {
-    objective: Objective,
-    teacher: Option<&'a Model>,
-    distil: f64,
-    temperature: f64,
-}
-
-impl<'a> Lesson<'a> {
-    fn of(model: &Model, data: &HealData<'a>, settings: &HealSettings) -> Result<Self> {
-        let objective = Objective::of(model, data.training)?;
-        if Objective::of(model, data.validation)? != objective {
-            return Err(Error::invalid(
-                "the validation examples",
-                "of another task than the training examples",
-                "of the same",
-            ));
-        }
-        if settings.distil > 0.0 && data.teacher.is_none() {
-            return Err(Error::invalid(
-                "the original, whose predictions are to be learned",
-                "absent",
-                "given, or the weight of distillation 0",
-            ));
-        }
-        if objective == Objective::Representation && settings.distil < 1.0 {
-            return Err(Error::invalid(
-                "weight of distillation",
-                settings.distil,
-                "1 for a model and examples without a task, which can only learn the original's \
-                 hidden vectors",
-            ));
-        }
-        Ok(Self {
-            objective,
-            teacher: data.teacher,
-            distil: settings.distil,
-            temperature: settings.temperature,
-        })
-    }
-
-    /// The mean loss of a batch's examples.
-    fn loss(&self, model: &Model, batch: &Batch<'_>) -> Result<Tensor> {
-        let output = forward(model, batch, None)?;
-        let teacher = match self.teacher.filter(|_| self.distil > 0.0) {
-            Some(teacher) => Some(forward(teacher, batch, None)?),
-            None => None,
-        };
-        let learned = match teacher {
-            Some(teacher) => Some(self.distance(&output, &teacher, batch)?),
-            None => None,
-        };
-        let task =
-            || -> Result<Tensor> { engine(self.objective.losses(&output, batch)?.mean_all()) };
-        match learned {
-            None => task(),
-            Some(learned) if self.distil >= 1.0 => Ok(learned),
-            Some(learned) => {
-                let task = engine(task()?.affine(1.0 - self.distil, 0.0))?;
-                engine(task + engine(learned.affine(self.distil, 0.0))?)
-            }
-        }
-    }
-
-    /// How far predictions are from the original's, or hidden vectors where nothing is predicted.
-    fn distance(&self, output: &Output, teacher: &Output, batch: &Batch<'_>) -> Result<Tensor> {
-        let rows = |x: &Tensor| engine(real_rows(x, batch.real.as_ref()));
-        let (Some(found), Some(wanted)) = (&output.logits, &teacher.logits) else {
-            let found = rows(output.hidden.value())?;
-            let wanted = rows(&teacher.hidden.value().detach())?;
-            alike(&found, &wanted)?;
-            let length = number(&engine(engine(wanted.sqr())?.sum_all())?)?;
-            let error = engine(engine(engine(found - wanted)?.sqr())?.sum_all())?;
-            return engine(error.affine(1.0 / length.max(f64::MIN_POSITIVE), 0.0));
-        };
-        let found = rows(found.value())?;
-        let wanted = engine(rows(&wanted.value().detach())?.to_dtype(found.dtype()))?;
-        alike(&found, &wanted)?;
-        let logarithms = |scores: &Tensor| -> Result<Tensor> {
-            let cooled = engine(scores.affine(1.0 / self.temperature, 0.0))?;
-            Ok(log_softmax(&cooled, &SoftmaxMask::default())?)
-        };
-        let (found, wanted) = (logarithms(&found)?, logarithms(&wanted)?.detach());
-        let gap = engine(&wanted - found)?;
-        let divergence = engine(engine(engine(wanted.exp())? * gap)?.sum(D::Minus1))?;
-        let scale = self.temperature * self.temperature;
-        engine(engine(divergence.mean_all())?.affine(scale, 0.0))
-    }
-
-    /// The mean loss over all examples.
-    fn mean(&self, model: &Model, data: &CalibrationData, size: usize) -> Result<f64> {
-        let mut sum = 0.0;
-        for batch in data.batches(size, &model.device()) {
-            let batch = batch?;
-            sum += number(&self.loss(model, &batch)?)? * batch.examples.len() as f64;
-        }
-        Ok(sum / data.len() as f64)
-    }
-}
-
-fn alike(found: &Tensor, wanted: &Tensor) -> Result<()> {
-    match found.dims() == wanted.dims() {
-        true => Ok(()),
-        false => Err(Error::invalid(
-            "what the original says of a batch",
-            format!("{:?}", wanted.dims()),
-            format!("{:?}, as the compressed model does", found.dims()),
-        )),
     }
 }
 

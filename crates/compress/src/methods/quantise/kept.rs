@@ -12,7 +12,7 @@ use crate::{Error, Result};
 ///
 /// # Errors
 /// When it is below zero or no number.
-pub(super) fn threshold(settings: &QuantiseSettings) -> Result<Option<f64>> {
+pub(crate) fn threshold(settings: &QuantiseSettings) -> Result<Option<f64>> {
     match settings.outliers {
         0.0 => Ok(None),
         size if size > 0.0 && size.is_finite() => Ok(Some(size)),

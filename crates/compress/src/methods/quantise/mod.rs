@@ -9,18 +9,21 @@
 //! 2208.07339): `W = Q + K` with `K` in those columns alone, which `Q` is rounded without, so that they
 //! are exact whatever the grid.
 
+mod goal;
 mod grid;
-mod kept;
+pub(crate) mod kept;
 mod rounded;
 mod scaling;
 mod second_order;
+mod target;
+
+pub use goal::RoundingGoal;
 
 use std::collections::BTreeMap;
 
 use lapidary_factor::matrix_from_tensor;
-use lapidary_kernels::{DType, Device, QuantisedMatrix, Tensor};
+use lapidary_kernels::Tensor;
 use lapidary_model::Model;
-use lapidary_parts::parameters::Quantisation;
 
 use crate::edit::Edit;
 use crate::error::engine;
@@ -31,6 +34,7 @@ use crate::selection::Layer;
 use crate::{Error, Requirements, Result, Statistic};
 use grid::GridKind;
 use rounded::Rounded;
+use target::{Target, original, put};
 use serde::{Deserialize, Serialize};
 
 /// How weights are rounded.
@@ -120,6 +124,13 @@ pub(crate) const GPTQ: Method = Method {
 /// The methods that change how weights are stored and not how many there are.
 pub(crate) const ROUNDING: [&Method; 4] = [&INT8, &INT4, &AWQ, &GPTQ];
 
+const ROUNDINGS: [Rounding; 4] = [
+    Rounding::INT8,
+    Rounding::INT4,
+    Rounding::AWQ,
+    Rounding::GPTQ,
+];
+
 /// What guides the rounding.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Guide {
@@ -133,46 +144,6 @@ struct Rounding {
     name: &'static str,
     guide: Guide,
     bits: Option<u32>,
-}
-
-/// A matrix of a layer: the layer's own, or one of two factors.
-struct Target {
-    /// The parameter.
-    name: String,
-    dims: [usize; 2],
-    /// The parameter that is applied before it, for a second factor.
-    after: Option<String>,
-}
-
-impl Target {
-    fn of(layer: &Layer) -> Vec<Self> {
-        let Layer {
-            path,
-            input,
-            output,
-            rank,
-            ..
-        } = layer;
-        match *rank {
-            None => vec![Self {
-                name: format!("{path}.weight"),
-                dims: [*output, *input],
-                after: None,
-            }],
-            Some(rank) => vec![
-                Self {
-                    name: format!("{path}.down"),
-                    dims: [rank, *input],
-                    after: None,
-                },
-                Self {
-                    name: format!("{path}.up"),
-                    dims: [*output, rank],
-                    after: Some(format!("{path}.down")),
-                },
-            ],
-        }
-    }
 }
 
 impl Rounding {
@@ -450,18 +421,6 @@ fn root_diagonal(moment: &Tensor) -> Result<Vec<f64>> {
         .collect())
 }
 
-/// A parameter that is still made of numbers, in `f64`.
-fn original(model: &Model, name: &str) -> Result<Tensor> {
-    match model.parameters().get(name) {
-        Some(tensor) => engine(tensor.detach().to_dtype(DType::F64)),
-        None => Err(Error::invalid(
-            format!("matrix {name}"),
-            "quantised already, or absent",
-            "made of numbers",
-        )),
-    }
-}
-
 fn relative_errors(
     dims: [usize; 2],
     weights: &[f64],
@@ -491,47 +450,4 @@ fn relative_errors(
         unweighted,
         predicted_loss_rise: None,
     })
-}
-
-/// Puts integers in the place of a parameter, and beside them what they lose in `columns`, row by row.
-fn put(
-    edit: &mut Edit,
-    name: &str,
-    matrix: &QuantisedMatrix,
-    input_scale: Option<Vec<f64>>,
-    columns: &[usize],
-    lost: Vec<f64>,
-) -> Result<()> {
-    edit.parameters.remove(name);
-    let mut keep = |part: &str, tensor: &Tensor| {
-        edit.parameters
-            .insert(format!("{name}.{part}"), tensor.clone());
-    };
-    keep("codes", matrix.codes());
-    keep("scales", matrix.scales());
-    if let Some(minima) = matrix.minima() {
-        keep("minima", minima);
-    }
-    let form = Quantisation {
-        bits: matrix.bits(),
-        group: matrix.group(),
-        minima: matrix.minima().is_some(),
-        input_scale: input_scale.is_some(),
-        columns: columns.len(),
-    };
-    if !columns.is_empty() {
-        let index: Vec<u32> = columns.iter().map(|column| *column as u32).collect();
-        let index = engine(Tensor::from_vec(index, columns.len(), &Device::Cpu))?;
-        keep("columns", &index);
-        let shape = (matrix.output(), columns.len());
-        let lost = engine(Tensor::from_vec(lost, shape, &Device::Cpu))?;
-        edit.put(format!("{name}.kept"), &lost)?;
-    }
-    if let Some(scale) = input_scale {
-        let width = scale.len();
-        let scale = engine(Tensor::from_vec(scale, width, &Device::Cpu))?;
-        edit.put(format!("{name}.input_scale"), &scale)?;
-    }
-    edit.spec.quantised.insert(name.to_owned(), form);
-    Ok(())
 }
