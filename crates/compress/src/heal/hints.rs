@@ -174,3 +174,40 @@ fn alike(one: &Model, block: usize, other: &Model, candidate: usize) -> Result<b
     }
     Ok(true)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::edit::Edit;
+    use lapidary_kernels::Device;
+    use lapidary_model::ModelSpec;
+
+    fn model(blocks: usize, width: usize, seed: u64) -> Model {
+        let spec: ModelSpec = toml::from_str(&format!(
+            "width = {width}
+            head = {{ kind = 'language-model' }}
+            input = {{ kind = 'tokens', vocabulary = 8, length = 4 }}
+            [[blocks]]
+            repeat = {blocks}
+            attention = {{ kind = 'multi-head', heads = 2, causal = true }}"
+        ))
+        .unwrap();
+        Model::initialised(spec, seed, DType::F64, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn blocks_answer_to_those_that_they_were() {
+        let whole = model(5, 8, 1);
+        let mut edit = Edit::of(&whole);
+        edit.remove_blocks(&BTreeSet::from([1, 2])).unwrap();
+        let cut = edit.finish().unwrap();
+        let pairs = |student: &Model| Hints::new(student, &whole).unwrap().pairs;
+        assert_eq!(pairs(&cut), [(0, 0), (1, 3), (2, 4)]);
+        // Others are spread evenly.
+        assert_eq!(pairs(&model(2, 8, 2)), [(0, 2), (1, 4)]);
+        assert_eq!(pairs(&model(5, 8, 2)), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]);
+        assert!(Hints::new(&model(5, 16, 1), &whole).is_err());
+    }
+}
