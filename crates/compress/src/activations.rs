@@ -209,7 +209,11 @@ impl RoundedActivations {
     /// Sites that are rounded, features at all of them, and how many of these are left as they are.
     pub fn counts(&self) -> [usize; 3] {
         let sum = |of: fn(&Site) -> usize| self.sites.values().map(of).sum();
-        [self.sites.len(), sum(|site| site.width), sum(|site| site.kept)]
+        [
+            self.sites.len(),
+            sum(|site| site.width),
+            sum(|site| site.kept),
+        ]
     }
 
     /// A trace that rounds what it passes.

@@ -151,7 +151,11 @@ mod tests {
         let given = Recipe::as_given("int8+slicegpt", "0.2").unwrap();
         let better = given.reordered().unwrap();
         assert_eq!(better.recipe, Recipe::of("slicegpt+int8", "0.2").unwrap());
-        assert!(better.reasons[0].contains("not cut"), "{:?}", better.reasons);
+        assert!(
+            better.reasons[0].contains("not cut"),
+            "{:?}",
+            better.reasons
+        );
         // Two roundings have no good order.
         let twice = Recipe::as_given("int8+int4", "0.2").unwrap();
         assert!(twice.reordered().unwrap().recipe.check().is_err());

@@ -1,12 +1,15 @@
 //! What a model is worth, and how far another one is from it.
 
+mod blocks;
+
+pub use blocks::{block_errors, block_errors_after};
+
 use lapidary_kernels::{D, DType, SoftmaxMask, Tensor, gather, log_softmax};
 use lapidary_model::{HeadSpec, Model, Output, Pass};
 use serde::Serialize;
 
 use crate::data::{Batch, Target, real_rows};
 use crate::error::engine;
-use crate::observe::observe;
 use crate::{CalibrationData, Error, Example, Result, RoundedActivations};
 
 /// A stretch of text, of which the last tokens are scored.
@@ -410,51 +413,6 @@ fn likeness_by(
         },
         vectors,
     })
-}
-
-/// `√(Σ ‖a − b‖² / Σ ‖a‖²)` of the residual stream after each block, `a` the original's. Nothing
-/// where the models have not as many blocks, or streams of another width.
-pub fn block_errors(
-    original: &Model,
-    other: &Model,
-    data: &CalibrationData,
-    batch: usize,
-) -> Result<Vec<f64>> {
-    let blocks = original.spec().expanded_blocks().len();
-    let alike = other.spec().expanded_blocks().len() == blocks
-        && other.spec().width == original.spec().width;
-    if !alike {
-        return Ok(Vec::new());
-    }
-    let sites: Vec<String> = (0..blocks).map(|i| format!("blocks.{i}.out")).collect();
-    let mut sums = vec![(0.0, 0.0); blocks];
-    let total = |t: Tensor| -> Result<f64> {
-        let sum = engine(engine(engine(t.sqr())?.to_dtype(DType::F64))?.sum_all())?;
-        engine(sum.to_scalar::<f64>())
-    };
-    for examples in data.examples().chunks(batch.max(1)) {
-        let data = CalibrationData::new(examples.to_vec())?;
-        let mut written = Vec::new();
-        for model in [original, other] {
-            observe(model, &data, batch, &sites, |seen| {
-                let rows = sites.iter().map(|site| seen.rows(site).cloned());
-                written.push(rows.collect::<Result<Vec<_>>>()?);
-                Ok(())
-            })?;
-        }
-        let [before, after] = written.as_slice() else {
-            continue;
-        };
-        for ((error, size), (a, b)) in sums.iter_mut().zip(before.iter().zip(after)) {
-            *error += total(engine(a - b)?)?;
-            *size += total(a.clone())?;
-        }
-    }
-    let relative = |(error, size): (f64, f64)| match error > 0.0 {
-        true => (error / size.max(f64::MIN_POSITIVE)).sqrt(),
-        false => 0.0,
-    };
-    Ok(sums.into_iter().map(relative).collect())
 }
 
 /// The share of labelled examples that a classifier gets right.

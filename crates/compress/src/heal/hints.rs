@@ -65,12 +65,20 @@ impl Hints {
     }
 
     /// A pass of the student, and what it says after each block.
-    pub(super) fn student(&self, model: &Model, batch: &Batch<'_>) -> Result<(Output, Vec<Tensor>)> {
+    pub(super) fn student(
+        &self,
+        model: &Model,
+        batch: &Batch<'_>,
+    ) -> Result<(Output, Vec<Tensor>)> {
         seen(model, batch, self.pairs.iter().map(|(own, _)| *own))
     }
 
     /// A pass of the original, and what it says after each block that one answers to.
-    pub(super) fn teacher(&self, model: &Model, batch: &Batch<'_>) -> Result<(Output, Vec<Tensor>)> {
+    pub(super) fn teacher(
+        &self,
+        model: &Model,
+        batch: &Batch<'_>,
+    ) -> Result<(Output, Vec<Tensor>)> {
         seen(model, batch, self.pairs.iter().map(|(_, whole)| *whole))
     }
 }
@@ -207,7 +215,10 @@ mod tests {
         assert_eq!(pairs(&cut), [(0, 0), (1, 3), (2, 4)]);
         // Others are spread evenly.
         assert_eq!(pairs(&model(2, 8, 2)), [(0, 2), (1, 4)]);
-        assert_eq!(pairs(&model(5, 8, 2)), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]);
+        assert_eq!(
+            pairs(&model(5, 8, 2)),
+            [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]
+        );
         assert!(Hints::new(&model(5, 16, 1), &whole).is_err());
     }
 }

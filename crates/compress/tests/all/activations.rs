@@ -152,10 +152,15 @@ fn fewer_bits_of_activations_say_less_of_the_same() {
             assert_eq!((by.range(), by.bits()), (range, bits));
             // Attention, its output, and the two sites of a feed-forward part, in two blocks.
             assert_eq!(by.counts(), [8, 2 * (64 + 64 + 64 + 96), 0]);
-            agreement_rounded(&model, &model, &data(), 4, &by).unwrap().divergence
+            agreement_rounded(&model, &model, &data(), 4, &by)
+                .unwrap()
+                .divergence
         };
         let [fine, usual, coarse] = [16, 8, 3].map(divergence);
-        assert!(fine < usual && usual < coarse, "{range}: {fine} {usual} {coarse}");
+        assert!(
+            fine < usual && usual < coarse,
+            "{range}: {fine} {usual} {coarse}"
+        );
         assert!(fine < 1e-4, "{range}: {fine}");
     }
 }
@@ -168,7 +173,9 @@ fn outliers_that_are_left_make_finer_steps_for_the_others() {
             let by = simulated(&model, &settings(outliers, Some(range), 8));
             let kept = if outliers > 0.0 { LARGE.len() } else { 0 };
             assert_eq!(by.counts(), [1, 64, kept]);
-            agreement_rounded(&model, &model, &data(), 4, &by).unwrap().divergence
+            agreement_rounded(&model, &model, &data(), 4, &by)
+                .unwrap()
+                .divergence
         };
         let (left, all) = (divergence(20.0), divergence(0.0));
         assert!(left < 0.5 * all, "{range}: {left} of {all}");
@@ -179,12 +186,26 @@ fn outliers_that_are_left_make_finer_steps_for_the_others() {
 fn models_that_round_nothing_are_measured_as_before() {
     let model = wide(5);
     let told = settings(0.0, None, 8);
-    assert!(RoundedActivations::requirements(&model, &told).unwrap().is_empty());
-    assert!(RoundedActivations::new(&model, &told, None).unwrap().is_none());
+    assert!(
+        RoundedActivations::requirements(&model, &told)
+            .unwrap()
+            .is_empty()
+    );
+    assert!(
+        RoundedActivations::new(&model, &told, None)
+            .unwrap()
+            .is_none()
+    );
     // 16 bits are next to nothing, for a perplexity as for predictions.
     let told = settings(0.0, Some(ActivationRange::PerToken), 16);
-    assert!(RoundedActivations::requirements(&model, &told).unwrap().is_empty());
-    let by = RoundedActivations::new(&model, &told, None).unwrap().unwrap();
+    assert!(
+        RoundedActivations::requirements(&model, &told)
+            .unwrap()
+            .is_empty()
+    );
+    let by = RoundedActivations::new(&model, &told, None)
+        .unwrap()
+        .unwrap();
     let data = data();
     let windows: Vec<Window> = data
         .examples()

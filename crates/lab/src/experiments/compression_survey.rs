@@ -68,7 +68,9 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         Scale::Smoke => 4,
         _ => 100,
     };
-    let runs = over_seeds(setting, size.seeds, |seed| one_seed(setting.scale, steps, seed))?;
+    let runs = over_seeds(setting, size.seeds, |seed| {
+        one_seed(setting.scale, steps, seed)
+    })?;
     Ok(Reproduction {
         setting: format!(
             "generated language; gated decoder of {} blocks, width {}, {} steps of 16; a quarter \

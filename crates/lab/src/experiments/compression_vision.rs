@@ -65,7 +65,10 @@ pub(super) fn run(scale: Scale, seed: u64) -> Result<Seen> {
     let settings = Settings::default();
     let last = |recipe: &str, ratio: &str, model: &Model| -> Result<Option<Model>> {
         let done = Recipe::of(recipe, ratio)?.run(model, Some(&data), &settings)?;
-        Ok(done.into_iter().next_back().map(|done| done.compressed.model))
+        Ok(done
+            .into_iter()
+            .next_back()
+            .map(|done| done.compressed.model))
     };
     let right = |model: &Model| -> Result<f64> { Ok(accuracy(model, &held_out, BATCH)?) };
     let cut = last("channel-magnitude", "0.25", &original)?;

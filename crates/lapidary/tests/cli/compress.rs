@@ -269,7 +269,10 @@ fn methods_are_put_in_order_and_the_result_is_measured_with_rounded_activations(
         "--out",
         out.to_str().unwrap(),
     ];
-    refused(&arguments, &["--reorder", "block-influence+int8", "not cut"]);
+    refused(
+        &arguments,
+        &["--reorder", "block-influence+int8", "not cut"],
+    );
     let more = [
         "--reorder",
         "--heal",
@@ -296,7 +299,9 @@ fn methods_are_put_in_order_and_the_result_is_measured_with_rounded_activations(
     assert!(activations["inputs"].as_u64() > activations["kept"].as_u64());
     assert!(activations["perplexity"]["value"].as_f64().unwrap() > 1.0);
     assert!(activations["agreement"]["top1"].as_f64().unwrap() > 0.0);
-    let written = std::fs::metadata(out.join("model.safetensors")).unwrap().len();
+    let written = std::fs::metadata(out.join("model.safetensors"))
+        .unwrap()
+        .len();
     assert_eq!(report["bytes_on_disk"]["after"].as_u64(), Some(written));
     assert!(report["bytes_on_disk"]["before"].is_null());
     // A pass holds something beside the parameters.
@@ -305,7 +310,11 @@ fn methods_are_put_in_order_and_the_result_is_measured_with_rounded_activations(
         assert!(memory > report[side]["size"]["bytes"].as_u64().unwrap());
     }
     let page = std::fs::read_to_string(&page).unwrap();
-    for words in ["put as block-influence+int8", "8 bits per-tensor", "on disk"] {
+    for words in [
+        "put as block-influence+int8",
+        "8 bits per-tensor",
+        "on disk",
+    ] {
         assert!(page.contains(words), "{words}");
     }
 }
@@ -326,9 +335,15 @@ fn a_comparison_says_what_each_method_needs_and_holds() {
         "--json",
     ]);
     let rows = found["rows"].as_array().unwrap();
-    let needs: Vec<&str> = rows.iter().filter_map(|row| row["needs"].as_str()).collect();
+    let needs: Vec<&str> = rows
+        .iter()
+        .filter_map(|row| row["needs"].as_str())
+        .collect();
     assert_eq!(needs, ["nothing", "gradients", "nothing"]);
-    assert!(rows.iter().all(|row| row["memory"].as_u64() > Some(0)), "{rows:?}");
+    assert!(
+        rows.iter().all(|row| row["memory"].as_u64() > Some(0)),
+        "{rows:?}"
+    );
     let columns = found["tables"][0]["columns"].as_array().unwrap();
     assert_eq!(columns.len(), 13);
 }

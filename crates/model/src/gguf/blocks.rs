@@ -128,9 +128,7 @@ impl Form {
 
 fn forms<'a>(model: &'a Model, named: &Named) -> Vec<Option<&'a Quantisation>> {
     let forms = named.parameters.iter();
-    forms
-        .map(|name| model.spec().quantised.get(name))
-        .collect()
+    forms.map(|name| model.spec().quantised.get(name)).collect()
 }
 
 /// Numbers of single or half precision.

@@ -73,7 +73,11 @@ pub fn write_gguf(package: &Package, path: &Path, float: GgufFloat) -> Result<Gg
     }
     header.put("general.file_type", Value::U32(file_type(&counts)));
     write_beside::<Error>(path, |writer| {
-        let mut write = |bytes: &[u8]| writer.write_all(bytes).map_err(FileError::io("write", path));
+        let mut write = |bytes: &[u8]| {
+            writer
+                .write_all(bytes)
+                .map_err(FileError::io("write", path))
+        };
         write(&header.finish())?;
         for (named, form) in &tensors {
             let mut bytes = form.write(model, named)?;

@@ -84,7 +84,10 @@ mod tests {
     #[test]
     fn what_is_taken_up_makes_a_matrix_exact_there_and_nowhere_else() {
         let weights = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
-        assert_eq!(without(&weights, [2, 3], &[1]), [1.0, 0.0, 3.0, 4.0, 0.0, 6.0]);
+        assert_eq!(
+            without(&weights, [2, 3], &[1]),
+            [1.0, 0.0, 3.0, 4.0, 0.0, 6.0]
+        );
         let mut numbers = [0.9, 0.1, 3.0, 4.2, -0.1, 6.1];
         let lost = take_up(&weights, &mut numbers, [2, 3], &[1]);
         assert_eq!(lost, [1.9, 5.1]);

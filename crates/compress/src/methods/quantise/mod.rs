@@ -34,8 +34,8 @@ use crate::selection::Layer;
 use crate::{Error, Requirements, Result, Statistic};
 use grid::GridKind;
 use rounded::Rounded;
-use target::{Target, original, put};
 use serde::{Deserialize, Serialize};
+use target::{Target, original, put};
 
 /// How weights are rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

@@ -134,7 +134,7 @@ pub(super) fn run(
                 method.apply(&task, &plan)
             });
             let compressed = match cut {
-                Ok(compressed) => compressed.model,
+                Ok(compressed) => compressed,
                 Err(error) => {
                     left_out.push((method.name, format!("at {ratio}: {error}")));
                     continue;
@@ -142,8 +142,9 @@ pub(super) fn run(
             };
             let seconds = started.elapsed().as_secs_f64();
             tracing::info!("{} at {ratio}: {seconds:.1} s", method.name);
-            let measured = measure.of(&compressed)?;
-            let distance = measure.between(model, &compressed)?;
+            let measured = measure.of(&compressed.model)?;
+            let reports = [&compressed.report];
+            let distance = measure.between(model, &compressed.model, reports)?;
             rows.push(Row {
                 method: method.name,
                 ratio,

@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use anyhow::Result;
 use lapidary_compress::quality::{
-    Agreement, Likeness, Perplexity, Window, agreement, agreement_rounded, block_errors, likeness,
-    likeness_rounded, perplexity, perplexity_rounded,
+    Agreement, Likeness, Perplexity, Window, agreement, agreement_rounded, block_errors_after,
+    likeness, likeness_rounded, perplexity, perplexity_rounded,
 };
 use lapidary_compress::{
-    ActivationRange, Calibration, CalibrationData, CalibrationOptions, Content,
+    ActivationRange, Calibration, CalibrationData, CalibrationOptions, Content, Report,
     RoundedActivations, Settings, Size,
 };
 use lapidary_kernels::Tensor;
@@ -55,7 +55,7 @@ pub(super) struct Measured {
 pub(super) struct Distance {
     pub(super) agreement: Option<Agreement>,
     pub(super) likeness: Option<Likeness>,
-    /// Relative error of the residual stream after each block, where both have as many.
+    /// Relative error of the residual stream after each block that is left, where streams are as wide.
     pub(super) block_errors: Vec<f64>,
 }
 
@@ -115,8 +115,13 @@ impl Measure<'_> {
         })
     }
 
-    /// Measures how far `other` is from `original`.
-    pub(super) fn between(&self, original: &Model, other: &Model) -> Result<Distance> {
+    /// Measures how far `other`, which came of `original` by what `reports` say, is from it.
+    pub(super) fn between<'r>(
+        &self,
+        original: &Model,
+        other: &Model,
+        reports: impl IntoIterator<Item = &'r Report>,
+    ) -> Result<Distance> {
         let Some(data) = self.data else {
             return Ok(Distance {
                 agreement: None,
@@ -125,6 +130,12 @@ impl Measure<'_> {
             });
         };
         let scored = has_scores(original);
+        let all = (0..original.spec().expanded_blocks().len()).collect();
+        let left = reports
+            .into_iter()
+            .fold(all, |earlier: Vec<usize>, report| {
+                report.blocks_left(&earlier)
+            });
         Ok(Distance {
             agreement: match scored {
                 true => Some(agreement(original, other, data, BATCH)?),
@@ -134,7 +145,7 @@ impl Measure<'_> {
                 true => None,
                 false => Some(likeness(original, other, data, BATCH)?),
             },
-            block_errors: block_errors(original, other, data, BATCH)?,
+            block_errors: block_errors_after(original, other, &left, data, BATCH)?,
         })
     }
 

@@ -150,7 +150,8 @@ fn conclude(
     };
     let before = measure.of(original)?;
     let after = measure.of(&made.model)?;
-    let distance = measure.between(original, &made.model)?;
+    let reports = made.reports.iter().map(|(report, _)| report);
+    let distance = measure.between(original, &made.model, reports)?;
     let activations = measure.rounded(original, &made.model, settings)?;
     let result = match arguments.dense {
         true => export_dense(&made.model)?,
