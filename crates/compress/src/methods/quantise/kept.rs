@@ -13,15 +13,18 @@ use crate::{Error, Result};
 /// # Errors
 /// When it is below zero or no number.
 pub(crate) fn threshold(settings: &QuantiseSettings) -> Result<Option<f64>> {
-    match settings.outliers {
-        0.0 => Ok(None),
-        size if size > 0.0 && size.is_finite() => Ok(Some(size)),
-        other => Err(Error::invalid(
-            "size of outliers",
-            other,
-            "above 0, or 0 for none",
-        )),
+    let size = settings.outliers;
+    if size == 0.0 {
+        return Ok(None);
     }
+    if size > 0.0 && size.is_finite() {
+        return Ok(Some(size));
+    }
+    Err(Error::invalid(
+        "size of outliers",
+        size,
+        "above 0, or 0 for none",
+    ))
 }
 
 /// The inputs whose largest sizes come to `threshold`, in rising order.
