@@ -229,7 +229,8 @@ fn same_blocks(one: &Model, other: &Model) -> Result<usize> {
     Ok(same)
 }
 
-fn equal(one: Option<&Tensor>, other: Option<&Tensor>) -> Result<bool> {
+/// Whether two parameters are the same, bit for bit.
+pub(crate) fn equal(one: Option<&Tensor>, other: Option<&Tensor>) -> Result<bool> {
     match (one, other) {
         (Some(one), Some(other)) if one.id() == other.id() => Ok(true),
         (Some(one), Some(other)) => Ok(one.dtype() == other.dtype()

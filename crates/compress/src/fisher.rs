@@ -151,6 +151,7 @@ impl FisherSums {
                 }
                 Statistic::InputSquares { .. }
                 | Statistic::InputMagnitudes { .. }
+                | Statistic::InputPeaks { .. }
                 | Statistic::Covariance { .. }
                 | Statistic::Similarity { .. } => {}
             }

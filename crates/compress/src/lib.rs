@@ -39,6 +39,7 @@
 //! # Ok(()) }
 //! ```
 
+mod activations;
 pub mod automatic;
 mod calibration;
 mod data;
@@ -56,6 +57,7 @@ mod method;
 mod methods;
 mod objective;
 mod observe;
+mod order;
 mod output;
 mod plan;
 pub mod quality;
@@ -66,6 +68,7 @@ mod selection;
 mod sites;
 mod work;
 
+pub use activations::{ActivationRange, ActivationSettings, RoundedActivations};
 pub use calibration::{Calibration, CalibrationOptions};
 pub use data::{CalibrationData, Content, Example, Target};
 pub use error::{Error, Result};
@@ -76,7 +79,7 @@ pub use heal::{
     HealData, HealReport, HealSettings, PruneAndHeal, cubic_sparsity, heal, prune_and_heal,
 };
 pub use interaction::{Interaction, Interactions, interactions};
-pub use method::{Method, Schedule, Settings, Task};
+pub use method::{Effect, Method, Schedule, Settings, Task};
 pub use methods::curvature;
 pub use methods::fuse::{FuseLoss, FuseSettings, Gate, macro_influences};
 pub use methods::linearise::linearity_scores;
@@ -85,9 +88,10 @@ pub use methods::shedder::{Search, SearchStep, Shed};
 pub use methods::slicing;
 pub use methods::{
     LorapSettings, ModegptSettings, MovementSettings, Pattern, PruneSettings, QuantiseSettings,
-    Scope,
+    RoundingGoal, Scope,
 };
 pub use objective::Objective;
+pub use order::Reordered;
 pub use output::output_errors;
 pub use plan::{Budget, Change, ModulePlan, Plan};
 pub use recipe::{Done, Recipe, Seconds, Stage};

@@ -2,6 +2,7 @@
 
 use lapidary_model::Model;
 
+use crate::activations::ActivationSettings;
 use crate::entropy::EntropyChoice;
 use crate::methods::fuse::FuseSettings;
 use crate::methods::quantise::ROUNDING;
@@ -38,6 +39,26 @@ impl Schedule {
     }
 }
 
+/// What of a model a method changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Effect {
+    /// How many blocks there are, or parts of them.
+    Depth,
+    /// The width and the basis of the residual stream.
+    Stream,
+    /// How many heads there are, or features within heads and feed-forward parts.
+    Parts,
+    /// Which directions a matrix of the same shape keeps.
+    Directions,
+    /// Matrices become two factors.
+    Ranks,
+    /// Which single weights are zero.
+    Weights,
+    /// How numbers are stored.
+    Storage,
+}
+
 /// Choices that are not the budget's. Each method reads those that it documents.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -62,6 +83,8 @@ pub struct Settings {
     pub modegpt: ModegptSettings,
     /// How weights are rounded.
     pub quantise: QuantiseSettings,
+    /// How activations are rounded where a model is measured.
+    pub activations: ActivationSettings,
     /// For the methods that set weights to zero, or take out whole heads or channels.
     pub pruning: PruneSettings,
 }
@@ -79,6 +102,7 @@ impl Default for Settings {
             lorap: LorapSettings::default(),
             modegpt: ModegptSettings::default(),
             quantise: QuantiseSettings::default(),
+            activations: ActivationSettings::default(),
             pruning: PruneSettings::default(),
         }
     }
@@ -154,6 +178,8 @@ pub struct Method {
     pub source: &'static str,
     /// In which order it looks and cuts.
     pub schedule: Schedule,
+    /// What of a model it changes.
+    pub effect: Effect,
     /// Whether it has to see data beside the calibration.
     pub observes: bool,
     pub(crate) requirements: fn(&Model, &Settings) -> Result<Requirements>,

@@ -1,14 +1,16 @@
 //! What a model is worth, and how far another one is from it.
 
+mod blocks;
+
+pub use blocks::{block_errors, block_errors_after};
+
 use lapidary_kernels::{D, DType, SoftmaxMask, Tensor, gather, log_softmax};
-use lapidary_model::{HeadSpec, Model, Pass};
+use lapidary_model::{HeadSpec, Model, Output, Pass};
 use serde::Serialize;
 
-use crate::calibration::forward;
 use crate::data::{Batch, Target, real_rows};
 use crate::error::engine;
-use crate::observe::observe;
-use crate::{CalibrationData, Error, Example, Result};
+use crate::{CalibrationData, Error, Example, Result, RoundedActivations};
 
 /// A stretch of text, of which the last tokens are scored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,10 +79,32 @@ pub struct Perplexity {
 
 /// The perplexity of a causal language model on windows, `batch` at a time.
 pub fn perplexity(model: &Model, windows: &[Window], batch: usize) -> Result<Perplexity> {
+    perplexity_by(model, windows, batch, None)
+}
+
+/// As [`perplexity`], with the model's activations rounded.
+///
+/// # Errors
+/// Those of [`perplexity`].
+pub fn perplexity_rounded(
+    model: &Model,
+    windows: &[Window],
+    batch: usize,
+    activations: &RoundedActivations,
+) -> Result<Perplexity> {
+    perplexity_by(model, windows, batch, Some(activations))
+}
+
+fn perplexity_by(
+    model: &Model,
+    windows: &[Window],
+    batch: usize,
+    activations: Option<&RoundedActivations>,
+) -> Result<Perplexity> {
     check_predicts(model)?;
     let (mut sum, mut tokens) = (0.0, 0);
     for chunk in windows.chunks(batch.max(1)) {
-        for said in log_probabilities(model, chunk, None)? {
+        for said in log_probabilities(model, chunk, None, activations)? {
             sum -= said;
             tokens += 1;
         }
@@ -128,7 +152,7 @@ pub fn ensemble_perplexity(
         let mut first: Option<Vec<f64>> = None;
         for (so_far, together) in (1..).zip(&mut together) {
             let draw = seed.wrapping_add(so_far - 1);
-            let said = log_probabilities(model, chunk, Some(draw))?;
+            let said = log_probabilities(model, chunk, Some(draw), None)?;
             match &first {
                 None => first = Some(said.clone()),
                 Some(first) => differs |= *first != said,
@@ -182,15 +206,22 @@ fn counted(tokens: usize) -> Result<f64> {
 }
 
 /// The logarithm of the probability of each token of the windows that is scored, in one pass with such a
-/// draw.
-fn log_probabilities(model: &Model, windows: &[Window], draw: Option<u64>) -> Result<Vec<f64>> {
+/// draw and, where told, rounded activations.
+fn log_probabilities(
+    model: &Model,
+    windows: &[Window],
+    draw: Option<u64>,
+    activations: Option<&RoundedActivations>,
+) -> Result<Vec<f64>> {
     let examples = windows
         .iter()
         .map(|window| Example::window(window.tokens.clone()));
     let data = CalibrationData::new(examples.collect())?;
     let batch = Batch::new(data.examples(), &model.device())?;
+    let trace = activations.map(RoundedActivations::trace).transpose()?;
     let pass = Pass {
         padding: batch.padding.as_ref(),
+        trace: trace.as_ref(),
         draw,
         ..Pass::default()
     };
@@ -246,15 +277,56 @@ pub fn agreement(
     data: &CalibrationData,
     batch: usize,
 ) -> Result<Agreement> {
+    agreement_by(original, other, data, batch, None)
+}
+
+/// As [`agreement`], with the activations of `other` rounded.
+///
+/// # Errors
+/// Those of [`agreement`].
+pub fn agreement_rounded(
+    original: &Model,
+    other: &Model,
+    data: &CalibrationData,
+    batch: usize,
+    activations: &RoundedActivations,
+) -> Result<Agreement> {
+    agreement_by(original, other, data, batch, Some(activations))
+}
+
+/// One pass, with activations rounded where told.
+fn output(
+    model: &Model,
+    batch: &Batch<'_>,
+    activations: Option<&RoundedActivations>,
+) -> Result<Output> {
+    let trace = activations.map(RoundedActivations::trace).transpose()?;
+    Ok(model.forward(
+        &batch.input,
+        Pass {
+            padding: batch.padding.as_ref(),
+            trace: trace.as_ref(),
+            ..Pass::default()
+        },
+    )?)
+}
+
+fn agreement_by(
+    original: &Model,
+    other: &Model,
+    data: &CalibrationData,
+    batch: usize,
+    activations: Option<&RoundedActivations>,
+) -> Result<Agreement> {
     let device = original.device();
     let (mut divergence, mut same, mut predictions) = (0.0, 0.0, 0);
     for batch in data.batches(batch, &device) {
         let batch = batch?;
-        let rows = |model: &Model| -> Result<Tensor> {
-            let logits = forward(model, &batch, None)?.into_logits()?;
+        let rows = |model: &Model, activations| -> Result<Tensor> {
+            let logits = output(model, &batch, activations)?.into_logits()?;
             Ok(real_rows(logits.value(), batch.real.as_ref())?)
         };
-        let (p, q) = (rows(original)?, rows(other)?);
+        let (p, q) = (rows(original, None)?, rows(other, activations)?);
         if p.dims() != q.dims() {
             return Err(Error::invalid(
                 "scores of the other model",
@@ -299,16 +371,40 @@ pub fn likeness(
     data: &CalibrationData,
     batch: usize,
 ) -> Result<Likeness> {
+    likeness_by(original, other, data, batch, None)
+}
+
+/// As [`likeness`], with the activations of `other` rounded.
+///
+/// # Errors
+/// Those of [`likeness`].
+pub fn likeness_rounded(
+    original: &Model,
+    other: &Model,
+    data: &CalibrationData,
+    batch: usize,
+    activations: &RoundedActivations,
+) -> Result<Likeness> {
+    likeness_by(original, other, data, batch, Some(activations))
+}
+
+fn likeness_by(
+    original: &Model,
+    other: &Model,
+    data: &CalibrationData,
+    batch: usize,
+    activations: Option<&RoundedActivations>,
+) -> Result<Likeness> {
     let device = original.device();
     let (mut cosine, mut error, mut size, mut vectors) = (0.0, 0.0, 0.0, 0);
     for batch in data.batches(batch, &device) {
         let batch = batch?;
-        let rows = |model: &Model| -> Result<Tensor> {
-            let hidden = forward(model, &batch, None)?.hidden.into_value();
+        let rows = |model: &Model, activations| -> Result<Tensor> {
+            let hidden = output(model, &batch, activations)?.hidden.into_value();
             let rows = real_rows(&hidden, batch.real.as_ref())?;
             engine(rows.to_dtype(DType::F64))
         };
-        let (a, b) = (rows(original)?, rows(other)?);
+        let (a, b) = (rows(original, None)?, rows(other, activations)?);
         let total = |t: &Tensor| engine(engine(t.sum_all())?.to_scalar::<f64>());
         let dot = |x: &Tensor, y: &Tensor| engine(engine(x * y)?.sum(D::Minus1));
         let (squares_a, squares_b) = (dot(&a, &a)?, dot(&b, &b)?);
@@ -332,57 +428,12 @@ pub fn likeness(
     })
 }
 
-/// `√(Σ ‖a − b‖² / Σ ‖a‖²)` of the residual stream after each block, `a` the original's. Nothing
-/// where the models have not as many blocks, or streams of another width.
-pub fn block_errors(
-    original: &Model,
-    other: &Model,
-    data: &CalibrationData,
-    batch: usize,
-) -> Result<Vec<f64>> {
-    let blocks = original.spec().expanded_blocks().len();
-    let alike = other.spec().expanded_blocks().len() == blocks
-        && other.spec().width == original.spec().width;
-    if !alike {
-        return Ok(Vec::new());
-    }
-    let sites: Vec<String> = (0..blocks).map(|i| format!("blocks.{i}.out")).collect();
-    let mut sums = vec![(0.0, 0.0); blocks];
-    let total = |t: Tensor| -> Result<f64> {
-        let sum = engine(engine(engine(t.sqr())?.to_dtype(DType::F64))?.sum_all())?;
-        engine(sum.to_scalar::<f64>())
-    };
-    for examples in data.examples().chunks(batch.max(1)) {
-        let data = CalibrationData::new(examples.to_vec())?;
-        let mut written = Vec::new();
-        for model in [original, other] {
-            observe(model, &data, batch, &sites, |seen| {
-                let rows = sites.iter().map(|site| seen.rows(site).cloned());
-                written.push(rows.collect::<Result<Vec<_>>>()?);
-                Ok(())
-            })?;
-        }
-        let [before, after] = written.as_slice() else {
-            continue;
-        };
-        for ((error, size), (a, b)) in sums.iter_mut().zip(before.iter().zip(after)) {
-            *error += total(engine(a - b)?)?;
-            *size += total(a.clone())?;
-        }
-    }
-    let relative = |(error, size): (f64, f64)| match error > 0.0 {
-        true => (error / size.max(f64::MIN_POSITIVE)).sqrt(),
-        false => 0.0,
-    };
-    Ok(sums.into_iter().map(relative).collect())
-}
-
 /// The share of labelled examples that a classifier gets right.
 pub fn accuracy(model: &Model, data: &CalibrationData, batch: usize) -> Result<f64> {
     let mut right = 0usize;
     for batch in data.batches(batch, &model.device()) {
         let batch = batch?;
-        let logits = forward(model, &batch, None)?.into_logits()?.into_value();
+        let logits = output(model, &batch, None)?.into_logits()?.into_value();
         if logits.rank() != 2 {
             return Err(Error::invalid(
                 "scores",

@@ -2,7 +2,8 @@
 //!
 //! Each stage is calibrated on what the one before it left. Sums that the stage before it cannot have
 //! changed are not taken again ([`Calibration::carried_over`]). Orders that make no sense are refused
-//! before anything is run: what is rounded is not cut any more.
+//! before anything is run: what is rounded is not cut any more. Of those that are allowed some are
+//! better than others: [`Recipe::reordered`] has the better one, and why.
 //!
 //! ```
 //! use lapidary_compress::Recipe;
@@ -119,6 +120,17 @@ impl Recipe {
     /// # Errors
     /// As [`Recipe::check`], and when there are neither one nor as many ratios as cutting methods.
     pub fn of(methods: &str, ratios: &str) -> Result<Self> {
+        let recipe = Self::as_given(methods, ratios)?;
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    /// As [`Recipe::of`], in any order: for one that is put in order after
+    /// ([`Recipe::reordered`]).
+    ///
+    /// # Errors
+    /// When a method does not exist, or there are neither one nor as many ratios as cutting methods.
+    pub fn as_given(methods: &str, ratios: &str) -> Result<Self> {
         let methods = methods
             .split('+')
             .map(|name| Method::find(name.trim()))
@@ -143,7 +155,7 @@ impl Recipe {
             ));
         }
         let mut ratios = ratios.into_iter();
-        let recipe = Self {
+        Ok(Self {
             stages: methods
                 .into_iter()
                 .map(|method| Stage {
@@ -152,9 +164,7 @@ impl Recipe {
                     settings: None,
                 })
                 .collect(),
-        };
-        recipe.check()?;
-        Ok(recipe)
+        })
     }
 
     /// Refuses methods that do not exist, ratios that mean nothing, and orders that make no sense.

@@ -1,5 +1,7 @@
 //! What was cut, and what it cost.
 
+use std::collections::BTreeSet;
+
 use lapidary_model::{HeadSpec, InputSpec, Model};
 use serde::Serialize;
 
@@ -149,6 +151,44 @@ impl Report {
     /// The layers that were factorised.
     pub fn factorised(&self) -> impl Iterator<Item = &ModuleReport> {
         self.modules.iter().filter(|layer| layer.rank().is_some())
+    }
+
+    /// Of the blocks whose numbers in some original are `earlier`, those that are left, in their order:
+    /// whole blocks that were taken out are missing.
+    ///
+    /// ```
+    /// use lapidary_compress::{Recipe, Settings};
+    /// # use lapidary_kernels::{DType, Device};
+    /// # use lapidary_model::{Model, ModelSpec};
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let spec: ModelSpec = toml::from_str(r#"
+    /// #     width = 16
+    /// #     input = { kind = "tokens", vocabulary = 32, length = 8 }
+    /// #     head = { kind = "language-model" }
+    /// #     [[blocks]]
+    /// #     repeat = 3
+    /// #     attention = { kind = "multi-head", heads = 2, causal = true }
+    /// # "#)?;
+    /// # let model = Model::initialised(spec, 1, DType::F32, &Device::Cpu)?;
+    /// let done = Recipe::of("svd", "0.3")?.run(&model, None, &Settings::default())?;
+    /// let report = &done[0].compressed.report;
+    /// // Ranks leave every block where it was.
+    /// assert_eq!(report.blocks_left(&[0, 1, 2]), [0, 1, 2]);
+    /// # Ok(()) }
+    /// ```
+    pub fn blocks_left(&self, earlier: &[usize]) -> Vec<usize> {
+        let removed: BTreeSet<&str> = self
+            .modules
+            .iter()
+            .filter(|module| module.change == Change::Remove)
+            .map(|module| module.path.as_str())
+            .collect();
+        let stays = |place: usize| !removed.contains(format!("blocks.{place}").as_str());
+        let places = earlier.iter().enumerate();
+        places
+            .filter(|(place, _)| stays(*place))
+            .map(|(_, block)| *block)
+            .collect()
     }
 
     /// Parameters after over parameters before.

@@ -21,6 +21,11 @@ pub enum Statistic {
         /// The site.
         site: String,
     },
+    /// `max |x_i|` over the tokens at a site, `[width]`.
+    InputPeaks {
+        /// The site.
+        site: String,
+    },
     /// `E[x xᵀ]` over the tokens at a site, not centred, `[width, width]`.
     Covariance {
         /// The site.
@@ -66,6 +71,7 @@ impl Statistic {
         let (first, second) = match self {
             Self::InputSquares { site }
             | Self::InputMagnitudes { site }
+            | Self::InputPeaks { site }
             | Self::Covariance { site } => (Some(site), None),
             Self::Similarity { from, to } => (Some(from), Some(to)),
             _ => (None, None),
@@ -78,6 +84,7 @@ impl Statistic {
         match self {
             Self::InputSquares { .. }
             | Self::InputMagnitudes { .. }
+            | Self::InputPeaks { .. }
             | Self::Covariance { .. }
             | Self::Similarity { .. } => None,
             Self::FisherInputs { layer }
@@ -94,6 +101,7 @@ impl fmt::Display for Statistic {
         match self {
             Self::InputSquares { site } => write!(f, "mean squared activation at {site}"),
             Self::InputMagnitudes { site } => write!(f, "mean size of activations at {site}"),
+            Self::InputPeaks { site } => write!(f, "largest size of activations at {site}"),
             Self::Covariance { site } => write!(f, "second moment at {site}"),
             Self::Similarity { from, to } => write!(f, "mean cosine of {from} and {to}"),
             Self::FisherInputs { layer } => write!(f, "Fisher information per input of {layer}"),
@@ -156,6 +164,7 @@ impl Requirements {
                 Statistic::Similarity { .. } => 1,
                 Statistic::InputSquares { .. }
                 | Statistic::InputMagnitudes { .. }
+                | Statistic::InputPeaks { .. }
                 | Statistic::FisherInputs { .. } => input,
                 Statistic::FisherOutputs { .. } => output,
                 Statistic::Fisher { .. } => input * output,

@@ -16,15 +16,17 @@ use crate::{Error, Result};
 /// Where each token id counts as a vector with a single one: the input of the embedding table.
 pub(crate) const TOKEN_IDS: &str = "input_ids";
 
-/// `Σ x_i²`, `Σ |x_i|` and `Σ x xᵀ` at one site.
+/// `Σ x_i²`, `Σ |x_i|`, `max |x_i|` and `Σ x xᵀ` at one site.
 #[derive(Debug, Default)]
 struct Sums {
     wants_covariance: bool,
     wants_squares: bool,
     wants_magnitudes: bool,
+    wants_peaks: bool,
     rows: u64,
     squares: Option<Tensor>,
     magnitudes: Option<Tensor>,
+    peaks: Option<Tensor>,
     covariance: Option<SecondMoment>,
 }
 
@@ -39,7 +41,7 @@ impl Sums {
             covariance.add(&x)?;
             self.covariance = Some(covariance);
         }
-        if !self.wants_squares && !self.wants_magnitudes {
+        if !self.wants_squares && !self.wants_magnitudes && !self.wants_peaks {
             return Ok(());
         }
         let x = x.to_dtype(DType::F64)?;
@@ -48,6 +50,13 @@ impl Sums {
         }
         if self.wants_magnitudes {
             self.magnitudes = Some(sum(self.magnitudes.take(), x.abs()?.sum(0)?)?);
+        }
+        if self.wants_peaks && rows > 0 {
+            let peaks = x.abs()?.max(0)?;
+            self.peaks = Some(match self.peaks.take() {
+                Some(earlier) => earlier.maximum(&peaks)?,
+                None => peaks,
+            });
         }
         Ok(())
     }
@@ -126,6 +135,9 @@ impl SiteSums {
                 Statistic::InputMagnitudes { site } => {
                     sites.entry(site.clone()).or_default().wants_magnitudes = true;
                 }
+                Statistic::InputPeaks { site } => {
+                    sites.entry(site.clone()).or_default().wants_peaks = true;
+                }
                 Statistic::Covariance { site } => {
                     sites.entry(site.clone()).or_default().wants_covariance = true;
                 }
@@ -197,7 +209,7 @@ impl SiteSums {
         Ok(())
     }
 
-    /// The means, by statistic. A site that the model never wrote is an error.
+    /// The means and the peaks, by statistic. A site that the model never wrote is an error.
     pub(crate) fn finish(self) -> Result<BTreeMap<Statistic, Tensor>> {
         let mut means = BTreeMap::new();
         let everything = std::mem::take(&mut *lock(&self.sites));
@@ -221,6 +233,9 @@ impl SiteSums {
             if let Some(magnitudes) = sums.magnitudes {
                 let statistic = Statistic::InputMagnitudes { site: site.clone() };
                 means.insert(statistic, engine(magnitudes.affine(scale, 0.0))?);
+            }
+            if let Some(peaks) = sums.peaks {
+                means.insert(Statistic::InputPeaks { site: site.clone() }, peaks);
             }
             if let Some(covariance) = sums.covariance {
                 let statistic = Statistic::Covariance { site };

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use lapidary_compress::Pattern;
 use lapidary_compress::automatic::AutomaticSettings;
+use lapidary_compress::{ActivationRange, Pattern};
 use lapidary_explain::contextual::Phrase;
 use lapidary_explain::{Explainer, explainers};
 use lapidary_parts::attention::MechanismSpec;
@@ -312,6 +312,9 @@ pub struct Compress {
     /// Stages as a file (TOML): `[[stage]]` with `method`, `ratio` and `settings`
     #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "ratio", "compare"])]
     pub recipe: Option<PathBuf>,
+    /// Put the methods in the order that is better for them, instead of saying which that is
+    #[arg(long, conflicts_with_all = ["compare", "interactions", "auto"])]
+    pub reorder: bool,
     /// Settings of the methods as a file (TOML)
     #[arg(long, value_name = "FILE")]
     pub settings: Option<PathBuf>,
@@ -390,10 +393,9 @@ pub struct Compress {
     /// Weight of the original's predictions in the loss of --heal, between 0 and 1
     #[arg(long, value_name = "WEIGHT", default_value_t = 0.0, requires = "heal")]
     pub distil: f64,
-    /// Weight in the loss of --heal of how far the residual stream behind each block is from the original's:
-    /// for models of as many blocks and as wide a stream
+    /// Weight of the original's residual stream after each block, beside the loss of --heal
     #[arg(long, value_name = "WEIGHT", default_value_t = 0.0, requires = "heal")]
-    pub distil_streams: f64,
+    pub hints: f64,
     /// Share of the weights that --heal lets change places with zeros at the first turn, falling to none;
     /// in ten turns, by size and gradient
     #[arg(
@@ -404,10 +406,23 @@ pub struct Compress {
         conflicts_with = "pattern"
     )]
     pub regrow: f64,
+    /// Heal with the weights seen as the last method, which rounds, will round them
+    #[arg(long, requires = "heal", conflicts_with = "auto")]
+    pub heal_rounded: bool,
+    /// Also measure the result with what its layers read rounded to 8 bits, one step for each token or
+    /// one for each site; `--set quantise.outliers=6` leaves inputs that are larger
+    #[arg(long, value_name = "per-token|per-tensor", value_parser = range,
+        conflicts_with_all = ["compare", "interactions", "plan_only"])]
+    pub activations: Option<ActivationRange>,
     /// Where methods that set weights to zero may do so: `N:M` leaves N of every M neighbours, as
     /// 2:4, at the ratio that this comes to; anywhere when absent
     #[arg(long, value_name = "N:M", value_parser = pattern)]
     pub pattern: Option<Pattern>,
+}
+
+fn range(text: &str) -> Result<ActivationRange, String> {
+    text.parse()
+        .map_err(|error: lapidary_compress::Error| error.to_string())
 }
 
 fn pattern(text: &str) -> Result<Pattern, String> {

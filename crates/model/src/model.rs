@@ -16,7 +16,7 @@ use lapidary_parts::position::SharedBiases;
 use lapidary_parts::recomputed::recomputed;
 use lapidary_parts::state::DecodeState;
 use lapidary_parts::{Context, Error, Result};
-use lapidary_signal::{Matrix, Signal, Trace};
+use lapidary_signal::{KeptColumns, Matrix, Signal, Trace};
 
 /// A model: a spec, its named parameters, and the modules built from both.
 ///
@@ -197,6 +197,7 @@ impl Model {
             let mut take = |part: &str| parameters.remove(&format!("{name}.{part}"));
             let (codes, scales) = (take("codes"), take("scales"));
             let (minima, input_scale) = (take("minima"), take("input_scale"));
+            let kept = take("columns").zip(take("kept"));
             let (Some(codes), Some(scales)) = (codes, scales) else {
                 return Err(Error::spec(
                     name,
@@ -204,9 +205,18 @@ impl Model {
                     "a quantised matrix of the model",
                 ));
             };
+            let weight = QuantisedMatrix::new(form.bits, form.group, codes, scales, minima)?;
+            let kept = match kept {
+                Some((index, weights)) => {
+                    let kept = KeptColumns::new(index, weights, weight.input());
+                    Some(kept.map_err(lapidary_parts::Error::from)?)
+                }
+                None => None,
+            };
             let matrix = Matrix::Quantised {
-                weight: QuantisedMatrix::new(form.bits, form.group, codes, scales, minima)?,
+                weight,
                 input_scale,
+                kept,
                 dtype: self.dtype,
             };
             let weight = matrix.dense().map_err(lapidary_parts::Error::from)?;

@@ -7,7 +7,8 @@ use std::sync::Mutex;
 
 use lapidary_kernels::memory::{Counting, most_held};
 use lapidary_kernels::{DType, Device, Recomputation, Tensor};
-use lapidary_model::{Initialiser, Input, Model, ModelSpec, Pass};
+use lapidary_model::gguf::{GgufFloat, write_gguf};
+use lapidary_model::{Initialiser, Input, Model, ModelSpec, Package, Pass};
 
 #[global_allocator]
 static ALLOCATOR: Counting<System> = Counting(System);
@@ -159,4 +160,37 @@ fn compressed_blocks_that_are_recomputed_are_not_held() {
     let (stored, recomputed) = (of(false), of(true));
     assert!(stored > inside, "{stored} with {inside} inside");
     assert!(recomputed < stored / 2, "{recomputed} of {stored}");
+}
+
+#[test]
+fn a_gguf_file_is_written_a_tensor_at_a_time() {
+    let _alone = alone();
+    let (width, hidden) = (128, 512);
+    let text = format!(
+        "width = {width}
+        final_norm = {{ kind = 'rms' }}
+        [input]
+        kind = 'tokens'
+        vocabulary = 11
+        length = 8
+        [[blocks]]
+        repeat = 8
+        norm = {{ kind = 'rms' }}
+        attention = {{ kind = 'multi-head', heads = 4, bias = false, causal = true, position = {{ kind = 'rotary' }} }}
+        feedforward = {{ kind = 'gated', hidden = {hidden} }}
+        [head]
+        kind = 'language-model'"
+    );
+    let spec: ModelSpec = toml::from_str(&text).unwrap();
+    let model = Model::initialised(spec, 3, DType::F32, &Device::Cpu).unwrap();
+    let package = Package::new(model, None);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("model.gguf");
+    let held = most(|| {
+        write_gguf(&package, &path, GgufFloat::F32).unwrap();
+    });
+    let tensor = 4 * width * hidden;
+    let file = std::fs::metadata(&path).unwrap().len() as usize;
+    assert!(file > 24 * tensor, "{file} with tensors of {tensor}");
+    assert!(held < 4 * tensor, "{held} with tensors of {tensor}");
 }

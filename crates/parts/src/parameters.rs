@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::{Error, Result};
 use lapidary_kernels::{DType, QuantisedMatrix, Tensor};
-use lapidary_signal::{Linear, Matrix, Weight};
+use lapidary_signal::{KeptColumns, Linear, Matrix, Weight};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -86,6 +86,15 @@ pub struct Quantisation {
     /// Whether the input is multiplied by a vector first.
     #[serde(default)]
     pub input_scale: bool,
+    /// Columns that are numbers beside the integers: those whose inputs are too large for the weights
+    /// to lose anything.
+    #[serde(default, skip_serializing_if = "is_none_kept")]
+    pub columns: usize,
+}
+
+/// Whether every column is made of integers alone, which a spec need not say.
+fn is_none_kept(columns: &usize) -> bool {
+    *columns == 0
 }
 
 /// Ready tensors, such as those of another model.
@@ -246,6 +255,12 @@ impl<'a> Parameters<'a> {
                 "groups of a multiple of 32 that divides the row",
             ));
         }
+        if form.columns > input {
+            return Err(wrong(
+                format!("{} columns of {input}", form.columns),
+                "at most as many columns as there are",
+            ));
+        }
         let bytes = input / 8 * form.bits as usize;
         let groups = [output, input / form.group];
         let mut part = |part: &str, shape: &[usize], dtype: DType| -> Result<Tensor> {
@@ -269,6 +284,18 @@ impl<'a> Parameters<'a> {
             true => Some(part("minima", &groups, DType::F16)?),
             false => None,
         };
+        let index = match form.columns {
+            0 => None,
+            columns => Some(part("columns", &[columns], DType::U32)?),
+        };
+        let kept = match index {
+            Some(index) => {
+                let weights = [output, form.columns];
+                let weights = self.tensor(&format!("{name}.kept"), &weights, Init::Zeros)?;
+                Some(KeptColumns::new(index, weights, input)?)
+            }
+            None => None,
+        };
         let input_scale = match form.input_scale {
             true => Some(self.tensor(&format!("{name}.input_scale"), &[input], Init::Ones)?),
             false => None,
@@ -276,6 +303,7 @@ impl<'a> Parameters<'a> {
         Ok(Matrix::Quantised {
             weight: QuantisedMatrix::new(form.bits, form.group, codes, scales, minima)?,
             input_scale,
+            kept,
             dtype: self.source.dtype(),
         })
     }

@@ -46,7 +46,7 @@ mod tests;
 mod trace;
 
 pub use error::{Error, Result};
-pub use linear::{Linear, Matrix, Weight};
+pub use linear::{KeptColumns, Linear, Matrix, Weight};
 pub use mixing::Mixing;
 pub use recurrence::SelectiveScan;
 pub use signal::{Lens, Signal};

@@ -2,7 +2,8 @@
 
 use crate::{Error, Result};
 use lapidary_kernels::{
-    Activation, DType, QuantisedMatrix, Tensor, linear, linear_activation, quantised_linear,
+    Activation, DType, QuantisedMatrix, Tensor, activate, linear, linear_activation,
+    quantised_linear,
 };
 
 /// A matrix `[output, input]` as it is stored.
@@ -10,15 +11,75 @@ use lapidary_kernels::{
 pub enum Matrix {
     /// Numbers.
     Dense(Tensor),
-    /// Small integers with a scale for each group; `W = Q diag(r)`.
+    /// Small integers with a scale for each group; `W = Q diag(r)`, and in some columns `+ K`.
     Quantised {
         /// `Q`.
         weight: QuantisedMatrix,
         /// `r` `[input]`, which multiplies the input; none where it is all ones.
         input_scale: Option<Tensor>,
+        /// `K`, where some columns are numbers.
+        kept: Option<KeptColumns>,
         /// The type that the weights have once they are written out.
         dtype: DType,
     },
+}
+
+/// Columns of a quantised matrix that keep what integers would lose: few inputs that are many times as
+/// large as the others, and would be most of its error (Dettmers et al. 2022, LLM.int8, arXiv
+/// 2208.07339).
+#[derive(Clone, Debug)]
+pub struct KeptColumns {
+    /// Which, in rising order, `[columns]`.
+    index: Tensor,
+    /// What is added to each, `[output, columns]`.
+    weights: Tensor,
+}
+
+impl KeptColumns {
+    /// The columns `index` `[columns]` of a matrix with `input` of them, to which `weights` `[output,
+    /// columns]` are added.
+    ///
+    /// # Errors
+    /// When the indices do not rise or reach beyond the matrix, or there are not as many columns of
+    /// weights.
+    pub fn new(index: Tensor, weights: Tensor, input: usize) -> Result<Self> {
+        let columns = crate::error::tensor(index.to_vec1::<u32>())?;
+        let rising = columns.windows(2).all(|pair| pair.first() < pair.last());
+        if !rising || columns.last().is_some_and(|last| *last as usize >= input) {
+            return Err(Error::invalid(
+                "columns that are kept",
+                columns,
+                format!("in rising order and below {input}"),
+            ));
+        }
+        let (_, found) = crate::error::tensor(weights.dims2())?;
+        if found != columns.len() {
+            return Err(Error::invalid(
+                "weights of columns that are kept",
+                weights.dims(),
+                format!("[output, {}]", columns.len()),
+            ));
+        }
+        Ok(Self { index, weights })
+    }
+
+    /// How many.
+    fn count(&self) -> Result<usize> {
+        crate::error::tensor(self.index.dim(0))
+    }
+
+    /// `W + K` for `W` `[output, input]`.
+    fn added_to(&self, weight: &Tensor) -> Result<Tensor> {
+        crate::error::tensor(weight.index_add(&self.index, &self.weights, 1))
+    }
+
+    /// `x Kᵀ` for `x` `[.., input]`.
+    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        let last = x.rank().saturating_sub(1);
+        let x = crate::error::tensor(x.contiguous())?;
+        let x = crate::error::tensor(x.index_select(&self.index, last))?;
+        Ok(linear(&x, &self.weights, None)?)
+    }
 }
 
 impl Matrix {
@@ -43,11 +104,16 @@ impl Matrix {
             Self::Quantised {
                 weight,
                 input_scale,
+                kept,
                 dtype,
             } => {
                 let weight = weight.dequantised(*dtype)?;
-                match input_scale {
-                    Some(scale) => crate::error::tensor(weight.broadcast_mul(scale)),
+                let weight = match input_scale {
+                    Some(scale) => crate::error::tensor(weight.broadcast_mul(scale))?,
+                    None => weight,
+                };
+                match kept {
+                    Some(kept) => kept.added_to(&weight),
                     None => Ok(weight),
                 }
             }
@@ -60,18 +126,35 @@ impl Matrix {
             Self::Dense(weight) => linear_activation(x, weight, bias, f)?,
             Self::Quantised {
                 weight,
-                input_scale: Some(scale),
+                input_scale,
+                kept,
                 ..
             } => {
-                let x = crate::error::tensor(x.broadcast_mul(scale))?;
-                quantised_linear(&x, weight, bias, f)?
+                let scaled = match input_scale {
+                    Some(scale) => crate::error::tensor(x.broadcast_mul(scale))?,
+                    None => x.clone(),
+                };
+                match kept {
+                    None => quantised_linear(&scaled, weight, bias, f)?,
+                    Some(kept) => {
+                        let y = quantised_linear(&scaled, weight, bias, Activation::Identity)?;
+                        activate(&crate::error::tensor(y + kept.apply(x)?)?, f)?
+                    }
+                }
             }
-            Self::Quantised { weight, .. } => quantised_linear(x, weight, bias, f)?,
         })
     }
 
+    /// Numbers that an input row is multiplied with.
     fn elements(&self) -> Result<usize> {
-        Ok(self.dims()?.into_iter().product())
+        let [output, input] = self.dims()?;
+        let kept = match self {
+            Self::Quantised {
+                kept: Some(kept), ..
+            } => kept.count()?,
+            _ => 0,
+        };
+        Ok(output * (input + kept))
     }
 }
 

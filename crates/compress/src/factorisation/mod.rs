@@ -45,7 +45,7 @@ use lapidary_model::Model;
 use serde::{Deserialize, Serialize};
 
 use crate::error::engine;
-use crate::method::{Method, Schedule};
+use crate::method::{Effect, Method, Schedule};
 use crate::requirements::{Requirements, Statistic};
 use crate::selection::{Layer, Selection};
 use crate::{Calibration, Error, Result};
@@ -291,6 +291,7 @@ macro_rules! methods {
             summary: $summary,
             source: $source,
             schedule: Schedule::OneShot,
+            effect: Effect::Ranks,
             observes: false,
             requirements: |model, settings| {
                 Factorisation::$which.requirements(model, &settings.selection)

@@ -1,11 +1,10 @@
-//! What healing minimises: the task's loss, the distance from what the original says, and that of the
-//! residual stream behind each block from the original's.
+//! What a model learns while it heals.
 
-use lapidary_kernels::{D, DType, SoftmaxMask, Tensor, log_softmax};
-use lapidary_model::{Model, Output, Pass};
-use lapidary_signal::Trace;
+use lapidary_kernels::{D, SoftmaxMask, Tensor, log_softmax};
+use lapidary_model::{Model, Output};
 
-use super::{HealData, HealSettings};
+use super::hints::{self, Hints};
+use super::{HealData, HealSettings, number};
 use crate::calibration::forward;
 use crate::data::{Batch, real_rows};
 use crate::error::engine;
@@ -17,8 +16,8 @@ pub(super) struct Lesson<'a> {
     teacher: Option<&'a Model>,
     distil: f64,
     temperature: f64,
-    /// Weight of the streams behind each block.
-    streams: f64,
+    /// The weight of hints, and the blocks that give them.
+    hints: Option<(f64, Hints)>,
 }
 
 impl<'a> Lesson<'a> {
@@ -38,9 +37,17 @@ impl<'a> Lesson<'a> {
                 "given, or the weight of distillation 0",
             ));
         }
-        if settings.streams > 0.0 {
-            check_streams(model, data.teacher)?;
-        }
+        let hints = match (settings.hints > 0.0, data.teacher) {
+            (false, _) => None,
+            (true, Some(teacher)) => Some((settings.hints, Hints::new(model, teacher)?)),
+            (true, None) => {
+                return Err(Error::invalid(
+                    "the original, whose residual stream is to be learned",
+                    "absent",
+                    "given, or the weight of hints 0",
+                ));
+            }
+        };
         if objective == Objective::Representation && settings.distil < 1.0 {
             return Err(Error::invalid(
                 "weight of distillation",
@@ -54,22 +61,19 @@ impl<'a> Lesson<'a> {
             teacher: data.teacher,
             distil: settings.distil,
             temperature: settings.temperature,
-            streams: settings.streams,
+            hints,
         })
     }
 
     /// The mean loss of a batch's examples.
     pub(super) fn loss(&self, model: &Model, batch: &Batch<'_>) -> Result<Tensor> {
-        let (output, streams) = self.forward(model, batch)?;
-        let taught = self.distil > 0.0 || self.streams > 0.0;
-        let teacher = match self.teacher.filter(|_| taught) {
-            Some(teacher) => Some(self.forward(teacher, batch)?),
-            None => None,
+        let (output, streams) = match &self.hints {
+            Some((_, hints)) => hints.student(model, batch)?,
+            None => (forward(model, batch, None)?, Vec::new()),
         };
-        let learned = match &teacher {
-            Some((teacher, _)) if self.distil > 0.0 => {
-                Some(self.distance(&output, teacher, batch)?)
-            }
+        let taught = self.taught(batch)?;
+        let learned = match &taught {
+            Some((said, _)) if self.distil > 0.0 => Some(self.distance(&output, said, batch)?),
             _ => None,
         };
         let task =
@@ -82,33 +86,25 @@ impl<'a> Lesson<'a> {
                 engine(task + engine(learned.affine(self.distil, 0.0))?)?
             }
         };
-        match teacher {
-            Some((_, wanted)) if self.streams > 0.0 => {
-                let apart = streams_apart(&streams, &wanted, batch)?;
-                engine(loss + engine(apart.affine(self.streams, 0.0))?)
+        match (&self.hints, &taught) {
+            (Some((weight, _)), Some((_, wanted))) => {
+                let hints = hints::distance(&streams, wanted)?;
+                engine(loss + engine(hints.affine(*weight, 0.0))?)
             }
             _ => Ok(loss),
         }
     }
 
-    /// What a model says of a batch, and the streams behind its blocks where they are compared.
-    fn forward(&self, model: &Model, batch: &Batch<'_>) -> Result<(Output, Vec<Tensor>)> {
-        if self.streams <= 0.0 {
-            return Ok((forward(model, batch, None)?, Vec::new()));
+    /// What the original says of a batch and after its blocks, where either is learned.
+    fn taught(&self, batch: &Batch<'_>) -> Result<Option<(Output, Vec<Tensor>)>> {
+        let Some(teacher) = self.teacher else {
+            return Ok(None);
+        };
+        match &self.hints {
+            Some((_, hints)) => hints.teacher(teacher, batch).map(Some),
+            None if self.distil > 0.0 => Ok(Some((forward(teacher, batch, None)?, Vec::new()))),
+            None => Ok(None),
         }
-        let trace = Trace::new().capture("blocks.*.out")?;
-        let output = model.forward(
-            &batch.input,
-            Pass {
-                padding: batch.padding.as_ref(),
-                trace: Some(&trace),
-                ..Pass::default()
-            },
-        )?;
-        let blocks = 0..model.spec().expanded_blocks().len();
-        let streams =
-            blocks.map(|block| Ok(trace.signal(&format!("blocks.{block}.out"))?.into_value()));
-        Ok((output, streams.collect::<Result<_>>()?))
     }
 
     /// How far predictions are from the original's, or hidden vectors where nothing is predicted.
@@ -147,46 +143,6 @@ impl<'a> Lesson<'a> {
     }
 }
 
-/// Refuses models whose streams cannot be compared block by block.
-fn check_streams(model: &Model, teacher: Option<&Model>) -> Result<()> {
-    let shape = |model: &Model| (model.spec().expanded_blocks().len(), model.spec().width);
-    let (blocks, width) = shape(model);
-    match teacher.map(shape) {
-        Some(found) if found == (blocks, width) => Ok(()),
-        found => Err(Error::invalid(
-            "the original, whose streams are to be learned",
-            found.map_or("absent".to_owned(), |(blocks, width)| {
-                format!("one of {blocks} blocks and width {width}")
-            }),
-            format!(
-                "one of {blocks} blocks and width {width}, as the compressed model; or the weight of \
-                 streams 0"
-            ),
-        )),
-    }
-}
-
-/// The mean over blocks of `‖Y − Y*‖² / ‖Y*‖²`, rows being the real tokens of a batch: of streams
-/// `[batch, length, width]` that are found and wanted.
-fn streams_apart(found: &[Tensor], wanted: &[Tensor], batch: &Batch<'_>) -> Result<Tensor> {
-    let rows = |x: &Tensor| engine(real_rows(x, batch.real.as_ref()));
-    let share = 1.0 / found.len().max(1) as f64;
-    let mut total: Option<Tensor> = None;
-    for (found, wanted) in found.iter().zip(wanted) {
-        let found = rows(found)?;
-        let wanted = engine(rows(&wanted.detach())?.to_dtype(found.dtype()))?;
-        alike(&found, &wanted)?;
-        let length = number(&engine(engine(wanted.sqr())?.sum_all())?)?;
-        let error = engine(engine(engine(found - wanted)?.sqr())?.sum_all())?;
-        let term = engine(error.affine(share / length.max(f64::MIN_POSITIVE), 0.0))?;
-        total = Some(match total {
-            Some(total) => engine(total + term)?,
-            None => term,
-        });
-    }
-    total.ok_or_else(|| Error::invalid("blocks whose streams are learned", 0, "at least 1"))
-}
-
 fn alike(found: &Tensor, wanted: &Tensor) -> Result<()> {
     match found.dims() == wanted.dims() {
         true => Ok(()),
@@ -196,9 +152,4 @@ fn alike(found: &Tensor, wanted: &Tensor) -> Result<()> {
             format!("{:?}, as the compressed model does", found.dims()),
         )),
     }
-}
-
-/// The number in a scalar.
-pub(crate) fn number(scalar: &Tensor) -> Result<f64> {
-    engine(engine(scalar.detach().to_dtype(DType::F64))?.to_scalar::<f64>())
 }

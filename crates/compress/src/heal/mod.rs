@@ -6,17 +6,19 @@
 //! (1 − α) L_task + α T² KL(softmax(z_original / T) ‖ softmax(z / T))
 //! ```
 //!
-//! (Hinton et al. 2015, arXiv 1503.02531), and beside it, where wanted, how far the residual stream
-//! behind each block is from the original's. Whatever shape the compression left is trained: factors,
+//! (Hinton et al. 2015, arXiv 1503.02531), and where wanted `β` times how far the residual stream is from
+//! the original's ([`HealSettings::hints`]). Whatever shape the compression left is trained: factors,
 //! narrower parts, fewer blocks. Weights that are exactly zero, which pruning leaves, stay zero, or change
-//! places ([`regrowth`]). What comes out is the best of what was validated on the way, the unhealed model
-//! included.
+//! places ([`regrowth`]). A model that is to be rounded after may be trained as it will be then
+//! ([`HealSettings::rounding`]). What comes out is the best of what was validated on the way, the unhealed
+//! model included.
 
+mod hints;
 mod lesson;
 mod regrowth;
+mod rounded;
 mod rounds;
 
-pub(crate) use lesson::number;
 pub use rounds::{PruneAndHeal, cubic_sparsity, prune_and_heal};
 
 use std::collections::BTreeMap;
@@ -29,12 +31,12 @@ use lapidary_train::{Decay, Generator, Masks, Schedule, UpdateOptions, Updates, 
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
-use lesson::Lesson;
-use regrowth::Regrowth;
-
 use crate::data::Batch;
 use crate::error::engine;
-use crate::{CalibrationData, Error, Example, Layer, Objective, Result};
+use crate::{CalibrationData, Error, Example, Layer, Objective, Result, RoundingGoal};
+use lesson::Lesson;
+use regrowth::Regrowth;
+use rounded::SeenRounded;
 
 /// How a compressed model is trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,10 +54,14 @@ pub struct HealSettings {
     pub distil: f64,
     /// `T`: the temperature of both predictions.
     pub temperature: f64,
-    /// `β`, at least 0: the loss has `β` times the mean over blocks of `‖Y − Y*‖² / ‖Y*‖²` added, `Y` the
-    /// residual stream behind a block and `Y*` the original's. For models of as many blocks and as wide a
-    /// stream.
-    pub streams: f64,
+    /// `β`: the weight of the mean relative squared error of the residual stream after each block, beside
+    /// the rest of the loss; the original's streams are not run for 0.
+    #[serde(default)]
+    pub hints: f64,
+    /// What the model is to be rounded to after: passes see its weights so, and what comes out are the
+    /// weights that are best once they are rounded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rounding: Option<RoundingGoal>,
     /// Steps between validations; a tenth of the steps when 0.
     pub every: u64,
     /// Validations without a new best after which training stops; never when 0.
@@ -82,7 +88,8 @@ impl Default for HealSettings {
             batch: 8,
             distil: 0.0,
             temperature: 1.0,
-            streams: 0.0,
+            hints: 0.0,
+            rounding: None,
             every: 0,
             patience: 5,
             keep_zeros: true,
@@ -114,8 +121,8 @@ impl HealSettings {
         if !(self.temperature > 0.0 && self.temperature.is_finite()) {
             return wrong("temperature", self.temperature.to_string(), "above 0");
         }
-        if !(self.streams >= 0.0 && self.streams.is_finite()) {
-            return wrong("weight of streams", self.streams.to_string(), "at least 0");
+        if !(self.hints >= 0.0 && self.hints.is_finite()) {
+            return wrong("weight of hints", self.hints.to_string(), "at least 0");
         }
         if !(0.0..1.0).contains(&self.regrow) {
             let expected = "at least 0 and below 1";
@@ -147,6 +154,10 @@ pub struct HealReport {
     pub objective: Objective,
     /// The weight of the original's predictions.
     pub distil: f64,
+    /// The weight of the original's residual stream.
+    pub hints: f64,
+    /// Bits of the weights that it was trained to be rounded to.
+    pub bits: Option<u32>,
     /// Steps done.
     pub steps: u64,
     /// Steps after which the model was best, which is what came out; 0 when it was best unhealed.
@@ -195,8 +206,9 @@ pub struct HealReport {
 /// ```
 ///
 /// # Errors
-/// When the data does not fit the model, a model without a task has no teacher, the loss or its
-/// gradient is not finite, or the model is neither in floating point nor on the CPU.
+/// When the data does not fit the model, a model without a task has no teacher, hints are asked for and
+/// the teacher's stream has another width, the loss or its gradient is not finite, or the model is
+/// neither in floating point nor on the CPU.
 pub fn heal(
     model: &Model,
     data: &HealData<'_>,
@@ -214,6 +226,15 @@ pub fn heal(
     let started = Instant::now();
     let lesson = Lesson::of(model, data, settings)?;
     let student = Model::trainable(model.spec().clone(), &mut trained(model)?)?;
+    let goal = settings.rounding.as_ref();
+    let seen = goal.map(|goal| SeenRounded::new(goal, model)).transpose()?;
+    // The student as passes see it.
+    let rounded = || seen.as_ref().map(|seen| seen.model(&student)).transpose();
+    let validate = || -> Result<f64> {
+        let rounded = rounded()?;
+        let acting = rounded.as_ref().unwrap_or(&student);
+        lesson.mean(acting, data.validation, settings.batch)
+    };
     let mut updates = Updates::new(
         &student,
         &UpdateOptions {
@@ -244,7 +265,7 @@ pub fn heal(
     let mut order = Order::new(data.training, settings.seed);
     let mut best = Best {
         step: 0,
-        loss: lesson.mean(&student, data.validation, settings.batch)?,
+        loss: validate()?,
         parameters: None,
         since: 0,
     };
@@ -254,7 +275,8 @@ pub fn heal(
     for step in 1..=settings.steps {
         let examples = order.next(settings.batch);
         let batch = Batch::new(&examples, &student.device())?;
-        let value = lesson.loss(&student, &batch)?;
+        let rounded = rounded()?;
+        let value = lesson.loss(rounded.as_ref().unwrap_or(&student), &batch)?;
         let loss = number(&value)?;
         if !loss.is_finite() {
             return Err(Error::NotFinite {
@@ -272,7 +294,7 @@ pub fn heal(
         training.push((step, loss));
         progress(step, loss);
         if step.is_multiple_of(every) || step == settings.steps {
-            let loss = lesson.mean(&student, data.validation, settings.batch)?;
+            let loss = validate()?;
             validation.push((step, loss));
             best.see(step, loss, || Ok(updates.parameters()?))?;
             if settings.patience > 0 && best.since >= settings.patience {
@@ -283,6 +305,8 @@ pub fn heal(
     let report = HealReport {
         objective: lesson.objective,
         distil: settings.distil,
+        hints: settings.hints,
+        bits: goal.map(|goal| goal.quantise.bits),
         steps: training.len() as u64,
         best: best.step,
         before,
@@ -409,4 +433,9 @@ impl<'a> Order<'a> {
         }
         drawn
     }
+}
+
+/// The number in a scalar.
+pub(crate) fn number(scalar: &Tensor) -> Result<f64> {
+    engine(engine(scalar.detach().to_dtype(DType::F64))?.to_scalar::<f64>())
 }

@@ -17,7 +17,7 @@ use lapidary_parts::block::BlockSpec;
 
 use crate::edit::Edit;
 use crate::error::engine;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::block_influence::{least, removable};
 use crate::observe::observe;
 use crate::plan::{Budget, Change, ModulePlan, Plan};
@@ -30,6 +30,7 @@ pub(crate) const ATTENTION_COSINE: Method = Method {
     summary: "Leaves out the attention that turns the stream least; feed-forward parts stay",
     source: "He et al. 2024, arXiv 2406.15786",
     schedule: Schedule::OneShot,
+    effect: Effect::Depth,
     observes: true,
     requirements,
     plan,

@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use lapidary_model::Model;
 
 use crate::edit::Edit;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
 use crate::requirements::{Requirements, Statistic};
@@ -25,6 +25,7 @@ pub(crate) const BLOCK_INFLUENCE: Method = Method {
     summary: "Leaves out the blocks that turn their input least (ShortGPT)",
     source: "Men et al. 2024, arXiv 2403.03853",
     schedule: Schedule::OneShot,
+    effect: Effect::Depth,
     observes: false,
     requirements,
     plan,

@@ -8,7 +8,7 @@ use lapidary_model::Model;
 
 use super::channels::{self, Unit};
 use crate::edit::Edit;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
 use crate::{Error, Requirements, Result};
@@ -19,6 +19,7 @@ pub(crate) const CHANNEL_MAGNITUDE: Method = Method {
     summary: "Takes out the feed-forward features of least weight",
     source: "Li et al. 2016, arXiv 1608.08710",
     schedule: Schedule::OneShot,
+    effect: Effect::Parts,
     observes: false,
     requirements,
     plan,

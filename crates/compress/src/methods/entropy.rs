@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use lapidary_model::Model;
 
 use crate::entropy::EntropyProfile;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::attention_cosine::{attention_plan, attentions, removed_of, without_attention};
 use crate::methods::block_influence::{least, plan_of, removable, removed_blocks, without_blocks};
 use crate::plan::{Budget, Change, Plan};
@@ -22,6 +22,7 @@ pub(crate) const ENTROPY_ATTENTION: Method = Method {
     summary: "Leaves out the attention that adds least entropy; feed-forward parts stay",
     source: "Yang et al. 2025, arXiv 2504.03794",
     schedule: Schedule::OneShot,
+    effect: Effect::Depth,
     observes: true,
     requirements: |model: &Model, _: &Settings| {
         attentions(model, ENTROPY_ATTENTION.name)?;
@@ -37,6 +38,7 @@ pub(crate) const ENTROPY_BLOCKS: Method = Method {
     summary: "Leaves out the blocks that add least entropy",
     source: "Yang et al. 2025, arXiv 2504.03794",
     schedule: Schedule::OneShot,
+    effect: Effect::Depth,
     observes: true,
     requirements: |model: &Model, _: &Settings| {
         removable(model, ENTROPY_BLOCKS.name)?;

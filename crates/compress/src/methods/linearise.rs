@@ -23,7 +23,7 @@ use lapidary_parts::norm::NormSpec;
 
 use crate::edit::Edit;
 use crate::error::engine;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::block_influence::{
     block_weights, least, plan_of, removable, removed_blocks, without_blocks,
 };
@@ -38,6 +38,7 @@ pub(crate) const LINEARISE: Method = Method {
     summary: "Replaces the most linear blocks by their least-squares maps",
     source: "Razzhigaev et al. 2024, arXiv 2405.12250",
     schedule: Schedule::OneShot,
+    effect: Effect::Depth,
     observes: true,
     requirements: |model: &Model, _: &Settings| {
         one_stream(model, LINEARISE.name)?;
@@ -62,6 +63,7 @@ pub(crate) const DELETE_LINEAR: Method = Method {
     summary: "Leaves out the most linear blocks",
     source: "Razzhigaev et al. 2024, arXiv 2405.12250",
     schedule: Schedule::OneShot,
+    effect: Effect::Depth,
     observes: true,
     requirements: |model: &Model, _: &Settings| {
         removable(model, DELETE_LINEAR.name)?;

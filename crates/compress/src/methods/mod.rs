@@ -19,7 +19,7 @@ pub mod slicing;
 pub use lorap::LorapSettings;
 pub use modegpt::ModegptSettings;
 pub use pruning::{MovementSettings, Pattern, PruneSettings, Scope};
-pub use quantise::QuantiseSettings;
+pub use quantise::{QuantiseSettings, RoundingGoal};
 
 use crate::factorisation::{
     ACTIVATION_WEIGHTED, FWSVD, GENERALISED_FISHER, ROW_COLUMN_FISHER, SVD, WHITENED,

@@ -20,7 +20,7 @@ use lapidary_parts::block::BlockSpec;
 
 use crate::data::{CalibrationData, Content};
 use crate::edit::Edit;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::attention_cosine::{removed_of, weights_below};
 use crate::methods::block_influence::removable;
 use crate::plan::{Budget, Change, ModulePlan, Plan};
@@ -34,6 +34,7 @@ pub(crate) const MAMBA_SHEDDER: Method = Method {
     summary: "Leaves out, greedily by perplexity, mixers and feed-forward parts",
     source: "Muñoz, Yuan & Jain 2025, arXiv 2501.17088",
     schedule: Schedule::Iterative,
+    effect: Effect::Depth,
     observes: true,
     requirements: |model: &Model, _: &Settings| requirements(MAMBA_SHEDDER.name, model, parts),
     plan: |task, budget| plan(MAMBA_SHEDDER.name, task, budget, parts),
@@ -46,6 +47,7 @@ pub(crate) const MAMBA_SHEDDER_SCAN: Method = Method {
     summary: "Leaves out, greedily by perplexity, the scans of selective recurrences",
     source: "Muñoz, Yuan & Jain 2025, arXiv 2501.17088",
     schedule: Schedule::Iterative,
+    effect: Effect::Depth,
     observes: true,
     requirements: |model: &Model, _: &Settings| requirements(MAMBA_SHEDDER_SCAN.name, model, scans),
     plan: |task, budget| plan(MAMBA_SHEDDER_SCAN.name, task, budget, scans),

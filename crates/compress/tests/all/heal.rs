@@ -3,6 +3,7 @@
 
 use crate::common;
 use crate::common::{DECODER, ENCODER, GATED, close, labelled, model, scores, values};
+use lapidary_compress::quality::block_errors;
 use lapidary_compress::{
     Budget, Calibration, CalibrationData, CalibrationOptions, Compressed, Fingerprint, HealData,
     HealReport, HealSettings, Method, PruneAndHeal, Settings, Task, cubic_sparsity, heal,
@@ -269,6 +270,59 @@ fn the_divergence_is_the_definitions() {
     close(&[found], &[temperature * temperature * mean], 1e-9);
 }
 
+/// Beside the rest of the loss stands `β` times the mean squared error of the stream.
+#[test]
+fn the_originals_stream_is_learned() {
+    let original = model(DECODER, 3);
+    let (training, validation) = (text(30, 1), text(10, 2));
+    let data = HealData {
+        training: &training,
+        validation: &validation,
+        teacher: Some(&original),
+    };
+    let pruned = cut(&original, &training, "magnitude", 0.5).model;
+    let before = |model: &Model, hints: f64| -> f64 {
+        let settings = HealSettings {
+            hints,
+            batch: 16,
+            ..steps(0)
+        };
+        heal(model, &data, &settings, |_, _| ()).unwrap().1.before
+    };
+    close(&[before(&original, 3.0)], &[before(&original, 0.0)], 1e-12);
+    let error = |model: &Model| -> f64 {
+        let errors = block_errors(&original, model, &validation, 16).unwrap();
+        errors.iter().map(|error| error * error).sum::<f64>() / errors.len() as f64
+    };
+    for weight in [1.0, 3.0] {
+        let found = before(&pruned, weight) - before(&pruned, 0.0);
+        close(&[found], &[weight * error(&pruned)], 1e-9);
+    }
+    let settings = HealSettings {
+        distil: 1.0,
+        hints: 100.0,
+        weight_decay: 0.0,
+        ..steps(60)
+    };
+    let (healed, report) = heal(&pruned, &data, &settings, |_, _| ()).unwrap();
+    assert!(report.after < 0.9 * report.before, "{report:?}");
+    assert!(error(&healed) < error(&pruned));
+    // Of a stream of another width nothing can be learned, nor without an original.
+    let narrow = cut(&original, &training, "coordinate-magnitude", 0.5).model;
+    let refused = heal(&narrow, &data, &settings, |_, _| ()).unwrap_err();
+    assert!(refused.to_string().contains("width"), "{refused}");
+    let alone = HealData {
+        teacher: None,
+        ..data
+    };
+    let settings = HealSettings {
+        hints: 1.0,
+        ..steps(1)
+    };
+    let refused = heal(&pruned, &alone, &settings, |_, _| ()).unwrap_err();
+    assert!(refused.to_string().contains("absent"), "{refused}");
+}
+
 #[test]
 fn classifiers_and_models_without_a_task_heal() {
     let encoder = model(ENCODER, 1);
@@ -361,6 +415,21 @@ fn settings_that_mean_nothing_are_refused_in_words() {
                 ..steps(1)
             },
             "temperature",
+        ),
+        (
+            HealSettings {
+                hints: -1.0,
+                ..steps(1)
+            },
+            "hints",
+        ),
+        // No row of this model is a whole group.
+        (
+            HealSettings {
+                rounding: Method::find("int4").unwrap().rounding(&Settings::default()),
+                ..steps(1)
+            },
+            "whole groups",
         ),
         (
             HealSettings {

@@ -1,5 +1,6 @@
 //! Integration tests of the methods of compression; one program, since linking each alone costs more than it tells.
 
+mod activations;
 mod automatic;
 mod block_influence;
 mod common;
@@ -11,6 +12,7 @@ mod factorise;
 mod fisher;
 mod fuse;
 mod heal;
+mod interactions;
 mod linearise;
 mod lorap;
 mod modegpt;
@@ -25,3 +27,4 @@ mod replace_me;
 mod shedder;
 mod slicing;
 mod trained;
+mod vision;

@@ -353,9 +353,9 @@ fn streams_are_learned_by_their_squared_relative_errors() {
         validation: &validation,
         teacher: Some(&original),
     };
-    let healed = |streams: f64| {
+    let healed = |hints: f64| {
         let settings = HealSettings {
-            streams,
+            hints,
             // One batch of the validation examples.
             batch: 10,
             ..healing()
@@ -372,29 +372,6 @@ fn streams_are_learned_by_their_squared_relative_errors() {
     assert!((term / expected - 1.0).abs() < 1e-9, "{term} {expected}");
     assert!(error(&taught) < error(&pruned.model));
     assert!(error(&taught) < error(&plain));
-}
-
-#[test]
-fn streams_need_an_original_of_as_many_blocks() {
-    let (original, data) = (model(DECODER, 3), text(10, 1));
-    let shallow = cut(&original, &data, "delete-linear", 0.5, &Settings::default()).unwrap();
-    let settings = HealSettings {
-        streams: 1.0,
-        ..healing()
-    };
-    for (teacher, words) in [(None, "absent"), (Some(&original), "2 blocks")] {
-        let lesson = HealData {
-            training: &data,
-            validation: &data,
-            teacher,
-        };
-        let error = heal(&shallow.model, &lesson, &settings, |_, _| ()).err();
-        let error = error.unwrap().to_string();
-        assert!(
-            error.contains(words) && error.contains("1 blocks"),
-            "{error}"
-        );
-    }
 }
 
 #[test]

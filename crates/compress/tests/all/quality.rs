@@ -3,9 +3,10 @@
 
 use crate::common::{DECODER, all, close, labelled, model, scores, windows};
 use lapidary_compress::quality::{
-    Window, accuracy, agreement, ensemble_perplexity, likeness, perplexity, sliding_windows,
+    Window, accuracy, agreement, block_errors, block_errors_after, ensemble_perplexity, likeness,
+    perplexity, sliding_windows,
 };
-use lapidary_compress::{Content, Target};
+use lapidary_compress::{Content, Recipe, Settings, Target};
 use lapidary_kernels::{Device, Tensor};
 use lapidary_model::{Input, Pass};
 
@@ -244,4 +245,35 @@ fn likeness_is_that_of_the_hidden_vectors_token_by_token() {
         close(&[same.cosine], &[1.0], 1e-12);
         assert_eq!(same.relative_error, 0.0);
     }
+}
+
+/// Blocks that are left are compared with those that they were.
+#[test]
+fn streams_are_compared_block_by_block_with_what_was_there() {
+    let spec = DECODER.replace("repeat = 2", "repeat = 4");
+    let (whole, data) = (model(&spec, 4), windows(6, 3));
+    assert_eq!(block_errors(&whole, &whole, &data, 4).unwrap(), [0.0; 4]);
+    let done = Recipe::of("block-influence", "0.25")
+        .unwrap()
+        .run(&whole, Some(&data), &Settings::default())
+        .unwrap();
+    let compressed = &done[0].compressed;
+    let left = compressed.report.blocks_left(&[0, 1, 2, 3]);
+    assert_eq!(left.len(), 3);
+    let gone = (0..4).find(|block| !left.contains(block)).unwrap();
+    let errors = block_errors_after(&whole, &compressed.model, &left, &data, 4).unwrap();
+    for (block, error) in left.iter().zip(&errors) {
+        // Before the first that is gone nothing has changed.
+        assert_eq!(*error == 0.0, *block < gone, "{block} of {left:?}: {error}");
+    }
+    // By number alone there are too few, and a block that is not there says nothing.
+    let other = &compressed.model;
+    assert!(block_errors(&whole, other, &data, 4).unwrap().is_empty());
+    assert!(
+        block_errors_after(&whole, other, &[0, 1, 4], &data, 4)
+            .unwrap()
+            .is_empty()
+    );
+    // A second stage counts from what the first one left.
+    assert_eq!(compressed.report.blocks_left(&[7, 8, 9, 10]).len(), 3);
 }

@@ -5,7 +5,8 @@ use crate::common;
 use crate::common::{altered, close, distance, model, scores, windows};
 use lapidary_compress::{
     Budget, Calibration, CalibrationData, CalibrationOptions, Change, Compressed, Fingerprint,
-    Method, QuantiseSettings, Recipe, Settings, Size, Statistic, Task, export_dense,
+    HealData, HealSettings, Method, QuantiseSettings, Recipe, Settings, Size, Statistic, Task,
+    export_dense, heal,
 };
 use lapidary_kernels::DType;
 use lapidary_model::{Model, OpenOptions, Package};
@@ -271,6 +272,51 @@ fn gradients_pass_through_and_integers_stay() {
     let gradient = gradients.get(first.as_tensor()).unwrap();
     let size = gradient.abs().unwrap().max_all().unwrap();
     assert!(size.to_scalar::<f64>().unwrap() > 0.0);
+}
+
+/// What is validated is the model as it is rounded after, and rounding takes nothing from the gradient.
+#[test]
+fn healing_for_a_rounding_sees_what_it_gives() {
+    let (model, data) = (model(GATED, 3), windows(12, 7));
+    let learned = HealData {
+        training: &data,
+        validation: &data,
+        teacher: Some(&model),
+    };
+    let distil = HealSettings {
+        steps: 0,
+        distil: 1.0,
+        weight_decay: 0.0,
+        ..HealSettings::default()
+    };
+    for name in ["int4", "int8"] {
+        let settings = Settings::default();
+        let heal_for = |steps: u64| {
+            let told = HealSettings {
+                steps,
+                rate: 3e-3,
+                rounding: Method::find(name).unwrap().rounding(&settings),
+                ..distil.clone()
+            };
+            heal(&model, &learned, &told, |_, _| ()).unwrap()
+        };
+        let loss_of_rounded = |model: &Model| {
+            let dense = export_dense(&rounded(model, name, &settings).model).unwrap();
+            heal(&dense, &learned, &distil, |_, _| ()).unwrap().1.before
+        };
+        let (healed, report) = heal_for(40);
+        close(&[report.before], &[loss_of_rounded(&model)], 1e-9);
+        close(&[report.after], &[loss_of_rounded(&healed)], 1e-9);
+        assert_eq!(report.bits, Some(if name == "int4" { 4 } else { 8 }));
+        assert!(report.after < report.before, "{report:?}");
+        // It is still made of numbers, which are not those of the grid.
+        assert!(healed.spec().quantised.is_empty());
+        let query = "blocks.0.attention.query.weight";
+        let [before, after] = [&model, &healed].map(|m| common::values(&m.parameters()[query]));
+        assert_ne!(before, after);
+        let grid = export_dense(&rounded(&healed, name, &settings).model).unwrap();
+        assert_ne!(common::values(&grid.parameters()[query]), after);
+    }
 }
 
 #[test]

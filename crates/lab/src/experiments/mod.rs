@@ -11,6 +11,7 @@ pub mod clip;
 pub mod clustering;
 pub mod combiner;
 pub mod compression_survey;
+mod compression_vision;
 pub mod contextual;
 pub mod curvature;
 pub mod decoder;

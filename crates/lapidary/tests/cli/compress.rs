@@ -269,3 +269,101 @@ fn inspects_linearity_and_cuts_depth() {
         assert!(again.is_object());
     }
 }
+
+#[test]
+fn methods_are_put_in_order_and_the_result_is_measured_with_rounded_activations() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("cut");
+    let page = directory.path().join("page.html");
+    let arguments = [
+        "compress",
+        "embedded",
+        "--method",
+        "int8+block-influence",
+        "--ratio",
+        "0.2",
+        "--windows",
+        "4",
+        "--window",
+        "32",
+        "--out",
+        out.to_str().unwrap(),
+    ];
+    refused(
+        &arguments,
+        &["--reorder", "block-influence+int8", "not cut"],
+    );
+    let more = [
+        "--reorder",
+        "--heal",
+        "2",
+        "--hints",
+        "0.5",
+        "--heal-rounded",
+        "--activations",
+        "per-tensor",
+        "--set",
+        "quantise.outliers=6",
+        "--html",
+        page.to_str().unwrap(),
+        "--json",
+    ];
+    let report = json(&[&arguments[..], &more].concat());
+    assert_eq!(report["methods"], "block-influence+int8");
+    assert_eq!(report["better_order"]["taken"], true);
+    assert_eq!(report["healing"]["hints"], 0.5);
+    assert_eq!(report["healing"]["bits"], 8);
+    let activations = &report["activations"];
+    assert_eq!(activations["range"], "per-tensor");
+    assert_eq!(activations["bits"], 8);
+    assert!(activations["inputs"].as_u64() > activations["kept"].as_u64());
+    assert!(activations["perplexity"]["value"].as_f64().unwrap() > 1.0);
+    assert!(activations["agreement"]["top1"].as_f64().unwrap() > 0.0);
+    let written = std::fs::metadata(out.join("model.safetensors"))
+        .unwrap()
+        .len();
+    assert_eq!(report["bytes_on_disk"]["after"].as_u64(), Some(written));
+    assert!(report["bytes_on_disk"]["before"].is_null());
+    // A pass holds something beside the parameters.
+    for side in ["before", "after"] {
+        let memory = report[side]["memory"].as_u64().unwrap();
+        assert!(memory > report[side]["size"]["bytes"].as_u64().unwrap());
+    }
+    let page = std::fs::read_to_string(&page).unwrap();
+    for words in [
+        "put as block-influence+int8",
+        "8 bits per-tensor",
+        "on disk",
+    ] {
+        assert!(page.contains(words), "{words}");
+    }
+}
+
+#[test]
+fn a_comparison_says_what_each_method_needs_and_holds() {
+    let found = json(&[
+        "compress",
+        "embedded",
+        "--compare",
+        "svd,first-order,int8",
+        "--ratio",
+        "0.3",
+        "--windows",
+        "2",
+        "--window",
+        "16",
+        "--json",
+    ]);
+    let rows = found["rows"].as_array().unwrap();
+    let needs: Vec<&str> = rows
+        .iter()
+        .filter_map(|row| row["needs"].as_str())
+        .collect();
+    assert_eq!(needs, ["nothing", "gradients", "nothing"]);
+    assert!(
+        rows.iter().all(|row| row["memory"].as_u64() > Some(0)),
+        "{rows:?}"
+    );
+    let columns = found["tables"][0]["columns"].as_array().unwrap();
+    assert_eq!(columns.len(), 13);
+}

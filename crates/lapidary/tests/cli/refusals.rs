@@ -96,7 +96,7 @@ fn wrong_input_gets_one_sentence() {
     for (more, words) in [
         (&["--heal-rate", "0.1"][..], "--heal"),
         (&["--regrow", "0.3"], "--heal"),
-        (&["--distil-streams", "1"], "--heal"),
+        (&["--hints", "1"], "--heal"),
         (
             &["--heal", "1", "--regrow", "0.3", "--pattern", "2:4"],
             "--pattern",

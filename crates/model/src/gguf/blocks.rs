@@ -44,93 +44,154 @@ impl Kind {
 
     /// The type with the same form as a quantised matrix, if there is one.
     fn like(form: &Quantisation) -> Option<Self> {
-        match (form.bits, form.minima, form.input_scale) {
-            (4, false, false) => Some(Self::Q4_0),
-            (4, true, false) => Some(Self::Q4_1),
-            (8, false, false) => Some(Self::Q8_0),
+        if form.input_scale || form.columns > 0 {
+            return None;
+        }
+        match (form.bits, form.minima) {
+            (4, false) => Some(Self::Q4_0),
+            (4, true) => Some(Self::Q4_1),
+            (8, false) => Some(Self::Q8_0),
             _ => None,
         }
     }
 }
 
-/// A tensor in its bytes.
-pub(super) struct Stored {
+/// How a tensor is stored, known before its bytes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Form {
     pub(super) kind: Kind,
     /// `[output, input]` or `[width]`.
     pub(super) dims: Vec<usize>,
-    pub(super) bytes: Vec<u8>,
     /// Whether it was quantised in a form that no type has.
     pub(super) written_out: bool,
 }
 
-impl Stored {
-    /// The parameters of `named`, one after another along the first dimension.
+impl Form {
+    /// That of the parameters of `named`, one after another along the first dimension.
     pub(super) fn of(model: &Model, named: &Named, float: GgufFloat) -> Result<Self> {
-        let forms: Vec<Option<&Quantisation>> = named
-            .parameters
-            .iter()
-            .map(|name| model.spec().quantised.get(name))
-            .collect();
+        let forms = forms(model, named);
+        let mut dims: Vec<usize> = Vec::new();
+        for (name, form) in named.parameters.iter().zip(&forms) {
+            let here = match form {
+                Some(form) => {
+                    let matrix = matrix(model, name, form)?;
+                    vec![matrix.output(), matrix.input()]
+                }
+                None => parameter(model, name)?.dims().to_vec(),
+            };
+            match dims.first_mut().zip(here.first()) {
+                Some((rows, more)) => *rows += more,
+                None => dims = here,
+            }
+        }
         let kind = match forms.first() {
             Some(Some(form)) if forms.iter().all(|other| *other == Some(form)) => Kind::like(form),
             _ => None,
         };
         if let Some(kind) = kind {
-            return quantised(model, named, kind);
+            return Ok(Self {
+                kind,
+                dims,
+                written_out: false,
+            });
         }
         let written_out = forms.iter().any(Option::is_some);
-        let mut rows = Vec::new();
-        for (name, form) in named.parameters.iter().zip(forms) {
-            let tensor = match form {
-                Some(form) => matrix(model, name, form)?.dequantised(DType::F32)?,
-                None => parameter(model, name)?
-                    .to_dtype(DType::F32)
-                    .map_err(engine)?,
-            };
-            let tensor = match (form, scale(model, name)) {
-                (Some(_), Some(scale)) => {
-                    let scale = scale.to_dtype(DType::F32).map_err(engine)?;
-                    tensor.broadcast_mul(&scale).map_err(engine)?
-                }
-                _ => tensor,
-            };
-            rows.push(tensor);
-        }
-        let whole = Tensor::cat(&rows, 0).map_err(engine)?;
-        let dims = whole.dims().to_vec();
-        let values = whole.flatten_all().and_then(|flat| flat.to_vec1::<f32>());
-        let values = values.map_err(engine)?;
         let half = dims.len() > 1 && (written_out || float == GgufFloat::F16);
-        let width = dims.get(1).copied().unwrap_or(1);
-        let order = named.order.rows(dims.first().copied().unwrap_or(0));
-        let ordered = order
-            .iter()
-            .flat_map(|row| values.get(row * width..(row + 1) * width).unwrap_or(&[]));
-        let bytes = match half {
-            true => ordered
-                .flat_map(|v| f16::from_f32(*v).to_le_bytes())
-                .collect(),
-            false => ordered.flat_map(|v| v.to_le_bytes()).collect(),
-        };
         Ok(Self {
             kind: if half { Kind::F16 } else { Kind::F32 },
             dims,
-            bytes,
             written_out,
         })
     }
+
+    /// Bytes of the tensor.
+    pub(super) fn bytes(&self) -> usize {
+        let count: usize = self.dims.iter().product();
+        match self.kind {
+            Kind::F32 => 4 * count,
+            Kind::F16 => 2 * count,
+            // A scale, perhaps a minimum, and half a byte or one for each of 32.
+            Kind::Q4_0 => count / BLOCK * 18,
+            Kind::Q4_1 => count / BLOCK * 20,
+            Kind::Q8_0 => count / BLOCK * 34,
+        }
+    }
+
+    /// The tensor in its bytes.
+    pub(super) fn write(&self, model: &Model, named: &Named) -> Result<Vec<u8>> {
+        match self.kind {
+            Kind::F32 | Kind::F16 => numbers(model, named, self),
+            kind => quantised(model, named, kind),
+        }
+    }
+}
+
+fn forms<'a>(model: &'a Model, named: &Named) -> Vec<Option<&'a Quantisation>> {
+    let forms = named.parameters.iter();
+    forms.map(|name| model.spec().quantised.get(name)).collect()
+}
+
+/// Numbers of single or half precision.
+fn numbers(model: &Model, named: &Named, form: &Form) -> Result<Vec<u8>> {
+    let mut rows = Vec::new();
+    for (name, form) in named.parameters.iter().zip(forms(model, named)) {
+        rows.push(match form {
+            Some(form) => written_out(model, name, form)?,
+            None => parameter(model, name)?
+                .to_dtype(DType::F32)
+                .map_err(engine)?,
+        });
+    }
+    let whole = match rows.as_slice() {
+        [one] => one.clone(),
+        several => Tensor::cat(several, 0).map_err(engine)?,
+    };
+    let values = whole.flatten_all().and_then(|flat| flat.to_vec1::<f32>());
+    let values = values.map_err(engine)?;
+    let width = form.dims.get(1).copied().unwrap_or(1);
+    let order = named
+        .order
+        .rows(form.dims.first().copied().unwrap_or_default());
+    let ordered = order
+        .iter()
+        .flat_map(|row| values.get(row * width..(row + 1) * width).unwrap_or(&[]));
+    let mut bytes = Vec::with_capacity(form.bytes());
+    match form.kind {
+        Kind::F16 => bytes.extend(ordered.flat_map(|v| f16::from_f32(*v).to_le_bytes())),
+        _ => bytes.extend(ordered.flat_map(|v| v.to_le_bytes())),
+    }
+    Ok(bytes)
+}
+
+/// A quantised matrix as numbers.
+fn written_out(model: &Model, name: &str, form: &Quantisation) -> Result<Tensor> {
+    let part = |part: &str| -> Result<Tensor> {
+        let part = parameter(model, &format!("{name}.{part}"))?;
+        part.to_dtype(DType::F32).map_err(engine)
+    };
+    let mut weight = matrix(model, name, form)?.dequantised(DType::F32)?;
+    if form.input_scale {
+        weight = weight
+            .broadcast_mul(&part("input_scale")?)
+            .map_err(engine)?;
+    }
+    if form.columns > 0 {
+        let index = parameter(model, &format!("{name}.columns"))?;
+        weight = weight
+            .index_add(&index, &part("kept")?, 1)
+            .map_err(engine)?;
+    }
+    Ok(weight)
 }
 
 /// Blocks of a scale, a minimum where there is one, and 32 integers, with the bits as they are.
-fn quantised(model: &Model, named: &Named, kind: Kind) -> Result<Stored> {
+fn quantised(model: &Model, named: &Named, kind: Kind) -> Result<Vec<u8>> {
     let mut rows: Vec<Vec<u8>> = Vec::new();
-    let mut width = 0;
     for name in &named.parameters {
         let Some(form) = model.spec().quantised.get(name) else {
             continue;
         };
         let matrix = matrix(model, name, form)?;
-        width = matrix.input();
         let codes = matrix.codes().to_vec2::<u8>().map_err(engine)?;
         let scales = matrix.scales().to_vec2::<f16>().map_err(engine)?;
         let minima = match matrix.minima() {
@@ -139,7 +200,7 @@ fn quantised(model: &Model, named: &Named, kind: Kind) -> Result<Stored> {
         };
         let bytes_per_block = BLOCK * form.bits as usize / 8;
         for (row, (codes, scales)) in codes.iter().zip(&scales).enumerate() {
-            let mut bytes = Vec::with_capacity(codes.len() + 4 * width / BLOCK);
+            let mut bytes = Vec::with_capacity(codes.len() + 4 * matrix.input() / BLOCK);
             for (block, codes) in codes.chunks_exact(bytes_per_block).enumerate() {
                 let group = block * BLOCK / form.group;
                 let at = |values: &[f16]| values.get(group).copied().unwrap_or(f16::ZERO);
@@ -157,17 +218,8 @@ fn quantised(model: &Model, named: &Named, kind: Kind) -> Result<Stored> {
         }
     }
     let order = named.order.rows(rows.len());
-    Ok(Stored {
-        kind,
-        dims: vec![rows.len(), width],
-        bytes: order
-            .iter()
-            .filter_map(|row| rows.get(*row))
-            .flatten()
-            .copied()
-            .collect(),
-        written_out: false,
-    })
+    let ordered = order.iter().filter_map(|row| rows.get(*row));
+    Ok(ordered.flatten().copied().collect())
 }
 
 impl Order {
@@ -196,13 +248,6 @@ fn parameter(model: &Model, name: &str) -> Result<Tensor> {
                 "a parameter of the model; factorised layers have to be multiplied out first";
             lapidary_parts::Error::spec(format!("parameter {name}"), "absent", expected).into()
         })
-}
-
-fn scale(model: &Model, name: &str) -> Option<Tensor> {
-    model
-        .parameters()
-        .get(&format!("{name}.input_scale"))
-        .cloned()
 }
 
 fn matrix(model: &Model, name: &str, form: &Quantisation) -> Result<QuantisedMatrix> {

@@ -1,6 +1,7 @@
-//! The bytes of a GGUF file (version 3): a header, entries, where each tensor lies, the tensors.
+//! The bytes of a GGUF file (version 3): a header, entries, where each tensor lies, the tensors. All
+//! but the tensors is known before the first of them is read.
 
-use super::blocks::Stored;
+use super::blocks::Form;
 
 /// Tensors start at multiples of this.
 const ALIGNMENT: usize = 32;
@@ -71,24 +72,24 @@ fn write_text(text: &str, into: &mut Vec<u8>) {
     into.extend(text.as_bytes());
 }
 
-/// A file to be.
+/// What stands before the tensors.
 #[derive(Default)]
-pub(super) struct File {
+pub(super) struct Header {
     entries: Vec<(String, Value)>,
-    tensors: Vec<(String, Stored)>,
+    tensors: Vec<(String, Form)>,
 }
 
-impl File {
+impl Header {
     pub(super) fn put(&mut self, key: impl Into<String>, value: Value) {
         self.entries.push((key.into(), value));
     }
 
-    pub(super) fn tensor(&mut self, name: String, stored: Stored) {
-        self.tensors.push((name, stored));
+    pub(super) fn tensor(&mut self, name: String, form: Form) {
+        self.tensors.push((name, form));
     }
 
-    /// The bytes, one part after another.
-    pub(super) fn finish(self) -> Vec<Vec<u8>> {
+    /// Its bytes, up to where the first tensor starts.
+    pub(super) fn finish(&self) -> Vec<u8> {
         let mut header = Vec::new();
         header.extend(b"GGUF");
         header.extend(3u32.to_le_bytes());
@@ -100,27 +101,23 @@ impl File {
             value.write(&mut header);
         }
         let mut offset = 0;
-        for (name, stored) in &self.tensors {
+        for (name, form) in &self.tensors {
             write_text(name, &mut header);
-            header.extend((stored.dims.len() as u32).to_le_bytes());
+            header.extend((form.dims.len() as u32).to_le_bytes());
             // The dimension that lies closest together comes first.
-            for dim in stored.dims.iter().rev() {
+            for dim in form.dims.iter().rev() {
                 header.extend((*dim as u64).to_le_bytes());
             }
-            header.extend(stored.kind.number().to_le_bytes());
+            header.extend(form.kind.number().to_le_bytes());
             header.extend((offset as u64).to_le_bytes());
-            offset += stored.bytes.len().next_multiple_of(ALIGNMENT);
+            offset += form.bytes().next_multiple_of(ALIGNMENT);
         }
         pad(&mut header);
-        let mut parts = vec![header];
-        for (_, mut stored) in self.tensors {
-            pad(&mut stored.bytes);
-            parts.push(stored.bytes);
-        }
-        parts
+        header
     }
 }
 
-fn pad(bytes: &mut Vec<u8>) {
+/// Zeros up to where the next tensor starts.
+pub(super) fn pad(bytes: &mut Vec<u8>) {
     bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
 }

@@ -15,8 +15,8 @@ use std::path::Path;
 
 use crate::files::{FileError, write_beside};
 use crate::{Error, Package, Result};
-use blocks::Stored;
-use format::{File, Value};
+use blocks::Form;
+use format::{Header, Value, pad};
 
 /// The type of matrices that are not quantised. Vectors are always `f32`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,7 +42,8 @@ pub struct GgufSummary {
     pub vocabulary: &'static str,
 }
 
-/// Writes the package's single model to `path`, which is replaced as a whole or not at all.
+/// Writes the package's single model to `path`, which is replaced as a whole or not at all. One tensor
+/// at a time is held in its bytes.
 ///
 /// # Errors
 /// When the model is one that GGUF has no words for, naming what, or the file cannot be written.
@@ -50,31 +51,44 @@ pub fn write_gguf(package: &Package, path: &Path, float: GgufFloat) -> Result<Gg
     let model = package.single_model()?;
     let described = architecture::describe(model)?;
     let (vocabulary, entries) = vocabulary::entries(package.tokenizer.as_ref(), model)?;
-    let mut file = File::default();
-    file.put("general.architecture", Value::text(described.name));
-    file.put("general.quantization_version", Value::U32(2));
+    let mut header = Header::default();
+    header.put("general.architecture", Value::text(described.name));
+    header.put("general.quantization_version", Value::U32(2));
     for (key, value) in described.entries.into_iter().chain(entries) {
-        file.put(key, value);
+        header.put(key, value);
     }
     let mut counts: Vec<(&'static str, usize)> = Vec::new();
     let mut written_out = 0;
+    let mut tensors = Vec::with_capacity(described.tensors.len());
     for named in described.tensors {
-        let stored = Stored::of(model, &named, float)?;
-        written_out += usize::from(stored.written_out);
-        let name = stored.kind.name();
+        let form = Form::of(model, &named, float)?;
+        written_out += usize::from(form.written_out);
+        let name = form.kind.name();
         match counts.iter_mut().find(|(known, _)| *known == name) {
             Some((_, count)) => *count += 1,
             None => counts.push((name, 1)),
         }
-        file.tensor(named.name, stored);
+        header.tensor(named.name.clone(), form.clone());
+        tensors.push((named, form));
     }
-    file.put("general.file_type", Value::U32(file_type(&counts)));
-    let bytes = file.finish();
+    header.put("general.file_type", Value::U32(file_type(&counts)));
     write_beside::<Error>(path, |writer| {
-        for part in &bytes {
+        let mut write = |bytes: &[u8]| {
             writer
-                .write_all(part)
-                .map_err(FileError::io("write", path))?;
+                .write_all(bytes)
+                .map_err(FileError::io("write", path))
+        };
+        write(&header.finish())?;
+        for (named, form) in &tensors {
+            let mut bytes = form.write(model, named)?;
+            if bytes.len() != form.bytes() {
+                // Everything after it would lie elsewhere than the header says.
+                let expected = format!("{} bytes, as its dimensions say", form.bytes());
+                let field = format!("tensor {}", named.name);
+                return Err(lapidary_parts::Error::spec(field, bytes.len(), expected).into());
+            }
+            pad(&mut bytes);
+            write(&bytes)?;
         }
         Ok(())
     })?;

@@ -257,6 +257,7 @@ fn integers_keep_their_bits_where_there_is_a_type_for_them() {
             group,
             minima,
             input_scale: scaled,
+            columns: 0,
         };
         spec.quantised.insert(path.to_owned(), form);
         let model = Model::new(spec, &mut parameters).unwrap();
@@ -280,6 +281,55 @@ fn integers_keep_their_bits_where_there_is_a_type_for_them() {
                 );
             }
         }
+    }
+}
+
+/// The query of the second block as integers that are all zero, and numbers in some columns.
+fn with_kept_columns(columns: &[u32]) -> Result<Model, String> {
+    let model = model(LLAMA);
+    let mut spec = model.spec().clone();
+    let mut parameters = model.parameters().clone();
+    let path = "blocks.1.attention.query.weight";
+    let scales = vec![f16::from_f32(0.01); 64 * 2];
+    let matrix = QuantisedMatrix::pack(8, 32, [64, 64], &[128; 64 * 64], scales, None).unwrap();
+    parameters.remove(path);
+    parameters.insert(format!("{path}.codes"), matrix.codes().clone());
+    parameters.insert(format!("{path}.scales"), matrix.scales().clone());
+    let index = Tensor::new(columns, &Device::Cpu).unwrap();
+    parameters.insert(format!("{path}.columns"), index);
+    let kept: Vec<f32> = (0..64 * columns.len()).map(|i| 0.25 * i as f32).collect();
+    let kept = Tensor::from_vec(kept, (64, columns.len()), &Device::Cpu).unwrap();
+    parameters.insert(format!("{path}.kept"), kept);
+    let form = Quantisation {
+        bits: 8,
+        group: 32,
+        minima: false,
+        input_scale: false,
+        columns: columns.len(),
+    };
+    spec.quantised.insert(path.to_owned(), form);
+    Model::new(spec, &mut parameters).map_err(|error| error.to_string())
+}
+
+#[test]
+fn columns_that_are_numbers_are_written_out_with_the_rest() {
+    let (file, summary) = written(with_kept_columns(&[3, 40]).unwrap(), GgufFloat::F32);
+    assert_eq!(summary.written_out, 1);
+    let (_, _, found) = &file.tensors["blk.1.attn_q.weight"];
+    for row in 0..64 {
+        let from = row / 16 * 16 + row % 16 / 2 + row % 2 * 8;
+        for column in 0..64 {
+            let expected = match column {
+                3 => 0.5 * from as f32,
+                40 => 0.5 * from as f32 + 0.25,
+                _ => 0.0,
+            };
+            assert_eq!(found[row * 64 + column], expected, "{row} {column}");
+        }
+    }
+    for wrong in [[40, 3], [3, 3], [3, 64]] {
+        let error = with_kept_columns(&wrong).err().unwrap();
+        assert!(error.contains("below 64"), "{error}");
     }
 }
 

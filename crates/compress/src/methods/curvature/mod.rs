@@ -28,7 +28,7 @@ use lapidary_model::Model;
 
 use crate::edit::{Edit, block_of};
 use crate::error::engine;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
 use crate::{Error, Requirements, Result, Selection};
@@ -39,6 +39,7 @@ pub(crate) const CURVATURE: Method = Method {
     summary: "Takes directions of least curvature out of feed-forward weights (K-FAC)",
     source: "Merullo et al. 2025, arXiv 2510.24256",
     schedule: Schedule::OneShot,
+    effect: Effect::Directions,
     observes: true,
     requirements,
     plan: |task, budget| plan(CURVATURE.name, task, budget),
@@ -51,6 +52,7 @@ pub(crate) const CURVATURE_RECTANGLE: Method = Method {
     summary: "The same, inputs and outputs truncated by themselves",
     source: "ablation of Merullo et al. 2025, arXiv 2510.24256",
     schedule: Schedule::OneShot,
+    effect: Effect::Directions,
     observes: true,
     requirements,
     plan: |task, budget| plan(CURVATURE_RECTANGLE.name, task, budget),

@@ -30,7 +30,7 @@ use self::influence::{first, influences};
 use self::stack::{Stack, alike, group};
 use self::tune::{Distances, Group, tune};
 pub use self::weights::Gate;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::block_influence::{block_weights, plan_of, removed_blocks, without_blocks};
 use crate::methods::linearise::one_stream;
 use crate::plan::{Budget, Change, ModulePlan, Plan};
@@ -44,6 +44,7 @@ pub(crate) const FUSEGPT: Method = Method {
     summary: "Leaves blocks out by macro influence; their neighbours learn to take them in",
     source: "Pei et al. 2024, arXiv 2411.14507",
     schedule: Schedule::Training,
+    effect: Effect::Depth,
     observes: true,
     requirements: |model: &Model, _: &Settings| fusible(model, FUSEGPT.name),
     plan: |task, budget| plan(FUSEGPT.name, task, budget, true),
@@ -56,6 +57,7 @@ pub(crate) const FUSE_LORA: Method = Method {
     summary: "FuseGPT's control: the neighbours of what goes are tuned without taking it in",
     source: "Pei et al. 2024, arXiv 2411.14507",
     schedule: Schedule::Training,
+    effect: Effect::Depth,
     observes: true,
     requirements: |model: &Model, _: &Settings| fusible(model, FUSE_LORA.name),
     plan: |task, budget| plan(FUSE_LORA.name, task, budget, false),
@@ -68,6 +70,7 @@ pub(crate) const MACRO_INFLUENCE: Method = Method {
     summary: "Leaves out, one after another, the blocks that turn the last hidden vectors least",
     source: "Pei et al. 2024, arXiv 2411.14507",
     schedule: Schedule::Iterative,
+    effect: Effect::Depth,
     observes: true,
     requirements: |model: &Model, _: &Settings| {
         one_stream(model, MACRO_INFLUENCE.name)?;

@@ -27,7 +27,7 @@ use lapidary_parts::block::BlockSpec;
 use super::channels::{self, Unit};
 use crate::edit::Edit;
 use crate::error::engine;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
 use crate::requirements::{Requirements, Statistic};
@@ -40,6 +40,7 @@ pub(crate) const LORAP: Method = Method {
     summary: "Low rank for attention, fewer feed-forward channels, by mean squared inputs (LoRAP)",
     source: "Li et al. 2024, arXiv 2404.09695",
     schedule: Schedule::LayerByLayer,
+    effect: Effect::Ranks,
     observes: true,
     requirements,
     plan,

@@ -32,7 +32,7 @@ use super::block_influence::{influences, similarity};
 use super::channels::{self, Unit};
 use crate::edit::Edit;
 use crate::error::engine;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
 use crate::requirements::{Requirements, Statistic};
@@ -45,6 +45,7 @@ pub(crate) const MODEGPT: Method = Method {
     summary: "Narrows feed-forward parts and heads by the second moments between matrices (MoDeGPT)",
     source: "Lin et al. 2024, arXiv 2408.09632",
     schedule: Schedule::OneShot,
+    effect: Effect::Parts,
     observes: false,
     requirements,
     plan,

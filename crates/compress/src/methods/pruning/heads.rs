@@ -19,7 +19,7 @@ use lapidary_parts::position::{KeptPairs, PositionSpec};
 use super::hidden::removed;
 use super::saliency;
 use crate::edit::Edit;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::channels;
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
@@ -32,6 +32,7 @@ pub(crate) const PRUNE_HEADS: Method = Method {
     summary: "Takes out the heads whose weights matter least to the loss",
     source: "Michel et al. 2019, arXiv 1905.10650",
     schedule: Schedule::OneShot,
+    effect: Effect::Parts,
     observes: false,
     requirements,
     plan,

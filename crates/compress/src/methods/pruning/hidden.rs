@@ -11,7 +11,7 @@ use lapidary_model::Model;
 use super::settings::{PruneSettings, Scope};
 use super::{cap, select};
 use crate::edit::Edit;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::channels::{self, Unit};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
@@ -24,6 +24,7 @@ pub(crate) const CHANNEL_GRADIENT: Method = Method {
     summary: "Takes out the feed-forward features whose weights matter least to the loss",
     source: "Molchanov et al. 2019, arXiv 1906.10771",
     schedule: Schedule::OneShot,
+    effect: Effect::Parts,
     observes: false,
     requirements,
     plan,

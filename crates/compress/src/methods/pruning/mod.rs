@@ -32,7 +32,7 @@ use lapidary_model::Model;
 
 use crate::edit::Edit;
 use crate::error::engine;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
 use crate::requirements::{Requirements, Statistic};
@@ -46,6 +46,7 @@ pub(crate) const MAGNITUDE: Method = Method {
     summary: "Sets the smallest weights to zero",
     source: "Han et al. 2015, arXiv 1506.02626",
     schedule: Schedule::OneShot,
+    effect: Effect::Weights,
     observes: false,
     requirements: |model, settings| requirements(Criterion::Magnitude, model, settings),
     plan: |task, budget| plan(MAGNITUDE.name, Criterion::Magnitude, task, budget),
@@ -58,6 +59,7 @@ pub(crate) const RANDOM_WEIGHTS: Method = Method {
     summary: "Sets weights to zero by chance: a baseline",
     source: "baseline",
     schedule: Schedule::OneShot,
+    effect: Effect::Weights,
     observes: false,
     requirements: |model, settings| requirements(Criterion::Random, model, settings),
     plan: |task, budget| plan(RANDOM_WEIGHTS.name, Criterion::Random, task, budget),
@@ -70,6 +72,7 @@ pub(crate) const FIRST_ORDER: Method = Method {
     summary: "Sets weights to zero whose loss changes least with them, to first order",
     source: "Molchanov et al. 2019, arXiv 1906.10771",
     schedule: Schedule::OneShot,
+    effect: Effect::Weights,
     observes: false,
     requirements: |model, settings| requirements(Criterion::FirstOrder, model, settings),
     plan: |task, budget| plan(FIRST_ORDER.name, Criterion::FirstOrder, task, budget),
@@ -82,6 +85,7 @@ pub(crate) const WANDA: Method = Method {
     summary: "Sets the smallest weights of each row to zero, in units of what they read (Wanda)",
     source: "Sun et al. 2023, arXiv 2306.11695",
     schedule: Schedule::OneShot,
+    effect: Effect::Weights,
     observes: false,
     requirements: |model, settings| requirements(Criterion::ActivationAware, model, settings),
     plan: |task, budget| plan(WANDA.name, Criterion::ActivationAware, task, budget),

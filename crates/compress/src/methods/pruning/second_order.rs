@@ -25,7 +25,7 @@ use lapidary_model::Model;
 use super::settings::{Pattern, PruneSettings, Scope};
 use super::{check_pattern, finished, matrices, pruned, rule, uniform};
 use crate::edit::{Edit, block_of};
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
 use crate::requirements::{Requirements, Statistic};
@@ -37,6 +37,7 @@ pub(crate) const SECOND_ORDER: Method = Method {
     summary: "Sets weights to zero and lets the others of their row make up for it (OBS, SparseGPT)",
     source: "Frantar & Alistarh 2023, arXiv 2301.00774",
     schedule: Schedule::LayerByLayer,
+    effect: Effect::Weights,
     observes: true,
     requirements,
     plan,

@@ -4,22 +4,30 @@
 //! layer each by itself, and leaves their number and the model's shape alone. So there is no budget,
 //! and rounding comes last: what is rounded is not cut any more. Symmetric groups of 32 are GGUF's
 //! `Q8_0` and `Q4_0` and those with minima its `Q4_1`, bit for bit in what they can say.
+//!
+//! Columns whose inputs are outliers may stay numbers (Dettmers et al. 2022, LLM.int8, arXiv
+//! 2208.07339): `W = Q + K` with `K` in those columns alone, which `Q` is rounded without, so that they
+//! are exact whatever the grid.
 
+mod goal;
 mod grid;
+pub(crate) mod kept;
 mod rounded;
 mod scaling;
 mod second_order;
+mod target;
+
+pub use goal::RoundingGoal;
 
 use std::collections::BTreeMap;
 
 use lapidary_factor::matrix_from_tensor;
-use lapidary_kernels::{DType, Device, QuantisedMatrix, Tensor};
+use lapidary_kernels::Tensor;
 use lapidary_model::Model;
-use lapidary_parts::parameters::Quantisation;
 
 use crate::edit::Edit;
 use crate::error::engine;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, LayerErrors, ModuleReport};
 use crate::selection::Layer;
@@ -27,6 +35,7 @@ use crate::{Error, Requirements, Result, Statistic};
 use grid::GridKind;
 use rounded::Rounded;
 use serde::{Deserialize, Serialize};
+use target::{Target, original, put};
 
 /// How weights are rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -42,6 +51,9 @@ pub struct QuantiseSettings {
     pub search: bool,
     /// What `gptq` adds to the diagonal of the second moment, as a share of its mean.
     pub damping: f64,
+    /// Inputs that come to this size or more somewhere in the calibration keep their column of the
+    /// weights as numbers; none for 0. LLM.int8 takes 6.
+    pub outliers: f64,
 }
 
 impl Default for QuantiseSettings {
@@ -52,6 +64,7 @@ impl Default for QuantiseSettings {
             minima: false,
             search: true,
             damping: 0.01,
+            outliers: 0.0,
         }
     }
 }
@@ -62,6 +75,7 @@ pub(crate) const INT8: Method = Method {
     summary: "Rounds weights to 8 bits, each to the nearest number of its group's grid",
     source: "Dettmers & Zettlemoyer 2023, arXiv 2212.09720; GGUF Q8_0",
     schedule: Schedule::OneShot,
+    effect: Effect::Storage,
     observes: false,
     requirements: |model, settings| Rounding::INT8.requirements(model, settings),
     plan: |task, budget| Rounding::INT8.plan(task, budget),
@@ -74,6 +88,7 @@ pub(crate) const INT4: Method = Method {
     summary: "Rounds weights to 4 bits, each to the nearest number of its group's grid",
     source: "Dettmers & Zettlemoyer 2023, arXiv 2212.09720; GGUF Q4_0, Q4_1",
     schedule: Schedule::OneShot,
+    effect: Effect::Storage,
     observes: false,
     requirements: |model, settings| Rounding::INT4.requirements(model, settings),
     plan: |task, budget| Rounding::INT4.plan(task, budget),
@@ -86,6 +101,7 @@ pub(crate) const AWQ: Method = Method {
     summary: "Rounds weights after columns with large inputs have been made large",
     source: "Lin et al. 2023, AWQ, arXiv 2306.00978",
     schedule: Schedule::OneShot,
+    effect: Effect::Storage,
     observes: false,
     requirements: |model, settings| Rounding::AWQ.requirements(model, settings),
     plan: |task, budget| Rounding::AWQ.plan(task, budget),
@@ -98,6 +114,7 @@ pub(crate) const GPTQ: Method = Method {
     summary: "Rounds weights column by column and makes each error good in the columns after it",
     source: "Frantar et al. 2022, GPTQ, arXiv 2210.17323",
     schedule: Schedule::OneShot,
+    effect: Effect::Storage,
     observes: false,
     requirements: |model, settings| Rounding::GPTQ.requirements(model, settings),
     plan: |task, budget| Rounding::GPTQ.plan(task, budget),
@@ -106,6 +123,13 @@ pub(crate) const GPTQ: Method = Method {
 
 /// The methods that change how weights are stored and not how many there are.
 pub(crate) const ROUNDING: [&Method; 4] = [&INT8, &INT4, &AWQ, &GPTQ];
+
+const ROUNDINGS: [Rounding; 4] = [
+    Rounding::INT8,
+    Rounding::INT4,
+    Rounding::AWQ,
+    Rounding::GPTQ,
+];
 
 /// What guides the rounding.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -120,46 +144,6 @@ struct Rounding {
     name: &'static str,
     guide: Guide,
     bits: Option<u32>,
-}
-
-/// A matrix of a layer: the layer's own, or one of two factors.
-struct Target {
-    /// The parameter.
-    name: String,
-    dims: [usize; 2],
-    /// The parameter that is applied before it, for a second factor.
-    after: Option<String>,
-}
-
-impl Target {
-    fn of(layer: &Layer) -> Vec<Self> {
-        let Layer {
-            path,
-            input,
-            output,
-            rank,
-            ..
-        } = layer;
-        match *rank {
-            None => vec![Self {
-                name: format!("{path}.weight"),
-                dims: [*output, *input],
-                after: None,
-            }],
-            Some(rank) => vec![
-                Self {
-                    name: format!("{path}.down"),
-                    dims: [rank, *input],
-                    after: None,
-                },
-                Self {
-                    name: format!("{path}.up"),
-                    dims: [*output, rank],
-                    after: Some(format!("{path}.down")),
-                },
-            ],
-        }
-    }
 }
 
 impl Rounding {
@@ -208,15 +192,18 @@ impl Rounding {
                 "4 or 8",
             ));
         }
+        let outliers = kept::threshold(&settings.quantise)?;
         let layers = self.layers(model, settings)?;
         let sites = layers.into_iter().map(|layer| layer.input_site);
         let statistics = sites.flat_map(|site| {
+            let peaks = outliers.map(|_| Statistic::InputPeaks { site: site.clone() });
             let moment = Statistic::Covariance { site: site.clone() };
-            match self.guide {
+            let guide = match self.guide {
                 Guide::Nearest => vec![],
                 Guide::SecondOrder => vec![moment],
                 Guide::Scaling => vec![moment, Statistic::InputMagnitudes { site }],
-            }
+            };
+            guide.into_iter().chain(peaks)
         });
         Ok(Requirements {
             statistics: statistics.collect(),
@@ -299,6 +286,7 @@ impl Rounding {
         edit: &mut Edit,
     ) -> Result<LayerErrors> {
         let settings = task.settings().quantise;
+        let outliers = self.outliers(task, layer, &settings)?;
         let kind = GridKind {
             bits,
             symmetric: !settings.minima,
@@ -318,27 +306,31 @@ impl Rounding {
             let weight = original(task.model, &name)?;
             let weights = engine(engine(weight.flatten_all())?.to_vec1::<f64>())?;
             let inputs = self.inputs(task, layer, before.as_ref())?;
+            // What flows between two factors was not looked at.
+            let columns: &[usize] = if after.is_none() { &outliers } else { &[] };
+            let without = kept::without(&weights, dims, columns);
             let (rounded, input_scale) = match &inputs {
-                None => (Rounded::to_nearest(kind, group, dims, &weights)?, None),
+                None => (Rounded::to_nearest(kind, group, dims, &without)?, None),
                 Some(Inputs {
                     moment,
                     magnitudes: None,
                 }) => {
-                    let moment = matrix_from_tensor("second moment", moment)?;
+                    let mut moment = matrix_from_tensor("second moment", moment)?;
+                    kept::detach(&mut moment, columns);
                     let damping = settings.damping;
                     let rounded =
-                        second_order::round(kind, group, dims, weights.clone(), &moment, damping)?;
+                        second_order::round(kind, group, dims, without, &moment, damping)?;
                     (rounded, None)
                 }
                 Some(Inputs {
                     moment,
                     magnitudes: Some(magnitudes),
                 }) => {
-                    let scaled = scaling::round(kind, group, dims, &weights, magnitudes, moment)?;
+                    let scaled = scaling::round(kind, group, dims, &without, magnitudes, moment)?;
                     (scaled.rounded, scaled.input_scale)
                 }
             };
-            let numbers = match &input_scale {
+            let mut numbers = match &input_scale {
                 None => rounded.numbers(),
                 Some(scale) => {
                     let columns = scale.iter().cycle();
@@ -350,12 +342,29 @@ impl Rounding {
                         .collect()
                 }
             };
+            let lost = kept::take_up(&weights, &mut numbers, dims, columns);
             let errors = relative_errors(dims, &weights, &numbers, inputs.as_ref())?;
             worst.weighted = worst.weighted.max(errors.weighted);
             worst.unweighted = worst.unweighted.max(errors.unweighted);
-            put(edit, &name, &rounded.pack()?, input_scale)?;
+            put(edit, &name, &rounded.pack()?, input_scale, columns, lost)?;
         }
         Ok(worst)
+    }
+
+    /// The inputs of a layer that are too large to be multiplied with integers, in rising order.
+    fn outliers(
+        self,
+        task: &Task<'_>,
+        layer: &Layer,
+        settings: &QuantiseSettings,
+    ) -> Result<Vec<usize>> {
+        let Some(threshold) = kept::threshold(settings)? else {
+            return Ok(Vec::new());
+        };
+        let site = layer.input_site.clone();
+        let peaks = task.calibrated(self.name)?;
+        let peaks = peaks.vector(&Statistic::InputPeaks { site })?;
+        Ok(kept::columns(&peaks, threshold))
     }
 
     /// What is known of the inputs of a matrix, where the method asks.
@@ -412,18 +421,6 @@ fn root_diagonal(moment: &Tensor) -> Result<Vec<f64>> {
         .collect())
 }
 
-/// A parameter that is still made of numbers, in `f64`.
-fn original(model: &Model, name: &str) -> Result<Tensor> {
-    match model.parameters().get(name) {
-        Some(tensor) => engine(tensor.detach().to_dtype(DType::F64)),
-        None => Err(Error::invalid(
-            format!("matrix {name}"),
-            "quantised already, or absent",
-            "made of numbers",
-        )),
-    }
-}
-
 fn relative_errors(
     dims: [usize; 2],
     weights: &[f64],
@@ -453,36 +450,4 @@ fn relative_errors(
         unweighted,
         predicted_loss_rise: None,
     })
-}
-
-/// Puts integers in the place of a parameter.
-fn put(
-    edit: &mut Edit,
-    name: &str,
-    matrix: &QuantisedMatrix,
-    input_scale: Option<Vec<f64>>,
-) -> Result<()> {
-    edit.parameters.remove(name);
-    let mut keep = |part: &str, tensor: &Tensor| {
-        edit.parameters
-            .insert(format!("{name}.{part}"), tensor.clone());
-    };
-    keep("codes", matrix.codes());
-    keep("scales", matrix.scales());
-    if let Some(minima) = matrix.minima() {
-        keep("minima", minima);
-    }
-    let form = Quantisation {
-        bits: matrix.bits(),
-        group: matrix.group(),
-        minima: matrix.minima().is_some(),
-        input_scale: input_scale.is_some(),
-    };
-    if let Some(scale) = input_scale {
-        let width = scale.len();
-        let scale = engine(Tensor::from_vec(scale, width, &Device::Cpu))?;
-        edit.put(format!("{name}.input_scale"), &scale)?;
-    }
-    edit.spec.quantised.insert(name.to_owned(), form);
-    Ok(())
 }

@@ -33,7 +33,7 @@ use self::cut::{Cut, choose, cuts_of, plan_of};
 use self::merge::{merge, written};
 use crate::edit::Edit;
 use crate::error::engine;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::block_influence::{block_weights, removable, removed_blocks};
 use crate::observe::{Seen, observe};
 use crate::plan::{Budget, Change, Plan};
@@ -47,6 +47,7 @@ pub(crate) const REPLACE_ME: Method = Method {
     summary: "Replaces a run of blocks by a linear map, merged into the block before it",
     source: "Shopkhoev et al. 2025, arXiv 2505.02819",
     schedule: Schedule::OneShot,
+    effect: Effect::Depth,
     observes: true,
     requirements,
     plan: |task, budget| plan(REPLACE_ME.name, task, budget),
@@ -59,6 +60,7 @@ pub(crate) const REPLACE_ME_COSINE: Method = Method {
     summary: "ReplaceMe with the map that turns least, found by descent",
     source: "Shopkhoev et al. 2025, arXiv 2505.02819",
     schedule: Schedule::LayerByLayer,
+    effect: Effect::Depth,
     observes: true,
     requirements,
     plan: |task, budget| plan(REPLACE_ME_COSINE.name, task, budget),

@@ -11,7 +11,7 @@ use super::fold::{folded, in_type};
 use super::layout::Layout;
 use super::transport::Transport;
 use super::walk::walk;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
 use crate::requirements::Requirements;
@@ -97,6 +97,7 @@ pub(crate) const SLICEGPT: Method = Method {
     summary: "Cuts the residual stream to its principal directions, layer by layer (SliceGPT)",
     source: SLICEGPT_SOURCE,
     schedule: Schedule::LayerByLayer,
+    effect: Effect::Stream,
     observes: true,
     requirements: |model, _| requirements(&PER_SITE_PCA, model),
     plan: |task, budget| plan(&PER_SITE_PCA, task, budget),
@@ -109,6 +110,7 @@ pub(crate) const SLICEGPT_SHARED: Method = Method {
     summary: "Cuts the residual stream to directions that all layers share: no shortcuts",
     source: SLICEGPT_SOURCE,
     schedule: Schedule::OneShot,
+    effect: Effect::Stream,
     observes: true,
     requirements: |model, _| requirements(&SHARED_PCA, model),
     plan: |task, budget| plan(&SHARED_PCA, task, budget),
@@ -121,6 +123,7 @@ pub(crate) const DOTRESIZE: Method = Method {
     summary: "Merges similar features of the residual stream by optimal transport (DOTResize)",
     source: DOTRESIZE_SOURCE,
     schedule: Schedule::LayerByLayer,
+    effect: Effect::Stream,
     observes: true,
     requirements: |model, _| requirements(&PER_SITE_TRANSPORT, model),
     plan: |task, budget| plan(&PER_SITE_TRANSPORT, task, budget),
@@ -133,6 +136,7 @@ pub(crate) const DOTRESIZE_SHARED: Method = Method {
     summary: "Merges similar features by optimal transport, alike in all layers: no shortcuts",
     source: DOTRESIZE_SOURCE,
     schedule: Schedule::OneShot,
+    effect: Effect::Stream,
     observes: true,
     requirements: |model, _| requirements(&SHARED_TRANSPORT, model),
     plan: |task, budget| plan(&SHARED_TRANSPORT, task, budget),
@@ -145,6 +149,7 @@ pub(crate) const COORDINATE_MAGNITUDE: Method = Method {
     summary: "Leaves out the features of the residual stream that are smallest",
     source: "the plain way, which rotations and merging are compared with",
     schedule: Schedule::OneShot,
+    effect: Effect::Stream,
     observes: true,
     requirements: |model, _| requirements(&FEATURES, model),
     plan: |task, budget| plan(&FEATURES, task, budget),

@@ -65,7 +65,7 @@ impl<'a> Lesson<'a> {
             steps: steps.max(1),
             rate: 1e-3,
             batch: decoder::BATCH,
-            streams: STREAMS,
+            hints: STREAMS,
             patience: 0,
             every: (steps / 2).max(1),
             seed,

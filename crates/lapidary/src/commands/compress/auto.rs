@@ -6,12 +6,12 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use lapidary_compress::automatic::{Automatic, AutomaticSettings, AutomaticState, Mix};
-use lapidary_compress::{CalibrationData, Method, Seconds};
+use lapidary_compress::{CalibrationData, Method, Seconds, Settings};
 use lapidary_explain::report::{Cell, Plot, Series, Table};
 use serde::Serialize;
 
 use super::measure::BATCH;
-use super::{Made, check_empty, conclude, data, healed};
+use super::{Healing, Made, check_empty, conclude, data, healed};
 use crate::cli::{Compress, Global};
 use crate::{loading, output};
 
@@ -49,7 +49,7 @@ pub(super) struct Searched {
     mix: Mix,
 }
 
-pub(super) fn run(arguments: &Compress, global: &Global) -> Result<()> {
+pub(super) fn run(arguments: &Compress, told: &Settings, global: &Global) -> Result<()> {
     check_empty(arguments)?;
     if let Some(state) = &arguments.state {
         output::check_writable(state)?;
@@ -84,15 +84,21 @@ pub(super) fn run(arguments: &Compress, global: &Global) -> Result<()> {
         calibration: (cut - started).as_secs_f64(),
         cut: cut.elapsed().as_secs_f64(),
     };
-    let (model, healing) = healed(&compressed.model, &package, model, arguments, global)?.unzip();
+    let by = Healing {
+        package: &package,
+        original: model,
+        rounding: None,
+    };
+    let (model, healing) = healed(&compressed.model, by, arguments, global)?.unzip();
     let made = Made {
         reports: vec![(compressed.report, seconds)],
         model: model.unwrap_or(compressed.model),
         search: Some(searched),
+        order: None,
         healing,
         started,
     };
-    conclude(package, made, Some(&all), arguments, global)
+    conclude(package, made, Some(&all), told, arguments, global)
 }
 
 /// The parameters that a budget allows: `0.7x` of `whole`, or a number.

@@ -12,6 +12,8 @@ use lapidary_compress::{
     Budget, Calibration, CalibrationOptions, Method, Requirements, Schedule, Settings, Task,
 };
 use lapidary_explain::report::{Cell, Plot, Report, Series, Table};
+use lapidary_kernels::memory::most_held;
+use lapidary_model::Model;
 use serde::Serialize;
 
 /// One method at one ratio.
@@ -27,6 +29,10 @@ struct Row {
     divergence: Option<f64>,
     top1: Option<f64>,
     cosine: Option<f64>,
+    /// What it has to find out: nothing, activations, gradients, or by training.
+    needs: &'static str,
+    /// Most bytes that planning and cutting held beside the model and the calibration.
+    memory: Option<usize>,
     /// Seconds of planning and cutting.
     seconds: f64,
 }
@@ -123,12 +129,12 @@ pub(super) fn run(
                 data: data.as_ref(),
                 settings: Some(settings),
             };
-            let cut = match method.plan(&task, &Budget::Keep(1.0 - ratio)) {
-                Ok(plan) => method.apply(&task, &plan),
-                Err(error) => Err(error),
-            };
+            let (cut, memory) = most_held(|| {
+                let plan = method.plan(&task, &Budget::Keep(1.0 - ratio))?;
+                method.apply(&task, &plan)
+            });
             let compressed = match cut {
-                Ok(compressed) => compressed.model,
+                Ok(compressed) => compressed,
                 Err(error) => {
                     left_out.push((method.name, format!("at {ratio}: {error}")));
                     continue;
@@ -136,8 +142,9 @@ pub(super) fn run(
             };
             let seconds = started.elapsed().as_secs_f64();
             tracing::info!("{} at {ratio}: {seconds:.1} s", method.name);
-            let measured = measure.of(&compressed)?;
-            let distance = measure.between(model, &compressed)?;
+            let measured = measure.of(&compressed.model)?;
+            let reports = [&compressed.report];
+            let distance = measure.between(model, &compressed.model, reports)?;
             rows.push(Row {
                 method: method.name,
                 ratio,
@@ -147,6 +154,8 @@ pub(super) fn run(
                 top1: distance.agreement.map(|agreement| agreement.top1),
                 cosine: distance.likeness.map(|likeness| likeness.cosine),
                 measured,
+                needs: needed_by_method(method, model, settings),
+                memory,
                 seconds,
             });
         }
@@ -174,6 +183,25 @@ pub(super) fn run(
     }
 }
 
+/// What a method has to find out about a model before it cuts.
+fn needed_by_method(method: &Method, model: &Model, settings: &Settings) -> &'static str {
+    if method.schedule == Schedule::Training {
+        return "training";
+    }
+    match method.requirements(model, settings) {
+        Ok(needed) if !needed.gradients().is_empty() => "gradients",
+        Ok(needed) if needed.is_empty() && !method.observes => "nothing",
+        _ => "activations",
+    }
+}
+
+/// The mean share of two-way choices that are right, of models that are asked any.
+fn right(measured: &Measured) -> Option<f64> {
+    let choices = &measured.choices;
+    let sum: f64 = choices.iter().map(|(_, share)| share).sum();
+    (!choices.is_empty()).then(|| sum / choices.len() as f64)
+}
+
 fn shown(
     model: &str,
     original: &Measured,
@@ -191,6 +219,9 @@ fn shown(
         "same answer",
         "reading",
         "writing",
+        "right",
+        "needs",
+        "memory",
         "seconds",
     ];
     let mut table = Table::new("Methods", &columns);
@@ -218,6 +249,13 @@ fn shown(
             }),
             faster(row.measured.prefill, original.prefill),
             faster(row.measured.decode, original.decode),
+            right(&row.measured).map_or(Cell::from("–"), |share| {
+                format!("{:.0} %", 100.0 * share).into()
+            }),
+            row.needs.into(),
+            row.memory.map_or(Cell::from("–"), |bytes| {
+                output::bytes(bytes as u64).into()
+            }),
             format!("{:.2}", row.seconds).into(),
         ]);
     }

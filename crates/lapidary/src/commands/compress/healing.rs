@@ -5,7 +5,7 @@ use lapidary_compress::{CalibrationData, Example, HealData, HealReport, HealSett
 use lapidary_model::{Model, Package};
 use lapidary_train::log::Progress;
 
-use super::data;
+use super::{Healing, data};
 use crate::cli::{Compress, Global};
 
 /// Of so many examples one is held out.
@@ -17,18 +17,23 @@ const MOST_HELD_OUT: usize = 64;
 /// Trains `model` for `steps` and gives what it became.
 pub(super) fn run(
     steps: u64,
-    package: &Package,
-    original: &Model,
     model: &Model,
+    told: Healing<'_>,
     arguments: &Compress,
     global: &Global,
 ) -> Result<(Model, HealReport)> {
+    let Healing {
+        package,
+        original,
+        rounding,
+    } = told;
     let settings = HealSettings {
         steps,
         rate: arguments.heal_rate,
         distil: arguments.distil,
-        streams: arguments.distil_streams,
+        hints: arguments.hints,
         regrow: arguments.regrow,
+        rounding,
         seed: global.seed,
         ..HealSettings::default()
     };

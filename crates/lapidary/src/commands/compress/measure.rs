@@ -5,12 +5,17 @@ use std::time::Instant;
 
 use anyhow::Result;
 use lapidary_compress::quality::{
-    Agreement, Likeness, Perplexity, Window, agreement, block_errors, likeness, perplexity,
+    Agreement, Likeness, Perplexity, Window, agreement, agreement_rounded, block_errors_after,
+    likeness, likeness_rounded, perplexity, perplexity_rounded,
 };
-use lapidary_compress::{CalibrationData, Size};
+use lapidary_compress::{
+    ActivationRange, Calibration, CalibrationData, CalibrationOptions, Content, Report,
+    RoundedActivations, Settings, Size,
+};
 use lapidary_kernels::Tensor;
+use lapidary_kernels::memory::most_held;
 use lapidary_model::generation::{GenerationOptions, generate};
-use lapidary_model::{HeadSpec, Input, Model, Package, Pass};
+use lapidary_model::{HeadSpec, Input, Model, Output, Package, Pass};
 use lapidary_train::generator;
 use lapidary_train::language::{Kind, Language, Split};
 use serde::Serialize;
@@ -33,6 +38,8 @@ pub(super) struct Measured {
     pub(super) size: Size,
     /// Tokens per second when the model reads.
     pub(super) prefill: Option<f64>,
+    /// Most bytes that were held while it read one window, its parameters included.
+    pub(super) memory: Option<usize>,
     /// Tokens per second when it writes, one after another.
     pub(super) decode: Option<f64>,
     pub(super) perplexity: Option<Perplexity>,
@@ -48,8 +55,25 @@ pub(super) struct Measured {
 pub(super) struct Distance {
     pub(super) agreement: Option<Agreement>,
     pub(super) likeness: Option<Likeness>,
-    /// Relative error of the residual stream after each block, where both have as many.
+    /// Relative error of the residual stream after each block that is left, where streams are as wide.
     pub(super) block_errors: Vec<f64>,
+}
+
+/// A compressed model with rounded activations.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Rounded {
+    pub(super) range: ActivationRange,
+    pub(super) bits: u32,
+    /// Sites that linear layers read.
+    pub(super) sites: usize,
+    /// Features at all of them.
+    pub(super) inputs: usize,
+    /// Those that are outliers and were left.
+    pub(super) kept: usize,
+    pub(super) perplexity: Option<Perplexity>,
+    /// With the original, whose activations are not rounded.
+    pub(super) agreement: Option<Agreement>,
+    pub(super) likeness: Option<Likeness>,
 }
 
 /// What is measured, and on what.
@@ -66,9 +90,12 @@ impl Measure<'_> {
     /// Measures one model.
     pub(super) fn of(&self, model: &Model) -> Result<Measured> {
         let language_model = is_language_model(model);
+        let size = Size::of(model);
+        let (prefill, held) = self.prefill(model)?.unzip();
         Ok(Measured {
-            size: Size::of(model),
-            prefill: self.prefill(model)?,
+            size,
+            prefill,
+            memory: held.flatten().map(|held| held + size.bytes),
             decode: match language_model {
                 true => self.decode(model)?,
                 false => None,
@@ -88,8 +115,13 @@ impl Measure<'_> {
         })
     }
 
-    /// Measures how far `other` is from `original`.
-    pub(super) fn between(&self, original: &Model, other: &Model) -> Result<Distance> {
+    /// Measures how far `other`, which came of `original` by what `reports` say, is from it.
+    pub(super) fn between<'r>(
+        &self,
+        original: &Model,
+        other: &Model,
+        reports: impl IntoIterator<Item = &'r Report>,
+    ) -> Result<Distance> {
         let Some(data) = self.data else {
             return Ok(Distance {
                 agreement: None,
@@ -98,6 +130,12 @@ impl Measure<'_> {
             });
         };
         let scored = has_scores(original);
+        let all = (0..original.spec().expanded_blocks().len()).collect();
+        let left = reports
+            .into_iter()
+            .fold(all, |earlier: Vec<usize>, report| {
+                report.blocks_left(&earlier)
+            });
         Ok(Distance {
             agreement: match scored {
                 true => Some(agreement(original, other, data, BATCH)?),
@@ -107,21 +145,87 @@ impl Measure<'_> {
                 true => None,
                 false => Some(likeness(original, other, data, BATCH)?),
             },
-            block_errors: block_errors(original, other, data, BATCH)?,
+            block_errors: block_errors_after(original, other, &left, data, BATCH)?,
         })
     }
 
-    /// Tokens per second over one window of the model's data.
-    fn prefill(&self, model: &Model) -> Result<Option<f64>> {
-        let Some(ids) = self.text() else {
+    /// Measures `other` as [`Measure::between`], with its activations rounded as the settings say, if they
+    /// do.
+    pub(super) fn rounded(
+        &self,
+        original: &Model,
+        other: &Model,
+        settings: &Settings,
+    ) -> Result<Option<Rounded>> {
+        let requirements = RoundedActivations::requirements(other, settings)?;
+        let calibration = match self.data {
+            Some(data) if !requirements.is_empty() => {
+                let options = CalibrationOptions::default();
+                Some(Calibration::collect(other, data, &requirements, options)?)
+            }
+            _ => None,
+        };
+        let calibration = calibration.as_ref();
+        let Some(activations) = RoundedActivations::new(other, settings, calibration)? else {
             return Ok(None);
         };
-        let input = Input::tokens(Tensor::from_slice(ids, (1, ids.len()), &model.device())?);
-        let seconds = median(|| {
-            model.forward(&input, Pass::default())?;
-            Ok(())
-        })?;
-        Ok(Some(ids.len() as f64 / seconds))
+        let [sites, inputs, kept] = activations.counts();
+        let by = &activations;
+        let scored = has_scores(original);
+        Ok(Some(Rounded {
+            range: by.range(),
+            bits: by.bits(),
+            sites,
+            inputs,
+            kept,
+            perplexity: match is_language_model(other) && !self.windows.is_empty() {
+                true => Some(perplexity_rounded(other, self.windows, BATCH, by)?),
+                false => None,
+            },
+            agreement: match self.data.filter(|_| scored) {
+                Some(data) => Some(agreement_rounded(original, other, data, BATCH, by)?),
+                None => None,
+            },
+            likeness: match self.data.filter(|_| !scored) {
+                Some(data) => Some(likeness_rounded(original, other, data, BATCH, by)?),
+                None => None,
+            },
+        }))
+    }
+
+    /// Tokens per second over one window or image of the model's data, and the most bytes that were held
+    /// meanwhile beside what was held before.
+    fn prefill(&self, model: &Model) -> Result<Option<(f64, Option<usize>)>> {
+        let Some(input) = self.one(model)? else {
+            return Ok(None);
+        };
+        let read = || -> Result<Output> { Ok(model.forward(&input, Pass::default())?) };
+        // What is made once and kept is there after the first time.
+        let tokens = read()?.hidden.value().dim(1)?;
+        let (done, held) = most_held(read);
+        done?;
+        let seconds = median(|| read().map(|_| ()))?;
+        Ok(Some((tokens as f64 / seconds, held)))
+    }
+
+    /// One window of the text, or one example of the data.
+    fn one(&self, model: &Model) -> Result<Option<Input>> {
+        let device = model.device();
+        let tokens = |ids: &[u32]| -> Result<Input> {
+            let ids = Tensor::from_slice(ids, (1, ids.len()), &device)?;
+            Ok(Input::tokens(ids))
+        };
+        if let Some(ids) = self.text() {
+            return tokens(ids).map(Some);
+        }
+        let example = self.data.and_then(|data| data.examples().first());
+        Ok(match example.map(|example| &example.content) {
+            None => None,
+            Some(Content::Tokens { ids, .. }) => Some(tokens(ids)?),
+            Some(Content::Pixels(pixels)) => {
+                Some(Input::Pixels(pixels.unsqueeze(0)?.to_device(&device)?))
+            }
+        })
     }
 
     fn decode(&self, model: &Model) -> Result<Option<f64>> {

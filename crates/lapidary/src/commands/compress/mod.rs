@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail, ensure};
 use lapidary_compress::quality::{Window, sliding_windows};
 use lapidary_compress::{
     Calibration, CalibrationData, CalibrationOptions, Change, Done, HealReport, Method, Plan,
-    Recipe, Report, Seconds, Settings, Stage, Task, export_dense,
+    Recipe, Report, RoundingGoal, Seconds, Settings, Stage, Task, export_dense,
 };
 use lapidary_model::{Model, Package, SavedAs};
 use serde_json::json;
@@ -40,7 +40,7 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
     }
     let settings = stage::settings(arguments, global)?;
     if arguments.auto {
-        return auto::run(arguments, global);
+        return auto::run(arguments, &settings, global);
     }
     if let Some(methods) = &arguments.interactions {
         return interactions::run(methods, arguments, &settings, global);
@@ -52,7 +52,8 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
 }
 
 fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()> {
-    let recipe = stage::recipe(arguments)?;
+    let (recipe, order) = stage::recipe(arguments)?;
+    let rounding = rounding(&recipe, arguments, settings)?;
     check_empty(arguments)?;
     let package = loading::package(&arguments.model, global)?;
     let started = Instant::now();
@@ -73,14 +74,24 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         Some(path) => {
             let mut done = by_hand(path, &recipe, original, data.as_ref(), settings)?;
             let model = &done.compressed.model;
-            let (model, report) = healed(model, &package, original, arguments, global)?.unzip();
+            let told = Healing {
+                package: &package,
+                original,
+                rounding: None,
+            };
+            let (model, report) = healed(model, told, arguments, global)?.unzip();
             if let Some(model) = model {
                 done.compressed.model = model;
             }
             (vec![done], report)
         }
         None => {
-            let heal = |model: &Model| healed(model, &package, original, arguments, global);
+            let told = Healing {
+                package: &package,
+                original,
+                rounding,
+            };
+            let heal = |model: &Model| healed(model, told, arguments, global);
             cut_heal_and_round(&recipe, original, data.as_ref(), settings, heal)?
         }
     };
@@ -99,10 +110,11 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         reports,
         model: compressed.context("no method was named")?,
         search: None,
+        order,
         healing,
         started,
     };
-    conclude(package, made, data.as_ref(), arguments, global)
+    conclude(package, made, data.as_ref(), settings, arguments, global)
 }
 
 /// A model that is ready to be measured and written.
@@ -110,6 +122,7 @@ struct Made {
     reports: Vec<(Report, Seconds)>,
     model: Model,
     search: Option<auto::Searched>,
+    order: Option<stage::Order>,
     healing: Option<HealReport>,
     started: Instant,
 }
@@ -119,6 +132,7 @@ fn conclude(
     package: Package,
     made: Made,
     data: Option<&CalibrationData>,
+    settings: &Settings,
     arguments: &Compress,
     global: &Global,
 ) -> Result<()> {
@@ -136,7 +150,9 @@ fn conclude(
     };
     let before = measure.of(original)?;
     let after = measure.of(&made.model)?;
-    let distance = measure.between(original, &made.model)?;
+    let reports = made.reports.iter().map(|(report, _)| report);
+    let distance = measure.between(original, &made.model, reports)?;
+    let activations = measure.rounded(original, &made.model, settings)?;
     let result = match arguments.dense {
         true => export_dense(&made.model)?,
         false => made.model,
@@ -146,9 +162,12 @@ fn conclude(
     let outcome = Outcome {
         reports: made.reports,
         search: made.search,
+        order: made.order,
         before,
         after,
         distance,
+        activations,
+        disk: [stored(Path::new(&arguments.model)), stored(out)],
         healing: made.healing,
         held_out: arguments.evaluate.is_some(),
         dense: arguments.dense,
@@ -163,6 +182,41 @@ fn conclude(
         true => output::print_json(&outcome.json()?),
         false => output::print(&outcome.text()),
     }
+}
+
+/// Bytes of the files of tensors in a directory, where there are any.
+fn stored(directory: &Path) -> Option<u64> {
+    let files = directory.read_dir().ok()?.flatten();
+    let tensors = files.filter(|file| {
+        let path = file.path();
+        path.extension().is_some_and(|kind| kind == "safetensors")
+    });
+    // What a link leads to counts, not the link.
+    let sizes = tensors.filter_map(|file| Some(std::fs::metadata(file.path()).ok()?.len()));
+    Some(sizes.sum()).filter(|bytes| *bytes > 0)
+}
+
+/// What `--heal-rounded` has passes see: what the last method rounds to.
+fn rounding(
+    recipe: &Recipe,
+    arguments: &Compress,
+    settings: &Settings,
+) -> Result<Option<RoundingGoal>> {
+    if !arguments.heal_rounded {
+        return Ok(None);
+    }
+    ensure!(
+        arguments.plan.is_none(),
+        "--heal-rounded is for methods that round after healing, which --plan does not"
+    );
+    let last = recipe.stages.last().context("no method was named")?;
+    let goal = last.method()?.rounding(Recipe::settings(last, settings));
+    ensure!(
+        goal.is_some(),
+        "--heal-rounded needs a last method that rounds, such as int4, but the last is {}",
+        last.method
+    );
+    Ok(goal)
 }
 
 /// The stages that cut, then healing, then the one that rounds.
@@ -198,19 +252,23 @@ fn cut_heal_and_round(
     Ok((done, report))
 }
 
+/// What a model heals by.
+struct Healing<'a> {
+    package: &'a Package,
+    original: &'a Model,
+    /// What it is rounded to after.
+    rounding: Option<RoundingGoal>,
+}
+
 /// What `--heal` makes of the model, when it is asked for.
 fn healed(
     model: &Model,
-    package: &Package,
-    original: &Model,
+    told: Healing<'_>,
     arguments: &Compress,
     global: &Global,
 ) -> Result<Option<(Model, HealReport)>> {
     match arguments.heal {
-        Some(steps) => {
-            let healed = healing::run(steps, package, original, model, arguments, global)?;
-            Ok(Some(healed))
-        }
+        Some(steps) => Ok(Some(healing::run(steps, model, told, arguments, global)?)),
         None => Ok(None),
     }
 }

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use super::auto::Searched;
-use super::measure::{Distance, Measured};
-use super::stage::changed;
+use super::measure::{Distance, Measured, Rounded};
+use super::stage::{Order, changed};
 use super::{class, saved_as, stage_json};
 use crate::output;
 use anyhow::Result;
@@ -19,9 +19,15 @@ pub(super) struct Outcome {
     pub(super) reports: Vec<(Report, Seconds)>,
     /// How a mix was found, when it was searched for.
     pub(super) search: Option<Searched>,
+    /// The order that is better, or was taken for it.
+    pub(super) order: Option<Order>,
     pub(super) before: Measured,
     pub(super) after: Measured,
     pub(super) distance: Distance,
+    /// The result with rounded activations, if that was asked for.
+    pub(super) activations: Option<Rounded>,
+    /// Bytes of the files of tensors, of the original where it is a directory and of what was written.
+    pub(super) disk: [Option<u64>; 2],
     /// How it healed, if it was trained further.
     pub(super) healing: Option<HealReport>,
     /// Whether the perplexity is that of a text which was not calibrated on.
@@ -63,6 +69,9 @@ impl Outcome {
             "report": self.reports.last().map(|(report, _)| report),
             "stages": stages.collect::<Result<Vec<_>>>()?,
             "search": self.search,
+            "better_order": self.order,
+            "bytes_on_disk": { "before": self.disk[0], "after": self.disk[1] },
+            "activations": self.activations,
             "kept": self.kept(),
             "agreement_on_calibration": self.distance.agreement,
             "likeness_on_calibration": self.distance.likeness,
@@ -104,11 +113,22 @@ impl Outcome {
             output::bytes(before.size.bytes as u64),
             output::bytes(after.size.bytes as u64),
         );
+        let [stored, written] = self
+            .disk
+            .map(|bytes| bytes.map_or_else(|| "–".to_owned(), output::bytes));
+        line("on disk".into(), stored, written);
         line(
             "FLOPs/token".into(),
             grouped(before.size.flops_per_token),
             grouped(after.size.flops_per_token),
         );
+        if let Some((before, after)) = before.memory.zip(after.memory) {
+            line(
+                "memory".into(),
+                output::bytes(before as u64),
+                format!("{} at most, reading a window", output::bytes(after as u64)),
+            );
+        }
         let mut rate = |name: &str, before: Option<f64>, after: Option<f64>| {
             if let Some((before, after)) = before.zip(after) {
                 line(
@@ -173,12 +193,13 @@ impl Outcome {
                 errors.join(" ")
             ));
         }
+        lines.extend(self.activations.as_ref().map(rounded));
         lines
     }
 
     /// Lines about each stage as a whole, and about healing.
     fn stage_lines(&self) -> Vec<String> {
-        let mut lines = Vec::new();
+        let mut lines = self.order.as_ref().map_or_else(Vec::new, Order::lines);
         for (report, _) in &self.reports {
             lines.extend(
                 report
@@ -188,13 +209,19 @@ impl Outcome {
             );
         }
         if let Some(healing) = &self.healing {
-            let from = match healing.distil > 0.0 {
+            let mut from = match healing.distil > 0.0 {
                 true => format!(
                     " and the original's predictions (weight {})",
                     healing.distil
                 ),
                 false => String::new(),
             };
+            if healing.hints > 0.0 {
+                from += &format!(" and residual stream (weight {})", healing.hints);
+            }
+            if let Some(bits) = healing.bits {
+                from += &format!(", seen in {bits} bits");
+            }
             let regrown = match healing.regrown {
                 0 => String::new(),
                 count => format!(", {} zeros grown again", output::grouped(count)),
@@ -311,6 +338,34 @@ impl Outcome {
             ..report::Report::default()
         }
     }
+}
+
+/// A line about rounded activations.
+fn rounded(measured: &Rounded) -> String {
+    let mut line = format!(
+        "activations {} bits {}, {} of {} inputs as they are",
+        measured.bits,
+        measured.range,
+        output::grouped(measured.kept),
+        output::grouped(measured.inputs)
+    );
+    if let Some(perplexity) = measured.perplexity {
+        line += &format!(": perplexity {:.3}", perplexity.value);
+    }
+    if let Some(agreement) = measured.agreement {
+        line += &format!(
+            ", KL {:.4} nats, same first answer {:.1} %",
+            agreement.divergence,
+            100.0 * agreement.top1
+        );
+    }
+    if let Some(likeness) = measured.likeness {
+        line += &format!(
+            ", cosine {:.4}, relative error {:.4}",
+            likeness.cosine, likeness.relative_error
+        );
+    }
+    line
 }
 
 /// The modules of one method's report.

@@ -4,21 +4,68 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use lapidary_compress::{Change, Recipe, Settings};
+use serde::Serialize;
 
 use crate::cli::{Compress, Global};
 
 /// Most bytes of a recipe or of settings.
 const MOST: u64 = 1 << 20;
 
-/// The recipe of `--recipe`, or of `--method` and `--ratio`.
-pub(super) fn recipe(arguments: &Compress) -> Result<Recipe> {
-    let Some(path) = &arguments.recipe else {
-        return Ok(Recipe::of(&arguments.method, &arguments.ratio)?);
+/// The order that is better than the one that was given, or was before `--reorder`.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Order {
+    /// The methods in it.
+    methods: String,
+    /// Whether it is the one that was run.
+    taken: bool,
+    /// Why, a sentence for each pair that changes places.
+    reasons: Vec<String>,
+}
+
+impl Order {
+    /// For the terminal and for a page.
+    pub(super) fn lines(&self) -> Vec<String> {
+        let Self {
+            methods, reasons, ..
+        } = self;
+        let first = match self.taken {
+            true => format!("order       put as {methods}, since"),
+            false => format!("order       better as {methods} (--reorder), since"),
+        };
+        let reasons = reasons.iter().map(|reason| format!("            {reason}"));
+        std::iter::once(first).chain(reasons).collect()
+    }
+}
+
+/// The recipe of `--recipe`, or of `--method` and `--ratio`; and a better order, if there is one.
+pub(super) fn recipe(arguments: &Compress) -> Result<(Recipe, Option<Order>)> {
+    let recipe: Recipe = match &arguments.recipe {
+        None => Recipe::as_given(&arguments.method, &arguments.ratio)?,
+        Some(path) => toml::from_str(&read(path)?)
+            .with_context(|| format!("{} is no recipe", path.display()))?,
     };
-    let recipe: Recipe =
-        toml::from_str(&read(path)?).with_context(|| format!("{} is no recipe", path.display()))?;
-    recipe.check()?;
-    Ok(recipe)
+    let better = recipe.reordered()?;
+    let names = better.recipe.stages.iter();
+    let names: Vec<&str> = names.map(|stage| stage.method.as_str()).collect();
+    let order = (!better.reasons.is_empty()).then(|| Order {
+        methods: names.join("+"),
+        taken: arguments.reorder,
+        reasons: better.reasons,
+    });
+    let recipe = match arguments.reorder {
+        true => better.recipe,
+        false => recipe,
+    };
+    if let Err(error) = recipe.check() {
+        let better = order.filter(|order| !order.taken);
+        return match better {
+            Some(Order { methods, .. }) => {
+                Err(error).with_context(|| format!("--reorder runs it as {methods}"))
+            }
+            None => Err(error.into()),
+        };
+    }
+    Ok((recipe, order))
 }
 
 /// The settings of `--settings`, changed by each `--set key=value`.
@@ -48,6 +95,9 @@ pub(super) fn settings(arguments: &Compress, global: &Global) -> Result<Settings
         settings.modegpt.smoothing = f64::INFINITY;
         settings.modegpt.heads = false;
         settings.lorap.attention = false;
+    }
+    if arguments.activations.is_some() {
+        settings.activations.range = arguments.activations;
     }
     if let Some(pattern) = arguments.pattern {
         settings.pruning.pattern = pattern;
