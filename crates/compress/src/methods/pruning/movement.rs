@@ -24,7 +24,7 @@ use crate::data::Batch;
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::heal::{Order, adam, cubic_sparsity, number, trained};
-use crate::method::{Method, Schedule, Task};
+use crate::method::{Effect, Method, Schedule, Task};
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
 use crate::requirements::Requirements;
@@ -36,6 +36,7 @@ pub(crate) const MOVEMENT: Method = Method {
     summary: "Sets weights to zero that training moves towards zero, while it trains",
     source: "Sanh, Wolf & Rush 2020, arXiv 2005.07683",
     schedule: Schedule::Training,
+    effect: Effect::Weights,
     observes: true,
     requirements: |model, settings| {
         settings.pruning.check()?;
