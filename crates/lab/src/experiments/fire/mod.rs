@@ -10,6 +10,7 @@ mod words;
 
 use super::attending;
 use super::decoder::{Recipe, train_by};
+use super::jobs::by_seed;
 use super::{after_training, mean, numbers};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_kernels::{DType, Device, Tensor};
@@ -61,9 +62,9 @@ impl Size {
                 width: 64,
                 blocks: 3,
                 recipe,
-                steps: 500,
+                steps: 300,
                 seeds: 1,
-                batches: 16,
+                batches: 8,
                 lengths: vec![128, 256, 512, 1024],
             },
             Scale::Full => Self {
@@ -246,6 +247,9 @@ fn decoder(size: &Size, vocabulary: usize, position: &PositionSpec, table: bool)
     spec
 }
 
+/// What one decoder does: its loss at each length, and its curves where it is asked for them.
+type Found = (Vec<f64>, Vec<curves::Curve>);
+
 fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>, Vec<Plot>)> {
     let Some([training, held_out]) = attending::shakespeare(setting)? else {
         let claim = Claim::new(
@@ -256,39 +260,52 @@ fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>, Vec<Pl
         );
         return Ok(("no text".to_owned(), vec![claim], Vec::new()));
     };
-    let mut losses: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    let mut learned = Vec::new();
-    for (name, position, table) in ways() {
-        let mut by_length: Vec<Vec<f64>> = vec![Vec::new(); size.lengths.len()];
-        for seed in (setting.seed..).take(size.seeds as usize) {
-            let spec = decoder(size, 256, &position, table);
-            let model = train_by(
-                size.recipe,
-                spec,
-                Box::new(training.clone()),
-                size.steps,
-                seed,
-            )?;
-            if matches!(position, PositionSpec::Fire(_)) && seed == setting.seed {
-                learned = curves::of(&model, size.recipe.length)?;
+    let each: Vec<(&'static str, (PositionSpec, bool))> = ways()
+        .into_iter()
+        .map(|(name, position, table)| (name, (position, table)))
+        .collect();
+    let train = |(position, table): &(PositionSpec, bool), seed: u64| -> Result<Found> {
+        let spec = decoder(size, 256, position, *table);
+        let task = Box::new(training.clone());
+        let model = train_by(size.recipe, spec, task, size.steps, seed)?;
+        let learned = match (position, seed == setting.seed) {
+            (PositionSpec::Fire(_), true) => curves::of(&model, size.recipe.length)?,
+            _ => Vec::new(),
+        };
+        let losses = size.lengths.iter().map(|&length| {
+            // A table has no row for what is longer.
+            if *table && length > size.recipe.length {
+                return Ok(f64::NAN);
             }
-            for (each, &length) in by_length.iter_mut().zip(&size.lengths) {
-                // A table has no row for what is longer.
-                if table && length > size.recipe.length {
-                    continue;
-                }
-                let recipe = Recipe {
-                    batch: 2,
-                    length,
-                    ..size.recipe
-                };
-                let batches = (size.batches * size.recipe.length / length).max(1);
-                let mut task = held_out.clone();
-                each.push(attending::measure(&model, &mut task, recipe, batches)?.loss);
-            }
-        }
-        losses.insert(name, by_length.into_iter().map(mean).collect());
-    }
+            let recipe = Recipe {
+                batch: 2,
+                length,
+                ..size.recipe
+            };
+            let batches = (size.batches * size.recipe.length / length).max(1);
+            let mut task = held_out.clone();
+            Ok(attending::measure(&model, &mut task, recipe, batches)?.loss)
+        });
+        Ok((losses.collect::<Result<_>>()?, learned))
+    };
+    let found = by_seed(setting, "text", &each, size.seeds, train)?;
+    let losses: BTreeMap<&str, Vec<f64>> = found
+        .iter()
+        .map(|(name, runs)| {
+            let at = |index: usize| {
+                mean(
+                    runs.iter()
+                        .filter_map(|(losses, _)| losses.get(index).copied()),
+                )
+            };
+            (*name, (0..size.lengths.len()).map(at).collect())
+        })
+        .collect();
+    let learned: Vec<curves::Curve> = found
+        .into_iter()
+        .flat_map(|(_, runs)| runs)
+        .flat_map(|(_, learned)| learned)
+        .collect();
     let of = |name: &str, index: usize| {
         let found = losses.get(name).and_then(|all| all.get(index));
         found.copied().unwrap_or(f64::NAN)

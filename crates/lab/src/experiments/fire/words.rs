@@ -152,9 +152,9 @@ impl Size {
             Scale::Small => Self {
                 width: 64,
                 blocks: 2,
-                most: 20,
-                steps: 1000,
-                batch: 32,
+                most: 16,
+                steps: 600,
+                batch: 16,
                 seeds: 1,
                 asked: 64,
             },
