@@ -152,8 +152,8 @@ impl Course {
                 .map(|point| ((from + point.step) as f64, of(point)))
                 .collect(),
         };
-        let (stream, added): (fn(&Point) -> f64, fn(&Point) -> f64) =
-            (|point| point.score, |point| point.added);
+        let stream: fn(&Point) -> f64 = |point| point.score;
+        let added: fn(&Point) -> f64 = |point| point.added;
         Plot {
             title: "Mean score through training".to_owned(),
             x: "steps".to_owned(),
