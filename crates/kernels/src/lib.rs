@@ -16,15 +16,20 @@ mod activation;
 mod add;
 mod attention;
 mod autoencoder;
+mod beside_ones;
 mod by_hand;
 pub mod check;
 mod cross_entropy;
+mod decayed_attention;
 mod elementwise;
 mod error;
 mod exponentials;
 mod fourier;
 mod gather;
+mod group_means;
 mod host;
+mod inverse;
+mod landmark_attention;
 mod linear;
 mod linear_attention;
 mod local_filter;
@@ -45,6 +50,7 @@ mod relevance_rules;
 mod rotary;
 mod rows;
 mod second_moment;
+mod silu_directions;
 mod simd;
 mod softmax;
 mod sort;
@@ -60,15 +66,20 @@ pub use attention::{
     Attended, AttentionPart, PartOptions, attention, attention_part, merged_attention,
 };
 pub use autoencoder::{AutoencoderGradients, AutoencoderWeights, autoencoder_gradients};
+pub use beside_ones::beside_ones;
 pub use by_hand::{ByHand, by_hand};
 pub use candle_core::backprop::GradStore;
 pub use candle_core::{D, DType, Device, IndexOp, Shape, Tensor, TensorId, Var, WithDType};
 pub use cross_entropy::cross_entropy;
+pub use decayed_attention::{decayed_attention, decayed_attention_operations};
 pub use elementwise::{activate, activation_secant, activation_tangent};
 pub use error::{Error, Result};
 pub use exponentials::{exponential_features, gaussian};
 pub use fourier::{causal_depthwise_convolution, fft_convolution, inverse_real_fft, real_fft};
 pub use gather::{embedding, gather, scatter_add};
+pub use group_means::{Groups, group_means};
+pub use inverse::newton_inverse;
+pub use landmark_attention::landmark_attention;
 pub use linear::{linear, linear_activation};
 pub use linear_attention::{
     Direction, linear_attention, linear_attention_in_chunks, linear_attention_operations,
@@ -92,6 +103,7 @@ pub use relevance_rules::{balanced_sum, pass_gradient, scale_gradient, stabilise
 pub use rotary::{merged_rotary, rotary};
 pub use rows::{reject_rows, unit_rows};
 pub use second_moment::SecondMoment;
+pub use silu_directions::silu_directions;
 pub use softmax::{log_softmax, softmax};
 pub use sort::{sort, top_k};
 pub use sparse::{BitmapMatrix, CsrMatrix, SparseSizes, TwoOfFourMatrix};

@@ -5,7 +5,8 @@
 
 use crate::{
     Activation, AutoencoderGradients, AutoencoderWeights, CrossEntropyOptions, D, DType, Error,
-    Result, RotaryPairs, SoftmaxMask, Tensor, Var,
+    Groups, Result, RotaryPairs, SoftmaxMask, Tensor, Var,
+    inverse::CAUTION,
     mixture::{Mixture, VectorNorm},
 };
 
@@ -13,8 +14,8 @@ mod attention;
 
 pub(crate) use attention::merged_rows;
 pub use attention::{
-    attention, attention_part, attention_softmax, attention_weights, linear_attention,
-    polynomial_attention,
+    attention, attention_part, attention_softmax, attention_weights, decayed_attention,
+    landmark_attention, linear_attention, polynomial_attention,
 };
 
 const MASKED: f64 = f64::NEG_INFINITY;
@@ -42,6 +43,42 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         Some(bias) => y.broadcast_add(bias)?,
         None => y,
     })
+}
+
+/// `(silu(x) + ½) / ‖silu(x) + ½‖₂` of each row.
+pub fn silu_directions(x: &Tensor) -> Result<Tensor> {
+    let shifted = (x.silu()? + 0.5)?;
+    Ok(shifted.broadcast_div(&shifted.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?)?)
+}
+
+/// [`crate::group_means`], as a product with what each row has of each group.
+pub fn group_means(x: &Tensor, groups: &Groups) -> Result<Tensor> {
+    let (batch, _, length, _) = x.dims4()?;
+    let mut shares = vec![0f64; batch * groups.count() * length];
+    for sequence in 0..batch {
+        for (row, group, share) in groups.shares(sequence) {
+            shares[(sequence * groups.count() + group) * length + row] = share;
+        }
+    }
+    let shape = (batch, 1, groups.count(), length);
+    let shares = Tensor::from_vec(shares, shape, x.device())?.to_dtype(x.dtype())?;
+    Ok(shares.broadcast_matmul(&x.contiguous()?)?)
+}
+
+/// [`crate::newton_inverse`], with the gradient of an exact inverse.
+pub fn newton_inverse(a: &Tensor, epsilon: f64, steps: usize) -> Result<Tensor> {
+    let held = a.detach();
+    let norm = held.sum_keepdim(D::Minus1)?.max_keepdim(D::Minus2)?;
+    let identity = Tensor::eye(a.dim(D::Minus1)?, a.dtype(), a.device())?;
+    let raised = held.broadcast_add(&(identity * epsilon)?)?;
+    let alpha = (norm.sqr()?.recip()? * (2.0 * CAUTION))?;
+    let mut y = raised.broadcast_mul(&alpha)?;
+    for _ in 0..steps {
+        y = ((&y * 2.0)? - y.matmul(&raised)?.matmul(&y)?)?;
+    }
+    // Nothing in value; its derivative is d(A⁻¹) = −A⁻¹ dA A⁻¹.
+    let change = (a - held)?;
+    Ok((&y - y.matmul(&change.contiguous()?)?.matmul(&y)?)?)
 }
 
 /// `x` `[batch, heads, length, width]`, laid out in `columns` columns, under a filter

@@ -122,6 +122,54 @@ pub fn attention_part(
     })
 }
 
+/// [`crate::decayed_attention`], with its scores laid out.
+pub fn decayed_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    log_decay: &Tensor,
+    is_causal: bool,
+) -> Result<Tensor> {
+    let (batch, heads, length, _) = q.dims4()?;
+    let through = super::cumulative_sum(log_decay, 2)?;
+    let until = (&through - log_decay)?;
+    let differences = |of: &Tensor| of.unsqueeze(3)?.broadcast_sub(&of.unsqueeze(2)?);
+    // The other halves have grown instead of decayed.
+    let past = differences(&until)?.minimum(0.0)?.exp()?;
+    let future = differences(&through)?.neg()?.minimum(0.0)?.exp()?;
+    let below = Tensor::tril2(length, q.dtype(), q.device())?;
+    let above = below.affine(-1.0, 1.0)?;
+    let mut mask = past.broadcast_mul(&below)?;
+    if !is_causal {
+        mask = (mask + future.broadcast_mul(&above)?)?;
+    }
+    let scores = q.contiguous()?.matmul(&k.transpose(2, 3)?.contiguous()?)?;
+    let ones = Tensor::ones((batch, heads, length, 1), v.dtype(), v.device())?;
+    let values = Tensor::cat(&[v, &ones], 3)?.contiguous()?;
+    Ok((scores * mask)?.matmul(&values)?)
+}
+
+/// [`crate::landmark_attention`], with the kernel laid out by differences.
+pub fn landmark_attention(
+    queries: &Tensor,
+    landmarks: &Tensor,
+    middle: &Tensor,
+    values: &Tensor,
+    rate: f64,
+    kept: Option<&Tensor>,
+) -> Result<Tensor> {
+    let apart = queries
+        .unsqueeze(3)?
+        .broadcast_sub(&landmarks.unsqueeze(2)?)?;
+    let mut kernel = (apart.sqr()?.sum(4)? * -rate)?.exp()?;
+    if let Some(kept) = kept {
+        let kept = kept.unsqueeze(1)?.unsqueeze(3)?.to_dtype(kernel.dtype())?;
+        kernel = kernel.broadcast_mul(&kept)?;
+    }
+    let collected = kernel.t()?.contiguous()?.matmul(&values.contiguous()?)?;
+    Ok(kernel.matmul(&middle.contiguous()?.matmul(&collected)?)?)
+}
+
 /// [`crate::linear_attention`], with its scores laid out.
 pub fn linear_attention(
     q: &Tensor,

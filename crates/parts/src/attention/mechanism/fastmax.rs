@@ -42,7 +42,7 @@ use crate::error::tensor;
 use crate::parameters::{Init, Parameters};
 use crate::state::MixerState;
 use crate::{Error, Result};
-use lapidary_kernels::{FactorDropout, PolynomialAttention, Tensor};
+use lapidary_kernels::{FactorDropout, PolynomialAttention, Tensor, layer_norm};
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -308,25 +308,28 @@ impl Fastmax {
         ))
     }
 
-    /// `x` `[batch, heads, length, head_width]`, normalised; `kept` is 1 at real tokens.
-    fn normalise(&self, x: &Tensor, kept: Option<&Tensor>) -> Result<Tensor> {
-        let length = |x: &Tensor| {
-            let squares = tensor(tensor(x.sqr())?.sum_keepdim(3))?;
-            tensor(tensor(squares + TINY)?.sqrt())
-        };
+    /// `x` `[batch, heads, length, head_width]`, normalised and multiplied by `factor`; `kept` is 1 at real
+    /// tokens.
+    fn normalise(&self, x: &Tensor, kept: Option<&Tensor>, factor: f64) -> Result<Tensor> {
         match self.spec.normalisation {
-            Normalisation::None => Ok(x.clone()),
+            Normalisation::None => multiplied(x.clone(), factor),
+            // What a layer norm makes `√width` long.
             Normalisation::Token => {
-                let centred = tensor(x.broadcast_sub(&tensor(x.mean_keepdim(3))?))?;
-                tensor(centred.broadcast_div(&length(&centred)?))
+                let width = tensor(x.dim(3))?;
+                let length = vec![factor / (width as f64).sqrt(); width];
+                let length = tensor(Tensor::from_vec(length, width, x.device()))?;
+                let length = tensor(length.to_dtype(x.dtype()))?;
+                Ok(layer_norm(x, Some(&length), None, TINY / width as f64)?)
             }
             Normalisation::Max { limit } => {
-                let mut lengths = length(x)?;
+                let squares = tensor(tensor(x.sqr())?.sum_keepdim(3))?;
+                let mut lengths = tensor(tensor(squares + TINY)?.sqrt())?;
                 if let Some(kept) = kept {
                     lengths = tensor(lengths.broadcast_mul(kept))?;
                 }
                 let longest = tensor(tensor(lengths.max_keepdim(2))?.maximum(TINY))?;
-                tensor(tensor(x * limit)?.broadcast_div(&longest))
+                let x = tensor(tensor(x * limit)?.broadcast_div(&longest))?;
+                multiplied(x, factor)
             }
         }
     }
@@ -344,8 +347,8 @@ impl Fastmax {
             Normalisation::None => self.heads.scale,
             Normalisation::Token | Normalisation::Max { .. } => 1.0,
         };
-        let q = tensor(self.normalise(q, here)? * (scale / self.spec.temperature))?;
-        let k = self.normalise(k, kept.as_ref())?;
+        let q = self.normalise(q, here, scale / self.spec.temperature)?;
+        let k = self.normalise(k, kept.as_ref(), 1.0)?;
         let before = match self.spec.normalisation {
             Normalisation::None => q.elem_count(),
             Normalisation::Token => 6 * (q.elem_count() + k.elem_count()),
@@ -373,6 +376,13 @@ impl Fastmax {
             kept,
         };
         Ok(Normalised::new(polynomial, 0.0, (before + learned) as u64))
+    }
+}
+
+fn multiplied(x: Tensor, factor: f64) -> Result<Tensor> {
+    match factor == 1.0 {
+        true => Ok(x),
+        false => tensor(x * factor),
     }
 }
 

@@ -15,7 +15,8 @@ use crate::error::tensor;
 use crate::state::MixerState;
 use crate::{Error, Result};
 use lapidary_kernels::{
-    DType, Direction, Tensor, cumulative_sum, linear_attention_in_chunks, matmul, quotients,
+    DType, Direction, Tensor, beside_ones, cumulative_sum, linear_attention_in_chunks, matmul,
+    quotients,
 };
 use lapidary_signal::Mixing;
 
@@ -72,7 +73,7 @@ impl<S> Normalised<S> {
 
     /// Values `[batch, heads, key, width]` for every component, with a column of ones.
     fn spread(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let values = Tensor::cat(&[values, &ones(values)?], 3)?;
+        let values = beside_ones(values)?;
         let Some(weights) = &self.components else {
             return Ok(values);
         };

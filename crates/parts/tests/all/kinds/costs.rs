@@ -432,9 +432,10 @@ fn soft_formula(spec: &MultiHeadSpec, soft: &SoftSpec, n: usize) -> (usize, usiz
         other => panic!("no formula for {other:?}"),
     };
     let (parameters, landmarks) = match soft.landmarks {
-        Landmarks::Convolution { .. } => (window * d * d + 2 * d, m * (2 * window * d * d + 9 * d)),
-        Landmarks::Mean { .. } => (0, n * d),
-        Landmarks::Segments { .. } => (0, 2 * m * n * d),
+        Landmarks::Convolution { .. } => {
+            (window * d * d + 2 * d, m * (2 * window * d * d + 11 * d))
+        }
+        Landmarks::Mean { .. } | Landmarks::Segments { .. } => (0, n * d),
     };
     let taps = match (soft.local, soft.columns) {
         (None, _) => 0,
@@ -444,7 +445,6 @@ fn soft_formula(spec: &MultiHeadSpec, soft: &SoftSpec, n: usize) -> (usize, usiz
     let near = if taps > 0 { (2 * taps + 1) * n } else { 0 };
     let normalising = if soft.normalised { 5 * m * m } else { 0 };
     let before = landmarks
-        + n * d
         + (n * m + m * m) * (2 * d + 4)
         + soft.steps * (4 * m * m * m + 2 * m * m)
         + normalising;
@@ -540,7 +540,11 @@ fn lion_formula(spec: &MultiHeadSpec, lion: &LionSpec, n: usize) -> (usize, usiz
     } else {
         past(n, features, width)
     };
-    let both = 2 * direction + n * (2 * features + 4 * width);
+    let both = match lion.per_feature {
+        true => 2 * direction + n * (2 * features + 4 * width),
+        // A chunk meets itself once, and reads two sums.
+        false => direction + 4 * n * features * width,
+    };
     let sums = match (spec.causal, lion.decay, lion.form) {
         (true, _, LionForm::Recurrent) => n * past(1, features, width),
         (true, ..) => direction,

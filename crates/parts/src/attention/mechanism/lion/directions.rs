@@ -1,9 +1,12 @@
-//! Sums over both directions, along one or two orders of the tokens.
+//! Sums over both directions, along one or two orders of the tokens, and over the past.
 
-use super::LionForm;
+use super::{EPSILON, LionForm};
 use crate::attention::mechanism::decayed::{self, by_feature};
-use crate::attention::mechanism::sums::Sums;
-use lapidary_kernels::{Direction, Tensor, cumulative_sum, matmul};
+use lapidary_kernels::{
+    Direction, Tensor, beside_ones, cumulative_sum, decayed_attention,
+    decayed_attention_operations, matmul, quotients,
+};
+use lapidary_signal::Mixing;
 
 /// An order of positions and the way back.
 #[derive(Clone, Debug)]
@@ -12,7 +15,8 @@ pub(super) struct Order {
     pub(super) back: Tensor,
 }
 
-/// Sums over both directions along each of some curves, averaged.
+/// Sums over both directions along each of some curves, averaged, or over the past, divided by the sums of the
+/// weights.
 #[derive(Debug)]
 pub(super) struct Curves {
     /// `[batch, heads, length, features]`.
@@ -22,8 +26,12 @@ pub(super) struct Curves {
     /// `log λ` `[batch, heads, length, 1 or features]` by token, and the order of the tokens; no
     /// curve where nothing decays.
     pub(super) curves: Vec<(Tensor, Option<Order>)>,
+    /// Whether there is the past alone, of one curve.
+    pub(super) causal: bool,
     pub(super) form: LionForm,
     pub(super) chunk: usize,
+    /// Operations of what stands before the sums.
+    pub(super) before: u64,
 }
 
 fn along(x: &Tensor, order: Option<&Order>) -> lapidary_kernels::Result<Tensor> {
@@ -59,6 +67,7 @@ impl Curves {
         back(&back(&mask, order, 2)?, order, 3)
     }
 
+    /// The sums `[batch, heads, query, width + 1]`, those of the weights last.
     fn laid_out(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
         let mut scores = matmul(&self.q, &self.k.transpose(2, 3)?)?;
         let mut masks = None;
@@ -72,10 +81,11 @@ impl Curves {
         if let Some(masks) = masks {
             scores = (scores * (masks / self.curves.len() as f64)?)?;
         }
-        matmul(&scores, values)
+        matmul(&scores, &beside_ones(values)?)
     }
 
-    /// The past and the future of one curve, what a position has of itself counted once.
+    /// The past and the future of one curve, what a position has of itself counted once:
+    /// `[batch, heads, query, width + 1]`.
     fn directions(
         &self,
         values: &Tensor,
@@ -84,6 +94,11 @@ impl Curves {
     ) -> lapidary_kernels::Result<Tensor> {
         let [q, k, v] = [&self.q, &self.k, values].map(|x| along(x, order));
         let (q, k, v, decay) = (q?, k?, v?, along(log_decay, order)?);
+        if !by_feature(&decay) {
+            let sums = decayed_attention(&q, &k, &v, &decay.squeeze(3)?, self.causal, self.chunk)?;
+            return back(&sums, order, 2);
+        }
+        let v = beside_ones(&v)?;
         let length = decay.dim(2)?;
         // a_i = log λ_{i−1} on the past, log λ_i on the future.
         let before = decay.narrow(2, 0, length - 1)?.pad_with_zeros(2, 1, 0)?;
@@ -93,18 +108,10 @@ impl Curves {
         let own = (&q * &k)?.sum_keepdim(3)?.broadcast_mul(&v)?;
         back(&(both - own)?, order, 2)
     }
-}
 
-impl Sums for Curves {
-    fn sizes(&self) -> [usize; 4] {
-        match *self.q.dims() {
-            [batch, heads, length, _] => [batch, heads, length, length],
-            _ => [0; 4],
-        }
-    }
-
+    /// The sums `[batch, heads, query, width + 1]` of all curves.
     fn sums(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        if self.form == LionForm::Parallel {
+        if self.form == LionForm::Parallel && !self.causal {
             return self.laid_out(values);
         }
         let mut total: Option<Tensor> = None;
@@ -115,25 +122,56 @@ impl Sums for Curves {
                 Some(total) => (total + sums)?,
             });
         }
-        let total = total.map_or_else(|| values.zeros_like(), Ok)?;
-        Ok((total / self.curves.len().max(1) as f64)?)
+        let total = total.map_or_else(|| beside_ones(&values.zeros_like()?), Ok)?;
+        match self.curves.len() {
+            0 | 1 => Ok(total),
+            curves => Ok((total / curves as f64)?),
+        }
+    }
+}
+
+impl Mixing for Curves {
+    fn sizes(&self) -> [usize; 4] {
+        match *self.q.dims() {
+            [batch, heads, length, _] => [batch, heads, length, length],
+            _ => [0; 4],
+        }
+    }
+
+    fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        quotients(&self.sums(values)?, EPSILON)
     }
 
     fn operations(&self, width: usize) -> u64 {
         let [batch, heads, length, _] = self.sizes();
         let features = self.q.dims().last().copied().unwrap_or(0);
         let curves = self.curves.len() as u64;
-        let (n, each) = (length as u64, (features + width) as u64);
-        let one = match self.form {
+        // The weights are summed as if there were a value more.
+        let (n, summed) = (length as u64, width as u64 + 1);
+        let each = features as u64 + summed;
+        let sums = match self.form {
             // Both halves of a mask and their sum, with an exponential each.
-            LionForm::Parallel => n * n * (2 * each + 8 * curves),
-            LionForm::Recurrent | LionForm::Chunked { .. } => {
-                let by_feature = self.curves.iter().any(|(decay, _)| by_feature(decay));
-                let direction =
-                    decayed::operations(by_feature, length, [features, width], self.chunk);
-                curves * (2 * direction + n * (2 * each + 2 * width as u64))
+            LionForm::Parallel if !self.causal => n * n * (2 * each + 8 * curves),
+            LionForm::Parallel | LionForm::Recurrent | LionForm::Chunked { .. } => {
+                let is_by_feature = self.curves.iter().any(|(decay, _)| by_feature(decay));
+                curves
+                    * match is_by_feature {
+                        false => decayed_attention_operations(
+                            length,
+                            features,
+                            width,
+                            self.causal,
+                            self.chunk,
+                        ),
+                        true => {
+                            let widths = [features, width + 1];
+                            let one = decayed::operations(true, length, widths, self.chunk);
+                            2 * one + n * (2 * each + 2 * summed)
+                        }
+                    }
             }
         };
-        (batch * heads) as u64 * one
+        // With the division.
+        self.before + (batch * heads) as u64 * (sums + n * summed)
     }
 }

@@ -12,8 +12,8 @@
 //! and token, `λ_i = 1 − σ(w · x_i + b)` (LION-S). `φ(z) = elu(z) + 1` without a decay, otherwise
 //! `φ(z) = (silu(z) + ½) / ‖silu(z) + ½‖₂`, whose entries are positive.
 //!
-//! Three forms compute the same. *Parallel* lays out `M`. *Chunked* sums over the past and over the
-//! future, chunk by chunk, takes away what both have of a position itself, and divides once.
+//! Three forms compute the same. *Parallel* lays out `M`. *Chunked* lets each chunk meet itself in both
+//! directions at once, reads what lies before and behind it from a sum each, and divides once.
 //! *Recurrent* is that with chunks of one position: a state of `features · (value_width + 1)` for
 //! each head and direction. Decays are added as logarithms, none of them below −20, and never
 //! divided.
@@ -34,7 +34,7 @@
 //! and there is no one mask to lay out: `parallel` is refused. How such sums are taken is in `decayed.rs`.
 //!
 //! Cost for each head: parallel `2 n² (features + value_width)`, otherwise
-//! `4 n (2 features · value_width + chunk (features + value_width))`, times the number of curves.
+//! `2 n (4 features · value_width + chunk (features + value_width))`, times the number of curves.
 //! Parameters for each curve: none, one for each head, or `width + 1` for each head; `per_feature`, for
 //! each feature of each head. Chunks are then powers of two, and meet themselves half by half.
 
@@ -50,7 +50,7 @@ use crate::parameters::{Init, Parameters};
 use crate::state::MixerState;
 use crate::{Error, Result};
 use directions::{Curves, Order};
-use lapidary_kernels::{Activation, Tensor, activate, linear};
+use lapidary_kernels::{Activation, Tensor, activate, linear, silu_directions};
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -269,9 +269,7 @@ impl Lion {
             let below = tensor(tensor(x.minimum(0.0))?.exp())?;
             return tensor(tensor(x.relu())? + below);
         }
-        let x = tensor(activate(x, Activation::Silu)? + 0.5)?;
-        let norm = tensor(tensor(tensor(x.sqr())?.sum_keepdim(3))?.sqrt())?;
-        tensor(x.broadcast_div(&norm))
+        Ok(silu_directions(x)?)
     }
 
     /// Features of queries and keys, those of pads zero.
@@ -386,7 +384,8 @@ fn shifted(log_decay: &Tensor, before_first: Option<&Tensor>) -> Result<Tensor> 
 
 impl Mechanism for Lion {
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
-        if self.heads.causal {
+        let causal = self.heads.causal;
+        if causal && (self.spec.per_feature || self.spec.decay == LionDecay::None) {
             return Ok(Box::new(self.past(q, k, None, pass)?.0));
         }
         let length = tensor(k.dim(2))?;
@@ -404,14 +403,15 @@ impl Mechanism for Lion {
             return Ok(Box::new(Normalised::new(features, EPSILON, before)));
         }
         let orders = self.orders(length, &q)?;
-        let curves = Curves {
+        Ok(Box::new(Curves {
             q,
             k,
             curves: log_decays.into_iter().zip(orders).collect(),
+            causal,
             form: self.spec.form,
             chunk: self.chunk(),
-        };
-        Ok(Box::new(Normalised::new(curves, EPSILON, before)))
+            before,
+        }))
     }
 
     fn memory(&self) -> Memory {

@@ -5,7 +5,7 @@ use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
 use lapidary_kernels::{
-    Activation, DType, Device, Shape, Tensor, activate, layer_norm, linear, matmul,
+    Activation, Device, Groups, Shape, Tensor, activate, group_means, layer_norm, linear,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -85,6 +85,16 @@ impl Grid {
         self.rows.div_ceil(height) * self.columns.div_ceil(width)
     }
 
+    /// The window that each of `length` tokens is in.
+    fn owners(self, ratio: usize, length: usize) -> impl Iterator<Item = usize> {
+        let [high, wide] = self.window(ratio);
+        let across = self.columns.div_ceil(wide);
+        (0..length).map(move |token| {
+            let (row, column) = (token / self.columns, token % self.columns);
+            row / high * across + column / wide
+        })
+    }
+
     /// `[batch, heads, rows, columns, width]` of `x` `[batch, heads, length, width]`, zeros behind the
     /// last token.
     pub(super) fn lay(self, x: &Tensor) -> lapidary_kernels::Result<Tensor> {
@@ -115,8 +125,8 @@ impl Grid {
 pub(super) struct Points {
     /// `[batch, heads, landmark, head_width]`.
     pub(super) points: Tensor,
-    /// `[batch, 1, landmark, 1]`, 0 for those that stand for no token.
-    pub(super) kept: Tensor,
+    /// `[batch, 1, landmark, 1]`, 0 for those that stand for no token; nothing where all do.
+    pub(super) kept: Option<Tensor>,
     /// Operations of one head of one sequence.
     pub(super) operations: usize,
 }
@@ -169,17 +179,35 @@ impl Pooling {
         })
     }
 
-    /// Landmarks of queries `q` `[batch, heads, length, head_width]` that are zero where `kept`
-    /// `[batch, 1, length, 1]` is.
-    pub(super) fn points(&self, q: &Tensor, kept: &Tensor, grid: Grid) -> Result<Points> {
-        let (batch, heads, length, width) = tensor(q.dims4())?;
+    /// Landmarks of queries `q` `[batch, heads, length, head_width]`, of those that are `real` in each
+    /// sequence where pads are among them. What is learned is of queries multiplied by `root`, and its
+    /// landmarks are divided by it again.
+    pub(super) fn points(
+        &self,
+        q: &Tensor,
+        root: f64,
+        real: Option<&[Vec<bool>]>,
+        grid: Grid,
+    ) -> Result<Points> {
+        let (batch, _, length, width) = tensor(q.dims4())?;
+        let owners = |ratio: usize| {
+            let owners: Vec<usize> = grid.owners(ratio, length).collect();
+            (0..batch).flat_map(move |sequence| {
+                let real = real.and_then(|real| real.get(sequence));
+                let of = owners.iter().enumerate().map(|(token, owner)| {
+                    let is_real = real.is_none_or(|real| real.get(token) == Some(&true));
+                    is_real.then_some(*owner)
+                });
+                of.collect::<Vec<_>>()
+            })
+        };
+        let groups = |of: Vec<Option<usize>>, count| Groups::new(of, length, count);
         match self {
             Self::Mean { ratio } => {
-                let sums = tensor(grid.cut(q, *ratio)?.sum(3))?;
-                let counts = tensor(grid.cut(kept, *ratio)?.sum(3))?;
+                let groups = groups(owners(*ratio).collect(), grid.windows(*ratio))?;
                 Ok(Points {
-                    points: tensor(sums.broadcast_div(&tensor(counts.maximum(1.0))?))?,
-                    kept: tensor(counts.minimum(1.0))?,
+                    points: group_means(q, &groups)?,
+                    kept: used(&groups, batch, q)?,
                     operations: length * width,
                 })
             }
@@ -189,35 +217,43 @@ impl Pooling {
                 norm: [scale, shift],
             } => {
                 let windows = grid.windows(*ratio);
+                let groups = groups(owners(*ratio).collect(), windows)?;
+                let mapped = mapped(q, real, grid, weight, *ratio)?;
+                let normed = layer_norm(
+                    &tensor(mapped * root)?,
+                    Some(scale),
+                    Some(shift),
+                    NORM_EPSILON,
+                )?;
                 let places = grid.window(*ratio).into_iter().product::<usize>();
-                let cut = grid.cut(q, *ratio)?;
-                let cut = tensor(cut.reshape((batch, heads, windows, places * width)))?;
-                // Features of a place lie together here, those of a filter apart.
-                let weight = tensor(weight.reshape((width, width, places)))?;
-                let weight = tensor(tensor(weight.transpose(1, 2))?.contiguous())?;
-                let weight = tensor(weight.reshape((width, places * width)))?;
-                let mapped = linear(&cut, &weight, None)?;
-                let normed = layer_norm(&mapped, Some(scale), Some(shift), NORM_EPSILON)?;
-                let counts = tensor(grid.cut(kept, *ratio)?.sum(3))?;
                 Ok(Points {
-                    points: activate(&normed, Activation::Gelu)?,
-                    kept: tensor(counts.minimum(1.0))?,
-                    operations: windows * (2 * places * width * width + 9 * width),
+                    points: tensor(activate(&normed, Activation::Gelu)? / root)?,
+                    kept: used(&groups, batch, q)?,
+                    operations: windows * (2 * places * width * width + 11 * width),
                 })
             }
             Self::Segments { count } => {
                 let count = (*count).min(length).max(1);
-                let (shares, used) = shares(kept, count)?;
-                let used = like(used, (batch, 1, count, 1), q)?;
-                let shares = like(shares, (batch, 1, count, length), q)?;
+                let groups = groups(segments(batch, length, count, real), count)?;
                 Ok(Points {
-                    points: matmul(&shares, q)?,
-                    kept: used,
-                    operations: 2 * count * length * width,
+                    points: group_means(q, &groups)?,
+                    kept: used(&groups, batch, q)?,
+                    operations: length * width,
                 })
             }
         }
     }
+}
+
+/// 1 for landmarks that stand for a token, `[batch, 1, landmark, 1]`; nothing where all of them do.
+fn used(groups: &Groups, batch: usize, like_this: &Tensor) -> Result<Option<Tensor>> {
+    if groups.sizes().iter().all(|size| *size > 0) {
+        return Ok(None);
+    }
+    let used = groups.sizes().iter();
+    let used: Vec<f64> = used.map(|size| f64::from(u8::from(*size > 0))).collect();
+    let count = used.len() / batch.max(1);
+    Ok(Some(like(used, (batch, 1, count, 1), like_this)?))
 }
 
 /// Numbers as a tensor on the device and of the type of `x`.
@@ -226,31 +262,56 @@ pub(super) fn like(values: Vec<f64>, shape: impl Into<Shape>, x: &Tensor) -> Res
     tensor(tensor(values.to_dtype(x.dtype()))?.to_device(x.device()))
 }
 
-/// What each real token has of each of `count` equal parts of its sequence, `[batch, count, length]`,
-/// and which parts have any, `[batch, count]`.
-fn shares(kept: &Tensor, count: usize) -> Result<(Vec<f64>, Vec<f64>)> {
-    let (batch, _, length, _) = tensor(kept.dims4())?;
-    let kept = tensor(tensor(kept.to_dtype(DType::F64))?.reshape((batch, length)))?;
-    let (mut shares, mut used) = (Vec::new(), Vec::new());
-    for kept in tensor(kept.to_vec2::<f64>())? {
-        let real: Vec<usize> = (0..length)
-            .filter(|&place| kept.get(place).is_some_and(|kept| *kept > 0.0))
-            .collect();
-        let parts = count.min(real.len());
-        for part in 0..count {
-            let mut row = vec![0.0; length];
-            let mine = (0..real.len()).filter(|token| token * parts / real.len() == part);
-            let mine: Vec<usize> = mine.collect();
-            for &token in &mine {
-                if let Some(share) = real.get(token).and_then(|&place| row.get_mut(place)) {
-                    *share = 1.0 / mine.len() as f64;
-                }
-            }
-            used.push(f64::from(u8::from(!mine.is_empty())));
-            shares.extend(row);
+/// Windows of queries under the learned map, `[batch, heads, window, head_width]`.
+fn mapped(
+    q: &Tensor,
+    real: Option<&[Vec<bool>]>,
+    grid: Grid,
+    weight: &Tensor,
+    ratio: usize,
+) -> Result<Tensor> {
+    let (batch, heads, length, width) = tensor(q.dims4())?;
+    let q = match real {
+        None => q.clone(),
+        Some(real) => {
+            let kept = real.iter().flatten().map(|real| f64::from(u8::from(*real)));
+            let kept = like(kept.collect(), (batch, 1, length, 1), q)?;
+            tensor(q.broadcast_mul(&kept))?
         }
+    };
+    let windows = grid.windows(ratio);
+    let places = grid.window(ratio).into_iter().product::<usize>();
+    let cut = grid.cut(&q, ratio)?;
+    let cut = tensor(cut.reshape((batch, heads, windows, places * width)))?;
+    // Features of a place lie together here, those of a filter apart.
+    let weight = tensor(weight.reshape((width, width, places)))?;
+    let weight = tensor(tensor(weight.transpose(1, 2))?.contiguous())?;
+    let weight = tensor(weight.reshape((width, places * width)))?;
+    Ok(linear(&cut, &weight, None)?)
+}
+
+/// Which of `count` equal parts of the real tokens of its sequence each token is in.
+fn segments(
+    batch: usize,
+    length: usize,
+    count: usize,
+    real: Option<&[Vec<bool>]>,
+) -> Vec<Option<usize>> {
+    let mut owners = Vec::with_capacity(batch * length);
+    for sequence in 0..batch {
+        let real = real.and_then(|real| real.get(sequence));
+        let is_real = |token: usize| real.is_none_or(|real| real.get(token) == Some(&true));
+        let tokens = (0..length).filter(|token| is_real(*token)).count();
+        let parts = count.min(tokens);
+        let mut before = 0;
+        owners.extend((0..length).map(|token| {
+            is_real(token).then(|| {
+                before += 1;
+                (before - 1) * parts / tokens
+            })
+        }));
     }
-    Ok((shares, used))
+    owners
 }
 
 /// Refuses filters without a middle.

@@ -26,7 +26,7 @@
 //! Cost of a head of `n` tokens and `m` landmarks: `(n m + m²)(2 head_width + 4)` for the kernels,
 //! `steps (4 m³ + 2 m²)`, `5 m²` where it is normalised, `4 n m value_width + 2 m² value_width` for values,
 //! and `(2 taps + 1) n value_width` for the filter; landmarks cost
-//! `m (2 window head_width² + 9 head_width)`, `n head_width` or `2 m n head_width`. Parameters:
+//! `m (2 window head_width² + 11 head_width)`, or `n head_width` where they are means. Parameters:
 //! `window head_width² + 2 head_width` for learned landmarks, `heads · taps` for filters.
 
 mod inverse;
@@ -40,7 +40,7 @@ use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
 use landmarks::{Grid, Points, Pooling, like, odd};
-use lapidary_kernels::{Tensor, gaussian, local_filter, matmul};
+use lapidary_kernels::{Tensor, gaussian, landmark_attention, local_filter};
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -197,41 +197,72 @@ impl Mechanism for Soft {
                 format!("{keys}, as keys, which soft's queries are"),
             ));
         }
-        let pads = pass.kept(q.dtype())?;
-        let kept = match &pads {
-            Some(kept) => kept.clone(),
-            None => tensor(Tensor::ones((batch, 1, length, 1), q.dtype(), q.device()))?,
+        // exp(−‖√s a − √s b‖² / 2) = exp(−s ‖a − b‖² / 2), which spares the product with the root.
+        let rate = 0.5 * self.root * self.root;
+        let real = match pass.keep {
+            None => None,
+            Some(keep) => Some(real_tokens(keep)?),
         };
-        let mut q = tensor(q * self.root)?;
-        if pads.is_some() {
-            q = tensor(q.broadcast_mul(&kept))?;
-        }
         let grid = Grid::new(&self.spec, length);
         let Points {
             points,
             kept: of_points,
             operations,
-        } = self.pooling.points(&q, &kept, grid)?;
+        } = self.pooling.points(q, self.root, real.as_deref(), grid)?;
         let count = tensor(points.dim(2))?;
-        let across = tensor(tensor(of_points.transpose(2, 3))?.contiguous())?;
+        let (points, middle) = self.middle(points, of_points.as_ref(), rate)?;
+        let normalising = if self.spec.normalised { 5 } else { 0 };
+        let squares = count * count;
+        let before = operations
+            + (length * count + squares) * (2 * width + 4)
+            + self.spec.steps * (4 * squares * count + 2 * squares)
+            + normalising * squares;
+        Ok(Box::new(Factored {
+            sizes: [batch, heads, length, length],
+            queries: q.clone(),
+            points,
+            rate,
+            middle,
+            near: self.filters.clone().map(|filters| Near { filters, grid }),
+            kept: pass.keep.cloned(),
+            before: (batch * heads * before) as u64,
+            taps: self.spec.taps(),
+        }))
+    }
+}
 
-        // Their mean, through which no gradient passes: it changes nothing.
-        let total = tensor(tensor(of_points.sum_keepdim(2))?.maximum(1.0))?;
-        let centre = tensor(tensor(points.broadcast_mul(&of_points))?.sum_keepdim(2))?;
-        let centre = tensor(centre.broadcast_div(&total))?.detach();
-        let (q, points) = (
-            tensor(q.broadcast_sub(&centre))?,
-            tensor(points.broadcast_sub(&centre))?,
-        );
-
-        // A landmark of nothing is apart from all others, and at no distance from itself.
-        let both = tensor(of_points.broadcast_mul(&across))?;
-        let identity = tensor(Tensor::eye(count, q.dtype(), q.device()))?;
-        let alone = tensor(identity.broadcast_mul(&tensor(of_points.affine(-1.0, 1.0))?))?;
-        let rate = like(vec![0.5], (1, 1), &q)?;
-        let inner = gaussian(&points, &points, &rate)?;
-        let inner = tensor(inner.broadcast_mul(&both))?;
-        let inner = tensor(inner.broadcast_add(&alone))?;
+impl Soft {
+    /// `M` for landmarks of which some may stand for no token, as `kept` `[batch, 1, landmark, 1]` says, and the
+    /// landmarks, those of no token moved to where they change nothing.
+    fn middle(&self, points: Tensor, kept: Option<&Tensor>, rate: f64) -> Result<(Tensor, Tensor)> {
+        // No gradient passes through the centre: it changes nothing.
+        let (points, centre) = match kept {
+            None => {
+                let centre = tensor(points.mean_keepdim(2))?.detach();
+                (points, centre)
+            }
+            Some(kept) => {
+                let points = tensor(points.broadcast_mul(kept))?;
+                let total = tensor(tensor(kept.sum_keepdim(2))?.maximum(1.0))?;
+                let centre = tensor(tensor(points.sum_keepdim(2))?.broadcast_div(&total))?.detach();
+                let others = tensor(centre.broadcast_mul(&tensor(kept.affine(-1.0, 1.0))?))?;
+                (tensor(points + others)?, centre)
+            }
+        };
+        let apart = tensor(points.broadcast_sub(&centre))?;
+        let mut inner = gaussian(&apart, &apart, &like(vec![rate], (1, 1), &apart)?)?;
+        let mut both = None;
+        if let Some(kept) = kept {
+            // A landmark of nothing is apart from all others, and at no distance from itself.
+            let across = tensor(tensor(kept.transpose(2, 3))?.contiguous())?;
+            let each = tensor(kept.broadcast_mul(&across))?;
+            let count = tensor(points.dim(2))?;
+            let identity = tensor(Tensor::eye(count, points.dtype(), points.device()))?;
+            let alone = tensor(identity.broadcast_mul(&tensor(kept.affine(-1.0, 1.0))?))?;
+            inner = tensor(inner.broadcast_mul(&each))?;
+            inner = tensor(inner.broadcast_add(&alone))?;
+            both = Some(each);
+        }
         let mut middle = regularised_inverse(&inner, self.spec.epsilon, self.spec.steps)?;
         if self.spec.normalised {
             let degrees = tensor(tensor(inner.sum_keepdim(3))?.sqrt())?;
@@ -239,28 +270,18 @@ impl Mechanism for Soft {
             middle = tensor(middle.broadcast_div(&degrees))?;
             middle = tensor(middle.broadcast_div(&other))?;
         }
-        let middle = tensor(middle.broadcast_mul(&both))?;
-        let mut rows = gaussian(&q, &points, &rate)?;
-        if pads.is_some() {
-            rows = tensor(rows.broadcast_mul(&kept))?;
+        if let Some(both) = &both {
+            middle = tensor(middle.broadcast_mul(both))?;
         }
-        let normalising = if self.spec.normalised { 5 } else { 0 };
-        let squares = count * count;
-        let before = operations
-            + length * width
-            + (length * count + squares) * (2 * width + 4)
-            + self.spec.steps * (4 * squares * count + 2 * squares)
-            + normalising * squares;
-        Ok(Box::new(Factored {
-            sizes: [batch, heads, length, length],
-            rows,
-            middle,
-            near: self.filters.clone().map(|filters| Near { filters, grid }),
-            kept: pads,
-            before: (batch * heads * before) as u64,
-            taps: self.spec.taps(),
-        }))
+        Ok((points, middle))
     }
+}
+
+/// Which tokens of each sequence are real, by a mask `[batch, key]` in `u8`.
+fn real_tokens(keep: &Tensor) -> Result<Vec<Vec<bool>>> {
+    let keep = tensor(keep.to_vec2::<u8>())?;
+    let real = |sequence: Vec<u8>| sequence.into_iter().map(|keep| keep != 0).collect();
+    Ok(keep.into_iter().map(real).collect())
 }
 
 /// The filters of heads, and how tokens lie.
@@ -284,12 +305,15 @@ impl Near {
 #[derive(Debug)]
 struct Factored {
     sizes: [usize; 4],
-    /// `P`.
-    rows: Tensor,
+    /// Queries and landmarks, whose kernel is `P`.
+    queries: Tensor,
+    points: Tensor,
+    /// What squared distances are multiplied by.
+    rate: f64,
     /// `M` `[batch, heads, landmark, landmark]`.
     middle: Tensor,
     near: Option<Near>,
-    /// `[batch, 1, key, 1]`.
+    /// `[batch, key]` in `u8`.
     kept: Option<Tensor>,
     before: u64,
     taps: usize,
@@ -301,14 +325,23 @@ impl Mixing for Factored {
     }
 
     fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let collected = matmul(&self.rows.transpose(2, 3)?, values)?;
-        let y = matmul(&self.rows, &matmul(&self.middle, &collected)?)?;
+        let y = landmark_attention(
+            &self.queries,
+            &self.points,
+            &self.middle,
+            values,
+            self.rate,
+            self.kept.as_ref(),
+        )?;
         match &self.near {
             None => Ok(y),
             Some(near) => {
                 let near = match &self.kept {
                     None => near.filter(values)?,
-                    Some(kept) => near.filter(&values.broadcast_mul(kept)?)?,
+                    Some(kept) => {
+                        let kept = kept.unsqueeze(1)?.unsqueeze(3)?.to_dtype(values.dtype())?;
+                        near.filter(&values.broadcast_mul(&kept)?)?
+                    }
                 };
                 Ok((y + near)?)
             }
