@@ -14,6 +14,7 @@
 
 mod activation;
 mod add;
+mod appended_rows;
 mod attention;
 mod autoencoder;
 mod by_hand;
@@ -35,6 +36,7 @@ pub mod naive;
 mod norm;
 mod optimiser;
 mod polynomial_attention;
+mod pooled_rows;
 mod product;
 mod pytorch;
 mod quantised;
@@ -56,8 +58,10 @@ mod test_data;
 
 pub use activation::Activation;
 pub use add::add;
+pub use appended_rows::appended_rows;
 pub use attention::{
-    Attended, AttentionPart, PartOptions, attention, attention_part, merged_attention,
+    Attended, AttentionPart, BlockAttention, BlockPart, Listed, PartOptions, attention,
+    attention_part, merged_attention,
 };
 pub use autoencoder::{AutoencoderGradients, AutoencoderWeights, autoencoder_gradients};
 pub use by_hand::{ByHand, by_hand};
@@ -83,6 +87,7 @@ pub use optimiser::{
     global_gradient_norm,
 };
 pub use polynomial_attention::{FactorDropout, PolynomialAttention};
+pub use pooled_rows::{RowPooling, pooled_rows};
 pub use pytorch::PytorchFile;
 pub use quantised::{QuantisedMatrix, quantised_linear};
 pub use quotient::quotients;
