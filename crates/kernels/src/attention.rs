@@ -9,10 +9,12 @@
 //! `∂V += Pᵀ ∂O`, `∂S = P ∘ (∂O Vᵀ - δ)`, `∂Q += scale ∂S K`, `∂K += scale ∂Sᵀ Q`, `∂bias += ∂S`.
 
 mod attended;
+mod blocks;
 mod part;
 mod tiles;
 
 pub use attended::Attended;
+pub use blocks::{BlockAttention, BlockPart, Listed};
 pub use part::{AttentionPart, PartOptions, attention_part};
 
 use crate::host::{self, Host, by_dtype, fused};

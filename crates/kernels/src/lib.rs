@@ -14,6 +14,7 @@
 
 mod activation;
 mod add;
+mod appended_rows;
 mod attention;
 mod autoencoder;
 mod beside_ones;
@@ -40,6 +41,7 @@ pub mod naive;
 mod norm;
 mod optimiser;
 mod polynomial_attention;
+mod pooled_rows;
 mod product;
 mod pytorch;
 mod quantised;
@@ -62,8 +64,10 @@ mod test_data;
 
 pub use activation::Activation;
 pub use add::add;
+pub use appended_rows::appended_rows;
 pub use attention::{
-    Attended, AttentionPart, PartOptions, attention, attention_part, merged_attention,
+    Attended, AttentionPart, BlockAttention, BlockPart, Listed, PartOptions, attention,
+    attention_part, merged_attention,
 };
 pub use autoencoder::{AutoencoderGradients, AutoencoderWeights, autoencoder_gradients};
 pub use beside_ones::beside_ones;
@@ -94,6 +98,7 @@ pub use optimiser::{
     global_gradient_norm,
 };
 pub use polynomial_attention::{FactorDropout, PolynomialAttention};
+pub use pooled_rows::{RowPooling, pooled_rows};
 pub use pytorch::PytorchFile;
 pub use quantised::{QuantisedMatrix, quantised_linear};
 pub use quotient::quotients;

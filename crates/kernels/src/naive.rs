@@ -5,18 +5,18 @@
 
 use crate::{
     Activation, AutoencoderGradients, AutoencoderWeights, CrossEntropyOptions, D, DType, Error,
-    Groups, Result, RotaryPairs, SoftmaxMask, Tensor, Var,
+    Groups, Result, RotaryPairs, RowPooling, SoftmaxMask, Tensor, Var,
     inverse::CAUTION,
     mixture::{Mixture, VectorNorm},
 };
 
 mod attention;
 
-pub(crate) use attention::merged_rows;
 pub use attention::{
     attention, attention_part, attention_softmax, attention_weights, decayed_attention,
     landmark_attention, linear_attention, polynomial_attention,
 };
+pub(crate) use attention::{block_rows, merged_rows};
 
 const MASKED: f64 = f64::NEG_INFINITY;
 
@@ -79,6 +79,36 @@ pub fn newton_inverse(a: &Tensor, epsilon: f64, steps: usize) -> Result<Tensor> 
     // Nothing in value; its derivative is d(A⁻¹) = −A⁻¹ dA A⁻¹.
     let change = (a - held)?;
     Ok((&y - y.matmul(&change.contiguous()?)?.matmul(&y)?)?)
+}
+
+/// Rows of `x` `[rows, width]` in each list, those up to its one of `ends`, as one: `[lists, width]`.
+pub fn pooled_rows(
+    x: &Tensor,
+    rows: &[u32],
+    ends: &[usize],
+    pooling: RowPooling,
+) -> Result<Tensor> {
+    if ends.is_empty() {
+        return Ok(x.narrow(0, 0, 0)?);
+    }
+    let mut start = 0;
+    let mut pooled = Vec::with_capacity(ends.len());
+    for &end in ends {
+        let list = Tensor::from_slice(&rows[start..end], end - start, x.device())?;
+        let list = x.index_select(&list, 0)?;
+        pooled.push(match pooling {
+            RowPooling::Maximum => list.max_keepdim(0)?,
+            RowPooling::Sum => list.sum_keepdim(0)?,
+        });
+        start = end;
+    }
+    Ok(Tensor::cat(&pooled, 0)?)
+}
+
+/// Rows of `more` `[rows, width]` behind those of `x` `[.., width]`.
+pub fn appended_rows(x: &Tensor, more: &Tensor) -> Result<Tensor> {
+    let width = more.dim(D::Minus1)?;
+    Ok(Tensor::cat(&[&x.reshape(((), width))?, more], 0)?)
 }
 
 /// `x` `[batch, heads, length, width]`, laid out in `columns` columns, under a filter

@@ -7,7 +7,7 @@
 //!
 //! The log-sum stands behind each output in its row, so that a part is one tensor.
 
-use super::part::{PartOptions, part_rows};
+use super::BlockAttention;
 use crate::host::{self, Host, by_dtype, fused};
 use crate::simd::{self, Real};
 use crate::{Error, Result, Tensor, naive};
@@ -29,14 +29,17 @@ impl Attended {
     /// The row of a query that met no key of a part.
     pub const NOWHERE: u32 = u32::MAX;
 
-    /// Attention as by [`attention_part`](crate::attention_part) with one head, `q`
-    /// `[batch, 1, query, width]`; query `i` of the result is that of row `of[i]` among
-    /// `batch · query`.
+    /// What queries `[queries, width]` get of keys `[keys, width]` and their values by `attention`, one of
+    /// them for each entry of `of`.
     ///
     /// # Errors
     /// When the shapes do not fit each other, or a row is out of range.
-    pub fn new([q, k, v]: [&Tensor; 3], options: &PartOptions, of: Arc<Vec<u32>>) -> Result<Self> {
-        Self::checked(part_rows([q, k, v], options)?, of)
+    pub fn new(
+        inputs: [&Tensor; 3],
+        attention: &Arc<BlockAttention>,
+        of: Arc<Vec<u32>>,
+    ) -> Result<Self> {
+        Self::checked(attention.rows(inputs)?, of)
     }
 
     /// Outputs `[rows, width]` and log-sums `[rows]` from elsewhere.
@@ -127,7 +130,29 @@ impl Attended {
         Ok(Some(merged))
     }
 
+    /// Outputs of [`Attended::merged`], `[queries, width]`, whose log-sums nobody asks for.
+    ///
+    /// # Errors
+    /// As [`Attended::merged`].
+    pub fn merged_output(parts: &[Self]) -> Result<Option<Tensor>> {
+        let [before @ .., last] = parts else {
+            return Ok(None);
+        };
+        Ok(Some(match Self::merged(before)? {
+            None => last.output()?,
+            Some(before) => before.joined(last, false)?,
+        }))
+    }
+
     fn with(&self, other: &Self) -> Result<Self> {
+        Ok(Self {
+            rows: self.joined(other, true)?,
+            of: Arc::new((0..self.of.len() as u32).collect()),
+        })
+    }
+
+    /// The rows of both together, in the order of queries; with log-sums where `sums`.
+    fn joined(&self, other: &Self, sums: bool) -> Result<Tensor> {
         let width = |part: &Self| part.rows.dim(1);
         if (self.of.len(), width(self)?) != (other.of.len(), width(other)?) {
             let found = (other.of.len(), width(other)?);
@@ -141,20 +166,23 @@ impl Attended {
         }
         let merge = Merge {
             of: [self.of.clone(), other.of.clone()],
+            sums,
         };
-        let rows = match fused(&[&self.rows, &other.rows]) {
-            true => self.rows.apply_op2(&other.rows, merge)?,
-            false => naive::merged_rows([&self.rows, &other.rows], [&self.of, &other.of])?,
-        };
-        Ok(Self {
-            rows,
-            of: Arc::new((0..self.of.len() as u32).collect()),
-        })
+        if fused(&[&self.rows, &other.rows]) {
+            return Ok(self.rows.apply_op2(&other.rows, merge)?);
+        }
+        let rows = naive::merged_rows([&self.rows, &other.rows], [&self.of, &other.of])?;
+        match sums {
+            true => Ok(rows),
+            false => Ok(rows.narrow(1, 0, rows.dim(1)? - 1)?.contiguous()?),
+        }
     }
 }
 
 struct Merge {
     of: [Arc<Vec<u32>>; 2],
+    /// Whether log-sums stand behind outputs in the result.
+    sums: bool,
 }
 
 /// The row of a query, where it has one.
@@ -171,10 +199,11 @@ fn row<T>(rows: &[T], at: u32, width: usize) -> Option<(&[T], &T)> {
 impl Merge {
     fn forward<T: Real>(&self, [a, b]: [&[T]; 2], width: usize) -> Vec<T> {
         let queries = self.of[0].len();
-        let mut merged = host::unwritten::<T>(queries * (width + 1));
+        let step = width + usize::from(self.sums);
+        let mut merged = host::unwritten::<T>(queries * step);
         host::for_rows(
             &mut merged,
-            width + 1,
+            step,
             2,
             #[inline(always)]
             |query, to| {
@@ -182,20 +211,19 @@ impl Merge {
                     row(a, self.of[0][query], width),
                     row(b, self.of[1][query], width),
                 ];
-                let (log_sum, output) = match to.split_last_mut() {
-                    Some(split) => split,
-                    None => return,
-                };
+                let (output, log_sum) = to.split_at_mut(width);
                 let [x, y] = got.map(|got| got.map_or(T::NEG_INFINITY, |(_, log_sum)| *log_sum));
                 let maximum = x.larger(y);
                 if maximum == T::NEG_INFINITY {
                     output.fill(T::zero());
-                    *log_sum = maximum;
+                    log_sum.fill(maximum);
                     return;
                 }
                 let [x, y] = [(x - maximum).exp(), (y - maximum).exp()];
                 let inverse = T::one() / (x + y);
-                *log_sum = maximum + (x + y).ln();
+                if self.sums {
+                    log_sum.fill(maximum + (x + y).ln());
+                }
                 match got {
                     [Some((a, _)), Some((b, _))] => {
                         let [x, y] = [x * inverse, y * inverse];
@@ -212,15 +240,33 @@ impl Merge {
         merged
     }
 
+    /// `L` of every query.
+    fn log_sums<T: Real>(&self, [a, b]: [&[T]; 2], width: usize) -> Vec<T> {
+        let mut sums = host::unwritten::<T>(self.of[0].len());
+        host::for_rows(
+            &mut sums,
+            1,
+            16,
+            #[inline(always)]
+            |query, sum| {
+                let [x, y] = [
+                    row(a, self.of[0][query], width),
+                    row(b, self.of[1][query], width),
+                ]
+                .map(|got| got.map_or(T::NEG_INFINITY, |(_, log_sum)| *log_sum));
+                let maximum = x.larger(y);
+                sum[0] = match maximum == T::NEG_INFINITY {
+                    true => maximum,
+                    false => maximum + ((x - maximum).exp() + (y - maximum).exp()).ln(),
+                };
+            },
+        );
+        sums
+    }
+
     /// The gradient of the rows of one side, each the sum over the queries that have it.
-    fn backward<T: Real>(
-        &self,
-        side: usize,
-        rows: &[T],
-        merged: &[T],
-        gradient: &[T],
-        width: usize,
-    ) -> Vec<T> {
+    fn backward<T: Real>(&self, side: usize, rows: &[T], whole: &Whole<T>) -> Vec<T> {
+        let width = whole.width;
         let count = rows.len() / (width + 1);
         let users = Users::new(&self.of[side], count);
         let mut result = host::unwritten::<T>(rows.len());
@@ -236,26 +282,38 @@ impl Merge {
                 else {
                     return;
                 };
+                if *log_sum == T::NEG_INFINITY {
+                    return;
+                }
                 for &query in users.of(at) {
-                    let (Some((whole, whole_sum)), Some((d_whole, d_whole_sum))) =
-                        (row(merged, query, width), row(gradient, query, width))
-                    else {
-                        continue;
+                    let query = query as usize;
+                    let first = query * whole.step;
+                    let d_whole = &whole.gradient[first..][..width];
+                    let share = (*log_sum - whole.log_sums[query]).exp();
+                    let along = simd::dot(d_whole, output)
+                        - simd::dot(d_whole, &whole.rows[first..][..width]);
+                    let of_sum = match whole.step > width {
+                        true => whole.gradient[first + width],
+                        false => T::zero(),
                     };
-                    if *log_sum == T::NEG_INFINITY {
-                        continue;
-                    }
-                    let share = (*log_sum - *whole_sum).exp();
-                    let along = simd::dot(d_whole, output) - simd::dot(d_whole, whole);
-                    *d_log_sum += share * (*d_whole_sum + along);
-                    for (to, &d) in d_output.iter_mut().zip(d_whole) {
-                        *to += share * d;
-                    }
+                    *d_log_sum += share * (of_sum + along);
+                    simd::add_scaled(d_output, d_whole, share);
                 }
             },
         );
         result
     }
+}
+
+/// What was made of both sides, and its gradient.
+struct Whole<'a, T> {
+    rows: &'a [T],
+    gradient: &'a [T],
+    /// `L` of every query.
+    log_sums: &'a [T],
+    width: usize,
+    /// Numbers of a row.
+    step: usize,
 }
 
 /// Which queries have each row, in order.
@@ -314,7 +372,7 @@ impl CustomOp2 for Merge {
         by_dtype!(host::dtype(a), T => {
             let [a, b] = [host::ordered::<T>(a, a_layout)?, host::ordered::<T>(b, b_layout)?];
             let merged = self.forward::<T>([&a, &b], width);
-            let shape = Shape::from((self.of[0].len(), width + 1));
+            let shape = Shape::from((self.of[0].len(), width + usize::from(self.sums)));
             Ok((T::to_cpu_storage_owned(merged), shape))
         })
     }
@@ -328,14 +386,22 @@ impl CustomOp2 for Merge {
     ) -> Candle<(Option<Tensor>, Option<Tensor>)> {
         let width = a.dims().last().map_or(0, |last| last - 1);
         by_dtype!(a.dtype(), T => {
-            let hosts = [merged, gradient].map(Host::new);
-            let (merged, gradient) = (hosts[0].ordered::<T>()?, hosts[1].ordered::<T>()?);
+            let hosts = [a, b, merged, gradient].map(Host::new);
+            let sides = [hosts[0].ordered::<T>()?, hosts[1].ordered::<T>()?];
+            let (merged, gradient) = (hosts[2].ordered::<T>()?, hosts[3].ordered::<T>()?);
+            let log_sums = self.log_sums::<T>([&sides[0], &sides[1]], width);
+            let whole = Whole {
+                rows: &merged,
+                gradient: &gradient,
+                log_sums: &log_sums,
+                width,
+                step: width + usize::from(self.sums),
+            };
             let of = |side: usize, rows: &Tensor| -> Candle<Option<Tensor>> {
                 if !rows.track_op() {
                     return Ok(None);
                 }
-                let host = Host::new(rows);
-                let values = self.backward(side, &host.ordered::<T>()?, &merged, &gradient, width);
+                let values = self.backward(side, &sides[side], &whole);
                 Ok(Some(host::tensor(values, rows.dims())?))
             };
             Ok((of(0, a)?, of(1, b)?))
@@ -348,7 +414,7 @@ mod tests {
     use super::*;
     use crate::check::{difference, gradient_error};
     use crate::test_data::{arange, compare};
-    use crate::{AttentionOptions, AttentionPart, DType, attention_part};
+    use crate::{AttentionPart, BlockPart, DType, Listed};
 
     const NOWHERE: u32 = Attended::NOWHERE;
 
@@ -359,29 +425,29 @@ mod tests {
     #[test]
     fn parts_in_order_merge_as_attention_does() {
         compare(1e-5, |dtype| {
-            let [q, k, v] = [[1, 1, 9, 4], [1, 1, 11, 4], [1, 1, 11, 3]]
-                .map(|dims| arange(&dims, dims[2] as f64, dtype));
-            let options = PartOptions::new(AttentionOptions::new(4));
+            let [q, k, v] =
+                [[9, 4], [11, 4], [11, 3]].map(|dims| arange(&dims, dims[1] as f64, dtype));
             let in_order = places(&(0..9).collect::<Vec<_>>());
-            let part = |start: usize, length: usize| {
-                let [k, v] = [&k, &v].map(|x| x.narrow(2, start, length).unwrap());
-                Attended::new([&q, &k, &v], &options, in_order.clone()).unwrap()
+            let meets = |start: u32, length: u32| {
+                let listed = |rows: std::ops::Range<u32>| Listed {
+                    positions: vec![0; rows.len()],
+                    rows: rows.collect(),
+                };
+                let part = BlockPart {
+                    ends: vec![[9, length as usize]],
+                    queries: listed(0..9),
+                    keys: listed(start..start + length),
+                    ..BlockPart::default()
+                };
+                let attention = Arc::new(BlockAttention::new(vec![part], [9, 11], 0.5).unwrap());
+                Attended::new([&q, &k, &v], &attention, in_order.clone()).unwrap()
             };
-            let merged = Attended::merged(&[part(0, 4), part(4, 6), part(10, 1)]).unwrap();
-            let whole = attention_part(&q, &k, &v, &options).unwrap();
+            let whole = meets(0, 11);
+            let merged = Attended::merged(&[meets(0, 4), meets(4, 6), meets(10, 1)]).unwrap();
             let merged = merged.unwrap();
-            assert!(
-                difference(
-                    &merged.log_sums().unwrap(),
-                    &whole.log_sums.flatten_all().unwrap()
-                )
-                .unwrap()
-                    < 1e-5
-            );
-            (
-                merged.output().unwrap(),
-                whole.output.reshape((9, 3)).unwrap(),
-            )
+            let sums = [&merged, &whole].map(|attended| attended.log_sums().unwrap());
+            assert!(difference(&sums[0], &sums[1]).unwrap() < 1e-5);
+            (merged.output().unwrap(), whole.output().unwrap())
         });
     }
 
@@ -439,6 +505,19 @@ mod tests {
         assert_eq!(sums[5], f64::NEG_INFINITY);
         assert_eq!(merged.queries(), 6);
         let [a, b] = scattered(&x);
+        for parts in [
+            vec![a.clone()],
+            vec![a.clone(), b.clone()],
+            vec![b, a.clone(), a],
+        ] {
+            let merged = Attended::merged(&parts).unwrap().unwrap();
+            let outputs = Attended::merged_output(&parts).unwrap().unwrap();
+            assert_eq!(
+                difference(&outputs, &merged.output().unwrap()).unwrap(),
+                0.0
+            );
+        }
+        let [a, b] = scattered(&x);
         let composed = naive::merged_rows([&a.rows, &b.rows], [&a.of, &b.of]).unwrap();
         assert!(difference(&composed.narrow(1, 0, 5).unwrap(), &output).unwrap() < 1e-12);
     }
@@ -454,6 +533,14 @@ mod tests {
             Ok(merged.output()?.broadcast_mul(&seen)?)
         };
         assert!(gradient_error(f, &numbers()).unwrap() < 1e-7);
+        let outputs = |x: &[Tensor]| {
+            let [a, b] = scattered(x);
+            match Attended::merged_output(&[a.clone(), b, a])? {
+                Some(outputs) => Ok(outputs),
+                None => Ok(x[0].clone()),
+            }
+        };
+        assert!(gradient_error(outputs, &numbers()).unwrap() < 1e-7);
         let repeated = |x: &[Tensor]| {
             let part = Attended::from_rows(&x[0], &x[1], places(&[1, NOWHERE, 1]))?.repeated(3);
             Ok(part
@@ -480,6 +567,7 @@ mod tests {
         assert_eq!(difference(&one, &even).unwrap(), 0.0);
         assert!(Attended::merged(&[twice, b]).is_err());
         assert!(Attended::merged(&[]).unwrap().is_none());
+        assert!(Attended::merged_output(&[]).unwrap().is_none());
         let rows = &numbers()[0];
         assert!(Attended::from_rows(rows, &numbers()[2], places(&[3])).is_err());
     }

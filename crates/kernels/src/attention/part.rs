@@ -120,23 +120,6 @@ pub fn attention_part(
     })
 }
 
-/// [`attention_part`] of one head as rows `[batch · queries, value_width + 1]`, the log-sum in the
-/// last column.
-pub(super) fn part_rows([q, k, v]: [&Tensor; 3], options: &PartOptions) -> Result<Tensor> {
-    let (problem, [batch, heads, _, queries, _, _, value_width]) = problem([q, k, v], options)?;
-    if heads != 1 {
-        return Err(Error::argument("attended", "heads", heads, "1"));
-    }
-    let shape = (batch * queries, value_width + 1);
-    if !applies(&[q, k, v], &options.attention) {
-        let part = naive::attention_part(q, k, v, options)?;
-        let both = [&part.output, &part.log_sums.unsqueeze(3)?].map(Tensor::contiguous);
-        let [output, log_sums] = both;
-        return Ok(Tensor::cat(&[output?, log_sums?], 3)?.reshape(shape)?);
-    }
-    Ok(packed([q, k, v], problem, options)?.reshape(shape)?)
-}
-
 /// `[batch · queries · heads, value_width + 1]`.
 fn packed([q, k, v]: [&Tensor; 3], problem: Problem, options: &PartOptions) -> Result<Tensor> {
     let bias = options.attention.bias.as_ref().map(Tensor::detach);

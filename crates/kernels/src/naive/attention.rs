@@ -2,7 +2,8 @@
 
 use super::{MASKED, keep_to_bias, repeat_groups, softmax};
 use crate::{
-    AttentionOptions, AttentionPart, D, Direction, PartOptions, Result, SoftmaxMask, Tensor,
+    Attended, AttentionOptions, AttentionPart, BlockPart, D, Direction, PartOptions, Result,
+    SoftmaxMask, Tensor,
 };
 
 /// The attention weights `softmax(scale · Q Kᵀ + bias)`, `[batch, heads, query, key]`.
@@ -69,6 +70,95 @@ pub(crate) fn merged_rows(parts: [&Tensor; 2], of: [&[u32]; 2]) -> Result<Tensor
         &[output, merged.log_sums.reshape((queries, 1))?],
         1,
     )?)
+}
+
+/// Rows `[queries, width + 1]` of [`crate::BlockAttention`], log-sums behind outputs: all blocks of a part as
+/// long as the longest, with their scores laid out.
+pub(crate) fn block_rows<'a>(
+    [q, k, v]: [&Tensor; 3],
+    parts: impl Iterator<Item = &'a BlockPart>,
+    scale: f64,
+) -> Result<Tensor> {
+    let queries = q.dim(0)?;
+    let nothing = Tensor::zeros((1, v.dim(1)? + 1), q.dtype(), q.device())?;
+    let nowhere = vec![Attended::NOWHERE; queries];
+    let in_order: Vec<u32> = (0..queries as u32).collect();
+    let mut merged = merged_rows([&nothing, &nothing], [&nowhere, &nowhere])?;
+    for part in parts {
+        if let Some((rows, of)) = laid_out_blocks([q, k, v], part, scale)? {
+            merged = merged_rows([&merged, &rows], [&in_order, &of])?;
+        }
+    }
+    Ok(merged)
+}
+
+/// The rows of one part, and which row each query has; nothing where no query meets a key.
+fn laid_out_blocks(
+    [q, k, v]: [&Tensor; 3],
+    part: &BlockPart,
+    scale: f64,
+) -> Result<Option<(Tensor, Vec<u32>)>> {
+    let starts = std::iter::once(&[0; 2]).chain(&part.ends);
+    let blocks = starts.zip(&part.ends);
+    let blocks: Vec<_> = blocks.map(|(a, b)| [a[0]..b[0], a[1]..b[1]]).collect();
+    let most = |side: usize| blocks.iter().map(|block| block[side].len()).max();
+    let (queries, keys) = (most(0).unwrap_or(0), most(1).unwrap_or(0));
+    if queries == 0 || keys == 0 {
+        return Ok(None);
+    }
+    let (mut query_rows, mut key_rows) = (Vec::new(), Vec::new());
+    let (mut bias, mut pair) = (Vec::new(), 0);
+    let mut back = vec![Attended::NOWHERE; q.dim(0)?];
+    for (number, [of, over]) in (0..).zip(&blocks) {
+        for (place, row) in (number * queries..).zip(&part.queries.rows[of.clone()]) {
+            back[*row as usize] = place as u32;
+        }
+        query_rows.extend_from_slice(&part.queries.rows[of.clone()]);
+        query_rows.resize((number + 1) * queries, 0);
+        key_rows.extend_from_slice(&part.keys.rows[over.clone()]);
+        key_rows.resize((number + 1) * keys, 0);
+        for query in of.clone() {
+            for key in over.clone() {
+                bias.push(pair_bias(part, [query, key], pair));
+                pair += 1;
+            }
+            bias.resize(bias.len() + keys - over.len(), MASKED);
+        }
+        bias.resize((number + 1) * queries * keys, MASKED);
+    }
+    let gathered = |x: &Tensor, rows: Vec<u32>, each: usize| -> Result<Tensor> {
+        let count = rows.len();
+        let rows = Tensor::from_vec(rows, count, x.device())?;
+        Ok(x.index_select(&rows, 0)?
+            .reshape((count / each, 1, each, ()))?)
+    };
+    let bias = Tensor::from_vec(bias, (blocks.len(), 1, queries, keys), q.device())?;
+    let options = PartOptions::new(AttentionOptions {
+        scale,
+        bias: Some(bias.to_dtype(q.dtype())?),
+        ..AttentionOptions::new(1)
+    });
+    let part = attention_part(
+        &gathered(&q.contiguous()?, query_rows, queries)?,
+        &gathered(&k.contiguous()?, key_rows.clone(), keys)?,
+        &gathered(&v.contiguous()?, key_rows, keys)?,
+        &options,
+    )?;
+    let both = Tensor::cat(&[part.output, part.log_sums.unsqueeze(3)?], 3)?;
+    Ok(Some((both.reshape((blocks.len() * queries, ()))?, back)))
+}
+
+/// What is added to the score of a listed query and key, which are such a pair.
+fn pair_bias(part: &BlockPart, [query, key]: [usize; 2], pair: usize) -> f64 {
+    let (i, j) = (part.queries.positions[query], part.keys.positions[key]);
+    let outside = |window: usize| i.abs_diff(j) as usize >= window;
+    let hidden = part.hidden.binary_search(&[query as u32, key as u32]);
+    if (part.causal && j > i) || part.window.is_some_and(outside) || hidden.is_ok() {
+        return MASKED;
+    }
+    let own = if i == j { part.own } else { 0.0 };
+    let bias = |all: &[f64], at: usize| all.get(at).copied().unwrap_or(0.0);
+    own + bias(&part.key_bias, key) + bias(&part.pair_bias, pair)
 }
 
 /// [`crate::attention_part`], with its scores laid out.

@@ -1,9 +1,10 @@
 //! Attention in blocks: lists of queries, and of the keys that they meet.
 //!
 //! A sparse mechanism says which queries meet which keys by naming, for every head of every
-//! sequence, blocks of a few queries and a few keys ([`Blocks`]). Their rows are gathered, each
-//! block is attention of its own, and what a query got in several parts is
-//! merged by the log-sums into one softmax over all the keys that it met:
+//! sequence, blocks of a few queries and a few keys ([`Blocks`]). One kernel reads their rows where they
+//! lie and gives each query one softmax over all the keys that it meets in any of several parts
+//! ([`Meetings`]). Where parts have queries or keys of their own, what a query got in each is merged by
+//! the log-sums:
 //!
 //! ```text
 //! o = Σ_r e^{L^r − L} o^r,   L = ln Σ_r e^{L^r},   L^r = ln Σ_{j in part r} e^{s_j}
@@ -17,8 +18,9 @@
 use super::sequences::At;
 use crate::Result;
 use crate::error::tensor;
-use lapidary_kernels::{Attended, AttentionOptions, PartOptions, Tensor, embedding};
+use lapidary_kernels::{Attended, BlockAttention, BlockPart, D, Listed, Tensor};
 use lapidary_signal::Mixing;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Which keys of a block a query sees.
@@ -42,10 +44,24 @@ impl Rule {
     }
 }
 
+/// What else is added to scores, or hidden.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Bias<'a> {
+    /// Added to all scores of a key.
+    pub(super) of_key: Option<&'a dyn Fn(At) -> f64>,
+    /// Added to the score of a query and a key; `-∞` hides it.
+    pub(super) of_pair: Option<&'a dyn Fn(At, At) -> f64>,
+    /// The positions of keys that a query does not see.
+    pub(super) hidden: Option<&'a dyn Fn(At) -> &'a [usize]>,
+}
+
 /// Blocks of queries and the keys that they meet. A query is in one of them at most.
 #[derive(Debug, Default)]
 pub(super) struct Blocks {
-    blocks: Vec<[Vec<At>; 2]>,
+    /// The queries, and the keys, of one block behind those of another.
+    sides: [Vec<At>; 2],
+    /// Where those of each block end.
+    ends: Vec<[usize; 2]>,
 }
 
 impl Blocks {
@@ -55,186 +71,137 @@ impl Blocks {
         queries: impl IntoIterator<Item = At>,
         keys: impl IntoIterator<Item = At>,
     ) {
-        let block = [
-            queries.into_iter().collect::<Vec<_>>(),
-            keys.into_iter().collect::<Vec<_>>(),
-        ];
-        if block.iter().all(|side| !side.is_empty()) {
-            self.blocks.push(block);
+        let [before, start] = [0, 1].map(|side: usize| self.sides[side].len());
+        let [of, over] = &mut self.sides;
+        of.extend(queries);
+        over.extend(keys);
+        if of.len() > before && over.len() > start {
+            self.ends.push([of.len(), over.len()]);
+        } else {
+            of.truncate(before);
+            over.truncate(start);
         }
     }
 
     /// Whether there is none.
     pub(super) fn is_empty(&self) -> bool {
-        self.blocks.is_empty()
+        self.ends.is_empty()
     }
 
     /// All keys of all blocks.
     pub(super) fn keys(&self) -> impl Iterator<Item = &At> {
-        self.blocks.iter().flat_map(|[_, keys]| keys)
+        self.sides[1].iter()
     }
 
     /// All keys of all blocks, to be moved.
     pub(super) fn keys_mut(&mut self) -> impl Iterator<Item = &mut At> {
-        self.blocks.iter_mut().flat_map(|[_, keys]| keys)
+        self.sides[1].iter_mut()
     }
 
-    /// Most queries and keys of a block.
-    fn sizes(&self) -> [usize; 2] {
-        [0, 1].map(|side| {
-            let lengths = self.blocks.iter().map(|block| block[side].len());
-            lengths.max().unwrap_or_default()
-        })
+    /// Each block, as places in both lists.
+    fn each(&self) -> impl Iterator<Item = [Range<usize>; 2]> + '_ {
+        let starts = std::iter::once(&[0; 2]).chain(&self.ends);
+        let both = starts.zip(&self.ends);
+        both.map(|(start, end)| [start[0]..end[0], start[1]..end[1]])
     }
 
-    /// Some number of each place of one side, `[blocks · size]`, and `fill` where there is none.
-    fn listed<T: Clone>(&self, side: usize, fill: T, of: impl Fn(At) -> T) -> Vec<T> {
-        let size = self.sizes()[side];
-        let mut all = Vec::with_capacity(self.blocks.len() * size);
-        for block in &self.blocks {
-            all.extend(block[side].iter().map(|at| of(*at)));
-            all.resize(all.len() + size - block[side].len(), fill.clone());
-        }
-        all
-    }
-
-    /// What is added to each score, `[blocks, query, key]`, and how many pairs are then left.
-    fn biases(&self, rule: Rule, bias: Bias<'_>) -> (Vec<f64>, u64) {
-        let [queries, keys] = self.sizes();
-        let mut all = Vec::with_capacity(self.blocks.len() * queries * keys);
-        let mut left = 0;
-        for [of, over] in &self.blocks {
-            for query in of {
-                for key in over {
-                    let added = bias(*query, *key);
-                    left += u64::from(rule.sees(*query, *key) && added > f64::NEG_INFINITY);
-                    all.push(added);
-                }
-                all.resize(all.len() + keys - over.len(), 0.0);
+    /// As the kernel reads them: keys in the order of their positions.
+    pub(super) fn listed(mut self, rule: Rule, bias: Bias<'_>) -> BlockPart {
+        let blocks: Vec<_> = self.each().collect();
+        let [queries, keys] = &mut self.sides;
+        for [_, over] in &blocks {
+            let keys = &mut keys[over.clone()];
+            if !keys.is_sorted_by_key(|key| key.position) {
+                keys.sort_by_key(|key| key.position);
             }
-            all.resize(all.len() + (queries - of.len()) * keys, 0.0);
         }
-        (all, left)
-    }
-
-    fn filled(&self, side: usize) -> bool {
-        let size = self.sizes()[side];
-        self.blocks.iter().any(|block| block[side].len() < size)
+        let (queries, keys) = (&*queries, &*keys);
+        let (mut pair_bias, mut hidden) = (Vec::new(), Vec::new());
+        for [of, over] in blocks {
+            for (query, place) in queries[of.clone()].iter().zip(of.start as u32..) {
+                if let Some(bias) = bias.of_pair {
+                    pair_bias.extend(keys[over.clone()].iter().map(|key| bias(*query, *key)));
+                }
+                if let Some(of) = bias.hidden {
+                    hidden.extend(places(of(*query), &keys[over.clone()]).map(|key| {
+                        let key = over.start + key;
+                        [place, key as u32]
+                    }));
+                }
+            }
+        }
+        let listed = |side: &[At]| Listed {
+            rows: side.iter().map(|at| at.row as u32).collect(),
+            positions: side.iter().map(|at| at.position as u32).collect(),
+        };
+        let key_bias = bias.of_key.map(|bias| keys.iter().map(|key| bias(*key)));
+        BlockPart {
+            queries: listed(queries),
+            keys: listed(keys),
+            ends: self.ends,
+            causal: rule.causal,
+            window: rule.window,
+            own: rule.own,
+            key_bias: key_bias.into_iter().flatten().collect(),
+            pair_bias,
+            hidden,
+        }
     }
 }
 
-/// What is added to the score of a query and a key; `-∞` hides it.
-pub(super) type Bias<'a> = &'a dyn Fn(At, At) -> f64;
+/// Where keys stand at rising positions, among keys in their order.
+fn places<'a>(positions: &'a [usize], keys: &'a [At]) -> impl Iterator<Item = usize> + 'a {
+    positions.iter().flat_map(move |position| {
+        let first = keys.partition_point(|key| key.position < *position);
+        let end = keys.partition_point(|key| key.position <= *position);
+        first..end
+    })
+}
 
-/// One part of the keys that queries meet: gathered queries and keys, and the way back.
+/// Queries, keys, and the blocks in which they meet under one softmax.
 #[derive(Debug)]
-pub(super) struct Part {
-    blocks: Blocks,
-    rule: Rule,
-    /// Pairs that a bias leaves, where there is one.
-    left: Option<u64>,
-    /// `[blocks, 1, query, head_width]`.
+pub(super) struct Meetings {
+    /// Rows of queries, `[.., head_width]`.
     q: Tensor,
-    /// `[blocks, 1, key, head_width]`.
+    /// Rows of keys, `[.., head_width]`.
     k: Tensor,
-    /// The rows of the keys, `[blocks · key]`.
-    keys: Tensor,
-    /// Where each query lies among those of the blocks.
-    back: Arc<Vec<u32>>,
-    options: PartOptions,
+    queries: usize,
+    attention: Arc<BlockAttention>,
 }
 
-impl Part {
-    /// Gathers queries `q` `[queries, width]` and keys `k` `[keys, width]`; nothing where there is
-    /// no block.
+impl Meetings {
+    /// Those of rows of queries `q` `[.., width]` and keys `k` `[.., width]`; nothing where there is no block.
     pub(super) fn new(
-        blocks: Blocks,
-        rule: Rule,
+        parts: Vec<BlockPart>,
         (q, k): (&Tensor, &Tensor),
         scale: f64,
-        bias: Option<Bias<'_>>,
     ) -> Result<Option<Self>> {
-        let (count, [queries, keys]) = (blocks.blocks.len(), blocks.sizes());
-        if count == 0 {
+        if parts.iter().all(|part| part.ends.is_empty()) {
             return Ok(None);
         }
-        let device = q.device();
-        let listed =
-            |values: Vec<u32>, shape: &[usize]| tensor(Tensor::from_vec(values, shape, device));
-        let rows = |side: usize| blocks.listed(side, 0, |at| at.row as u32);
-        let positions = |side: usize| blocks.listed(side, 0, |at| at.position as u32);
-        let query_rows = listed(rows(0), &[count * queries])?;
-        let key_rows = listed(rows(1), &[count * keys])?;
-        let (total, width) = tensor(q.dims2())?;
-        let mut back = vec![Attended::NOWHERE; total];
-        for (block, place) in blocks.blocks.iter().zip(0..) {
-            for (at, lies) in block[0].iter().zip(place * queries..) {
-                if let Some(back) = back.get_mut(at.row) {
-                    *back = lies as u32;
-                }
-            }
-        }
-        let key_padding = match blocks.filled(1) {
-            false => None,
-            true => {
-                let keep = blocks.listed(1, 0u8, |_| 1);
-                Some(tensor(Tensor::from_vec(keep, (count, keys), device))?)
-            }
-        };
-        let (mut left, mut added) = (None, None);
-        if let Some(bias) = bias {
-            let (all, seen) = blocks.biases(rule, bias);
-            let all = tensor(Tensor::from_vec(all, (count, 1, queries, keys), device))?;
-            added = Some(tensor(all.to_dtype(q.dtype()))?);
-            left = Some(seen);
-        }
-        let options = PartOptions {
-            attention: AttentionOptions {
-                scale,
-                causal: rule.causal,
-                window: rule.window,
-                key_padding,
-                bias: added,
-                ..AttentionOptions::new(width)
-            },
-            positions: Some([
-                listed(positions(0), &[count, queries])?,
-                listed(positions(1), &[count, keys])?,
-            ]),
-            own: rule.own,
-        };
+        let rows = [q, k].map(|x| x.elem_count() / x.dims().last().copied().unwrap_or(1).max(1));
         Ok(Some(Self {
-            q: tensor(embedding(q, &query_rows)?.reshape((count, 1, queries, width)))?,
-            k: tensor(embedding(k, &key_rows)?.reshape((count, 1, keys, width)))?,
-            keys: key_rows,
-            back: Arc::new(back),
-            options,
-            left,
-            blocks,
-            rule,
+            q: q.clone(),
+            k: k.clone(),
+            queries: rows[0],
+            attention: Arc::new(BlockAttention::new(parts, rows, scale)?),
         }))
     }
 
-    /// What each query gets from this part of values `[keys, width]`.
-    pub(super) fn attend(&self, values: &Tensor) -> lapidary_kernels::Result<Attended> {
-        let (count, _, keys, _) = self.k.dims4()?;
-        let v = embedding(values, &self.keys)?.reshape((count, 1, keys, ()))?;
-        Attended::new([&self.q, &self.k, &v], &self.options, self.back.clone())
+    /// What each query gets of rows of values `[.., width]`: `[queries, width]`.
+    pub(super) fn output(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        self.attention.output([&self.q, &self.k, values])
+    }
+
+    /// The same, to be merged with more.
+    pub(super) fn attended(&self, values: &Tensor) -> lapidary_kernels::Result<Attended> {
+        let queries = Arc::new((0..self.queries as u32).collect());
+        Attended::new([&self.q, &self.k, values], &self.attention, queries)
     }
 
     /// Pairs of a query and a key that it sees.
     pub(super) fn pairs(&self) -> u64 {
-        if let Some(left) = self.left {
-            return left;
-        }
-        let sees = |query: &At, keys: &[At]| {
-            let seen = keys.iter().filter(|key| self.rule.sees(*query, **key));
-            seen.count() as u64
-        };
-        let each = |[queries, keys]: &[Vec<At>; 2]| -> u64 {
-            queries.iter().map(|query| sees(query, keys)).sum()
-        };
-        self.blocks.blocks.iter().map(each).sum()
+        self.attention.pairs()
     }
 }
 
@@ -256,25 +223,39 @@ pub(super) fn merge(
     queries: usize,
     like: &Tensor,
 ) -> lapidary_kernels::Result<Tensor> {
-    match Attended::merged(parts)? {
-        Some(merged) => merged.output(),
+    match Attended::merged_output(parts)? {
+        Some(merged) => Ok(merged),
         None => {
-            let shape = (queries, like.dim(1)?);
+            let shape = (queries, like.dim(D::Minus1)?);
             Ok(Tensor::zeros(shape, like.dtype(), like.device())?)
         }
     }
 }
 
-/// Operations of attention over `parts` and of merging them.
+/// What queries get of `values` in all of some meetings, as one softmax.
+pub(super) fn output(
+    meetings: &[Meetings],
+    queries: usize,
+    values: &Tensor,
+) -> lapidary_kernels::Result<Tensor> {
+    if let [one] = meetings {
+        return one.output(values);
+    }
+    let parts = meetings.iter().map(|each| each.attended(values));
+    let parts = parts.collect::<lapidary_kernels::Result<Vec<_>>>()?;
+    merge(&parts, queries, values)
+}
+
+/// Operations of attention in all of some meetings and of merging their parts.
 pub(super) fn operations<'a>(
-    parts: impl IntoIterator<Item = &'a Part>,
+    meetings: impl IntoIterator<Item = &'a Meetings>,
     queries: usize,
     [head_width, width]: [usize; 2],
 ) -> u64 {
     let (mut count, mut pairs) = (0, 0);
-    for part in parts {
-        count += 1;
-        pairs += part.pairs();
+    for each in meetings {
+        count += each.attention.parts();
+        pairs += each.pairs();
     }
     let attended = pairs * (2 * head_width + 2 * width + 5) as u64;
     match count {
@@ -302,37 +283,26 @@ pub(super) fn apart(x: &Tensor, heads: usize) -> Result<Tensor> {
 pub(super) struct Sparse {
     sizes: [usize; 4],
     head_width: usize,
-    parts: Vec<Part>,
+    /// Absent where nobody meets anybody.
+    meetings: Option<Meetings>,
     /// Operations of whatever stood before.
     before: u64,
 }
 
 impl Sparse {
-    /// Attention of `q` `[batch, heads, query, head_width]` over `k` in such blocks, with `bias` added to all
-    /// scores.
+    /// Attention of `q` `[batch, heads, query, head_width]` over `k` in such blocks.
     pub(super) fn new(
         sizes: [usize; 4],
         (q, k): (&Tensor, &Tensor),
         scale: f64,
-        blocks: impl IntoIterator<Item = (Blocks, Rule)>,
-        bias: Option<Bias<'_>>,
+        parts: Vec<BlockPart>,
     ) -> Result<Self> {
-        let (q_rows, k_rows) = (rows(q)?, rows(k)?);
-        let mut parts = Vec::new();
-        for (blocks, rule) in blocks {
-            parts.extend(Part::new(blocks, rule, (&q_rows, &k_rows), scale, bias)?);
-        }
-        Ok(Self::of(sizes, tensor(q.dim(3))?, parts))
-    }
-
-    /// Attention over ready parts.
-    pub(super) fn of(sizes: [usize; 4], head_width: usize, parts: Vec<Part>) -> Self {
-        Self {
+        Ok(Self {
             sizes,
-            head_width,
-            parts,
+            head_width: tensor(q.dim(3))?,
+            meetings: Meetings::new(parts, (q, k), scale)?,
             before: 0,
-        }
+        })
     }
 
     /// The same behind as many operations of another kind.
@@ -355,14 +325,11 @@ impl Mixing for Sparse {
 
     fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
         let [batch, heads, queries, _] = self.sizes;
-        let values = rows(values)?;
-        let parts = self.parts.iter().map(|part| part.attend(&values));
-        let parts = parts.collect::<lapidary_kernels::Result<Vec<_>>>()?;
-        let merged = merge(&parts, self.queries(), &values)?;
-        Ok(merged.reshape((batch, heads, queries, ()))?)
+        let mixed = output(self.meetings.as_slice(), self.queries(), values)?;
+        Ok(mixed.reshape((batch, heads, queries, ()))?)
     }
 
     fn operations(&self, width: usize) -> u64 {
-        self.before + operations(&self.parts, self.queries(), [self.head_width, width])
+        self.before + operations(&self.meetings, self.queries(), [self.head_width, width])
     }
 }

@@ -29,7 +29,7 @@
 //! `rounds · c (1 + before + after)` pairs for a query; `head_width · rounds · Σ buckets` for each
 //! token that is hashed; sorting. No parameters.
 
-use super::blocks::{Bias, Blocks, Part, Rule, Sparse, apart, rows, side_by_side};
+use super::blocks::{Bias, Blocks, Rule, Sparse, apart, side_by_side};
 use super::sequences::{At, Sequences};
 use super::{
     Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, QueryKeySharing, Resumed,
@@ -39,12 +39,14 @@ use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
 use crate::state::{KeyValueCache, MixerState};
 use crate::{Error, Result};
-use lapidary_kernels::{DType, Tensor, matmul};
+use lapidary_kernels::{DType, Tensor, matmul, rms_norm};
 use lapidary_signal::Mixing;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::ops::Neg;
 
 const MAX_CHUNK: usize = 1 << 20;
 const MAX_ROUNDS: usize = 64;
@@ -259,41 +261,72 @@ impl ReformerSpec {
         let rotations = tensor(Tensor::from_vec(rotations, shape, k.device()))?;
         let rotations = tensor(tensor(rotations.to_dtype(k.dtype()))?.transpose(2, 3))?;
         let rotated = matmul(&k.detach(), &rotations)?;
-        let rotated = tensor(tensor(rotated.to_dtype(DType::F64))?.flatten_all())?;
-        let rotated = tensor(rotated.to_vec1::<f64>())?;
-        let mut buckets = Vec::with_capacity(batch * heads * keys * self.rounds);
-        for (token, mut row) in rotated.chunks_exact(columns).enumerate() {
-            let digits = digits
-                .get(token / (heads * keys))
-                .map_or(&[][..], Vec::as_slice);
-            for _ in 0..self.rounds {
-                let mut bucket = 0;
-                for (place, half) in halves.iter().enumerate() {
-                    let (here, rest) = row.split_at(*half);
-                    row = rest;
-                    if let Some(&digit) = digits.get(place) {
-                        bucket = bucket * digit + nearest(&here[..digit / 2]);
-                    }
-                }
-                buckets.push(bucket as u32);
+        let rotated = tensor(rotated.flatten_all())?;
+        let digits = |token: usize| {
+            let digits = digits.get(token / (heads * keys));
+            digits.map_or(&[][..], Vec::as_slice)
+        };
+        Ok(match rotated.dtype() {
+            DType::F32 => hashed(
+                &tensor(rotated.to_vec1::<f32>())?,
+                self.rounds,
+                &halves,
+                digits,
+            ),
+            _ => {
+                let rotated = tensor(tensor(rotated.to_dtype(DType::F64))?.to_vec1::<f64>())?;
+                hashed(&rotated, self.rounds, &halves, digits)
             }
-        }
-        Ok(buckets)
+        })
     }
 }
 
-/// `argmax [x; −x]`, the first of those that are equal.
-fn nearest(x: &[f64]) -> usize {
-    let mut best = (0, f64::NEG_INFINITY);
-    for sign in [1.0, -1.0] {
-        for (index, value) in x.iter().enumerate() {
-            if sign * value > best.1 {
-                let behind = if sign < 0.0 { x.len() } else { 0 };
-                best = (behind + index, sign * value);
+/// The buckets of rotated keys, token by token and within it round by round: `halves` are how many numbers
+/// each digit of a round has at most, `digits` those of a token's sequence.
+fn hashed<'a, T: PartialOrd + Neg<Output = T> + Copy + Sync>(
+    rotated: &[T],
+    rounds: usize,
+    halves: &[usize],
+    digits: impl Fn(usize) -> &'a [usize] + Sync,
+) -> Vec<u32> {
+    let columns = rounds * halves.iter().sum::<usize>();
+    let mut buckets = vec![0; rotated.len() / columns.max(1) * rounds];
+    let rows = rotated.par_chunks_exact(columns.max(1));
+    let each = buckets.par_chunks_exact_mut(rounds.max(1)).zip(rows);
+    each.enumerate().for_each(|(token, (buckets, mut row))| {
+        let digits = digits(token);
+        for to in buckets {
+            let mut bucket = 0;
+            for (half, digit) in halves.iter().zip(digits) {
+                bucket = bucket * digit + nearest(&row[..digit / 2]);
+                row = &row[*half..];
             }
+            // Of digits that other sequences have more of.
+            row = &row[halves.iter().skip(digits.len()).sum::<usize>()..];
+            *to = bucket as u32;
+        }
+    });
+    buckets
+}
+
+/// `argmax [x; −x]`, the first of those that are equal.
+fn nearest<T: PartialOrd + Neg<Output = T> + Copy>(x: &[T]) -> usize {
+    let Some(&first) = x.first() else {
+        return 0;
+    };
+    let (mut largest, mut least) = ((0, first), (0, first));
+    for (index, &value) in x.iter().enumerate() {
+        if value > largest.1 {
+            largest = (index, value);
+        }
+        if value < least.1 {
+            least = (index, value);
         }
     }
-    best.0
+    match -least.1 > largest.1 {
+        true => x.len() + least.0,
+        false => largest.0,
+    }
 }
 
 /// The sorted tokens of one head of a sequence.
@@ -398,9 +431,10 @@ impl Reformer {
                 Sorted::new((0..spec.rounds).map(of).collect(), spec.chunk)
             })
             .collect();
-        let unit = tensor(tensor(tensor(k.sqr())?.sum_keepdim(3))?.maximum(1e-24))?;
-        let unit = tensor(k.broadcast_div(&tensor(unit.sqrt())?))?;
-        let (q_rows, k_rows) = (rows(q)?, rows(&unit)?);
+        // Of length √width; the scale makes up for it.
+        let width = tensor(k.dim(3))?.max(1) as f64;
+        let unit = rms_norm(k, None, 1e-24 / width)?;
+        let scale = self.scale / width.sqrt();
         let rule = Rule {
             causal: self.causal,
             own: OWN,
@@ -435,19 +469,14 @@ impl Reformer {
                 }
             };
             let needed = spec.within_buckets || spec.repeats == Repeats::Once;
-            let bias: Option<Bias<'_>> = match needed {
-                true => Some(&bias),
-                false => None,
+            let bias = Bias {
+                of_pair: needed.then_some(&bias),
+                ..Bias::default()
             };
-            parts.extend(Part::new(
-                blocks,
-                rule,
-                (&q_rows, &k_rows),
-                self.scale,
-                bias,
-            )?);
+            parts.push(blocks.listed(rule, bias));
         }
-        Ok(Sparse::of(sequences.sizes, tensor(q.dim(3))?, parts).after(self.hashing(k)?))
+        let sparse = Sparse::new(sequences.sizes, (q, &unit), scale, parts)?;
+        Ok(sparse.after(self.hashing(k)?))
     }
 
     /// Operations of hashing keys.

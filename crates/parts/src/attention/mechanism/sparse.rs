@@ -40,7 +40,7 @@ mod layout;
 
 pub use layout::BlockLayout;
 
-use super::blocks::{Blocks, Rule, Sparse, flat};
+use super::blocks::{Bias, Blocks, Rule, Sparse, flat};
 use super::met::Met;
 use super::sequences::{At, Sequence, Sequences};
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
@@ -188,19 +188,24 @@ impl SparseAttention {
         blocks: Vec<(Blocks, Rule)>,
     ) -> Result<Sparse> {
         let [_, heads, queries, _] = sizes;
-        match &self.spec.pattern {
-            SparsePattern::Layout(layout) if layout.is_masked() => {
-                let bias = |query: At, key: At| {
-                    let head = query.row / queries.max(1) % heads.max(1);
-                    match layout.sees(head, query.position, key.position) {
-                        true => 0.0,
-                        false => f64::NEG_INFINITY,
-                    }
-                };
-                Sparse::new(sizes, (q, k), self.scale, blocks, Some(&bias))
+        let masked = match &self.spec.pattern {
+            SparsePattern::Layout(layout) if layout.is_masked() => Some(layout),
+            _ => None,
+        };
+        let seen = |query: At, key: At| {
+            let head = query.row / queries.max(1) % heads.max(1);
+            match masked.is_none_or(|layout| layout.sees(head, query.position, key.position)) {
+                true => 0.0,
+                false => f64::NEG_INFINITY,
             }
-            _ => Sparse::new(sizes, (q, k), self.scale, blocks, None),
-        }
+        };
+        let bias = Bias {
+            of_pair: masked.map(|_| &seen as &dyn Fn(At, At) -> f64),
+            ..Bias::default()
+        };
+        let parts = blocks.into_iter();
+        let parts = parts.map(|(blocks, rule)| blocks.listed(rule, bias));
+        Sparse::new(sizes, (q, k), self.scale, parts.collect())
     }
 
     /// Which queries meet which keys, in each step, or of a layout in each part.

@@ -6,7 +6,7 @@ use crate::attention::mechanism::Heads;
 use crate::attention::mechanism::spans::Pooled;
 use crate::error::tensor;
 use crate::parameters::{Init, Parameters};
-use lapidary_kernels::{Tensor, matmul};
+use lapidary_kernels::{D, Tensor, matmul};
 
 /// `relu(W x + b)` of each head, for queries and for keys.
 #[derive(Debug)]
@@ -38,9 +38,10 @@ impl Affine {
         })
     }
 
-    /// Of `x` `[batch · heads · tokens, head_width]`.
+    /// Of `batch · heads · tokens` rows `[.., head_width]`: `[rows, head_width]`.
     fn forward(&self, x: &Tensor, [batch, heads]: [usize; 2]) -> Result<Tensor> {
-        let (rows, width) = tensor(x.dims2())?;
+        let width = tensor(x.dim(D::Minus1))?;
+        let rows = x.elem_count() / width.max(1);
         let tokens = rows / (batch * heads).max(1);
         let each = tensor(x.reshape((batch, heads, tokens, width)))?;
         let y = matmul(&each, &tensor(self.weight.transpose(1, 2))?)?;
@@ -64,7 +65,7 @@ impl Layer {
 
     /// What it makes of queries and keys of `[batch, heads]`.
     pub(super) fn pooled(&self, [q, k]: [&Tensor; 2], sequences: [usize; 2]) -> Result<Pooled> {
-        let width = tensor(q.dim(1))?;
+        let width = tensor(q.dim(D::Minus1))?;
         let entries = q.elem_count() + k.elem_count();
         Ok(Pooled {
             queries: self.queries.forward(q, sequences)?,

@@ -68,7 +68,7 @@ mod layer;
 pub use super::spans::Pooling;
 pub use clustering::{Fit, Fitted};
 
-use super::blocks::{Bias, Part, Rule, rows};
+use super::blocks::{Bias, Meetings, Rule};
 use super::met::Met;
 use super::sequences::{At, Sequences};
 use super::spans::{Ended, Making, Pooled, Rules, Sort, Span, SpanMemory, Summaries, Summarised};
@@ -79,7 +79,7 @@ use crate::state::MixerState;
 use crate::{Error, Result};
 use clustering::Clustering;
 use divisions::{Division, Tokens};
-use lapidary_kernels::Tensor;
+use lapidary_kernels::{Tensor, appended_rows};
 use lapidary_signal::Mixing;
 use layer::Layer;
 use schemars::JsonSchema;
@@ -499,8 +499,7 @@ impl Combiner {
         sizes: [usize; 4],
         [q, all, k]: [&Tensor; 3],
     ) -> Result<Summarised> {
-        let (queries, all, tokens) = (rows(q)?, rows(all)?, rows(k)?);
-        let both = [&all, &tokens];
+        let both = [all, k];
         let made = match plan.making.as_slice() {
             [] => None,
             making => {
@@ -509,41 +508,28 @@ impl Combiner {
             }
         };
         let keys = match &made {
-            None => tokens,
-            Some(made) => tensor(Tensor::cat(&[&tokens, &made.keys], 0))?,
+            None => k.clone(),
+            Some(made) => appended_rows(k, &made.keys)?,
         };
         let mut divisions = Vec::with_capacity(plan.divisions.len());
         for division in plan.divisions {
             let counts = division.counts.into_iter();
             let counts: HashMap<usize, usize> = counts.map(|(at, count)| (at.row, count)).collect();
-            let bias = |_: At, span: At| {
+            let counted = |span: At| {
                 let count = counts.get(&span.row).copied().unwrap_or(1);
                 (count as f64).ln()
             };
-            let bias: Option<Bias<'_>> = match self.spec.log_count {
-                true => Some(&bias),
-                false => None,
+            let bias = Bias {
+                of_key: self.spec.log_count.then_some(&counted),
+                ..Bias::default()
             };
-            let mut parts = Vec::new();
-            for (blocks, rule) in division.direct {
-                parts.extend(Part::new(
-                    blocks,
-                    rule,
-                    (&queries, &keys),
-                    self.scale,
-                    None,
-                )?);
-            }
-            for (blocks, rule) in division.spans {
-                parts.extend(Part::new(
-                    blocks,
-                    rule,
-                    (&queries, &keys),
-                    self.scale,
-                    bias,
-                )?);
-            }
-            divisions.push(parts);
+            let direct = division.direct.into_iter();
+            let direct = direct.map(|(blocks, rule)| blocks.listed(rule, Bias::default()));
+            let spans = division.spans.into_iter();
+            let spans = spans.map(|(blocks, rule)| blocks.listed(rule, bias));
+            let parts = direct.chain(spans).collect();
+            let meetings = Meetings::new(parts, (q, &keys), self.scale)?;
+            divisions.push(meetings.into_iter().collect());
         }
         Ok(Summarised {
             sizes,

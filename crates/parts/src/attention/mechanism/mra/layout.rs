@@ -4,7 +4,7 @@ use super::super::sequences::Sequences;
 use super::{MraSpec, Tiles};
 use crate::Result;
 use crate::error::tensor;
-use lapidary_kernels::{Device, Tensor, embedding};
+use lapidary_kernels::{D, Device, RowPooling, Tensor, appended_rows, embedding, pooled_rows};
 
 /// Where real tokens lie, for each head of each sequence as many slots, whole blocks of the largest scale:
 /// real tokens first, in order or tile by tile.
@@ -33,14 +33,14 @@ fn index(rows: Vec<u32>, all: usize) -> Result<Option<Tensor>> {
     Ok(Some(tensor(Tensor::from_vec(rows, count, &Device::Cpu))?))
 }
 
-/// Rows of `x` by an index that may point behind them, to a row of zeros.
+/// Rows of `x` `[.., width]` by an index that may point behind them, to a row of zeros.
 fn picked(x: &Tensor, index: Option<&Tensor>) -> lapidary_kernels::Result<Tensor> {
     let Some(index) = index else {
         return Ok(x.clone());
     };
-    let width = x.dim(1)?;
+    let width = x.dim(D::Minus1)?;
     let nothing = Tensor::zeros((1, width), x.dtype(), x.device())?;
-    embedding(&Tensor::cat(&[x, &nothing], 0)?, index)
+    embedding(&appended_rows(x, &nothing)?, index)
 }
 
 impl Tiles {
@@ -94,9 +94,9 @@ impl Layout {
         self.lengths.len()
     }
 
-    /// Rows `[slots of all, width]` of `x` `[batch, heads, key, width]`, zeros where there is no token.
+    /// A row for each slot, `[.., width]`, of `x` `[batch, heads, key, width]`, zeros where there is no token.
     pub(super) fn lay(&self, x: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        picked(&super::rows(x)?, self.order.as_ref())
+        picked(x, self.order.as_ref())
     }
 
     /// The way back for queries, `[batch, heads, query, width]`.
@@ -131,14 +131,15 @@ impl Layout {
         x: &Tensor,
         scales: &[usize],
     ) -> lapidary_kernels::Result<Vec<Tensor>> {
-        let width = x.dim(1)?;
         let (mut finer, mut sums) = (1, x.clone());
         let mut all = Vec::with_capacity(scales.len());
         for &size in scales.iter().rev() {
             let each = size / finer;
             if each > 1 {
-                let rows = self.count() * self.slots / size;
-                sums = sums.contiguous()?.reshape((rows, each, width))?.sum(1)?;
+                let rows = self.count() * self.slots / finer;
+                let ends = (each..=rows).step_by(each).collect();
+                let every = (0..rows as u32).collect();
+                sums = pooled_rows(&sums, every, ends, RowPooling::Sum)?;
             }
             finer = size;
             all.push(match size {
@@ -162,12 +163,11 @@ impl Layout {
 
     /// Rows of the first tokens of blocks of this size.
     pub(super) fn firsts(&self, x: &Tensor, size: usize) -> lapidary_kernels::Result<Tensor> {
-        let width = x.dim(1)?;
+        if size == 1 {
+            return Ok(x.clone());
+        }
         let rows = self.count() * self.slots / size;
-        let first = x
-            .contiguous()?
-            .reshape((rows, size, width))?
-            .narrow(1, 0, 1)?;
-        Ok(first.contiguous()?.reshape((rows, width))?)
+        let firsts = (0..rows).map(|row| (row * size) as u32).collect();
+        pooled_rows(x, firsts, (1..=rows).collect(), RowPooling::Sum)
     }
 }

@@ -33,14 +33,14 @@ mod step;
 
 pub use step::RefinedMemory;
 
-use super::blocks::{Bias, Blocks, Part, Rule, merge, operations, rows};
+use super::blocks::{Bias, Blocks, Meetings, Rule, merge, operations};
 use super::sequences::{At, Sequences};
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
 use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
 use crate::state::MixerState;
 use crate::{Error, Result};
-use lapidary_kernels::Tensor;
+use lapidary_kernels::{BlockPart, Tensor};
 use lapidary_signal::Mixing;
 use layout::Layout;
 use plan::{Plan, Refined, Scaled};
@@ -275,10 +275,14 @@ impl Mra {
                     self.inside(&layout, above, [coarse, size], at_once.max(1))
                 }
             };
-            for blocks in all {
-                let part = self.part(&layout, (size, blocks), refined, (q, k))?;
-                parts.extend(part.map(|part| Scale { size, level, part }));
-            }
+            let all = all.into_iter();
+            let all = all.map(|blocks| self.listed(&layout, (size, blocks), refined));
+            let meetings = Meetings::new(all.collect(), (q, k), self.scale)?;
+            parts.extend(meetings.map(|meetings| Scale {
+                size,
+                level,
+                meetings,
+            }));
         }
         // Means of queries and keys, and looking at blocks.
         let averaged = if self.causal { 1 } else { 2 };
@@ -347,32 +351,40 @@ impl Mra {
         parts
     }
 
-    /// Attention over blocks of one scale, those left out that are refined further.
-    fn part(
+    /// Blocks of one scale, those left out that are refined further.
+    fn listed(
         &self,
         layout: &Layout,
         (size, blocks): (usize, Blocks),
         refined: Option<&Refined>,
-        tokens: (&Tensor, &Tensor),
-    ) -> Result<Option<Part>> {
+    ) -> BlockPart {
         let each = layout.slots / size;
-        let bias = |query: At, key: At| -> f64 {
-            let pair = (query.row, key.row);
-            let later = self.causal && key.position >= query.position;
-            if later || refined.is_some_and(|refined| refined.pairs.contains(&pair)) {
-                return f64::NEG_INFINITY;
-            }
-            (layout.tokens(key.row / each, key.position, size) as f64).ln()
+        let count =
+            |key: At| -> f64 { (layout.tokens(key.row / each, key.position, size) as f64).ln() };
+        let none: &[usize] = &[];
+        let further = |query: At| {
+            let row = (query.row / each, query.position);
+            let keys = refined.and_then(|refined| refined.by_row.get(&row));
+            keys.map_or(none, Vec::as_slice)
         };
-        let bias: Option<Bias<'_>> = match size {
-            1 => None,
-            _ => Some(&bias),
+        let bias = match size {
+            1 => Bias::default(),
+            _ => Bias {
+                of_key: Some(&count),
+                hidden: Some(&further),
+                ..Bias::default()
+            },
         };
         let rule = Rule {
-            causal: self.causal && size == 1,
+            causal: self.causal,
+            // In causal attention a larger block has nothing of its own.
+            own: match self.causal && size > 1 {
+                true => f64::NEG_INFINITY,
+                false => 0.0,
+            },
             ..Rule::default()
         };
-        Part::new(blocks, rule, tokens, self.scale, bias)
+        blocks.listed(rule, bias)
     }
 }
 
@@ -393,7 +405,7 @@ struct Scale {
     size: usize,
     /// Which of the scales it is.
     level: usize,
-    part: Part,
+    meetings: Meetings,
 }
 
 /// One softmax over blocks of several scales.
@@ -422,16 +434,16 @@ impl Mixing for Resolutions {
         let laid = self.layout.lay(values)?;
         let means = self.layout.means(&laid, &self.scales)?;
         let mut parts = Vec::with_capacity(self.parts.len());
-        for Scale { size, level, part } in &self.parts {
-            let values = means.get(*level).unwrap_or(&laid);
+        for scale in &self.parts {
+            let values = means.get(scale.level).unwrap_or(&laid);
             // What blocks got, for each of their tokens.
-            parts.push(part.attend(values)?.repeated(*size));
+            parts.push(scale.meetings.attended(values)?.repeated(scale.size));
         }
         self.layout.unlay(&merge(&parts, self.rows(), &laid)?)
     }
 
     fn operations(&self, width: usize) -> u64 {
-        let parts = self.parts.iter().map(|scale| &scale.part);
+        let parts = self.parts.iter().map(|scale| &scale.meetings);
         let means = summed(&self.layout, &self.scales) * width;
         self.before + means as u64 + operations(parts, self.rows(), [self.head_width, width])
     }

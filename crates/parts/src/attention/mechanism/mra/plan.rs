@@ -5,13 +5,11 @@ use super::{MraSpec, PRIOR};
 use crate::Result;
 use crate::error::tensor;
 use lapidary_kernels::{DType, Tensor};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 /// The blocks of one scale that are refined.
 #[derive(Debug, Default)]
 pub(super) struct Refined {
-    /// As rows of blocks, `(query, key)`.
-    pub(super) pairs: HashSet<(usize, usize)>,
     /// For each head of a sequence and row of blocks, the blocks of keys in order.
     pub(super) by_row: BTreeMap<(usize, usize), Vec<usize>>,
 }
@@ -138,12 +136,10 @@ impl Plan {
             }
             let chosen = match causal {
                 true => best_of_rows(candidates, budget),
-                false => best(candidates, budget * layout.blocks(of, size)),
+                false => best(&candidates, budget * layout.blocks(of, size)),
             };
             current = Vec::new();
             for (x, y) in chosen {
-                let rows = (layout.row(of, x, size), layout.row(of, y, size));
-                refined.pairs.insert(rows);
                 refined.by_row.entry((of, x)).or_default().push(y);
                 let each = size / finer;
                 let (queries, keys) = (layout.blocks(of, finer), layout.blocks(of, finer));
@@ -156,33 +152,48 @@ impl Plan {
     }
 }
 
-/// The product of two rows.
+/// The product of two rows, summed up in several lanes at once.
 pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
+    const LANES: usize = 8;
+    let (a, b) = (a.chunks(LANES), b.chunks(LANES));
+    let mut sums = [0.0; LANES];
+    for (a, b) in a.zip(b) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    sums.iter().sum()
 }
 
-/// The `count` best, in order of rows and columns.
-fn best(mut candidates: Vec<Candidate>, count: usize) -> Vec<(usize, usize)> {
-    // Stable: the first of those that are equal.
-    candidates.sort_by(|a, b| b.value.total_cmp(&a.value));
-    candidates.truncate(count);
-    let mut chosen: Vec<(usize, usize)> = candidates.iter().map(|c| (c.query, c.key)).collect();
+/// The `count` best, in order of rows and columns; the first of those that are equal.
+fn best(candidates: &[Candidate], count: usize) -> Vec<(usize, usize)> {
+    let mut order: Vec<usize> = (0..candidates.len()).collect();
+    if count < order.len() {
+        order.select_nth_unstable_by(count, |a, b| {
+            let [x, y] = [*a, *b].map(|at| candidates[at].value);
+            y.total_cmp(&x).then(a.cmp(b))
+        });
+        order.truncate(count);
+    }
+    let mut chosen: Vec<(usize, usize)> = order
+        .into_iter()
+        .map(|at| (candidates[at].query, candidates[at].key))
+        .collect();
     chosen.sort_unstable();
     chosen
 }
 
 /// Of each row what lies on the diagonal, and the best before it, `count` together.
-pub(super) fn best_of_rows(candidates: Vec<Candidate>, count: usize) -> Vec<(usize, usize)> {
-    let mut rows: BTreeMap<usize, Vec<Candidate>> = BTreeMap::new();
-    for mut candidate in candidates {
+pub(super) fn best_of_rows(mut candidates: Vec<Candidate>, count: usize) -> Vec<(usize, usize)> {
+    for candidate in &mut candidates {
         if candidate.query == candidate.key {
             candidate.value = f64::INFINITY;
         }
-        rows.entry(candidate.query).or_default().push(candidate);
     }
-    rows.into_values()
-        .flat_map(|row| best(row, count))
-        .collect()
+    // Stable: those of a row stay in order.
+    candidates.sort_by_key(|candidate| candidate.query);
+    let rows = candidates.chunk_by(|a, b| a.query == b.query);
+    rows.flat_map(|row| best(row, count)).collect()
 }
 
 impl MraSpec {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use super::plan::{Candidate, Table, best_of_rows, dot};
-use super::{Mra, Part, Rule, rows};
+use super::{Meetings, Mra, Rule};
 use crate::Result;
 use crate::attention::mechanism::blocks::{Bias, Blocks};
 use crate::attention::mechanism::met::Met;
@@ -300,25 +300,26 @@ impl Mra {
             None => tokens,
             Some(made) => tensor(Tensor::cat(&[&tokens, &made.keys], 0))?,
         };
-        let mut parts = Vec::new();
+        let mut meetings = Vec::new();
         for Level { size, blocks } in levels {
             let count = (size as f64).ln();
-            let bias = |_: At, _: At| count;
-            let (queries, bias): (Tensor, Option<Bias<'_>>) = match size {
-                1 => (rows(q)?, None),
-                _ => (first_queries(sequences, means, size)?, Some(&bias)),
+            let counted = |_: At| count;
+            let (queries, bias) = match size {
+                1 => (q.clone(), Bias::default()),
+                _ => {
+                    let bias = Bias {
+                        of_key: Some(&counted),
+                        ..Bias::default()
+                    };
+                    (first_queries(sequences, means, size)?, bias)
+                }
             };
             let rule = Rule {
                 causal: size == 1,
                 ..Rule::default()
             };
-            parts.extend(Part::new(
-                blocks,
-                rule,
-                (&queries, &keys),
-                self.scale,
-                bias,
-            )?);
+            let part = blocks.listed(rule, bias);
+            meetings.extend(Meetings::new(vec![part], (&queries, &keys), self.scale)?);
         }
         let values = means.recall(1, columns)?;
         let values = tensor(values.reshape((batch, heads, columns.len(), ())))?;
@@ -326,7 +327,7 @@ impl Mra {
             sizes: [batch, heads, queries, columns.len()],
             head_width: width,
             made,
-            divisions: vec![parts],
+            divisions: vec![meetings],
             before: 0,
         };
         Ok((mixing, values))

@@ -159,7 +159,7 @@ impl<'a> Ended<'a> {
                 *used = true;
             }
         }
-        let mut all = Vec::new();
+        let mut all: Vec<Making> = Vec::new();
         for group in &self.groups {
             let mut lists = Vec::new();
             for (number, list) in group.lists.iter().enumerate() {
@@ -171,11 +171,17 @@ impl<'a> Ended<'a> {
                     lists.push((list.clone(), ends));
                 }
             }
-            if !lists.is_empty() {
-                all.push(Making {
-                    way: group.sort.way(),
-                    lists,
-                });
+            let way = group.sort.way();
+            match all.last_mut() {
+                // Summaries of whole lists are made alike, however long these are.
+                Some(Making {
+                    way: Way::Whole,
+                    lists: before,
+                }) if way == Way::Whole => {
+                    before.extend(lists);
+                }
+                _ if lists.is_empty() => {}
+                _ => all.push(Making { way, lists }),
             }
         }
         (all, Ranks::new(self.keys, &used))

@@ -31,7 +31,7 @@ pub(in super::super) trait Rules {
     /// What scores are multiplied by.
     fn scale(&self) -> f64;
 
-    /// What summaries pool, of queries and keys `[batch · heads · tokens, head_width]`.
+    /// What summaries pool, of `batch · heads · tokens` rows of queries and keys `[.., head_width]`.
     fn pooled(&self, tokens: [&Tensor; 2], _: [usize; 2]) -> Result<Pooled> {
         Ok(Pooled::largest(tokens))
     }

@@ -1,8 +1,8 @@
 //! Attention to tokens and summaries alike.
 
 use super::Summaries;
-use crate::attention::mechanism::blocks::{Part, merge, operations, rows};
-use lapidary_kernels::Tensor;
+use crate::attention::mechanism::blocks::{Meetings, operations, output};
+use lapidary_kernels::{Tensor, appended_rows};
 use lapidary_signal::Mixing;
 
 /// The mean over divisions of what queries meet, each one softmax over keys and summaries.
@@ -13,8 +13,8 @@ pub(in super::super) struct Summarised {
     pub(in super::super) head_width: usize,
     /// Summaries that stand behind the keys.
     pub(in super::super) made: Option<Summaries>,
-    /// The parts of each division.
-    pub(in super::super) divisions: Vec<Vec<Part>>,
+    /// Where queries and keys meet in each division.
+    pub(in super::super) divisions: Vec<Vec<Meetings>>,
     /// Operations of whatever stood before.
     pub(in super::super) before: u64,
 }
@@ -26,22 +26,20 @@ impl Mixing for Summarised {
 
     fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
         let [batch, heads, queries, _] = self.sizes;
-        let mut values = rows(values)?;
-        if let Some(made) = &self.made {
-            values = Tensor::cat(&[&values, &made.values(&values)?], 0)?;
-        }
+        let values = match &self.made {
+            None => values.clone(),
+            Some(made) => appended_rows(values, &made.values(values)?)?,
+        };
         let mut sum: Option<Tensor> = None;
         for division in &self.divisions {
-            let parts = division.iter().map(|part| part.attend(&values));
-            let parts = parts.collect::<lapidary_kernels::Result<Vec<_>>>()?;
-            let mixed = merge(&parts, batch * heads * queries, &values)?;
+            let mixed = output(division, batch * heads * queries, &values)?;
             sum = Some(match sum {
                 None => mixed,
                 Some(sum) => (sum + mixed)?,
             });
         }
         let sum = match sum {
-            None => merge(&[], batch * heads * queries, &values)?,
+            None => output(&[], batch * heads * queries, &values)?,
             Some(sum) if self.divisions.len() == 1 => sum,
             Some(sum) => (sum / self.divisions.len() as f64)?,
         };
@@ -52,7 +50,7 @@ impl Mixing for Summarised {
         let queries: usize = self.sizes[..3].iter().product();
         let widths = [self.head_width, width];
         let each = self.divisions.iter();
-        let attended = each.map(|parts| operations(parts, queries, widths));
+        let attended = each.map(|meetings| operations(meetings, queries, widths));
         let made = self.made.as_ref().map_or(0, |made| made.operations(widths));
         let averaged = match self.divisions.len() {
             0 | 1 => 0,

@@ -1,8 +1,9 @@
 //! What a span's query and key are made of.
 
 use crate::Result;
+use crate::attention::mechanism::sequences::At;
 use crate::error::tensor;
-use lapidary_kernels::{Tensor, cumulative_sum};
+use lapidary_kernels::{RowPooling, Tensor, cumulative_sum, pooled_rows};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -19,7 +20,7 @@ pub enum Pooling {
     Sum,
 }
 
-/// What is pooled: `[tokens, head_width]` for queries and for keys.
+/// What is pooled: rows `[.., head_width]` of queries and of keys.
 #[derive(Debug)]
 pub(in super::super) struct Pooled {
     pub(in super::super) queries: Tensor,
@@ -60,16 +61,23 @@ impl Pooling {
         })
     }
 
-    /// Of each list of `x` `[lists, longest, width]` as a whole, sums not yet divided:
-    /// `[lists, width]`.
-    pub(super) fn whole(self, x: &Tensor) -> Result<Tensor> {
-        tensor(match self {
-            Self::Max => x.max(1),
-            Self::Mean | Self::Sum => x.sum(1),
-        })
+    /// Of the rows of `x` `[.., width]` in each list: `[lists, width]`.
+    pub(super) fn whole(self, x: &Tensor, lists: &[&[At]]) -> Result<Tensor> {
+        let pooling = match self {
+            Self::Max => RowPooling::Maximum,
+            Self::Mean | Self::Sum => RowPooling::Sum,
+        };
+        let rows = lists.iter().copied().flatten().map(|at| at.row as u32);
+        let counts: Vec<usize> = lists.iter().map(|list| list.len()).collect();
+        let ends = counts.iter().scan(0, |end, count| {
+            *end += count;
+            Some(*end)
+        });
+        let pooled = pooled_rows(x, rows.collect(), ends.collect(), pooling)?;
+        self.divided(pooled, counts)
     }
 
-    /// The same of each beginning of each list: `[lists, longest, width]`.
+    /// Of each beginning of each list of `x` `[lists, longest, width]`, sums not yet divided, and as long.
     pub(super) fn beginnings(self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Max => running_maximum(x),

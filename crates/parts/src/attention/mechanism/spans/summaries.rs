@@ -4,10 +4,10 @@ use super::ended::Making;
 use super::pooling::{Pooled, Pooling};
 use super::span::Way;
 use crate::Result;
-use crate::attention::mechanism::blocks::{Blocks, Part, Rule, operations};
+use crate::attention::mechanism::blocks::{Bias, Blocks, Meetings, Rule, operations};
 use crate::attention::mechanism::sequences::At;
 use crate::error::tensor;
-use lapidary_kernels::{Tensor, embedding};
+use lapidary_kernels::{D, Tensor, embedding};
 
 /// Summaries of spans, those of one list behind those of another.
 #[derive(Debug)]
@@ -15,14 +15,14 @@ pub(in super::super) struct Summaries {
     /// `[spans, head_width]`.
     pub(in super::super) keys: Tensor,
     /// Which make the values of some of the spans each, one after the other.
-    parts: Vec<Part>,
+    parts: Vec<Meetings>,
     /// Operations that keys took, comparisons aside.
     before: u64,
 }
 
 impl Summaries {
-    /// Those of lists of rows of queries and keys `tokens`, `[tokens, head_width]`, their own queries and
-    /// keys made of what is `pooled`; nothing of no lists.
+    /// Those of lists of rows of queries and keys `tokens`, `[.., head_width]`, their own queries and keys
+    /// made of what is `pooled`; nothing of no lists.
     pub(in super::super) fn new(
         making: &[Making],
         tokens: [&Tensor; 2],
@@ -34,19 +34,19 @@ impl Summaries {
             let lists = Lists::new(making, tokens, pooled);
             let [_, k] = tokens;
             let queries = lists.queries()?;
-            let Some(part) = Part::new(lists.blocks(), lists.rule(), (&queries, k), scale, None)?
-            else {
+            let blocks = lists.blocks().listed(lists.rule(), Bias::default());
+            let Some(part) = Meetings::new(vec![blocks], (&queries, k), scale)? else {
                 continue;
             };
             keys.push(match making.way {
                 Way::Whole | Way::Beginnings => {
-                    before += lists.additions(tensor(k.dim(1))?);
+                    before += lists.additions(tensor(k.dim(D::Minus1))?);
                     lists.pooled(&pooled.keys)?
                 }
                 Way::Each | Way::Mean => {
-                    let width = tensor(k.dim(1))?;
+                    let width = tensor(k.dim(D::Minus1))?;
                     before += operations([&part], 0, [width; 2]);
-                    part.attend(k)?.output()?
+                    part.output(k)?
                 }
             });
             parts.push(part);
@@ -54,18 +54,25 @@ impl Summaries {
         if keys.is_empty() {
             return Ok(None);
         }
+        let keys = match keys.as_slice() {
+            [one] => one.clone(),
+            _ => tensor(Tensor::cat(&keys, 0))?,
+        };
         Ok(Some(Self {
-            keys: tensor(Tensor::cat(&keys, 0))?,
+            keys,
             parts,
             before,
         }))
     }
 
-    /// Values of spans, `[spans, width]`, from those of tokens `[tokens, width]`.
+    /// Values of spans, `[spans, width]`, from those of tokens `[.., width]`.
     pub(in super::super) fn values(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let each = self.parts.iter().map(|part| part.attend(values)?.output());
+        let each = self.parts.iter().map(|part| part.output(values));
         let each = each.collect::<lapidary_kernels::Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&each, 0)?)
+        match each.as_slice() {
+            [one] => Ok(one.clone()),
+            _ => Ok(Tensor::cat(&each, 0)?),
+        }
     }
 
     /// What keys and values of `[head_width, width]` take.
@@ -133,7 +140,7 @@ impl<'a> Lists<'a> {
             }
             // Weighs all tokens alike.
             Way::Mean => {
-                let shape = (self.making.lists.len(), tensor(q.dim(1))?);
+                let shape = (self.making.lists.len(), tensor(q.dim(D::Minus1))?);
                 tensor(Tensor::zeros(shape, q.dtype(), q.device()))
             }
         }
@@ -151,12 +158,12 @@ impl<'a> Lists<'a> {
     /// What is pooled of the tokens of each summary, `[summaries, width]`.
     fn pooled(&self, x: &Tensor) -> Result<Tensor> {
         let by = self.pooled.by;
-        let laid = self.laid_out(x)?;
         let lists = self.making.lists.iter();
         if self.making.way != Way::Beginnings {
-            let counts = lists.map(|(list, _)| list.len()).collect();
-            return by.divided(by.whole(&laid)?, counts);
+            let lists = lists.map(|(list, _)| list.as_slice());
+            return by.whole(x, &lists.collect::<Vec<_>>());
         }
+        let laid = self.laid_out(x)?;
         let all = tensor(by.beginnings(&laid)?.flatten(0, 1))?;
         let starts = (0..).step_by(self.longest.max(1));
         let ends = lists.clone().zip(starts);
@@ -175,7 +182,7 @@ impl<'a> Lists<'a> {
             rows.resize(rows.len() + self.longest - list.len(), 0);
             there.resize(rows.len(), false);
         }
-        let (lists, width) = (self.making.lists.len(), tensor(x.dim(1))?);
+        let (lists, width) = (self.making.lists.len(), tensor(x.dim(D::Minus1))?);
         let laid = picked(x, rows)?;
         let laid = tensor(laid.reshape((lists, self.longest, width)))?;
         match there.iter().all(|there| *there) {
@@ -186,7 +193,7 @@ impl<'a> Lists<'a> {
 }
 
 fn picked(x: &Tensor, rows: Vec<u32>) -> Result<Tensor> {
-    let count = rows.len();
+    let (count, width) = (rows.len(), tensor(x.dim(D::Minus1))?);
     let rows = tensor(Tensor::from_vec(rows, count, x.device()))?;
-    Ok(embedding(x, &rows)?)
+    Ok(embedding(&tensor(x.reshape(((), width)))?, &rows)?)
 }

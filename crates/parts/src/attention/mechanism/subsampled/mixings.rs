@@ -1,12 +1,11 @@
 //! What is mixed where only some of the keys are there.
 
-use super::super::blocks::{self, Part, Rule, rows};
+use super::super::blocks::{self, Meetings, Rule, rows};
 use super::super::sequences::{At, Sequences};
 use crate::Result;
 use crate::error::tensor;
-use lapidary_kernels::{Attended, SoftmaxMask, Tensor, embedding, matmul, softmax};
+use lapidary_kernels::{SoftmaxMask, Tensor, embedding, matmul, softmax};
 use lapidary_signal::Mixing;
-use std::sync::Arc;
 
 /// A score that is as good as none, and yet a number.
 const HIDDEN: f64 = -1e30;
@@ -23,27 +22,22 @@ pub(super) fn pick(x: &Tensor, picked: &Tensor) -> lapidary_kernels::Result<Tens
 pub(super) struct OwnKeys {
     /// The row of the key of each query, `[queries]`.
     rows: Tensor,
-    /// 1 where the query is a real token, `[queries, 1]`.
-    real: Tensor,
 }
 
 impl OwnKeys {
     pub(super) fn new(sequences: &Sequences, q: &Tensor) -> Result<Self> {
         let all = sequences.sizes[..3].iter().product();
-        let (mut rows, mut real) = (vec![0u32; all], vec![0f32; all]);
+        let mut rows = vec![0u32; all];
         for sequence in sequences.iter() {
             for token in sequence.queries() {
                 let at = sequence.query(token).row;
-                if let (Some(row), Some(real)) = (rows.get_mut(at), real.get_mut(at)) {
+                if let Some(row) = rows.get_mut(at) {
                     *row = sequence.key(token).row as u32;
-                    *real = 1.0;
                 }
             }
         }
-        let real = tensor(Tensor::from_vec(real, (all, 1), q.device()))?;
         Ok(Self {
             rows: tensor(Tensor::from_vec(rows, all, q.device()))?,
-            real: tensor(real.to_dtype(q.dtype()))?,
         })
     }
 
@@ -52,11 +46,6 @@ impl OwnKeys {
         let products = tensor(q.mul(&embedding(k, &self.rows)?))?;
         tensor(tensor(products.sum(1))? * scale)
     }
-
-    /// The values at them, `[queries, width]`; zeros where the query is a pad.
-    fn values(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        Ok(embedding(values, &self.rows)?.broadcast_mul(&self.real)?)
-    }
 }
 
 /// Softmax over the keys of windows and each query's own.
@@ -64,10 +53,10 @@ impl OwnKeys {
 pub(super) struct Drawn {
     pub(super) sizes: [usize; 4],
     pub(super) head_width: usize,
-    /// Absent where there is no real token.
-    pub(super) part: Option<Part>,
-    /// With their scores.
-    pub(super) own: Option<(OwnKeys, Tensor)>,
+    /// In windows, and of each query with its own key; absent where there is no real token.
+    pub(super) meetings: Option<Meetings>,
+    /// Queries that meet their own keys, where they do.
+    pub(super) own: Option<u64>,
 }
 
 impl Mixing for Drawn {
@@ -78,27 +67,20 @@ impl Mixing for Drawn {
     fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
         let [batch, heads, queries, _] = self.sizes;
         let all = batch * heads * queries;
-        let values = rows(values)?;
-        let mut parts = Vec::new();
-        if let Some(part) = &self.part {
-            parts.push(part.attend(&values)?);
-        }
-        if let Some((own, scores)) = &self.own {
-            let each = Arc::new((0..all as u32).collect());
-            let scores = scores.reshape(all)?;
-            parts.push(Attended::from_rows(&own.values(&values)?, &scores, each)?);
-        }
-        let merged = blocks::merge(&parts, all, &values)?;
-        Ok(merged.reshape((batch, heads, queries, ()))?)
+        let mixed = blocks::output(self.meetings.as_slice(), all, values)?;
+        Ok(mixed.reshape((batch, heads, queries, ()))?)
     }
 
     fn operations(&self, width: usize) -> u64 {
         let queries = self.sizes[..3].iter().product::<usize>();
-        let own = match &self.own {
+        let pairs = self.meetings.as_ref().map_or(0, Meetings::pairs);
+        let attended =
+            (pairs - self.own.unwrap_or(0)) * (2 * self.head_width + 2 * width + 5) as u64;
+        let own = match self.own {
             None => 0,
             Some(_) => queries * (2 * self.head_width + 2 * (2 * width + 4)),
         };
-        blocks::operations(&self.part, queries, [self.head_width, width]) + own as u64
+        attended + own as u64
     }
 }
 

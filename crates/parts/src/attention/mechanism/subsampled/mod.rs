@@ -36,7 +36,7 @@
 mod mixings;
 mod windows;
 
-use super::blocks::{Blocks, Part, Rule, rows};
+use super::blocks::{Bias, Blocks, Meetings, Rule};
 use super::sequences::{At, Sequence, Sequences};
 use super::{
     Abilities, Describe, Heads, Mechanism, MechanismPass, MechanismSpec, Memory, Resumed, Scores,
@@ -345,11 +345,11 @@ impl Subsampled {
                 }
             }
         }
-        let own = match own {
-            true => Some(OwnKeys::new(&sequences, q)?),
-            false => None,
-        };
         if let Some(bias) = &scores.bias {
+            let own = match own {
+                true => Some(OwnKeys::new(&sequences, q)?),
+                false => None,
+            };
             let laid = LaidOut::new(
                 &sequences,
                 windows,
@@ -365,20 +365,23 @@ impl Subsampled {
         for [queries, keys] in windows {
             blocks.push(queries, keys);
         }
-        let (q_rows, k_rows) = (rows(q)?, rows(k)?);
-        let part = Part::new(blocks, rule, (&q_rows, &k_rows), self.heads.scale, None)?;
-        let own = match own {
-            None => None,
-            Some(own) => {
-                let scores = own.scores(&q_rows, &k_rows, self.heads.scale)?;
-                Some((own, scores))
+        let mut parts = vec![blocks.listed(rule, Bias::default())];
+        let mut own_keys = 0;
+        if own {
+            let mut blocks = Blocks::default();
+            for sequence in sequences.iter() {
+                for token in sequence.queries() {
+                    blocks.push([sequence.query(token)], [sequence.key(token)]);
+                }
             }
-        };
+            own_keys = blocks.keys().count() as u64;
+            parts.push(blocks.listed(Rule::default(), Bias::default()));
+        }
         Ok(Box::new(Drawn {
             sizes: sequences.sizes,
             head_width: tensor(q.dim(3))?,
-            part,
-            own,
+            meetings: Meetings::new(parts, (q, k), self.heads.scale)?,
+            own: own.then_some(own_keys),
         }))
     }
 

@@ -1,0 +1,266 @@
+//! The largest or the sum of some rows, feature by feature.
+
+use crate::host::{self, Host, Rows, Shared, by_dtype, fused, rows_and_width};
+use crate::simd::{self, Real};
+use crate::{Error, Result, Tensor, naive};
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape};
+
+type Candle<T> = candle_core::Result<T>;
+
+/// What becomes of the rows of a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowPooling {
+    /// The largest of each feature. The gradient goes to all rows that have it.
+    Maximum,
+    /// The sum.
+    Sum,
+}
+
+/// `y_l = max_{r in list l} x_r` or `Σ_{r in list l} x_r`, feature by feature: of rows of `x` `[.., width]`,
+/// wherever they lie, that stand in `rows` one list behind the other, those of each list up to its one of `ends`,
+/// `[lists, width]`.
+///
+/// # Errors
+/// When a list is empty, the last one does not end with `rows`, or a row is out of range.
+///
+/// ```
+/// use lapidary_kernels::{Device, RowPooling, Tensor, pooled_rows};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let x = Tensor::new(&[[1f32, 5.0], [2.0, 0.0], [3.0, 4.0]], &Device::Cpu)?;
+/// let y = pooled_rows(&x, vec![0, 1, 2, 1], vec![2, 4], RowPooling::Maximum)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[2.0, 5.0], [3.0, 4.0]]);
+/// # Ok(()) }
+/// ```
+pub fn pooled_rows(
+    x: &Tensor,
+    rows: Vec<u32>,
+    ends: Vec<usize>,
+    pooling: RowPooling,
+) -> Result<Tensor> {
+    let (count, width) = rows_and_width(x.dims());
+    let refused = |argument, found: &dyn std::fmt::Debug, expected: String| {
+        Err(Error::argument("pooled rows", argument, found, expected))
+    };
+    let rising = ends.windows(2).all(|pair| pair[0] < pair[1]);
+    if !rising || ends.first() == Some(&0) || ends.last().copied().unwrap_or(0) != rows.len() {
+        let expected = format!("above 0, rising, the last {}", rows.len());
+        return refused("ends", &ends, expected);
+    }
+    if let Some(row) = rows.iter().find(|row| **row as usize >= count) {
+        return refused("rows", row, format!("below {count}"));
+    }
+    let lists = Lists {
+        rows,
+        ends,
+        pooling,
+    };
+    match fused(&[x]) {
+        true => Ok(x.apply_op1(lists)?),
+        false => naive::pooled_rows(
+            &x.reshape((count, width))?,
+            &lists.rows,
+            &lists.ends,
+            pooling,
+        ),
+    }
+}
+
+struct Lists {
+    rows: Vec<u32>,
+    ends: Vec<usize>,
+    pooling: RowPooling,
+}
+
+impl Lists {
+    fn list(&self, list: usize) -> &[u32] {
+        let start = list.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.rows[start..self.ends[list]]
+    }
+
+    fn forward<T: Real>(&self, x: &Rows<T>, width: usize) -> Vec<T> {
+        let mut y = host::unwritten::<T>(self.ends.len() * width);
+        let each = self.rows.len() / self.ends.len().max(1);
+        host::for_rows(
+            &mut y,
+            width,
+            each.max(1),
+            #[inline(always)]
+            |list, y| {
+                let row = |row: u32| x.row(row as usize);
+                let Some((&first, rest)) = self.list(list).split_first() else {
+                    return;
+                };
+                y.copy_from_slice(row(first));
+                match self.pooling {
+                    RowPooling::Maximum => {
+                        for &other in rest {
+                            for (y, &x) in y.iter_mut().zip(row(other)) {
+                                *y = y.larger(x);
+                            }
+                        }
+                    }
+                    RowPooling::Sum => {
+                        for &other in rest {
+                            simd::add_scaled(y, row(other), T::one());
+                        }
+                    }
+                }
+            },
+        );
+        y
+    }
+
+    fn backward<T: Real>(
+        &self,
+        (x, count): (&Rows<T>, usize),
+        [y, gradient]: [&[T]; 2],
+        width: usize,
+    ) -> Vec<T> {
+        // Columns that fill a line of the cache; threads have columns of their own, since lists may have
+        // rows in common.
+        const COLUMNS: usize = 16;
+        let all = self.pooling == RowPooling::Sum;
+        let mut dx = vec![T::zero(); count];
+        let shared = Shared::new(&mut dx);
+        let work = self.rows.len() * COLUMNS;
+        host::share(width.div_ceil(COLUMNS), work, |range| {
+            let columns = range.start * COLUMNS..width.min(range.end * COLUMNS);
+            simd::vectorised(
+                #[inline(always)]
+                || {
+                    for list in 0..self.ends.len() {
+                        let at = list * width + columns.start..list * width + columns.end;
+                        let (y, gradient) = (&y[at.clone()], &gradient[at]);
+                        for &row in self.list(list) {
+                            let start = row as usize * width + columns.start;
+                            let x = &x.row(row as usize)[columns.clone()];
+                            // SAFETY: ranges of columns are disjoint.
+                            let dx = unsafe { shared.part(start, columns.len()) };
+                            for (((dx, &x), &y), &d) in dx.iter_mut().zip(x).zip(y).zip(gradient) {
+                                *dx += if all | (x == y) { d } else { T::zero() };
+                            }
+                        }
+                    }
+                },
+            );
+        });
+        dx
+    }
+}
+
+impl CustomOp1 for Lists {
+    fn name(&self) -> &'static str {
+        "pooled rows"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Candle<(CpuStorage, Shape)> {
+        use candle_core::WithDType;
+        let width = layout.dims().last().copied().unwrap_or(0);
+        let y = by_dtype!(host::dtype(x), T => {
+            let y = self.forward(&Rows::<T>::new(x, layout)?, width);
+            Ok(T::to_cpu_storage_owned(y))
+        })?;
+        Ok((y, Shape::from((self.ends.len(), width))))
+    }
+
+    fn bwd(&self, x: &Tensor, y: &Tensor, gradient: &Tensor) -> Candle<Option<Tensor>> {
+        let width = x.dims().last().copied().unwrap_or(0);
+        let hosts = [x, y, gradient].map(Host::new);
+        by_dtype!(x.dtype(), T => {
+            let rows = Rows::<T>::new(hosts[0].storage()?, hosts[0].layout)?;
+            let [y, gradient] = [hosts[1].ordered::<T>()?, hosts[2].ordered::<T>()?];
+            let dx = self.backward((&rows, x.elem_count()), [&y, &gradient], width);
+            host::tensor(dx, x.dims()).map(Some)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::{difference, gradient_error};
+    use crate::test_data::{arange, compare};
+    use crate::{DType, Device, Var};
+
+    const BOTH: [RowPooling; 2] = [RowPooling::Maximum, RowPooling::Sum];
+
+    /// Rows that several lists have, one twice in the same.
+    fn lists(pooling: RowPooling) -> Lists {
+        Lists {
+            rows: vec![0, 3, 3, 6, 5, 4, 3, 2, 1, 6],
+            ends: vec![3, 4, 9, 10],
+            pooling,
+        }
+    }
+
+    fn plain(lists: Lists, x: &Tensor) -> Tensor {
+        naive::pooled_rows(x, &lists.rows, &lists.ends, lists.pooling).unwrap()
+    }
+
+    fn of(x: &Tensor, pooling: RowPooling) -> Result<Tensor> {
+        let Lists { rows, ends, .. } = lists(pooling);
+        pooled_rows(x, rows, ends, pooling)
+    }
+
+    #[test]
+    fn equals_the_composition() {
+        for (width, pooling) in [1, 7, 40]
+            .into_iter()
+            .flat_map(|width| BOTH.map(|by| (width, by)))
+        {
+            compare(1e-6, |dtype| {
+                let x = arange(&[width, 7], 1.0, dtype).t().unwrap();
+                (of(&x, pooling).unwrap(), plain(lists(pooling), &x))
+            });
+        }
+        let x = arange(&[7, 3], 1.0, DType::F64);
+        let none = pooled_rows(&x, vec![], vec![], RowPooling::Sum).unwrap();
+        assert_eq!(none.dims(), [0, 3]);
+    }
+
+    #[test]
+    fn gradients() {
+        let x = arange(&[7, 40], 1.0, DType::F64);
+        for pooling in BOTH {
+            let error = gradient_error(|x| of(&x[0], pooling), std::slice::from_ref(&x));
+            assert!(error.unwrap() < 1e-8);
+        }
+    }
+
+    #[test]
+    fn gradients_of_equal_rows_are_those_of_the_composition() {
+        let same = [[1f64, 2.0], [1.0, 2.0], [1.0, 0.0]];
+        let x = Var::new(&same, &Device::Cpu).unwrap();
+        let lists = || Lists {
+            rows: vec![0, 1, 2, 2],
+            ends: vec![3, 4],
+            pooling: RowPooling::Maximum,
+        };
+        let Lists {
+            rows,
+            ends,
+            pooling,
+        } = lists();
+        let ours = pooled_rows(x.as_tensor(), rows, ends, pooling).unwrap();
+        let plain = plain(lists(), x.as_tensor());
+        let [ours, plain] = [ours, plain].map(|y| {
+            let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            gradients.get(&x).unwrap().clone()
+        });
+        assert_eq!(difference(&ours, &plain).unwrap(), 0.0);
+    }
+
+    #[test]
+    fn lists_that_are_not_there_are_refused() {
+        let x = arange(&[3, 2], 1.0, DType::F32);
+        for (rows, ends) in [
+            (vec![0, 3], vec![2]),
+            (vec![0, 1], vec![1]),
+            (vec![0, 1], vec![1, 1, 2]),
+            (vec![0], vec![0, 1]),
+        ] {
+            assert!(pooled_rows(&x, rows, ends, RowPooling::Sum).is_err());
+        }
+    }
+}
