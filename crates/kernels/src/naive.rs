@@ -10,12 +10,14 @@ use crate::{
 };
 
 mod attention;
+mod codes;
 
 pub(crate) use attention::merged_rows;
 pub use attention::{
     attention, attention_part, attention_softmax, attention_weights, linear_attention,
-    polynomial_attention,
+    linear_means, polynomial_attention,
 };
+pub use codes::{hash_arguments, hashed_codes, hashed_features, passing_signs};
 
 const MASKED: f64 = f64::NEG_INFINITY;
 
