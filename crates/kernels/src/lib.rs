@@ -28,11 +28,13 @@ mod exponentials;
 mod fourier;
 mod gather;
 mod group_means;
+mod hashed_codes;
 mod host;
 mod inverse;
 mod landmark_attention;
 mod linear;
 mod linear_attention;
+mod linear_means;
 mod local_filter;
 mod matmul;
 pub mod memory;
@@ -82,6 +84,7 @@ pub use exponentials::{exponential_features, gaussian};
 pub use fourier::{causal_depthwise_convolution, fft_convolution, inverse_real_fft, real_fft};
 pub use gather::{embedding, gather, scatter_add};
 pub use group_means::{Groups, group_means};
+pub use hashed_codes::{CodeHash, hashed_codes, hashed_features};
 pub use inverse::newton_inverse;
 pub use landmark_attention::landmark_attention;
 pub use linear::{linear, linear_activation};
@@ -89,6 +92,7 @@ pub use linear_attention::{
     Direction, linear_attention, linear_attention_in_chunks, linear_attention_operations,
     operations_in_chunks,
 };
+pub use linear_means::{causal_linear_means, linear_means};
 pub use local_filter::local_filter;
 pub use matmul::matmul;
 pub use mixture::{Mixture, VectorNorm, mixture_distances};

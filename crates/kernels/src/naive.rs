@@ -11,12 +11,14 @@ use crate::{
 };
 
 mod attention;
+mod codes;
 
 pub use attention::{
     attention, attention_part, attention_softmax, attention_weights, decayed_attention,
-    landmark_attention, linear_attention, polynomial_attention,
+    landmark_attention, linear_attention, linear_means, polynomial_attention,
 };
 pub(crate) use attention::{block_rows, merged_rows};
+pub use codes::{hash_arguments, hashed_codes, hashed_features, passing_signs};
 
 const MASKED: f64 = f64::NEG_INFINITY;
 

@@ -1,6 +1,6 @@
 //! Attention of every kind with its scores laid out.
 
-use super::{MASKED, keep_to_bias, repeat_groups, softmax};
+use super::{MASKED, keep_to_bias, quotients, repeat_groups, softmax};
 use crate::{
     Attended, AttentionOptions, AttentionPart, BlockPart, D, Direction, PartOptions, Result,
     SoftmaxMask, Tensor,
@@ -299,6 +299,27 @@ pub fn linear_attention(
         }
     };
     Ok((scores * kept)?.matmul(&v.contiguous()?)?)
+}
+
+/// [`crate::linear_means`], or [`crate::causal_linear_means`], with their scores laid out.
+pub fn linear_means(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    epsilon: f64,
+    causal: bool,
+) -> Result<Tensor> {
+    let (batch, heads, keys, _) = v.dims4()?;
+    let ones = Tensor::ones((batch, heads, keys, 1), v.dtype(), v.device())?;
+    let values = Tensor::cat(&[v, &ones], 3)?.contiguous()?;
+    let sums = match causal {
+        true => linear_attention(q, k, &values, None, Direction::Past)?,
+        false => {
+            let scores = q.contiguous()?.matmul(&k.transpose(2, 3)?.contiguous()?)?;
+            scores.matmul(&values)?
+        }
+    };
+    quotients(&sums, epsilon)
 }
 
 /// [`crate::PolynomialAttention::sums`], with its scores laid out.

@@ -4,7 +4,8 @@
 //! y_i = Σ_j w_ij v_j / (Σ_j w_ij + ε)
 //! ```
 //!
-//! Numerator and denominator are the same [`Sums`] of values and of a column of ones beside them.
+//! Where nothing fuses both, numerator and denominator are the same [`Sums`], of values and of a column of
+//! ones beside them.
 //! A decoding step adds to both what a state of fixed size kept of earlier keys.
 
 use std::fmt;
@@ -15,8 +16,8 @@ use crate::error::tensor;
 use crate::state::MixerState;
 use crate::{Error, Result};
 use lapidary_kernels::{
-    DType, Direction, Tensor, beside_ones, cumulative_sum, linear_attention_in_chunks, matmul,
-    quotients,
+    DType, Direction, Tensor, beside_ones, causal_linear_means, cumulative_sum,
+    linear_attention_in_chunks, linear_means, matmul, quotients,
 };
 use lapidary_signal::Mixing;
 
@@ -27,6 +28,11 @@ pub(super) trait Sums: fmt::Debug {
 
     /// `[batch, heads, query, width]`, for values `[batch, heads, key, width]`.
     fn sums(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor>;
+
+    /// [`Sums::sums`] of values, divided by the sum of the weights and `epsilon`, or by 1 where that is 0.
+    fn means(&self, values: &Tensor, epsilon: f64) -> lapidary_kernels::Result<Tensor> {
+        quotients(&self.sums(&beside_ones(values)?)?, epsilon)
+    }
 
     /// Multiplications and additions of [`Sums::sums`] for values of `width`.
     fn operations(&self, width: usize) -> u64;
@@ -71,11 +77,10 @@ impl<S> Normalised<S> {
         }
     }
 
-    /// Values `[batch, heads, key, width]` for every component, with a column of ones.
+    /// Values `[batch, heads, key, width]` for every component.
     fn spread(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let values = beside_ones(values)?;
         let Some(weights) = &self.components else {
-            return Ok(values);
+            return Ok(values.clone());
         };
         let (batch, heads, keys, width) = values.dims4()?;
         let components = weights.dim(1)?;
@@ -138,11 +143,12 @@ impl<S: Sums> Mixing for Normalised<S> {
     }
 
     fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let sums = self.sums.sums(&self.spread(values)?)?;
-        match &self.past {
-            None => self.averaged(quotients(&sums, self.epsilon)?),
-            Some(_) => self.divide(&sums, &self.denominator(&sums)?),
+        if self.past.is_none() {
+            let values = self.spread(values)?;
+            return self.averaged(self.sums.means(&values, self.epsilon)?);
         }
+        let sums = self.sums.sums(&self.spread(&beside_ones(values)?)?)?;
+        self.divide(&sums, &self.denominator(&sums)?)
     }
 
     fn operations(&self, width: usize) -> u64 {
@@ -177,7 +183,7 @@ pub(super) fn resume<S: Remembered + 'static>(
     pass: &MechanismPass<'_>,
 ) -> Result<Resumed> {
     let before = earlier(state, pass.path)?.map(|(sums, _)| sums);
-    let values = step.spread(v)?;
+    let values = step.spread(&beside_ones(v)?)?;
     let after = step.sums.remember(&values, before.as_ref())?;
     if let Some(before) = before.as_ref().filter(|sums| sums.dims() != after.dims()) {
         return Err(Error::spec(
@@ -273,6 +279,16 @@ impl Sums for Features {
             }
         }
         matmul(&self.q, &collected(&self.k, values)?)
+    }
+
+    /// Without a column of ones, where no decay asks for one.
+    fn means(&self, values: &Tensor, epsilon: f64) -> lapidary_kernels::Result<Tensor> {
+        let (q, k) = (&self.q, &self.k);
+        match (self.causal, &self.log_decay) {
+            (false, _) => linear_means(q, k, values, epsilon),
+            (true, None) => causal_linear_means(q, k, values, epsilon, self.chunk),
+            (true, Some(_)) => quotients(&self.sums(&beside_ones(values)?)?, epsilon),
+        }
     }
 
     fn operations(&self, width: usize) -> u64 {

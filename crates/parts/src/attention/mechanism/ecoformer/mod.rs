@@ -45,7 +45,7 @@ use crate::parameters::{Init, Parameters};
 use crate::state::MixerState;
 use crate::{Error, Result};
 use codes::MAX_BITS;
-use lapidary_kernels::{Device, Tensor, gaussian, matmul};
+use lapidary_kernels::{CodeHash, Device, Tensor, hashed_codes, hashed_features, matmul, naive};
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -53,7 +53,7 @@ use serde::{Deserialize, Serialize};
 const MAX_ANCHORS: usize = 1 << 12;
 /// Positions that meet directly under a causal mask.
 const CHUNK: usize = 64;
-/// The least length and mean squared distance.
+/// The least length and mean squared distance, as hashing has them.
 const LEAST: f64 = 1e-12;
 
 /// Attention by codes.
@@ -119,7 +119,7 @@ impl EcoformerSpec {
         let mut constant = |name: &str, shape: &[usize], init: Init| -> Result<Tensor> {
             Ok(parameters.tensor(name, shape, init)?.detach())
         };
-        Ok(Hashing {
+        Ok(Hashing(CodeHash {
             anchors: constant("anchors", &[count, self.anchors, width], unit)?,
             means: constant("means", &[count, self.anchors], usual)?,
             hashes: constant(
@@ -131,7 +131,7 @@ impl EcoformerSpec {
                 Bandwidth::Sample => None,
                 Bandwidth::Fitted => Some(constant("bandwidths", &[count], Init::Constant(2.0))?),
             },
-        })
+        }))
     }
 }
 
@@ -187,72 +187,24 @@ impl Describe for EcoformerSpec {
 
 /// The map from queries to codes.
 #[derive(Debug)]
-pub struct Hashing {
-    /// `[heads, anchors, head_width]`.
-    anchors: Tensor,
-    /// `μ` `[heads, anchors]`.
-    means: Tensor,
-    /// `A` `[heads, bits, anchors]`.
-    hashes: Tensor,
-    /// `σ²` of each head, where it is not the sequence's.
-    bandwidths: Option<Tensor>,
-}
+pub struct Hashing(CodeHash);
 
 impl Hashing {
     /// `(κ(x) − μ) Aᵀ` `[batch, heads, length, bits]` of queries `[batch, heads, length, head_width]`, of
-    /// which `kept` `[batch, 1, length, 1]` are no pads.
+    /// which `kept` `[batch, 1, length, 1]` are no pads, with all of `κ` laid out.
     ///
     /// # Errors
     /// Those of the tensor engine.
     pub fn project(&self, queries: &Tensor, kept: Option<&Tensor>) -> Result<Tensor> {
-        let lengths = tensor(tensor(queries.sqr())?.sum_keepdim(3))?;
-        let lengths = tensor(tensor(lengths.maximum(LEAST * LEAST))?.sqrt())?;
-        let units = tensor(tensor(queries.contiguous())?.broadcast_div(&lengths))?;
-        let bandwidths = match &self.bandwidths {
-            Some(fitted) => fitted.clone(),
-            None => self.mean_distances(&units, kept)?,
-        };
-        let rates = tensor(tensor(tensor(bandwidths * 2.0)?.maximum(LEAST))?.recip())?;
-        let kernels = gaussian(&units, &self.anchors, &rates)?;
-        // κ Aᵀ − μ Aᵀ, whose second part is one row for each head.
-        let across = tensor(self.hashes.transpose(1, 2))?;
-        let means = matmul(&tensor(self.means.unsqueeze(1))?, &across)?;
-        tensor(matmul(&kernels, &across)?.broadcast_sub(&means))
+        tensor(naive::hash_arguments(queries, kept, &self.0))
     }
 
-    /// The mean `‖u_i − a_j‖²` over the tokens and anchors of each head `[batch, heads]`, for `units`
-    /// `u` `[batch, heads, length, head_width]`: of sums alone, without any distance laid out.
-    fn mean_distances(&self, units: &Tensor, kept: Option<&Tensor>) -> Result<Tensor> {
-        let (batch, heads, length, width) = tensor(units.dims4())?;
-        let kept = match kept {
-            Some(kept) => kept.clone(),
-            None => tensor(Tensor::ones(
-                (batch, 1, length, 1),
-                units.dtype(),
-                units.device(),
-            ))?,
-        };
-        let count = tensor(tensor(kept.sum_keepdim(2))?.maximum(1.0))?;
-        let shares = tensor(tensor(kept.broadcast_div(&count))?.transpose(2, 3))?;
-        // [batch, heads, 1, head_width] and [batch, heads, 1, 1]
-        let mean_unit = matmul(&shares, units)?;
-        let squares = tensor(tensor(units.sqr())?.sum_keepdim(3))?;
-        let mean_square = matmul(&shares, &squares)?;
-        let anchors = tensor(tensor(self.anchors.mean_keepdim(1))?.reshape((1, heads, 1, width)))?;
-        let of_anchors = tensor(tensor(self.anchors.sqr())?.sum_keepdim(2))?;
-        let of_anchors = tensor(tensor(of_anchors.mean_keepdim(1))?.reshape((1, heads, 1, 1)))?;
-        let across = tensor(tensor(mean_unit.broadcast_mul(&anchors))?.sum_keepdim(3))?;
-        let apart =
-            tensor(tensor(mean_square - tensor(across * 2.0)?)?.broadcast_add(&of_anchors))?;
-        tensor(tensor(apart.maximum(0.0))?.reshape((batch, heads)))
-    }
-
-    /// Codes of ±1 `[batch, heads, length, bits]`, of the same.
+    /// Codes of ±1 `[batch, heads, length, bits]`, of the same: the signs of [`Hashing::project`].
     ///
     /// # Errors
-    /// Those of the tensor engine.
+    /// When the shapes do not fit each other.
     pub fn codes(&self, queries: &Tensor, kept: Option<&Tensor>) -> Result<Tensor> {
-        sign(&self.project(queries, kept)?)
+        tensor(hashed_codes(queries, kept, &self.0))
     }
 }
 
@@ -261,15 +213,7 @@ impl Hashing {
 /// # Errors
 /// Those of the tensor engine.
 pub fn sign(x: &Tensor) -> Result<Tensor> {
-    let above = tensor(tensor(x.detach().ge(0.0))?.to_dtype(x.dtype()))?;
-    let signs = tensor(above.affine(2.0, -1.0))?;
-    if !x.track_op() {
-        return Ok(signs);
-    }
-    let near = tensor(tensor(x.detach().abs())?.lt(1.0))?;
-    let passes = tensor(x * tensor(near.to_dtype(x.dtype()))?)?;
-    // Nothing in value.
-    tensor(signs + tensor(&passes - passes.detach())?)
+    tensor(naive::passing_signs(x))
 }
 
 /// The module.
@@ -298,22 +242,14 @@ impl Ecoformer {
             ));
         }
         let kept = kept(pass, keys, q.dtype())?;
-        let codes = self.hashing.codes(q, kept.as_ref())?;
-        let one = tensor(Tensor::ones(
-            (batch, heads, queries, 1),
-            q.dtype(),
-            q.device(),
-        ))?;
-        let offset = tensor(&one * self.offset())?;
-        let mut k = tensor(Tensor::cat(&[&codes, &one], 3))?;
-        if let Some(kept) = &kept {
-            k = tensor(k.broadcast_mul(kept))?;
-        }
+        let hash = &self.hashing.0;
+        let both = hashed_features(q, kept.as_ref(), hash, self.offset());
+        let [features_of_queries, features_of_keys] = tensor(both)?;
         let EcoformerSpec { bits, anchors, .. } = self.spec;
         let each = 3 * width + anchors * (2 * width + 6) + 2 * anchors * bits;
         let features = Features {
-            q: tensor(Tensor::cat(&[&codes, &offset], 3))?,
-            k,
+            q: features_of_queries,
+            k: features_of_keys,
             causal: self.causal,
             log_decay: None,
             chunk: CHUNK,
