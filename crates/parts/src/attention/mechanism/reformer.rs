@@ -239,7 +239,7 @@ impl ReformerSpec {
     /// sequence and within it round by round: `[batch · heads, key, rounds]`. `lengths` are the
     /// numbers of real tokens.
     fn hash(&self, k: &Tensor, lengths: &[usize], seed: u64) -> Result<Vec<u32>> {
-        let (batch, heads, keys, width) = tensor(k.dims4())?;
+        let (_, heads, keys, width) = tensor(k.dims4())?;
         let digits: Vec<Vec<usize>> = lengths.iter().map(|&length| self.digits(length)).collect();
         let places = digits.iter().map(Vec::len).max().unwrap_or_default();
         let halves: Vec<usize> = (0..places)
