@@ -93,6 +93,7 @@ pub fn pooled_rows(
     if ends.is_empty() {
         return Ok(x.narrow(0, 0, 0)?);
     }
+    let x = x.contiguous()?;
     let mut start = 0;
     let mut pooled = Vec::with_capacity(ends.len());
     for &end in ends {

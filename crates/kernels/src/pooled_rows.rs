@@ -185,10 +185,10 @@ mod tests {
 
     const BOTH: [RowPooling; 2] = [RowPooling::Maximum, RowPooling::Sum];
 
-    /// Rows that several lists have, one twice in the same.
+    /// Rows that several lists have.
     fn lists(pooling: RowPooling) -> Lists {
         Lists {
-            rows: vec![0, 3, 3, 6, 5, 4, 3, 2, 1, 6],
+            rows: vec![0, 3, 5, 6, 5, 4, 3, 2, 1, 6],
             ends: vec![3, 4, 9, 10],
             pooling,
         }

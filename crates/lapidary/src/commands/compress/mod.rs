@@ -158,6 +158,11 @@ fn conclude(
         false => made.model,
     };
     let package = package.with_model(result);
+    // A directory of that name is not what was compressed.
+    let original_files = match arguments.model.as_str() {
+        "embedded" => None,
+        directory => stored(Path::new(directory)),
+    };
     let saved = package.save(out, None)?;
     let outcome = Outcome {
         reports: made.reports,
@@ -167,7 +172,7 @@ fn conclude(
         after,
         distance,
         activations,
-        disk: [stored(Path::new(&arguments.model)), stored(out)],
+        disk: [original_files, stored(out)],
         healing: made.healing,
         held_out: arguments.evaluate.is_some(),
         dense: arguments.dense,
