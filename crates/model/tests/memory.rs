@@ -165,7 +165,8 @@ fn compressed_blocks_that_are_recomputed_are_not_held() {
 #[test]
 fn a_gguf_file_is_written_a_tensor_at_a_time() {
     let _alone = alone();
-    let (width, hidden) = (128, 512);
+    // A matrix takes a mebibyte, as the buffer before the file does.
+    let (width, hidden) = (256, 1024);
     let text = format!(
         "width = {width}
         final_norm = {{ kind = 'rms' }}
