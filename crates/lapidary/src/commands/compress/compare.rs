@@ -129,9 +129,9 @@ pub(super) fn run(
                 data: data.as_ref(),
                 settings: Some(settings),
             };
-            let (cut, memory) = most_held(|| {
+            let (cut, memory) = most_held(|| -> Result<_> {
                 let plan = method.plan(&task, &Budget::Keep(1.0 - ratio))?;
-                method.apply(&task, &plan)
+                Ok(method.apply(&task, &plan)?)
             });
             let compressed = match cut {
                 Ok(compressed) => compressed,
