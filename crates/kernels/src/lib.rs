@@ -34,6 +34,7 @@ mod inverse;
 mod landmark_attention;
 mod linear;
 mod linear_attention;
+mod linear_by_feature;
 mod linear_means;
 mod local_filter;
 mod matmul;
@@ -92,6 +93,7 @@ pub use linear_attention::{
     Direction, linear_attention, linear_attention_in_chunks, linear_attention_operations,
     operations_in_chunks,
 };
+pub use linear_by_feature::{linear_attention_by_feature, operations_by_feature};
 pub use linear_means::{causal_linear_means, linear_means};
 pub use local_filter::local_filter;
 pub use matmul::matmul;

@@ -15,7 +15,8 @@ mod codes;
 
 pub use attention::{
     attention, attention_part, attention_softmax, attention_weights, decayed_attention,
-    landmark_attention, linear_attention, linear_means, polynomial_attention,
+    landmark_attention, linear_attention, linear_attention_by_feature, linear_means,
+    polynomial_attention,
 };
 pub(crate) use attention::{block_rows, merged_rows};
 pub use codes::{hash_arguments, hashed_codes, hashed_features, passing_signs};

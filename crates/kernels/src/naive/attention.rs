@@ -351,3 +351,43 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions)
     let weights = attention_weights(q, k, options)?;
     Ok(weights.matmul(&repeat_groups(v, q.dim(1)?)?.contiguous()?)?)
 }
+
+/// [`crate::linear_attention_by_feature`], position by position.
+pub fn linear_attention_by_feature(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    log_decay: &Tensor,
+    direction: Direction,
+) -> Result<Tensor> {
+    let length = q.dim(2)?;
+    let mut order: Vec<usize> = (0..length).collect();
+    if direction == Direction::Future {
+        order.reverse();
+    }
+    let at = |x: &Tensor, position: usize| x.narrow(2, position, 1)?.contiguous();
+    let (mut state, mut sums): (Option<Tensor>, _) = (None, Vec::with_capacity(length));
+    for position in order {
+        let added = at(k, position)?.transpose(2, 3)?.broadcast_mul(&at(v, position)?)?;
+        let sum = match state {
+            None => added,
+            Some(before) => {
+                let between = match direction {
+                    Direction::Past => position,
+                    Direction::Future => position + 1,
+                };
+                let fade = at(log_decay, between)?.exp()?.transpose(2, 3)?;
+                (before.broadcast_mul(&fade)? + added)?
+            }
+        };
+        sums.push(at(q, position)?.matmul(&sum)?);
+        state = Some(sum);
+    }
+    if direction == Direction::Future {
+        sums.reverse();
+    }
+    match sums.is_empty() {
+        true => Ok(v.clone()),
+        false => Ok(Tensor::cat(&sums, 2)?),
+    }
+}

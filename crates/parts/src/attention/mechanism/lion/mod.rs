@@ -31,12 +31,13 @@
 //! S_i = Λ_i S_{i−1} + φ(k_i) v_iᵀ,   weight_ij = Σ_f φ(q_i)_f φ(k_j)_f Π_t λ_tf
 //! ```
 //!
-//! and there is no one mask to lay out: `parallel` is refused. How such sums are taken is in `decayed.rs`.
+//! and there is no one mask to lay out: `parallel` is refused. How such sums are taken is said at the kernel
+//! [`lapidary_kernels::linear_attention_by_feature`].
 //!
 //! Cost for each head: parallel `2 n² (features + value_width)`, otherwise
 //! `2 n (4 features · value_width + chunk (features + value_width))`, times the number of curves.
 //! Parameters for each curve: none, one for each head, or `width + 1` for each head; `per_feature`, for
-//! each feature of each head. Chunks are then powers of two, and meet themselves half by half.
+//! each feature of each head, where a chunk meets itself half by half and costs half as much.
 
 mod directions;
 mod image;
