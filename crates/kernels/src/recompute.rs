@@ -13,6 +13,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Storage};
 use crate::{Error, Result, Tensor, TensorId, Var};
 
 type Part = Arc<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
+type PieceOf = Arc<dyn Fn(&Tensor, usize) -> Result<Tensor> + Send + Sync>;
 
 /// Two streams, each moved by what a part makes of the other:
 ///
@@ -123,6 +124,30 @@ impl Recomputation {
         Ok([both.get(0)?, both.get(1)?])
     }
 
+    /// `Σ part(x_i, i)` over pieces `x_i` of `x` `[rows, ..]`, of `rows` rows each from row `i` on, the last perhaps of
+    /// fewer: of which only the sum is remembered, so that what is inside is held for one piece at a time, in either
+    /// pass. `part` gives a single number, and must give the same when it runs again; no rows sum to zero.
+    ///
+    /// # Errors
+    /// Those of the part.
+    pub fn run_summed(
+        &self,
+        x: &Tensor,
+        rows: usize,
+        part: impl Fn(&Tensor, usize) -> Result<Tensor> + Send + Sync + 'static,
+    ) -> Result<Tensor> {
+        let mut sum = Tensor::zeros((), x.dtype(), x.device())?;
+        for (start, piece) in pieces(x, rows)? {
+            sum = (sum + part(&piece, start)?.detach())?;
+        }
+        Ok(x.apply_op1(Summed {
+            part: Arc::new(part),
+            rows,
+            value: sum,
+            gradients: self.gradients.clone(),
+        })?)
+    }
+
     /// Adds the gradients of the parameters inside recomputed parts to those of the backward
     /// pass that has just been done.
     pub fn add_to(&self, gradients: &mut GradStore) -> Result<()> {
@@ -173,6 +198,54 @@ impl CustomOp1 for Recomputed {
     }
 }
 
+/// Pieces of so many rows, detached, and the first row of each.
+fn pieces(x: &Tensor, rows: usize) -> candle_core::Result<Vec<(usize, Tensor)>> {
+    let (x, all) = (x.detach(), x.dim(0)?);
+    let starts = (0..all).step_by(rows.max(1));
+    starts
+        .map(|start| Ok((start, x.narrow(0, start, rows.max(1).min(all - start))?)))
+        .collect()
+}
+
+struct Summed {
+    part: PieceOf,
+    rows: usize,
+    value: Tensor,
+    gradients: Gradients,
+}
+
+impl CustomOp1 for Summed {
+    fn name(&self) -> &'static str {
+        "recompute a sum"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        copied(&self.value)
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> candle_core::Result<Option<Tensor>> {
+        let mut slopes = Vec::new();
+        for (start, piece) in pieces(x, self.rows)? {
+            let whole = self.part.clone();
+            let part: Part = Arc::new(move |piece: &Tensor| whole(piece, start));
+            let (_, of_piece) = again(&part, &piece, gradient, &self.gradients)?;
+            slopes.push(match of_piece {
+                Some(slope) => slope,
+                None => piece.zeros_like()?,
+            });
+        }
+        match slopes.is_empty() {
+            true => Ok(None),
+            false => Ok(Some(Tensor::cat(&slopes, 0)?)),
+        }
+    }
+}
+
 /// The storage of a contiguous tensor that owns exactly its elements.
 fn copied(value: &Tensor) -> candle_core::Result<(CpuStorage, Shape)> {
     let (storage, layout) = value.storage_and_layout();
@@ -195,14 +268,17 @@ fn again(
     let x = Var::from_tensor(&x.detach())?;
     let y = part(x.as_tensor()).map_err(engine)?;
     let mut found = (&y * gradient.detach())?.sum_all()?.backward()?;
-    let of_input = found.remove(x.as_tensor());
+    // What a gradient was made of is held no longer than it takes.
+    let of_input = found
+        .remove(x.as_tensor())
+        .map(|gradient| gradient.detach());
     for (id, sum) in locked(gradients).iter_mut() {
         let Some(inside) = found.get_id(*id) else {
             continue;
         };
         *sum = Some(match sum.take() {
-            Some(sum) => (sum + inside)?,
-            None => inside.clone(),
+            Some(sum) => (sum + inside.detach())?,
+            None => inside.detach(),
         });
     }
     Ok((y.detach(), of_input))
@@ -288,6 +364,43 @@ mod tests {
                 .to_vec2::<f64>()
                 .unwrap();
             assert_eq!(expected, found);
+        }
+    }
+
+    /// Pieces of which the last is shorter, each with a factor of its own.
+    #[test]
+    fn sums_over_pieces_have_the_gradients_of_the_whole() {
+        let made = |values: Vec<f64>, shape: (usize, usize)| {
+            Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu).unwrap()).unwrap()
+        };
+        let numbers = |count: usize| (0..count).map(|i| ((i * 37) % 23) as f64 / 11.0 - 1.0);
+        let (x, w) = (made(numbers(21).collect(), (7, 3)), made(numbers(6).collect(), (2, 3)));
+        let part = {
+            let w = w.as_tensor().clone();
+            move |x: &Tensor, start: usize| -> Result<Tensor> {
+                let y = activate(&linear(x, &w, None)?, Activation::Tanh)?;
+                Ok((y.sum_all()? * (1.0 + start as f64))?)
+            }
+        };
+        let piece = |start: usize, rows: usize| {
+            part(&x.as_tensor().narrow(0, start, rows).unwrap(), start).unwrap()
+        };
+        let plain = ((piece(0, 3) + piece(3, 3)).unwrap() + piece(6, 1)).unwrap();
+        let recomputation = Recomputation::of([&w]);
+        let found = recomputation
+            .run_summed(x.as_tensor(), 3, part.clone())
+            .unwrap();
+        let number = |x: &Tensor| x.to_scalar::<f64>().unwrap();
+        assert!((number(&plain) - number(&found)).abs() < 1e-12);
+        // The gradient of the sum is not 1.
+        let expected = plain.sqr().unwrap().backward().unwrap();
+        let mut store = found.sqr().unwrap().backward().unwrap();
+        recomputation.add_to(&mut store).unwrap();
+        for variable in [&x, &w] {
+            let of = |store: &GradStore| store.get(variable.as_tensor()).unwrap().clone();
+            let apart = (of(&expected) - of(&store)).unwrap().abs().unwrap();
+            let apart = apart.flatten_all().unwrap().max(0).unwrap();
+            assert!(number(&apart) < 1e-12);
         }
     }
 

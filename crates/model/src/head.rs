@@ -1,12 +1,14 @@
 //! From the last hidden vectors to scores.
 
+use std::sync::Arc;
+
 use crate::input::{Embedding, Input};
 use crate::spec::{HeadSpec, HeadTransform, Pool};
 use lapidary_kernels::{Activation, D, DType, Tensor};
 use lapidary_parts::norm::Norm;
 use lapidary_parts::parameters::{Init, Parameters};
 use lapidary_parts::{Context, Error, Result};
-use lapidary_signal::{Linear, Signal, Weight};
+use lapidary_signal::{Linear, Signal, Trace, Weight};
 
 fn engine<T, E: Into<lapidary_kernels::Error>>(result: std::result::Result<T, E>) -> Result<T> {
     result.map_err(|error| Error::Kernel(error.into()))
@@ -186,28 +188,10 @@ impl Head {
                     ..HeadOutput::default()
                 })
             }
-            Self::LanguageModel {
-                transform,
-                projection,
-                output,
-            } => {
-                let mut x = cx.trace.site(format_args!("head.in"), hidden.clone())?;
-                if let Some((dense, activation, norm)) = transform.as_deref() {
-                    x = norm.forward(&x.linear(dense)?.activate(*activation)?)?;
-                    x = cx.trace.site(format_args!("head.{TRANSFORMED}"), x)?;
-                }
-                if let Some(projection) = projection {
-                    x = x.linear(projection)?;
-                    x = cx.trace.site(format_args!("head.{PROJECTED}"), x)?;
-                }
-                let logits = cx
-                    .trace
-                    .site(format_args!("logits"), x.linear_scores(output)?)?;
-                Ok(HeadOutput {
-                    logits: Some(logits),
-                    ..HeadOutput::default()
-                })
-            }
+            Self::LanguageModel { .. } => Ok(HeadOutput {
+                logits: Some(self.scores(hidden, cx)?),
+                ..HeadOutput::default()
+            }),
             Self::Pooled {
                 pool: Pool::FirstTwo,
                 outputs,
@@ -256,6 +240,53 @@ impl Head {
                 })
             }
         }
+    }
+}
+
+impl Head {
+    /// Scores of `hidden` `[batch, length, width]` by a language model's head, each position by itself.
+    fn scores(&self, hidden: &Signal, cx: &Context<'_>) -> Result<Signal> {
+        let Self::LanguageModel {
+            transform,
+            projection,
+            output,
+        } = self
+        else {
+            return Err(Error::spec("head.kind", "another", "language-model"));
+        };
+        let mut x = cx.trace.site(format_args!("head.in"), hidden.clone())?;
+        if let Some((dense, activation, norm)) = transform.as_deref() {
+            x = norm.forward(&x.linear(dense)?.activate(*activation)?)?;
+            x = cx.trace.site(format_args!("head.{TRANSFORMED}"), x)?;
+        }
+        if let Some(projection) = projection {
+            x = x.linear(projection)?;
+            x = cx.trace.site(format_args!("head.{PROJECTED}"), x)?;
+        }
+        Ok(cx
+            .trace
+            .site(format_args!("logits"), x.linear_scores(output)?)?)
+    }
+}
+
+/// The head of a language model by itself: see [`Model::scorer`](crate::Model::scorer).
+#[derive(Clone, Debug)]
+pub struct Scorer(Arc<Head>);
+
+impl Scorer {
+    pub(crate) fn new(head: &Arc<Head>) -> Result<Self> {
+        match **head {
+            Head::LanguageModel { .. } => Ok(Self(head.clone())),
+            _ => Err(Error::spec("head.kind", "another", "language-model")),
+        }
+    }
+
+    /// Scores `[batch, length, vocabulary]` of `hidden` `[batch, length, width]`, each position by itself.
+    ///
+    /// # Errors
+    /// When the width is not that of what the head reads.
+    pub fn scores(&self, hidden: &Signal) -> Result<Signal> {
+        self.0.scores(hidden, &Context::new(&Trace::new()))
     }
 }
 

@@ -34,6 +34,7 @@ pub mod tokenizer;
 pub use checkpoint::Checkpoint;
 pub use ensemble::{Averaged, Ensemble, self_ensemble};
 pub use error::{Error, Result};
+pub use head::Scorer;
 pub use huggingface::Config;
 pub use input::Input;
 pub use limits::Limits;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use crate::head::Head;
+use crate::head::{Head, Scorer};
 use crate::input::{Embedding, Input};
 use crate::source::{Initialiser, Recorder};
 use crate::spec::{HeadSpec, ModelSpec};
@@ -33,7 +33,7 @@ pub struct Model {
     blocks: Vec<Arc<Block>>,
     organisation: Option<Organisation>,
     final_norm: Norm,
-    head: Head,
+    head: Arc<Head>,
 }
 
 /// How one forward pass is run.
@@ -185,7 +185,7 @@ impl Model {
             blocks,
             organisation,
             final_norm,
-            head,
+            head: Arc::new(head),
         })
     }
 
@@ -357,6 +357,49 @@ impl Model {
     /// Runs the model.
     pub fn forward(&self, input: &Input, pass: Pass<'_>) -> Result<Output> {
         let silent = Trace::new();
+        let trace = pass.trace.unwrap_or(&silent);
+        let only_last = pass.only_last;
+        let Organised { hidden, padding } = self.through_blocks(input, pass)?;
+        let length = hidden.dims().get(1).copied().unwrap_or(0);
+        // A pooled head has one score for all positions, whichever it reads.
+        let by_position = matches!(self.spec.head, HeadSpec::LanguageModel { .. });
+        let scored = if only_last && by_position && length > 1 {
+            hidden.narrow(1, length - 1, 1)?
+        } else {
+            hidden.clone()
+        };
+        let cx = Context {
+            key_padding: padding.as_ref(),
+            ..Context::new(trace)
+        };
+        let output = self.head.forward(&scored, input, &cx)?;
+        Ok(Output {
+            hidden,
+            pooled: output.pooled,
+            logits: output.logits,
+            pixels: output.pixels,
+        })
+    }
+
+    /// What the head would read, `[batch, length, width]` of [`ModelSpec::read_width`]; the head is not run.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn hidden(&self, input: &Input, pass: Pass<'_>) -> Result<Signal> {
+        Ok(self.through_blocks(input, pass)?.hidden)
+    }
+
+    /// The head of a language model by itself, to score hidden vectors a few at a time.
+    ///
+    /// # Errors
+    /// When the head is another.
+    pub fn scorer(&self) -> Result<Scorer> {
+        Scorer::new(&self.head)
+    }
+
+    /// What comes out of the final norm, and which of it is padding.
+    fn through_blocks(&self, input: &Input, pass: Pass<'_>) -> Result<Organised> {
+        let silent = Trace::new();
         let biases = SharedBiases::default();
         let mut state = pass.state;
         let cx = Context {
@@ -371,6 +414,7 @@ impl Model {
             key_bias: None,
             places: None,
             biases: Some(&biases),
+            decisions: None,
         };
         let (first, mut x) = match pass.start {
             Some((block, hidden)) => (self.check_start(block, hidden)?, hidden.clone()),
@@ -408,27 +452,10 @@ impl Model {
         if let Some(state) = state {
             state.length += length;
         }
-        let cx = Context {
-            key_padding: padding.as_ref(),
-            ..cx
-        };
         let hidden = cx
             .trace
             .site(format_args!("final_norm"), self.final_norm.forward(&x)?)?;
-        // A pooled head has one score for all positions, whichever it reads.
-        let by_position = matches!(self.spec.head, HeadSpec::LanguageModel { .. });
-        let scored = if pass.only_last && by_position && length > 1 {
-            hidden.narrow(1, length - 1, 1)?
-        } else {
-            hidden.clone()
-        };
-        let output = self.head.forward(&scored, input, &cx)?;
-        Ok(Output {
-            hidden,
-            pooled: output.pooled,
-            logits: output.logits,
-            pixels: output.pixels,
-        })
+        Ok(Organised { hidden, padding })
     }
 }
 

@@ -1,5 +1,9 @@
 //! What a module is told about the pass it runs in.
 
+use std::sync::Arc;
+
+use crate::Result;
+use crate::decisions::Decisions;
 use crate::position::SharedBiases;
 use lapidary_kernels::Tensor;
 use lapidary_signal::{Signal, Trace};
@@ -35,6 +39,8 @@ pub struct Context<'a> {
     pub places: Option<&'a Tensor>,
     /// Biases of scores that layers share, computed once in this pass; by each layer when absent.
     pub biases: Option<&'a SharedBiases>,
+    /// Where a part that is recomputed put its tokens when it ran first.
+    pub decisions: Option<&'a Decisions>,
 }
 
 impl<'a> Context<'a> {
@@ -52,6 +58,19 @@ impl<'a> Context<'a> {
             key_bias: None,
             places: None,
             biases: None,
+            decisions: None,
+        }
+    }
+
+    /// What `decide` gives, or gave when this part ran first, under a name.
+    pub(crate) fn decided(
+        &self,
+        name: &str,
+        decide: impl FnOnce() -> Result<Vec<u32>>,
+    ) -> Result<Arc<Vec<u32>>> {
+        match self.decisions {
+            Some(decisions) => decisions.once(name, decide),
+            None => Ok(Arc::new(decide()?)),
         }
     }
 }

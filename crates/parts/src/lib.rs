@@ -40,6 +40,7 @@ pub mod activation;
 pub mod attention;
 pub mod block;
 mod context;
+pub mod decisions;
 mod dropout;
 mod error;
 pub mod feedforward;

@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use crate::block::Block;
+use crate::decisions::Decisions;
 use crate::error::tensor;
 use crate::{Context, Error, Result};
 use lapidary_kernels::{Recomputation, Tensor};
 use lapidary_signal::{Signal, Trace};
 
-/// What a part has to be told when it runs again.
+/// What a part has to be told when it runs again. Parts of one of these are of one block: what they decide is kept
+/// by their mixers' paths.
 #[derive(Clone, Debug)]
 pub struct Again {
     padding: Option<Tensor>,
@@ -18,6 +20,8 @@ pub struct Again {
     draw: Option<u64>,
     step: Option<u64>,
     annealing: f64,
+    /// What parts decide when they run first.
+    decisions: Decisions,
 }
 
 impl Again {
@@ -41,6 +45,7 @@ impl Again {
             draw: cx.draw,
             step: cx.step,
             annealing: cx.annealing,
+            decisions: Decisions::default(),
         })
     }
 
@@ -60,6 +65,7 @@ impl Again {
                 draw: told.draw,
                 step: told.step,
                 annealing: told.annealing,
+                decisions: Some(&told.decisions),
                 ..Context::new(&trace)
             };
             match part(Signal::from(x.clone()), &cx) {

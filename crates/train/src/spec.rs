@@ -41,6 +41,9 @@ pub struct TrainSpec {
     /// Recompute blocks in the backward pass instead of remembering their intermediates.
     #[serde(default)]
     pub recompute: bool,
+    /// Positions of which scores over the vocabulary are laid out at a time, in either pass; all at once when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_chunk: Option<usize>,
     /// A term of the loss that keeps the residual stream from turning.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alignment: Option<AlignmentSpec>,
@@ -453,6 +456,9 @@ impl TrainSpec {
         if self.annealed_steps > self.steps - self.dense_steps {
             let expected = "at most the number of steps before the dense ones";
             return wrong("annealed_steps", self.annealed_steps.to_string(), expected);
+        }
+        if self.loss_chunk == Some(0) {
+            return wrong("loss_chunk", "0".into(), "at least 1, or absent");
         }
         if let Some(masking) = &self.masking {
             masking.validate(self.length)?;

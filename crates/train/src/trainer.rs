@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use lapidary_kernels::{CrossEntropyOptions, DType, Device, Recomputation, Tensor, cross_entropy};
-use lapidary_model::{Initialiser, Input, Model, Pass};
+use lapidary_kernels::{DType, Device, Recomputation, Tensor};
+use lapidary_model::{Initialiser, Model, Pass};
 use lapidary_parts::parameters::ParameterSource;
 use lapidary_signal::Trace;
 use rand::Rng;
 
-use crate::data::{Batch, IGNORE, Masked, Task};
+use crate::data::{Batch, Masked, Task};
+use crate::loss::{batch_loss, batch_loss_in_chunks};
 use crate::state::TrainingState;
 use crate::{
     Error, Generator, GeneratorState, Gradients, Masks, Result, Schedule, TrainSpec, UpdateOptions,
@@ -145,7 +146,8 @@ impl Trainer {
                 .batch(&mut self.generator, rows, self.spec.length)?;
             tokens += (batch.rows * batch.length) as u64;
             let variables = self.updates.variables();
-            let recomputation = self.spec.recompute.then(|| Recomputation::of(variables));
+            let recomputes = self.spec.recompute || self.spec.loss_chunk.is_some();
+            let recomputation = recomputes.then(|| Recomputation::of(variables));
             let alignment = self.spec.alignment.filter(|term| term.weight > 0.0);
             let streams = match alignment {
                 Some(_) => Some(Trace::new().capture("blocks.*.{in,out}")?),
@@ -156,11 +158,11 @@ impl Trainer {
                 draw: draws.then(|| dropout_seed.wrapping_add(part as u64)),
                 step: Some(self.step),
                 annealing,
-                recomputation: recomputation.as_ref(),
+                recomputation: recomputation.as_ref().filter(|_| self.spec.recompute),
                 trace: streams.as_ref(),
                 ..Pass::default()
             };
-            let mut value = batch_loss(&self.model, &batch, pass)?;
+            let mut value = self.loss(&batch, pass, recomputation.as_ref())?;
             // What is reported is the loss of the task alone.
             loss += number(&value)? / self.spec.accumulate as f64;
             if let (Some(term), Some(streams)) = (alignment, &streams) {
@@ -206,6 +208,21 @@ impl Trainer {
         })
     }
 
+    /// The loss of a batch, in chunks where the spec says so.
+    fn loss(
+        &self,
+        batch: &Batch,
+        pass: Pass<'_>,
+        recomputation: Option<&Recomputation>,
+    ) -> Result<Tensor> {
+        match self.spec.loss_chunk.zip(recomputation) {
+            Some((chunk, recomputation)) => {
+                batch_loss_in_chunks(&self.model, batch, pass, chunk, recomputation)
+            }
+            None => batch_loss(&self.model, batch, pass),
+        }
+    }
+
     /// Mean loss on the validation task, in nats, always on the same batches; with a moving
     /// average, that of the averaged parameters.
     pub fn validate(&mut self) -> Result<f64> {
@@ -224,7 +241,9 @@ impl Trainer {
             let batch = self
                 .validation
                 .batch(&mut generator, rows, self.spec.length)?;
-            let loss = number(&batch_loss(&self.model, &batch, Pass::default())?.detach())?;
+            let chunks = self.spec.loss_chunk.map(|_| Recomputation::of([]));
+            let loss = self.loss(&batch, Pass::default(), chunks.as_ref())?;
+            let loss = number(&loss.detach())?;
             sum += loss * batch.counted() as f64;
             counted += batch.counted();
         }
@@ -298,30 +317,6 @@ impl Trainer {
 
 /// Keeps the draws of validation apart from those of training.
 const VALIDATION_SEED: u64 = 0x5eed_0f7a_11da_7e00;
-
-/// Mean cross-entropy of the next tokens of a batch, in nats.
-pub fn batch_loss(model: &Model, batch: &Batch, pass: Pass<'_>) -> Result<Tensor> {
-    let (inputs, targets) = batch.tensors(&model.device())?;
-    let output = model
-        .forward(&Input::tokens(inputs), pass)
-        .map_err(lapidary_model::Error::from)?;
-    let logits = output
-        .into_logits()
-        .map_err(lapidary_model::Error::from)?
-        .into_value();
-    let classes = logits.dims().last().copied().unwrap_or(0);
-    let logits = logits
-        .reshape(((), classes))
-        .map_err(lapidary_kernels::Error::from)?;
-    let targets = targets
-        .flatten_all()
-        .map_err(lapidary_kernels::Error::from)?;
-    let options = CrossEntropyOptions {
-        ignore_index: Some(IGNORE),
-        ..CrossEntropyOptions::default()
-    };
-    Ok(cross_entropy(&logits, &targets, &options)?)
-}
 
 fn number(scalar: &Tensor) -> Result<f64> {
     let scalar = scalar

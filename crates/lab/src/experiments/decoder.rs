@@ -227,6 +227,7 @@ pub fn train_from(
         annealed_steps: 0,
         masking: None,
         recompute: false,
+        loss_chunk: None,
         alignment: recipe.alignment,
         schedule: ScheduleSpec {
             peak: recipe.peak,

@@ -246,12 +246,15 @@ fn rotations_are_drawn_or_fixed_in_training() {
     assert!((1..6).any(|draw| apart(&drawn, Some(draw)) > 1e-6));
     assert!((1..6).all(|draw| apart(&fixed, Some(draw)) == 0.0));
     assert_eq!(apart(&fixed, None), 0.0);
-    for draw in 1..6 {
-        let (once, again) = (
-            logits(&drawn, Some(draw), false),
-            logits(&drawn, Some(draw), true),
-        );
-        assert!(difference(&once, &again) < 1e-12);
+    let own = Model::trainable(spec("per-example"), &mut drawn.parameters().clone()).unwrap();
+    for model in [&drawn, &own] {
+        for draw in 1..6 {
+            let (once, again) = (
+                logits(model, Some(draw), false),
+                logits(model, Some(draw), true),
+            );
+            assert!(difference(&once, &again) < 1e-12);
+        }
     }
 }
 

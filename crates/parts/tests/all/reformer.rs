@@ -9,8 +9,11 @@ use crate::common::attention::{
 use crate::common::{assert_near, contracted, difference, gradient_error, random, values};
 use lapidary_kernels::{Device, Tensor};
 use lapidary_parts::attention::mechanism::MechanismSpec;
-use lapidary_parts::attention::mechanism::reformer::{ReformerSpec, Repeats};
+use lapidary_parts::attention::mechanism::reformer::{ReformerSpec, Repeats, Rotations};
+use lapidary_parts::Context;
 use lapidary_parts::attention::{MultiHeadSpec, QueryKeySharing};
+use lapidary_parts::decisions::Decisions;
+use lapidary_signal::{Signal, Trace};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -412,4 +415,55 @@ fn operations_grow_with_the_length() {
     let subject = subject(&reformer, false);
     let exponent = growth(256, |n| subject.mixing_operations(n));
     assert!((exponent - 1.0).abs() < 0.1, "{exponent}");
+}
+
+#[test]
+fn each_example_of_a_draw_may_have_its_own_rotations() {
+    let one = random(&[1, HEADS, 40, HEAD_WIDTH], 3);
+    let twice = Tensor::cat(&[&one, &one], 0).unwrap();
+    let buckets = |rotations: Rotations, keys: &Tensor, draw: Option<u64>| -> Vec<u32> {
+        let spec = ReformerSpec {
+            rotations,
+            ..plain(4, 2)
+        };
+        let found = spec.buckets(keys, "", draw).unwrap();
+        found.flatten_all().unwrap().to_vec1().unwrap()
+    };
+    for (rotations, draw, alike) in [
+        (Rotations::Drawn, Some(5), true),
+        (Rotations::PerExample, Some(5), false),
+        (Rotations::PerExample, None, true),
+        (Rotations::Fixed, Some(5), true),
+    ] {
+        let found = buckets(rotations, &twice, draw);
+        let (first, second) = found.split_at(found.len() / 2);
+        assert_eq!(first == second, alike, "{rotations:?} {draw:?}");
+    }
+    let (own, alone) = (Rotations::PerExample, buckets(Rotations::Fixed, &one, None));
+    assert_eq!(buckets(own, &one, None), alone);
+    let beside = buckets(own, &twice, Some(5));
+    assert_eq!(buckets(own, &one, Some(5)), beside[..alone.len()]);
+}
+
+/// What is recomputed from other numbers meets whom it met.
+#[test]
+fn what_runs_again_takes_its_first_buckets() {
+    let subject = subject(&plain(3, 1), false);
+    let [x, other] = [1, 2].map(|seed| random(&[2, 12, WIDTH], seed));
+    let met = |x: &Tensor, decisions: Option<&Decisions>| -> Vec<bool> {
+        let trace = Trace::new().capture("*.weights").unwrap();
+        let cx = Context {
+            decisions,
+            ..Context::new(&trace)
+        };
+        let x = Signal::from(x.clone());
+        subject.attention().forward(&x, &cx, None).unwrap();
+        let weights = values(trace.signal(".weights").unwrap().value());
+        weights.iter().map(|weight| *weight > 0.0).collect()
+    };
+    let decisions = Decisions::default();
+    let first = met(&x, Some(&decisions));
+    assert_eq!(first, met(&x, None));
+    assert_ne!(first, met(&other, None));
+    assert_eq!(first, met(&other, Some(&decisions)));
 }

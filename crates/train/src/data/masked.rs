@@ -10,9 +10,11 @@
 //! ```
 //!
 //! Then the sequence may be cut into segments that change places, so that what is hidden together is
-//! named from elsewhere too. Every hidden token becomes the mask, an id behind those of the text, by
-//! which Vcc's VIP tokens can be told (`importance = { kind = "token", id = … }`); the paper's program
-//! leaves a tenth as they are, makes a tenth random, and puts marks around segments.
+//! named from elsewhere too. A hidden token becomes the mask, an id behind those of the text, by
+//! which Vcc's VIP tokens can be told (`importance = { kind = "token", id = … }`), unless it is drawn to be one of those
+//! that are `kept` as they are or become a `random` token of the text, a tenth each in BERT (Devlin et al., 2018, arXiv
+//! 1810.04805) and in the paper's program, so that a model cannot take what it sees for what was there. The program also
+//! puts marks around segments; these are left out.
 
 use rand::RngExt;
 use rand::seq::SliceRandom;
@@ -41,6 +43,20 @@ pub struct MaskingSpec {
     /// Fewest and most segments that change places; as they are when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub segments: Option<[usize; 2]>,
+    /// Share of the hidden tokens that are shown as they are.
+    #[serde(default, skip_serializing_if = "is_nothing")]
+    pub kept: f64,
+    /// Share of the hidden tokens in place of which a random one of the text's is shown.
+    #[serde(default, skip_serializing_if = "is_nothing")]
+    pub random: f64,
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_nothing(share: &f64) -> bool {
+    *share == 0.0
 }
 
 fn clusters() -> [usize; 2] {
@@ -59,6 +75,17 @@ impl MaskingSpec {
             clusters: clusters(),
             deviation: deviation(),
             segments: None,
+            kept: 0.0,
+            random: 0.0,
+        }
+    }
+
+    /// Of the hidden tokens 80 % become the mask, 10 % a random token, and 10 % stay, as in BERT.
+    pub fn as_bert(self) -> Self {
+        Self {
+            kept: 0.1,
+            random: 0.1,
+            ..self
         }
     }
 
@@ -91,6 +118,16 @@ impl MaskingSpec {
                 format!("{:?}", self.deviation),
                 expected,
             );
+        }
+        for (name, share) in [("masking.kept", self.kept), ("masking.random", self.random)] {
+            if !(0.0..=1.0).contains(&share) {
+                return wrong(name, share.to_string(), "between 0 and 1");
+            }
+        }
+        if self.kept + self.random > 1.0 {
+            let found = format!("{} and {}", self.kept, self.random);
+            let expected = "at most 1 together";
+            return wrong("masking.kept and masking.random", found, expected);
         }
         match self.segments {
             Some([fewest, most]) if fewest == 0 || fewest > most || most > length => {
@@ -137,6 +174,22 @@ impl MaskingSpec {
             }
         }
         hidden
+    }
+
+    /// What is shown of a hidden token of a text of so many.
+    fn shown(&self, said: u32, vocabulary: u32, generator: &mut Generator) -> u32 {
+        // A run without such shares draws nothing for them.
+        if self.kept + self.random == 0.0 {
+            return vocabulary;
+        }
+        let drawn = generator.random::<f64>();
+        if drawn < self.kept {
+            said
+        } else if drawn < self.kept + self.random {
+            generator.random_range(0..vocabulary.max(1))
+        } else {
+            vocabulary
+        }
     }
 
     /// The token that comes to each of `length` places.
@@ -190,7 +243,10 @@ impl Task for Masked {
                 let (Some(&said), Some(&hidden)) = (tokens.get(token), hidden.get(token)) else {
                     continue;
                 };
-                batch.inputs.push(if hidden { mask } else { said });
+                batch.inputs.push(match hidden {
+                    true => self.masking.shown(said, mask, generator),
+                    false => said,
+                });
                 batch.targets.push(if hidden { said } else { IGNORE });
             }
             batch.rows += 1;

@@ -2,6 +2,7 @@
 
 mod alignment;
 mod language;
+mod loss;
 mod masked_patches;
 mod masks;
 mod mechanisms_recomputed;

@@ -61,6 +61,7 @@ fn trainer(optimiser: OptimiserSpec, average: Option<f64>, accumulate: usize) ->
         annealed_steps: 0,
         masking: None,
         recompute: false,
+        loss_chunk: None,
         alignment: None,
         schedule: ScheduleSpec {
             peak: 0.05,

@@ -67,6 +67,7 @@ fn spec(mechanism: &str, [dense_steps, annealed_steps]: [u64; 2]) -> TrainSpec {
         annealed_steps,
         masking: None,
         recompute: false,
+        loss_chunk: None,
         alignment: None,
         schedule: ScheduleSpec {
             peak: 0.01,

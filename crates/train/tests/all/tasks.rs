@@ -312,6 +312,40 @@ fn hidden_tokens_lie_in_clusters() {
     assert!(mean(&found) < 0.1 * (length * length) as f64 / 12.0);
 }
 
+/// Every token of a row is another, so that what is shown says what was done.
+#[test]
+fn of_hidden_tokens_a_tenth_stays_and_a_tenth_is_random() {
+    let masking = MaskingSpec::new(60).as_bert();
+    let mut task = Masked::new(Box::new(Counting), masking);
+    let mask = task.mask();
+    let batch = task.batch(&mut generator(7), 100, 200).unwrap();
+    in_range(&task, &batch);
+    let (mut masked, mut kept, mut random) = (0, 0, 0);
+    for (at, (input, target)) in batch.inputs.iter().zip(&batch.targets).enumerate() {
+        match *target {
+            IGNORE => assert_eq!(*input as usize, at % 200, "what isn't hidden is as it was"),
+            target if *input == mask => masked += usize::from(target as usize == at % 200),
+            target if *input == target => kept += 1,
+            _ => random += 1,
+        }
+    }
+    // 6000 draws: a share has a deviation of at most 0.0052.
+    assert_eq!(masked + kept + random, 6000);
+    for (found, expected) in [(masked, 0.8), (kept, 0.1), (random, 0.1)] {
+        assert!((found as f64 / 6000.0 - expected).abs() < 0.03, "{found}");
+    }
+    let again = task.batch(&mut generator(7), 100, 200).unwrap();
+    assert_eq!(batch, again, "a function of the generator");
+    let all = MaskingSpec {
+        kept: 1.0,
+        ..MaskingSpec::new(60)
+    };
+    let mut task = Masked::new(Box::new(Counting), all);
+    let batch = task.batch(&mut generator(7), 2, 200).unwrap();
+    assert!(batch.inputs.iter().enumerate().all(|(at, t)| *t as usize == at % 200));
+    assert_eq!(batch.counted(), 120);
+}
+
 #[test]
 fn masking_that_cannot_be_done_is_refused() {
     for (masking, expected) in [
@@ -337,6 +371,21 @@ fn masking_that_cannot_be_done_is_refused() {
                 ..MaskingSpec::new(4)
             },
             "masking.segments is [1, 33]",
+        ),
+        (
+            MaskingSpec {
+                random: -0.5,
+                ..MaskingSpec::new(4)
+            },
+            "masking.random is -0.5",
+        ),
+        (
+            MaskingSpec {
+                kept: 0.6,
+                random: 0.5,
+                ..MaskingSpec::new(4)
+            },
+            "masking.kept and masking.random is 0.6 and 0.5",
         ),
     ] {
         let mut task = Masked::new(Box::new(Counting), masking);

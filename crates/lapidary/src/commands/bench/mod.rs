@@ -182,6 +182,7 @@ fn step(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
         annealed_steps: 0,
         masking: None,
         recompute: false,
+        loss_chunk: None,
         alignment: None,
         schedule: ScheduleSpec {
             peak: 1e-3,

@@ -19,7 +19,8 @@
 //! Several numbers of buckets are hashed one by one and read as the digits of one number. Rotations
 //! are those of the pass where it draws anew, as in training, and of `seed` otherwise; of `seed` always
 //! where they are `fixed`. All sequences of a batch share them, so that none depends on which others
-//! are beside it. The authors draw for each sequence.
+//! are beside it; where they are `per-example`, each sequence of a pass that draws has its own, as the
+//! authors have it. What is recomputed in the backward pass takes the buckets of the forward pass.
 //!
 //! What a token may see is a matter of its own past, but which of these keys it meets depends on
 //! where later tokens push it in the sorted list. While decoding, a step gives what the pass over
@@ -101,6 +102,8 @@ pub enum Rotations {
     /// From the draw of each pass that has one: anew in every step of training.
     #[default]
     Drawn,
+    /// The same, for each sequence of a batch by itself.
+    PerExample,
     /// From the seed alone, in training too.
     Fixed,
 }
@@ -223,22 +226,29 @@ impl ReformerSpec {
     /// Those of the tensor engine.
     pub fn buckets(&self, keys: &Tensor, path: &str, draw: Option<u64>) -> Result<Tensor> {
         let (batch, heads, length, _) = tensor(keys.dims4())?;
-        let seed = self.seed_at(path, draw);
-        let buckets = self.hash(keys, &vec![length; batch], seed)?;
+        let seeds = self.seeds_at(path, draw, batch);
+        let buckets = self.hash(keys, &vec![length; batch], &seeds)?;
         let shape = (batch, heads, length, self.rounds);
         tensor(Tensor::from_vec(buckets, shape, keys.device()))
     }
 
-    /// The seed of the rotations of the attention at `path` in a pass with such a draw.
-    fn seed_at(&self, path: &str, draw: Option<u64>) -> u64 {
-        let drawn = draw.filter(|_| self.rotations == Rotations::Drawn);
-        seed_of_site(drawn.unwrap_or(self.seed), path)
+    /// The seeds of the rotations of the attention at `path` in a pass with such a draw: one for all sequences of
+    /// the batch, or one for each.
+    fn seeds_at(&self, path: &str, draw: Option<u64>, batch: usize) -> Vec<u64> {
+        let drawn = draw.filter(|_| self.rotations != Rotations::Fixed);
+        let seed = seed_of_site(drawn.unwrap_or(self.seed), path);
+        match (self.rotations, drawn) {
+            (Rotations::PerExample, Some(_)) => (0..batch)
+                .map(|example| seed_of_site(seed, &format!("example {example}")))
+                .collect(),
+            _ => vec![seed],
+        }
     }
 
     /// The buckets of keys `k` `[batch, heads, key, width]`, token by token for each head of each
     /// sequence and within it round by round: `[batch · heads, key, rounds]`. `lengths` are the
-    /// numbers of real tokens.
-    fn hash(&self, k: &Tensor, lengths: &[usize], seed: u64) -> Result<Vec<u32>> {
+    /// numbers of real tokens, `seeds` those of [`ReformerSpec::seeds_at`].
+    fn hash(&self, k: &Tensor, lengths: &[usize], seeds: &[u64]) -> Result<Vec<u32>> {
         let (_, heads, keys, width) = tensor(k.dims4())?;
         let digits: Vec<Vec<usize>> = lengths.iter().map(|&length| self.digits(length)).collect();
         let places = digits.iter().map(Vec::len).max().unwrap_or_default();
@@ -249,15 +259,17 @@ impl ReformerSpec {
             })
             .collect();
         let columns = self.rounds * halves.iter().sum::<usize>();
-        let mut rotations = Vec::with_capacity(heads * columns * width);
-        for head in 0..heads {
-            for round in 0..self.rounds {
-                for (digit, &half) in halves.iter().enumerate() {
-                    rotations.extend(Self::rotation(seed, [head, round, digit], half, width));
+        let mut rotations = Vec::with_capacity(seeds.len() * heads * columns * width);
+        for &seed in seeds {
+            for head in 0..heads {
+                for round in 0..self.rounds {
+                    for (digit, &half) in halves.iter().enumerate() {
+                        rotations.extend(Self::rotation(seed, [head, round, digit], half, width));
+                    }
                 }
             }
         }
-        let shape = (1, heads, columns, width);
+        let shape = (seeds.len(), heads, columns, width);
         let rotations = tensor(Tensor::from_vec(rotations, shape, k.device()))?;
         let rotations = tensor(tensor(rotations.to_dtype(k.dtype()))?.transpose(2, 3))?;
         let rotated = matmul(&k.detach(), &rotations)?;
@@ -490,8 +502,12 @@ impl Reformer {
 impl Mechanism for Reformer {
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
         let sequences = Sequences::new(q, k, pass)?;
-        let seed = self.spec.seed_at(pass.path, pass.context.draw);
-        let buckets = self.spec.hash(k, &sequences.lengths(), seed)?;
+        let buckets = pass.context.decided(pass.path, || {
+            let seeds = self
+                .spec
+                .seeds_at(pass.path, pass.context.draw, sequences.sizes[0]);
+            self.spec.hash(k, &sequences.lengths(), &seeds)
+        })?;
         Ok(Box::new(self.among(&sequences, (q, k), &buckets)?))
     }
 
@@ -515,8 +531,8 @@ impl Mechanism for Reformer {
             ));
         }
         let (batch, heads, new, _) = tensor(k.dims4())?;
-        let seed = self.spec.seed_at(pass.path, pass.context.draw);
-        let hashed = self.spec.hash(k, &vec![new; batch], seed)?;
+        let seeds = self.spec.seeds_at(pass.path, pass.context.draw, batch);
+        let hashed = self.spec.hash(k, &vec![new; batch], &seeds)?;
         let (keys, values) = (side_by_side(k)?, side_by_side(v)?);
         let (keys, values, buckets) = match state {
             MixerState::Empty => {

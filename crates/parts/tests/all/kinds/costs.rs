@@ -530,11 +530,12 @@ fn lion_formula(spec: &MultiHeadSpec, lion: &LionSpec, n: usize) -> (usize, usiz
         ),
     };
     let each = if lion.decay == LionDecay::None { 3 } else { 5 };
-    // Six positions are filled up to eight in one chunk, or are three chunks of two.
-    let by_half = match lion.form {
-        LionForm::Chunked { size: 2 } => 6 * 3 * (features + width) + 4 * 6 * features * width,
-        _ => 8 * 9 * (features + width) + 4 * 8 * features * width,
+    // All positions are one chunk, or every two of them.
+    let chunk = match lion.form {
+        LionForm::Chunked { size: 2 } => 2,
+        _ => n,
     };
+    let by_half = n * (chunk + 1) * (features + width) + 4 * n * features * width;
     let direction = if lion.per_feature {
         by_half
     } else {
