@@ -153,8 +153,7 @@ impl Sizes {
     /// The steps of each chunk.
     fn chunks(self) -> impl DoubleEndedIterator<Item = Range<usize>> {
         let Self { length, chunk, .. } = self;
-        (0..length.div_ceil(chunk))
-            .map(move |index| index * chunk..length.min((index + 1) * chunk))
+        (0..length.div_ceil(chunk)).map(move |index| index * chunk..length.min((index + 1) * chunk))
     }
 }
 

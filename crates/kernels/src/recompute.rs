@@ -374,7 +374,10 @@ mod tests {
             Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu).unwrap()).unwrap()
         };
         let numbers = |count: usize| (0..count).map(|i| ((i * 37) % 23) as f64 / 11.0 - 1.0);
-        let (x, w) = (made(numbers(21).collect(), (7, 3)), made(numbers(6).collect(), (2, 3)));
+        let (x, w) = (
+            made(numbers(21).collect(), (7, 3)),
+            made(numbers(6).collect(), (2, 3)),
+        );
         let part = {
             let w = w.as_tensor().clone();
             move |x: &Tensor, start: usize| -> Result<Tensor> {

@@ -207,15 +207,7 @@ impl<T: Real> Chunk<T> {
         let mut of_k = host::unwritten::<T>(before.len() * features);
         let q = Matrix::packed(&halves.q, behind.len(), features);
         let turned = of_scores.transposed();
-        multiply(
-            &mut of_k,
-            features,
-            Into::Replace,
-            T::one(),
-            turned,
-            q,
-            one,
-        );
+        multiply(&mut of_k, features, Into::Replace, T::one(), turned, q, one);
         let to = &mut part.k[before.start * features..before.end * features];
         add_scaled_rows(to, &of_k, &halves.rest);
         let to = &mut part.v[before.start * width..before.end * width];

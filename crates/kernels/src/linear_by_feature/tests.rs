@@ -131,7 +131,10 @@ fn what_does_not_fit_is_refused() {
     let one = x(&[1, 2, 3, 1]);
     let said = linear_attention_by_feature(&q, &q, &v, &one, Direction::Past, 2);
     let said = said.unwrap_err().to_string();
-    assert!(said.contains("log_decay") && said.contains("[1, 2, 3, 4]"), "{said}");
+    assert!(
+        said.contains("log_decay") && said.contains("[1, 2, 3, 4]"),
+        "{said}"
+    );
     let said = linear_attention_by_feature(&q, &q, &x(&[1, 2, 4, 5]), &q, Direction::Past, 2);
     assert!(said.unwrap_err().to_string().contains("[1, 2, 3, width]"));
 }

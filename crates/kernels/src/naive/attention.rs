@@ -368,7 +368,9 @@ pub fn linear_attention_by_feature(
     let at = |x: &Tensor, position: usize| x.narrow(2, position, 1)?.contiguous();
     let (mut state, mut sums): (Option<Tensor>, _) = (None, Vec::with_capacity(length));
     for position in order {
-        let added = at(k, position)?.transpose(2, 3)?.broadcast_mul(&at(v, position)?)?;
+        let added = at(k, position)?
+            .transpose(2, 3)?
+            .broadcast_mul(&at(v, position)?)?;
         let sum = match state {
             None => added,
             Some(before) => {

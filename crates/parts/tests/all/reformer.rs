@@ -8,9 +8,9 @@ use crate::common::attention::{
 };
 use crate::common::{assert_near, contracted, difference, gradient_error, random, values};
 use lapidary_kernels::{Device, Tensor};
+use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::MechanismSpec;
 use lapidary_parts::attention::mechanism::reformer::{ReformerSpec, Repeats, Rotations};
-use lapidary_parts::Context;
 use lapidary_parts::attention::{MultiHeadSpec, QueryKeySharing};
 use lapidary_parts::decisions::Decisions;
 use lapidary_signal::{Signal, Trace};

@@ -342,7 +342,13 @@ fn of_hidden_tokens_a_tenth_stays_and_a_tenth_is_random() {
     };
     let mut task = Masked::new(Box::new(Counting), all);
     let batch = task.batch(&mut generator(7), 2, 200).unwrap();
-    assert!(batch.inputs.iter().enumerate().all(|(at, t)| *t as usize == at % 200));
+    assert!(
+        batch
+            .inputs
+            .iter()
+            .enumerate()
+            .all(|(at, t)| *t as usize == at % 200)
+    );
     assert_eq!(batch.counted(), 120);
 }
 
