@@ -64,6 +64,7 @@ mod stack;
 mod streams;
 #[cfg(test)]
 mod test_data;
+mod with_loss;
 
 pub use activation::Activation;
 pub use add::add;
@@ -122,6 +123,7 @@ pub use streams::{
     StreamAffine, StreamBuffer, StreamShare, stream_affine, stream_dot, stream_mix, stream_mix_own,
     stream_squares, stream_sum,
 };
+pub use with_loss::with_loss;
 
 /// How a softmax over the last dimension is masked.
 #[derive(Clone, Debug, Default)]

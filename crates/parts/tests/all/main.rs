@@ -2,6 +2,7 @@
 
 mod circuits;
 mod combiner;
+mod combiner_centroids;
 mod combiner_learned;
 mod common;
 mod decoding;

@@ -97,6 +97,13 @@ fn steps_with_and_without_recomputation_are_the_same_bit_for_bit() {
            }"#,
         r#""mechanism": { "kind": "subsampled", "inner": { "kind": "fastmax" } }"#,
         r#""mechanism": { "kind": "combiner", "form": { "kind": "fixed", "segment": 5 } }"#,
+        r#""mechanism": {
+            "kind": "combiner", "form": { "kind": "routed", "clusters": 3 }, "pull": 0.1
+        }"#,
+        r#""sharing": "query-key",
+           "mechanism": {
+               "kind": "reformer", "chunk": 4, "buckets": [6], "rotations": "per-example"
+           }"#,
         r#""mechanism": { "kind": "kernelized" }"#,
         r#""mechanism": { "kind": "kernelized", "redraw": { "kind": "steps", "every": 2 } }"#,
         r#""mechanism": { "kind": "kernelized", "redraw": { "kind": "never" } }"#,

@@ -7,11 +7,18 @@
 //! Ω⁰_i = { j : c(k_j) = c(q_i) },   Ω^r_i = { j : c(k_j) = r }  for r ≠ c(q_i),   j ≤ i where causal
 //! ```
 //!
-//! A length common to all of its candidates decides nothing, so that `x` is as good as normalised. The
-//! centroids are parameters that no gradient reaches: where tokens lie hangs on themselves alone, so that no
-//! token hears of a later one. They start at random and are found by spherical k-means over queries and
-//! keys, outside back-propagation ([`CombinerSpec::fit`](super::CombinerSpec)), as the paper's are by a
-//! running mean.
+//! A length common to all of its candidates decides nothing, so that `x` is as good as normalised. No gradient of
+//! what attention gives reaches the centroids: where tokens lie hangs on themselves alone, so that no token hears of a
+//! later one. They start at random and are found by spherical k-means over queries and keys, outside back-propagation
+//! ([`CombinerSpec::fit`](super::CombinerSpec)), or in training: with a `pull` `p`, what is differentiated has
+//!
+//! ```text
+//! p Σ_heads mean_x (1 − x̂ · μ_{c(x)} / ‖μ_{c(x)}‖),   x̂ = x / ‖x‖, of queries and keys that are no pads
+//! ```
+//!
+//! added, for the centroids alone: the loss of spherical k-means, whose descent is what the paper's running means do.
+//!
+//! While decoding, centroids are fixed, and a key's cluster is found once, in the step that brings it.
 
 use super::divisions::Division;
 use super::{ALL, CAUSAL, CombinerForm, CombinerSpec};
@@ -34,9 +41,27 @@ const TINY: f64 = 1e-12;
 /// The clusters of each head.
 #[derive(Debug)]
 pub(super) struct Clustering {
-    /// Unit vectors `[heads, clusters, head_width]`.
+    /// `μ` `[heads, clusters, head_width]`, of any length.
     centroids: Tensor,
     count: usize,
+}
+
+/// The clusters that rows of queries and keys lie in.
+#[derive(Debug)]
+pub(super) struct Found {
+    /// `[batch · heads, query]`.
+    pub(super) queries: Vec<u32>,
+    /// `[batch · heads, key]`.
+    pub(super) keys: Vec<u32>,
+    /// How many rows had to be looked at.
+    pub(super) rows: usize,
+}
+
+/// Rows at unit length.
+fn directions(x: &Tensor) -> Result<Tensor> {
+    let squares = tensor(tensor(x.sqr())?.sum_keepdim(D::Minus1))?;
+    let lengths = tensor(tensor(squares + TINY)?.sqrt())?;
+    tensor(x.broadcast_div(&lengths))
 }
 
 impl Clustering {
@@ -47,26 +72,66 @@ impl Clustering {
     ) -> Result<Self> {
         let shape = [heads.heads, count, heads.head_width];
         let start = Init::Normal { deviation: 1.0 };
-        let centroids = parameters.tensor("centroids", &shape, start)?.detach();
-        let squares = tensor(tensor(centroids.sqr())?.sum_keepdim(2))?;
-        let lengths = tensor(tensor(squares + TINY)?.sqrt())?;
         Ok(Self {
-            centroids: tensor(centroids.broadcast_div(&lengths))?,
+            centroids: parameters.tensor("centroids", &shape, start)?,
             count,
         })
     }
 
     /// The cluster of every row of `x` `[batch, heads, length, head_width]`, the first where several are
     /// as near.
-    pub(super) fn clusters(&self, x: &Tensor) -> Result<Vec<usize>> {
-        let across = tensor(self.centroids.transpose(1, 2))?;
+    pub(super) fn clusters(&self, x: &Tensor) -> Result<Vec<u32>> {
+        let across = tensor(directions(&self.centroids.detach())?.transpose(1, 2))?;
         let scores = matmul(&x.detach(), &across)?;
         let nearest = tensor(tensor(scores.argmax(D::Minus1))?.flatten_all())?;
-        let nearest = tensor(nearest.to_vec1::<u32>())?;
-        Ok(nearest
-            .into_iter()
-            .map(|cluster| cluster as usize)
-            .collect())
+        tensor(nearest.to_vec1::<u32>())
+    }
+
+    /// Whether anything that is done to the centroids is differentiated.
+    pub(super) fn is_trained(&self) -> bool {
+        self.centroids.track_op()
+    }
+
+    /// `Σ_heads mean_x (1 − x̂ · μ_{c(x)} / ‖μ_{c(x)}‖)` over queries and keys `[batch, heads, length, head_width]` that
+    /// `keep` `[batch, length]` says are no pads; differentiated in the centroids alone.
+    pub(super) fn strayed(
+        &self,
+        tokens: [&Tensor; 2],
+        found: &Found,
+        keep: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let (batch, heads, length, _) = tensor(tokens[0].dims4())?;
+        let keep = match keep {
+            None => vec![1; batch * length],
+            Some(keep) => tensor(tensor(keep.flatten_all())?.to_vec1::<u8>())?,
+        };
+        let mut sums: Option<Tensor> = None;
+        for (x, clusters) in tokens.into_iter().zip([&found.queries, &found.keys]) {
+            let mut members = vec![0f64; clusters.len() * self.count];
+            for (row, cluster) in clusters.iter().enumerate() {
+                let token = row / (heads * length).max(1) * length + row % length.max(1);
+                let at = row * self.count + *cluster as usize;
+                if let Some(member) = members.get_mut(at).filter(|_| keep.get(token) == Some(&1)) {
+                    *member = 1.0;
+                }
+            }
+            let shape = (batch, heads, length, self.count);
+            let members = tensor(Tensor::from_vec(members, shape, x.device()))?;
+            let members = tensor(tensor(members.to_dtype(x.dtype()))?.transpose(2, 3))?;
+            // Of each cluster of each head, [heads, clusters, head_width].
+            let sum = tensor(matmul(&members, &directions(&x.detach())?)?.sum(0))?;
+            sums = Some(match sums {
+                None => sum,
+                Some(others) => tensor(others + sum)?,
+            });
+        }
+        let centroids = directions(&self.centroids)?;
+        let likeness = match sums {
+            None => tensor(centroids.zeros_like())?,
+            Some(sums) => tensor(sums * centroids)?,
+        };
+        let rows = 2 * keep.iter().filter(|kept| **kept == 1).count().max(1);
+        tensor(tensor(likeness.sum_all())?.affine(-1.0 / rows as f64, heads as f64))
     }
 
     /// Operations of so many rows.
@@ -80,22 +145,22 @@ impl Clustering {
     pub(super) fn divide(
         &self,
         sequences: &Sequences<'_>,
-        [of_queries, of_keys]: &[Vec<usize>; 2],
+        found: &Found,
         causal: bool,
     ) -> (Division, Option<Making>) {
         let [batch, heads, _, keys] = sequences.sizes;
-        let cluster = |of: &[usize], at: At| of.get(at.row).copied().unwrap_or(0);
+        let cluster = |of: &[u32], at: At| of.get(at.row).copied().unwrap_or(0) as usize;
         let all: Vec<Members<'_>> = sequences
             .iter()
             .map(|sequence| {
                 let mut of_cluster = vec![Vec::new(); self.count];
                 for token in 0..sequence.len() {
-                    let members = of_cluster.get_mut(cluster(of_keys, sequence.key(token)));
+                    let members = of_cluster.get_mut(cluster(&found.keys, sequence.key(token)));
                     members.into_iter().for_each(|members| members.push(token));
                 }
                 let queries = sequence.queries().map(|token| {
                     let at = sequence.query(token);
-                    (at, cluster(of_queries, at))
+                    (at, cluster(&found.queries, at))
                 });
                 Members {
                     queries: queries.collect(),

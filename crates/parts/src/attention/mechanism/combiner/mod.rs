@@ -36,8 +36,7 @@
 //! A span whose keys are all alike counts as one key, not as its number of tokens; `log_count`
 //! adds the logarithm of that number to its score.
 //!
-//! Left out: keys of row-major spans that are projections of their values, which would make weights depend
-//! on values.
+//! Left out: keys of row-major spans that are projections of their values; see [`CombinerForm::RowMajor`].
 //!
 //! Cost: for each pair of a query and a key or summary, and of a summary and a token of its span,
 //! `2 head_width + 2 value_width + 5`; for `n` tokens about `n (m + n / m)` pairs of each sort, or
@@ -58,8 +57,8 @@
 //! * *horizontal*: two summaries for each token of each earlier row; keys and values of all tokens, which are
 //!   met in their column, and queries of the last row;
 //! * *mixture*: what both of these need;
-//! * *routed*: queries, keys and values of all tokens: a step divides them again and sums up what it meets,
-//!   at the cost of a step of dense attention.
+//! * *routed*: queries, keys and values of all tokens, and the cluster of each key, which is found when it comes; a
+//!   step sums up the clusters that it meets again, since they grow, at the cost of a step of dense attention.
 
 mod clustering;
 mod divisions;
@@ -77,9 +76,9 @@ use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
 use crate::state::MixerState;
 use crate::{Error, Result};
-use clustering::Clustering;
+use clustering::{Clustering, Found};
 use divisions::{Division, Tokens};
-use lapidary_kernels::{Tensor, appended_rows};
+use lapidary_kernels::{Tensor, appended_rows, with_loss};
 use lapidary_signal::Mixing;
 use layer::Layer;
 use schemars::JsonSchema;
@@ -101,6 +100,18 @@ pub struct CombinerSpec {
     /// What a span's query and key are made of.
     #[serde(default, skip_serializing_if = "Summary::is_largest")]
     pub summary: Summary,
+    /// What the pull of centroids to their queries and keys is multiplied by in training, in routed form; with 0
+    /// they stay where they are, to be found by [`CombinerSpec::fit`].
+    #[serde(default, skip_serializing_if = "is_nothing")]
+    pub pull: f64,
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_nothing(pull: &f64) -> bool {
+    *pull == 0.0
 }
 
 impl CombinerSpec {
@@ -110,6 +121,7 @@ impl CombinerSpec {
             form,
             log_count: false,
             summary: Summary::default(),
+            pull: 0.0,
         }
     }
 }
@@ -160,7 +172,10 @@ pub enum CombinerForm {
         /// Tokens of a row.
         columns: usize,
     },
-    /// Row; earlier rows.
+    /// Row; earlier rows. The key of an earlier row is its keys, weighted as its values are by the query in the same
+    /// column. The paper leaves open what a row's key is; its program also projects it from what the row's attention
+    /// gives, values mixed. That is not done here: a weight would depend on values, and attention no longer be linear in
+    /// them, which every lens and every account of who is read from asks for.
     RowMajor {
         /// Tokens of a row.
         columns: usize,
@@ -202,6 +217,14 @@ impl Describe for CombinerSpec {
             let expected = "largest in row-major form, whose spans are summed up by their tokens";
             let field = format!("{field}.summary.kind");
             return Err(Error::spec(field, "deep-sets", expected));
+        }
+        if !(self.pull.is_finite() && self.pull >= 0.0) {
+            let expected = "a number of at least 0";
+            return Err(Error::spec(format!("{field}.pull"), self.pull, expected));
+        }
+        if self.pull > 0.0 && !matches!(self.form, CombinerForm::Routed { .. }) {
+            let expected = "0 in a form without centroids";
+            return Err(Error::spec(format!("{field}.pull"), self.pull, expected));
         }
         let (name, size, most) = match self.form {
             CombinerForm::LogSparse => return Ok(()),
@@ -277,7 +300,9 @@ impl Mechanism for Combiner {
                 format!("{keys}, as keys: combiner's summaries ask for all queries so far"),
             ));
         }
-        Ok(Box::new(self.whole(q, k, pass)?))
+        let found = self.found(q, k, pass)?;
+        let q = self.pulled(q, k, found.as_ref(), pass)?;
+        Ok(Box::new(self.whole(&q, k, found.as_ref(), pass)?))
     }
 
     fn memory(&self) -> Memory {
@@ -294,15 +319,31 @@ impl Mechanism for Combiner {
     ) -> Result<Resumed> {
         match state {
             MixerState::Empty => {
-                let mixing = self.whole(q, k, pass)?;
+                let found = self.found(q, k, pass)?;
+                let mixing = self.whole(q, k, found.as_ref(), pass)?;
                 let mut memory = SpanMemory::new([q, k, v])?;
+                if let Some(found) = &found {
+                    memory.put(&found.keys, sequences_of(q)?);
+                }
                 let step = self.remembered(&mut memory, q, (mixing, v.clone()), pass)?;
                 *state = MixerState::Spans(memory);
                 Ok(step)
             }
             MixerState::Spans(memory) => {
                 memory.append([q, k, v])?;
-                let step = self.follow(q, memory, pass)?;
+                let found = match &self.clustering {
+                    None => None,
+                    Some(clustering) => {
+                        let (queries, new) = (clustering.clusters(q)?, clustering.clusters(k)?);
+                        memory.put(&new, sequences_of(q)?);
+                        Some(Found {
+                            rows: queries.len() + new.len(),
+                            queries,
+                            keys: memory.clusters(),
+                        })
+                    }
+                };
+                let step = self.follow(q, memory, found.as_ref(), pass)?;
                 self.remembered(memory, q, step, pass)
             }
             other => Err(Error::spec(
@@ -391,23 +432,60 @@ impl Plan {
     }
 }
 
+/// Heads of all sequences.
+fn sequences_of(q: &Tensor) -> Result<usize> {
+    let (batch, heads, ..) = tensor(q.dims4())?;
+    Ok(batch * heads)
+}
+
 impl Combiner {
-    /// Who meets what, where summaries of earlier tokens are known, for queries and all keys
-    /// `[batch, heads, length, head_width]`, which are looked at where they decide it.
+    /// The clusters of queries and keys, where they decide who meets whom.
+    fn found(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Option<Found>> {
+        let Some(clustering) = &self.clustering else {
+            return Ok(None);
+        };
+        let both = pass.context.decided(pass.path, || {
+            Ok([clustering.clusters(q)?, clustering.clusters(k)?].concat())
+        })?;
+        let (queries, keys) = both.split_at(both.len() / 2);
+        Ok(Some(Found {
+            queries: queries.to_vec(),
+            keys: keys.to_vec(),
+            rows: both.len(),
+        }))
+    }
+
+    /// `q`, with a gradient that pulls centroids beside its own where they are trained.
+    fn pulled(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        found: Option<&Found>,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Tensor> {
+        let both = self.clustering.as_ref().zip(found);
+        let trained =
+            both.filter(|(clustering, _)| self.spec.pull > 0.0 && clustering.is_trained());
+        let Some((clustering, found)) = trained else {
+            return Ok(q.clone());
+        };
+        let strayed = clustering.strayed([q, k], found, pass.keep)?;
+        Ok(with_loss(q, &tensor(strayed * self.spec.pull)?)?)
+    }
+
+    /// Who meets what, where summaries of earlier tokens, or clusters, are known.
     fn plan(
         &self,
         sequences: &Sequences<'_>,
         earlier: &[HashMap<Span, usize>],
-        [q, k]: [&Tensor; 2],
+        found: Option<&Found>,
     ) -> Result<Plan> {
-        if let Some(clustering) = &self.clustering {
-            let clusters = [clustering.clusters(q)?, clustering.clusters(k)?];
-            let (division, making) = clustering.divide(sequences, &clusters, self.causal);
-            let rows = clusters.iter().map(Vec::len).sum();
+        if let Some((clustering, found)) = self.clustering.as_ref().zip(found) {
+            let (division, making) = clustering.divide(sequences, found, self.causal);
             return Ok(Plan {
                 divisions: vec![division],
                 making: making.into_iter().collect(),
-                before: clustering.operations(rows),
+                before: clustering.operations(found.rows),
             });
         }
         let longest = sequences.lengths().into_iter().max().unwrap_or(0);
@@ -432,9 +510,15 @@ impl Combiner {
     }
 
     /// Attention of all tokens.
-    fn whole(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Summarised> {
+    fn whole(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        found: Option<&Found>,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Summarised> {
         let sequences = Sequences::new(q, k, pass)?;
-        let plan = self.plan(&sequences, &[], [q, k])?;
+        let plan = self.plan(&sequences, &[], found)?;
         self.mixing_by(plan, sequences.sizes, [q, q, k])
     }
 
@@ -460,22 +544,12 @@ impl Combiner {
         &self,
         q: &Tensor,
         memory: &SpanMemory,
+        found: Option<&Found>,
         pass: &MechanismPass<'_>,
     ) -> Result<(Summarised, Tensor)> {
         let sequences = memory.sequences(q, pass)?;
         let [batch, heads, queries, _] = sequences.sizes;
-        let every = match &self.clustering {
-            None => q.clone(),
-            Some(_) => {
-                let all: Vec<usize> = (0..sequences.sizes[3]).collect();
-                tensor(
-                    memory
-                        .recall(0, &all)?
-                        .reshape((batch, heads, all.len(), ())),
-                )?
-            }
-        };
-        let mut plan = self.plan(&sequences, memory.earlier(), [q, &every])?;
+        let mut plan = self.plan(&sequences, memory.earlier(), found)?;
         let met = Met::new(plan.keys().map(|key| key.row), sequences.sizes, queries);
         for key in plan.keys_mut() {
             met.carry(key);

@@ -48,6 +48,9 @@ pub struct SpanMemory {
     summaries: Buffers,
     /// The column of each summary, for each sequence of the batch.
     columns: Vec<HashMap<Span, usize>>,
+    /// For each head of each sequence the cluster of every token's key so far, those that are forgotten too;
+    /// nothing where tokens are in none.
+    clusters: Vec<Vec<u32>>,
 }
 
 impl SpanMemory {
@@ -66,6 +69,7 @@ impl SpanMemory {
             tokens: Kept::new(&[&keys, &values])?,
             queries: Kept::new(&[&flat(q)?])?,
             columns: (0..batch).map(|_| HashMap::new()).collect(),
+            clusters: Vec::new(),
         })
     }
 
@@ -73,6 +77,26 @@ impl SpanMemory {
     pub(in super::super) fn append(&mut self, [q, k, v]: [&Tensor; 3]) -> Result<()> {
         self.tokens.append(&[&flat(k)?, &flat(v)?])?;
         self.queries.append(&[&flat(q)?])
+    }
+
+    /// Says in which clusters the keys of the last tokens are, `[batch · heads, tokens]`.
+    pub(in super::super) fn put(&mut self, clusters: &[u32], sequences: usize) {
+        self.clusters.resize(sequences, Vec::new());
+        let each = clusters.len() / sequences.max(1);
+        let given = clusters.chunks(each.max(1));
+        for (known, new) in self.clusters.iter_mut().zip(given) {
+            known.extend_from_slice(new);
+        }
+    }
+
+    /// The clusters of the tokens that are left, `[batch · heads, tokens]`.
+    pub(in super::super) fn clusters(&self) -> Vec<u32> {
+        let places = self.tokens.places();
+        let of = |known: &Vec<u32>| -> Vec<u32> {
+            let each = places.iter().map(|place| known.get(*place).copied());
+            each.map(Option::unwrap_or_default).collect()
+        };
+        self.clusters.iter().flat_map(of).collect()
     }
 
     /// The sequences whose last tokens have the queries `q`: keys are columns of summaries, and then those
