@@ -6,16 +6,18 @@
 
 use super::attending::{self, Measure};
 use super::decoder::{self, Recipe};
-use super::{after_training, difference};
+use super::{after_training, difference, numbers};
 use crate::catalogue::metered;
 use crate::error::engine;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
-use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_model::{Input, Model, ModelSpec, Pass};
+use lapidary_kernels::memory::most_held;
+use lapidary_kernels::{DType, Device, Recomputation, Tensor};
+use lapidary_model::{Initialiser, Input, Model, ModelSpec, Pass};
 use lapidary_parts::attention::mechanism::MechanismSpec;
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
 use lapidary_parts::attention::{MultiHeadSpec, QueryKeySharing};
-use lapidary_train::data::{Copying, Task};
+use lapidary_train::data::{Batch, Copying, Task};
+use lapidary_train::{batch_loss, batch_loss_in_chunks};
 
 /// Rounds that a model is trained with where it isn't full attention.
 const TRAINED: usize = 4;
@@ -108,6 +110,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         rows.push(row);
     }
     let mut claims = exact(size, setting)?;
+    claims.push(loss_in_chunks(setting)?);
     claims.extend(trained(setting.scale, &rows));
     let series = |name: &str, row: Option<&Vec<Measure>>| Series {
         name: name.to_owned(),
@@ -213,6 +216,67 @@ fn exact(size: Size, setting: &Setting) -> Result<Vec<Claim>> {
         )
         .noted("the hash itself costs L times the digits of the number of buckets, about √(L/c)"),
     ])
+}
+
+/// The loss over a large vocabulary, at once and with the scores of some positions at a time.
+fn loss_in_chunks(setting: &Setting) -> Result<Claim> {
+    let (vocabulary, length, chunk) = (4096, 512, 32);
+    let attention = attending::causal(2, MechanismSpec::Softmax);
+    let spec = attending::spec(vocabulary, 32, length, &[attention]);
+    let mut source = Initialiser::new(setting.seed, DType::F32, Device::Cpu);
+    let model = Model::trainable(spec, &mut source)?;
+    let ids = |factor: u32| -> Vec<u32> {
+        let all = 0..length as u32;
+        all.map(|i| i * factor % vocabulary as u32).collect()
+    };
+    let batch = Batch {
+        rows: 1,
+        length,
+        inputs: ids(7),
+        targets: ids(13),
+    };
+    let gradients = |in_chunks: bool| -> Result<Vec<Tensor>> {
+        let recomputation = Recomputation::of(model.variables().values());
+        let pass = Pass::default();
+        let loss = match in_chunks {
+            true => batch_loss_in_chunks(&model, &batch, pass, chunk, &recomputation)?,
+            false => batch_loss(&model, &batch, pass)?,
+        };
+        let mut store = engine(loss.backward())?;
+        recomputation.add_to(&mut store)?;
+        let variables = model.variables().values();
+        let each = variables.filter_map(|variable| store.get(variable.as_tensor()).cloned());
+        Ok(each.collect())
+    };
+    let (whole, held) = most_held(|| gradients(false));
+    let (chunked, less) = most_held(|| gradients(true));
+    let (mut apart, mut largest) = (0f64, 0f64);
+    for (whole, chunked) in whole?.iter().zip(&chunked?) {
+        for (a, b) in numbers(whole)?.iter().zip(numbers(chunked)?) {
+            apart = apart.max((a - b).abs());
+            largest = largest.max(a.abs());
+        }
+    }
+    let relative = apart / largest;
+    let memory = held.zip(less);
+    let mebibytes = |bytes: usize| bytes as f64 / f64::from(1 << 20);
+    let held = match memory {
+        None => "memory not counted".to_owned(),
+        Some((whole, chunked)) => format!(
+            "{:.1} MiB held, at once {:.1}",
+            mebibytes(chunked),
+            mebibytes(whole)
+        ),
+    };
+    Ok(Claim::new(
+        "a loss in chunks of positions has the gradients of the whole, and holds less than half",
+        "chunks over the vocabulary's scores for long sequences",
+        format!(
+            "gradients differ by {relative:.1e} of the largest; {length} positions, {vocabulary} tokens, chunks \
+             of {chunk}: {held}"
+        ),
+        Verdict::of(relative < 1e-4 && memory.is_none_or(|(whole, chunked)| 2 * chunked < whole)),
+    ))
 }
 
 /// What is claimed of trained models: rows by training, columns full, 1, 2, 4 and 8 rounds.
