@@ -457,7 +457,8 @@ impl<'a, T: Real> Head<'a, T> {
             value_width,
             ..
         } = self.sizes;
-        let positions = || steps.clone().map(|step| self.sizes.position(step));
+        let sizes = self.sizes;
+        let positions = || steps.clone().map(move |step| sizes.position(step));
         let mut fade = Vec::with_capacity(steps.len() * features);
         for step in steps.clone() {
             match self.sizes.between(step) {

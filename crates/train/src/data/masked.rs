@@ -81,7 +81,7 @@ impl MaskingSpec {
     }
 
     /// Of the hidden tokens 80 % become the mask, 10 % a random token, and 10 % stay, as in BERT.
-    pub fn as_bert(self) -> Self {
+    pub fn like_bert(self) -> Self {
         Self {
             kept: 0.1,
             random: 0.1,

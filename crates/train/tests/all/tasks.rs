@@ -315,7 +315,7 @@ fn hidden_tokens_lie_in_clusters() {
 /// Every token of a row is another, so that what is shown says what was done.
 #[test]
 fn of_hidden_tokens_a_tenth_stays_and_a_tenth_is_random() {
-    let masking = MaskingSpec::new(60).as_bert();
+    let masking = MaskingSpec::new(60).like_bert();
     let mut task = Masked::new(Box::new(Counting), masking);
     let mask = task.mask();
     let batch = task.batch(&mut generator(7), 100, 200).unwrap();
