@@ -4,8 +4,12 @@
 use crate::common::attention::{Given, HEAD_WIDTH, HEADS, Run, Subject, WIDTH, dot, mask, spec};
 use crate::common::{contracted, difference, random, tensor, values};
 use lapidary_kernels::{Tensor, Var};
+use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::MechanismSpec;
 use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
+use lapidary_parts::state::MixerState;
+use lapidary_signal::meter::Meter;
+use lapidary_signal::{Signal, Trace};
 
 const CLUSTERS: usize = 3;
 const LENGTH: usize = 9;
@@ -140,4 +144,30 @@ fn a_pull_without_centroids_is_refused() {
         said(CombinerForm::Routed { clusters: 2 }, -1.0),
         "attention.mechanism.pull is -1.0, but must be a number of at least 0"
     );
+}
+
+/// With one cluster a step meets one key more than the step before it; what is looked at to find clusters, the new
+/// query and key, is as much in each.
+#[test]
+fn a_step_finds_the_cluster_of_what_is_new_alone() {
+    let combiner = CombinerSpec::new(CombinerForm::Routed { clusters: 1 });
+    let subject = Subject::new(spec(MechanismSpec::Combiner(combiner), true), 4);
+    let attention = subject.attention();
+    let (trace, mut state) = (Trace::new(), MixerState::Empty);
+    let mut steps = Vec::new();
+    for offset in 0..7 {
+        let meter = Meter::new();
+        let x = Signal::from(random(&[1, 1, WIDTH], offset as u64));
+        let cx = Context {
+            offset,
+            ..Context::new(&trace)
+        };
+        let x = x.into_metered(meter.clone());
+        attention.forward(&x, &cx, Some(&mut state)).unwrap();
+        steps.push(meter.total().flops);
+    }
+    let pair = (HEADS * (4 * HEAD_WIDTH + 5)) as u64;
+    for (before, after) in steps.iter().zip(&steps[1..]).skip(1) {
+        assert_eq!(after - before, pair, "{steps:?}");
+    }
 }
