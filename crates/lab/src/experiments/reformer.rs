@@ -16,6 +16,8 @@ use lapidary_model::{Initialiser, Input, Model, ModelSpec, Pass};
 use lapidary_parts::attention::mechanism::MechanismSpec;
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
 use lapidary_parts::attention::{MultiHeadSpec, QueryKeySharing};
+use lapidary_parts::organisation::OrganisationSpec;
+use lapidary_parts::organisation::reversible::ReversibleSpec;
 use lapidary_train::data::{Batch, Copying, Task};
 use lapidary_train::{batch_loss, batch_loss_in_chunks};
 
@@ -110,6 +112,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         rows.push(row);
     }
     let mut claims = exact(size, setting)?;
+    claims.push(reversible(size, setting)?);
     claims.push(loss_in_chunks(setting)?);
     claims.extend(trained(setting.scale, &rows));
     let series = |name: &str, row: Option<&Vec<Measure>>| Series {
@@ -218,6 +221,74 @@ fn exact(size: Size, setting: &Setting) -> Result<Vec<Claim>> {
     ])
 }
 
+/// A sequence of `length` out of `vocabulary` tokens, with a target everywhere.
+fn sequence(vocabulary: usize, length: usize) -> Batch {
+    let ids = |factor: u32| -> Vec<u32> {
+        let all = 0..length as u32;
+        all.map(|i| i * factor % vocabulary as u32).collect()
+    };
+    Batch {
+        rows: 1,
+        length,
+        inputs: ids(7),
+        targets: ids(13),
+    }
+}
+
+/// Gradients of all parameters for a loss, those of recomputed parts among them.
+fn gradients(model: &Model, loss: &Tensor, recomputation: &Recomputation) -> Result<Vec<Tensor>> {
+    let mut store = engine(loss.backward())?;
+    recomputation.add_to(&mut store)?;
+    let variables = model.variables().values();
+    let each = variables.filter_map(|variable| store.get(variable.as_tensor()).cloned());
+    Ok(each.collect())
+}
+
+/// How far gradients are apart, of the largest.
+fn apart(expected: &[Tensor], found: &[Tensor]) -> Result<f64> {
+    let (mut apart, mut largest) = (0f64, 0f64);
+    for (expected, found) in expected.iter().zip(found) {
+        for (a, b) in numbers(expected)?.iter().zip(numbers(found)?) {
+            apart = apart.max((a - b).abs());
+            largest = largest.max(a.abs());
+        }
+    }
+    match expected.len() == found.len() {
+        true => Ok(apart / largest),
+        false => Ok(f64::NAN),
+    }
+}
+
+/// Blocks that are run backwards, with the buckets that they had.
+fn reversible(size: Size, setting: &Setting) -> Result<Claim> {
+    const BLOCKS: usize = 12;
+    let vocabulary = 64;
+    let mut spec = size.spec(vocabulary, Some(TRAINED));
+    for block in &mut spec.blocks {
+        block.repeat = BLOCKS;
+    }
+    spec.organisation = Some(OrganisationSpec::Reversible(ReversibleSpec::default()));
+    let mut source = Initialiser::new(setting.seed, DType::F32, Device::Cpu);
+    let model = Model::trainable(spec, &mut source)?;
+    let batch = sequence(vocabulary, size.length);
+    let of = |recompute: bool| -> Result<Vec<Tensor>> {
+        let recomputation = Recomputation::of(model.variables().values());
+        let pass = Pass {
+            draw: Some(3),
+            recomputation: recompute.then_some(&recomputation),
+            ..Pass::default()
+        };
+        gradients(&model, &batch_loss(&model, &batch, pass)?, &recomputation)
+    };
+    let apart = apart(&of(false)?, &of(true)?)?;
+    Ok(Claim::new(
+        "reversible blocks, run backwards with the buckets that they had, have the gradients of stored ones",
+        "exact",
+        format!("{BLOCKS} blocks in f32: gradients differ by {apart:.1e} of the largest"),
+        Verdict::of(apart < 1e-4),
+    ))
+}
+
 /// The loss over a large vocabulary, at once and with the scores of some positions at a time.
 fn loss_in_chunks(setting: &Setting) -> Result<Claim> {
     let (vocabulary, length, chunk) = (4096, 512, 32);
@@ -225,39 +296,19 @@ fn loss_in_chunks(setting: &Setting) -> Result<Claim> {
     let spec = attending::spec(vocabulary, 32, length, &[attention]);
     let mut source = Initialiser::new(setting.seed, DType::F32, Device::Cpu);
     let model = Model::trainable(spec, &mut source)?;
-    let ids = |factor: u32| -> Vec<u32> {
-        let all = 0..length as u32;
-        all.map(|i| i * factor % vocabulary as u32).collect()
-    };
-    let batch = Batch {
-        rows: 1,
-        length,
-        inputs: ids(7),
-        targets: ids(13),
-    };
-    let gradients = |in_chunks: bool| -> Result<Vec<Tensor>> {
+    let batch = sequence(vocabulary, length);
+    let of = |in_chunks: bool| -> Result<Vec<Tensor>> {
         let recomputation = Recomputation::of(model.variables().values());
         let pass = Pass::default();
         let loss = match in_chunks {
             true => batch_loss_in_chunks(&model, &batch, pass, chunk, &recomputation)?,
             false => batch_loss(&model, &batch, pass)?,
         };
-        let mut store = engine(loss.backward())?;
-        recomputation.add_to(&mut store)?;
-        let variables = model.variables().values();
-        let each = variables.filter_map(|variable| store.get(variable.as_tensor()).cloned());
-        Ok(each.collect())
+        gradients(&model, &loss, &recomputation)
     };
-    let (whole, held) = most_held(|| gradients(false));
-    let (chunked, less) = most_held(|| gradients(true));
-    let (mut apart, mut largest) = (0f64, 0f64);
-    for (whole, chunked) in whole?.iter().zip(&chunked?) {
-        for (a, b) in numbers(whole)?.iter().zip(numbers(chunked)?) {
-            apart = apart.max((a - b).abs());
-            largest = largest.max(a.abs());
-        }
-    }
-    let relative = apart / largest;
+    let (whole, held) = most_held(|| of(false));
+    let (chunked, less) = most_held(|| of(true));
+    let apart = apart(&whole?, &chunked?)?;
     let memory = held.zip(less);
     let mebibytes = |bytes: usize| bytes as f64 / f64::from(1 << 20);
     let held = match memory {
@@ -268,14 +319,15 @@ fn loss_in_chunks(setting: &Setting) -> Result<Claim> {
             mebibytes(whole)
         ),
     };
+    let less = memory.is_none_or(|(whole, chunked)| 2 * chunked < whole);
     Ok(Claim::new(
         "a loss in chunks of positions has the gradients of the whole, and holds less than half",
         "chunks over the vocabulary's scores for long sequences",
         format!(
-            "gradients differ by {relative:.1e} of the largest; {length} positions, {vocabulary} tokens, chunks \
-             of {chunk}: {held}"
+            "gradients differ by {apart:.1e} of the largest; {length} positions, {vocabulary} tokens, chunks of \
+             {chunk}: {held}"
         ),
-        Verdict::of(relative < 1e-4 && memory.is_none_or(|(whole, chunked)| 2 * chunked < whole)),
+        Verdict::of(apart < 1e-4 && less),
     ))
 }
 
