@@ -1,10 +1,10 @@
 //! The backward pass of one head: its chunks from the first to the last with the sums of keys, and back with those
 //! of queries.
 
-use super::{
-    Chunk, FEW, Halves, Head, Sizes, State, add_product, add_scaled_rows, picked, row, scaled,
-    times,
+use super::chunk::{
+    Chunk, FEW, Halves, State, add_product, add_scaled_rows, picked, row, scaled, times,
 };
+use super::{Head, Sizes};
 use crate::host;
 use crate::product::{Into, Matrix, Threads, multiply};
 use crate::simd::{self, Real};

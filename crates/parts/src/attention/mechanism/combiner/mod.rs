@@ -63,17 +63,18 @@
 mod clustering;
 mod divisions;
 mod layer;
+mod spec;
 
 pub use super::spans::Pooling;
 pub use clustering::{Fit, Fitted};
+pub use spec::{CombinerForm, CombinerSpec, Summary};
 
 use super::blocks::{Bias, Meetings, Rule};
 use super::met::Met;
 use super::sequences::{At, Sequences};
 use super::spans::{Ended, Making, Pooled, Rules, Sort, Span, SpanMemory, Summaries, Summarised};
-use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
-use crate::error::{bounded, tensor};
-use crate::parameters::Parameters;
+use super::{Mechanism, MechanismPass, Memory, Resumed};
+use crate::error::tensor;
 use crate::state::MixerState;
 use crate::{Error, Result};
 use clustering::{Clustering, Found};
@@ -81,183 +82,7 @@ use divisions::{Division, Tokens};
 use lapidary_kernels::{Tensor, appended_rows, with_loss};
 use lapidary_signal::Mixing;
 use layer::Layer;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
-
-const MAX_SEGMENT: usize = 1 << 24;
-const MAX_CLUSTERS: usize = 1 << 16;
-
-/// Attention to all tokens, most of them in summary.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct CombinerSpec {
-    /// What is met directly and what in which spans.
-    pub form: CombinerForm,
-    /// Whether the logarithm of a span's number of tokens is added to its score.
-    #[serde(default)]
-    pub log_count: bool,
-    /// What a span's query and key are made of.
-    #[serde(default, skip_serializing_if = "Summary::is_largest")]
-    pub summary: Summary,
-    /// What the pull of centroids to their queries and keys is multiplied by in training, in routed form; with 0
-    /// they stay where they are, to be found by [`CombinerSpec::fit`].
-    #[serde(default, skip_serializing_if = "is_nothing")]
-    pub pull: f64,
-}
-
-#[allow(
-    clippy::trivially_copy_pass_by_ref,
-    reason = "serde asks for a reference"
-)]
-fn is_nothing(pull: &f64) -> bool {
-    *pull == 0.0
-}
-
-impl CombinerSpec {
-    /// A form with summaries by the largest features, each counting as one key.
-    pub fn new(form: CombinerForm) -> Self {
-        Self {
-            form,
-            log_count: false,
-            summary: Summary::default(),
-            pull: 0.0,
-        }
-    }
-}
-
-/// What a span's query and key are made of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Summary {
-    /// The largest of its tokens' queries and keys, feature by feature.
-    #[default]
-    Largest,
-    /// What a layer makes of these, pooled.
-    DeepSets {
-        /// How.
-        #[serde(default)]
-        pooling: Pooling,
-    },
-}
-
-impl Summary {
-    #[allow(
-        clippy::trivially_copy_pass_by_ref,
-        reason = "serde asks for a reference"
-    )]
-    fn is_largest(&self) -> bool {
-        *self == Self::Largest
-    }
-}
-
-/// How the tokens that one may see are divided.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum CombinerForm {
-    /// Own segment; other segments.
-    Fixed {
-        /// Tokens of a segment.
-        segment: usize,
-    },
-    /// Itself; spans whose length doubles.
-    LogSparse,
-    /// Row and column; other columns above.
-    Vertical {
-        /// Tokens of a row.
-        columns: usize,
-    },
-    /// Row and column; both sides of earlier rows.
-    Horizontal {
-        /// Tokens of a row.
-        columns: usize,
-    },
-    /// Row; earlier rows. The key of an earlier row is its keys, weighted as its values are by the query in the same
-    /// column. The paper leaves open what a row's key is; its program also projects it from what the row's attention
-    /// gives, values mixed. That is not done here: a weight would depend on values, and attention no longer be linear in
-    /// them, which every lens and every account of who is read from asks for.
-    RowMajor {
-        /// Tokens of a row.
-        columns: usize,
-    },
-    /// Vertical and horizontal.
-    Mixture {
-        /// Tokens of a row.
-        columns: usize,
-        /// Whether there is one softmax for both.
-        #[serde(default)]
-        joint: bool,
-    },
-    /// Own cluster; other clusters.
-    Routed {
-        /// Clusters of each head.
-        clusters: usize,
-    },
-}
-
-impl Describe for CombinerSpec {
-    fn kind(&self) -> &'static str {
-        "combiner"
-    }
-
-    fn abilities(&self) -> Abilities {
-        Abilities {
-            causal: true,
-            bidirectional: matches!(
-                self.form,
-                CombinerForm::Fixed { .. } | CombinerForm::LogSparse | CombinerForm::Routed { .. }
-            ),
-            ..Abilities::default()
-        }
-    }
-
-    fn validate(&self, _: &Heads, field: &str) -> Result<()> {
-        let by_rows = matches!(self.form, CombinerForm::RowMajor { .. });
-        if by_rows && self.summary != Summary::Largest {
-            let expected = "largest in row-major form, whose spans are summed up by their tokens";
-            let field = format!("{field}.summary.kind");
-            return Err(Error::spec(field, "deep-sets", expected));
-        }
-        if !(self.pull.is_finite() && self.pull >= 0.0) {
-            let expected = "a number of at least 0";
-            return Err(Error::spec(format!("{field}.pull"), self.pull, expected));
-        }
-        if self.pull > 0.0 && !matches!(self.form, CombinerForm::Routed { .. }) {
-            let expected = "0 in a form without centroids";
-            return Err(Error::spec(format!("{field}.pull"), self.pull, expected));
-        }
-        let (name, size, most) = match self.form {
-            CombinerForm::LogSparse => return Ok(()),
-            CombinerForm::Fixed { segment } => ("segment", segment, MAX_SEGMENT),
-            CombinerForm::Vertical { columns }
-            | CombinerForm::Horizontal { columns }
-            | CombinerForm::RowMajor { columns }
-            | CombinerForm::Mixture { columns, .. } => ("columns", columns, MAX_SEGMENT),
-            CombinerForm::Routed { clusters } => ("clusters", clusters, MAX_CLUSTERS),
-        };
-        bounded(format!("{field}.form.{name}"), size, 1..=most)
-    }
-
-    fn build(&self, heads: &Heads, mut parameters: Parameters<'_>) -> Result<Box<dyn Mechanism>> {
-        Ok(Box::new(Combiner {
-            spec: self.clone(),
-            causal: heads.causal,
-            scale: heads.scale,
-            clustering: match self.form {
-                CombinerForm::Routed { clusters } => {
-                    Some(Clustering::new(clusters, heads, &mut parameters)?)
-                }
-                _ => None,
-            },
-            layer: match self.summary {
-                Summary::Largest => None,
-                Summary::DeepSets { pooling } => {
-                    Some(Layer::new(pooling, heads, parameters.at("summary"))?)
-                }
-            },
-        }))
-    }
-}
 
 const CAUSAL: Rule = Rule {
     causal: true,
