@@ -10,9 +10,9 @@
 //! Their mean is what comes out, or both side by side, `[y₁; y₂]`, as in the authors' program: then the
 //! final norm and the head read twice the width. What flows into a block is had again from what flows
 //! out of it, so that training which recomputes (`recompute = true`) remembers the last streams alone,
-//! however many blocks there are; the backward pass runs every part once more. Dropout, hashes and
-//! whatever else a pass draws are drawn again as they were. Blocks have the parameters that they would
-//! have without.
+//! however many blocks there are; the backward pass runs every part once more. Dropout, rotations of hashes and
+//! whatever else a pass draws are drawn again as they were; the buckets and clusters that tokens fell into are kept,
+//! since what is had again has another rounding. Blocks have the parameters that they would have without.
 //!
 //! `F` sees each token alone. With a `chunk` it runs on so many tokens at a time, so that what is inside
 //! it is held for a chunk and not for the sequence; in training too where blocks are recomputed, by
