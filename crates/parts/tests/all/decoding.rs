@@ -79,6 +79,9 @@ fn mechanisms() -> Vec<MechanismSpec> {
             }
         }
     }
+    for clusters in [1, 3, 5] {
+        all.push(combiner(CombinerForm::Routed { clusters }));
+    }
     let mras = [
         blocks(&[4, 1], &[2]),
         blocks(&[3, 1], &[1]),
