@@ -6,12 +6,11 @@ mod one_layer;
 mod structured;
 mod told;
 
-use std::collections::BTreeMap;
-
-use crate::common::{DECODER, GATED, all, altered, close, model, scores, values, windows};
+use crate::common::{
+    DECODER, GATED, all, altered, close, cut, cut_by, model, scores, weights, windows, zeros,
+};
 use lapidary_compress::{
-    Budget, Calibration, CalibrationData, CalibrationOptions, Compressed, Fingerprint, Method,
-    Pattern, PruneSettings, Scope, Selection, Settings, Task,
+    CalibrationData, Compressed, Fingerprint, Pattern, PruneSettings, Scope, Selection, Settings,
 };
 use lapidary_kernels::{CsrMatrix, DType, TwoOfFourMatrix};
 use lapidary_model::{Model, OpenOptions, Package};
@@ -38,50 +37,6 @@ fn scoped(scope: Scope) -> Settings {
         scope: Some(scope),
         ..PruneSettings::default()
     })
-}
-
-fn cut_by(
-    model: &Model,
-    data: &CalibrationData,
-    method: &str,
-    keep: f64,
-    settings: &Settings,
-) -> lapidary_compress::Result<Compressed> {
-    let method = Method::find(method)?;
-    let requirements = method.requirements(model, settings)?;
-    let options = CalibrationOptions::default();
-    let calibration = match requirements.is_empty() {
-        true => None,
-        false => Some(Calibration::collect(model, data, &requirements, options)?),
-    };
-    let task = Task {
-        calibration: calibration.as_ref(),
-        data: Some(data),
-        settings: Some(settings),
-        ..Task::new(model)
-    };
-    let plan = method.plan(&task, &Budget::Keep(keep))?;
-    method.apply(&task, &plan)
-}
-
-fn cut(model: &Model, data: &CalibrationData, method: &str, keep: f64) -> Compressed {
-    cut_by(model, data, method, keep, &Settings::default()).unwrap()
-}
-
-/// The weights of every linear layer of the blocks, by path.
-fn weights(model: &Model) -> BTreeMap<String, Vec<f64>> {
-    let linears = model.linears().iter();
-    let linears = linears.filter(|linear| linear.path.starts_with("blocks."));
-    linears
-        .map(|linear| {
-            let weight = &model.parameters()[&format!("{}.weight", linear.path)];
-            (linear.path.clone(), values(weight))
-        })
-        .collect()
-}
-
-fn zeros(values: &[f64]) -> usize {
-    values.iter().filter(|value| **value == 0.0).count()
 }
 
 /// Share of zeros over all layers of the blocks.

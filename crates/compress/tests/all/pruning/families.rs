@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use super::{STRUCTURED, WEIGHTS, cut_by, sparsity};
+use super::{STRUCTURED, WEIGHTS, sparsity};
+use crate::common::cut_by;
 use lapidary_compress::{CalibrationData, Content, Example, Settings, Target};
 use lapidary_kernels::{Device, Tensor};
 use lapidary_model::{InputSpec, Model, OpenOptions, Package};

@@ -1,7 +1,8 @@
 //! One layer whose inputs are known, against least squares and another program.
 
-use super::{cut_by, zeros};
-use crate::common::{classifier, close, distance, labelled, model, values, with_parameters};
+use crate::common::{
+    classifier, close, cut_by, distance, labelled, model, values, with_parameters, zeros,
+};
 use lapidary_compress::{
     CalibrationData, Compressed, Example, Pattern, PruneSettings, Scope, Selection, Settings,
 };

@@ -1,7 +1,8 @@
 //! Heads and features that go whole.
 
-use super::{cut, cut_by, weights, zeros};
-use crate::common::{DECODER, GATED, altered, close, model, scores, values, windows};
+use crate::common::{
+    DECODER, GATED, altered, close, cut, cut_by, model, scores, values, weights, windows, zeros,
+};
 use lapidary_compress::{CalibrationData, Change, Content, Selection, Settings};
 use lapidary_kernels::{Device, Tensor};
 use lapidary_model::{Model, Pass};

@@ -1,7 +1,7 @@
 //! Plans written by hand, and settings that mean nothing.
 
-use super::{STRUCTURED, WEIGHTS, cut_by, settings, weights, zeros};
-use crate::common::{DECODER, ENCODER, labelled, model, values, windows};
+use super::{STRUCTURED, WEIGHTS, settings};
+use crate::common::{DECODER, ENCODER, cut_by, labelled, model, values, weights, windows, zeros};
 use lapidary_compress::{
     Budget, Calibration, CalibrationOptions, Change, Method, Pattern, PruneSettings, Selection,
     Settings, Task,
