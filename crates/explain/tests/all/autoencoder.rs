@@ -4,7 +4,7 @@
 mod attribution;
 mod training;
 
-use crate::common::{DECODER, ENCODER, GATED, model, tokens};
+use crate::common::{DECODER, ENCODER, GATED, generator, model, tokens};
 use lapidary_explain::autoencoder::{
     Autoencoder, Edit, Quality, Replacement, edited, load, recovery, save, splice,
 };
@@ -12,16 +12,11 @@ use lapidary_kernels::check::difference;
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Model, Pass};
 use lapidary_signal::Trace;
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use rand::RngExt;
 
 const IDS: [u32; 7] = [3, 11, 5, 0, 19, 7, 3];
 
 const SITE: &str = "blocks.1.attention.mixed";
-
-fn generator(seed: u64) -> ChaCha8Rng {
-    ChaCha8Rng::seed_from_u64(seed)
-}
 
 /// An autoencoder of a width of 16 whose every parameter matters, in f64.
 fn lively(site: &str, features: usize, seed: u64) -> Autoencoder {

@@ -4,19 +4,14 @@
 mod dynamics;
 mod models;
 
+use crate::common::generator;
 use lapidary_explain::analyses::clustering::{
     Dynamics, Ensemble, Flow, FreeDynamics, Matrices, Particles, Scheme, wendel,
 };
 use lapidary_factor::{Matrix, qr};
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
 
 const FLOWS: [Flow; 2] = [Flow::SelfAttention, Flow::Unnormalised];
-
-fn generator(seed: u64) -> ChaCha8Rng {
-    ChaCha8Rng::seed_from_u64(seed)
-}
 
 fn random(count: usize, dimension: usize, seed: u64) -> Particles {
     Particles::random(count, dimension, &mut generator(seed)).unwrap()

@@ -1,7 +1,7 @@
 //! How autoencoders are trained.
 
-use super::{SITE, generator, lively, numbers, random};
-use crate::common::{DECODER, model};
+use super::{SITE, lively, numbers, random};
+use crate::common::{DECODER, generator, model};
 use lapidary_explain::autoencoder::{
     Autoencoder, Centre, Training, TrainingOptions, geometric_median, train,
 };

@@ -1,7 +1,6 @@
 //! Layers of models as time.
 
-use super::generator;
-use crate::common::{DECODER, model, tokens};
+use crate::common::{DECODER, generator, model, tokens};
 use lapidary_explain::Question;
 use lapidary_explain::analyses::clustering::{
     Dynamics, Ensemble, Film, Flow, Particles, Scheme, deepened, iterated, layers,
