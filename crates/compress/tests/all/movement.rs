@@ -241,6 +241,31 @@ fn zeros_change_places_and_stay_as_many() {
     );
 }
 
+/// What is reported is of the model that comes out, not of the one that training ended with.
+#[test]
+fn nothing_regrew_where_the_unhealed_model_was_best() {
+    let (original, training) = (model(DECODER, 3), text(20, 1));
+    let pruned = cut_by(&original, &training, "magnitude", 0.4, &Settings::default()).unwrap();
+    let data = HealData {
+        training: &training,
+        validation: &training,
+        teacher: None,
+    };
+    // Steps many times as large as weights are, behind which nothing is left of what was learned.
+    let settings = HealSettings {
+        steps: 8,
+        rate: 10.0,
+        weight_decay: 0.0,
+        every: 8,
+        regrow: 0.5,
+        regrow_every: 2,
+        ..healing()
+    };
+    let (found, report) = heal(&pruned.model, &data, &settings, |_, _| ()).unwrap();
+    assert_eq!((report.best, report.regrown), (0, 0), "{report:?}");
+    assert_eq!(masks(&found), masks(&pruned.model));
+}
+
 #[test]
 fn zeros_that_may_not_move_are_not_asked_to() {
     let (original, training) = (model(DECODER, 3), text(10, 1));
