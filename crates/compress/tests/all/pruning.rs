@@ -7,7 +7,8 @@ mod structured;
 mod told;
 
 use crate::common::{
-    DECODER, GATED, all, altered, close, cut, cut_by, model, scores, weights, windows, zeros,
+    DECODER, GATED, all, altered, close, cut, cut_by, model, scores, values, weights, windows,
+    zeros,
 };
 use lapidary_compress::{
     CalibrationData, Compressed, Fingerprint, Pattern, PruneSettings, Scope, Selection, Settings,

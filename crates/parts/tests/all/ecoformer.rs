@@ -7,7 +7,9 @@ mod tallies;
 use std::collections::BTreeMap;
 
 use crate::common;
-use crate::common::attention::{Given, HEAD_WIDTH, HEADS, Run, Subject, WIDTH, dot, growth, mask};
+use crate::common::attention::{
+    Given, HEAD_WIDTH, HEADS, Run, Subject, WIDTH, dot, growth, mask, spec,
+};
 use crate::common::{Map, assert_near, build, draw, random, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::attention::mechanism::ecoformer::{

@@ -1,5 +1,6 @@
 //! One layer whose inputs are known, against least squares and another program.
 
+use super::settings;
 use crate::common::{
     classifier, close, cut_by, distance, labelled, model, values, with_parameters, zeros,
 };

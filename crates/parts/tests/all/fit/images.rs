@@ -1,6 +1,6 @@
 //! Groups that are tiles of a grid, and conditions before them.
 
-use super::{BATCH, Given, Subject, WIDTH, rows, tokens};
+use super::{BATCH, Given, Subject, WIDTH, rows, spec, tokens};
 use crate::common::{assert_near, difference, random};
 use lapidary_kernels::{Device, Tensor};
 use lapidary_parts::organisation::fit::{FitSpec, GroupPositions, Tiles};
