@@ -1,9 +1,7 @@
 //! One layer whose inputs are known, against least squares and another program.
 
 use super::settings;
-use crate::common::{
-    classifier, close, cut_by, distance, labelled, model, values, with_parameters, zeros,
-};
+use crate::common::{classifier, close, cut_by, distance, model, values, with_parameters, zeros};
 use lapidary_compress::{
     CalibrationData, Compressed, Example, Pattern, PruneSettings, Scope, Selection, Settings,
 };
