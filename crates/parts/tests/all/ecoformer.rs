@@ -13,7 +13,7 @@ use crate::common::attention::{
 use crate::common::{Map, assert_near, build, draw, random, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::attention::mechanism::ecoformer::{
-    Bandwidth, EcoformerSpec, Hashing, PackedCodes, Sample, sign,
+    Bandwidth, EcoformerSpec, Hashing, PackedCodes, sign,
 };
 use lapidary_parts::attention::mechanism::{Heads, MechanismSpec};
 use lapidary_parts::attention::{MultiHeadAttention, MultiHeadSpec, QueryKeySharing};
