@@ -1,6 +1,6 @@
 //! How codes are learned.
 
-use super::{fitted, heads, plain};
+use super::{fitted, heads, plain, unit};
 use crate::common::attention::{HEAD_WIDTH, HEADS, dot, mask};
 use crate::common::{Map, assert_near, build, normal, random, tensor, values};
 use lapidary_kernels::Tensor;
