@@ -40,3 +40,10 @@ method = "gptq"
 group = 64
 END
 printf 'batch = 4\nseed = 7\n[quantise]\ngroup = 32\n' >corpus/recipe_reader/settings
+cat >corpus/search_state_reader/two-variables <<'END'
+{"edges":0.2,"chunks":4,"state":{"domain":[[0.0,1.0],[0.0,1.0,2.0]],
+"course":{"initial":2,"scale":"standardised","noise":0.01,"exploration":0.1,
+"fit":{"steps":2,"reach":1.0,"lengths":[0.01,100.0],"amplitudes":[0.0001,100.0]}},
+"seed":1,"starts":[],"history":{"points":[[0,1],[1,2]],"values":[0.5,-0.25]},
+"hyperparameters":{"lengths":[0.1,0.1],"amplitudes":[0.5,0.5]},"pending":null}}
+END

@@ -278,26 +278,76 @@ impl Optimiser for Ensemble {
 /// ```
 fn acquisitions(marginal: &Marginal, least: f64, weight: f64) -> [f64; 3] {
     let deviation = marginal.variance.sqrt();
-    let z = (least - marginal.mean) / deviation;
-    let (density, below) = normal(z);
-    let improvement = (deviation * (z * below + density)).max(0.0);
-    [marginal.mean - weight * deviation, -improvement, -below]
+    let normal = Normal::at((least - marginal.mean) / deviation);
+    [
+        marginal.mean - weight * deviation,
+        -deviation * normal.excess,
+        -normal.below,
+    ]
 }
 
-/// Density and distribution function of the standard normal at `z`: the series
-/// `Φ(z) = ½ + φ(z) (z + z³/3 + z⁵/(3·5) + …)`, of which nothing is left beyond 8.
-fn normal(z: f64) -> (f64, f64) {
-    let density = (-0.5 * z * z).exp() / std::f64::consts::TAU.sqrt();
-    if z.abs() > 8.0 {
-        return (density, if z > 0.0 { 1.0 } else { 0.0 });
+/// The standard normal distribution at `z`.
+struct Normal {
+    /// `Φ(z)`.
+    below: f64,
+    /// `∫ max(z − x, 0) φ(x) dx = z Φ(z) + φ(z)`.
+    excess: f64,
+}
+
+/// From here on outwards the series would leave nothing of the tail but rounding.
+const TAIL: f64 = 3.0;
+/// Levels of the continued fraction, of which there is nothing left to see in the tail.
+const LEVELS: u32 = 60;
+
+impl Normal {
+    fn at(z: f64) -> Self {
+        let density = density(z);
+        if z < -TAIL {
+            let (below, excess) = tail(-z);
+            return Self {
+                below: density * below,
+                excess: density * excess,
+            };
+        }
+        if z > TAIL {
+            let (above, excess) = tail(z);
+            return Self {
+                below: 1.0 - density * above,
+                excess: z + density * excess,
+            };
+        }
+        // Φ(z) = ½ + φ(z) (z + z³/3 + z⁵/(3·5) + …)
+        let (mut term, mut sum, mut odd) = (z, z, 1.0);
+        while term.abs() > 1e-17 * sum.abs() {
+            odd += 2.0;
+            term *= z * z / odd;
+            sum += term;
+        }
+        let below = 0.5 + density * sum;
+        Self {
+            below,
+            excess: z * below + density,
+        }
     }
-    let (mut term, mut sum, mut odd) = (z, z, 1.0);
-    while term.abs() > 1e-17 * sum.abs() {
-        odd += 2.0;
-        term *= z * z / odd;
-        sum += term;
-    }
-    (density, (0.5 + density * sum).clamp(0.0, 1.0))
+}
+
+/// `φ(z)`.
+fn density(z: f64) -> f64 {
+    (-0.5 * z * z).exp() / std::f64::consts::TAU.sqrt()
+}
+
+/// `Φ(−x) / φ(x)` and `(φ(x) − x Φ(−x)) / φ(x)` for `x` in the tail, by the continued fraction of Laplace
+///
+/// ```text
+/// Φ(−x) / φ(x) = 1 / (x + r)        r = 1 / (x + 2 / (x + 3 / (x + …)))
+/// ```
+///
+/// so that the second, `r / (x + r)`, is no difference of numbers that are nearly equal.
+fn tail(x: f64) -> (f64, f64) {
+    let rest = (1..=LEVELS)
+        .rev()
+        .fold(0.0, |below, level| f64::from(level) / (x + below));
+    (1.0 / (x + rest), rest / (x + rest))
 }
 
 /// Those than which no other is as low in all and lower in one.
@@ -324,10 +374,36 @@ mod tests {
             (2.0, 0.977_249_868_051_820_8),
             (-3.0, 0.001_349_898_031_630_094_6),
         ] {
-            assert!((normal(z).1 - expected).abs() < 1e-14, "{z}");
+            assert!((Normal::at(z).below - expected).abs() < 1e-14, "{z}");
         }
-        assert_eq!(normal(9.0).1, 1.0);
-        assert_eq!(normal(-9.0).1, 0.0);
+        // Far out what counts is the share of a small number.
+        for (z, expected) in [
+            (-5.0, 2.866_515_718_791_939e-7),
+            (-10.0, 7.619_853_024_160_527e-24),
+        ] {
+            let found = Normal::at(z).below;
+            assert!((found / expected - 1.0).abs() < 1e-12, "{z}: {found:e}");
+        }
+        assert_eq!(Normal::at(9.0).below, 1.0);
+    }
+
+    /// A larger `z` promises more, through the change from the series to the tail and beyond it.
+    #[test]
+    fn what_is_promised_rises_all_the_way() {
+        let all: Vec<Normal> = (-3000..=1200)
+            .map(|i| Normal::at(f64::from(i) / 100.0))
+            .collect();
+        for pair in all.windows(2) {
+            assert!(pair[0].excess < pair[1].excess && pair[0].excess > 0.0);
+            assert!(pair[0].below <= pair[1].below && pair[0].below > 0.0);
+        }
+        // The slope of one is the other.
+        for z in [-12.0, -7.5, -3.2, -1.0, 0.4, 3.3] {
+            let step = 1e-4;
+            let rise = Normal::at(z + step).excess - Normal::at(z - step).excess;
+            let below = Normal::at(z).below;
+            assert!((rise / (2.0 * step) / below - 1.0).abs() < 1e-5, "{z}");
+        }
     }
 
     #[test]
@@ -342,7 +418,7 @@ mod tests {
         let (step, mut integral, mut below) = (1e-4, 0.0, 0.0);
         for i in 0..80_000 {
             let y = least - (f64::from(i) + 0.5) * step;
-            let density = normal((y - 0.4) / 0.7).0 / 0.7;
+            let density = density((y - 0.4) / 0.7) / 0.7;
             integral += step * (least - y) * density;
             below += step * density;
         }

@@ -46,7 +46,7 @@ impl AdditiveProcess {
     /// No process has a smaller one than `truth` itself, whose error is its posterior variance.
     ///
     /// # Errors
-    /// When the two were observed at different points, or a test is of another number of variables.
+    /// When the two were observed at different points, or a test is no point of the domain of both.
     pub fn expected_errors(&self, truth: &Self, tests: &[Point]) -> Result<Vec<f64>> {
         if self.columns != truth.columns {
             return Err(Error::invalid(
@@ -56,12 +56,17 @@ impl AdditiveProcess {
             ));
         }
         let variables = self.columns.len();
-        if let Some(test) = tests.iter().find(|test| test.len() != variables) {
-            return Err(Error::invalid(
-                "number of coordinates of a point",
-                test.len(),
-                variables.to_string(),
-            ));
+        for test in tests {
+            if test.len() != variables {
+                return Err(Error::invalid(
+                    "number of coordinates of a point",
+                    test.len(),
+                    variables.to_string(),
+                ));
+            }
+            for process in [self, truth] {
+                process.kernel.check(test)?;
+            }
         }
         let size = self.cholesky.size();
         let gram = truth.kernel.gram(&truth.columns, size, truth.noise());
@@ -223,6 +228,12 @@ mod tests {
         let b = process(vec![vec![0, 1]], &points[..3], 0.1);
         assert!(a.expected_errors(&b, &points).is_err());
         assert!(a.expected_errors(&a, &[vec![0]]).is_err());
+        let error = a.expected_errors(&a, &[vec![0, 0, 0, 9, 0]]).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains("coordinate 3") && error.contains("below 9"),
+            "{error}"
+        );
         assert!(random_partition(3, 0, &mut generator).is_err());
         let exact = process(vec![vec![0, 1, 2, 3, 4]], &points[..1], 0.0);
         assert!(exact.information_gain().is_err());

@@ -113,6 +113,21 @@ impl Kernel {
         })
     }
 
+    /// Refuses a point with a place that is not of the grids.
+    pub(crate) fn check(&self, point: &[usize]) -> Result<()> {
+        let places = point.iter().zip(&self.distances).enumerate();
+        for (variable, (place, distances)) in places {
+            if *place >= distances.len() {
+                return Err(Error::invalid(
+                    format!("place in coordinate {variable}"),
+                    place,
+                    format!("below {}", distances.len()),
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// `k(x, x)`.
     pub(crate) fn total_variance(&self) -> f64 {
         self.variances.iter().sum()

@@ -174,7 +174,9 @@ mod tests {
                 assert!(seen.is_sorted());
             }
         }
-        // √u and u² of places 0 to 29.
+        // √u and u² of place 15 of 0 to 29: 20.86 and 7.76.
+        let warp = identity.with(0, (0.5, 1.0));
+        assert_eq!(warp.points(&[vec![15, 0, 3]]), [[21, 0, 3]]);
         let warp = identity.with(0, (2.0, 1.0));
         assert_eq!(warp.points(&[vec![15, 0, 3]]), [[8, 0, 3]]);
         assert_eq!(

@@ -172,7 +172,7 @@ pub struct HealReport {
     pub validation: Vec<(u64, f64)>,
     /// Weights that were kept at zero.
     pub zeros: usize,
-    /// Of those that were zero at first, how many had another's place in the end.
+    /// Of those that were zero at first, how many have another's place in what came out.
     pub regrown: usize,
     /// Examples trained on, each counted once.
     pub examples: usize,
@@ -267,6 +267,7 @@ pub fn heal(
         step: 0,
         loss: validate()?,
         parameters: None,
+        regrown: 0,
         since: 0,
     };
     let before = best.loss;
@@ -296,7 +297,9 @@ pub fn heal(
         if step.is_multiple_of(every) || step == settings.steps {
             let loss = validate()?;
             validation.push((step, loss));
-            best.see(step, loss, || Ok(updates.parameters()?))?;
+            best.see(step, loss, || {
+                Ok((updates.parameters()?, regrowth.regrown(updates.masks())?))
+            })?;
             if settings.patience > 0 && best.since >= settings.patience {
                 break;
             }
@@ -314,7 +317,7 @@ pub fn heal(
         training,
         validation,
         zeros,
-        regrown: regrowth.regrown(updates.masks())?,
+        regrown: best.regrown,
         examples: data.training.len(),
         seconds: started.elapsed().as_secs_f64(),
     };
@@ -366,6 +369,8 @@ struct Best {
     loss: f64,
     /// Absent while it is the unhealed one.
     parameters: Option<BTreeMap<String, Tensor>>,
+    /// Its weights that were zero at first and are trained.
+    regrown: usize,
     /// Validations since.
     since: usize,
 }
@@ -375,13 +380,15 @@ impl Best {
         &mut self,
         step: u64,
         loss: f64,
-        parameters: impl FnOnce() -> Result<BTreeMap<String, Tensor>>,
+        found: impl FnOnce() -> Result<(BTreeMap<String, Tensor>, usize)>,
     ) -> Result<()> {
         if loss < self.loss {
+            let (parameters, regrown) = found()?;
             *self = Self {
                 step,
                 loss,
-                parameters: Some(parameters()?),
+                parameters: Some(parameters),
+                regrown,
                 since: 0,
             };
         } else {

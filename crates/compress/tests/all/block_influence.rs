@@ -1,7 +1,7 @@
 //! Leaving out whole blocks by their influence.
 #![allow(clippy::unwrap_used)]
 
-use crate::common::{DECODER, ENCODER, GATED, altered, model, scores, windows};
+use crate::common::{DECODER, ENCODER, GATED, model, scores, silenced, windows};
 use lapidary_compress::{
     Budget, Calibration, CalibrationData, CalibrationOptions, Change, Compressed, Method, Settings,
     Task,
@@ -21,24 +21,6 @@ fn compress(model: &Model, data: &CalibrationData, keep: f64) -> Compressed {
     let text = serde_json::to_string(&plan).unwrap();
     assert_eq!(plan, serde_json::from_str(&text).unwrap());
     method.apply(&task, &plan).unwrap()
-}
-
-/// A block whose parts write nothing.
-fn silenced(model: &Model, block: usize) -> Model {
-    let mut model = altered(
-        model,
-        &format!("blocks.{block}.attention.output.weight"),
-        |w| w.zeros_like().unwrap(),
-    );
-    let names: Vec<String> = model.parameters().keys().cloned().collect();
-    for name in names {
-        let silent = name == format!("blocks.{block}.attention.output.bias")
-            || name.starts_with(&format!("blocks.{block}.feedforward.down"));
-        if silent {
-            model = altered(&model, &name, |w| w.zeros_like().unwrap());
-        }
-    }
-    model
 }
 
 #[test]

@@ -2,11 +2,11 @@
 #![allow(clippy::unwrap_used)]
 #![allow(clippy::result_large_err, reason = "errors are looked at by tests")]
 
-use crate::common::{DECODER, ENCODER, GATED, altered, close, model, scores, windows};
-use lapidary_compress::entropy::{EntropyChoice, EntropyProfile, Estimator};
-use lapidary_compress::{
-    Budget, CalibrationData, Change, Compressed, Method, Settings, Task, export_dense,
+use crate::common::{
+    DECODER, ENCODER, GATED, close, cut_by, model, scores, windows, with_blocks, zeroed,
 };
+use lapidary_compress::entropy::{EntropyChoice, EntropyProfile, Estimator};
+use lapidary_compress::{Change, Compressed, Method, Settings, export_dense};
 use lapidary_kernels::{Device, Tensor};
 use lapidary_model::{Input, Model, Pass};
 use lapidary_parts::attention::MixerSpec;
@@ -33,38 +33,6 @@ fn settings(estimator: Estimator, first: usize, last: usize) -> Settings {
     }
 }
 
-fn compress(
-    method: &str,
-    model: &Model,
-    data: &CalibrationData,
-    keep: f64,
-    settings: &Settings,
-) -> lapidary_compress::Result<Compressed> {
-    let method = Method::find(method)?;
-    let task = Task {
-        data: Some(data),
-        settings: Some(settings),
-        ..Task::new(model)
-    };
-    let plan = method.plan(&task, &Budget::Keep(keep))?;
-    method.apply(&task, &plan)
-}
-
-fn blocks(spec: &str, count: usize) -> String {
-    spec.replace("repeat = 2", &format!("repeat = {count}"))
-}
-
-fn zeroed(model: &Model, start: &str) -> Model {
-    let names: Vec<String> = model.parameters().keys().cloned().collect();
-    let copy = Model::new(model.spec().clone(), &mut model.parameters().clone()).unwrap();
-    names
-        .iter()
-        .filter(|name| name.starts_with(start))
-        .fold(copy, |model, name| {
-            altered(&model, name, |w| w.zeros_like().unwrap())
-        })
-}
-
 fn removed(compressed: &Compressed) -> Vec<&str> {
     let modules = compressed.report.modules.iter();
     modules
@@ -77,7 +45,7 @@ fn removed(compressed: &Compressed) -> Vec<&str> {
 fn what_writes_nothing_adds_no_entropy_and_goes_first() {
     let data = windows(12, 3);
     for spec in [DECODER, GATED] {
-        let whole = model(&blocks(spec, 4), 3);
+        let whole = model(&with_blocks(spec, 4), 3);
         let silent = zeroed(&whole, "blocks.1.attention.output");
         for estimator in ESTIMATORS {
             let settings = settings(estimator, 0, 0);
@@ -89,10 +57,10 @@ fn what_writes_nothing_adds_no_entropy_and_goes_first() {
             assert_eq!(profile.blocks[1], 0.0, "{estimator:?}");
         }
         // Entropy may fall elsewhere; the angle cannot.
-        let compressed = compress(
-            "attention-cosine",
+        let compressed = cut_by(
             &silent,
             &data,
+            "attention-cosine",
             0.75,
             &Settings::default(),
         )
@@ -106,9 +74,9 @@ fn without_attention_is_with_an_output_of_zero_and_caches_nothing() {
     let data = windows(12, 4);
     for method in ATTENTION {
         for spec in [DECODER, GATED] {
-            let model = model(&blocks(spec, 4), 5);
+            let model = model(&with_blocks(spec, 4), 5);
             let settings = settings(ESTIMATORS[0], 0, 0);
-            let compressed = compress(method, &model, &data, 0.5, &settings).unwrap();
+            let compressed = cut_by(&model, &data, method, 0.5, &settings).unwrap();
             let gone = removed(&compressed);
             assert_eq!(gone.len(), 2);
             let zero = gone.iter().fold(zeroed(&model, "nothing"), |model, path| {
@@ -156,14 +124,14 @@ fn without_attention_is_with_an_output_of_zero_and_caches_nothing() {
 #[test]
 fn excluded_blocks_stay_for_every_number_of_removals() {
     let data = windows(8, 6);
-    let model = model(&blocks(DECODER, 6), 6);
+    let model = model(&with_blocks(DECODER, 6), 6);
     for (method, prefix) in [("entropy-attention", ".attention"), ("entropy-blocks", "")] {
         for estimator in ESTIMATORS {
             let settings = settings(estimator, 2, 1);
             let mut before: Vec<String> = Vec::new();
             for count in 1..=3 {
                 let keep = 1.0 - count as f64 / 6.0;
-                let compressed = compress(method, &model, &data, keep, &settings).unwrap();
+                let compressed = cut_by(&model, &data, method, keep, &settings).unwrap();
                 let gone = removed(&compressed);
                 assert_eq!(gone.len(), count);
                 for block in [0, 1, 5] {
@@ -173,7 +141,7 @@ fn excluded_blocks_stay_for_every_number_of_removals() {
                 assert!(before.iter().all(|path| gone.contains(&path.as_str())));
                 before = gone.into_iter().map(str::to_owned).collect();
             }
-            let error = compress(method, &model, &data, 2.0 / 6.0, &settings).unwrap_err();
+            let error = cut_by(&model, &data, method, 2.0 / 6.0, &settings).unwrap_err();
             assert!(error.to_string().contains("at most 3"), "{error}");
         }
     }
@@ -194,7 +162,7 @@ fn the_first_stage_ends_where_entropy_is_least() {
 
 #[test]
 fn the_stage_restricts_the_choice() {
-    let (data, model) = (windows(8, 6), model(&blocks(DECODER, 6), 6));
+    let (data, model) = (windows(8, 6), model(&with_blocks(DECODER, 6), 6));
     let mut settings = settings(ESTIMATORS[0], 0, 0);
     settings.entropy.stages = true;
     let profile = EntropyProfile::measure(&model, &data, 8, &settings.entropy).unwrap();
@@ -202,7 +170,7 @@ fn the_stage_restricts_the_choice() {
     let candidates = 6 - stage;
     for count in 1..=5 {
         let keep = 1.0 - count as f64 / 6.0;
-        let result = compress("entropy-blocks", &model, &data, keep, &settings);
+        let result = cut_by(&model, &data, "entropy-blocks", keep, &settings);
         match count <= candidates {
             true => {
                 let compressed = result.unwrap();
@@ -218,7 +186,7 @@ fn the_stage_restricts_the_choice() {
 fn keeping_everything_keeps_the_model() {
     let (model, data) = (model(DECODER, 2), windows(6, 4));
     for method in ["entropy-attention", "entropy-blocks", "attention-cosine"] {
-        let compressed = compress(method, &model, &data, 1.0, &Settings::default()).unwrap();
+        let compressed = cut_by(&model, &data, method, 1.0, &Settings::default()).unwrap();
         assert_eq!(scores(&model, &data), scores(&compressed.model, &data));
     }
 }
@@ -240,11 +208,11 @@ fn models_without_such_attention_are_refused() {
     }
     // What is left out already is no candidate.
     let (model, data) = (model(DECODER, 2), windows(8, 4));
-    let once = compress("attention-cosine", &model, &data, 0.5, &Settings::default()).unwrap();
-    let twice = compress(
-        "attention-cosine",
+    let once = cut_by(&model, &data, "attention-cosine", 0.5, &Settings::default()).unwrap();
+    let twice = cut_by(
         &once.model,
         &data,
+        "attention-cosine",
         0.5,
         &Settings::default(),
     );

@@ -4,7 +4,8 @@
 use std::path::Path;
 
 use crate::common::{
-    DECODER, ENCODER, GATED, altered, close, distance, model, scores, values, windows,
+    DECODER, ENCODER, GATED, close, distance, model, scores, silenced, task, values, windows,
+    with_blocks,
 };
 use lapidary_compress::{
     Budget, CalibrationData, Change, Compressed, Content, Error, Example, FuseLoss, FuseSettings,
@@ -32,14 +33,6 @@ fn quick() -> FuseSettings {
     }
 }
 
-fn task<'a>(model: &'a Model, data: &'a CalibrationData, settings: &'a Settings) -> Task<'a> {
-    Task {
-        data: Some(data),
-        settings: Some(settings),
-        ..Task::new(model)
-    }
-}
-
 fn compress(
     method: &str,
     model: &Model,
@@ -52,22 +45,6 @@ fn compress(
     let task = task(model, data, &settings);
     let plan = method.plan(&task, &Budget::Keep(keep))?;
     Ok((method.apply(&task, &plan)?, plan))
-}
-
-fn blocks(spec: &str, count: usize) -> String {
-    spec.replace("repeat = 2", &format!("repeat = {count}"))
-}
-
-/// A block whose parts write nothing.
-fn silenced(model: &Model, block: usize) -> Model {
-    let names: Vec<String> = model.parameters().keys().cloned().collect();
-    let silent = |name: &&String| {
-        name.starts_with(&format!("blocks.{block}.attention.output"))
-            || name.starts_with(&format!("blocks.{block}.feedforward.down"))
-    };
-    let zero = |model: Model, name: &String| altered(&model, name, |w| w.zeros_like().unwrap());
-    let start = Model::new(model.spec().clone(), &mut model.parameters().clone()).unwrap();
-    names.iter().filter(silent).fold(start, zero)
 }
 
 fn removed(plan: &Plan) -> Vec<&str> {
@@ -110,7 +87,7 @@ fn a_block_that_does_nothing_has_no_influence_and_goes_first() {
     let data = windows(12, 4);
     for spec in [DECODER, GATED] {
         for block in [0, 2, 3] {
-            let model = silenced(&model(&blocks(spec, 4), 2), block);
+            let model = silenced(&model(&with_blocks(spec, 4), 2), block);
             let found = macro_influences(&model, &data, 5).unwrap();
             assert_eq!(found[block], 0.0, "{found:?}");
             let others = (0..4).filter(|other| *other != block);
@@ -134,7 +111,11 @@ fn a_block_that_does_nothing_has_no_influence_and_goes_first() {
 #[test]
 fn influence_is_what_two_whole_models_give() {
     let data = windows(7, 5);
-    for spec in [blocks(DECODER, 3), blocks(GATED, 3), blocks(ENCODER, 3)] {
+    for spec in [
+        with_blocks(DECODER, 3),
+        with_blocks(GATED, 3),
+        with_blocks(ENCODER, 3),
+    ] {
         let whole = model(&spec, 6);
         let found = macro_influences(&whole, &data, 3).unwrap();
         let last = |model: &Model| -> Vec<Vec<f64>> {
@@ -165,7 +146,7 @@ fn influence_is_measured_anew_after_each_removal() {
     let data = windows(12, 8);
     let mut differs = 0;
     for seed in 0..8 {
-        let model = model(&blocks(DECODER, 8), seed);
+        let model = model(&with_blocks(DECODER, 8), seed);
         let (_, plan) = compress("macro-influence", &model, &data, 0.5, quick()).unwrap();
         let mut greedy: Vec<usize> = (0..8).collect();
         let mut gone = Vec::new();
@@ -202,7 +183,7 @@ fn influence_is_measured_anew_after_each_removal() {
 fn without_tuning_it_is_deletion() {
     let data = windows(10, 3);
     for spec in [DECODER, GATED, ENCODER] {
-        let model = model(&blocks(spec, 5), 3);
+        let model = model(&with_blocks(spec, 5), 3);
         let (deleted, _) = compress("macro-influence", &model, &data, 0.6, quick()).unwrap();
         for gate in [Gate::LowRank, Gate::Row, Gate::Full] {
             for method in ["fusegpt", "fuse-lora"] {
@@ -231,7 +212,7 @@ fn without_tuning_it_is_deletion() {
 fn tuning_brings_groups_nearer_to_what_they_gave() {
     let data = windows(16, 11);
     for spec in [DECODER, GATED, ENCODER] {
-        let model = model(&blocks(spec, 4), 7);
+        let model = model(&with_blocks(spec, 4), 7);
         for gate in [Gate::LowRank, Gate::Row, Gate::Full] {
             let fuse = |epochs| FuseSettings {
                 epochs,
@@ -254,7 +235,7 @@ fn tuning_brings_groups_nearer_to_what_they_gave() {
 #[test]
 fn tuning_by_the_divergence_lowers_it() {
     let data = windows(16, 12);
-    let model = model(&blocks(DECODER, 4), 9);
+    let model = model(&with_blocks(DECODER, 4), 9);
     let divergence = |other: &Model| -> f64 {
         // All four blocks are one group, so that the last hidden vectors are its output.
         let p = written(&model, &data, "blocks.3.out");
@@ -286,7 +267,7 @@ fn tuning_by_the_divergence_lowers_it() {
 fn folded_matrices_give_what_the_fused_ones_gave() {
     let data = windows(10, 20);
     for spec in [DECODER, GATED, ENCODER] {
-        let model = model(&blocks(spec, 4), 16);
+        let model = model(&with_blocks(spec, 4), 16);
         for gate in [Gate::LowRank, Gate::Row, Gate::Full] {
             let fuse = FuseSettings { gate, ..quick() };
             let (fused, _) = compress("fusegpt", &model, &data, 0.75, fuse).unwrap();
@@ -316,7 +297,7 @@ fn folded_matrices_give_what_the_fused_ones_gave() {
 #[test]
 fn gates_alone_recycle_and_the_control_has_none() {
     let data = windows(10, 13);
-    let model = model(&blocks(DECODER, 4), 10);
+    let model = model(&with_blocks(DECODER, 4), 10);
     let fuse = FuseSettings {
         rate: 0.0,
         ..quick()
@@ -332,7 +313,7 @@ fn gates_alone_recycle_and_the_control_has_none() {
 #[test]
 fn the_same_seed_gives_the_same_model() {
     let data = windows(8, 14);
-    let model = model(&blocks(GATED, 4), 11);
+    let model = model(&with_blocks(GATED, 4), 11);
     let run = |seed| {
         let method = Method::find("fusegpt").unwrap();
         let settings = Settings {
@@ -351,7 +332,7 @@ fn the_same_seed_gives_the_same_model() {
 #[test]
 fn plans_are_obeyed() {
     let data = windows(8, 15);
-    let model = model(&blocks(DECODER, 6), 12);
+    let model = model(&with_blocks(DECODER, 6), 12);
     let fuse = FuseSettings {
         group: 3,
         ..quick()
@@ -416,7 +397,7 @@ fn plans_are_obeyed() {
 fn what_is_left_decodes_as_it_reads() {
     let data = windows(8, 16);
     for spec in [DECODER, GATED] {
-        let model = model(&blocks(spec, 4), 13);
+        let model = model(&with_blocks(spec, 4), 13);
         let (fused, _) = compress("fusegpt", &model, &data, 0.5, quick()).unwrap();
         let fused = fused.model;
         let mut numbers: Vec<usize> = fused

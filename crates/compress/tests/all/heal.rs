@@ -2,51 +2,15 @@
 #![allow(clippy::panic, clippy::result_large_err, clippy::unwrap_used)]
 
 use crate::common;
-use crate::common::{DECODER, ENCODER, GATED, close, labelled, model, scores, values};
+use crate::common::{DECODER, ENCODER, GATED, close, cut, labelled, model, scores, text, values};
 use lapidary_compress::quality::block_errors;
 use lapidary_compress::{
-    Budget, Calibration, CalibrationData, CalibrationOptions, Compressed, Fingerprint, HealData,
-    HealReport, HealSettings, Method, PruneAndHeal, Settings, Task, cubic_sparsity, heal,
-    prune_and_heal,
+    Compressed, Fingerprint, HealData, HealReport, HealSettings, Method, PruneAndHeal, Settings,
+    cubic_sparsity, heal, prune_and_heal,
 };
 use lapidary_kernels::{DType, Device};
 use lapidary_model::Model;
 use proptest::prelude::*;
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
-
-/// Windows in which each token is followed by the one three further on, now and then by another.
-fn text(count: usize, seed: u64) -> CalibrationData {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    CalibrationData::windows((0..count).map(|_| {
-        let mut token = random.random_range(0..20u32);
-        (0..10)
-            .map(|_| {
-                token = match random.random_bool(0.9) {
-                    true => (token + 3) % 20,
-                    false => random.random_range(0..20),
-                };
-                token
-            })
-            .collect()
-    }))
-    .unwrap()
-}
-
-fn cut(model: &Model, data: &CalibrationData, method: &str, keep: f64) -> Compressed {
-    let (method, settings) = (Method::find(method).unwrap(), Settings::default());
-    let requirements = method.requirements(model, &settings).unwrap();
-    let options = CalibrationOptions::default();
-    let calibration = Calibration::collect(model, data, &requirements, options).unwrap();
-    let task = Task {
-        calibration: Some(&calibration),
-        data: Some(data),
-        settings: Some(&settings),
-        ..Task::new(model)
-    };
-    let plan = method.plan(&task, &Budget::Keep(keep)).unwrap();
-    method.apply(&task, &plan).unwrap()
-}
 
 fn steps(steps: u64) -> HealSettings {
     HealSettings {

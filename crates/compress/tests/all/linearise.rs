@@ -2,22 +2,11 @@
 #![allow(clippy::unwrap_used)]
 
 use crate::common;
-use crate::common::{DECODER, ENCODER, GATED, close, distance, labelled, model, scores, windows};
-use lapidary_compress::{
-    Budget, CalibrationData, Change, Compressed, Method, Settings, Task, linearity_scores,
+use crate::common::{
+    DECODER, ENCODER, GATED, close, cut, distance, labelled, model, scores, windows,
 };
-use lapidary_model::Model;
+use lapidary_compress::{Change, Compressed, Method, Settings, linearity_scores};
 use lapidary_parts::attention::MixerSpec;
-
-fn compress(method: &str, model: &Model, data: &CalibrationData, keep: f64) -> Compressed {
-    let method = Method::find(method).unwrap();
-    let task = Task {
-        data: Some(data),
-        ..Task::new(model)
-    };
-    let plan = method.plan(&task, &Budget::Keep(keep)).unwrap();
-    method.apply(&task, &plan).unwrap()
-}
 
 /// Three blocks, of which the middle one is linear.
 fn with_a_linear_block(spec: &str) -> String {
@@ -37,7 +26,7 @@ fn a_linear_block_has_score_one_and_is_replaced_without_loss() {
         assert!((found[1] - 1.0).abs() < 1e-8, "{found:?}");
         assert!(found[0] < 0.999 && found[2] < 0.999, "{found:?}");
         // Replaced, it is what it was, on other text too.
-        let compressed = compress("linearise", &model, &data, 0.67);
+        let compressed = cut(&model, &data, "linearise", 0.67);
         assert_eq!(
             compressed.report.modules[1].change,
             Change::Linearise { blocks: 1 }
@@ -50,7 +39,7 @@ fn a_linear_block_has_score_one_and_is_replaced_without_loss() {
             1e-7,
         );
         // Left out, it is missed.
-        let deleted = compress("delete-linear", &model, &data, 0.67);
+        let deleted = cut(&model, &data, "delete-linear", 0.67);
         assert_eq!(deleted.model.spec().expanded_blocks().len(), 2);
         let missed = distance(&scores(&deleted.model, &other), &scores(&model, &other));
         assert!(missed > 1e-2, "{missed}");
@@ -61,7 +50,7 @@ fn a_linear_block_has_score_one_and_is_replaced_without_loss() {
 fn a_replaced_block_is_a_map_of_its_own_size() {
     for (spec, data) in [(DECODER, windows(60, 5)), (ENCODER, labelled(60, 3, 5))] {
         let model = model(spec, 4);
-        let compressed = compress("linearise", &model, &data, 0.5);
+        let compressed = cut(&model, &data, "linearise", 0.5);
         let modules = &compressed.report.modules;
         let changed = |change: &Change| *change == Change::Linearise { blocks: 1 };
         let module = modules
@@ -90,8 +79,8 @@ fn the_map_beats_leaving_the_block_out() {
     let data = windows(60, 5);
     let model = model(DECODER, 9);
     let (mapped, deleted) = (
-        compress("linearise", &model, &data, 0.5),
-        compress("delete-linear", &model, &data, 0.5),
+        cut(&model, &data, "linearise", 0.5),
+        cut(&model, &data, "delete-linear", 0.5),
     );
     let error = |compressed: &Compressed| {
         distance(&scores(&compressed.model, &data), &scores(&model, &data))
@@ -103,7 +92,7 @@ fn the_map_beats_leaving_the_block_out() {
 fn keeping_everything_keeps_the_model_and_few_tokens_are_refused() {
     let (model, data) = (model(DECODER, 2), windows(6, 4));
     for method in ["linearise", "delete-linear"] {
-        let compressed = compress(method, &model, &data, 1.0);
+        let compressed = cut(&model, &data, method, 1.0);
         assert_eq!(scores(&model, &data), scores(&compressed.model, &data));
     }
     let error = linearity_scores(&model, &windows(1, 4), 8).unwrap_err();

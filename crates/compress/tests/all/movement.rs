@@ -1,18 +1,13 @@
 //! Pruning by what training moves, zeros that change places, and the work that zeros save.
 #![allow(clippy::panic, clippy::result_large_err, clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
-
-use crate::common::{DECODER, all, model, values, windows};
+use crate::common::{DECODER, all, cut_by, model, text, values, weights, windows, zeros};
 use lapidary_compress::quality::{Window, block_errors, perplexity};
 use lapidary_compress::{
-    Budget, CalibrationData, Compressed, Fingerprint, HealData, HealSettings, Method,
-    MovementSettings, Pattern, PruneAndHeal, PruneSettings, Scope, Selection, Settings, Size, Task,
-    Work, heal, prune_and_heal,
+    Fingerprint, HealData, HealSettings, Method, MovementSettings, Pattern, PruneAndHeal,
+    PruneSettings, Scope, Selection, Settings, Size, Work, heal, prune_and_heal,
 };
 use lapidary_model::Model;
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 
 fn told(movement: MovementSettings, scope: Option<Scope>) -> Settings {
     Settings {
@@ -34,39 +29,6 @@ fn few_steps() -> MovementSettings {
     }
 }
 
-fn cut(
-    model: &Model,
-    data: &CalibrationData,
-    method: &str,
-    keep: f64,
-    settings: &Settings,
-) -> lapidary_compress::Result<Compressed> {
-    let method = Method::find(method)?;
-    let task = Task {
-        data: Some(data),
-        settings: Some(settings),
-        ..Task::new(model)
-    };
-    let plan = method.plan(&task, &Budget::Keep(keep))?;
-    method.apply(&task, &plan)
-}
-
-/// The weights of every linear layer of the blocks, by path.
-fn weights(model: &Model) -> BTreeMap<String, Vec<f64>> {
-    let linears = model.linears().iter();
-    let linears = linears.filter(|linear| linear.path.starts_with("blocks."));
-    linears
-        .map(|linear| {
-            let weight = &model.parameters()[&format!("{}.weight", linear.path)];
-            (linear.path.clone(), values(weight))
-        })
-        .collect()
-}
-
-fn zeros(values: &[f64]) -> usize {
-    values.iter().filter(|value| **value == 0.0).count()
-}
-
 fn all_zeros(model: &Model) -> usize {
     weights(model).values().map(|list| zeros(list)).sum()
 }
@@ -74,24 +36,6 @@ fn all_zeros(model: &Model) -> usize {
 fn masks(model: &Model) -> Vec<bool> {
     let all = weights(model).into_values().flatten();
     all.map(|weight| weight == 0.0).collect()
-}
-
-/// Windows of one length in which each token is followed by the one three further on, mostly.
-fn text(count: usize, seed: u64) -> CalibrationData {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    CalibrationData::windows((0..count).map(|_| {
-        let mut token = random.random_range(0..20u32);
-        (0..10)
-            .map(|_| {
-                token = match random.random_bool(0.9) {
-                    true => (token + 3) % 20,
-                    false => random.random_range(0..20),
-                };
-                token
-            })
-            .collect()
-    }))
-    .unwrap()
 }
 
 #[test]
@@ -107,7 +51,7 @@ fn movement_reaches_its_share_trains_the_rest_and_repeats_itself() {
             (Some(Scope::Row), 0.5 * rows as f64),
         ] {
             let settings = told(few_steps(), scope);
-            let found = cut(&model, &data, "movement", 0.4, &settings).unwrap();
+            let found = cut_by(&model, &data, "movement", 0.4, &settings).unwrap();
             let apart = (all_zeros(&found.model) as f64 - 0.6 * total as f64).abs();
             assert!(apart <= allowed + 1e-9, "{kind} {scope:?}: {apart}");
             for (path, after) in weights(&found.model) {
@@ -118,13 +62,13 @@ fn movement_reaches_its_share_trains_the_rest_and_repeats_itself() {
                 // What was masked from the first mask to the last but one is as it was.
                 assert!(2 * moved.count() > left, "{kind} {scope:?} {path}");
             }
-            let again = cut(&model, &data, "movement", 0.4, &settings).unwrap();
+            let again = cut_by(&model, &data, "movement", 0.4, &settings).unwrap();
             assert_eq!(
                 Fingerprint::of(&found.model).unwrap(),
                 Fingerprint::of(&again.model).unwrap()
             );
         }
-        let whole = cut(&model, &data, "movement", 1.0, &Settings::default()).unwrap();
+        let whole = cut_by(&model, &data, "movement", 1.0, &Settings::default()).unwrap();
         assert_eq!(
             Fingerprint::of(&whole.model).unwrap(),
             Fingerprint::of(&model).unwrap()
@@ -135,10 +79,10 @@ fn movement_reaches_its_share_trains_the_rest_and_repeats_itself() {
 #[test]
 fn what_was_zero_stays_zero_when_movement_goes_on() {
     let (original, data) = (model(DECODER, 2), windows(10, 2));
-    let half = cut(&original, &data, "magnitude", 0.5, &Settings::default()).unwrap();
+    let half = cut_by(&original, &data, "magnitude", 0.5, &Settings::default()).unwrap();
     let settings = told(few_steps(), None);
     for keep in [0.2, 0.7] {
-        let found = cut(&half.model, &data, "movement", keep, &settings).unwrap();
+        let found = cut_by(&half.model, &data, "movement", keep, &settings).unwrap();
         let pairs = masks(&half.model).into_iter().zip(masks(&found.model));
         assert!(pairs.into_iter().all(|(before, after)| !before || after));
         let total = masks(&found.model).len() as f64;
@@ -163,7 +107,7 @@ fn the_score_is_what_the_loss_loses_towards_zero() {
         None,
     );
     settings.selection = Selection::layers([path]);
-    let found = cut(&original, &data, "movement", 0.5, &settings).unwrap();
+    let found = cut_by(&original, &data, "movement", 0.5, &settings).unwrap();
     let scored: Vec<Window> = data
         .examples()
         .iter()
@@ -207,12 +151,12 @@ fn movement_keeps_patterns_and_refuses_what_means_nothing() {
     let (original, data) = (model(DECODER, 2), windows(10, 2));
     let mut settings = told(few_steps(), None);
     settings.pruning.pattern = Pattern::NOfM { n: 2, m: 4 };
-    let found = cut(&original, &data, "movement", 0.5, &settings).unwrap();
+    let found = cut_by(&original, &data, "movement", 0.5, &settings).unwrap();
     for (path, weights) in weights(&found.model) {
         let fours = weights.chunks(4);
         assert!(fours.into_iter().all(|four| zeros(four) == 2), "{path}");
     }
-    let error = cut(&original, &data, "movement", 0.4, &settings).err();
+    let error = cut_by(&original, &data, "movement", 0.4, &settings).err();
     assert!(error.unwrap().to_string().contains("2 of 4"));
     for (movement, words) in [
         (
@@ -244,7 +188,7 @@ fn movement_keeps_patterns_and_refuses_what_means_nothing() {
             "rate of movement",
         ),
     ] {
-        let error = cut(&original, &data, "movement", 0.5, &told(movement, None)).err();
+        let error = cut_by(&original, &data, "movement", 0.5, &told(movement, None)).err();
         let error = error.unwrap().to_string();
         assert!(error.contains(words), "{error}");
     }
@@ -263,7 +207,7 @@ fn healing() -> HealSettings {
 #[test]
 fn zeros_change_places_and_stay_as_many() {
     let (original, training, validation) = (model(DECODER, 3), text(40, 1), text(10, 2));
-    let pruned = cut(&original, &training, "magnitude", 0.4, &Settings::default()).unwrap();
+    let pruned = cut_by(&original, &training, "magnitude", 0.4, &Settings::default()).unwrap();
     let data = HealData {
         training: &training,
         validation: &validation,
@@ -295,6 +239,31 @@ fn zeros_change_places_and_stay_as_many() {
         Fingerprint::of(&turned).unwrap(),
         Fingerprint::of(&again).unwrap()
     );
+}
+
+/// What is reported is of the model that comes out, not of the one that training ended with.
+#[test]
+fn nothing_regrew_where_the_unhealed_model_was_best() {
+    let (original, training) = (model(DECODER, 3), text(20, 1));
+    let pruned = cut_by(&original, &training, "magnitude", 0.4, &Settings::default()).unwrap();
+    let data = HealData {
+        training: &training,
+        validation: &training,
+        teacher: None,
+    };
+    // Steps many times as large as weights are, behind which nothing is left of what was learned.
+    let settings = HealSettings {
+        steps: 8,
+        rate: 10.0,
+        weight_decay: 0.0,
+        every: 8,
+        regrow: 0.5,
+        regrow_every: 2,
+        ..healing()
+    };
+    let (found, report) = heal(&pruned.model, &data, &settings, |_, _| ()).unwrap();
+    assert_eq!((report.best, report.regrown), (0, 0), "{report:?}");
+    assert_eq!(masks(&found), masks(&pruned.model));
 }
 
 #[test]
@@ -347,7 +316,7 @@ fn zeros_that_may_not_move_are_not_asked_to() {
 #[test]
 fn streams_are_learned_by_their_squared_relative_errors() {
     let (original, training, validation) = (model(DECODER, 3), text(40, 1), text(10, 2));
-    let pruned = cut(&original, &training, "magnitude", 0.5, &Settings::default()).unwrap();
+    let pruned = cut_by(&original, &training, "magnitude", 0.5, &Settings::default()).unwrap();
     let data = HealData {
         training: &training,
         validation: &validation,
@@ -383,7 +352,7 @@ fn a_zero_saves_a_multiply_add_for_each_row_and_heads_save_theirs() {
     assert!(whole.operations > dense, "{whole:?} {dense}");
     let mut last = whole;
     for keep in [0.7, 0.4, 0.1] {
-        let pruned = cut(&original, &data, "magnitude", keep, &Settings::default()).unwrap();
+        let pruned = cut_by(&original, &data, "magnitude", keep, &Settings::default()).unwrap();
         let found = Work::of(&pruned.model, length).unwrap();
         let saved = 2 * (all_zeros(&pruned.model) * length) as u64;
         assert_eq!(found.operations, whole.operations - saved);
@@ -391,7 +360,7 @@ fn a_zero_saves_a_multiply_add_for_each_row_and_heads_save_theirs() {
         last = found;
     }
     assert!(last.bytes < whole.bytes);
-    let channels = cut(
+    let channels = cut_by(
         &original,
         &data,
         "channel-magnitude",

@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 use crate::common::{
-    DECODER, ENCODER, GATED, altered, close, distance, model, scores, values, windows,
+    DECODER, ENCODER, GATED, altered, close, distance, model, scores, silenced, task, values,
+    windows,
 };
 use lapidary_compress::{
     Budget, CalibrationData, Change, Compressed, CosineDescent, Method, ReplaceMe, Settings, Task,
@@ -10,14 +11,6 @@ use lapidary_compress::{
 };
 use lapidary_kernels::Tensor;
 use lapidary_model::Model;
-
-fn task<'a>(model: &'a Model, data: &'a CalibrationData, settings: &'a Settings) -> Task<'a> {
-    Task {
-        data: Some(data),
-        settings: Some(settings),
-        ..Task::new(model)
-    }
-}
 
 fn compress(
     method: &str,
@@ -34,18 +27,6 @@ fn compress(
 
 fn blocks(count: usize) -> String {
     DECODER.replace("repeat = 2", &format!("repeat = {count}"))
-}
-
-/// A block whose parts write nothing.
-fn silenced(model: &Model, block: usize) -> Model {
-    let names: Vec<String> = model.parameters().keys().cloned().collect();
-    let silent = |name: &&String| {
-        name.starts_with(&format!("blocks.{block}.attention.output"))
-            || name.starts_with(&format!("blocks.{block}.feedforward.down"))
-    };
-    let zero = |model: Model, name: &String| altered(&model, name, |w| w.zeros_like().unwrap());
-    let start = Model::new(model.spec().clone(), &mut model.parameters().clone()).unwrap();
-    names.iter().filter(silent).fold(start, zero)
 }
 
 fn gone(compressed: &Compressed) -> Vec<usize> {

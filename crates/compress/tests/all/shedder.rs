@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::common::{DECODER, ENCODER, altered, close, model, scores, values, windows};
+use crate::common::{DECODER, ENCODER, altered, close, model, scores, values, windows, zeroed};
 use lapidary_compress::quality::{perplexity, sliding_windows};
 use lapidary_compress::{
     Budget, CalibrationData, Change, Compressed, Content, Method, Search, Settings, Shed, Task,
@@ -78,17 +78,6 @@ fn without(model: &Model, paths: &[&str]) -> Compressed {
         plan.modules.push(module);
     }
     method.apply(&task, &plan).unwrap()
-}
-
-fn zeroed(model: &Model, start: &str) -> Model {
-    let names: Vec<String> = model.parameters().keys().cloned().collect();
-    let copy = Model::new(model.spec().clone(), &mut model.parameters().clone()).unwrap();
-    names
-        .iter()
-        .filter(|name| name.starts_with(start))
-        .fold(copy, |model, name| {
-            altered(&model, name, |w| w.zeros_like().unwrap())
-        })
 }
 
 /// Scores of each token when it is decoded by itself.

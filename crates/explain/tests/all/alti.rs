@@ -1,7 +1,7 @@
 //! The exact properties of ALTI, ALTI-Logit, GlobEnc and the small baselines.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
-use crate::common::{DECODER, ENCODER, GATED, model, tokens};
+use crate::common::{DECODER, ENCODER, GATED, close, model, tokens};
 use lapidary_explain::mixing::{Contributions, rollout};
 use lapidary_explain::{Explanation, Options, Question, Target, explainer, logit_updates, mixings};
 use lapidary_kernels::{DType, Device, Tensor};
@@ -21,14 +21,6 @@ fn explain(method: &str, model: &Model, target: Target, options: &Options) -> Ex
     let question = Question::new(model, &input);
     let method = explainer(method).unwrap();
     method.explain(&question, target, options).unwrap()
-}
-
-fn close(a: &[f64], b: &[f64], tolerance: f64) {
-    assert_eq!(a.len(), b.len());
-    let scale = a.iter().chain(b).fold(1e-30, |m: f64, v| m.max(v.abs()));
-    for (x, y) in a.iter().zip(b) {
-        assert!((x - y).abs() <= tolerance * scale, "{a:?}\n{b:?}");
-    }
 }
 
 fn at(class: usize, foil: Option<usize>, position: Option<usize>) -> Target {

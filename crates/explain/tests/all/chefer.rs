@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use crate::common;
-use crate::common::{DECODER, ENCODER, GATED, model, tokens};
+use crate::common::{DECODER, ENCODER, GATED, assert_near, model, tokens};
 use lapidary_explain::{
     Evidence, Options, Question, Relevancy, Target, attention_rollout, chefer, explainer, full_lrp,
     full_lrp_pixels, patch_heat, relevancy_of_batch,
@@ -38,17 +38,6 @@ fn images(count: usize) -> Input {
     Input::Pixels(Tensor::from_vec(values, (count, 2, 8, 8), &Device::Cpu).unwrap())
 }
 
-fn assert_near(found: &[f64], expected: &[f64], what: &str) {
-    assert_eq!(found.len(), expected.len(), "{what}");
-    let largest = expected.iter().fold(1e-12, |m: f64, v| m.max(v.abs()));
-    for (found, expected) in found.iter().zip(expected) {
-        assert!(
-            (found - expected).abs() / largest < 1e-9,
-            "{what}: {found} {expected}"
-        );
-    }
-}
-
 #[test]
 fn a_batch_gives_what_its_samples_give_alone() {
     let model = model(VISION, 31);
@@ -72,11 +61,11 @@ fn a_batch_gives_what_its_samples_give_alone() {
             let one = Input::Pixels(pixels.narrow(0, index, 1).unwrap());
             let question = Question::new(&model, &one);
             let alone = relevancy_of_batch(&question, &[*target], method).unwrap();
-            assert_near(&together.scores, &alone[0].scores, "batch");
+            assert_near(&together.scores, &alone[0].scores, 1e-9, "batch");
             assert_eq!(together.scores.len(), PATCHES + 1);
             if evidence == Evidence::RelevanceTimesGradient {
                 let found = chefer(&model, &one, None, *target, 1).unwrap();
-                assert_near(&found.scores, &alone[0].scores, "one function");
+                assert_near(&found.scores, &alone[0].scores, 1e-9, "one function");
             }
         }
         assert!(relevancy_of_batch(&question, &targets[..2], method).is_err());

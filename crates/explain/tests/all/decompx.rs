@@ -1,7 +1,7 @@
 //! The exact properties of DecompX and of direct logit attribution.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
-use crate::common::{DECODER, ENCODER, GATED, model, tokens};
+use crate::common::{DECODER, ENCODER, GATED, close, model, tokens};
 use lapidary_explain::{
     Target, decompx, direct_logit_attribution, gradient_times_input, relevance,
 };
@@ -12,14 +12,6 @@ use lapidary_signal::relevance::RelevanceRules;
 use lapidary_signal::streams::{BiasSite, BiasSplit, Partition, Slope, StreamRules};
 
 const IDS: [u32; 7] = [3, 11, 5, 0, 19, 7, 3];
-
-fn close(a: &[f64], b: &[f64], tolerance: f64) {
-    assert_eq!(a.len(), b.len());
-    let scale = a.iter().chain(b).fold(1e-30, |m: f64, v| m.max(v.abs()));
-    for (x, y) in a.iter().zip(b) {
-        assert!((x - y).abs() <= tolerance * scale, "{a:?}\n{b:?}");
-    }
-}
 
 #[test]
 fn streams_sum_to_the_value_at_every_site_and_to_the_logit() {

@@ -2,20 +2,16 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use crate::common;
-use crate::common::{DECODER, ENCODER, model};
+use crate::common::{DECODER, ENCODER, generator, model};
 use lapidary_explain::analyses::energy::{
     Patterns, descent, log_gamma, log_lower_gamma, log_partition, log_sphere_area, loss,
     loss_bound, memorised, nearest, radii, report, unit_ball_radius,
 };
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Input, Pass};
-use rand::{RngExt, SeedableRng};
+use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
-
-fn generator(seed: u64) -> ChaCha8Rng {
-    ChaCha8Rng::seed_from_u64(seed)
-}
 
 fn point(dimension: usize, scale: f64, rng: &mut ChaCha8Rng) -> Vec<f64> {
     (0..dimension)

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use crate::common;
-use crate::common::{DECODER, ENCODER, GATED, model};
+use crate::common::{DECODER, ENCODER, GATED, generator, model};
 use lapidary_explain::analyses::geometry::{
     Bounds, Control, Decomposition, Diagnostics, Layer, Reading, Sites, Subject, Sums, Survey,
     layers, randomised, report, score_blocks, topics,
@@ -11,14 +11,10 @@ use lapidary_factor::{Matrix, matrix_from_tensor, qr, thin_svd};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Input, Model, Pass};
 use lapidary_signal::Trace;
-use rand::{RngExt, SeedableRng};
+use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
 const TAU: f64 = std::f64::consts::TAU;
-
-fn generator(seed: u64) -> ChaCha8Rng {
-    ChaCha8Rng::seed_from_u64(seed)
-}
 
 /// Numbers of mean zero and variance one.
 fn noise(count: usize, generator: &mut ChaCha8Rng) -> Vec<f64> {

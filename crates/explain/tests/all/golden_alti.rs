@@ -2,12 +2,12 @@
 //! `tests/oracles/alti.py`.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+use crate::common::fixtures;
 use lapidary_explain::{Options, Question, Target, explainer, logit_updates};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Input, Model, ModelSpec};
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 #[derive(Deserialize)]
 struct Fixture {
@@ -38,17 +38,13 @@ struct Encoder {
     globenc: Vec<f64>,
 }
 
-fn directory() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
-}
-
 fn fixture() -> Fixture {
-    let json = std::fs::read(directory().join("alti.json")).unwrap();
+    let json = std::fs::read(fixtures().join("alti.json")).unwrap();
     serde_json::from_slice(&json).unwrap()
 }
 
 fn model(name: &str, spec: &ModelSpec, dtype: DType) -> Model {
-    let bytes = std::fs::read(directory().join(format!("{name}.safetensors"))).unwrap();
+    let bytes = std::fs::read(fixtures().join(format!("{name}.safetensors"))).unwrap();
     let stored = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let mut parameters: BTreeMap<String, Tensor> = stored
         .tensors()

@@ -1,7 +1,7 @@
 //! Relevance in both forms, where it leaks, and inside the model.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
-use crate::common::{DECODER, ENCODER, GATED, model, tokens};
+use crate::common::{DECODER, ENCODER, GATED, assert_near, model, tokens};
 use lapidary_explain::{Explanation, Question, Target, full_lrp, latent_relevance, relevance};
 use lapidary_model::{Model, ModelSpec};
 use lapidary_signal::relevance::{ProductRule, RelevanceRules};
@@ -29,15 +29,6 @@ fn exact(rules: RelevanceRules) -> RelevanceRules {
 
 fn explain(model: &Model, target: Target, rules: RelevanceRules) -> Explanation {
     relevance(model, &tokens(&IDS), None, target, rules).unwrap()
-}
-
-fn assert_near(found: &[f64], expected: &[f64], tolerance: f64, what: &str) {
-    assert_eq!(found.len(), expected.len(), "{what}");
-    let largest = expected.iter().fold(1e-12, |m: f64, v| m.max(v.abs()));
-    for (found, expected) in found.iter().zip(expected) {
-        let error = (found - expected).abs() / largest;
-        assert!(error < tolerance, "{what}: {found} {expected}");
-    }
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! Relevance against an independent PyTorch implementation, `tests/oracles/relevance.py`.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+use crate::common::{assert_near, fixtures};
 use lapidary_explain::{Options, Question, Target, explainer};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Input, InputSpec, Model, ModelSpec, Pass};
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 #[derive(Deserialize)]
 struct Fixture {
@@ -29,13 +29,9 @@ struct Explained {
     scores: BTreeMap<String, Vec<f64>>,
 }
 
-fn directory() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
-}
-
 /// The parameters of every model, by `model/name`.
 fn parameters() -> BTreeMap<String, Tensor> {
-    let bytes = std::fs::read(directory().join("relevance.safetensors")).unwrap();
+    let bytes = std::fs::read(fixtures().join("relevance.safetensors")).unwrap();
     let stored = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let one = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
         let values: Vec<f64> = view
@@ -63,18 +59,9 @@ fn input(case: &Case) -> Input {
     }
 }
 
-fn assert_near(found: &[f64], expected: &[f64], tolerance: f64, what: &str) {
-    assert_eq!(found.len(), expected.len(), "{what}");
-    let largest = expected.iter().fold(1e-12, |m: f64, v| m.max(v.abs()));
-    for (found, expected) in found.iter().zip(expected) {
-        let error = (found - expected).abs() / largest;
-        assert!(error < tolerance, "{what}: {error}: {found} {expected}");
-    }
-}
-
 #[test]
 fn every_method_on_every_family_is_as_printed() {
-    let json = std::fs::read(directory().join("relevance.json")).unwrap();
+    let json = std::fs::read(fixtures().join("relevance.json")).unwrap();
     let fixture: Fixture = serde_json::from_slice(&json).unwrap();
     let all = parameters();
     assert_eq!(fixture.models.len(), 4);

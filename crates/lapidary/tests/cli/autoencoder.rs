@@ -1,17 +1,8 @@
 //! Sparse autoencoders from the command line: trained, saved, read again, and shown.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
-use assert_cmd::Command;
+use super::lapidary;
 use serde_json::Value;
-
-fn lapidary(arguments: &[&str]) -> Command {
-    let mut command = Command::cargo_bin("lapidary").unwrap();
-    command
-        .args(arguments)
-        .env("NO_COLOR", "1")
-        .env_remove("RUST_LOG");
-    command
-}
 
 fn json(arguments: &[&str]) -> Value {
     let done = lapidary(arguments).assert().success();

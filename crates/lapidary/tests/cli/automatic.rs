@@ -3,42 +3,11 @@
 
 use std::path::Path;
 
-use assert_cmd::Command;
+use super::{family, lapidary, output, refused};
 use serde_json::Value;
-
-fn lapidary(arguments: &[&str]) -> Command {
-    let mut command = Command::cargo_bin("lapidary").unwrap();
-    command
-        .args(arguments)
-        .env("NO_COLOR", "1")
-        .env_remove("RUST_LOG");
-    command
-}
-
-fn output(arguments: &[&str]) -> String {
-    let done = lapidary(arguments).assert().success();
-    String::from_utf8(done.get_output().stdout.clone()).unwrap()
-}
 
 fn json(arguments: &[&str]) -> Value {
     serde_json::from_str(&output(&[arguments, &["--json"]].concat())).unwrap()
-}
-
-/// Fails with status 1 and one line that contains every one of `words`.
-fn refused(arguments: &[&str], words: &[&str]) {
-    let done = lapidary(arguments).assert().failure().code(1);
-    let error = String::from_utf8(done.get_output().stderr.clone()).unwrap();
-    assert_eq!(error.trim_end().lines().count(), 1, "{error}");
-    for word in words {
-        assert!(error.contains(word), "{word:?} is not in {error}");
-    }
-}
-
-fn family(name: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../tests/fixtures/families")
-        .join(name);
-    path.to_str().unwrap().to_owned()
 }
 
 /// A small model and text for it.

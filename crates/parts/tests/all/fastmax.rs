@@ -2,28 +2,16 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
 use crate::common;
-use crate::common::{Map, assert_near, build, random, tensor, values};
+use crate::common::{Map, assert_near, build, heads, random, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor, Var};
-use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::fastmax::{FastmaxSpec, Normalisation};
-use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass, Resumed};
+use lapidary_parts::attention::mechanism::{Describe, Mechanism, MechanismPass, Resumed};
 use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
 use lapidary_parts::state::MixerState;
 use lapidary_parts::{Context, Error};
 use lapidary_signal::{Mixing, Trace};
 
 const MAX: Normalisation = Normalisation::Max { limit: 0.8 };
-
-fn heads(causal: bool, head_width: usize) -> Heads {
-    Heads {
-        width: 2 * head_width,
-        heads: 2,
-        head_width,
-        causal,
-        scale: 0.5,
-        sharing: QueryKeySharing::None,
-    }
-}
 
 fn spec(degree: usize, normalisation: Normalisation) -> FastmaxSpec {
     FastmaxSpec {
@@ -34,7 +22,7 @@ fn spec(degree: usize, normalisation: Normalisation) -> FastmaxSpec {
 }
 
 fn module(spec: &FastmaxSpec, causal: bool, width: usize) -> Box<dyn Mechanism> {
-    let heads = heads(causal, width);
+    let heads = heads(2, width, causal);
     spec.validate(&heads, "m").unwrap();
     build(&Map::new(), |p| spec.build(&heads, p)).unwrap()
 }
@@ -391,7 +379,7 @@ fn learned_mixing(
     q: &Tensor,
     k: &Tensor,
 ) -> Box<dyn Mixing> {
-    let heads = heads(causal, q.dim(3).unwrap());
+    let heads = heads(2, q.dim(3).unwrap(), causal);
     spec.validate(&heads, "m").unwrap();
     let module = build(map, |p| spec.build(&heads, p)).unwrap();
     let trace = Trace::new();
@@ -471,7 +459,7 @@ fn learned_coefficients_start_as_those_that_are_given() {
             learned: true,
             ..fixed.clone()
         };
-        let heads = heads(true, 4);
+        let heads = heads(2, 4, true);
         let (ranks, mut linears) = (Default::default(), Vec::new());
         let mut start = Start(Map::new());
         let parameters = Parameters::new(&mut start, &ranks, &mut linears);
@@ -506,7 +494,7 @@ impl ParameterSource for Start {
 #[test]
 fn impossible_specs_are_refused() {
     let refused = |spec: FastmaxSpec, causal: bool, width: usize| {
-        let heads = heads(causal, width);
+        let heads = heads(2, width, causal);
         spec.validate(&heads, "m").unwrap_err().to_string()
     };
     let base = FastmaxSpec::default;

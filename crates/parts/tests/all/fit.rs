@@ -1,10 +1,16 @@
 //! FIT: groups of tokens and their latents.
 #![allow(clippy::panic, clippy::unwrap_used)]
 
+mod cost;
+mod decoding;
+mod denoiser;
+mod images;
+mod refusals;
+
 use std::sync::Arc;
 
 use crate::common::{
-    Map, assert_near, build, contracted, difference, draw, gradient_error, random, tensor, values,
+    Map, assert_near, build, contracted, difference, draw, gradient_error, random,
 };
 use lapidary_kernels::{Device, Tensor};
 use lapidary_parts::activation::ActivationSpec;
@@ -12,23 +18,19 @@ use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{Block, BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
 use lapidary_parts::norm::NormSpec;
-use lapidary_parts::organisation::fit::{
-    FitOutput, FitSpec, GroupPositions, LatentPositions, Tiles,
-};
+use lapidary_parts::organisation::fit::{FitOutput, FitSpec, GroupPositions, LatentPositions};
 use lapidary_parts::organisation::{Organisation, OrganisationSpec, Read, Surroundings};
 use lapidary_parts::parameters::Parameters;
 use lapidary_parts::state::DecodeState;
 use lapidary_parts::{Context, Result};
-use lapidary_signal::meter::Meter;
 use lapidary_signal::relevance::{RelevanceRules, relevance_of};
 use lapidary_signal::streams::{BiasSplit, Partition, StreamRules};
 use lapidary_signal::{Signal, Trace};
 
-mod decoding;
-mod denoiser;
-
 const WIDTH: usize = 8;
+
 const LATENT: usize = 4;
+
 const BATCH: usize = 2;
 
 fn block(hidden: usize, heads: usize, causal: bool) -> BlockSpec {
@@ -381,75 +383,6 @@ fn pads_change_nothing() {
 }
 
 #[test]
-fn parameters_and_pairs_are_those_of_the_formulas() {
-    let subject = Subject::new(spec("(2)1(1)2(1)", 5, false), false);
-    let found: usize = subject.map.values().map(Tensor::elem_count).sum();
-    let encoder = |width: usize, hidden: usize| {
-        4 * (width * width + width) + 2 * width * hidden + hidden + width + 4 * width
-    };
-    // Query and output of the reader's width, key and value of the memory's, all to or from 4; two
-    // norms.
-    let exchange = |width: usize, memory: usize| {
-        2 * (4 * width + 4 * memory) + (4 + width + 4 + 4) + 2 * width + 2 * memory
-    };
-    let expected = 4 * encoder(WIDTH, 12)
-        + 3 * encoder(LATENT, 8)
-        + 2 * exchange(LATENT, WIDTH)
-        + 2 * exchange(WIDTH, LATENT)
-        + 4 * WIDTH
-        + 10 * LATENT
-        + 2 * LATENT;
-    assert_eq!(found, expected);
-
-    let meter = Meter::new();
-    let x = Signal::from(tokens(20)).into_metered(meter.clone());
-    let trace = Trace::new();
-    subject
-        .signal(&subject.map, x, Given::default(), &trace)
-        .unwrap();
-    let mixed: u64 = meter
-        .sites()
-        .iter()
-        .filter(|(site, _)| site.ends_with(".mixed"))
-        .map(|(site, cost)| {
-            // Heads of width 2 everywhere: 4 of them on tokens, 2 on latents and between.
-            let heads = if site.starts_with("blocks") { 4 } else { 2 };
-            cost.flops / (heads * (4 * 2 + 5))
-        })
-        .sum();
-    let (t, n, m) = (5, 4, 2);
-    let pairs = 4 * t * n * n + 2 * (2 * t * n * m) + 3 * (t * m) * (t * m);
-    assert_eq!(mixed, BATCH as u64 * pairs);
-}
-
-#[test]
-fn attention_grows_with_the_length_to_the_four_thirds() {
-    let operations = |group: usize, groups: usize| {
-        let subject = Subject::new(
-            FitSpec {
-                group,
-                latents: 1,
-                ..spec("(1)1(1)", groups, false)
-            },
-            false,
-        );
-        let meter = Meter::new();
-        let x = random(&[1, group * groups, WIDTH], 2);
-        let x = Signal::from(x).into_metered(meter.clone());
-        let trace = Trace::new();
-        subject
-            .signal(&subject.map, x, Given::default(), &trace)
-            .unwrap();
-        let sites = meter.sites();
-        let mixed = sites.iter().filter(|(site, _)| site.ends_with(".mixed"));
-        mixed.map(|(_, cost)| cost.flops).sum::<u64>() as f64
-    };
-    // n = L^⅓, m = 1: from 512 tokens to 4096.
-    let exponent = (operations(16, 256) / operations(8, 64)).ln() / 8f64.ln();
-    assert!((exponent - 4.0 / 3.0).abs() < 0.1, "{exponent}");
-}
-
-#[test]
 fn gradients_equal_central_differences() {
     let mut feedforward = spec("(1)1(1)1", 2, false);
     feedforward.read_feedforward = block(6, 1, false).feedforward;
@@ -522,182 +455,4 @@ fn lenses_follow_tokens_through_latents() {
             "relevance",
         );
     }
-}
-
-#[test]
-fn tiles_are_groups_of_a_grid() {
-    // A grid of 4 × 6 in tiles of 2 × 2... rows first.
-    let tiled = FitSpec {
-        tiles: Some(Tiles {
-            columns: 6,
-            height: 2,
-            width: 2,
-        }),
-        positions: GroupPositions::Grid,
-        ..spec("(1)1(1)", 6, false)
-    };
-    let plain = FitSpec {
-        tiles: None,
-        ..tiled.clone()
-    };
-    let (tiled, mut plain) = (Subject::new(tiled, false), Subject::new(plain, false));
-    plain.map = tiled.map.clone();
-    let mut order = Vec::new();
-    for tile_row in 0..2 {
-        for tile_column in 0..3 {
-            for (row, column) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
-                order.push((6 * (2 * tile_row + row) + 2 * tile_column + column) as u32);
-            }
-        }
-    }
-    let order = Tensor::new(order.as_slice(), &Device::Cpu).unwrap();
-    let in_order = |x: &Tensor| x.index_select(&order, 1).unwrap();
-    let x = tokens(24);
-    assert_near(
-        &in_order(&tiled.run(&x)),
-        &plain.run(&in_order(&x)),
-        1e-12,
-        "tiles",
-    );
-    let keep = Tensor::from_vec(
-        (0..BATCH * 24)
-            .map(|at| u8::from(at % 5 != 0))
-            .collect::<Vec<_>>(),
-        (BATCH, 24),
-        &Device::Cpu,
-    )
-    .unwrap();
-    let kept = in_order(&keep);
-    let given = |keep| Given {
-        keep,
-        ..Given::default()
-    };
-    let (a, _) = tiled.pass(&x, given(Some(&keep)));
-    let (b, _) = plain.pass(&in_order(&x), given(Some(&kept)));
-    assert_near(&in_order(&a), &b, 1e-12, "tiles with pads");
-}
-
-#[test]
-fn conditions_stand_before_the_tokens_of_their_group() {
-    let conditioned = FitSpec {
-        condition: 2,
-        ..spec("(1)", 3, false)
-    };
-    let subject = Subject::new(conditioned, false);
-    let x = tokens(12);
-    let memory = random(&[BATCH, 6, WIDTH], 5);
-    let given = |memory| Given {
-        memory: Some(memory),
-        ..Given::default()
-    };
-    let (y, _) = subject.pass(&x, given(&memory));
-    assert_eq!(y.dims(), [BATCH, 12, WIDTH]);
-    let changed = Tensor::cat(&[&rows(&memory, 0, 4), &random(&[BATCH, 2, WIDTH], 6)], 1).unwrap();
-    let (other, _) = subject.pass(&x, given(&changed));
-    assert_eq!(difference(&rows(&y, 0, 8), &rows(&other, 0, 8)), 0.0);
-    assert!(difference(&rows(&y, 8, 4), &rows(&other, 8, 4)) > 1e-3);
-    let signal = Signal::from(x.clone());
-    let without = subject.signal(&subject.map, signal, Given::default(), &Trace::new());
-    assert!(without.unwrap_err().to_string().contains("memory"));
-    let short = rows(&memory, 0, 4);
-    let signal = Signal::from(x);
-    let wrong = subject.signal(&subject.map, signal, given(&short), &Trace::new());
-    assert!(
-        wrong
-            .unwrap_err()
-            .to_string()
-            .contains("2 conditions for every group")
-    );
-}
-
-#[test]
-fn what_does_not_fit_is_refused() {
-    let refused = |change: &dyn Fn(&mut FitSpec, &mut Vec<BlockSpec>), expected: &str| {
-        let mut spec = spec("(1)1(1)", 3, false);
-        let mut blocks = vec![block(12, 4, false); 2];
-        change(&mut spec, &mut blocks);
-        let model = Surroundings {
-            blocks: &blocks,
-            width: WIDTH,
-            length: 12,
-        };
-        let spec = OrganisationSpec::Interleaved(spec);
-        let said = spec
-            .validate(&model, "organisation")
-            .unwrap_err()
-            .to_string();
-        assert!(said.starts_with(expected), "{said}");
-    };
-    refused(
-        &|spec, _| spec.layout = "(1)(1)".to_owned(),
-        "organisation.layout is",
-    );
-    refused(
-        &|spec, _| spec.layout = "(1)1(2)".to_owned(),
-        "organisation.layout is",
-    );
-    refused(&|spec, _| spec.group = 0, "organisation.group is 0");
-    refused(
-        &|spec, _| spec.groups = 2,
-        "organisation.groups is 2, but must be at least 3",
-    );
-    refused(&|spec, _| spec.latents = 0, "organisation.latents is 0");
-    refused(
-        &|spec, _| spec.block = None,
-        "organisation.block is \"absent\"",
-    );
-    refused(
-        &|spec, _| spec.exchange_heads = Some(3),
-        "organisation.exchange_heads is 3",
-    );
-    refused(
-        &|spec, _| spec.output = FitOutput::Latents,
-        "organisation.output is",
-    );
-    refused(
-        &|_, blocks| blocks[1] = block(12, 4, true),
-        "blocks.0.attention is",
-    );
-    refused(
-        &|_, blocks| *blocks = vec![block(12, 4, true); 2],
-        "organisation.block.attention.causal is false",
-    );
-    refused(
-        &|_, blocks| blocks[0].cross_attention = Some(MultiHeadSpec::new(2)),
-        "blocks.0.cross_attention is",
-    );
-    refused(
-        &|spec, _| {
-            spec.tiles = Some(Tiles {
-                columns: 5,
-                height: 2,
-                width: 2,
-            });
-        },
-        "organisation.tiles.columns is 5",
-    );
-    refused(
-        &|spec, _| {
-            spec.group = 3;
-            spec.groups = 4;
-            spec.positions = GroupPositions::Grid;
-        },
-        "organisation.group is 3",
-    );
-    refused(
-        &|spec, _| {
-            if let Some(block) = &mut spec.block {
-                block.repeat = 2;
-            }
-        },
-        "organisation.block.repeat is 2",
-    );
-    let long = Subject::new(spec("(1)1(1)", 3, false), false);
-    let x = Signal::from(tokens(13));
-    let said = long.signal(&long.map, x, Given::default(), &Trace::new());
-    assert!(
-        said.unwrap_err()
-            .to_string()
-            .starts_with("number of tokens is 13")
-    );
 }

@@ -1,12 +1,12 @@
 //! Single parts against what `transformers` computes for them; see `oracles/parts.py`.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
-use crate::common::{Map, assert_near, build, tensor, values};
+use crate::common::{Map, assert_near, build, position, span, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::Context;
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::feedforward::{Mixture, MixtureSpec};
-use lapidary_parts::position::{Position, PositionSpec, Span};
+use lapidary_parts::position::PositionSpec;
 use lapidary_parts::recurrent::{Mamba, MambaSpec};
 use lapidary_parts::state::MixerState;
 use lapidary_signal::{Signal, Trace};
@@ -86,15 +86,6 @@ fn check_mamba(name: &str, spec: &MambaSpec) {
     }
 }
 
-fn span(queries: usize, keys: usize, offset: usize) -> Span {
-    Span {
-        queries,
-        keys,
-        offset,
-        draw: None,
-    }
-}
-
 #[test]
 fn mamba_equals_transformers() {
     let spec = MambaSpec {
@@ -151,10 +142,6 @@ fn mixtures_equal_transformers() {
         ..mixtral
     };
     check_mixture("olmoe", &olmoe);
-}
-
-fn position(spec: &PositionSpec, heads: usize, causal: bool, map: &Map) -> Position {
-    build(map, |p| Position::new(spec, (heads, heads), 4, causal, p)).unwrap()
 }
 
 /// BLOOM adds `slope · key`, which differs from `−slope · (query − key)` by a constant per query

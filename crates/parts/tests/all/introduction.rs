@@ -6,13 +6,16 @@
 //! `attention.weights` is `Aᵀ`, whose rows sum to one.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
+mod attention;
+mod special_cases;
+
 use crate::common::{
     Map, assert_near, build, contracted, difference, draw, gradient_error, random, tensor, values,
 };
-use lapidary_kernels::{AttentionOptions, Tensor};
+use lapidary_kernels::Tensor;
 use lapidary_parts::Context;
 use lapidary_parts::activation::ActivationSpec;
-use lapidary_parts::attention::{MixerSpec, MultiHeadAttention, MultiHeadSpec};
+use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{Block, BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
 use lapidary_parts::norm::NormSpec;
@@ -23,10 +26,13 @@ use lapidary_signal::{Linear, Signal, Trace};
 
 /// Features `D`.
 const D: usize = 8;
+
 /// Tokens `N`.
 const N: usize = 5;
+
 /// Heads `H`.
 const H: usize = 2;
+
 /// Features of a query or key, `K = D / H`.
 const K: usize = D / H;
 
@@ -357,65 +363,6 @@ fn the_block_equals_the_notes_equations() {
 }
 
 #[test]
-fn attention_weights_are_positive_and_sum_to_one() {
-    let spec = block_with(attention());
-    let weights = weights(&spec, &drawn(&spec), &tokens());
-    assert_eq!(weights.dims(), [1, H, N, N]);
-    assert!(values(&weights).iter().all(|w| *w > 0.0));
-    let sums = weights.sum(3).unwrap();
-    assert_near(&sums, &sums.ones_like().unwrap(), 1e-12, "sums");
-}
-
-#[test]
-fn without_query_or_key_weights_attention_is_uniform() {
-    let spec = block_with(attention());
-    for name in ["attention.query.weight", "attention.key.weight"] {
-        let mut map = drawn(&spec);
-        map.insert(name.to_owned(), map[name].zeros_like().unwrap());
-        let weights = weights(&spec, &map, &tokens());
-        let uniform = (weights.ones_like().unwrap() / N as f64).unwrap();
-        assert_near(&weights, &uniform, 1e-12, name);
-    }
-}
-
-#[test]
-fn a_large_scale_picks_the_best_key_alone() {
-    let spec = block_with(attention());
-    let hard = block_with(MultiHeadSpec {
-        scale: Some(1e6),
-        ..attention()
-    });
-    let map = drawn(&spec);
-    let soft = values(&weights(&spec, &map, &tokens()));
-    let hard = values(&weights(&hard, &map, &tokens()));
-    for (soft, hard) in soft.chunks(N).zip(hard.chunks(N)) {
-        let best = (0..N).max_by(|a, b| soft[*a].total_cmp(&soft[*b])).unwrap();
-        for (key, weight) in hard.iter().enumerate() {
-            assert_eq!(*weight, f64::from(u8::from(key == best)));
-        }
-    }
-}
-
-#[test]
-fn the_scale_is_a_rescaling_of_the_query_weights() {
-    let map = drawn(&block_with(attention()));
-    let unscaled = block_with(MultiHeadSpec {
-        scale: Some(1.0),
-        ..attention()
-    });
-    let mut scaled = map.clone();
-    let query = (&map["attention.query.weight"] / (K as f64).sqrt()).unwrap();
-    scaled.insert("attention.query.weight".to_owned(), query);
-    let expected = run(&block_with(attention()), &map, &tokens());
-    assert_near(
-        &run(&unscaled, &scaled, &tokens()),
-        &expected,
-        1e-12,
-        "scale",
-    );
-}
-
-#[test]
 fn permuting_tokens_permutes_outputs_until_positions_break_it() {
     let spec = block_with(attention());
     let map = drawn(&spec);
@@ -443,184 +390,6 @@ fn permuting_tokens_permutes_outputs_until_positions_break_it() {
     });
     let moved = run(&rotary, &map, &permuted(&x));
     assert!(difference(&moved, &permuted(&run(&rotary, &map, &x))) > 1e-2);
-}
-
-#[test]
-fn a_constant_added_to_all_keys_changes_nothing_and_to_queries_does() {
-    let spec = block_with(MultiHeadSpec {
-        bias: true,
-        ..attention()
-    });
-    let map = drawn(&spec);
-    let before = weights(&spec, &map, &tokens());
-    let moved = |name: &str| {
-        let mut map = map.clone();
-        let constant = random(&[D], 23);
-        map.insert(name.to_owned(), (&map[name] + constant).unwrap());
-        weights(&spec, &map, &tokens())
-    };
-    assert_near(&moved("attention.key.bias"), &before, 1e-12, "keys");
-    assert!(difference(&moved("attention.query.bias"), &before) > 1e-2);
-}
-
-#[test]
-fn only_the_product_of_query_and_key_weights_matters() {
-    let spec = block_with(attention());
-    let map = drawn(&spec);
-    // Near enough to three times the identity to be invertible.
-    let r = matrix(&(random(&[K, K], 24) + (identity(K) * 3.0).unwrap()).unwrap());
-    let r_inverse_transposed = transposed(&inverse(&r));
-    let each_head = |name: &str, by: &Matrix| {
-        let weight = matrix(&map[name]);
-        let rows: Matrix = weight
-            .chunks(K)
-            .flat_map(|u| times(by, &u.to_vec()))
-            .collect();
-        tensor(rows.concat(), &[D, D])
-    };
-    let mut changed = map.clone();
-    for (name, by) in [
-        ("attention.query.weight", &r),
-        ("attention.key.weight", &r_inverse_transposed),
-    ] {
-        changed.insert(name.to_owned(), each_head(name, by));
-    }
-    let expected = weights(&spec, &map, &tokens());
-    assert_near(&weights(&spec, &changed, &tokens()), &expected, 1e-10, "R");
-}
-
-/// Gauss–Jordan elimination with pivots.
-fn inverse(a: &Matrix) -> Matrix {
-    let n = a.len();
-    let mut rows: Matrix = a.clone();
-    for (i, row) in rows.iter_mut().enumerate() {
-        row.extend((0..n).map(|j| f64::from(u8::from(i == j))));
-    }
-    for column in 0..n {
-        let pivot = (column..n)
-            .max_by(|i, j| rows[*i][column].abs().total_cmp(&rows[*j][column].abs()))
-            .unwrap();
-        rows.swap(column, pivot);
-        let scale = rows[column][column];
-        rows[column].iter_mut().for_each(|x| *x /= scale);
-        let pivot_row = rows[column].clone();
-        for (i, row) in rows.iter_mut().enumerate() {
-            if i != column {
-                let factor = row[column];
-                row.iter_mut()
-                    .zip(&pivot_row)
-                    .for_each(|(x, p)| *x -= factor * p);
-            }
-        }
-    }
-    rows.into_iter().map(|row| row[n..].to_vec()).collect()
-}
-
-fn rank(a: &Matrix) -> usize {
-    let mut rows = a.clone();
-    let mut rank = 0;
-    for column in 0..rows[0].len() {
-        let Some(pivot) = (rank..rows.len())
-            .max_by(|i, j| rows[*i][column].abs().total_cmp(&rows[*j][column].abs()))
-        else {
-            break;
-        };
-        if rows[pivot][column].abs() < 1e-9 {
-            continue;
-        }
-        rows.swap(rank, pivot);
-        let pivot_row = rows[rank].clone();
-        for row in rows.iter_mut().skip(rank + 1) {
-            let factor = row[column] / pivot_row[column];
-            row.iter_mut()
-                .zip(&pivot_row)
-                .for_each(|(x, p)| *x -= factor * p);
-        }
-        rank += 1;
-    }
-    rank
-}
-
-#[test]
-fn factored_values_have_low_rank_and_wide_heads_reach_all_value_maps() {
-    // V_h = W_O,h W_V,h with the usual inner size.
-    let spec = block_with(attention());
-    let map = drawn(&spec);
-    let reference = Reference {
-        spec: &spec,
-        map: &map,
-    };
-    for head in reference.heads() {
-        assert_eq!(rank(&head.v), K);
-    }
-    // Any V_h: a head as wide as the tokens, with W_V,h = V_h and W_O,h = 1.
-    let wide = MultiHeadSpec {
-        head_width: Some(D),
-        ..attention()
-    };
-    let value = random(&[H * D, D], 25);
-    let output = Tensor::cat(&[identity(D), identity(D)], 1).unwrap();
-    let mut map = draw(12, |p| MultiHeadAttention::new(&wide, D, p));
-    map.insert("value.weight".to_owned(), value.clone());
-    map.insert("output.weight".to_owned(), output);
-    let heads: Vec<Head> = (0..H)
-        .map(|h| {
-            let rows = |t: &Tensor| matrix(&t.narrow(0, h * D, D).unwrap());
-            Head {
-                u_query: rows(&map["query.weight"]),
-                u_key: rows(&map["key.weight"]),
-                v: rows(&value),
-            }
-        })
-        .collect();
-    assert!(heads.iter().all(|head| rank(&head.v) == D));
-    let x = columns(&tokens());
-    let expected = multi_head(&heads, &x, &x, 1.0 / (D as f64).sqrt(), |_, _| true);
-    let trace = Trace::new();
-    let part = build(&map, |p| MultiHeadAttention::new(&wide, D, p)).unwrap();
-    let y = part.forward(&Signal::from(tokens()), &Context::new(&trace), None);
-    assert_near(
-        y.unwrap().value(),
-        &tokens_of(&expected),
-        1e-10,
-        "full rank",
-    );
-}
-
-#[test]
-fn keys_and_values_from_elsewhere_make_cross_attention() {
-    let spec = attention();
-    let map = draw(13, |p| MultiHeadAttention::over_memory(&spec, D, p));
-    let part = build(&map, |p| MultiHeadAttention::over_memory(&spec, D, p)).unwrap();
-    let memory = random(&[1, 3, D], 26);
-    let trace = Trace::new();
-    let y = part
-        .cross(
-            &Signal::from(tokens()),
-            &Signal::from(memory.clone()),
-            None,
-            &Context::new(&trace),
-        )
-        .unwrap();
-    let block = block_with(spec);
-    let named = map
-        .iter()
-        .map(|(name, t)| (format!("attention.{name}"), t.clone()))
-        .collect();
-    let heads = Reference {
-        spec: &block,
-        map: &named,
-    }
-    .heads();
-    let scale = 1.0 / (K as f64).sqrt();
-    let expected = multi_head(
-        &heads,
-        &columns(&memory),
-        &columns(&tokens()),
-        scale,
-        |_, _| true,
-    );
-    assert_near(y.value(), &tokens_of(&expected), 1e-10, "cross");
 }
 
 #[test]
@@ -734,127 +503,6 @@ fn adding_positions_is_concatenating_them_and_a_linear_map() {
         &expected,
         1e-10,
         "positions",
-    );
-}
-
-/// `attention.out` of attention whose queries are zero, so that only its bias decides.
-fn mixed_by_position(spec: &MultiHeadSpec, map: &Map, x: &Tensor) -> Tensor {
-    let part = build(map, |p| MultiHeadAttention::new(spec, D, p)).unwrap();
-    let trace = Trace::new();
-    let y = part.forward(&Signal::from(x.clone()), &Context::new(&trace), None);
-    y.unwrap().into_value()
-}
-
-#[test]
-fn heads_that_look_at_fixed_distances_are_a_convolution() {
-    // Head h looks only at the token at distance h − 1, so V_h is a filter's tap.
-    let spec = MultiHeadSpec {
-        head_width: Some(D),
-        position: PositionSpec::RelativeBuckets {
-            buckets: 16,
-            max_distance: 64,
-        },
-        bias: false,
-        ..MultiHeadSpec::new(3)
-    };
-    let mut map = draw(15, |p| MultiHeadAttention::new(&spec, D, p));
-    map.insert(
-        "query.weight".to_owned(),
-        random(&[3 * D, D], 1).zeros_like().unwrap(),
-    );
-    // Bidirectional buckets: 0 for distance 0, 1 for −1, half of the buckets plus 1 for +1.
-    let mut table = zeros(16, 3);
-    for (head, bucket) in [1, 0, 8 + 1].into_iter().enumerate() {
-        table[bucket][head] = 1e4;
-    }
-    map.insert(
-        "position.buckets".to_owned(),
-        tensor(table.concat(), &[16, 3]),
-    );
-    let x = tokens();
-    let y = matrix(&mixed_by_position(&spec, &map, &x).squeeze(0).unwrap());
-    let columns = columns(&x);
-    let (value, output) = (matrix(&map["value.weight"]), matrix(&map["output.weight"]));
-    // Away from the ends, where every tap has a token.
-    for (n, found) in y.iter().enumerate().take(N - 1).skip(1) {
-        let mut expected = zeros(D, 1);
-        for (head, neighbour) in [n - 1, n, n + 1].into_iter().enumerate() {
-            let rows = head * D..(head + 1) * D;
-            let w_output = output
-                .iter()
-                .map(|row| row[rows.clone()].to_vec())
-                .collect();
-            let tap = times(&w_output, &value[rows].to_vec());
-            let token = columns.iter().map(|row| vec![row[neighbour]]).collect();
-            expected = plus(&expected, &times(&tap, &token));
-        }
-        for (found, expected) in found.iter().zip(expected.concat()) {
-            assert!((found - expected).abs() < 1e-10, "{found} {expected}");
-        }
-    }
-}
-
-#[test]
-fn attention_along_edges_is_a_graph_network() {
-    // Edges of a ring, with every node its own neighbour too.
-    let edge = |from: usize, to: usize| from == to || (from + 1) % N == to || (to + 1) % N == from;
-    let bias = (0..N * N)
-        .map(|i| if edge(i % N, i / N) { 0.0 } else { -1e9 })
-        .collect();
-    let options = AttentionOptions {
-        bias: Some(tensor(bias, &[1, 1, N, N])),
-        ..AttentionOptions::new(D)
-    };
-    let one_head = |t: Tensor| Signal::from(t.unsqueeze(1).unwrap());
-    let (q, k, v) = (tokens(), random(&[1, N, D], 32), random(&[1, N, D], 33));
-    let y = one_head(v.clone())
-        .attend(&one_head(q.clone()), &one_head(k.clone()), &options)
-        .unwrap();
-    let (q, k, v) = (columns(&q), columns(&k), columns(&v));
-    let mut expected = zeros(D, N);
-    for to in 0..N {
-        let neighbours: Vec<usize> = (0..N).filter(|from| edge(*from, to)).collect();
-        assert_eq!(neighbours.len(), 3);
-        let score = |from: usize| {
-            let product: f64 = (0..D).map(|d| q[d][to] * k[d][from]).sum();
-            (product / (D as f64).sqrt()).exp()
-        };
-        let total: f64 = neighbours.iter().map(|from| score(*from)).sum();
-        for from in neighbours {
-            for d in 0..D {
-                expected[d][to] += v[d][from] * score(from) / total;
-            }
-        }
-    }
-    let y = y.squeeze(1).unwrap();
-    assert_near(y.value(), &tokens_of(&expected), 1e-10, "graph");
-}
-
-#[test]
-fn without_queries_attention_is_mean_pooling() {
-    let spec = MultiHeadSpec {
-        bias: false,
-        ..MultiHeadSpec::new(1)
-    };
-    let map = Map::from([
-        ("query.weight".to_owned(), tensor(vec![0.0; D * D], &[D, D])),
-        ("key.weight".to_owned(), random(&[D, D], 34)),
-        ("value.weight".to_owned(), identity(D)),
-        ("output.weight".to_owned(), identity(D)),
-    ]);
-    let x = tokens();
-    let mut mean = [0.0; D];
-    for token in matrix(&x.squeeze(0).unwrap()) {
-        for (mean, x) in mean.iter_mut().zip(token) {
-            *mean += x / N as f64;
-        }
-    }
-    let expected = tensor(mean.repeat(N), &[1, N, D]);
-    assert_near(
-        &mixed_by_position(&spec, &map, &x),
-        &expected,
-        1e-12,
-        "mean",
     );
 }
 

@@ -1,10 +1,10 @@
 //! Kernelized attention: the kernels that its features stand for, and the attention they give.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
-use crate::common::{Map, assert_near, build, difference, draw, random, tensor, values};
+use crate::common::attention::dot;
+use crate::common::{Map, assert_near, build, difference, draw, heads, random, tensor, values};
 use lapidary_kernels::{Device, Tensor};
 use lapidary_parts::Context;
-use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::kernelized::{
     FeatureMap, KernelizedSpec, Learned, ReadOut, Redraw, SpectrumSpec, hadamard,
 };
@@ -15,17 +15,6 @@ use lapidary_signal::{Mixing, Trace};
 const FOURIER: ReadOut = ReadOut::Fourier { smoothing: 0.7 };
 const POSITIVE: ReadOut = ReadOut::Positive { stabilise: false };
 const MIXTURE: SpectrumSpec = SpectrumSpec::Mixture { components: None };
-
-fn heads(causal: bool, head_width: usize) -> Heads {
-    Heads {
-        width: 2 * head_width,
-        heads: 2,
-        head_width,
-        causal,
-        scale: 0.5,
-        sharing: QueryKeySharing::None,
-    }
-}
 
 fn spec(spectrum: SpectrumSpec, features: ReadOut) -> KernelizedSpec {
     KernelizedSpec {
@@ -62,11 +51,11 @@ fn every() -> Vec<KernelizedSpec> {
 }
 
 fn parameters(spec: &KernelizedSpec, width: usize) -> Map {
-    draw(7, |p| spec.build(&heads(false, width), p).map(|_| ()))
+    draw(7, |p| spec.build(&heads(2, width, false), p).map(|_| ()))
 }
 
 fn feature_map(spec: &KernelizedSpec, width: usize, map: &Map) -> FeatureMap {
-    build(map, |p| spec.feature_map(&heads(false, width), p)).unwrap()
+    build(map, |p| spec.feature_map(&heads(2, width, false), p)).unwrap()
 }
 
 fn mixing_of(
@@ -76,7 +65,7 @@ fn mixing_of(
     [q, k]: [&Tensor; 2],
     draw: Option<u64>,
 ) -> Box<dyn Mixing> {
-    let heads = heads(causal, q.dim(3).unwrap());
+    let heads = heads(2, q.dim(3).unwrap(), causal);
     spec.validate(&heads, "m").unwrap();
     let module = build(map, |p| spec.build(&heads, p)).unwrap();
     let trace = Trace::new();
@@ -136,10 +125,6 @@ fn terms(map: &FeatureMap, fourier: bool, [x, y]: [&[f64]; 2], count: usize) -> 
 const X: [f64; 3] = [0.4, -0.3, 0.2];
 const Y: [f64; 3] = [-0.1, 0.5, 0.3];
 const MANY: usize = 1 << 14;
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
 
 #[test]
 fn cosines_estimate_the_characteristic_function_of_the_mixture() {
@@ -395,7 +380,7 @@ fn causal_sums_equal_the_masked_kernel_matrix_and_decoding() {
             assert_near(&found, &expected, 1e-11, &format!("{spec:?}"));
         }
 
-        let heads = heads(true, 4);
+        let heads = heads(2, 4, true);
         let module = build(&map, |p| spec.build(&heads, p)).unwrap();
         let trace = Trace::new();
         // A pass's own draw is not for decoding, whose state was made with another.
@@ -483,7 +468,7 @@ fn a_draw_lasts_as_long_as_it_is_said_to() {
             seed,
             ..spec(MIXTURE, POSITIVE)
         };
-        let heads = heads(true, 4);
+        let heads = heads(2, 4, true);
         spec.validate(&heads, "m").unwrap();
         let module = build(&map, |p| spec.build(&heads, p)).unwrap();
         let trace = Trace::new();
@@ -572,7 +557,7 @@ fn work_grows_linearly() {
 #[test]
 fn impossible_specs_are_refused() {
     let refused = |spec: KernelizedSpec, causal: bool, width: usize| {
-        let heads = heads(causal, width);
+        let heads = heads(2, width, causal);
         spec.validate(&heads, "m").unwrap_err().to_string()
     };
     let with_count = |count: usize, spectrum: SpectrumSpec, features: ReadOut| KernelizedSpec {
@@ -637,7 +622,7 @@ fn impossible_specs_are_refused() {
     );
     let negative = Heads {
         scale: -1.0,
-        ..heads(false, 4)
+        ..heads(2, 4, false)
     };
     let error = spec(MIXTURE, POSITIVE)
         .validate(&negative, "m")

@@ -3,12 +3,11 @@
 
 use crate::common;
 use crate::common::{
-    Map, assert_near, build, difference, draw, gradient_error, random, tensor, values,
+    Map, assert_near, build, difference, draw, gradient_error, heads, random, tensor, values,
 };
 use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Longer, Projection, Sharing};
-use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass};
+use lapidary_parts::attention::mechanism::{Describe, Mechanism, MechanismPass};
 use lapidary_parts::{Context, Result};
 use lapidary_signal::{Mixing, Trace};
 
@@ -16,17 +15,6 @@ const BATCH: usize = 2;
 const HEADS: usize = 3;
 const KEYS: usize = 8;
 const WIDTH: usize = 4;
-
-fn heads() -> Heads {
-    Heads {
-        width: HEADS * WIDTH,
-        heads: HEADS,
-        head_width: WIDTH,
-        causal: false,
-        scale: 0.5,
-        sharing: QueryKeySharing::None,
-    }
-}
 
 fn spec(slots: usize, longest: usize, sharing: Sharing) -> LinformerSpec {
     LinformerSpec {
@@ -36,7 +24,7 @@ fn spec(slots: usize, longest: usize, sharing: Sharing) -> LinformerSpec {
 }
 
 fn parameters(spec: &LinformerSpec) -> Map {
-    draw(4, |p| spec.build(&heads(), p))
+    draw(4, |p| spec.build(&heads(HEADS, WIDTH, false), p))
 }
 
 /// Mixes `v` with keys and queries `x`, all of them read through `keep`.
@@ -56,7 +44,8 @@ fn mixing_seen(
     keep: Option<&Tensor>,
     trace: &Trace,
 ) -> Result<Box<dyn Mixing>> {
-    let module: Box<dyn Mechanism> = build(map, |p| spec.build(&heads(), p)).unwrap();
+    let module: Box<dyn Mechanism> =
+        build(map, |p| spec.build(&heads(HEADS, WIDTH, false), p)).unwrap();
     let context = Context::new(trace);
     let tokens = random(&[BATCH, q.dim(2).unwrap(), HEADS * WIDTH], 0);
     let pass = MechanismPass {
@@ -202,8 +191,8 @@ fn sharing_counts_matrices() {
     let count = |sharing| {
         let spec = spec(3, 16, sharing);
         let map = draw(1, |mut p| {
-            spec.build(&heads(), p.at("blocks.0"))?;
-            spec.build(&heads(), p.at("blocks.1"))
+            spec.build(&heads(HEADS, WIDTH, false), p.at("blocks.0"))?;
+            spec.build(&heads(HEADS, WIDTH, false), p.at("blocks.1"))
         });
         map.values().map(Tensor::elem_count).sum::<usize>()
     };
@@ -512,7 +501,8 @@ fn operations_are_linear_in_the_length() {
             Tensor::zeros((1, slots, 4096), DType::F64, &Device::Cpu).unwrap(),
         )]);
         let x = Tensor::zeros((1, HEADS, length, WIDTH), DType::F64, &Device::Cpu).unwrap();
-        let module: Box<dyn Mechanism> = build(&map, |p| spec.build(&heads(), p)).unwrap();
+        let module: Box<dyn Mechanism> =
+            build(&map, |p| spec.build(&heads(HEADS, WIDTH, false), p)).unwrap();
         let trace = Trace::new();
         let context = Context::new(&trace);
         let pass = MechanismPass {

@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
 use crate::common;
-use crate::common::{Map, assert_near, build, difference, draw, gradient_error, tensor, values};
+use crate::common::{
+    Map, assert_near, build, difference, draw, gradient_error, position, span, tensor, values,
+};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::Context;
 use lapidary_parts::attention::{MultiHeadAttention, MultiHeadSpec};
@@ -11,19 +13,6 @@ use lapidary_parts::position::{FireSpec, Position, PositionSpec, RotarySpec, Sha
 use lapidary_signal::{Signal, Trace};
 
 const LENGTH: usize = 40;
-
-fn span(queries: usize, keys: usize, offset: usize) -> Span {
-    Span {
-        queries,
-        keys,
-        offset,
-        draw: None,
-    }
-}
-
-fn position(spec: &PositionSpec, heads: usize, causal: bool, map: &Map) -> Position {
-    build(map, |p| Position::new(spec, (heads, heads), 4, causal, p)).unwrap()
-}
 
 fn drawn(spec: &PositionSpec, heads: usize, causal: bool) -> Map {
     draw(3, |p| Position::new(spec, (heads, heads), 4, causal, p))

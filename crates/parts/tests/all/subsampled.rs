@@ -12,7 +12,7 @@ use lapidary_parts::attention::mechanism::fastmax::FastmaxSpec;
 use lapidary_parts::attention::mechanism::linformer::LinformerSpec;
 use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec};
 use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass, Scores};
-use lapidary_parts::attention::{MechanismSpec, MultiHeadSpec, QueryKeySharing};
+use lapidary_parts::attention::{MechanismSpec, MultiHeadSpec};
 use lapidary_parts::position::PositionSpec;
 use lapidary_signal::{Mixing, Trace};
 
@@ -36,12 +36,8 @@ fn local(radius: f64) -> Selection {
 
 fn heads(causal: bool) -> Heads {
     Heads {
-        width: WIDTH,
-        heads: HEADS,
-        head_width: HEAD,
-        causal,
         scale: 0.7,
-        sharing: QueryKeySharing::None,
+        ..common::heads(HEADS, HEAD, causal)
     }
 }
 

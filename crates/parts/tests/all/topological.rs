@@ -3,27 +3,17 @@
 
 use crate::common::attention;
 use crate::common::attention::{Given, Subject, mask, spec};
-use crate::common::{Map, assert_near, build, contracted, gradient_error, random, tensor, values};
+use crate::common::{
+    Map, assert_near, build, contracted, gradient_error, heads, random, tensor, values,
+};
 use lapidary_kernels::{Direction, Tensor, linear_attention};
 use lapidary_parts::Context;
-use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::topological::{FeatureMap, Mask, TopologicalSpec};
-use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass, MechanismSpec};
+use lapidary_parts::attention::mechanism::{Describe, MechanismPass, MechanismSpec};
 use lapidary_signal::{Mixing, Trace};
 
 const HEADS: usize = 2;
 const WIDTH: usize = 4;
-
-fn heads() -> Heads {
-    Heads {
-        width: HEADS * WIDTH,
-        heads: HEADS,
-        head_width: WIDTH,
-        causal: false,
-        scale: 0.5,
-        sharing: QueryKeySharing::None,
-    }
-}
 
 fn on(columns: Option<usize>, mask: Mask) -> TopologicalSpec {
     TopologicalSpec {
@@ -48,7 +38,7 @@ fn numbers(scale: f64) -> Map {
 }
 
 fn mixing(spec: &TopologicalSpec, map: &Map, [q, k]: [&Tensor; 2]) -> Box<dyn Mixing> {
-    let module = build(map, |p| spec.build(&heads(), p)).unwrap();
+    let module = build(map, |p| spec.build(&heads(HEADS, WIDTH, false), p)).unwrap();
     let trace = Trace::new();
     let context = Context::new(&trace);
     let tokens = random(&[1, 1, 1], 0);

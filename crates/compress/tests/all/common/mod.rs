@@ -1,12 +1,12 @@
 //! Small models in f64 whose every parameter matters.
 #![allow(dead_code, reason = "each test file uses a part of these")]
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::result_large_err, clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 
 use lapidary_compress::{
     Budget, Calibration, CalibrationData, CalibrationOptions, Change, Compressed, Example,
-    Factorisation, Requirements, Selection,
+    Factorisation, Method, Requirements, Selection, Settings, Task,
 };
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Initialiser, Input, Model, ModelSpec, Pass};
@@ -57,6 +57,28 @@ pub fn altered(model: &Model, name: &str, change: impl Fn(&Tensor) -> Tensor) ->
     Model::new(model.spec().clone(), &mut parameters).unwrap()
 }
 
+/// The model without what its parameters named so write: those whose names begin with `start` are zero.
+pub fn zeroed(model: &Model, start: &str) -> Model {
+    let mut parameters = model.parameters().clone();
+    for (name, parameter) in &mut parameters {
+        if name.starts_with(start) {
+            *parameter = parameter.zeros_like().unwrap();
+        }
+    }
+    Model::new(model.spec().clone(), &mut parameters).unwrap()
+}
+
+/// A block whose parts write nothing.
+pub fn silenced(model: &Model, block: usize) -> Model {
+    let model = zeroed(model, &format!("blocks.{block}.attention.output"));
+    zeroed(&model, &format!("blocks.{block}.feedforward.down"))
+}
+
+/// One of the specs here with `count` blocks.
+pub fn with_blocks(spec: &str, count: usize) -> String {
+    spec.replace("repeat = 2", &format!("repeat = {count}"))
+}
+
 /// Windows of different lengths, so that batches are padded.
 pub fn windows(count: usize, seed: u64) -> CalibrationData {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -80,6 +102,24 @@ pub fn labelled(count: usize, labels: u32, seed: u64) -> CalibrationData {
             })
             .collect(),
     )
+    .unwrap()
+}
+
+/// Windows in which each token is followed by the one three further on, now and then by another.
+pub fn text(count: usize, seed: u64) -> CalibrationData {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    CalibrationData::windows((0..count).map(|_| {
+        let mut token = random.random_range(0..20u32);
+        (0..10)
+            .map(|_| {
+                token = match random.random_bool(0.9) {
+                    true => (token + 3) % 20,
+                    false => random.random_range(0..20),
+                };
+                token
+            })
+            .collect()
+    }))
     .unwrap()
 }
 
@@ -116,6 +156,59 @@ pub fn at_rank(
         };
     }
     plan.apply(model, Some(calibration)).unwrap()
+}
+
+/// A task for a method that looks at data by itself.
+pub fn task<'a>(model: &'a Model, data: &'a CalibrationData, settings: &'a Settings) -> Task<'a> {
+    Task {
+        data: Some(data),
+        settings: Some(settings),
+        ..Task::new(model)
+    }
+}
+
+/// What a method makes of a model with `keep` of what it measures, calibrated where it asks for that.
+pub fn cut_by(
+    model: &Model,
+    data: &CalibrationData,
+    method: &str,
+    keep: f64,
+    settings: &Settings,
+) -> lapidary_compress::Result<Compressed> {
+    let method = Method::find(method)?;
+    let requirements = method.requirements(model, settings)?;
+    let options = CalibrationOptions::default();
+    let calibration = match requirements.is_empty() {
+        true => None,
+        false => Some(Calibration::collect(model, data, &requirements, options)?),
+    };
+    let task = Task {
+        calibration: calibration.as_ref(),
+        ..task(model, data, settings)
+    };
+    let plan = method.plan(&task, &Budget::Keep(keep))?;
+    method.apply(&task, &plan)
+}
+
+/// The same with default settings, where it is defined.
+pub fn cut(model: &Model, data: &CalibrationData, method: &str, keep: f64) -> Compressed {
+    cut_by(model, data, method, keep, &Settings::default()).unwrap()
+}
+
+/// The weights of every linear layer of the blocks, by path.
+pub fn weights(model: &Model) -> BTreeMap<String, Vec<f64>> {
+    let linears = model.linears().iter();
+    let linears = linears.filter(|linear| linear.path.starts_with("blocks."));
+    linears
+        .map(|linear| {
+            let weight = &model.parameters()[&format!("{}.weight", linear.path)];
+            (linear.path.clone(), values(weight))
+        })
+        .collect()
+}
+
+pub fn zeros(values: &[f64]) -> usize {
+    values.iter().filter(|value| **value == 0.0).count()
 }
 
 /// The scores of each example by itself.

@@ -2,9 +2,13 @@
 #![allow(dead_code, reason = "each test file uses a part of these")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+use std::path::PathBuf;
+
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Initialiser, Input, Model, ModelSpec};
 use lapidary_parts::parameters::{Init, ParameterSource};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 
 /// Initial values large enough that nonlinearities bend and biases count.
 struct Lively(Initialiser);
@@ -37,6 +41,36 @@ pub fn model(spec: &str, seed: u64) -> Model {
 
 pub fn tokens(ids: &[u32]) -> Input {
     Input::tokens(Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap())
+}
+
+pub fn generator(seed: u64) -> ChaCha8Rng {
+    ChaCha8Rng::seed_from_u64(seed)
+}
+
+/// What other programs computed.
+pub fn fixtures() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+}
+
+/// Differences are relative to the largest number of both.
+#[track_caller]
+pub fn close(a: &[f64], b: &[f64], tolerance: f64) {
+    assert_eq!(a.len(), b.len());
+    let scale = a.iter().chain(b).fold(1e-30, |m: f64, v| m.max(v.abs()));
+    for (x, y) in a.iter().zip(b) {
+        assert!((x - y).abs() <= tolerance * scale, "{a:?}\n{b:?}");
+    }
+}
+
+/// Differences are relative to the largest number expected.
+#[track_caller]
+pub fn assert_near(found: &[f64], expected: &[f64], tolerance: f64, what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    let largest = expected.iter().fold(1e-12, |m: f64, v| m.max(v.abs()));
+    for (found, expected) in found.iter().zip(expected) {
+        let error = (found - expected).abs() / largest;
+        assert!(error < tolerance, "{what}: {error}: {found} {expected}");
+    }
 }
 
 /// A post-norm encoder with token types and a tanh pooler, as BERT classifies.

@@ -5,7 +5,7 @@ use super::ways::settings;
 use crate::experiments::decoder::LENGTH;
 use crate::experiments::depth::{Size, Subject};
 use crate::experiments::{after_training, mean};
-use crate::{Claim, Result, Scale};
+use crate::{Claim, Result, Scale, Verdict};
 use lapidary_compress::{CalibrationData, Change};
 use lapidary_train::generator;
 use lapidary_train::language::{Corpus, Language, Mixture, Split};
@@ -80,7 +80,7 @@ fn noise(subject: &Subject, size: Size, seed: u64) -> Result<CalibrationData> {
 }
 
 pub(super) fn claim(scale: Scale, domains: &[Domain]) -> Claim {
-    let own = domains.first();
+    let own = domains.first().map_or(f64::NAN, |own| own.rise);
     let listed = domains.iter().map(|domain| {
         format!(
             "{}: {:+.3} nats, without {}",
@@ -89,13 +89,18 @@ pub(super) fn claim(scale: Scale, domains: &[Domain]) -> Claim {
             domain.chosen.join(" ")
         )
     });
-    let as_good = |domain: &Domain| own.is_some_and(|own| domain.rise <= 1.2 * own.rise);
+    let as_good = |domain: &Domain| domain.rise <= 1.2 * own;
+    // A rise has multiples only where there is one.
+    let verdict = match own > 0.0 {
+        true => after_training(scale, domains.iter().all(as_good)),
+        false => Verdict::NotMeasured,
+    };
     Claim::new(
         "attention chosen by entropy on other text costs at most 1.2 times what it does by entropy on the \
          model's own",
         "general, law, medicine and finance text are calibrated on",
         listed.collect::<Vec<_>>().join("; "),
-        after_training(scale, domains.iter().all(as_good)),
+        verdict,
     )
     .noted(format!("mean over 1 to {MOST} removals, losses on the model's own held-out text"))
 }

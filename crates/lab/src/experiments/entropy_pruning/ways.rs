@@ -13,6 +13,8 @@ use lapidary_compress::{Change, Compressed, Content, Search, Settings, Shed};
 use lapidary_model::Model;
 use lapidary_model::generation::{GenerationOptions, generate};
 
+/// The angle as published, by which the first pieces and the last may go too.
+pub(super) const ANY_ANGLE: &str = "angle, of any";
 /// Most attention, and most blocks, that go.
 const MOST_ATTENTION: usize = 6;
 const MOST_BLOCKS: usize = 4;
@@ -138,6 +140,27 @@ impl Cutting<'_> {
         each.collect()
     }
 
+    /// The pieces that may go, in the order in which a method that scores each once lets them go. The method
+    /// knows of none that never go.
+    fn order_of(&self, method: &str, settings: &Settings) -> Result<Vec<usize>> {
+        let blocks = self.size.blocks;
+        let mut order: Vec<usize> = Vec::new();
+        for removed in 1..blocks {
+            let cut = self.subject.without(method, removed, blocks, settings)?;
+            let gone = cut.report.modules.iter();
+            let gone = gone.filter(|module| module.change == Change::Remove);
+            let gone: BTreeSet<&str> = gone.map(|module| module.path.as_str()).collect();
+            let next = (0..blocks).filter(|block| gone.contains((self.path)(*block).as_str()));
+            let next: Vec<usize> = next.filter(|block| !order.contains(block)).collect();
+            order.extend(next);
+        }
+        let kept = (0..blocks).find(|block| !order.contains(block));
+        order.extend(kept);
+        let candidates = candidates(self.size);
+        order.retain(|block| candidates.contains(block));
+        Ok(order)
+    }
+
     /// The mean over random choices.
     fn random(&self, seed: u64) -> Result<Vec<Point>> {
         let each = (1..=self.most).map(|removed| {
@@ -163,7 +186,10 @@ impl Cutting<'_> {
             ways.push((name, self.by(entropy, &settings(estimator))?));
         }
         let [(_, neighbours), ..] = ESTIMATORS;
-        ways.push(("angle", self.by(angle, &settings(neighbours))?));
+        let settings = settings(neighbours);
+        let order = self.order_of(angle, &settings)?;
+        ways.push(("angle", self.ordered(&order)?));
+        ways.push((ANY_ANGLE, self.by(angle, &settings)?));
         ways.push(("greedy", self.ordered(greedy)?));
         let mut end = candidates(self.size);
         end.reverse();
@@ -205,7 +231,7 @@ pub(super) fn attention(subject: &Subject, writer: &Writer, size: Size, seed: u6
         path: attention_path,
         most: candidates(size).len().min(MOST_ATTENTION),
     };
-    let mixers: Vec<Shed> = (0..size.blocks).map(Shed::Mixer).collect();
+    let mixers: Vec<Shed> = candidates(size).into_iter().map(Shed::Mixer).collect();
     let search = Search::run(&subject.model, &subject.data, BATCH, &mixers, cutting.most)?;
     let greedy = search.steps.iter().filter_map(|step| match step.shed {
         Shed::Mixer(block) => Some(block),
@@ -246,7 +272,8 @@ fn greedy_blocks(cutting: &Cutting<'_>) -> Result<Vec<usize>> {
     let mut gone: Vec<usize> = Vec::new();
     for _ in 0..cutting.most {
         let mut best: Option<(usize, f64)> = None;
-        for block in (0..cutting.size.blocks).filter(|block| !gone.contains(block)) {
+        let left = candidates(cutting.size).into_iter();
+        for block in left.filter(|block| !gone.contains(block)) {
             let chosen: Vec<usize> = gone.iter().copied().chain([block]).collect();
             let found = perplexity(&cutting.without(&chosen)?.model, &text, BATCH)?.value;
             if best.is_none_or(|(_, least)| found < least) {

@@ -29,6 +29,7 @@ pub(super) fn cost(
     what: &'static str,
     blocks: Vec<usize>,
     steps: u64,
+    seed: u64,
 ) -> Result<Cost> {
     let changed = |method: &str, change: Change| -> Result<_> {
         let mut plan = subject.empty_plan(method)?;
@@ -40,7 +41,7 @@ pub(super) fn cost(
         Ok(subject.apply(&plan)?.model)
     };
     let replaced = changed("linearise", Change::Linearise { blocks: 1 })?;
-    let lesson = Lesson::new(&subject.model, steps, 0)?;
+    let lesson = Lesson::new(&subject.model, steps, seed)?;
     Ok(Cost {
         what,
         deleted: subject.loss(&changed("delete-linear", Change::Remove)?)?,

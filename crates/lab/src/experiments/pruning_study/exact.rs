@@ -14,14 +14,19 @@ use lapidary_train::generator;
 use rand::RngExt;
 
 /// What was measured.
+#[derive(Default)]
 pub(super) struct Exact {
     /// Pruned weights.
     pub(super) zeros: usize,
     /// How many of them are not zero after training.
     pub(super) changed: usize,
+    /// How many of the others are not what they were.
+    pub(super) trained: usize,
     /// Steps of training.
     pub(super) steps: u64,
-    /// `|δᵀ H δ − Σ w² / [H⁻¹]_qq|`, relative.
+    /// Rows of which exactly one weight was taken out, and all rows.
+    pub(super) rows: [usize; 2],
+    /// `|δᵀ H δ − w² / [H⁻¹]_qq|`, relative, the most of a row.
     pub(super) rise: f64,
     /// Largest `|H δ|` of a weight that is left.
     pub(super) gradient: f64,
@@ -40,20 +45,14 @@ pub(super) fn measured(seed: u64) -> Result<Exact> {
     });
     let data = CalibrationData::windows(windows.collect::<Vec<_>>())?;
     let model = Model::initialised(spec.clone(), seed, DType::F32, &Device::Cpu)?;
-    let (zeros, changed, steps) = zeros(&model, &data)?;
+    let mut exact = zeros(&model, &data)?;
     let model = Model::initialised(spec, seed, DType::F64, &Device::Cpu)?;
-    let (rise, gradient) = one_weight(&model, &data)?;
-    Ok(Exact {
-        zeros,
-        changed,
-        steps,
-        rise,
-        gradient,
-    })
+    one_weight(&model, &data, &mut exact)?;
+    Ok(exact)
 }
 
-/// Weights that were pruned, those that are not zero after training, and its steps.
-fn zeros(model: &Model, data: &CalibrationData) -> Result<(usize, usize, u64)> {
+/// What becomes of weights that were pruned, and of the others, in training.
+fn zeros(model: &Model, data: &CalibrationData) -> Result<Exact> {
     let healing = |steps: u64| HealSettings {
         steps,
         rate: 1e-2,
@@ -81,7 +80,10 @@ fn zeros(model: &Model, data: &CalibrationData) -> Result<(usize, usize, u64)> {
     };
     let (before, _) = pruned(&healing(0))?;
     let (after, reports) = pruned(&healing(20))?;
-    let (mut zeros, mut changed) = (0, 0);
+    let mut exact = Exact {
+        steps: reports.iter().map(|report| report.steps).sum(),
+        ..Exact::default()
+    };
     for module in &before.report.modules {
         let weights = |model: &Model| -> Result<Vec<f64>> {
             let weight = model.parameters().get(&format!("{}.weight", module.path));
@@ -90,21 +92,23 @@ fn zeros(model: &Model, data: &CalibrationData) -> Result<(usize, usize, u64)> {
         let pairs = weights(&before.model)?
             .into_iter()
             .zip(weights(&after.model)?);
-        for (_, after) in pairs.filter(|(before, _)| *before == 0.0) {
-            zeros += 1;
-            changed += usize::from(after != 0.0);
+        for (before, after) in pairs {
+            let moved = usize::from(after != before);
+            match before == 0.0 {
+                true => {
+                    exact.zeros += 1;
+                    exact.changed += moved;
+                }
+                false => exact.trained += moved,
+            }
         }
     }
-    Ok((
-        zeros,
-        changed,
-        reports.iter().map(|report| report.steps).sum(),
-    ))
+    Ok(exact)
 }
 
 /// One weight of each row of a layer goes: the difference between the error and its formula, and the
 /// largest gradient of what is left.
-fn one_weight(model: &Model, data: &CalibrationData) -> Result<(f64, f64)> {
+fn one_weight(model: &Model, data: &CalibrationData, exact: &mut Exact) -> Result<()> {
     let path = "blocks.0.attention.query";
     let statistic = Statistic::Covariance {
         site: "blocks.0.attention.in".to_owned(),
@@ -154,7 +158,6 @@ fn one_weight(model: &Model, data: &CalibrationData) -> Result<(f64, f64)> {
         weight.map_or(Ok(Vec::new()), numbers)
     };
     let (before, after) = (weights(model)?, weights(&pruned.model)?);
-    let (mut rise, mut gradient) = (0.0f64, 0.0f64);
     for (before, after) in before.chunks(WIDTH).zip(after.chunks(WIDTH)) {
         let delta: Vec<f64> = after.iter().zip(before).map(|(a, b)| a - b).collect();
         let slope = hessian
@@ -164,10 +167,14 @@ fn one_weight(model: &Model, data: &CalibrationData) -> Result<(f64, f64)> {
         let error: f64 = slope.iter().zip(&delta).map(|(s, d)| s * d).sum();
         let gone = after.iter().zip(before).zip(&inverse);
         let gone = gone.filter(|((after, _), _)| **after == 0.0);
-        let formula: f64 = gone.map(|((_, w), diagonal)| w * w / diagonal).sum();
-        rise = rise.max((error - formula).abs() / formula.abs().max(f64::MIN_POSITIVE));
+        let formulas: Vec<f64> = gone.map(|((_, w), diagonal)| w * w / diagonal).collect();
+        exact.rows[1] += 1;
+        if let [formula] = formulas.as_slice() {
+            exact.rows[0] += 1;
+            exact.rise = exact.rise.max((error - formula).abs() / formula);
+        }
         let left = slope.iter().zip(after).filter(|(_, after)| **after != 0.0);
-        gradient = left.fold(gradient, |most, (slope, _)| most.max(slope.abs()));
+        exact.gradient = left.fold(exact.gradient, |most, (slope, _)| most.max(slope.abs()));
     }
-    Ok((rise, gradient))
+    Ok(())
 }

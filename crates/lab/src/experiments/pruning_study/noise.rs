@@ -62,13 +62,28 @@ pub(super) struct Curve {
     /// Of the dense model trained on for as many steps as the others heal.
     pub(super) control: f64,
     /// Of the model pruned by magnitude and healed, by share.
-    points: Vec<(f64, f64)>,
+    points: Vec<Point>,
+}
+
+struct Point {
+    share: f64,
+    tests: f64,
+    held_out: f64,
 }
 
 impl Curve {
     pub(super) fn at(&self, share: f64) -> f64 {
-        let found = self.points.iter().find(|(at, _)| *at == share);
-        found.map_or(f64::NAN, |(_, loss)| *loss)
+        self.loss(share, |point| point.tests)
+    }
+
+    /// On the examples that decide when healing is best.
+    pub(super) fn held_out(&self, share: f64) -> f64 {
+        self.loss(share, |point| point.held_out)
+    }
+
+    fn loss(&self, share: f64, of: fn(&Point) -> f64) -> f64 {
+        let found = self.points.iter().find(|point| point.share == share);
+        found.map_or(f64::NAN, of)
     }
 }
 
@@ -131,7 +146,11 @@ pub(super) fn curve(scale: Scale, seed: u64) -> Result<Curve> {
             healing: &healing,
         };
         let (pruned, _) = prune_and_heal(&model, &learned, &told)?;
-        points.push((share, mean_loss(&pruned.model, &tests)?));
+        points.push(Point {
+            share,
+            tests: mean_loss(&pruned.model, &tests)?,
+            held_out: mean_loss(&pruned.model, &held_out)?,
+        });
     }
     let (control, _) = heal(&model, &learned, &healing, |_, _| ())?;
     Ok(Curve {

@@ -155,8 +155,9 @@ fn claims(
                  ends worse than RDUCB",
                 "expected from the theory",
                 trial.listed(),
-                after_training(scale, trial.of(Way::Tree).mean() > own.mean()),
-            ),
+                after_training(scale, own.better(&trial.of(Way::Tree))),
+            )
+            .noted("worse: by more than a standard error of the difference of the means"),
         });
     }
     claims.push(plugged_in(scale, trials));
@@ -224,8 +225,16 @@ impl Summary {
         squares.sum::<f64>() / (count - 1.0).max(1.0) / count
     }
 
+    /// The standard error of the difference of the means.
+    fn error(&self, other: &Self) -> f64 {
+        (self.squared_error() + other.squared_error()).sqrt()
+    }
+
     fn tied_or_better(&self, other: &Self) -> bool {
-        let error = (self.squared_error() + other.squared_error()).sqrt();
-        self.mean() <= other.mean() + error
+        self.mean() <= other.mean() + self.error(other)
+    }
+
+    fn better(&self, other: &Self) -> bool {
+        self.mean() < other.mean() - self.error(other)
     }
 }

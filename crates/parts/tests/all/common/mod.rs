@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 
 use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::Result;
+use lapidary_parts::attention::QueryKeySharing;
+use lapidary_parts::attention::mechanism::Heads;
 use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
+use lapidary_parts::position::{Position, PositionSpec, Span};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -188,4 +191,30 @@ pub fn gradient_error(inputs: &Map, entries: usize, function: impl Fn(&Map) -> T
 pub fn contracted(y: &Tensor) -> Tensor {
     let weights = random(y.dims(), 77);
     (y * weights).unwrap().sum_all().unwrap()
+}
+
+/// What a mechanism is told of `heads` heads, with scores of half the products.
+pub fn heads(heads: usize, head_width: usize, causal: bool) -> Heads {
+    Heads {
+        width: heads * head_width,
+        heads,
+        head_width,
+        causal,
+        scale: 0.5,
+        sharing: QueryKeySharing::None,
+    }
+}
+
+/// Positions of heads of four features.
+pub fn position(spec: &PositionSpec, heads: usize, causal: bool, map: &Map) -> Position {
+    build(map, |p| Position::new(spec, (heads, heads), 4, causal, p)).unwrap()
+}
+
+pub fn span(queries: usize, keys: usize, offset: usize) -> Span {
+    Span {
+        queries,
+        keys,
+        offset,
+        draw: None,
+    }
 }

@@ -2,6 +2,7 @@
 #![allow(clippy::panic, clippy::unwrap_used)]
 
 use super::*;
+use crate::common::tensor;
 use lapidary_kernels::DType;
 use lapidary_parts::state::MixerState;
 

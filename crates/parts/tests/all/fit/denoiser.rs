@@ -2,6 +2,7 @@
 #![allow(clippy::panic, clippy::unwrap_used)]
 
 use super::*;
+use crate::common::{tensor, values};
 use lapidary_kernels::Var;
 use lapidary_parts::organisation::fit::denoiser::{Denoiser, DenoiserSpec, Noisy};
 
