@@ -5,5 +5,6 @@ mod language;
 mod masked_patches;
 mod masks;
 mod mechanisms_recomputed;
+mod self_distillation;
 mod state;
 mod tasks;
