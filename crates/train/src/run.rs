@@ -15,8 +15,8 @@ use lapidary_kernels::Device;
 use lapidary_model::{Limits, Model, Package, Tokenizer};
 
 use crate::data::{
-    AssociativeRecall, Copying, Induction, LanguageTask, Order, Task, TokenFile, Windows, split,
-    write_text,
+    AssociativeRecall, Copying, Induction, LanguageTask, Order, Task, TokenFile, Vertices, Windows,
+    split, write_text,
 };
 use crate::language::{Corpus, Language, Split};
 use crate::log::{EventFile, JsonLines, Progress};
@@ -297,6 +297,14 @@ fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
             Sources {
                 training,
                 validation,
+                tokenizer: None,
+            }
+        }
+        DataSpec::Vertices { file } => {
+            let training = Vertices::open(file)?;
+            Sources {
+                validation: Box::new(training.asked()?),
+                training: Box::new(training),
                 tokenizer: None,
             }
         }

@@ -190,6 +190,9 @@ impl Default for OptimiserSpec {
 /// Tokens of a step.
 const MAX_TOKENS: usize = 1 << 26;
 
+/// Pictures that are generated.
+const MAX_SHAPES: usize = 1_000_000;
+
 /// Numbers of all views of a step.
 const MAX_PIXELS: usize = 1 << 30;
 
@@ -354,6 +357,12 @@ pub enum DataSpec {
         #[serde(default = "shuffled")]
         order: Order,
     },
+    /// The vertices of a graph, some of which are to be named: a [`crate::data::VerticesFile`]. The graph is that
+    /// of the model's attention.
+    Vertices {
+        /// The file.
+        file: PathBuf,
+    },
     /// A random word, to be said again.
     Copying {
         /// Different symbols.
@@ -405,6 +414,7 @@ impl DataSpec {
             Self::Language { .. }
             | Self::Text { .. }
             | Self::Tokens { .. }
+            | Self::Vertices { .. }
             | Self::Copying { .. }
             | Self::Recall { .. }
             | Self::Induction { .. } => None,
@@ -574,6 +584,12 @@ impl TrainSpec {
     /// of the settings that mean something to sequences alone.
     fn validate_images(&self, own: &SelfDistillationSpec) -> Result<()> {
         own.validate()?;
+        if let DataSpec::Shapes { count, .. } = self.data
+            && !(2..=MAX_SHAPES).contains(&count)
+        {
+            let expected = "between 2 and 1 000 000";
+            return wrong("data.count", count.to_string(), expected);
+        }
         if self.data.of_images().is_none() {
             let expected = "images or shapes with self_distillation";
             return wrong("data.kind", "one of tokens".into(), expected);

@@ -21,7 +21,7 @@ use lapidary_parts::attention::{MechanismSpec, MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
 use lapidary_parts::norm::NormSpec;
-use lapidary_train::data::{Batch, IGNORE};
+use lapidary_train::data::{IGNORE, Vertices, VerticesFile};
 use lapidary_train::{Generator, batch_loss, generator};
 use rand::RngExt;
 use std::collections::BTreeMap;
@@ -64,7 +64,7 @@ pub(super) fn run(
         let spec = spec(&world, *metric);
         let mut source = classifier::Narrow(Initialiser::new(seed, DType::F32, Device::Cpu));
         let model = Model::trainable(spec, &mut source)?;
-        let told = world.batch(true);
+        let told = world.vertices()?.sequence();
         let model = classifier::fit(&model, steps, 1e-2, |_| {
             Ok(batch_loss(&model, &told, Pass::default())?)
         })?;
@@ -145,25 +145,22 @@ impl World {
         })
     }
 
-    /// All vertices as one sequence, with the communities of those that were told, or of the others.
-    fn batch(&self, told: bool) -> Batch {
-        let targets = self.communities.iter().zip(&self.told);
-        Batch {
-            rows: 1,
-            length: self.words.len(),
-            inputs: self.words.clone(),
-            targets: targets
-                .map(|(community, was_told)| match *was_told == told {
-                    true => class(*community),
-                    false => IGNORE,
-                })
-                .collect(),
-        }
+    /// The vertices, to be trained on.
+    fn vertices(&self) -> Result<Vertices> {
+        let classes = self
+            .communities
+            .iter()
+            .map(|community| Some(class(*community)));
+        Ok(Vertices::new(VerticesFile {
+            tokens: self.words.clone(),
+            classes: classes.collect(),
+            held_out: self.told.iter().map(|told| !told).collect(),
+        })?)
     }
 
     /// How many of a hundred vertices that were not told get their community.
     fn percent_named(&self, model: &Model) -> Result<f64> {
-        let asked = self.batch(false);
+        let asked = self.vertices()?.asked()?.sequence();
         let (inputs, _) = asked.tensors(&Device::Cpu)?;
         let output = model.forward(&lapidary_model::Input::tokens(inputs), Pass::default())?;
         let logits = numbers(&output.into_logits()?.into_value())?;
@@ -296,7 +293,8 @@ mod tests {
         let world = World::new(60, 3).unwrap();
         let graph = Graph::new(60, world.edges.clone()).unwrap();
         assert!(graph.distances(0).iter().all(|d| d.is_finite()));
-        let (told, asked) = (world.batch(true), world.batch(false));
+        let training = world.vertices().unwrap();
+        let (told, asked) = (training.sequence(), training.asked().unwrap().sequence());
         assert_eq!(told.inputs, asked.inputs);
         for (a, b) in told.targets.iter().zip(&asked.targets) {
             assert!((*a == IGNORE) != (*b == IGNORE));
