@@ -31,6 +31,9 @@ pub struct ProjectionSizes {
 /// Added to squared lengths, so that a vector of zeros has a gradient.
 const LEAST: f64 = 1e-12;
 
+/// Gives a parameter of a name and a shape.
+type Make<'a> = dyn FnMut(&str, &[usize], Init) -> Result<Tensor> + 'a;
+
 /// The layers.
 #[derive(Clone, Debug)]
 pub struct Projection {
@@ -77,10 +80,7 @@ impl Projection {
         Ok((built, variables))
     }
 
-    fn build(
-        sizes: ProjectionSizes,
-        parameter: &mut dyn FnMut(&str, &[usize], Init) -> Result<Tensor>,
-    ) -> Result<Self> {
+    fn build(sizes: ProjectionSizes, parameter: &mut Make<'_>) -> Result<Self> {
         let widths = [sizes.width, sizes.hidden, sizes.hidden, sizes.bottleneck];
         let mut layers = Vec::new();
         for (index, pair) in widths.windows(2).enumerate() {
