@@ -93,7 +93,7 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
         let seeds = found.iter().filter(|(known, _)| *known == name);
         mean(seeds.flat_map(|(_, each)| each.iter().map(of)))
     };
-    let information = |name| over(name, |found| found.information);
+    let information = |name: &str| over(name, |found| found.information);
     let told = |name: &str| {
         format!(
             "{name} {:.3} of {:.2}",
