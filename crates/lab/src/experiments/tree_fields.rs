@@ -55,7 +55,7 @@ impl Size {
                 },
                 communities: match scale {
                     Scale::Full => (600, 600),
-                    Scale::Smoke | Scale::Small => (160, 160),
+                    Scale::Smoke | Scale::Small => (160, 240),
                 },
                 seeds: match scale {
                     Scale::Full => 5,

@@ -236,7 +236,7 @@ fn spec(world: &World, metric: Option<Metric>) -> ModelSpec {
         features: FeatureMap::Square,
         mask: Mask::Exponential,
         per_head: true,
-        unit: if metric.is_some() { 2.0 } else { 1e9 },
+        unit: if metric.is_some() { 3.0 } else { 1e9 },
         ..TopologicalSpec::default()
     };
     let width = 32;
