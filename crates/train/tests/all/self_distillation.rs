@@ -185,6 +185,21 @@ fn the_same_seed_gives_the_same_run_and_what_it_says_is_within_bounds() {
     }
 }
 
+/// A teacher that is not sharp says the same of every picture, and what is measured shows it.
+#[test]
+fn a_level_teacher_has_all_the_entropy_and_no_information() {
+    let blunt = [
+        ("teacher_temperature", json!(1e6)),
+        ("first_teacher_temperature", json!(1e6)),
+    ];
+    let mut distiller = distiller(spec(&blunt));
+    distiller.step().unwrap();
+    let spread = distiller.spread().unwrap();
+    // Of numbers in single precision, which differ by 1e-6 at most.
+    assert!((spread.entropy - 8f64.ln()).abs() < 1e-5, "{spread:?}");
+    assert!(spread.information().abs() < 1e-5, "{spread:?}");
+}
+
 #[test]
 fn a_resumed_run_goes_on_bit_for_bit() {
     let mut whole = distiller(spec(&[("frozen_steps", json!(1))]));

@@ -112,10 +112,9 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
     let before = over(OWN, |found| found.named[1]);
     let note = format!(
         "{} pictures of {SIDE} by {SIDE} pixels with one shape before a texture, patches of {PATCH} by {PATCH}, {} \
-         steps of {} pictures in {} views; heads and neighbours are the teacher's",
+         steps of {BATCH} pictures in {} views; heads and neighbours are the teacher's",
         size.pictures,
         size.distillation_steps,
-        BATCH,
         objective(size).crops.count()
     );
     Ok(vec![
