@@ -548,6 +548,10 @@ impl TrainSpec {
 
     /// What is asked of a run over tokens alone.
     fn validate_tokens(&self) -> Result<()> {
+        if let Some(kind) = self.data.of_images() {
+            let expected = "data of tokens, or self_distillation beside it";
+            return wrong("data.kind", kind.into(), expected);
+        }
         if self.length == 0 || self.length > self.model.length() {
             return wrong(
                 "length",
@@ -572,10 +576,6 @@ impl TrainSpec {
         }
         if !matches!(self.model.head, HeadSpec::LanguageModel { .. }) {
             return wrong("model.head", "no language model".into(), "a language model");
-        }
-        if let Some(kind) = self.data.of_images() {
-            let expected = "data of tokens, or self_distillation beside it";
-            return wrong("data.kind", kind.into(), expected);
         }
         Ok(())
     }

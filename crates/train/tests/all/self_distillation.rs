@@ -274,6 +274,13 @@ fn settings_that_mean_nothing_are_refused() {
         settings["self_distillation"]["crops"]["local"] = json!([0.5, 0.1]);
     });
     assert!(said.contains("crops.local"), "{said}");
+    let said = refused(&|settings| {
+        settings
+            .as_object_mut()
+            .unwrap()
+            .remove("self_distillation");
+    });
+    assert!(said.starts_with("data.kind is shapes"), "{said}");
     let few = Images {
         validation: Vec::new(),
         ..images()
