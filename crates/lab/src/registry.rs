@@ -160,6 +160,7 @@ static SYSTEMS: &[System] = &[
             "parts::attention::QueryKeySharing",
             "parts::feedforward::SparseCodeSpec",
             "parts::block::Wiring",
+            "train::self_distillation",
         ],
         experiment: experiments::white_box::run,
     },

@@ -65,6 +65,11 @@ impl MovingAverage {
         } else {
             self.decay
         };
+        self.update_by(parameters, decay)
+    }
+
+    /// As [`MovingAverage::update`], by a decay of this update's own.
+    pub fn update_by(&mut self, parameters: &[Var], decay: f64) -> lapidary_kernels::Result<()> {
         for (shadow, parameter) in self.shadow.iter_mut().zip(parameters) {
             let moved = parameter.as_tensor().detach().affine(1.0 - decay, 0.0)?;
             *shadow = (shadow.affine(decay, 0.0)? + moved)?;
@@ -119,6 +124,22 @@ mod tests {
             expected = 0.9 * expected + 0.1 * next;
             assert!((value(&average.shadow()[0]) - expected).abs() < 1e-12);
         }
+    }
+
+    #[test]
+    fn an_update_may_have_a_decay_of_its_own() {
+        let parameters = [Var::new(&[2f64], &Device::Cpu).unwrap()];
+        let mut average = MovingAverage::new(&parameters, 0.9, false).unwrap();
+        parameters[0]
+            .set(&Tensor::new(&[10f64], &Device::Cpu).unwrap())
+            .unwrap();
+        average.update_by(&parameters, 1.0).unwrap();
+        assert_eq!(value(&average.shadow()[0]), 2.0);
+        average.update_by(&parameters, 0.25).unwrap();
+        assert_eq!(value(&average.shadow()[0]), 0.25 * 2.0 + 0.75 * 10.0);
+        average.update_by(&parameters, 0.0).unwrap();
+        assert_eq!(value(&average.shadow()[0]), 10.0);
+        assert_eq!(average.updates(), 3);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! - [`data`]: text and token files, windows over them, and generated [`data::Task`]s.
 //! - [`Schedule`], [`Gradients`], [`MovingAverage`], [`Masks`]: what surrounds an optimiser step;
 //!   [`Updates`]: the step itself, whatever the loss.
+//! - [`self_distillation`]: a student of images and its teacher, without labels.
 //! - [`masked_patches`]: images with most patches hidden, and the loss of drawing them again.
 //! - [`log`]: JSON lines, TensorBoard event files, and a progress line on a terminal.
 //! - [`TrainSpec`], [`Trainer`], [`run`]: a run as data, a step at a time, and in a directory.
@@ -24,6 +25,7 @@ mod masks;
 mod random;
 mod run;
 mod schedule;
+pub mod self_distillation;
 pub mod spec;
 pub mod state;
 mod trainer;
@@ -36,7 +38,7 @@ pub use gradients::Gradients;
 pub use loss::{batch_loss, batch_loss_in_chunks};
 pub use masks::Masks;
 pub use random::{Generator, GeneratorState, generator};
-pub use run::{Finished, run};
+pub use run::{Finished, run, run_on_images};
 pub use schedule::{Decay, Schedule};
 pub use spec::TrainSpec;
 pub use trainer::{Step, Trainer};

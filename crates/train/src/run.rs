@@ -12,15 +12,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lapidary_kernels::Device;
-use lapidary_model::{Limits, Package, Tokenizer};
+use lapidary_model::{Limits, Model, Package, Tokenizer};
 
 use crate::data::{
-    AssociativeRecall, Copying, Induction, LanguageTask, Order, Task, TokenFile, Windows, split,
-    write_text,
+    AssociativeRecall, Copying, Induction, LanguageTask, Order, Task, TokenFile, Vertices, Windows,
+    split, write_text,
 };
 use crate::language::{Corpus, Language, Split};
 use crate::log::{EventFile, JsonLines, Progress};
+use crate::self_distillation::{Distiller, Images, Spread};
 use crate::spec::{DataSpec, TokenizerSpec};
+use crate::state::TrainingState;
 use crate::{Error, Result, Step, TrainSpec, Trainer, state};
 
 /// What a finished run left.
@@ -34,8 +36,10 @@ pub struct Finished {
     pub steps: u64,
     /// The directory of the trained model.
     pub model: PathBuf,
-    /// Tokens per second over the steps done now.
+    /// Tokens per second over the steps done now; patches and class tokens, where images are read.
     pub tokens_per_second: f64,
+    /// What the teacher says of the validation images, after self-distillation.
+    pub spread: Option<Spread>,
 }
 
 /// Training and validation data, and the tokenizer of the model to be.
@@ -45,6 +49,96 @@ struct Sources {
     tokenizer: Option<Tokenizer>,
 }
 
+/// What is trained, a step at a time.
+trait Learner {
+    fn steps_done(&self) -> u64;
+
+    fn step(&mut self) -> Result<Step>;
+
+    /// The loss on what is not trained on.
+    fn validate(&mut self) -> Result<f64>;
+
+    /// What the last step's teacher said, where there is one.
+    fn spread(&self) -> Option<Spread>;
+
+    /// The same of what is not trained on.
+    fn validation_spread(&self) -> Result<Option<Spread>>;
+
+    fn state(&self) -> Result<TrainingState>;
+
+    fn resume(&mut self, state: &TrainingState) -> Result<()>;
+
+    fn finished(&mut self) -> Result<Model>;
+}
+
+impl Learner for Trainer {
+    fn steps_done(&self) -> u64 {
+        self.steps_done()
+    }
+
+    fn step(&mut self) -> Result<Step> {
+        self.step()
+    }
+
+    fn validate(&mut self) -> Result<f64> {
+        self.validate()
+    }
+
+    fn spread(&self) -> Option<Spread> {
+        None
+    }
+
+    fn validation_spread(&self) -> Result<Option<Spread>> {
+        Ok(None)
+    }
+
+    fn state(&self) -> Result<TrainingState> {
+        self.state()
+    }
+
+    fn resume(&mut self, state: &TrainingState) -> Result<()> {
+        self.resume(state)
+    }
+
+    fn finished(&mut self) -> Result<Model> {
+        self.finished()
+    }
+}
+
+impl Learner for Distiller {
+    fn steps_done(&self) -> u64 {
+        self.steps_done()
+    }
+
+    fn step(&mut self) -> Result<Step> {
+        self.step()
+    }
+
+    fn validate(&mut self) -> Result<f64> {
+        Ok(Distiller::validate(self)?.0)
+    }
+
+    fn spread(&self) -> Option<Spread> {
+        self.spread()
+    }
+
+    fn validation_spread(&self) -> Result<Option<Spread>> {
+        Ok(Some(Distiller::validate(self)?.1))
+    }
+
+    fn state(&self) -> Result<TrainingState> {
+        self.state()
+    }
+
+    fn resume(&mut self, state: &TrainingState) -> Result<()> {
+        self.resume(state)
+    }
+
+    fn finished(&mut self) -> Result<Model> {
+        Distiller::finished(self)
+    }
+}
+
 /// Runs `spec` in `directory`; with `resume`, from the newest state there.
 ///
 /// # Errors
@@ -52,59 +146,97 @@ struct Sources {
 /// the spec, the data or the disk give cause for.
 pub fn run(spec: &TrainSpec, directory: &Path, resume: bool, device: &Device) -> Result<Finished> {
     spec.validate()?;
-    let states = directory.join("states");
-    let latest = state::latest(&states)?;
-    let model_directory = directory.join("model");
-    if !resume && (latest.is_some() || model_directory.exists()) {
+    prepare(directory, resume)?;
+    let sources = sources(spec, directory)?;
+    let trainer = Trainer::new(spec.clone(), sources.training, sources.validation, device)?;
+    drive(spec, trainer, sources.tokenizer, directory, device)
+}
+
+/// As [`run`], for self-distillation, of `images` that were read or made as `spec.data` says.
+///
+/// # Errors
+/// As there.
+pub fn run_on_images(
+    spec: &TrainSpec,
+    images: Images,
+    directory: &Path,
+    resume: bool,
+    device: &Device,
+) -> Result<Finished> {
+    spec.validate()?;
+    prepare(directory, resume)?;
+    let distiller = Distiller::new(spec.clone(), images, device)?;
+    drive(spec, distiller, None, directory, device)
+}
+
+/// Makes the directory of a run, which holds none unless it is resumed.
+fn prepare(directory: &Path, resume: bool) -> Result<()> {
+    let latest = state::latest(&directory.join("states"))?;
+    if !resume && (latest.is_some() || directory.join("model").exists()) {
         return Err(Error::Setting {
             name: "directory of the run",
             found: format!("{}, which holds a run", directory.display()),
             expected: "a new one, or --resume to go on",
         });
     }
-    std::fs::create_dir_all(directory).map_err(Error::file("create", directory))?;
-    let sources = sources(spec, directory)?;
-    let mut trainer = Trainer::new(spec.clone(), sources.training, sources.validation, device)?;
-    if let Some(latest) = latest {
-        trainer.resume(&state::load(&latest, device, &state::Limits::default())?)?;
+    std::fs::create_dir_all(directory).map_err(Error::file("create", directory))
+}
+
+fn drive(
+    spec: &TrainSpec,
+    mut learner: impl Learner,
+    tokenizer: Option<Tokenizer>,
+    directory: &Path,
+    device: &Device,
+) -> Result<Finished> {
+    let states = directory.join("states");
+    let model_directory = directory.join("model");
+    if let Some(latest) = state::latest(&states)? {
+        learner.resume(&state::load(&latest, device, &state::Limits::default())?)?;
     }
-    let start = trainer.steps_done();
+    let start = learner.steps_done();
     let mut log = JsonLines::open(&directory.join("log.jsonl"), start + 1)?;
     let mut events = EventFile::create(directory)?;
     let mut progress = Progress::new(start, spec.steps);
     let started = std::time::Instant::now();
     let (mut last, mut tokens) = (None, 0);
     let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
-    while trainer.steps_done() < spec.steps {
-        let step = trainer.step()?;
+    while learner.steps_done() < spec.steps {
+        let step = learner.step()?;
         tokens += step.tokens;
         progress.step(step.step, step.loss, step.tokens);
         let mut values = values(&step);
+        if let Some(spread) = learner.spread() {
+            values.push(("teacher_entropy", spread.entropy));
+            values.push(("teacher_information", spread.information()));
+        }
         if due(spec.validation.every, step.step) && step.step < spec.steps {
-            values.push(("validation_loss", trainer.validate()?));
+            values.push(("validation_loss", learner.validate()?));
         }
         log.write(step.step, &values)?;
         events.write(step.step, &values)?;
         if due(spec.checkpoint.every, step.step) {
-            state::save(&states, &trainer.state()?, spec.checkpoint.keep)?;
+            state::save(&states, &learner.state()?, spec.checkpoint.keep)?;
         }
         last = Some(step.loss);
     }
     progress.finish();
     let seconds = started.elapsed().as_secs_f64();
-    let validation_loss = trainer.validate()?;
+    let validation_loss = learner.validate()?;
+    let spread = learner.validation_spread()?;
     if last.is_some() {
-        state::save(&states, &trainer.state()?, spec.checkpoint.keep)?;
+        state::save(&states, &learner.state()?, spec.checkpoint.keep)?;
     }
-    let model = trainer.finished()?;
+    let model = learner.finished()?;
     // A model that is there was left by this very run: it is made again from the resumed state.
-    Package::new(model, sources.tokenizer).replace(&model_directory, None)?;
+    Package::new(model, tokenizer).replace(&model_directory, None)?;
     Ok(Finished {
         loss: last,
         validation_loss,
-        steps: trainer.steps_done(),
+        steps: learner.steps_done(),
         model: model_directory,
         tokens_per_second: tokens as f64 / seconds.max(f64::MIN_POSITIVE),
+        spread,
     })
 }
 
@@ -167,6 +299,21 @@ fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
                 validation,
                 tokenizer: None,
             }
+        }
+        DataSpec::Vertices { file } => {
+            let training = Vertices::open(file)?;
+            Sources {
+                validation: Box::new(training.asked()?),
+                training: Box::new(training),
+                tokenizer: None,
+            }
+        }
+        DataSpec::Images { .. } | DataSpec::Shapes { .. } => {
+            return Err(Error::Setting {
+                name: "data.kind",
+                found: spec.data.of_images().unwrap_or_default().into(),
+                expected: "one of tokens: images are handed to run_on_images",
+            });
         }
         DataSpec::Copying { symbols } => generated(|| Copying::new(*symbols))?,
         DataSpec::Recall { keys, values } => generated(|| AssociativeRecall::new(*keys, *values))?,

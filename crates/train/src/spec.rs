@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 
 use lapidary_kernels::{AdamWOptions, LionOptions};
-use lapidary_model::ModelSpec;
+use lapidary_model::{HeadSpec, InputSpec, ModelSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{MaskingSpec, Order};
 use crate::language::Mixture;
+use crate::self_distillation::SelfDistillationSpec;
+use crate::state::TrainingState;
 use crate::{AlignmentSpec, Decay, Error, Result, Schedule};
 
 /// Everything that decides what a run computes.
@@ -19,9 +21,10 @@ pub struct TrainSpec {
     pub seed: u64,
     /// Steps in all.
     pub steps: u64,
-    /// Sequences in a step, all micro-batches together.
+    /// Sequences in a step, all micro-batches together; images, where images are read.
     pub batch: usize,
-    /// Tokens of a sequence.
+    /// Tokens of a sequence; absent where images are read.
+    #[serde(default, skip_serializing_if = "is_none_long")]
     pub length: usize,
     /// Micro-batches that a step is divided into.
     #[serde(default = "one")]
@@ -66,6 +69,9 @@ pub struct TrainSpec {
     /// Tokens that are hidden from a model that looks ahead, which is to name them instead of the next.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub masking: Option<MaskingSpec>,
+    /// Self-distillation without labels, of a model that reads images, instead of naming tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub self_distillation: Option<SelfDistillationSpec>,
     /// What is trained.
     pub model: ModelSpec,
 }
@@ -80,6 +86,14 @@ fn one() -> usize {
 )]
 fn is_zero(number: &u64) -> bool {
     *number == 0
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_none_long(length: &usize) -> bool {
+    *length == 0
 }
 
 /// The learning rate over the run's steps.
@@ -178,6 +192,12 @@ impl Default for OptimiserSpec {
 
 /// Tokens of a step.
 const MAX_TOKENS: usize = 1 << 26;
+
+/// Pictures that are generated.
+const MAX_SHAPES: usize = 1_000_000;
+
+/// Numbers of all views of a step.
+const MAX_PIXELS: usize = 1 << 30;
 
 const BELOW_ONE: &str = "at least 0 and below 1";
 const NOT_NEGATIVE: &str = "a number of at least 0";
@@ -340,6 +360,12 @@ pub enum DataSpec {
         #[serde(default = "shuffled")]
         order: Order,
     },
+    /// The vertices of a graph, some of which are to be named: a [`crate::data::VerticesFile`]. The graph is that
+    /// of the model's attention.
+    Vertices {
+        /// The file.
+        file: PathBuf,
+    },
     /// A random word, to be said again.
     Copying {
         /// Different symbols.
@@ -357,10 +383,54 @@ pub enum DataSpec {
         /// Different symbols.
         symbols: usize,
     },
+    /// The PNG and JPEG files of a directory, for self-distillation.
+    Images {
+        /// The directory; may be given on the command line instead.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        directory: Option<PathBuf>,
+    },
+    /// Generated pictures of one shape before a texture, for self-distillation.
+    Shapes {
+        /// Decides what is on them.
+        #[serde(default)]
+        seed: u64,
+        /// How many there are, those for validation among them.
+        #[serde(default = "thousand")]
+        count: usize,
+    },
+}
+
+fn thousand() -> usize {
+    1000
 }
 
 fn shuffled() -> Order {
     Order::Shuffled { seed: 0 }
+}
+
+impl DataSpec {
+    /// The kind's name, where it is one of images.
+    pub fn of_images(&self) -> Option<&'static str> {
+        match self {
+            Self::Images { .. } => Some("images"),
+            Self::Shapes { .. } => Some("shapes"),
+            Self::Language { .. }
+            | Self::Text { .. }
+            | Self::Tokens { .. }
+            | Self::Vertices { .. }
+            | Self::Copying { .. }
+            | Self::Recall { .. }
+            | Self::Induction { .. } => None,
+        }
+    }
+}
+
+fn wrong(name: &'static str, found: String, expected: &'static str) -> Result<()> {
+    Err(Error::Setting {
+        name,
+        found,
+        expected,
+    })
 }
 
 impl TrainSpec {
@@ -391,15 +461,33 @@ impl TrainSpec {
         (step < drawing, annealing.min(1.0))
     }
 
+    /// The settings that a resumed run must share: all but how long it goes and how often it
+    /// looks up.
+    pub(crate) fn settings(&self) -> Result<serde_json::Value> {
+        let mut spec = self.clone();
+        spec.checkpoint = Default::default();
+        spec.validation.every = 0;
+        serde_json::to_value(&spec).map_err(|error| Error::Setting {
+            name: "training spec",
+            found: error.to_string(),
+            expected: "one that serialises",
+        })
+    }
+
+    /// Refuses a state that was saved under other settings.
+    pub(crate) fn check_settings(&self, state: &TrainingState) -> Result<()> {
+        match state.settings == self.settings()? {
+            true => Ok(()),
+            false => Err(Error::Setting {
+                name: "the saved run's spec",
+                found: "another".into(),
+                expected: "the same as now; start a new run in another directory",
+            }),
+        }
+    }
+
     /// Refuses settings that cannot be trained with.
     pub fn validate(&self) -> Result<()> {
-        let wrong = |name, found: String, expected| {
-            Err(Error::Setting {
-                name,
-                found,
-                expected,
-            })
-        };
         self.schedule().validate()?;
         self.model
             .check_can_be_made()
@@ -442,6 +530,31 @@ impl TrainSpec {
         if !(0.0..1.0).contains(&fraction) {
             return wrong("validation.fraction", fraction.to_string(), BELOW_ONE);
         }
+        if self.accumulate == 0 || !self.batch.is_multiple_of(self.accumulate) {
+            return wrong(
+                "accumulate",
+                self.accumulate.to_string(),
+                "a divisor of the batch",
+            );
+        }
+        if let Some(clip) = self.clip.filter(|clip| !(clip.is_finite() && *clip > 0.0)) {
+            return wrong("clip", clip.to_string(), "a positive number");
+        }
+        if self.validation.batches == 0 {
+            return wrong("validation.batches", "0".into(), "at least 1");
+        }
+        match &self.self_distillation {
+            Some(own) => self.validate_images(own),
+            None => self.validate_tokens(),
+        }
+    }
+
+    /// What is asked of a run over tokens alone.
+    fn validate_tokens(&self) -> Result<()> {
+        if let Some(kind) = self.data.of_images() {
+            let expected = "data of tokens, or self_distillation beside it";
+            return wrong("data.kind", kind.into(), expected);
+        }
         if self.length == 0 || self.length > self.model.length() {
             return wrong(
                 "length",
@@ -467,25 +580,58 @@ impl TrainSpec {
                 return wrong("masking", "given".into(), expected);
             }
         }
-        if self.accumulate == 0 || !self.batch.is_multiple_of(self.accumulate) {
-            return wrong(
-                "accumulate",
-                self.accumulate.to_string(),
-                "a divisor of the batch",
-            );
-        }
-        if let Some(clip) = self.clip.filter(|clip| !(clip.is_finite() && *clip > 0.0)) {
-            return wrong("clip", clip.to_string(), "a positive number");
-        }
-        if self.validation.batches == 0 {
-            return wrong("validation.batches", "0".into(), "at least 1");
-        }
-        if !matches!(
-            self.model.head,
-            lapidary_model::HeadSpec::LanguageModel { .. }
-        ) {
+        if !matches!(self.model.head, HeadSpec::LanguageModel { .. }) {
             return wrong("model.head", "no language model".into(), "a language model");
         }
         Ok(())
+    }
+
+    /// What is asked of self-distillation: a model of images that gives one vector for each, images, and none
+    /// of the settings that mean something to sequences alone.
+    fn validate_images(&self, own: &SelfDistillationSpec) -> Result<()> {
+        own.validate()?;
+        if let DataSpec::Shapes { count, .. } = self.data
+            && !(2..=MAX_SHAPES).contains(&count)
+        {
+            let expected = "between 2 and 1 000 000";
+            return wrong("data.count", count.to_string(), expected);
+        }
+        if self.data.of_images().is_none() {
+            let expected = "images or shapes with self_distillation";
+            return wrong("data.kind", "one of tokens".into(), expected);
+        }
+        let InputSpec::Patches(input) = &self.model.input else {
+            return wrong(
+                "model.input",
+                "tokens".into(),
+                "patches with self_distillation",
+            );
+        };
+        if !matches!(self.model.head, HeadSpec::Pooled { labels: None, .. }) {
+            let expected = "pooled, without labels, with self_distillation";
+            return wrong("model.head", "another".into(), expected);
+        }
+        let pixels = input.image.iter().fold(input.channels, |product, side| {
+            product.saturating_mul(*side)
+        });
+        let in_a_step = self.batch.saturating_mul(own.crops.count());
+        if pixels.saturating_mul(in_a_step) > MAX_PIXELS {
+            let expected = "so small that all views have at most 1 073 741 824 numbers";
+            return wrong("batch", self.batch.to_string(), expected);
+        }
+        let given = [
+            ("length", self.length != 0),
+            ("accumulate", self.accumulate != 1),
+            ("average", self.average.is_some()),
+            ("dense_steps", self.dense_steps != 0),
+            ("annealed_steps", self.annealed_steps != 0),
+            ("recompute", self.recompute),
+            ("alignment", self.alignment.is_some()),
+            ("masking", self.masking.is_some()),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            Some((name, _)) => wrong(name, "given".into(), "absent with self_distillation"),
+            None => Ok(()),
+        }
     }
 }

@@ -66,6 +66,13 @@ impl Trainer {
         validation: Box<dyn Task>,
     ) -> Result<Self> {
         spec.validate()?;
+        if spec.self_distillation.is_some() {
+            return Err(Error::Setting {
+                name: "self_distillation",
+                found: "given".into(),
+                expected: "absent where tokens are named; a Distiller takes images",
+            });
+        }
         let hiding = |task: Box<dyn Task>| -> Box<dyn Task> {
             match spec.masking {
                 Some(masking) => Box::new(Masked::new(task, masking)),
@@ -273,21 +280,8 @@ impl Trainer {
                 GeneratorState::of(&self.generator),
             )]),
             positions,
-            settings: self.settings()?,
+            settings: self.spec.settings()?,
             tensors,
-        })
-    }
-
-    /// The settings that a resumed run must share: all but how long it goes and how often it
-    /// looks up.
-    fn settings(&self) -> Result<serde_json::Value> {
-        let mut spec = self.spec.clone();
-        spec.checkpoint = Default::default();
-        spec.validation.every = 0;
-        serde_json::to_value(&spec).map_err(|error| Error::Setting {
-            name: "training spec",
-            found: error.to_string(),
-            expected: "one that serialises",
         })
     }
 
@@ -296,13 +290,7 @@ impl Trainer {
     /// # Errors
     /// When the state is of a run with other settings, or does not fit the model.
     pub fn resume(&mut self, state: &TrainingState) -> Result<()> {
-        if state.settings != self.settings()? {
-            return Err(Error::Setting {
-                name: "the saved run's spec",
-                found: "another".into(),
-                expected: "the same as now; start a new run in another directory",
-            });
-        }
+        self.spec.check_settings(state)?;
         self.updates
             .restore(&state.tensors, &state.positions, state.step)?;
         if let Some(generator) = state.generators.get("training") {

@@ -97,8 +97,15 @@ impl Updates {
     /// # Errors
     /// When a variable is neither `f32` nor `f64` on the CPU.
     pub fn new(model: &Model, options: &UpdateOptions) -> Result<Self> {
-        let (names, variables): (Vec<String>, Vec<Var>) = model
-            .variables()
+        Self::of(model.variables(), options)
+    }
+
+    /// As [`Updates::new`], of variables by name, such as those of a model and of a head beside it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn of(variables: &BTreeMap<String, Var>, options: &UpdateOptions) -> Result<Self> {
+        let (names, variables): (Vec<String>, Vec<Var>) = variables
             .iter()
             .map(|(name, variable)| (name.clone(), variable.clone()))
             .unzip();
@@ -121,6 +128,17 @@ impl Updates {
     /// The variables, in the order of their names.
     pub(crate) fn variables(&self) -> &[Var] {
         &self.variables
+    }
+
+    /// Their names.
+    pub(crate) fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// One of them by its name.
+    pub(crate) fn variable(&self, name: &str) -> Option<&Var> {
+        let place = self.names.iter().position(|other| other == name)?;
+        self.variables.get(place)
     }
 
     /// The masks in force.

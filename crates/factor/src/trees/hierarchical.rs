@@ -59,7 +59,66 @@ impl Distortion {
     }
 }
 
+/// A random tree of clusters over a graph, its vertices the first of the tree: see
+/// [`Graph::hierarchy`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Hierarchy {
+    /// Vertices and clusters.
+    nodes: usize,
+    /// A node, one that hangs from it, and the levels of both.
+    edges: Vec<(usize, usize, [usize; 2])>,
+    /// How high each level stands above the vertices, which are the first.
+    heights: Vec<f64>,
+}
+
+impl Hierarchy {
+    /// The tree, with distances that are never shorter than the graph's.
+    ///
+    /// # Errors
+    /// As [`Tree::new`].
+    pub fn tree(&self) -> Result<Tree> {
+        let height = |level: usize| self.heights.get(level).copied().unwrap_or(0.0);
+        self.weighted(|[from, to]| height(from) - height(to))
+    }
+
+    /// The same tree, an edge as long as it spans levels: vertices that meet on level `l` are `2 l` apart, a
+    /// whole number, where they are `lengths()[2 l]` apart in [`Hierarchy::tree`].
+    ///
+    /// # Errors
+    /// As [`Tree::new`].
+    pub fn by_level(&self) -> Result<Tree> {
+        self.weighted(|[from, to]| from.saturating_sub(to) as f64)
+    }
+
+    /// How far vertices are apart in the tree, by how far they are in that by level. Vertices are an even
+    /// number of levels apart: what stands at odd places is between its neighbours.
+    pub fn lengths(&self) -> Vec<f64> {
+        let next = self.heights.iter().skip(1).map(Some).chain([None]);
+        let pairs = self.heights.iter().zip(next);
+        pairs
+            .flat_map(|(height, next)| {
+                let between = next.map(|next| height + next);
+                std::iter::once(2.0 * height).chain(between)
+            })
+            .collect()
+    }
+
+    fn weighted(&self, weight: impl Fn([usize; 2]) -> f64) -> Result<Tree> {
+        let edges = self.edges.iter();
+        let edges = edges.map(|(a, b, levels)| (*a, *b, weight(*levels)));
+        Tree::new(self.nodes, edges.collect())
+    }
+}
+
 impl Graph {
+    /// The tree of [`Graph::hierarchy`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn hierarchical_tree(&self, seed: u64) -> Result<Tree> {
+        self.hierarchy(seed)?.tree()
+    }
+
     /// A random tree over the graph whose distances are never shorter, and on average over seeds at most
     /// `O(ln n)` times as long (Fakcharoenphol, Rao, Talwar, A tight bound on approximating arbitrary metrics
     /// by tree metrics, 2003).
@@ -76,7 +135,7 @@ impl Graph {
     ///
     /// # Errors
     /// When the graph is not connected, or its weights are too far apart.
-    pub fn hierarchical_tree(&self, seed: u64) -> Result<Tree> {
+    pub fn hierarchy(&self, seed: u64) -> Result<Hierarchy> {
         let count = self.vertices();
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let mut order: Vec<usize> = (0..count).collect();
@@ -107,8 +166,8 @@ impl Graph {
         let mut edges = Vec::new();
         let mut next = count;
         let all: Vec<usize> = (0..count).collect();
-        // Clusters that are still to be parted, with what they hang from and how high that is.
-        let mut open = vec![(all, radii.len() - 1, None::<(usize, f64)>)];
+        // Clusters that are still to be parted, with what they hang from and the level of that.
+        let mut open = vec![(all, radii.len() - 1, None::<(usize, usize)>)];
         while let Some((members, mut level, above)) = open.pop() {
             let mut parts = vec![members];
             while let [members] = parts.as_slice()
@@ -118,32 +177,41 @@ impl Graph {
                 level -= 1;
                 parts = parted(members, &centres[level]);
             }
-            let (node, height) = match parts.as_slice() {
+            let (node, at) = match parts.as_slice() {
                 // Either alone, or with others that are at no distance.
                 [members] => {
                     let [first, others @ ..] = members.as_slice() else {
                         continue;
                     };
-                    edges.extend(others.iter().map(|other| (*first, *other, 0.0)));
-                    (*first, 0.0)
+                    edges.extend(others.iter().map(|other| (*first, *other, [0, 0])));
+                    (*first, 0)
                 }
                 _ => {
-                    let height = radii[level + 1];
+                    let at = level + 1;
                     let node = next;
                     next += 1;
                     open.extend(
                         parts
                             .into_iter()
-                            .map(|part| (part, level, Some((node, height)))),
+                            .map(|part| (part, level, Some((node, at)))),
                     );
-                    (node, height)
+                    (node, at)
                 }
             };
             if let Some((parent, from)) = above {
-                edges.push((parent, node, from - height));
+                edges.push((parent, node, [from, at]));
             }
         }
-        Tree::new(next, edges)
+        // Vertices stand on the ground, whatever the radius within which none but they are.
+        let mut heights = radii;
+        if let Some(ground) = heights.first_mut() {
+            *ground = 0.0;
+        }
+        Ok(Hierarchy {
+            nodes: next,
+            edges,
+            heights,
+        })
     }
 
     /// On each level, the place in the order of the centre that each vertex belongs to.

@@ -7,7 +7,7 @@
 //!   the vertices at least, which does the multiplying.
 //! - [`Function`]: `f`, by classes whose products are cheap.
 //! - [`Blocked`]: matrices of a rational function of sums, in blocks of low rank.
-//! - [`Graph::hierarchical_tree`] and [`Distortion`]: trees over a graph beside the spanning one, and how far
+//! - [`Graph::hierarchy`] and [`Distortion`]: trees over a graph beside the spanning one, and how far
 //!   distances are from the graph's.
 //! - [`RationalFit`]: a function that makes a tree's distances those of its graph.
 //!
@@ -25,7 +25,7 @@ mod product;
 pub use blocked::{Blocked, TOLERANCE};
 pub use function::Function;
 pub use graph::{Graph, Tree};
-pub use hierarchical::Distortion;
+pub use hierarchical::{Distortion, Hierarchy};
 pub use integrator::{IntegratorTree, Leaf, Side, Split};
 pub use learn::RationalFit;
 pub use product::{hankel, hankel_gradient};

@@ -338,3 +338,39 @@ fn what_no_tree_stands_over_is_refused() {
         [0.0; 3]
     );
 }
+
+/// Vertices that are a whole number of levels apart are as far apart as that number says.
+#[test]
+fn a_hierarchy_by_level_has_the_distances_of_the_tree() {
+    for seed in 0..6 {
+        let mut random = random(seed);
+        let count = 30;
+        let mut edges: Vec<(usize, usize, f64)> = (1..count)
+            .map(|v| (random.random_range(0..v), v, random.random_range(0.1..3.0)))
+            .collect();
+        // And two that are at no distance.
+        edges.push((4, 9, 0.0));
+        let graph = Graph::new(count, edges).unwrap();
+        let hierarchy = graph.hierarchy(seed).unwrap();
+        let (tree, levels) = (hierarchy.tree().unwrap(), hierarchy.by_level().unwrap());
+        let lengths = hierarchy.lengths();
+        assert!(lengths.windows(2).all(|pair| pair[0] < pair[1]));
+        assert_eq!(tree, graph.hierarchical_tree(seed).unwrap());
+        let (mut seen, mut apart) = (0, 0);
+        for vertex in 0..count {
+            let both = tree
+                .distances(vertex)
+                .into_iter()
+                .zip(levels.distances(vertex));
+            for (distance, levels) in both.take(count) {
+                assert_eq!(levels % 2.0, 0.0);
+                let said = lengths[levels as usize];
+                assert!((distance - said).abs() <= 1e-12 * said, "{distance} {said}");
+                seen += 1;
+                apart += usize::from(levels > 0.0);
+            }
+        }
+        // All pairs but each with itself, and the two.
+        assert_eq!((seen, apart), (count * count, count * count - count - 2));
+    }
+}

@@ -226,6 +226,7 @@ pub fn train_from(
         dense_steps: recipe.dense_steps,
         annealed_steps: 0,
         masking: None,
+        self_distillation: None,
         recompute: false,
         loss_chunk: None,
         alignment: recipe.alignment,

@@ -1,8 +1,11 @@
 //! Fast tree-field integrators: exactness and time on random trees, metrics of graphs by functions of a
-//! tree's, fields on a mesh and spectra of graphs, and a mask by distance in linear attention on digits.
+//! tree's, fields on a mesh and spectra of graphs, and a mask by distance in linear attention on digits and on
+//! graphs of communities.
 //!
 //! The paper integrates on meshes and citation graphs that are not here and trains on ImageNet. Here trees,
 //! graphs and a sphere are generated, and digits are printed.
+
+mod vertices;
 
 use super::jobs::means_by_seed;
 use super::sequences::{
@@ -24,6 +27,8 @@ struct Size {
     mesh: usize,
     graphs: usize,
     digits: (usize, u64),
+    /// Vertices of a graph whose communities are named, and steps.
+    communities: (usize, u64),
     seeds: u64,
 }
 
@@ -36,6 +41,7 @@ impl Size {
                 mesh: 12,
                 graphs: 4,
                 digits: (40, 2),
+                communities: (24, 2),
                 seeds: 1,
             },
             Scale::Small | Scale::Full => Self {
@@ -46,6 +52,10 @@ impl Size {
                 digits: match scale {
                     Scale::Full => (20_000, 4000),
                     Scale::Smoke | Scale::Small => (4000, 400),
+                },
+                communities: match scale {
+                    Scale::Full => (600, 600),
+                    Scale::Smoke | Scale::Small => (160, 240),
                 },
                 seeds: match scale {
                     Scale::Full => 5,
@@ -70,11 +80,12 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     setting.tell(|| "spectra of graphs".to_owned());
     claims.push(spectra(setting, &size)?);
     claims.push(on_digits(setting, &size)?);
+    claims.extend(vertices::run(setting, size.communities, size.seeds)?);
     Ok(Reproduction {
         setting: format!(
             "random trees of {:?} vertices, weights 1; a path of {} vertices and {} chords; a sphere of {} \
              by {} vertices; {} graphs of either kind; printed digits as {} pixels, 3 blocks, {} steps of \
-             32, {} seed(s)",
+             32, {} seed(s); communities of {} vertices, {} steps",
             size.trees,
             size.path.0,
             size.path.1,
@@ -83,7 +94,9 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             size.graphs,
             SIDE * SIDE,
             size.digits.1,
-            size.seeds
+            size.seeds,
+            size.communities.0,
+            size.communities.1
         ),
         claims,
         plots,
@@ -544,8 +557,8 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<Claim> {
             columns,
             features: FeatureMap::Square,
             mask: Mask::Exponential,
-            per_head: false,
             unit: SIDE as f64,
+            ..TopologicalSpec::default()
         })
     };
     let plain = MechanismSpec::Topological(TopologicalSpec {

@@ -129,6 +129,84 @@ kind = "language-model"
 }
 
 #[test]
+fn trains_on_pictures_without_labels() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = r#"
+steps = 2
+batch = 2
+[schedule]
+peak = 1e-3
+[validation]
+fraction = 0.25
+[data]
+kind = "shapes"
+count = 8
+[self_distillation]
+outputs = 8
+hidden = 12
+bottleneck = 6
+crops = { locals = 1 }
+[model]
+width = 16
+final_norm = { kind = "layer" }
+input = { kind = "patches", image = [12, 12], patch = 6 }
+head = { kind = "pooled" }
+[[model.blocks]]
+wiring = "replacing"
+attention = { kind = "multi-head", heads = 2, sharing = "all", bias = false, output_bias = true }
+feedforward = { kind = "sparse-code" }
+"#;
+    let spec = write(&directory, "spec.toml", text.as_bytes());
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let told = json(&["train", &spec, "--out", &at("run"), "--json"]);
+    assert_eq!(told["steps"], 2);
+    let entropy = told["teacher_entropy"].as_f64().unwrap();
+    assert!((0.0..=8f64.ln() + 1e-6).contains(&entropy));
+    assert!(told["teacher_information"].is_f64());
+    assert!(
+        Path::new(&at("run"))
+            .join("model/model.safetensors")
+            .is_file()
+    );
+    // The same from the pictures of a directory, which has to hold some.
+    let pictures = text.replace("\"shapes\"\ncount = 8", "\"images\"");
+    let spec = write(&directory, "pictures.toml", pictures.as_bytes());
+    refused(
+        &["train", &spec, "--out", &at("other")],
+        &["data.directory is absent", "--data"],
+    );
+    let none = at("none");
+    std::fs::create_dir(&none).unwrap();
+    refused(
+        &["train", &spec, "--out", &at("other"), "--data", &none],
+        &["holds no pictures"],
+    );
+    for place in 0..4u8 {
+        let file = std::fs::File::create(Path::new(&none).join(format!("{place}.png"))).unwrap();
+        let mut encoder = png::Encoder::new(file, 16, 20);
+        encoder.set_color(png::ColorType::Rgb);
+        let pixels: Vec<u8> = (0..16 * 20 * 3)
+            .map(|i: u32| (i * (7 + u32::from(place)) % 251) as u8)
+            .collect();
+        encoder
+            .write_header()
+            .unwrap()
+            .write_image_data(&pixels)
+            .unwrap();
+    }
+    let told = json(&[
+        "train",
+        &spec,
+        "--out",
+        &at("other"),
+        "--data",
+        &none,
+        "--json",
+    ]);
+    assert_eq!(told["steps"], 2);
+}
+
+#[test]
 fn evaluates_with_token_and_window_counts() {
     let directory = tempfile::tempdir().unwrap();
     let text = "the farmer near the dogs sings . the king praised himself . ".repeat(20);

@@ -6,10 +6,14 @@ use crate::common::attention::{Given, Subject, mask, spec};
 use crate::common::{
     Map, assert_near, build, contracted, gradient_error, heads, random, tensor, values,
 };
+use lapidary_factor::trees::{Graph, Tree};
 use lapidary_kernels::{Direction, Tensor, linear_attention};
 use lapidary_parts::Context;
-use lapidary_parts::attention::mechanism::topological::{FeatureMap, Mask, TopologicalSpec};
-use lapidary_parts::attention::mechanism::{Describe, MechanismPass, MechanismSpec};
+use lapidary_parts::attention::QueryKeySharing;
+use lapidary_parts::attention::mechanism::topological::{
+    FeatureMap, GraphSpec, Mask, Metric, TopologicalSpec,
+};
+use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass, MechanismSpec};
 use lapidary_signal::{Mixing, Trace};
 
 const HEADS: usize = 2;
@@ -68,6 +72,17 @@ fn distance(columns: Option<usize>, i: usize, j: usize) -> usize {
     }
 }
 
+/// `M` of a distance.
+fn mask_of(spec: &TopologicalSpec, a: &[f64], distance: f64) -> f64 {
+    let s = distance / spec.unit;
+    let z = a[0] + a[1] * s + a[2] * s * s;
+    match spec.mask {
+        Mask::Exponential => z.exp(),
+        Mask::Identity => 1.0 + z,
+        Mask::InverseQuadratic => 1.0 / (1.0 + z * z),
+    }
+}
+
 /// Weights over all keys of one query, `M_ij φ(q_i) · φ(k_j)` divided by their sum.
 fn brute(spec: &TopologicalSpec, a: &[f64], q: &[f64], keys: &[f64], i: usize) -> Vec<f64> {
     let map = |x: f64| match spec.features {
@@ -80,13 +95,7 @@ fn brute(spec: &TopologicalSpec, a: &[f64], q: &[f64], keys: &[f64], i: usize) -
         .chunks(WIDTH)
         .enumerate()
         .map(|(j, k)| {
-            let s = distance(spec.columns, i, j) as f64 / spec.unit;
-            let z = a[0] + a[1] * s + a[2] * s * s;
-            let mask = match spec.mask {
-                Mask::Exponential => z.exp(),
-                Mask::Identity => 1.0 + z,
-                Mask::InverseQuadratic => 1.0 / (1.0 + z * z),
-            };
+            let mask = mask_of(spec, a, distance(spec.columns, i, j) as f64);
             let product: f64 = q.iter().zip(k).map(|(q, k)| map(*q) * map(*k)).sum();
             mask * product
         })
@@ -303,4 +312,222 @@ fn work_grows_nearly_linearly() {
     let grid = (work(Some(256), 65_536) / work(Some(128), 16_384)).ln() / 4f64.ln();
     assert!((path - 1.19).abs() < 0.1, "{path}");
     assert!(grid > 0.95 && grid < 1.29, "{grid}");
+}
+
+/// A path with chords, lengths multiples of a quarter.
+fn graph(vertices: usize) -> GraphSpec {
+    let length = |v: usize| 0.25 * (1 + v * 7 % 5) as f64;
+    let path = (1..vertices).map(|v| (v - 1, v, length(v)));
+    let chords = (0..vertices / 3).map(|v| (v, vertices - 1 - v, length(v + 2)));
+    GraphSpec::new(vertices, path.chain(chords).collect())
+}
+
+/// All pairs `[trees, vertices, vertices]` of what a metric takes distances along.
+fn all_pairs(spec: &GraphSpec, metric: Metric) -> Vec<Vec<Vec<f64>>> {
+    let graph = Graph::new(spec.vertices, spec.edges.clone()).unwrap();
+    let of = |tree: Tree| (0..spec.vertices).map(|v| tree.distances(v)).collect();
+    match metric {
+        Metric::SpanningTree => vec![of(graph.spanning_tree().unwrap())],
+        Metric::RandomTrees { count, seed } => (0..count as u64)
+            .map(|tree| of(graph.hierarchical_tree(seed + tree).unwrap()))
+            .collect(),
+        Metric::ShortestPaths => {
+            vec![(0..spec.vertices).map(|v| graph.distances(v)).collect()]
+        }
+    }
+}
+
+const METRICS: [Metric; 4] = [
+    Metric::SpanningTree,
+    Metric::RandomTrees { count: 1, seed: 5 },
+    Metric::RandomTrees { count: 3, seed: 8 },
+    Metric::ShortestPaths,
+];
+
+fn over(graph: GraphSpec, metric: Metric, mask: Mask) -> TopologicalSpec {
+    TopologicalSpec {
+        graph: Some(graph),
+        metric,
+        features: FeatureMap::Square,
+        unit: 10.0,
+        ..on(None, mask)
+    }
+}
+
+/// Over a graph the mask is the mean over trees of a function of the distances of each; of as many tokens as
+/// vertices, and of fewer.
+#[test]
+fn over_a_graph_masks_are_averaged_over_trees() {
+    for vertices in [7, 60] {
+        for metric in METRICS {
+            for mask in [Mask::Exponential, Mask::InverseQuadratic] {
+                let spec = over(graph(vertices), metric, mask);
+                let pairs = all_pairs(&graph(vertices), metric);
+                for length in [vertices, vertices - 2] {
+                    let [q, k, v] = drawn(1, length);
+                    let map = numbers(1.0);
+                    let found = values(&mixing(&spec, &map, [&q, &k]).mix(&v).unwrap());
+                    let [q, k, v] = [q, k, v].map(|x| values(&x));
+                    let a = values(&map["mask"]);
+                    for head in 0..HEADS {
+                        let row = |x: &[f64], i: usize| {
+                            x[(head * length + i) * WIDTH..][..WIDTH].to_vec()
+                        };
+                        for i in (0..length).step_by(3) {
+                            let weights: Vec<f64> = (0..length)
+                                .map(|j| {
+                                    let masks = pairs.iter().map(|distances| {
+                                        mask_of(&spec, &a[3 * head..][..3], distances[i][j])
+                                    });
+                                    let mask = masks.sum::<f64>() / pairs.len() as f64;
+                                    let both = row(&q, i).into_iter().zip(row(&k, j));
+                                    mask * both.map(|(q, k)| q * q * k * k).sum::<f64>()
+                                })
+                                .collect();
+                            let sum: f64 = weights.iter().sum();
+                            for feature in 0..WIDTH {
+                                let each = weights.iter().enumerate();
+                                let expected: f64 =
+                                    each.map(|(j, w)| w / sum * row(&v, j)[feature]).sum();
+                                let found = found[(head * length + i) * WIDTH + feature];
+                                assert!(
+                                    (found - expected).abs() < 1e-9,
+                                    "{vertices} {length} {metric:?} {mask:?}"
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Trees over many vertices are cut, and their other nodes stand behind the tokens.
+#[test]
+fn large_graphs_are_cut_and_give_the_same() {
+    let vertices = 1100;
+    // More vertices than all pairs of a tree are kept of.
+    for metric in [
+        Metric::SpanningTree,
+        Metric::RandomTrees { count: 2, seed: 1 },
+    ] {
+        let spec = TopologicalSpec {
+            unit: 1000.0,
+            ..over(graph(vertices), metric, Mask::Exponential)
+        };
+        let [q, k, v] = drawn(1, vertices);
+        let map = numbers(1.0);
+        let found = values(&mixing(&spec, &map, [&q, &k]).mix(&v).unwrap());
+        let [q, k, v] = [q, k, v].map(|x| values(&x));
+        let a = values(&map["mask"]);
+        let graph = Graph::new(vertices, graph(vertices).edges).unwrap();
+        let trees: Vec<Tree> = match metric {
+            Metric::RandomTrees { count, seed } => (seed..seed + count as u64)
+                .map(|seed| graph.hierarchical_tree(seed).unwrap())
+                .collect(),
+            _ => vec![graph.spanning_tree().unwrap()],
+        };
+        for i in [0, 517, 1099] {
+            let distances: Vec<Vec<f64>> = trees.iter().map(|tree| tree.distances(i)).collect();
+            let row = |x: &[f64], i: usize| x[i * WIDTH..][..WIDTH].to_vec();
+            let weights: Vec<f64> = (0..vertices)
+                .map(|j| {
+                    let masks = distances.iter().map(|d| mask_of(&spec, &a[..3], d[j]));
+                    let both = row(&q, i).into_iter().zip(row(&k, j));
+                    masks.sum::<f64>() * both.map(|(q, k)| q * q * k * k).sum::<f64>()
+                })
+                .collect();
+            let sum: f64 = weights.iter().sum();
+            for feature in 0..WIDTH {
+                let each = weights.iter().enumerate();
+                let expected: f64 = each.map(|(j, w)| w / sum * v[j * WIDTH + feature]).sum();
+                assert!(
+                    (found[i * WIDTH + feature] - expected).abs() < 1e-8,
+                    "{metric:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn over_a_graph_gradients_equal_central_differences() {
+    let length = 7;
+    for metric in METRICS {
+        let spec = over(graph(length), metric, Mask::Exponential);
+        let [q, k, v] = drawn(1, length);
+        let a = numbers(1.0)["mask"].clone();
+        let error = lapidary_kernels::check::gradient_error(
+            |x| {
+                let map = Map::from([("mask".to_owned(), x[3].clone())]);
+                mixing(&spec, &map, [&x[0], &x[1]]).mix(&x[2])
+            },
+            &[q, k, v, a],
+        );
+        let error = error.unwrap();
+        assert!(error < 1e-6, "{metric:?}: {error}");
+    }
+}
+
+/// A spanning tree in steps that its edges are rounded to is that of the rounded edges.
+#[test]
+fn lengths_are_rounded_to_whole_steps() {
+    let edges = vec![(0, 1, 0.9), (1, 2, 2.2), (2, 3, 0.4), (3, 4, 1.6)];
+    let rounded = vec![(0, 1, 1.0), (1, 2, 2.0), (2, 3, 0.0), (3, 4, 2.0)];
+    let [q, k, v] = drawn(1, 5);
+    let found = |edges: Vec<(usize, usize, f64)>, step| {
+        let graph = GraphSpec {
+            step,
+            ..GraphSpec::new(5, edges)
+        };
+        let spec = over(graph, Metric::SpanningTree, Mask::Exponential);
+        mixing(&spec, &numbers(1.0), [&q, &k]).mix(&v).unwrap()
+    };
+    assert_near(
+        &found(edges, Some(1.0)),
+        &found(rounded, None),
+        1e-12,
+        "rounded",
+    );
+}
+
+#[test]
+fn a_grid_may_have_random_trees_and_a_graph_no_more_tokens_than_vertices() {
+    let [q, k, v] = drawn(1, 12);
+    let as_graph = {
+        let graph = Graph::grid(12, 4);
+        GraphSpec::new(12, graph.edges().to_vec())
+    };
+    let metric = Metric::RandomTrees { count: 2, seed: 3 };
+    let on_grid = TopologicalSpec {
+        columns: Some(4),
+        graph: None,
+        ..over(as_graph.clone(), metric, Mask::Exponential)
+    };
+    let map = numbers(1.0);
+    assert_near(
+        &mixing(&on_grid, &map, [&q, &k]).mix(&v).unwrap(),
+        &mixing(&over(as_graph, metric, Mask::Exponential), &map, [&q, &k])
+            .mix(&v)
+            .unwrap(),
+        1e-12,
+        "grid",
+    );
+    let small = over(graph(9), Metric::SpanningTree, Mask::Exponential);
+    let module = build(&map, |p| small.build(&heads(), p)).unwrap();
+    let trace = Trace::new();
+    let context = Context::new(&trace);
+    let pass = MechanismPass {
+        path: "attention",
+        tokens: &q,
+        keep: None,
+        offset: 0,
+        context: &context,
+    };
+    let said = module.mixing(&q, &k, &pass).unwrap_err().to_string();
+    assert_eq!(
+        said,
+        "number of tokens is 12, but must be at most 9, the vertices of the graph"
+    );
 }

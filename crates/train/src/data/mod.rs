@@ -1,4 +1,4 @@
-//! Data to train on: token files, windows over them, and tasks that generate it.
+//! Data to train on: token files, windows over them, vertices of a graph, and tasks that generate it.
 
 mod batch;
 mod language;
@@ -6,6 +6,7 @@ mod masked;
 mod synthetic;
 mod text;
 mod token_file;
+mod vertices;
 mod windows;
 
 pub use batch::{Batch, IGNORE, Task};
@@ -14,4 +15,5 @@ pub use masked::{Masked, MaskingSpec};
 pub use synthetic::{Addition, AssociativeRecall, Copying, Induction};
 pub use text::{BYTE_VOCABULARY, bytes, words, write_text};
 pub use token_file::{TokenFile, TokenWriter};
+pub use vertices::{Vertices, VerticesFile};
 pub use windows::{Order, Windows, split};

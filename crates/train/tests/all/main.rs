@@ -6,5 +6,6 @@ mod loss;
 mod masked_patches;
 mod masks;
 mod mechanisms_recomputed;
+mod self_distillation;
 mod state;
 mod tasks;

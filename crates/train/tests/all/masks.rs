@@ -60,6 +60,7 @@ fn trainer(optimiser: OptimiserSpec, average: Option<f64>, accumulate: usize) ->
         dense_steps: 0,
         annealed_steps: 0,
         masking: None,
+        self_distillation: None,
         recompute: false,
         loss_chunk: None,
         alignment: None,

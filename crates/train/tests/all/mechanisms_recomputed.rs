@@ -66,6 +66,7 @@ fn spec(mechanism: &str, [dense_steps, annealed_steps]: [u64; 2]) -> TrainSpec {
         dense_steps,
         annealed_steps,
         masking: None,
+        self_distillation: None,
         recompute: false,
         loss_chunk: None,
         alignment: None,

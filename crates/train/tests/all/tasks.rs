@@ -399,3 +399,61 @@ fn masking_that_cannot_be_done_is_refused() {
         assert!(said.to_string().starts_with(expected), "{said}");
     }
 }
+
+/// Communities of a ring of two halves, named along random trees over it by a run in a directory.
+#[test]
+fn vertices_of_a_graph_are_named_by_a_run() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("vertices.json");
+    let count = 12usize;
+    let vertices = lapidary_train::data::VerticesFile {
+        tokens: (0..count as u32).map(|v| v % 3).collect(),
+        classes: (0..count).map(|v| Some(3 + u32::from(v >= 6))).collect(),
+        held_out: (0..count).map(|v| v % 4 == 1).collect(),
+    };
+    std::fs::write(&file, serde_json::to_string(&vertices).unwrap()).unwrap();
+    let edges: Vec<_> = (0..count).map(|v| (v, (v + 1) % count, 1.0)).collect();
+    let spec = |length: usize| -> lapidary_train::TrainSpec {
+        serde_json::from_value(serde_json::json!({
+            "steps": 3, "batch": 1, "length": length,
+            "schedule": { "peak": 1e-2 },
+            "data": { "kind": "vertices", "file": file },
+            "model": {
+                "width": 16,
+                "input": { "kind": "tokens", "vocabulary": 5, "length": count },
+                "blocks": [{
+                    "attention": {
+                        "kind": "multi-head", "heads": 2,
+                        "mechanism": {
+                            "kind": "topological",
+                            "graph": { "vertices": count, "edges": edges },
+                            "metric": { "kind": "random-trees", "count": 2 },
+                            "unit": 4.0
+                        }
+                    },
+                    "feedforward": { "kind": "dense", "hidden": 16 }
+                }],
+                "head": { "kind": "language-model", "tied": false }
+            }
+        }))
+        .unwrap()
+    };
+    let device = lapidary_kernels::Device::Cpu;
+    let run = |length, name: &str| {
+        lapidary_train::run(&spec(length), &directory.path().join(name), false, &device)
+    };
+    let finished = run(count, "run").unwrap();
+    assert_eq!(finished.steps, 3);
+    // The model's mask is learned.
+    let tensors = lapidary_train::state::latest(&directory.path().join("run/states"));
+    let state = lapidary_train::state::load(
+        &tensors.unwrap().unwrap(),
+        &device,
+        &lapidary_train::state::Limits::default(),
+    );
+    let mask = state.unwrap().tensors["parameter.blocks.0.attention.mechanism.mask"].clone();
+    let mask: Vec<f32> = mask.flatten_all().unwrap().to_vec1().unwrap();
+    assert!(mask.iter().any(|number| *number != 0.0), "{mask:?}");
+    let said = run(11, "short").unwrap_err().to_string();
+    assert!(said.contains("length is 11, for 12 vertices"), "{said}");
+}

@@ -2,9 +2,11 @@
 //! layer.
 //!
 //! The papers train image classifiers on ImageNet and decoders on OpenWebText. Here the theorem is
-//! run as stated, printed digits are classified from their pixels, and small decoders read bytes.
+//! run as stated, printed digits are classified from their pixels, small decoders read bytes, and pictures of shapes
+//! are learned without labels.
 
 mod audit;
+mod distilled;
 mod masked_images;
 mod rate;
 
@@ -34,6 +36,10 @@ struct Size {
     text_steps: u64,
     text_batches: usize,
     width: usize,
+    /// Of self-distillation: pictures, steps and prototypes.
+    pictures: usize,
+    distillation_steps: u64,
+    prototypes: usize,
 }
 
 impl Size {
@@ -59,6 +65,9 @@ impl Size {
                 text_steps: 1,
                 text_batches: 1,
                 width: 16,
+                pictures: 32,
+                distillation_steps: 1,
+                prototypes: 16,
             },
             Scale::Small => Self {
                 digits: 4000,
@@ -68,6 +77,9 @@ impl Size {
                 text_steps: 700,
                 text_batches: 20,
                 width: 64,
+                pictures: 400,
+                distillation_steps: 100,
+                prototypes: 64,
             },
             Scale::Full => Self {
                 digits: 20_000,
@@ -77,6 +89,9 @@ impl Size {
                 text_steps: 3000,
                 text_batches: 40,
                 width: 128,
+                pictures: 10_000,
+                distillation_steps: 5000,
+                prototypes: 1024,
             },
         }
     }
@@ -93,19 +108,22 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     claims.extend(more);
     let (more, drawn) = masked_images::run(setting, &size)?;
     claims.extend(more);
+    claims.extend(distilled::run(setting, &size)?);
     let plots = plots.into_iter().chain(drawn).collect();
     Ok(Reproduction {
         setting: format!(
             "printed digits as {} pixels, {BLOCKS} blocks of width {} with {HEADS} heads, {} steps of \
              32, {} seed(s), as images with three of four patches hidden too; {what}, {} steps of {} \
-             windows of {}",
+             windows of {}; {} pictures of shapes without labels, {} steps",
             SIDE * SIDE,
             size.width,
             size.steps,
             size.seeds,
             size.text_steps,
             size.text.batch,
-            size.text.length
+            size.text.length,
+            size.pictures,
+            size.distillation_steps
         ),
         claims,
         plots,

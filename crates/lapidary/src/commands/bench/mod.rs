@@ -181,6 +181,7 @@ fn step(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
         dense_steps: 0,
         annealed_steps: 0,
         masking: None,
+        self_distillation: None,
         recompute: false,
         loss_chunk: None,
         alignment: None,

@@ -294,8 +294,11 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
                     (count, 3 * entries + each)
                 }
             };
-            // Of a path of six, and of three columns of two; too small to be cut.
-            let distances = if tree.columns.is_some() { 5 } else { 6 };
+            // Of a path of six, of three columns of two, and of a ring of eight; too small to be cut.
+            let distances = match (&tree.columns, &tree.graph) {
+                (None, None) => 6,
+                (Some(_), _) | (_, Some(_)) => 5,
+            };
             let laid_out = LENGTH * LENGTH * (2 * (features + values + 1) + 1);
             let rows = if tree.per_head { spec.heads } else { 1 };
             let each = mapped + laid_out + LENGTH * (values + 1);

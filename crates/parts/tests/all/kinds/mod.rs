@@ -33,7 +33,9 @@ use lapidary_parts::attention::mechanism::reformer::{ReformerSpec, Rotations};
 use lapidary_parts::attention::mechanism::soft::{Landmarks, SoftSpec};
 use lapidary_parts::attention::mechanism::sparse::{BlockLayout, SparsePattern, SparseSpec, Steps};
 use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec};
-use lapidary_parts::attention::mechanism::topological::{FeatureMap, Mask, TopologicalSpec};
+use lapidary_parts::attention::mechanism::topological::{
+    FeatureMap, GraphSpec, Mask, Metric, TopologicalSpec,
+};
 use lapidary_parts::attention::wavelet::{Family, WaveletSpec};
 use lapidary_parts::attention::{
     MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeyNorm, QueryKeySharing,
@@ -224,7 +226,7 @@ impl Case {
                 MechanismSpec::DoublyStochastic(spec) => {
                     matches!(spec.operator, Operator::Circuit(_) | Operator::Qr { .. })
                 }
-                MechanismSpec::Topological(spec) => spec.columns.is_some(),
+                MechanismSpec::Topological(spec) => spec.columns.is_some() || spec.graph.is_some(),
                 MechanismSpec::Subsampled(spec) => {
                     matches!(*spec.inner, MechanismSpec::Linformer(_))
                 }

@@ -252,6 +252,38 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
         ),
         (
             with_heads(on_a_tree(TopologicalSpec {
+                columns: Some(2),
+                graph: Some(GraphSpec::new(2, vec![(0, 1, 1.0)])),
+                ..TopologicalSpec::default()
+            })),
+            "b.attention.mechanism.graph is \"given\", but must be absent beside columns: tokens are vertices \
+             of a graph or patches of an image",
+        ),
+        (
+            with_heads(on_a_tree(TopologicalSpec {
+                graph: Some(GraphSpec::new(4, vec![(0, 1, 1.0), (2, 3, 1.0)])),
+                ..TopologicalSpec::default()
+            })),
+            "b.attention.mechanism.graph.edges is \"in parts that nothing joins\", but must be edges (a, b, \
+             length) that join all vertices, lengths of at least 0",
+        ),
+        (
+            with_heads(on_a_tree(TopologicalSpec {
+                graph: Some(GraphSpec::new(3, vec![(0, 1, 1.0), (1, 2, 0.3)])),
+                ..TopologicalSpec::default()
+            })),
+            "b.attention.mechanism.graph.step is \"absent\", but must be a length that edges are rounded to a \
+             whole number of: these have none in common",
+        ),
+        (
+            with_heads(on_a_tree(TopologicalSpec {
+                metric: Metric::RandomTrees { count: 0, seed: 0 },
+                ..TopologicalSpec::default()
+            })),
+            "b.attention.mechanism.metric.count is 0, but must be between 1 and 64",
+        ),
+        (
+            with_heads(on_a_tree(TopologicalSpec {
                 unit: 0.0,
                 ..TopologicalSpec::default()
             })),

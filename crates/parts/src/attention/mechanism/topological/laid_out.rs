@@ -7,6 +7,7 @@
 //! Y = (M ∘ S) V,   ∂Q = (M ∘ D) K,   ∂K = (M ∘ D)ᵀ Q,   ∂V = (M ∘ S)ᵀ ∂Y,   ∂M = S ∘ D
 //! ```
 
+use super::geometry::Pairs;
 use lapidary_kernels::{ByHand, Device, Result, Tensor, matmul};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -21,8 +22,8 @@ pub(super) fn operations(length: usize, features: usize, width: usize) -> u64 {
 
 /// Inputs as those of [`super::operation::Masked`].
 pub(super) struct LaidOut {
-    /// Patches in a row; none on a path.
-    pub columns: Option<usize>,
+    /// The places of all pairs in the mask.
+    pub pairs: Pairs,
     pub length: usize,
     pub heads: usize,
     pub features: usize,
@@ -58,11 +59,21 @@ impl LaidOut {
 
     /// Calls `pair` with the distance of every pair of a tile of queries and all keys, in order.
     fn pairs(&self, queries: Range<usize>, mut pair: impl FnMut(usize)) {
-        let Some(columns) = self.columns else {
-            for i in queries {
-                (0..self.length).for_each(|j| pair(i.abs_diff(j)));
+        let columns = match &self.pairs {
+            Pairs::Path => {
+                for i in queries {
+                    (0..self.length).for_each(|j| pair(i.abs_diff(j)));
+                }
+                return;
             }
-            return;
+            Pairs::Table { stride, places } => {
+                for i in queries {
+                    let row = &places[i * stride..][..self.length];
+                    row.iter().for_each(|place| pair(*place as usize));
+                }
+                return;
+            }
+            Pairs::Grid(columns) => *columns,
         };
         for i in queries {
             let (row, column) = (i / columns, i % columns);
@@ -229,7 +240,7 @@ mod tests {
                 distances,
             };
             let tiles = LaidOut {
-                columns,
+                pairs: columns.map_or(Pairs::Path, Pairs::Grid),
                 length,
                 heads,
                 features,

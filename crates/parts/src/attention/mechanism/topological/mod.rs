@@ -8,7 +8,9 @@
 //! ```
 //!
 //! The tree spans a grid of patches, the first row and every column from there (what Kruskal's rule makes of
-//! equal edges); without `columns` it is a path, the order of the tokens. `a` are three numbers for a
+//! equal edges); without `columns` it is a path, the order of the tokens; or it stands over a `graph` whose
+//! vertices the tokens are, such as that of a mesh: a spanning tree, or several random ones over whose masks the mean is
+//! taken. `a` are three numbers for a
 //! layer, or for each head, and start where `M ≡ 1`: plain linear attention. `φ` is the positive part of
 //! each feature, its square or fourth power, or positive random features of the exponential kernel
 //! (Choromanski et al., Performer, arXiv 2009.14794).
@@ -18,25 +20,31 @@
 //! `Σ φ(k_j) v_jᵀ` are held for the levels of one cut at a time, and never for each token; nothing is kept
 //! for the gradient, which is three products of the same kind, `M` being symmetric, and a correlation
 //! by distance for `a`. Where there are so few tokens that all pairs in tiles take less, they are laid out
-//! tile by tile instead.
+//! tile by tile instead. So they are, too, under the distances of a graph's shortest paths, which is what trees
+//! stand for.
 //!
-//! Pads have no features and stand behind the tokens on a grid. Only bidirectional self-attention.
+//! Pads have no features and stand behind the tokens on a grid or a graph. Where there are fewer tokens than
+//! vertices, they are the first. Only bidirectional self-attention.
 //!
 //! Cost for each head of `n` tokens with `m` features: `2 n m (value_width + 1)` twice for every depth of
 //! cuts, products of levels, and `2 · 32 n (m + value_width + 1)` in the pieces that are laid out; or
-//! `2 n² (m + value_width + 1)` in tiles.
+//! `2 n² (m + value_width + 1)` in tiles; that of each tree, where there are several.
 //! Parameters: 3, or 3 for each head.
 
+mod geometry;
 mod laid_out;
 mod operation;
+
+pub use geometry::{GraphSpec, Metric};
 
 use super::sums::{Normalised, Sums, kept};
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Subsets, draw_seed};
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
+use geometry::{Geometry, Pairs, Places};
 use laid_out::LaidOut;
-use lapidary_factor::trees::{IntegratorTree, Tree};
+use lapidary_factor::trees::IntegratorTree;
 use lapidary_kernels::{Tensor, by_hand, matmul};
 use lapidary_signal::Mixing;
 use operation::Masked;
@@ -44,7 +52,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 const MAX_COLUMNS: usize = 1 << 16;
 const MAX_FEATURES: usize = 1 << 12;
@@ -58,6 +66,12 @@ pub struct TopologicalSpec {
     /// Patches in a row of an image; the order of the tokens when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub columns: Option<usize>,
+    /// A graph whose vertices the tokens are, in place of the order of tokens or of an image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub graph: Option<GraphSpec>,
+    /// What distances are taken along.
+    #[serde(default, skip_serializing_if = "Metric::is_default")]
+    pub metric: Metric,
     /// What queries and keys become.
     #[serde(default)]
     pub features: FeatureMap,
@@ -80,6 +94,8 @@ impl Default for TopologicalSpec {
     fn default() -> Self {
         Self {
             columns: None,
+            graph: None,
+            metric: Metric::default(),
             features: FeatureMap::default(),
             mask: Mask::default(),
             per_head: false,
@@ -143,6 +159,12 @@ impl Describe for TopologicalSpec {
         if let Some(columns) = self.columns {
             bounded(at("columns"), columns, 1..=MAX_COLUMNS)?;
         }
+        if self.columns.is_some() && self.graph.is_some() {
+            let expected =
+                "absent beside columns: tokens are vertices of a graph or patches of an image";
+            return Err(Error::spec(at("graph"), "given", expected));
+        }
+        self.metric.validate(self.graph.as_ref(), field)?;
         if !(self.unit.is_finite() && self.unit > 0.0) {
             return Err(Error::spec(at("unit"), self.unit, "a positive number"));
         }
@@ -163,6 +185,7 @@ impl Describe for TopologicalSpec {
             spec: self.clone(),
             heads: *heads,
             mask: parameters.tensor("mask", &[rows, 3], Init::Zeros)?,
+            known: Mutex::new(None),
         }))
     }
 }
@@ -174,14 +197,41 @@ struct Topological {
     heads: Heads,
     /// `a` less where it starts, `[1 or heads, 3]`.
     mask: Tensor,
+    /// The number of tokens of the last pass, and how they are apart: cutting trees takes longer than
+    /// a pass over them.
+    known: Mutex<Option<(usize, Arc<Vec<Geometry>>)>>,
 }
 
 impl Topological {
-    /// `M` by distance, `[heads, distances]`.
-    fn by_distance(&self, distances: usize) -> Result<Tensor> {
-        let powers: Vec<f64> = (0..3)
-            .flat_map(|power| (0..distances).map(move |s| (s as f64 / self.spec.unit).powi(power)))
-            .collect();
+    /// The ways in which so many tokens are apart.
+    fn geometries(&self, tokens: usize) -> Result<Arc<Vec<Geometry>>> {
+        // Those of a graph are the same for any number of tokens.
+        let key = match &self.spec.graph {
+            Some(graph) if tokens <= graph.vertices => graph.vertices,
+            _ => tokens,
+        };
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, found)) = known.as_ref()
+            && *of == key
+        {
+            return Ok(found.clone());
+        }
+        let spec = &self.spec;
+        let found = geometry::geometries(tokens, spec.columns, spec.graph.as_ref(), spec.metric)?;
+        let found = Arc::new(found);
+        *known = Some((key, found.clone()));
+        Ok(found)
+    }
+
+    /// `M` by distance, `[heads, distances]`, for the length of each.
+    fn by_distance(&self, lengths: &[f64]) -> Result<Tensor> {
+        let distances = lengths.len();
+        let power = |power: i32| {
+            lengths
+                .iter()
+                .map(move |s| (s / self.spec.unit).powi(power))
+        };
+        let powers: Vec<f64> = (0..3).flat_map(power).collect();
         let powers = tensor(Tensor::from_vec(powers, (3, distances), self.mask.device()))?;
         let z = tensor(
             self.mask
@@ -277,52 +327,112 @@ impl Mechanism for Topological {
                 format!("{keys}, as many as keys"),
             ));
         }
-        let tree = match self.spec.columns {
-            None => Tree::path(keys),
-            Some(columns) => Tree::of_grid(keys, columns),
-        };
-        let cut = Arc::new(IntegratorTree::new(&tree));
-        let distances = operation::distances(&cut);
-        let mask = self.by_distance(distances)?;
-        let before = self.before([q, k], distances);
+        let geometries = self.geometries(keys)?;
+        let masks: Result<Vec<Tensor>> = geometries
+            .iter()
+            .map(|geometry| self.by_distance(&geometry.lengths))
+            .collect();
+        let distances = geometries.iter().map(|geometry| geometry.lengths.len());
+        let before = self.before([q, k], distances.sum());
         let [q, k] = self.features([q, k], pass)?;
-        let sums = OnTree {
+        let sums = OnTrees {
             q,
             k,
-            mask,
-            cut,
-            columns: self.spec.columns,
+            masks: masks?,
+            geometries,
         };
         Ok(Box::new(Normalised::new(sums, 0.0, before)))
     }
 }
 
-/// `Σ_j M_ij (φ(q_i) · φ(k_j)) v_j`.
+/// `Σ_j M_ij (φ(q_i) · φ(k_j)) v_j`, `M` the mean over several trees.
 #[derive(Debug)]
-struct OnTree {
+struct OnTrees {
     /// `φ(q)` and `φ(k)`, `[batch, heads, length, features]`.
     q: Tensor,
     k: Tensor,
-    /// `M` by distance, `[heads, distances]`.
-    mask: Tensor,
-    cut: Arc<IntegratorTree>,
-    columns: Option<usize>,
+    /// `M` by distance for each tree, `[heads, distances]`.
+    masks: Vec<Tensor>,
+    geometries: Arc<Vec<Geometry>>,
 }
 
-impl OnTree {
+/// In which order the pairs of one tree are gone through.
+enum Way {
+    Tiles(Pairs),
+    Cuts(Arc<IntegratorTree>),
+}
+
+impl OnTrees {
     fn features(&self) -> usize {
         self.q.dims().last().copied().unwrap_or(0)
     }
 
-    /// Operations of one head in cuts and in tiles, and whether it is tiles that are used.
-    fn choice(&self, width: usize) -> (u64, u64, bool) {
-        let cuts = operation::operations(&self.cut, self.features(), width);
-        let tiles = laid_out::operations(self.cut.vertices(), self.features(), width);
-        (cuts, tiles, tiles <= TILED * cuts)
+    /// The way that takes less, and its operations for one head.
+    fn way(&self, geometry: &Geometry, width: usize) -> (Way, u64) {
+        let [.., length] = self.sizes();
+        let tiles = |pairs: &Pairs| {
+            let operations = laid_out::operations(length, self.features(), width);
+            (Way::Tiles(pairs.clone()), operations)
+        };
+        let cuts = |cut: &Arc<IntegratorTree>| {
+            let operations = operation::operations(cut, self.features(), width);
+            (Way::Cuts(cut.clone()), operations)
+        };
+        match &geometry.places {
+            Places::Pairs(pairs) => tiles(pairs),
+            Places::Cut(cut) => cuts(cut),
+            Places::Both(pairs, cut) => {
+                let (tiles, cuts) = (tiles(pairs), cuts(cut));
+                match tiles.1 <= TILED * cuts.1 {
+                    true => tiles,
+                    false => cuts,
+                }
+            }
+        }
+    }
+
+    /// The sums of one tree, `[batch, heads, length, width]`.
+    fn of(
+        &self,
+        geometry: &Geometry,
+        mask: &Tensor,
+        values: &Tensor,
+    ) -> lapidary_kernels::Result<Tensor> {
+        let (batch, heads, length, width) = values.dims4()?;
+        let (features, distances) = (self.features(), mask.dim(1)?);
+        match self.way(geometry, width) {
+            (Way::Tiles(pairs), _) => {
+                let tiles = LaidOut {
+                    pairs,
+                    length,
+                    heads,
+                    features,
+                    width,
+                    distances,
+                };
+                let inputs = [&self.q, &self.k, values, mask];
+                by_hand(tiles, &inputs, &[batch, heads, length, width])
+            }
+            (Way::Cuts(cut), _) => {
+                // Vertices that are no tokens have no features.
+                let all = cut.vertices();
+                let filled = |x: &Tensor| x.pad_with_zeros(2, 0, all.saturating_sub(length));
+                let (q, k, values) = (filled(&self.q)?, filled(&self.k)?, filled(values)?);
+                let cuts = Masked {
+                    cut,
+                    heads,
+                    features,
+                    width,
+                    distances,
+                };
+                let sums = by_hand(cuts, &[&q, &k, &values, mask], &[batch, heads, all, width])?;
+                Ok(sums.narrow(2, 0, length)?)
+            }
+        }
     }
 }
 
-impl Sums for OnTree {
+impl Sums for OnTrees {
     fn sizes(&self) -> [usize; 4] {
         match *self.q.dims() {
             [batch, heads, length, _] => [batch, heads, length, length],
@@ -331,34 +441,31 @@ impl Sums for OnTree {
     }
 
     fn sums(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let (batch, heads, length, width) = values.dims4()?;
-        let inputs = [&self.q, &self.k, values, &self.mask];
-        let (features, distances) = (self.features(), self.mask.dim(1)?);
-        let shape = [batch, heads, length, width];
-        if let (_, _, true) = self.choice(width) {
-            let tiles = LaidOut {
-                columns: self.columns,
-                length,
-                heads,
-                features,
-                width,
-                distances,
-            };
-            return by_hand(tiles, &inputs, &shape);
+        let mut total: Option<Tensor> = None;
+        for (geometry, mask) in self.geometries.iter().zip(&self.masks) {
+            let sums = self.of(geometry, mask, values)?;
+            total = Some(match total {
+                None => sums,
+                Some(total) => (total + sums)?,
+            });
         }
-        let cuts = Masked {
-            cut: self.cut.clone(),
-            heads,
-            features,
-            width,
-            distances,
+        let Some(total) = total else {
+            let name = "attention on trees";
+            let error = lapidary_kernels::Error::argument(name, "trees", 0, "at least 1");
+            return Err(error);
         };
-        by_hand(cuts, &inputs, &shape)
+        match self.masks.len() {
+            1 => Ok(total),
+            trees => Ok((total / trees as f64)?),
+        }
     }
 
     fn operations(&self, width: usize) -> u64 {
-        let [batch, heads, ..] = self.sizes();
-        let (cuts, tiles, tiled) = self.choice(width);
-        (batch * heads) as u64 * if tiled { tiles } else { cuts }
+        let [batch, heads, length, _] = self.sizes();
+        let ways = self.geometries.iter();
+        let ways = ways.map(|geometry| self.way(geometry, width).1);
+        let trees = self.masks.len();
+        let averaging = if trees > 1 { trees * length * width } else { 0 };
+        (batch * heads) as u64 * (ways.sum::<u64>() + averaging as u64)
     }
 }

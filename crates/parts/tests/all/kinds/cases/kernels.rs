@@ -75,6 +75,9 @@ pub(super) fn doubly_stochastic() -> Vec<(&'static str, MultiHeadSpec)> {
     ]
 }
 
+/// Vertices of a ring, more than tokens.
+const RING: usize = 8;
+
 /// Sums under a function of the distance in a tree.
 pub(super) fn topological() -> Vec<(&'static str, MultiHeadSpec)> {
     let on = |columns, features, mask| TopologicalSpec {
@@ -109,6 +112,17 @@ pub(super) fn topological() -> Vec<(&'static str, MultiHeadSpec)> {
         (
             "exponentials on a path",
             of(on(None, exponential, Mask::Exponential)),
+        ),
+        (
+            "squares along the shortest paths of a ring",
+            of(TopologicalSpec {
+                graph: Some(GraphSpec::new(
+                    RING,
+                    (0..RING).map(|v| (v, (v + 1) % RING, 1.0)).collect(),
+                )),
+                metric: Metric::ShortestPaths,
+                ..on(None, FeatureMap::Square, Mask::Exponential)
+            }),
         ),
     ]
 }
