@@ -515,7 +515,7 @@ fn a_grid_may_have_random_trees_and_a_graph_no_more_tokens_than_vertices() {
         "grid",
     );
     let small = over(graph(9), Metric::SpanningTree, Mask::Exponential);
-    let module = build(&map, |p| small.build(&heads(), p)).unwrap();
+    let module = build(&map, |p| small.build(&heads(HEADS, WIDTH, false), p)).unwrap();
     let trace = Trace::new();
     let context = Context::new(&trace);
     let pass = MechanismPass {
