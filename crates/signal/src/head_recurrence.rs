@@ -21,6 +21,28 @@ use lapidary_kernels::{
 };
 
 /// The weights of a recurrence with one decay for each head.
+///
+/// ```
+/// use lapidary_kernels::{Device, Tensor};
+/// use lapidary_signal::{HeadScan, Signal};
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// // One head of one channel, whose state halves from position to position.
+/// let ones = |shape: [usize; 4]| Tensor::from_vec(vec![1f64; 3], shape.as_slice(), &Device::Cpu);
+/// let scan = HeadScan {
+///     step: ones([1, 1, 3, 1])?.squeeze(3)?,
+///     rate: Tensor::new(&[0.5f64.ln()], &Device::Cpu)?,
+///     entry: ones([1, 1, 3, 1])?,
+///     exit: ones([1, 1, 3, 1])?,
+///     initial: None,
+///     chunk: 2,
+/// };
+/// let x = Tensor::new(&[[[[4f64], [0.0], [2.0]]]], &Device::Cpu)?; // [batch, heads, length, width]
+/// let y = Signal::from(x).head_scan(&scan)?.into_value();
+/// for (found, expected) in y.flatten_all()?.to_vec1::<f64>()?.iter().zip([4.0, 2.0, 3.0]) {
+///     assert!((found - expected).abs() < 1e-6);
+/// }
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 pub struct HeadScan {
     /// Step sizes `Δ`, `[batch, heads, length]`.
@@ -352,7 +374,7 @@ mod tests {
     fn gradients_equal_finite_differences() {
         for chunk in [1, 4, 64] {
             let (x, scan) = example(true, chunk);
-            let run = |inputs: &[Tensor]| {
+            let run = |inputs: &[Tensor]| -> lapidary_kernels::Result<Tensor> {
                 let [x, step, rate, entry, exit, initial] = inputs else {
                     panic!("six inputs");
                 };

@@ -162,7 +162,7 @@ fn the_search_takes_the_least_of_all_that_are_left() {
         (MAMBA, Shed::scans),
         (MAMBA2, Shed::scans),
         (HYBRID, Shed::parts),
-        (&of_heads, Shed::parts),
+        (of_heads.as_str(), Shed::parts),
     ] {
         let model = model(spec, 2);
         let candidates = candidates(&model);

@@ -257,7 +257,8 @@ impl Mamba {
         let (batch, _, _) = tensor(x.value().dims3())?;
         let recurrent = self.recurrence.is_some();
         let remembered = memory.as_deref();
-        let earlier = (self.convolution).recall(remembered, recurrent, batch, &self.path)?;
+        let convolution = &self.convolution;
+        let earlier = convolution.recall(remembered, recurrent, batch, &self.path)?;
 
         let x = site("in", masked(x, real.as_ref())?)?;
         let projected = x.linear(&self.input)?;
@@ -265,7 +266,7 @@ impl Mamba {
         let gate = projected.narrow(2, self.inner, self.inner)?;
 
         let (window, initial) = earlier.unzip();
-        let (content, window) = self.convolution.forward(&content, window.as_ref())?;
+        let (content, window) = convolution.forward(&content, window.as_ref())?;
         let content = site("convolved", masked(&content, real.as_ref())?)?;
         let (scanned, remembered) = match &self.recurrence {
             None => (content, MixerState::Window(window)),

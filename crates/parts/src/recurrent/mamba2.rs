@@ -52,6 +52,15 @@ const MAX_TAPS: usize = 1 << 10;
 const MAX_CHUNK: usize = 1 << 16;
 
 /// A state-space mixer of heads.
+///
+/// ```
+/// use lapidary_parts::recurrent::Mamba2Spec;
+/// let spec = Mamba2Spec { head_width: 16, state: 8, ..Mamba2Spec::default() };
+/// // z and u of twice the width, B and C of one group, and a step for each head.
+/// assert_eq!((spec.heads(32), spec.projected(32)), (4, 64 + 64 + 8 + 8 + 4));
+/// let without = Mamba2Spec { scan: false, ..spec };
+/// assert_eq!((without.projected(32), without.convolved(32)), (64 + 64, 64));
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Mamba2Spec {
@@ -428,7 +437,8 @@ impl Mamba2 {
         let (batch, _, _) = tensor(x.value().dims3())?;
         let recurrent = self.recurrence.is_some();
         let remembered = memory.as_deref();
-        let earlier = (self.convolution).recall(remembered, recurrent, batch, &self.path)?;
+        let convolution = &self.convolution;
+        let earlier = convolution.recall(remembered, recurrent, batch, &self.path)?;
 
         let x = site("in", masked(x, real.as_ref())?)?;
         let projected = x.linear(&self.input)?;
@@ -438,7 +448,7 @@ impl Mamba2 {
         let content = projected.narrow(2, self.inner, features - self.inner - steps)?;
 
         let (window, initial) = earlier.unzip();
-        let (content, window) = self.convolution.forward(&content, window.as_ref())?;
+        let (content, window) = convolution.forward(&content, window.as_ref())?;
         let content = site("convolved", masked(&content, real.as_ref())?)?;
         let u = content.narrow(2, 0, self.inner)?;
         let (scanned, state) = match &self.recurrence {
