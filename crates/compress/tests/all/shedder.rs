@@ -388,24 +388,24 @@ fn in_groups(size: usize) -> Settings {
     }
 }
 
-/// `‖gate row‖ + ‖up row‖ + ‖down column‖` of each hidden feature.
+/// `‖gate row‖₁ + ‖up row‖₁` of each hidden feature.
 fn magnitudes(model: &Model, block: usize) -> Vec<f64> {
     let mut sums = vec![0.0; 24];
-    for (layer, dimension) in [("gate", 1), ("up", 1), ("down", 0)] {
+    for layer in ["gate", "up"] {
         let name = format!("blocks.{block}.feedforward.{layer}.weight");
         let Some(weight) = model.parameters().get(&name) else {
             continue;
         };
-        let norms = weight.sqr().unwrap().sum(dimension).unwrap().sqrt();
-        for (sum, norm) in sums.iter_mut().zip(values(&norms.unwrap())) {
+        let norms = weight.abs().unwrap().sum(1).unwrap();
+        for (sum, norm) in sums.iter_mut().zip(values(&norms)) {
             *sum += norm;
         }
     }
     sums
 }
 
-/// The model with all but `features` of a block's hidden features read by nothing: those of the
-/// least weights.
+/// The model with all but `features` of a block's hidden features read by nothing: those
+/// that the least is written into.
 fn silenced(model: &Model, block: usize, features: usize) -> Model {
     let magnitudes = magnitudes(model, block);
     let mut order: Vec<usize> = (0..24).collect();

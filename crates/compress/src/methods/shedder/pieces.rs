@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use lapidary_kernels::Device;
 use lapidary_model::Model;
 use lapidary_parts::attention::MixerSpec;
 use lapidary_parts::block::BlockSpec;
@@ -29,8 +30,8 @@ pub enum Shed {
     Feedforward(usize),
     /// The recurrence of a block's mixer; convolution, gate and its norm stay.
     Scan(usize),
-    /// A group of a feed-forward part's hidden features: of those ordered by their weights, the ones
-    /// at the end once all groups of smaller number are gone.
+    /// A group of a feed-forward part's hidden features: of those ordered by the weights that write
+    /// them, the ones at the end once all groups of smaller number are gone.
     Channels {
         /// The block.
         block: usize,
@@ -213,15 +214,29 @@ impl Cut {
     }
 }
 
-/// Leaves `features` of a feed-forward part's hidden features, those of the largest weights: the
-/// end is cut off the order that [`channels::magnitudes`] give.
+/// Leaves `features` of a feed-forward part's hidden features: the end is cut off the order that
+/// [`magnitudes`] give.
 fn narrow(edit: &mut Edit, index: usize, features: usize) -> Result<()> {
     let units = Unit::of(index, edit.block(index)?);
     for unit in units {
-        let scores = channels::magnitudes(edit, &unit, None)?;
+        let scores = magnitudes(edit, &unit)?;
         unit.keep(edit, &channels::largest(&scores, features))?;
     }
     channels::set_hidden(edit, index, features)
+}
+
+/// `‖gate row‖₁ + ‖up row‖₁` of each hidden feature, by which the published program orders them.
+fn magnitudes(edit: &Edit, unit: &Unit) -> Result<Vec<f64>> {
+    let mut sums = vec![0.0; unit.hidden];
+    for writer in unit.writers() {
+        let weight = edit.get(&format!("{writer}.weight"))?;
+        let rows = engine(engine(weight.abs())?.sum(1))?;
+        let rows = engine(engine(rows.to_device(&Device::Cpu))?.to_vec1::<f64>())?;
+        for (sum, row) in sums.iter_mut().zip(rows) {
+            *sum += row;
+        }
+    }
+    Ok(sums)
 }
 
 /// Leaves out the recurrence of a block's mixer and what selects for it.
