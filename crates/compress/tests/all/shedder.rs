@@ -420,7 +420,7 @@ fn silenced(model: &Model, block: usize, features: usize) -> Model {
 }
 
 /// Of two feed-forward parts of 24 features in groups of 5, one group goes at each step, from the end
-/// of one of them; what is then cut is what was measured, and the features of least weight.
+/// of one of them; what is then cut is what was measured, and the features that the least is written into.
 #[test]
 fn features_go_in_groups_from_the_end_of_their_order() {
     let data = windows(4, 6);

@@ -10,8 +10,9 @@
 //! `t`. A block of nothing but a mixer goes as a whole; of others the mixer and the feed-forward
 //! part are candidates of their own, so that a hybrid's recurrences, attention and feed-forward
 //! parts compete. Hidden features go in groups, one from the end of some feed-forward part at a step:
-//! they are ordered by `‖gate row‖₁ + ‖up row‖₁`, as the published program does. Without its scan a recurrence passes on what its convolution gives; of a Mamba-2
-//! mixer the projection and the convolution of what only the scan read go with it.
+//! they are ordered by `‖gate row‖₁ + ‖up row‖₁`, as the published program does. Without its scan a
+//! recurrence passes on what its convolution gives; of a Mamba-2 mixer the rows of the projection and
+//! the channels of the convolution that only the scan read go with it.
 
 mod pieces;
 mod search;
