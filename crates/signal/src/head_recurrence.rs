@@ -223,6 +223,7 @@ impl Signal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::SelectiveScan;
     use crate::streams::{Partition, StreamRules};
     use lapidary_kernels::check::gradient_error;
     use lapidary_kernels::{Activation, Device, activate};
@@ -330,6 +331,35 @@ mod tests {
         let matrix = Tensor::from_vec(matrix, (LENGTH, LENGTH), &Device::Cpu).unwrap();
         let expected = matrix.matmul(&of(&x, head)).unwrap();
         assert_near(&of(found.value(), head), &flat(&expected));
+    }
+
+    /// Mamba's recurrence, where all states of a channel decay alike.
+    #[test]
+    fn heads_of_one_channel_are_the_selective_recurrence() {
+        let (x, scan) = example(false, 4);
+        let x = x.narrow(3, 0, 1).unwrap();
+        let first = |t: &Tensor| t.narrow(1, 0, 1).unwrap().contiguous().unwrap();
+        let one = HeadScan {
+            entry: first(&scan.entry),
+            exit: first(&scan.exit),
+            ..scan
+        };
+        let found = Signal::from(x.clone()).head_scan(&one).unwrap();
+
+        let by_token = |t: &Tensor| t.transpose(1, 2).unwrap().contiguous().unwrap();
+        let rate = one.rate.unsqueeze(1).unwrap();
+        let rate = rate.broadcast_as((HEADS, STATES)).unwrap();
+        let selective = SelectiveScan {
+            step: by_token(&one.step),
+            rate: rate.contiguous().unwrap(),
+            entry: one.entry.squeeze(1).unwrap(),
+            exit: one.exit.squeeze(1).unwrap(),
+            initial: None,
+        };
+        let channels = Signal::from(by_token(&x.squeeze(3).unwrap()));
+        let (expected, _) = channels.selective_scan(&selective).unwrap();
+        let found = by_token(&found.value().squeeze(3).unwrap());
+        assert_near(&found, &flat(expected.value()));
     }
 
     #[test]
