@@ -332,7 +332,7 @@ impl Recurrence {
     }
 
     /// `C_tᵀ h_t + D u_t` for `u` `[batch, length, inner]`, and the last state
-    /// `[batch, heads, state, head_width]` where it is `remembered`.
+    /// `[batch, heads, state, head_width]` of a mixer that `remembers`.
     fn scan(
         &self,
         u: &Signal,

@@ -77,8 +77,8 @@ impl Shed {
     /// is no block.
     ///
     /// # Errors
-    /// When a piece is not there, no block would be left, or a feed-forward part that is narrowed is
-    /// factorised.
+    /// When a block, a scan or hidden features are not there, no block would be left, or a feed-forward
+    /// part that is narrowed is factorised.
     pub fn cut(model: &Model, pieces: &BTreeSet<Self>) -> Result<Model> {
         Cut::of(&model.spec().expanded_blocks(), pieces).apply(model)
     }
@@ -188,8 +188,7 @@ impl Cut {
     /// The model without it.
     ///
     /// # Errors
-    /// When a piece is not there, nothing would be left, or layers that lose rows or columns are
-    /// factorised.
+    /// As [`Shed::cut`].
     pub(super) fn apply(&self, model: &Model) -> Result<Model> {
         let mut edit = Edit::of(model);
         let mut empty = BTreeSet::new();
@@ -218,6 +217,10 @@ impl Cut {
 /// [`magnitudes`] give.
 fn narrow(edit: &mut Edit, index: usize, features: usize) -> Result<()> {
     let units = Unit::of(index, edit.block(index)?);
+    if units.is_empty() {
+        let what = format!("hidden features of block {index}");
+        return Err(Error::invalid(what, 0, "at least 1, to be narrowed"));
+    }
     for unit in units {
         let scores = magnitudes(edit, &unit)?;
         unit.keep(edit, &channels::largest(&scores, features))?;
