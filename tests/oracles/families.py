@@ -332,6 +332,16 @@ FAMILIES: dict[str, Family] = {
         unpadded,
         tokenizer="byte_level",
     ),
+    "mamba2": Family(
+        "Mamba2ForCausalLM",
+        lambda: transformers.Mamba2Config(
+            vocab_size=VOCABULARY, hidden_size=WIDTH, state_size=8, num_hidden_layers=LAYERS,
+            num_heads=4, head_dim=16, n_groups=2, conv_kernel=4, chunk_size=8, bos_token_id=0,
+            eos_token_id=2, pad_token_id=1,
+        ),  # fmt: skip
+        unpadded,
+        tokenizer="byte_level",
+    ),
     "mixtral": Family(
         "MixtralForCausalLM",
         lambda: llama(
@@ -402,7 +412,7 @@ def outputs(model: torch.nn.Module, inputs: Tensors, extra: list[str]) -> Tensor
         result = clip_outputs(model, inputs)
     else:
         options = {"output_hidden_states": True} | {name: True for name in extra}
-        if model.config.model_type != "mamba":
+        if model.config.model_type not in ("mamba", "mamba2"):
             options["output_attentions"] = True
         result = model(**inputs, **options)
     expected: Tensors = {}
@@ -525,6 +535,7 @@ NARROW = {
     "llama": STREAM + HIDDEN + DEPTH,
     "llama-tied": STREAM + HIDDEN,
     "mamba": DEPTH,
+    "mamba2": DEPTH,
     "mistral": STREAM + HIDDEN + DEPTH,
     "mixtral": STREAM + HIDDEN + DEPTH,
     "olmoe": HIDDEN + DEPTH,

@@ -54,7 +54,7 @@ def tokenization() -> dict:
 
 CONFIGS = [
     "GPT2", "OPT", "Llama", "Mistral", "Qwen2", "Mixtral", "Olmoe", "Bert", "Roberta", "ViT", "DeiT",
-    "CLIP", "Mamba", "Albert",
+    "CLIP", "Mamba", "Mamba2", "Albert",
 ]  # fmt: skip
 NOT_OF_THE_MODEL = {
     "transformers_version", "_name_or_path", "return_dict", "output_hidden_states", "output_attentions",
@@ -67,9 +67,16 @@ def config_defaults() -> dict:
     defaults = {}
     for name in CONFIGS:
         fields = getattr(transformers, f"{name}Config")().to_dict()
-        kept = {key: value for key, value in fields.items() if key not in NOT_OF_THE_MODEL}
+        kept = {key: finite_or_named(value) for key, value in fields.items() if key not in NOT_OF_THE_MODEL}
         defaults[fields["model_type"]] = kept
     return defaults
+
+
+def finite_or_named(value):
+    """As transformers writes numbers that JSON has no word for."""
+    if isinstance(value, (list, tuple)):
+        return [finite_or_named(item) for item in value]
+    return {"__float__": "Infinity"} if value == float("inf") else value
 
 
 def sampling() -> dict:

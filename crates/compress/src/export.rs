@@ -7,6 +7,7 @@ use lapidary_model::{HeadSpec, InputSpec, Model, ModelSpec, Projected};
 use lapidary_parts::attention::MixerSpec;
 use lapidary_parts::block::BlockSpec;
 use lapidary_parts::feedforward::FeedforwardSpec;
+use lapidary_parts::recurrent::{Mamba2Spec, MambaSpec};
 
 use crate::error::engine;
 use crate::factorisation::merged;
@@ -109,32 +110,80 @@ fn restore_attention(
 
 /// Gives recurrences without a scan one of no entry, no exit and a skip of 1: `y = 0 + 1 ⊙ u`.
 fn restore_scans(spec: &mut ModelSpec, parameters: &mut BTreeMap<String, Tensor>) -> Result<()> {
+    let width = spec.width;
     for (index, block) in spec.blocks.iter_mut().enumerate() {
-        let MixerSpec::Mamba(mamba) = &mut block.attention else {
-            continue;
-        };
-        if mamba.scan {
-            continue;
-        }
-        mamba.scan = true;
-        let (inner, state) = (mamba.inner(spec.width), mamba.state);
-        let rank = mamba.step_rank(spec.width);
         let path = format!("blocks.{index}.attention");
-        let like = parameters.get(&format!("{path}.convolution.weight"));
-        let Some((dtype, device)) = like.map(|like| (like.dtype(), like.device().clone())) else {
-            continue;
-        };
-        let zeros = |shape: &[usize]| engine(Tensor::zeros(shape, dtype, &device));
-        for (name, tensor) in [
-            ("selection.weight", zeros(&[rank + 2 * state, inner])?),
-            ("step.weight", zeros(&[inner, rank])?),
-            ("step.bias", zeros(&[inner])?),
-            ("decay_log", zeros(&[inner, state])?),
-            ("skip", engine(Tensor::ones(inner, dtype, &device))?),
-        ] {
-            parameters.insert(format!("{path}.{name}"), tensor);
+        match &mut block.attention {
+            MixerSpec::Mamba(mamba) if !mamba.scan => {
+                mamba.scan = true;
+                restore_selection(mamba, width, &path, parameters)?;
+            }
+            MixerSpec::Mamba2(mamba) if !mamba.scan => {
+                mamba.scan = true;
+                restore_steps(mamba, width, &path, parameters)?;
+            }
+            _ => {}
         }
     }
+    Ok(())
+}
+
+/// Puts a Mamba mixer's selection of nothing under `path`.
+fn restore_selection(
+    mamba: &MambaSpec,
+    width: usize,
+    path: &str,
+    parameters: &mut BTreeMap<String, Tensor>,
+) -> Result<()> {
+    let (inner, state) = (mamba.inner(width), mamba.state);
+    let rank = mamba.step_rank(width);
+    let like = parameters.get(&format!("{path}.convolution.weight"));
+    let Some((dtype, device)) = like.map(|like| (like.dtype(), like.device().clone())) else {
+        return Ok(());
+    };
+    let zeros = |shape: &[usize]| engine(Tensor::zeros(shape, dtype, &device));
+    for (name, tensor) in [
+        ("selection.weight", zeros(&[rank + 2 * state, inner])?),
+        ("step.weight", zeros(&[inner, rank])?),
+        ("step.bias", zeros(&[inner])?),
+        ("decay_log", zeros(&[inner, state])?),
+        ("skip", engine(Tensor::ones(inner, dtype, &device))?),
+    ] {
+        parameters.insert(format!("{path}.{name}"), tensor);
+    }
+    Ok(())
+}
+
+/// Puts a Mamba-2 mixer's rows of zeros behind those that are left under `path`, and steps that enter
+/// nothing.
+fn restore_steps(
+    mamba: &Mamba2Spec,
+    width: usize,
+    path: &str,
+    parameters: &mut BTreeMap<String, Tensor>,
+) -> Result<()> {
+    for (name, rows) in [
+        ("input.weight", mamba.projected(width)),
+        ("input.bias", mamba.projected(width)),
+        ("convolution.weight", mamba.convolved(width)),
+        ("convolution.bias", mamba.convolved(width)),
+    ] {
+        if let Some(tensor) = parameters.get_mut(&format!("{path}.{name}")) {
+            let missing = rows.saturating_sub(engine(tensor.dim(0))?);
+            *tensor = engine(tensor.pad_with_zeros(0, 0, missing))?;
+        }
+    }
+    let like = parameters.get(&format!("{path}.convolution.weight"));
+    let Some((dtype, device)) = like.map(|like| (like.dtype(), like.device().clone())) else {
+        return Ok(());
+    };
+    let heads = mamba.heads(width);
+    for name in ["step_bias", "decay_log"] {
+        let zeros = engine(Tensor::zeros(heads, dtype, &device))?;
+        parameters.insert(format!("{path}.{name}"), zeros);
+    }
+    let ones = engine(Tensor::ones(heads, dtype, &device))?;
+    parameters.insert(format!("{path}.skip"), ones);
     Ok(())
 }
 

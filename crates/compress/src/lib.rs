@@ -84,11 +84,11 @@ pub use methods::curvature;
 pub use methods::fuse::{FuseLoss, FuseSettings, Gate, macro_influences};
 pub use methods::linearise::linearity_scores;
 pub use methods::replace_me::{CosineDescent, ReplaceMe, angular_distances};
-pub use methods::shedder::{Search, SearchStep, Shed};
+pub use methods::shedder::{Granularities, Search, SearchStep, Shed};
 pub use methods::slicing;
 pub use methods::{
     LorapSettings, ModegptSettings, MovementSettings, Pattern, PruneSettings, QuantiseSettings,
-    RoundingGoal, Scope,
+    RoundingGoal, Scope, ShedderSettings,
 };
 pub use objective::Objective;
 pub use order::Reordered;

@@ -8,7 +8,9 @@ use crate::methods::fuse::FuseSettings;
 use crate::methods::quantise::ROUNDING;
 use crate::methods::replace_me::ReplaceMe;
 use crate::methods::slicing::SliceSettings;
-use crate::methods::{LorapSettings, METHODS, ModegptSettings, PruneSettings, QuantiseSettings};
+use crate::methods::{
+    LorapSettings, METHODS, ModegptSettings, PruneSettings, QuantiseSettings, ShedderSettings,
+};
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
 use crate::{Calibration, CalibrationData, Error, Requirements, Result, Selection};
@@ -43,7 +45,7 @@ impl Schedule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Effect {
-    /// How many blocks there are, or parts of them.
+    /// How many blocks there are, or pieces of them that go as a whole.
     Depth,
     /// The width and the basis of the residual stream.
     Stream,
@@ -87,6 +89,8 @@ pub struct Settings {
     pub activations: ActivationSettings,
     /// For the methods that set weights to zero, or take out whole heads or channels.
     pub pruning: PruneSettings,
+    /// How `mamba-shedder-width` narrows feed-forward parts.
+    pub shedder: ShedderSettings,
 }
 
 impl Default for Settings {
@@ -104,6 +108,7 @@ impl Default for Settings {
             quantise: QuantiseSettings::default(),
             activations: ActivationSettings::default(),
             pruning: PruneSettings::default(),
+            shedder: ShedderSettings::default(),
         }
     }
 }

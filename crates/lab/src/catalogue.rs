@@ -29,7 +29,7 @@ use lapidary_parts::organisation::OrganisationSpec;
 use lapidary_parts::organisation::fit::FitSpec;
 use lapidary_parts::organisation::vcc::VccSpec;
 use lapidary_parts::position::{PositionSpec, RotarySpec};
-use lapidary_parts::recurrent::MambaSpec;
+use lapidary_parts::recurrent::{Mamba2Spec, MambaSpec};
 use lapidary_signal::Trace;
 use lapidary_signal::meter::Meter;
 use serde::Serialize;
@@ -397,6 +397,16 @@ fn candidates(width: usize, longest: usize) -> Vec<Candidate> {
             "selective state-space recurrence (Gu & Dao, 2023)",
             none,
             mixer_block(MixerSpec::Mamba(MambaSpec::default())),
+        ),
+        entry(
+            "attention",
+            "mamba2",
+            "state-space recurrence of heads (Dao & Gu, 2024)",
+            none,
+            mixer_block(MixerSpec::Mamba2(Mamba2Spec {
+                head_width: width / heads,
+                ..Mamba2Spec::default()
+            })),
         ),
         entry(
             "feedforward",

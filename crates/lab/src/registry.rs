@@ -389,7 +389,12 @@ static SYSTEMS: &[System] = &[
         year: 2025,
         arxiv: Some("2501.17088"),
         kind: Kind::Compression,
-        parts: &["compress::mamba-shedder", "compress::mamba-shedder-scan"],
+        parts: &[
+            "compress::mamba-shedder",
+            "compress::mamba-shedder-width",
+            "compress::mamba-shedder-scan",
+            "parts::recurrent::Mamba2",
+        ],
         experiment: experiments::mamba_shedder::run,
     },
     System {

@@ -22,7 +22,7 @@ use lapidary_parts::organisation::fit::{FitOutput, FitSpec, GroupPositions, Late
 use lapidary_parts::organisation::reversible::{Joined, ReversibleSpec};
 use lapidary_parts::organisation::vcc::{VccOutput, VccSpec};
 use lapidary_parts::position::{KeptPairs, PositionSpec, RotaryScaling, RotarySpec};
-use lapidary_parts::recurrent::MambaSpec;
+use lapidary_parts::recurrent::{Mamba2Spec, MambaSpec};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 
@@ -164,6 +164,12 @@ fn mixer() -> BoxedStrategy<MixerSpec> {
             |(inner, state, taps, step_rank, scan)| {
                 let rest = MambaSpec::default();
                 MixerSpec::Mamba(MambaSpec { inner, state, taps, step_rank, scan, ..rest })
+            }
+        ),
+        1 => (seldom(), [size(), size(), size(), size()], any::<bool>()).prop_map(
+            |(inner, [head_width, groups, state, taps], scan)| {
+                let rest = Mamba2Spec::default();
+                MixerSpec::Mamba2(Mamba2Spec { inner, head_width, groups, state, taps, scan, ..rest })
             }
         ),
         1 => wavelet(),

@@ -23,7 +23,7 @@ pub enum MixerState {
     Recurrent {
         /// Last inputs of the short convolution, `[batch, channels, taps − 1]`.
         window: Tensor,
-        /// `[batch, channels, state]`.
+        /// `[batch, channels, state]`; of heads, `[batch, heads, state, head_width]`.
         state: Tensor,
     },
     /// Last inputs of a short convolution without a recurrence, `[batch, channels, taps − 1]`.

@@ -31,6 +31,7 @@
 
 pub mod contextual;
 mod error;
+mod head_recurrence;
 mod linear;
 pub mod meter;
 mod mixing;
@@ -46,6 +47,7 @@ mod tests;
 mod trace;
 
 pub use error::{Error, Result};
+pub use head_recurrence::HeadScan;
 pub use linear::{KeptColumns, Linear, Matrix, Weight};
 pub use mixing::Mixing;
 pub use recurrence::SelectiveScan;

@@ -20,6 +20,7 @@ pub use lorap::LorapSettings;
 pub use modegpt::ModegptSettings;
 pub use pruning::{MovementSettings, Pattern, PruneSettings, Scope};
 pub use quantise::{QuantiseSettings, RoundingGoal};
+pub use shedder::ShedderSettings;
 
 use crate::factorisation::{
     ACTIVATION_WEIGHTED, FWSVD, GENERALISED_FISHER, ROW_COLUMN_FISHER, SVD, WHITENED,
@@ -56,6 +57,7 @@ pub(crate) const METHODS: &[&Method] = &[
     &pruning::MAGNITUDE,
     &shedder::MAMBA_SHEDDER,
     &shedder::MAMBA_SHEDDER_SCAN,
+    &shedder::MAMBA_SHEDDER_WIDTH,
     &modegpt::MODEGPT,
     &pruning::MOVEMENT,
     &pruning::PRUNE_HEADS,

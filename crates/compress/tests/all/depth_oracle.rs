@@ -188,26 +188,25 @@ fn cut_checkpoints_load_again_as_stock_where_a_config_describes_them() {
             }
         }
     }
-    let package =
-        Package::open(&fixtures().join("families/mamba"), &OpenOptions::default()).unwrap();
-    let model = package.single_model().unwrap();
-    for (method, stock) in [
-        ("mamba-shedder", true),
-        ("replaceme", true),
-        ("mamba-shedder-scan", false),
-    ] {
-        let found = cut(model, method).unwrap().model;
-        let expected = logits(&found);
-        let (saved, again) = save("mamba", method, copy(&found));
-        assert_eq!(saved == SavedAs::HuggingFace, stock, "{method}");
-        assert_eq!(logits(&again), expected, "{method}");
-        let (saved, again) = save(
-            "mamba",
-            &format!("{method}-dense"),
-            export_dense(&found).unwrap(),
-        );
-        assert_eq!(saved, SavedAs::HuggingFace, "{method}");
-        close(&logits(&again), &expected, 1e-6);
+    for family in ["mamba", "mamba2"] {
+        let path = fixtures().join("families").join(family);
+        let package = Package::open(&path, &OpenOptions::default()).unwrap();
+        let model = package.single_model().unwrap();
+        for (method, stock) in [
+            ("mamba-shedder", true),
+            ("replaceme", true),
+            ("mamba-shedder-scan", false),
+        ] {
+            let found = cut(model, method).unwrap().model;
+            let expected = logits(&found);
+            let (saved, again) = save(family, method, copy(&found));
+            assert_eq!(saved == SavedAs::HuggingFace, stock, "{family} {method}");
+            assert_eq!(logits(&again), expected, "{family} {method}");
+            let dense = export_dense(&found).unwrap();
+            let (saved, again) = save(family, &format!("{method}-dense"), dense);
+            assert_eq!(saved, SavedAs::HuggingFace, "{family} {method}");
+            close(&logits(&again), &expected, 1e-6);
+        }
     }
 }
 

@@ -68,6 +68,7 @@ fn resolved(spec: &ModelSpec) -> ModelSpec {
                 mamba.inner = Some(mamba.inner(width));
                 mamba.step_rank = Some(mamba.step_rank(width));
             }
+            MixerSpec::Mamba2(mamba) => mamba.inner = Some(mamba.inner(width)),
             MixerSpec::Wavelet(_) | MixerSpec::Absent => {}
         }
     }
@@ -134,7 +135,7 @@ fn said(family: &Family, spec: &ModelSpec) -> Option<Vec<(&'static str, Value)>>
             "intermediate_size",
             "rms_norm_eps",
         ],
-        Family::Mamba(_) => [
+        Family::Mamba(_) | Family::Mamba2(_) => [
             "num_hidden_layers",
             "hidden_size",
             "",
@@ -169,13 +170,14 @@ fn said(family: &Family, spec: &ModelSpec) -> Option<Vec<(&'static str, Value)>>
             }
         }
         MixerSpec::Mamba(mamba) => {
-            let (inner, rank) = (mamba.inner(width), mamba.step_rank(width));
-            // `transformers` takes a whole number.
-            let expand = inner
-                .checked_div(width)
-                .filter(|expand| expand * width == inner)?;
-            said.push(("expand", Value::from(expand)));
+            let rank = mamba.step_rank(width);
+            said.push(("expand", Value::from(expansion(mamba.inner(width), width)?)));
             said.push(("time_step_rank", unless(rank == width.div_ceil(16), rank)));
+        }
+        MixerSpec::Mamba2(mamba) => {
+            said.push(("expand", Value::from(expansion(mamba.inner(width), width)?)));
+            said.push(("num_heads", Value::from(mamba.heads(width))));
+            said.push(("head_dim", Value::from(mamba.head_width)));
         }
         MixerSpec::Wavelet(_) | MixerSpec::Absent => return None,
     }
@@ -202,6 +204,12 @@ fn said(family: &Family, spec: &ModelSpec) -> Option<Vec<(&'static str, Value)>>
     Some(said)
 }
 
+/// How many times as wide as the stream a recurrence is: `transformers` takes a whole number.
+fn expansion(inner: usize, width: usize) -> Option<usize> {
+    let times = inner.checked_div(width)?;
+    (times * width == inner).then_some(times)
+}
+
 /// The other name of a field, which yields to it.
 fn alias(family: &Family, field: &str) -> Option<&'static str> {
     match (family, field) {
@@ -219,7 +227,9 @@ fn windows(fields: &mut Map<String, Value>, spec: &ModelSpec) {
     }
     let windowed = |mixer: &MixerSpec| match mixer {
         MixerSpec::MultiHead(attention) => attention.window.is_some(),
-        MixerSpec::Mamba(_) | MixerSpec::Wavelet(_) | MixerSpec::Absent => false,
+        MixerSpec::Mamba(_) | MixerSpec::Mamba2(_) | MixerSpec::Wavelet(_) | MixerSpec::Absent => {
+            false
+        }
     };
     let blocks = spec.expanded_blocks();
     let types = blocks.iter().map(|block| match windowed(&block.attention) {

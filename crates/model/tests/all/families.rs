@@ -19,7 +19,7 @@ use lapidary_parts::feedforward::FeedforwardSpec;
 use lapidary_parts::norm::NormSpec;
 use lapidary_signal::Trace;
 
-const FAMILIES: [&str; 23] = [
+const FAMILIES: [&str; 24] = [
     "albert",
     "albert-masked-lm",
     "bert",
@@ -33,6 +33,7 @@ const FAMILIES: [&str; 23] = [
     "llama",
     "llama-tied",
     "mamba",
+    "mamba2",
     "mistral",
     "mixtral",
     "olmoe",
@@ -119,7 +120,11 @@ fn check(name: &str, model: &Model, case: &Case, input: &Input, prefix: &str) {
         // Of a Mamba the library lists what blocks give, of everything else what they get.
         let site = format!(
             "blocks.{block}.{}",
-            if name == "mamba" { "out" } else { "in" }
+            if name.starts_with("mamba") {
+                "out"
+            } else {
+                "in"
+            }
         );
         compare(
             &format!("hidden_states.{block}"),
@@ -365,6 +370,7 @@ fn fewer_blocks_are_still_of_the_family() {
         "mixtral",
         "opt",
         "mamba",
+        "mamba2",
         "vit",
         "bert-classifier",
     ] {

@@ -8,7 +8,7 @@ pub use mechanism::MechanismSpec;
 pub use multi_head::{MultiHeadAttention, MultiHeadSpec, QueryKeyNorm, QueryKeySharing};
 
 use crate::parameters::Parameters;
-use crate::recurrent::{Mamba, MambaSpec};
+use crate::recurrent::{Mamba, Mamba2, Mamba2Spec, MambaSpec};
 use crate::state::MixerState;
 use crate::{Context, Result};
 use lapidary_signal::Signal;
@@ -28,6 +28,8 @@ pub enum MixerSpec {
     MultiHead(MultiHeadSpec),
     /// A selective state-space recurrence (Gu & Dao, arXiv 2312.00752).
     Mamba(MambaSpec),
+    /// A state-space recurrence of heads (Dao & Gu, arXiv 2405.21060).
+    Mamba2(Mamba2Spec),
     /// Attention in the space of wavelet coefficients (Zhuang et al., arXiv 2210.01989).
     Wavelet(WaveletSpec),
     /// No mixer and no norm before it: the residual passes, and each token keeps to itself. What
@@ -41,6 +43,7 @@ impl MixerSpec {
         match self {
             Self::MultiHead(spec) => spec.validate(width, field),
             Self::Mamba(spec) => spec.validate(width, field),
+            Self::Mamba2(spec) => spec.validate(width, field),
             Self::Wavelet(spec) => spec.validate(width, field),
             Self::Absent => Ok(()),
         }
@@ -50,7 +53,7 @@ impl MixerSpec {
     pub fn is_causal(&self) -> bool {
         match self {
             Self::MultiHead(spec) => spec.causal,
-            Self::Mamba(_) | Self::Absent => true,
+            Self::Mamba(_) | Self::Mamba2(_) | Self::Absent => true,
             Self::Wavelet(_) => false,
         }
     }
@@ -60,6 +63,7 @@ impl MixerSpec {
         match self {
             Self::MultiHead(_) => "multi-head",
             Self::Mamba(_) => "mamba",
+            Self::Mamba2(_) => "mamba2",
             Self::Wavelet(_) => "wavelet",
             Self::Absent => "absent",
         }
@@ -73,6 +77,8 @@ pub enum Mixer {
     MultiHead(Box<MultiHeadAttention>),
     /// A selective recurrence.
     Mamba(Box<Mamba>),
+    /// A recurrence of heads.
+    Mamba2(Box<Mamba2>),
     /// Mixers of wavelet coefficients.
     Wavelet(Box<Wavelet>),
 }
@@ -87,6 +93,10 @@ impl Mixer {
             }
             MixerSpec::Mamba(spec) => {
                 Some(Self::Mamba(Box::new(Mamba::new(spec, width, parameters)?)))
+            }
+            MixerSpec::Mamba2(spec) => {
+                let mamba = Mamba2::new(spec, width, parameters)?;
+                Some(Self::Mamba2(Box::new(mamba)))
             }
             MixerSpec::Wavelet(spec) => {
                 let wavelet = Wavelet::new(spec, width, parameters)?;
@@ -106,6 +116,7 @@ impl Mixer {
         match self {
             Self::MultiHead(attention) => attention.forward(x, cx, state),
             Self::Mamba(mamba) => mamba.forward(x, cx, state),
+            Self::Mamba2(mamba) => mamba.forward(x, cx, state),
             Self::Wavelet(wavelet) => wavelet.forward(x, cx, state.is_some()),
         }
     }

@@ -35,11 +35,12 @@
 //! Under streams and relevance `Δ`, `B`, `C` and the decay are held fixed, `u` is followed, and
 //! the gate obeys the product rule.
 
+use super::short_convolution::{ShortConvolution, masked, real_tokens};
 use crate::activation::ActivationSpec;
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::state::MixerState;
-use crate::{Context, Error, Result};
+use crate::{Context, Result};
 use lapidary_kernels::{Activation, Tensor, activate};
 use lapidary_signal::{Linear, SelectiveScan, Signal};
 use schemars::JsonSchema;
@@ -145,12 +146,8 @@ impl MambaSpec {
 pub struct Mamba {
     path: String,
     inner: usize,
-    taps: usize,
-    activation: Activation,
     input: Linear,
-    /// `[inner, 1, taps]`, oldest tap first.
-    kernel: Tensor,
-    kernel_bias: Option<Tensor>,
+    convolution: ShortConvolution,
     recurrence: Option<Recurrence>,
     output: Linear,
 }
@@ -224,23 +221,14 @@ impl Recurrence {
 impl Mamba {
     /// Builds the module for tokens of `width`.
     pub fn new(spec: &MambaSpec, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
-        let (inner, taps) = (spec.inner(width), spec.taps);
-        // Deviation of the uniform distribution that the published code draws from.
-        let tap_deviation = (1.0 / (3.0 * taps as f64)).sqrt();
+        let inner = spec.inner(width);
         let input = parameters.linear("input", "in", width, 2 * inner, spec.bias)?;
-        let mut convolution = parameters.at("convolution");
-        let kernel = convolution.tensor(
-            "weight",
-            &[inner, 1, taps],
-            Init::Normal {
-                deviation: tap_deviation,
-            },
+        let convolution = ShortConvolution::new(
+            [inner, spec.taps],
+            spec.convolution_bias,
+            spec.activation,
+            parameters.at("convolution"),
         )?;
-        let kernel_bias = if spec.convolution_bias {
-            Some(convolution.tensor("bias", &[inner], Init::Zeros)?)
-        } else {
-            None
-        };
         let recurrence = match spec.scan {
             true => Some(Recurrence::new(spec, width, &mut parameters)?),
             false => None,
@@ -248,11 +236,8 @@ impl Mamba {
         Ok(Self {
             path: parameters.path().to_owned(),
             inner,
-            taps,
-            activation: spec.activation.into(),
             input,
-            kernel,
-            kernel_bias,
+            convolution,
             recurrence,
             output: parameters.linear("output", "mixed", inner, width, spec.bias)?,
         })
@@ -268,8 +253,12 @@ impl Mamba {
         let site = |name: &str, signal: Signal| {
             cx.trace.site(format_args!("{}.{name}", self.path), signal)
         };
-        let real = self.real_tokens(x, cx)?;
-        let earlier = self.recall(x, memory.as_deref())?;
+        let real = real_tokens(&self.path, x, cx)?;
+        let (batch, _, _) = tensor(x.value().dims3())?;
+        let recurrent = self.recurrence.is_some();
+        let remembered = memory.as_deref();
+        let convolution = &self.convolution;
+        let earlier = convolution.recall(remembered, recurrent, batch, &self.path)?;
 
         let x = site("in", masked(x, real.as_ref())?)?;
         let projected = x.linear(&self.input)?;
@@ -277,7 +266,7 @@ impl Mamba {
         let gate = projected.narrow(2, self.inner, self.inner)?;
 
         let (window, initial) = earlier.unzip();
-        let (content, window) = self.convolve(&content, window.as_ref())?;
+        let (content, window) = convolution.forward(&content, window.as_ref())?;
         let content = site("convolved", masked(&content, real.as_ref())?)?;
         let (scanned, remembered) = match &self.recurrence {
             None => (content, MixerState::Window(window)),
@@ -293,91 +282,5 @@ impl Mamba {
         let mixed = scanned.gate(&gate.activate(Activation::Silu)?)?;
         let mixed = site("mixed", mixed)?;
         Ok(site("out", mixed.linear(&self.output)?)?)
-    }
-
-    /// `[batch, length, 1]`, 1 = a real token, for the tokens of this pass.
-    fn real_tokens(&self, x: &Signal, cx: &Context<'_>) -> Result<Option<Tensor>> {
-        let Some(padding) = cx.key_padding else {
-            return Ok(None);
-        };
-        let (batch, length, _) = tensor(x.value().dims3())?;
-        let expected = [batch, cx.offset + length];
-        if padding.dims() != expected {
-            return Err(Error::spec(
-                format!("shape of the padding at {}", self.path),
-                padding.dims(),
-                format!("{expected:?}: the earlier tokens and these"),
-            ));
-        }
-        let here = tensor(padding.narrow(1, cx.offset, length))?;
-        let here = tensor(tensor(here.unsqueeze(2))?.to_dtype(x.dtype()))?;
-        Ok(Some(here))
-    }
-
-    /// What earlier tokens left: the convolution's window, and the state where there is one.
-    fn recall(
-        &self,
-        x: &Signal,
-        memory: Option<&MixerState>,
-    ) -> Result<Option<(Tensor, Option<Tensor>)>> {
-        let wrong = |found: &str| {
-            let expected = match self.recurrence {
-                Some(_) => "that of a recurrence",
-                None => "that of a convolution",
-            };
-            Error::spec(format!("decode state at {}", self.path), found, expected)
-        };
-        let (window, state) = match (memory, &self.recurrence) {
-            (None | Some(MixerState::Empty), _) => return Ok(None),
-            (Some(MixerState::Recurrent { window, state }), Some(_)) => (window, Some(state)),
-            (Some(MixerState::Window(window)), None) => (window, None),
-            (Some(other), _) => return Err(wrong(other.name())),
-        };
-        let (batch, _, _) = tensor(x.value().dims3())?;
-        let expected = [batch, self.inner, self.taps - 1];
-        if window.dims() != expected {
-            return Err(Error::spec(
-                format!("shape of the decode state at {}", self.path),
-                window.dims(),
-                format!("{expected:?}"),
-            ));
-        }
-        Ok(Some((window.clone(), state.cloned())))
-    }
-
-    /// The activated convolution of `u` `[batch, length, inner]`, and the last `taps − 1` inputs
-    /// `[batch, inner, taps − 1]` for the tokens to come.
-    fn convolve(&self, u: &Signal, window: Option<&Tensor>) -> Result<(Signal, Tensor)> {
-        let (batch, length, inner) = tensor(u.value().dims3())?;
-        let before = self.taps - 1;
-        let mut u = u.transpose(1, 2)?;
-        let mut skipped = 0;
-        if let Some(window) = window.filter(|_| before > 0) {
-            u = Signal::concatenate(&[Signal::from(window.clone()), u], 2)?;
-            skipped = before;
-        }
-        let seen = skipped + length;
-        let past = u.value().detach();
-        let past = if seen < before {
-            let shape = (batch, inner, before - seen);
-            let zeros = tensor(Tensor::zeros(shape, past.dtype(), past.device()))?;
-            tensor(Tensor::cat(&[&zeros, &past], 2))?
-        } else {
-            tensor(tensor(past.narrow(2, seen - before, before))?.force_contiguous())?
-        };
-        let kernel = tensor(self.kernel.squeeze(1))?;
-        let convolved = u
-            .contiguous()?
-            .depthwise_convolution(&kernel, self.kernel_bias.as_ref())?
-            .narrow(2, skipped, length)?
-            .transpose(1, 2)?;
-        Ok((convolved.activate(self.activation)?, past))
-    }
-}
-
-fn masked(x: &Signal, real: Option<&Tensor>) -> Result<Signal> {
-    match real {
-        Some(real) => Ok(x.multiply_constant(real)?),
-        None => Ok(x.clone()),
     }
 }

@@ -7,7 +7,7 @@ use lapidary_parts::Context;
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::feedforward::{Mixture, MixtureSpec};
 use lapidary_parts::position::PositionSpec;
-use lapidary_parts::recurrent::{Mamba, MambaSpec};
+use lapidary_parts::recurrent::{Mamba, Mamba2, Mamba2Spec, MambaSpec};
 use lapidary_parts::state::MixerState;
 use lapidary_signal::{Signal, Trace};
 
@@ -54,12 +54,34 @@ fn mamba_of(case: &Map, spec: &MambaSpec) -> Mamba {
     build(&map, |p| Mamba::new(spec, 16, p)).unwrap()
 }
 
-fn check_mamba(name: &str, spec: &MambaSpec) {
-    let case = fixture(name);
-    let mamba = mamba_of(&case, spec);
+fn mamba2_of(case: &Map, spec: &Mamba2Spec) -> Mamba2 {
+    let names = [
+        ("in_proj.weight", "input.weight"),
+        ("in_proj.bias", "input.bias"),
+        ("conv1d.weight", "convolution.weight"),
+        ("conv1d.bias", "convolution.bias"),
+        ("dt_bias", "step_bias"),
+        ("A_log", "decay_log"),
+        ("D", "skip"),
+        ("norm.weight", "norm.weight"),
+        ("out_proj.weight", "output.weight"),
+        ("out_proj.bias", "output.bias"),
+    ];
+    let map = names
+        .into_iter()
+        .filter_map(|(theirs, ours)| Some((ours.to_owned(), case.get(theirs)?.clone())))
+        .collect();
+    build(&map, |p| Mamba2::new(spec, 16, p)).unwrap()
+}
+
+/// Whole, padded, and in steps of decoding.
+fn check_recurrent(
+    case: &Map,
+    forward: impl Fn(&Signal, &Context<'_>, Option<&mut MixerState>) -> Signal,
+) {
     let trace = Trace::new();
     let x = Signal::from(case["x"].clone());
-    let y = mamba.forward(&x, &Context::new(&trace), None).unwrap();
+    let y = forward(&x, &Context::new(&trace), None);
     assert_near(y.value(), &case["expected"], 1e-5, "whole pass");
 
     let mask = case["mask"].to_dtype(DType::U8).unwrap();
@@ -67,7 +89,7 @@ fn check_mamba(name: &str, spec: &MambaSpec) {
         key_padding: Some(&mask),
         ..Context::new(&trace)
     };
-    let y = mamba.forward(&x, &masked, None).unwrap();
+    let y = forward(&x, &masked, None);
     assert_near(y.value(), &case["expected_masked"], 1e-5, "padded");
 
     // The same in steps, with the padding that covers the tokens so far.
@@ -80,9 +102,29 @@ fn check_mamba(name: &str, spec: &MambaSpec) {
             ..Context::new(&trace)
         };
         let token = x.narrow(1, t, 1).unwrap();
-        let y = mamba.forward(&token, &cx, Some(&mut state)).unwrap();
+        let y = forward(&token, &cx, Some(&mut state));
         let expected = case["expected_masked"].narrow(1, t, 1).unwrap();
         assert_near(y.value(), &expected, 1e-5, "step");
+    }
+}
+
+fn check_mamba(name: &str, spec: &MambaSpec) {
+    let case = fixture(name);
+    let mamba = mamba_of(&case, spec);
+    check_recurrent(&case, |x, cx, state| mamba.forward(x, cx, state).unwrap());
+}
+
+fn check_mamba2(name: &str, spec: &Mamba2Spec) {
+    let case = fixture(name);
+    for chunk in [1, 4, 64] {
+        let spec = Mamba2Spec {
+            head_width: 8,
+            state: 5,
+            chunk,
+            ..spec.clone()
+        };
+        let mamba = mamba2_of(&case, &spec);
+        check_recurrent(&case, |x, cx, state| mamba.forward(x, cx, state).unwrap());
     }
 }
 
@@ -107,6 +149,27 @@ fn mamba_with_other_biases_equals_transformers() {
         ..MambaSpec::default()
     };
     check_mamba("mamba_biased", &spec);
+}
+
+#[test]
+fn mamba2_equals_transformers() {
+    let spec = Mamba2Spec {
+        groups: 2,
+        ..Mamba2Spec::default()
+    };
+    check_mamba2("mamba2", &spec);
+}
+
+#[test]
+fn mamba2_with_other_biases_and_bounded_steps_equals_transformers() {
+    let spec = Mamba2Spec {
+        bias: true,
+        convolution_bias: false,
+        smallest_step: Some(0.6),
+        largest_step: Some(0.9),
+        ..Mamba2Spec::default()
+    };
+    check_mamba2("mamba2_biased", &spec);
 }
 
 fn check_mixture(name: &str, spec: &MixtureSpec) {

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import save_file
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -43,7 +44,20 @@ def mamba(name: str, **options) -> None:
         hidden_size=WIDTH, state_size=5, num_hidden_layers=1, expand=2, conv_kernel=4,
         time_step_rank=3, **options,
     )  # fmt: skip
-    mixer = MambaMixer(config, layer_idx=0).eval()
+    save_mixer(name, MambaMixer(config, layer_idx=0).eval(), generator)
+
+
+@torch.no_grad()
+def mamba2(name: str, **options) -> None:
+    generator = torch.Generator().manual_seed(3)
+    config = transformers.Mamba2Config(
+        hidden_size=WIDTH, state_size=5, num_hidden_layers=1, expand=2, conv_kernel=4, num_heads=4,
+        head_dim=8, chunk_size=4, **options,
+    )  # fmt: skip
+    save_mixer(name, Mamba2Mixer(config, layer_idx=0).eval(), generator)
+
+
+def save_mixer(name: str, mixer: torch.nn.Module, generator: torch.Generator) -> None:
     randomise(mixer, generator)
     x = torch.randn(2, 9, WIDTH, generator=generator)
     mask = torch.ones(2, 9, dtype=torch.int64)
@@ -102,6 +116,10 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     mamba("mamba")
     mamba("mamba_biased", use_bias=True, use_conv_bias=False, hidden_act="gelu")
+    mamba2("mamba2", n_groups=2)
+    mamba2(
+        "mamba2_biased", n_groups=1, use_bias=True, use_conv_bias=False, time_step_limit=(0.6, 0.9)
+    )
     mixtral = transformers.MixtralConfig(
         hidden_size=WIDTH, intermediate_size=12, num_local_experts=5, num_experts_per_tok=2
     )

@@ -40,6 +40,10 @@ pub(super) fn folded_spec(spec: &ModelSpec) -> ModelSpec {
                 mamba.inner = Some(mamba.inner(width));
                 mamba.bias |= biased;
             }
+            MixerSpec::Mamba2(mamba) => {
+                mamba.inner = Some(mamba.inner(width));
+                mamba.bias |= biased;
+            }
             MixerSpec::Wavelet(_) | MixerSpec::Absent => {}
         }
         match &mut block.feedforward {
@@ -221,6 +225,7 @@ fn ensure_bias(edit: &mut Edit, writer: &str, part: &str) -> Result<()> {
             attention.output_bias.unwrap_or(attention.bias)
         }
         ("attention", MixerSpec::Mamba(mamba), _) => mamba.bias,
+        ("attention", MixerSpec::Mamba2(mamba), _) => mamba.bias,
         (_, _, Some(FeedforwardSpec::Dense(dense))) => dense.bias,
         (_, _, Some(FeedforwardSpec::Gated(gated))) => gated.bias,
         _ => false,

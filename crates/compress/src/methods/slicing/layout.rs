@@ -138,7 +138,7 @@ fn owned(names: &[&str]) -> Vec<String> {
 fn mixer_layers(mixer: &MixerSpec) -> (Vec<String>, Vec<String>) {
     match mixer {
         MixerSpec::MultiHead(_) => (owned(&["query", "key", "value"]), owned(&["output"])),
-        MixerSpec::Mamba(_) => (owned(&["input"]), owned(&["output"])),
+        MixerSpec::Mamba(_) | MixerSpec::Mamba2(_) => (owned(&["input"]), owned(&["output"])),
         // Refused before.
         MixerSpec::Wavelet(_) | MixerSpec::Absent => Default::default(),
     }

@@ -221,7 +221,9 @@ impl<'a> Heads<'a> {
 pub(super) fn multi_head(block: &BlockSpec) -> Option<&MultiHeadSpec> {
     match &block.attention {
         MixerSpec::MultiHead(spec) => Some(spec),
-        MixerSpec::Mamba(_) | MixerSpec::Wavelet(_) | MixerSpec::Absent => None,
+        MixerSpec::Mamba(_) | MixerSpec::Mamba2(_) | MixerSpec::Wavelet(_) | MixerSpec::Absent => {
+            None
+        }
     }
 }
 

@@ -55,7 +55,10 @@ impl Emulated {
     pub fn sharpened(mut self, length: usize) -> Result<Self> {
         let normalises = |block: &BlockSpec| match &block.attention {
             MixerSpec::MultiHead(attention) => attention.query_key_norm.is_some(),
-            MixerSpec::Mamba(_) | MixerSpec::Wavelet(_) | MixerSpec::Absent => false,
+            MixerSpec::Mamba(_)
+            | MixerSpec::Mamba2(_)
+            | MixerSpec::Wavelet(_)
+            | MixerSpec::Absent => false,
         };
         if self.model.spec().blocks.iter().any(normalises) {
             return Err(Error::invalid(

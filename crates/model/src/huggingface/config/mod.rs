@@ -10,9 +10,11 @@ mod bert;
 mod check;
 mod clip;
 mod error;
+mod floats;
 mod gpt2;
 mod llama;
 mod mamba;
+mod mamba2;
 mod opt;
 mod rope;
 mod vit;
@@ -32,6 +34,7 @@ pub use self::error::ConfigError;
 pub use self::gpt2::Gpt2Config;
 pub use self::llama::{ExpertsConfig, LlamaConfig, LlamaKind};
 pub use self::mamba::MambaConfig;
+pub use self::mamba2::Mamba2Config;
 pub use self::opt::OptConfig;
 pub use self::rope::{RopeConfig, RopeScaling};
 pub use self::vit::{ImageSize, VitConfig, VitKind};
@@ -88,12 +91,13 @@ pub enum Family {
     Vit(VitConfig),
     Clip(Box<ClipConfig>),
     Mamba(MambaConfig),
+    Mamba2(Mamba2Config),
 }
 
 /// Every `model_type` that loads.
-pub const MODEL_TYPES: [&str; 14] = [
-    "albert", "bert", "clip", "deit", "gpt2", "llama", "mamba", "mistral", "mixtral", "olmoe",
-    "opt", "qwen2", "roberta", "vit",
+pub const MODEL_TYPES: [&str; 15] = [
+    "albert", "bert", "clip", "deit", "gpt2", "llama", "mamba", "mamba2", "mistral", "mixtral",
+    "olmoe", "opt", "qwen2", "roberta", "vit",
 ];
 
 impl Config {
@@ -111,10 +115,11 @@ impl Config {
     /// wrong type or a value outside its range: the error names the field, the value and what
     /// would be valid.
     pub fn parse(path: &Path, text: &str, limits: &Limits) -> Result<Self, ConfigError> {
-        let fields = serde_json::from_str(text).map_err(|error| ConfigError::Json {
-            path: path.to_path_buf(),
-            found: error.to_string(),
-        })?;
+        let fields =
+            serde_json::from_str(&floats::named(text)).map_err(|error| ConfigError::Json {
+                path: path.to_path_buf(),
+                found: error.to_string(),
+            })?;
         Self::from_fields(path, fields, limits)
     }
 
@@ -175,6 +180,7 @@ impl Family {
             "deit" => Self::Vit(VitConfig::new(VitKind::Deit, fields, check)?),
             "clip" => Self::Clip(Box::new(ClipConfig::new(fields, check)?)),
             "mamba" => Self::Mamba(MambaConfig::new(fields, check)?),
+            "mamba2" => Self::Mamba2(Mamba2Config::new(fields, check)?),
             other => return Err(check.wrong("model_type", other, supported())),
         })
     }
@@ -191,6 +197,7 @@ impl Family {
             Self::Vit(config) => config.matrix_parameters(),
             Self::Clip(config) => config.matrix_parameters(),
             Self::Mamba(config) => config.matrix_parameters(),
+            Self::Mamba2(config) => config.matrix_parameters(),
         }
     }
 }

@@ -65,6 +65,26 @@ fn defaults_are_those_of_transformers() {
     }
 }
 
+/// As written by transformers 5, and by earlier ones, which is no JSON.
+#[test]
+fn infinity_is_read_in_both_spellings() {
+    for limit in [r#"{"__float__": "Infinity"}"#, "Infinity"] {
+        let text = format!(r#"{{"model_type": "mamba2", "time_step_limit": [0.25, {limit}]}}"#);
+        let config = Config::parse(Path::new("config.json"), &text, &Limits::default()).unwrap();
+        let Family::Mamba2(mamba) = &config.family else {
+            panic!("{config:?}");
+        };
+        assert_eq!(mamba.time_step_limit, [0.25, f64::INFINITY]);
+        // What is written back is JSON, and says the same.
+        let again = Config::parse(
+            Path::new("config.json"),
+            &config.to_json(),
+            &Limits::default(),
+        );
+        assert_eq!(again.unwrap().family, config.family);
+    }
+}
+
 #[test]
 fn rope_is_read_in_all_spellings() {
     let rope = |fields: Value| {
@@ -211,6 +231,22 @@ fn what_is_wrong_is_named_with_what_would_be_right() {
         (
             json!({"model_type": "mamba", "time_step_rank": "some"}),
             "must be a whole number or \"auto\"",
+        ),
+        (
+            json!({"model_type": "mamba2", "num_heads": 7}),
+            "num_heads times head_dim is 448, but must be expand times hidden_size, 8192",
+        ),
+        (
+            json!({"model_type": "mamba2", "n_groups": 3}),
+            "n_groups is 3, but must be a divisor of num_heads, 128",
+        ),
+        (
+            json!({"model_type": "mamba2", "time_step_limit": [0.5, 0.1]}),
+            "time_step_limit is [0.5, 0.1], but must be two numbers of at least 0",
+        ),
+        (
+            json!({"model_type": "mamba2", "time_step_limit": [0.0, {"__float__": "much"}]}),
+            "time_step_limit",
         ),
         (
             json!({"model_type": "bert", "layer_norm_eps": -1.0}),

@@ -10,6 +10,7 @@ mod clip;
 mod gpt2;
 mod llama;
 mod mamba;
+mod mamba2;
 mod opt;
 mod table;
 mod vit;
@@ -49,6 +50,7 @@ pub fn towers(config: &Config, stored: &Shapes) -> Result<Vec<Tower>> {
         Family::Bert(family) => bert::tower(family, &architecture).map(|tower| vec![tower]),
         Family::Vit(family) => vit::tower(family, &architecture).map(|tower| vec![tower]),
         Family::Mamba(family) => mamba::tower(family, &architecture).map(|tower| vec![tower]),
+        Family::Mamba2(family) => mamba2::tower(family, &architecture).map(|tower| vec![tower]),
         Family::Clip(family) => clip::towers(family),
     }
 }

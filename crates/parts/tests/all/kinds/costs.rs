@@ -1,6 +1,7 @@
 //! Parameters and operations are those of the formulas.
 
 use super::*;
+use lapidary_kernels::operations_in_chunks;
 
 /// `(parameters, floating-point operations)` by the formulas of the parts' documentation, in
 /// full: biases, activations and softmaxes too.
@@ -47,6 +48,30 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
             }
             // The gate's SiLU and product.
             parts.push((0, n * inner * 2));
+            parts.push(linear(inner, WIDTH, mamba.bias, n));
+        }
+        MixerSpec::Mamba2(mamba) => {
+            let (inner, heads) = (mamba.inner(WIDTH), mamba.heads(WIDTH));
+            let convolved = mamba.convolved(WIDTH);
+            let bias = usize::from(mamba.convolution_bias);
+            parts.push(linear(WIDTH, mamba.projected(WIDTH), mamba.bias, n));
+            parts.push((
+                convolved * (mamba.taps + bias),
+                n * convolved * (2 * mamba.taps + bias + 1),
+            ));
+            if mamba.scan {
+                let (state, width) = (mamba.state, mamba.head_width);
+                let products = operations_in_chunks(LENGTH, state, width, mamba.chunk) as usize;
+                // The step's bias and softplus; Δ A and Δ B; D u and its sum.
+                parts.push((3 * heads, n * heads * (2 + 1 + state)));
+                parts.push((0, BATCH * heads * products + 2 * n * inner));
+            }
+            // The gate's SiLU and product.
+            parts.push((0, n * inner * 2));
+            parts.push(norm(&mamba.norm, inner, n));
+            // Behind a norm of groups, γ is a product of its own.
+            let apart = mamba.groups > 1 && mamba.norm != NormSpec::None;
+            parts.push((0, usize::from(apart) * n * inner));
             parts.push(linear(inner, WIDTH, mamba.bias, n));
         }
         MixerSpec::Wavelet(wavelet) => parts.push(wavelet_formula(wavelet)),

@@ -46,7 +46,7 @@ use lapidary_parts::feedforward::{
 };
 use lapidary_parts::norm::NormSpec;
 use lapidary_parts::position::{FireSpec, KeptPairs, PositionSpec, RotaryScaling, RotarySpec};
-use lapidary_parts::recurrent::MambaSpec;
+use lapidary_parts::recurrent::{Mamba2Spec, MambaSpec};
 use lapidary_parts::state::MixerState;
 use lapidary_parts::{Context, Result};
 use lapidary_signal::meter::Meter;
@@ -75,7 +75,7 @@ macro_rules! kinds {
     };
 }
 
-kinds!(mixer, MIXERS, MixerSpec: MultiHead, Mamba, Wavelet, Absent);
+kinds!(mixer, MIXERS, MixerSpec: MultiHead, Mamba, Mamba2, Wavelet, Absent);
 kinds!(feedforward, FEEDFORWARDS, FeedforwardSpec: Dense, Gated, Mixture, Linear, SparseCode);
 kinds!(norm, NORMS, NormSpec: Layer, Rms, None);
 kinds!(position, POSITIONS, PositionSpec:
@@ -112,6 +112,9 @@ fn every_kind_has_a_case() {
             });
         }
         if let MixerSpec::Mamba(mamba) = &spec.attention {
+            used.insert(activation(&mamba.activation));
+        }
+        if let MixerSpec::Mamba2(mamba) = &spec.attention {
             used.insert(activation(&mamba.activation));
         }
     }
@@ -209,7 +212,7 @@ impl Case {
             },
             // A Fourier transform is a mixing of its own.
             MixerSpec::Wavelet(wavelet) => wavelet.family != Family::Fourier,
-            MixerSpec::Mamba(_) | MixerSpec::Absent => true,
+            MixerSpec::Mamba(_) | MixerSpec::Mamba2(_) | MixerSpec::Absent => true,
         }
     }
 
@@ -258,7 +261,11 @@ impl Case {
     }
 
     fn is_mamba_with_bias(&self) -> bool {
-        matches!(&self.spec.attention, MixerSpec::Mamba(mamba) if mamba.bias && mamba.taps > 1)
+        match &self.spec.attention {
+            MixerSpec::Mamba(mamba) => mamba.bias && mamba.taps > 1,
+            MixerSpec::Mamba2(mamba) => mamba.bias && mamba.taps > 1,
+            _ => false,
+        }
     }
 }
 

@@ -12,6 +12,7 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
         ..with_heads(MultiHeadSpec::new(2))
     };
     let with_mamba = |mamba: MambaSpec| block(Wiring::PreNorm, LAYER, MixerSpec::Mamba(mamba));
+    let with_mamba2 = |mamba: Mamba2Spec| block(Wiring::PreNorm, LAYER, MixerSpec::Mamba2(mamba));
     let with_position = |position: PositionSpec| {
         with_heads(MultiHeadSpec {
             position,
@@ -825,6 +826,66 @@ fn impossible_specs_are_refused_with_field_value_and_what_is_valid() {
                 ..MambaSpec::default()
             }),
             "b.attention.step_rank is 17, but must be between 1 and 16",
+        ),
+        (
+            with_mamba2(Mamba2Spec::default()),
+            "b.attention.head_width is 64, but must be a divisor of the inner channels, 16",
+        ),
+        (
+            with_mamba2(Mamba2Spec {
+                head_width: 0,
+                ..Mamba2Spec::default()
+            }),
+            "b.attention.head_width is 0, but must be a divisor of the inner channels, 16",
+        ),
+        (
+            with_mamba2(Mamba2Spec {
+                head_width: 4,
+                groups: 3,
+                ..Mamba2Spec::default()
+            }),
+            "b.attention.groups is 3, but must be a divisor of the heads, 4",
+        ),
+        (
+            with_mamba2(Mamba2Spec {
+                head_width: 4,
+                state: 0,
+                ..Mamba2Spec::default()
+            }),
+            "b.attention.state is 0, but must be between 1 and 4096",
+        ),
+        (
+            with_mamba2(Mamba2Spec {
+                head_width: 4,
+                chunk: 0,
+                ..Mamba2Spec::default()
+            }),
+            "b.attention.chunk is 0, but must be between 1 and 65536",
+        ),
+        (
+            with_mamba2(Mamba2Spec {
+                head_width: 4,
+                norm: LAYER,
+                ..Mamba2Spec::default()
+            }),
+            "b.attention.norm.kind is \"layer\", but must be rms or none",
+        ),
+        (
+            with_mamba2(Mamba2Spec {
+                head_width: 4,
+                smallest_step: Some(0.2),
+                largest_step: Some(0.1),
+                ..Mamba2Spec::default()
+            }),
+            "b.attention.smallest_step is 0.2, but must be at most the largest, 0.1",
+        ),
+        (
+            with_mamba2(Mamba2Spec {
+                head_width: 4,
+                largest_step: Some(f64::INFINITY),
+                ..Mamba2Spec::default()
+            }),
+            "b.attention.largest_step is inf, but must be a number of at least 0",
         ),
         (
             with_feedforward(Some(FeedforwardSpec::Dense(DenseSpec {

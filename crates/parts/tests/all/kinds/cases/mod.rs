@@ -347,6 +347,14 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
         step_rank: Some(2),
         ..MambaSpec::default()
     };
+    let mamba2 = Mamba2Spec {
+        inner: Some(12),
+        head_width: 3,
+        groups: 2,
+        state: 2,
+        chunk: 4,
+        ..Mamba2Spec::default()
+    };
     let mut all = mechanisms();
     all.extend(linear());
     all.extend(wavelets());
@@ -597,6 +605,58 @@ pub(super) fn cases() -> Vec<(&'static str, BlockSpec)> {
                 MixerSpec::Mamba(MambaSpec {
                     scan: false,
                     ..mamba
+                }),
+            ),
+        ),
+        (
+            "mamba of heads",
+            block(PreNorm, RMS, MixerSpec::Mamba2(mamba2.clone())),
+        ),
+        (
+            "mamba of heads with biases, bounds and one tap",
+            BlockSpec {
+                feedforward: gated(QuickGelu, true),
+                ..block(
+                    PostNorm,
+                    LAYER,
+                    MixerSpec::Mamba2(Mamba2Spec {
+                        groups: 1,
+                        taps: 1,
+                        chunk: 1,
+                        bias: true,
+                        activation: Identity,
+                        smallest_step: Some(0.0),
+                        largest_step: Some(50.0),
+                        ..mamba2.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "mamba of heads without a gated norm, beside a feed-forward part",
+            BlockSpec {
+                feedforward: dense(Silu, false),
+                ..block(
+                    Parallel,
+                    RMS,
+                    MixerSpec::Mamba2(Mamba2Spec {
+                        taps: 3,
+                        chunk: 64,
+                        convolution_bias: false,
+                        norm: NormSpec::None,
+                        ..mamba2.clone()
+                    }),
+                )
+            },
+        ),
+        (
+            "mamba of heads without a scan",
+            block(
+                PreNorm,
+                RMS,
+                MixerSpec::Mamba2(Mamba2Spec {
+                    scan: false,
+                    ..mamba2
                 }),
             ),
         ),
