@@ -267,6 +267,7 @@ fn the_edit_is_a_projection() {
             let removed = (&weight - &edited).unwrap();
             // ‖W‖² = ‖W'‖² + ‖W − W'‖²
             let sum = norm(&edited) + norm(&removed);
+            assert!((norm(&removed) - curved.removed(&kept)).abs() < 1e-10);
             assert!((sum - norm(&weight)).abs() < 1e-10);
             assert!(norm(&edited) >= before - 1e-12);
             before = norm(&edited);
@@ -355,6 +356,12 @@ fn a_spectrum_edits_as_the_method_does_and_reads_what_layers_read() {
         let edited = spectrum.edited(&model, 0.6, Keep::Staircase).unwrap();
         let by_method = compress(&model, &data, "curvature", 0.6).model;
         assert_eq!(scores(&edited, &data), scores(&by_method, &data));
+        let removed = spectrum.removed(0.6, Keep::Staircase);
+        for (layer, removed) in &removed {
+            let of = |model: &Model| model.parameters()[&format!("{layer}.weight")].clone();
+            let gone = norm(&(of(&model) - of(&edited)).unwrap());
+            assert!((gone - removed).abs() < 1e-9, "{layer} {gone} {removed}");
+        }
 
         let other = windows(9, 8);
         let shares = spectrum.shares(&model, &other, 4, &[0.6]).unwrap();

@@ -284,6 +284,19 @@ fn inspects_texts_along_the_curvature() {
     assert!(notes.contains("correlate by"), "{notes}");
     let recited = found["tables"][1]["rows"][0].as_array().unwrap();
     assert_eq!(recited.len(), 8);
+    assert!(found["tables"][2].is_null());
+    let found = run(&[
+        "--task",
+        &tasks[0],
+        "--forget",
+        &other,
+        "--mask-steps",
+        "2",
+        "--json",
+    ]);
+    let masked = found["tables"][2]["rows"][0].as_array().unwrap();
+    let number = |column: usize| masked[column].as_f64().unwrap();
+    assert!(number(1) > 0.0 && (0.0..=1.0).contains(&number(6)));
     for (extra, words) in [
         (vec!["--task", "own"], &["NAME=FILE"][..]),
         (

@@ -121,6 +121,14 @@ impl Spectrum {
         edit.finish()
     }
 
+    /// How much of each layer's squared norm such an edit takes away, by paths: what a
+    /// [`Subnet`](super::Subnet) of the same size may clear.
+    pub fn removed(&self, mass: f64, keep: Keep) -> BTreeMap<String, f64> {
+        let each = self.layers.iter();
+        each.map(|(path, curved)| (path.clone(), curved.removed(&curved.kept(mass, keep))))
+            .collect()
+    }
+
     /// The shares of bands ([`Curved::band_shares`]) of each layer, on what it reads at every real
     /// token of a text.
     ///

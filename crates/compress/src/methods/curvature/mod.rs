@@ -167,6 +167,14 @@ impl Curved {
         self.written(&chosen)
     }
 
+    /// `‖W − W'‖²` of that edit: the squares of the coefficients that go.
+    pub fn removed(&self, kept: &[usize]) -> f64 {
+        let from = |i: usize| kept.get(i).copied().unwrap_or(0);
+        let columns = self.coefficients.ncols();
+        let row = |i: usize| (from(i)..columns).map(move |j| self.coefficients[(i, j)].powi(2));
+        (0..self.coefficients.nrows()).flat_map(row).sum()
+    }
+
     /// `U C Vᵀ`.
     fn written(&self, coefficients: &Matrix) -> Result<Tensor> {
         let weight = &self.outputs * coefficients * self.inputs.transpose();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use lapidary_compress::CalibrationData;
-use lapidary_compress::curvature::{Keep, Spectrum, correlation, factors};
+use lapidary_compress::curvature::{Keep, Spectrum, Subnet, correlation, factors};
 use lapidary_compress::quality::{Recitation, Window, perplexity, ranking_kept, recitation};
 use lapidary_explain::report::{Cell, Map, Plot, Report, Series, Table};
 use lapidary_model::{Model, Package};
@@ -48,7 +48,13 @@ pub struct Curvature {
     /// Most windows of each text
     #[arg(long, default_value_t = 64)]
     pub windows: usize,
-    /// Seed of the labels that the model draws
+    /// A text that a mask on single weights learns to forget, as large in norm as the edit, to be compared
+    #[arg(long, value_name = "FILE")]
+    pub forget: Option<PathBuf>,
+    /// Steps of learning the mask
+    #[arg(long, default_value_t = 100, requires = "forget")]
+    pub mask_steps: u64,
+    /// Seed of the labels that the model draws, and of the order in which a mask sees texts
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
@@ -60,16 +66,34 @@ struct Found {
     shares: Vec<f64>,
     /// The share of the directions that the edit takes out.
     removed: f64,
-    loss: [f64; 2],
-    recited: [Recitation; 2],
+    before: Measured,
+    after: Measured,
+    /// With a learned mask in place of the edit.
+    masked: Option<Measured>,
+}
+
+/// What a model makes of one text.
+#[derive(Clone, Copy)]
+struct Measured {
+    /// In nats for each token.
+    loss: f64,
+    recited: Recitation,
+    /// nDCG of its ranking of next tokens against the original's.
     ranking: f64,
 }
 
 impl Found {
     /// What the edit costs, in nats for each token.
     fn rise(&self) -> f64 {
-        self.loss[1] - self.loss[0]
+        self.after.loss - self.before.loss
     }
+}
+
+/// The model, what the edit leaves of it, and what a mask does.
+struct Models<'a> {
+    original: &'a Model,
+    edited: Model,
+    masked: Option<Model>,
 }
 
 pub fn run(arguments: &Curvature, global: &Global) -> Result<Report> {
@@ -100,7 +124,24 @@ pub fn run(arguments: &Curvature, global: &Global) -> Result<Report> {
     };
     let curvature = factors(model, &calibration, &blocks, BATCH, arguments.seed)?;
     let spectrum = Spectrum::of(model, &curvature)?;
-    let edited = spectrum.edited(model, arguments.mass, Keep::Staircase)?;
+    let masked = match &arguments.forget {
+        None => None,
+        Some(path) => {
+            let subnet = Subnet {
+                steps: arguments.mask_steps,
+                seed: arguments.seed,
+                ..Subnet::default()
+            };
+            let forget = CalibrationData::windows(cut(path)?)?;
+            let removed = spectrum.removed(arguments.mass, Keep::Staircase);
+            Some(subnet.learn(model, &forget, &calibration, &removed)?)
+        }
+    };
+    let models = Models {
+        original: model,
+        edited: spectrum.edited(model, arguments.mass, Keep::Staircase)?,
+        masked,
+    };
     let mut found = Vec::new();
     for task in &arguments.tasks {
         let (name, path) = task
@@ -111,9 +152,9 @@ pub fn run(arguments: &Curvature, global: &Global) -> Result<Report> {
             name,
             &texts,
             shown,
-            (model, &edited),
+            &models,
             &spectrum,
-            arguments,
+            arguments.mass,
         )?);
     }
     Ok(report(
@@ -142,13 +183,13 @@ fn about(
     name: &str,
     texts: &[Vec<u32>],
     shown: usize,
-    (model, edited): (&Model, &Model),
+    models: &Models<'_>,
     spectrum: &Spectrum,
-    arguments: &Curvature,
+    mass: f64,
 ) -> Result<Found> {
     let data = CalibrationData::windows(texts.to_vec())?;
     let mean = |masses: &[f64]| -> Result<Vec<f64>> {
-        let layers = spectrum.shares(model, &data, BATCH, masses)?;
+        let layers = spectrum.shares(models.original, &data, BATCH, masses)?;
         let mean = |band: usize| {
             let each = layers.values().filter_map(|shares| shares.get(band));
             each.sum::<f64>() / layers.len().max(1) as f64
@@ -162,17 +203,20 @@ fn about(
             context: 1,
         })
         .collect();
-    let loss = |model: &Model| -> Result<f64> { Ok(perplexity(model, &scored, BATCH)?.value.ln()) };
+    let measured = |model: &Model| -> Result<Measured> {
+        Ok(Measured {
+            loss: perplexity(model, &scored, BATCH)?.value.ln(),
+            recited: recitation(model, texts, shown)?,
+            ranking: ranking_kept(models.original, model, &data, BATCH, RANKED)?,
+        })
+    };
     Ok(Found {
         name: name.to_owned(),
         shares: mean(&MASSES)?,
-        removed: mean(&[arguments.mass])?.last().copied().unwrap_or(0.0),
-        loss: [loss(model)?, loss(edited)?],
-        recited: [
-            recitation(model, texts, shown)?,
-            recitation(edited, texts, shown)?,
-        ],
-        ranking: ranking_kept(model, edited, &data, BATCH, RANKED)?,
+        removed: mean(&[mass])?.last().copied().unwrap_or(0.0),
+        before: measured(models.original)?,
+        after: measured(&models.edited)?,
+        masked: models.masked.as_ref().map(measured).transpose()?,
     })
 }
 
@@ -205,7 +249,10 @@ fn report(
     Report {
         title: "Texts along the curvature of the loss".to_owned(),
         notes,
-        tables: vec![costs(found), recited(found)],
+        tables: [costs(found), recited(found)]
+            .into_iter()
+            .chain(masked(found))
+            .collect(),
         maps: vec![Map {
             title: "share of energy by band, most curvature first".to_owned(),
             rows: found.iter().map(|found| found.name.clone()).collect(),
@@ -248,7 +295,7 @@ fn costs(found: &[Found]) -> Table {
         ],
     );
     for found in found {
-        let [before, after] = found.loss;
+        let (before, after) = (found.before.loss, found.after.loss);
         table.push([
             Cell::from(found.name.as_str()),
             Cell::from(found.removed),
@@ -277,7 +324,7 @@ fn recited(found: &[Found]) -> Table {
         ],
     );
     for found in found {
-        let [before, after] = found.recited;
+        let (before, after) = (found.before.recited, found.after.recited);
         table.push([
             Cell::from(found.name.as_str()),
             Cell::from(before.strict),
@@ -286,8 +333,31 @@ fn recited(found: &[Found]) -> Table {
             Cell::from(after.loose),
             Cell::from(before.distance),
             Cell::from(after.distance),
-            Cell::from(found.ranking),
+            Cell::from(found.after.ranking),
         ]);
     }
     table
+}
+
+/// The same of a learned mask, where there is one.
+fn masked(found: &[Found]) -> Option<Table> {
+    let mut table = Table::new(
+        "with a learned mask of the same norm instead",
+        &[
+            "text", "loss", "rise", "strict", "loose", "distance", "nDCG@10",
+        ],
+    );
+    for found in found {
+        let masked = found.masked?;
+        table.push([
+            Cell::from(found.name.as_str()),
+            Cell::from(masked.loss),
+            Cell::from(masked.loss - found.before.loss),
+            Cell::from(masked.recited.strict),
+            Cell::from(masked.recited.loose),
+            Cell::from(masked.recited.distance),
+            Cell::from(masked.ranking),
+        ]);
+    }
+    Some(table)
 }
