@@ -84,7 +84,7 @@ pub use methods::curvature;
 pub use methods::fuse::{FuseLoss, FuseSettings, Gate, macro_influences};
 pub use methods::linearise::linearity_scores;
 pub use methods::replace_me::{
-    CosineDescent, MapForm, ReplaceMe, RunInput, Solver, angular_distances, run_regression,
+    CosineDescent, DescentSolver, MapForm, ReplaceMe, RunInput, angular_distances, run_regression,
 };
 pub use methods::shedder::{Search, SearchStep, Shed};
 pub use methods::slicing;

@@ -243,7 +243,7 @@ mod tests {
     fn no_step_goes_up_and_a_minimum_is_left_alone() {
         let bowl = |p: &[f64]| {
             let weight = |i: usize| 10f64.powi(i as i32 % 4);
-            let value = p.iter().enumerate().map(|(i, x)| weight(i) * x * x).sum();
+            let value: f64 = p.iter().enumerate().map(|(i, x)| weight(i) * x * x).sum();
             let gradient = p.iter().enumerate().map(|(i, x)| 2.0 * weight(i) * x);
             Ok::<_, Infallible>((value, gradient.collect::<Vec<f64>>()))
         };

@@ -5,8 +5,8 @@ use crate::common::{
     DECODER, ENCODER, GATED, altered, close, distance, model, scores, values, windows,
 };
 use lapidary_compress::{
-    Budget, CalibrationData, Change, Compressed, CosineDescent, MapForm, Method, ReplaceMe,
-    RunInput, Settings, Solver, Task, angular_distances, run_regression,
+    Budget, CalibrationData, Change, Compressed, CosineDescent, DescentSolver, MapForm, Method,
+    ReplaceMe, RunInput, Settings, Task, angular_distances, run_regression,
 };
 use lapidary_factor::{AffineMap, Matrix};
 use lapidary_kernels::Tensor;
@@ -368,7 +368,7 @@ fn every_form_is_merged_by_either_objective() {
         let angles = ReplaceMe {
             ridge: 0.1,
             cosine: CosineDescent {
-                solver: Solver::Lbfgs,
+                solver: DescentSolver::Lbfgs,
                 epochs: 5,
                 ..CosineDescent::default()
             },
@@ -410,7 +410,7 @@ fn forms_and_penalties_that_contradict_are_refused() {
         lasso: 0.1,
         form: MapForm::RankOne,
         cosine: CosineDescent {
-            solver: Solver::Lbfgs,
+            solver: DescentSolver::Lbfgs,
             ..CosineDescent::default()
         },
         ..ReplaceMe::default()

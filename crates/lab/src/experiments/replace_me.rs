@@ -13,7 +13,8 @@ use super::after_training;
 use super::depth::{BATCH, Size, Subject};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_compress::{
-    Budget, Change, Compressed, CosineDescent, MapForm, Method, ReplaceMe, Settings, Solver, Task,
+    Budget, Change, Compressed, CosineDescent, DescentSolver, MapForm, Method, ReplaceMe, Settings,
+    Task,
 };
 
 /// Blocks that go where a claim is read.
@@ -113,8 +114,8 @@ impl Way {
                 // The published rate is for thousands of steps; here there are hundreds.
                 cosine: CosineDescent {
                     solver: match self {
-                        Self::CosineLbfgs => Solver::Lbfgs,
-                        _ => Solver::Adam,
+                        Self::CosineLbfgs => DescentSolver::Lbfgs,
+                        _ => DescentSolver::Adam,
                     },
                     rate: 1e-3,
                     epochs,

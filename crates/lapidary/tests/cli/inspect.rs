@@ -301,15 +301,15 @@ fn inspects_texts_along_the_curvature() {
         (vec!["--task", "own"], &["NAME=FILE"][..]),
         (
             vec!["--task", &tasks[0], "--mass", "1"],
-            &["mass is 1", "below 1"],
+            &["mass is 1", "below 1"][..],
         ),
         (
             vec!["--task", &tasks[0], "--shown", "14"],
-            &["tokens that are shown", "between 1 and 13"],
+            &["tokens that are shown", "between 1 and 13"][..],
         ),
         (
             vec!["--task", &tasks[0], "--windows", "0"],
-            &["gives no window"],
+            &["gives no window"][..],
         ),
     ] {
         let arguments = with(&extra);

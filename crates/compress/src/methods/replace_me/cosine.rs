@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 #[serde(default, deny_unknown_fields)]
 pub struct CosineDescent {
     /// Who takes the steps.
-    pub solver: Solver,
+    pub solver: DescentSolver,
     /// Step size of Adam.
     pub rate: f64,
     /// Passes over the tokens; steps of L-BFGS.
@@ -39,7 +39,7 @@ pub struct CosineDescent {
 /// Who takes the steps of a descent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Solver {
+pub enum DescentSolver {
     /// Adam (Kingma & Ba, arXiv 1412.6980) on a few tokens at a time.
     #[default]
     Adam,
@@ -50,7 +50,7 @@ pub enum Solver {
 impl Default for CosineDescent {
     fn default() -> Self {
         Self {
-            solver: Solver::Adam,
+            solver: DescentSolver::Adam,
             rate: 1e-4,
             epochs: 10,
             batch: 1024,
@@ -73,15 +73,15 @@ pub(super) fn descend(rows: &Rows, choice: &ReplaceMe, seed: u64) -> Result<Affi
     let goal = Goal::of(rows, choice)?;
     let start = choice.form.start(&rows.sums()?, goal.width)?;
     let numbers = match told.solver {
-        Solver::Adam => by_adam(&goal, start, told, seed)?,
-        Solver::Lbfgs if choice.lasso > 0.0 => {
+        DescentSolver::Adam => by_adam(&goal, start, told, seed)?,
+        DescentSolver::Lbfgs if choice.lasso > 0.0 => {
             return Err(Error::invalid(
                 "solver of the descent",
                 "lbfgs with a lasso",
                 "adam: the lasso has corners, at which L-BFGS stops too early",
             ));
         }
-        Solver::Lbfgs => {
+        DescentSolver::Lbfgs => {
             let options = LbfgsOptions {
                 steps: told.epochs,
                 ..LbfgsOptions::default()
@@ -311,7 +311,7 @@ mod tests {
         assert!((0.7..1.3).contains(&length), "{length}");
         // With the curvature of all tokens it is found to many more digits.
         let quick = by(CosineDescent {
-            solver: Solver::Lbfgs,
+            solver: DescentSolver::Lbfgs,
             epochs: 200,
             ..CosineDescent::default()
         });
@@ -381,7 +381,7 @@ mod tests {
             wanted: drawn(64, 4, 14),
             stream: drawn(64, 4, 15),
         };
-        for solver in [Solver::Adam, Solver::Lbfgs] {
+        for solver in [DescentSolver::Adam, DescentSolver::Lbfgs] {
             for form in [
                 MapForm::Diagonal,
                 MapForm::LowerTriangular,

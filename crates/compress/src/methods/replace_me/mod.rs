@@ -30,7 +30,7 @@ use lapidary_kernels::Tensor;
 use lapidary_model::Model;
 
 use self::cosine::descend;
-pub use self::cosine::{CosineDescent, Solver};
+pub use self::cosine::{CosineDescent, DescentSolver};
 pub use self::cut::angular_distances;
 use self::cut::{Cut, choose, cuts_of, plan_of};
 pub use self::form::MapForm;

@@ -114,6 +114,16 @@ pub fn run(arguments: &Curvature, global: &Global) -> Result<Report> {
         .shown
         .unwrap_or((4 * window).div_ceil(7).min(window - 1));
     let cut = |path: &Path| windows(&package, path, window, arguments.windows);
+    let tasks = arguments
+        .tasks
+        .iter()
+        .map(|task| {
+            let (name, path) = task
+                .split_once('=')
+                .with_context(|| format!("--task has {task:?}, but must have NAME=FILE"))?;
+            Ok((name, cut(Path::new(path))?))
+        })
+        .collect::<Result<Vec<_>>>()?;
     let calibration = CalibrationData::windows(cut(&arguments.text)?)?;
     let blocks = match arguments.blocks.is_empty() {
         false => arguments.blocks.clone(),
@@ -143,11 +153,7 @@ pub fn run(arguments: &Curvature, global: &Global) -> Result<Report> {
         masked,
     };
     let mut found = Vec::new();
-    for task in &arguments.tasks {
-        let (name, path) = task
-            .split_once('=')
-            .with_context(|| format!("--task has {task:?}, but must have NAME=FILE"))?;
-        let texts = cut(Path::new(path))?;
+    for (name, texts) in tasks {
         found.push(about(
             name,
             &texts,
