@@ -1,5 +1,5 @@
 //! Blocks that are nearly linear, replaced by maps or left out.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::result_large_err, clippy::unwrap_used)]
 
 use crate::common;
 use crate::common::{DECODER, ENCODER, GATED, close, distance, labelled, model, scores, windows};
