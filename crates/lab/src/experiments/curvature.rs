@@ -71,7 +71,7 @@ impl Size {
                 canaries: 64,
                 windows: 96,
                 sentences: 60,
-                masking: 100,
+                masking: 60,
             },
             Scale::Full => Self {
                 width: 256,

@@ -34,8 +34,8 @@ impl Size {
         let course = Course {
             width: 64,
             heads: 4,
-            blocks: 3,
-            steps: 700,
+            blocks: 2,
+            steps: 600,
             batch: 32,
             rate: 2e-3,
         };
@@ -43,7 +43,6 @@ impl Size {
             Scale::Smoke => Self {
                 course: Course {
                     width: 32,
-                    blocks: 2,
                     steps: 2,
                     batch: 4,
                     ..course
