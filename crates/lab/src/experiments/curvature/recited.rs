@@ -20,7 +20,7 @@ pub(super) fn told(
 ) -> Result<Claim> {
     let statement =
         "Loosely too fewer canaries are recited, while clean text keeps its ranking of next words";
-    let published = "loose match and distance follow strict match";
+    let published = "measures of the paper, without figures at hand";
     let Some(chosen) = chosen else {
         let measured = "no edit costs so little";
         return Ok(Claim::new(
