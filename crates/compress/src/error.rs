@@ -53,6 +53,9 @@ pub enum Error {
     /// The model or a part of it failed.
     #[error(transparent)]
     Model(#[from] lapidary_parts::Error),
+    /// Generation failed.
+    #[error(transparent)]
+    Generation(Box<lapidary_model::Error>),
     /// An operation failed.
     #[error(transparent)]
     Signal(#[from] lapidary_signal::Error),
@@ -90,6 +93,12 @@ pub(crate) fn engine<T, E: Into<lapidary_kernels::Error>>(
     result: std::result::Result<T, E>,
 ) -> Result<T> {
     result.map_err(|error| Error::Kernel(error.into()))
+}
+
+impl From<lapidary_model::Error> for Error {
+    fn from(error: lapidary_model::Error) -> Self {
+        Self::Generation(Box::new(error))
+    }
 }
 
 impl From<lapidary_train::Error> for Error {

@@ -83,7 +83,9 @@ pub use method::{Effect, Method, Schedule, Settings, Task};
 pub use methods::curvature;
 pub use methods::fuse::{FuseLoss, FuseSettings, Gate, macro_influences};
 pub use methods::linearise::linearity_scores;
-pub use methods::replace_me::{CosineDescent, ReplaceMe, angular_distances};
+pub use methods::replace_me::{
+    CosineDescent, DescentSolver, MapForm, ReplaceMe, RunInput, angular_distances, run_regression,
+};
 pub use methods::shedder::{Granularities, Search, SearchStep, Shed};
 pub use methods::slicing;
 pub use methods::{

@@ -1,8 +1,10 @@
 //! What a model is worth, and how far another one is from it.
 
 mod blocks;
+mod recitation;
 
 pub use blocks::{block_errors, block_errors_after};
+pub use recitation::{Recitation, edit_distance, ndcg, ranking_kept, recitation};
 
 use lapidary_kernels::{D, DType, SoftmaxMask, Tensor, gather, log_softmax};
 use lapidary_model::{HeadSpec, Model, Output, Pass};

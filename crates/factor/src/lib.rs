@@ -7,7 +7,8 @@
 //!   [`inverse_square_root`]: the classical decompositions, with errors as values.
 //! - [`WeightedSvd`]: the best low-rank pair of layers for a stored weight under a [`Metric`],
 //!   from plain SVD to the Kronecker-factored Fisher information.
-//! - [`Regression`]: the best linear map between rows, streaming; [`nearest_distances`].
+//! - [`Regression`]: the best linear map between rows, of several forms, streaming; [`nearest_distances`].
+//! - [`minimise`]: a low value of a smooth function, by L-BFGS.
 //! - [`trees`]: products with functions of the distances in a tree, without the matrix.
 //! - [`polynomial`]: all roots at once.
 //! - [`rank`]: how many parameters a rank costs, and which rank a budget buys.
@@ -28,6 +29,7 @@
 
 mod decompose;
 mod error;
+mod lbfgs;
 mod matrix;
 mod neighbours;
 pub mod polynomial;
@@ -41,6 +43,7 @@ pub use decompose::{
     symmetric_eigen, thin_svd,
 };
 pub use error::{Error, Result};
+pub use lbfgs::{LbfgsOptions, Minimum, minimise};
 pub use matrix::{Matrix, MatrixView, frobenius_norm, matrix_from_tensor, matrix_to_tensor};
 pub use neighbours::nearest_distances;
 pub use regression::{AffineMap, Regression};

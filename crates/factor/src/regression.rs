@@ -7,6 +7,8 @@
 //! Only sums over the rows are kept: means and centred second moments, batches joined as Chan,
 //! Golub & LeVeque (1983) join them, so that rows far from the origin lose no digits.
 
+mod constrained;
+
 use crate::{Error, Matrix, MatrixView, Result, symmetric_eigen, thin_svd};
 
 /// A direction of the inputs whose variance is below this share of the largest is taken for none:
@@ -146,14 +148,7 @@ impl Regression {
     /// When there are no rows, or the numbers of inputs and outputs differ.
     pub fn solve_diagonal(&self, ridge: f64) -> Result<AffineMap> {
         self.refuse_nothing()?;
-        let (inputs, outputs) = (self.mean_x.len(), self.mean_y.len());
-        if inputs != outputs {
-            return Err(Error::Shape {
-                name: "a diagonal map",
-                found: vec![inputs, outputs],
-                expected: vec![inputs, inputs],
-            });
-        }
+        let inputs = self.refuse_oblong("a diagonal map")?;
         let entry = |i: usize| match self.xx[(i, i)] {
             square if square + ridge > 0.0 => self.xy[(i, i)] / (square + ridge),
             _ => 0.0,
@@ -174,6 +169,19 @@ impl Regression {
         AffineMap {
             bias: (0..self.mean_y.len()).map(at).collect(),
             weight,
+        }
+    }
+
+    /// The number of inputs, where there are as many outputs.
+    fn refuse_oblong(&self, name: &'static str) -> Result<usize> {
+        let (inputs, outputs) = (self.mean_x.len(), self.mean_y.len());
+        match inputs == outputs {
+            true => Ok(inputs),
+            false => Err(Error::Shape {
+                name,
+                found: vec![inputs, outputs],
+                expected: vec![inputs, inputs],
+            }),
         }
     }
 
@@ -293,7 +301,7 @@ mod tests {
     use super::*;
 
     /// Numbers in `[−1, 1]` with no pattern that a linear map could use.
-    fn drawn(rows: usize, columns: usize, seed: u64) -> Matrix {
+    pub(super) fn drawn(rows: usize, columns: usize, seed: u64) -> Matrix {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         Matrix::from_fn(rows, columns, |_, _| {
             state ^= state << 13;
@@ -303,7 +311,7 @@ mod tests {
         })
     }
 
-    fn far(a: &Matrix, b: &Matrix) -> f64 {
+    pub(super) fn far(a: &Matrix, b: &Matrix) -> f64 {
         (a - b).norm_max()
     }
 

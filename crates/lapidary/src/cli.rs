@@ -282,6 +282,9 @@ pub enum Analysis {
     Channels(crate::commands::inspect::channels::Channels),
     /// How a text's tokens gather from layer to layer
     Clusters(crate::commands::inspect::clusters::Clusters),
+    /// How much of what texts make of feed-forward weights lies along directions of little curvature,
+    /// and what taking those out costs each text
+    Curvature(crate::commands::inspect::curvature::Curvature),
     /// How a model's states lie around those of its training data
     Energy(crate::commands::inspect::energy::Energy),
     /// How much entropy each block adds, and in which order blocks would go by it

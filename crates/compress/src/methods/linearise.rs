@@ -9,9 +9,10 @@
 //!
 //! the share of the variance of `Y` that one linear map of `X` explains. The residual alone makes
 //! it high. A block that is replaced becomes a block without mixer and norm whose feed-forward
-//! part is the map `A − I` with the bias `b`.
+//! part is the map `A − I` with the bias `b`. A plan may also ask for one map in place of several
+//! blocks in a row.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use lapidary_factor::{Matrix, Regression, matrix_from_tensor, matrix_to_tensor};
 use lapidary_kernels::{DType, Device, Tensor};
@@ -116,32 +117,38 @@ fn plan(name: &str, task: &Task<'_>, budget: &Budget) -> Result<Plan> {
 /// When there are not more tokens than features, where every score is 1.
 pub fn linearity_scores(model: &Model, data: &CalibrationData, batch: usize) -> Result<Vec<f64>> {
     let blocks = 0..model.spec().expanded_blocks().len();
-    let sums = regressions(model, data, batch, &blocks.collect())?;
+    let runs = blocks.map(|first| (first, 1));
+    let sums = regressions(model, data, batch, &runs.collect())?;
     let score = |sums: &Regression| Ok(sums.explained(&sums.solve(0.0)?).unwrap_or(1.0));
     sums.values().map(score).collect()
 }
 
-/// The regression of each of these blocks' outputs on its inputs.
+/// The regression, by the first block, of what each run of blocks gives on what it reads; `runs`
+/// has the number of blocks of each.
 fn regressions(
     model: &Model,
     data: &CalibrationData,
     batch: usize,
-    blocks: &BTreeSet<usize>,
+    runs: &BTreeMap<usize, usize>,
 ) -> Result<BTreeMap<usize, Regression>> {
     let width = model.spec().width;
-    let sites: Vec<String> = blocks
+    let ends = |first: usize, blocks: usize| {
+        let last = first + blocks - 1;
+        [format!("blocks.{first}.in"), format!("blocks.{last}.out")]
+    };
+    let sites: Vec<String> = runs
         .iter()
-        .flat_map(|index| ["in", "out"].map(|site| format!("blocks.{index}.{site}")))
+        .flat_map(|(first, blocks)| ends(*first, *blocks))
         .collect();
-    let fresh = |index: &usize| (*index, Regression::with_intercept(width, width));
-    let mut sums: BTreeMap<usize, Regression> = blocks.iter().map(fresh).collect();
+    let fresh = |first: &usize| (*first, Regression::with_intercept(width, width));
+    let mut sums: BTreeMap<usize, Regression> = runs.keys().map(fresh).collect();
     observe(model, data, batch, &sites, |seen| {
-        for (index, sums) in &mut sums {
+        for ((first, sums), blocks) in sums.iter_mut().zip(runs.values()) {
             let rows = |site: &str| -> Result<Matrix> {
-                let rows = seen.rows(&format!("blocks.{index}.{site}"))?;
-                Ok(matrix_from_tensor("residual stream", rows)?)
+                Ok(matrix_from_tensor("residual stream", seen.rows(site)?)?)
             };
-            sums.add(rows("in")?.as_ref(), rows("out")?.as_ref())?;
+            let [read, written] = ends(*first, *blocks);
+            sums.add(rows(&read)?.as_ref(), rows(&written)?.as_ref())?;
         }
         Ok(())
     })?;
@@ -155,15 +162,16 @@ fn regressions(
     }
 }
 
-fn linearise(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
+/// The runs of blocks that a plan makes one map of, by the first block, with their lengths.
+fn runs_of(task: &Task<'_>, plan: &Plan, blocks: usize) -> Result<BTreeMap<usize, usize>> {
     let name = LINEARISE.name;
-    let weights = block_weights(task.model);
     let width = task.model.spec().width;
-    let mut chosen = BTreeSet::new();
+    let mut runs = BTreeMap::new();
+    let mut end = 0;
     for (index, planned) in plan.modules.iter().enumerate() {
         if planned.path != format!("blocks.{index}")
             || planned.input != width
-            || plan.modules.len() != weights.len()
+            || plan.modules.len() != blocks
         {
             return Err(Error::invalid(
                 "plan",
@@ -171,34 +179,53 @@ fn linearise(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
                 "one that was made for this model",
             ));
         }
-        match &planned.change {
-            Change::Linearise { blocks: 1 } => {
-                chosen.insert(index);
+        match (&planned.change, index < end) {
+            (Change::Linearise { blocks: count }, false)
+                if (1..=blocks - index).contains(count) =>
+            {
+                runs.insert(index, *count);
+                end = index + count;
             }
-            Change::Leave { .. } => {}
-            other => {
+            (Change::Leave { .. }, false) | (Change::Remove, true) => {}
+            (other, inside) => {
                 return Err(Error::invalid(
                     format!("change of {} in a plan of {name}", planned.path),
                     format!("{other:?}"),
-                    "a linear map for one block, or leave",
+                    match inside {
+                        true => "remove: it belongs to a run that has a map",
+                        false => "a linear map for blocks that there are, or leave",
+                    },
                 ));
             }
         }
     }
-    let sums = match chosen.is_empty() {
+    Ok(runs)
+}
+
+fn linearise(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
+    let name = LINEARISE.name;
+    let weights = block_weights(task.model);
+    let width = task.model.spec().width;
+    let runs = runs_of(task, plan, weights.len())?;
+    let sums = match runs.is_empty() {
         true => BTreeMap::new(),
         false => regressions(
             task.model,
             task.observed(name)?,
             task.settings().batch,
-            &chosen,
+            &runs,
         )?,
     };
     let mut edit = Edit::of(task.model);
     let mut modules = Vec::new();
     for (index, (planned, before)) in plan.modules.iter().zip(&weights).enumerate() {
         let Some(sums) = sums.get(&index) else {
-            modules.push(ModuleReport::new(planned, *before, *before));
+            let left = if planned.change == Change::Remove {
+                0
+            } else {
+                *before
+            };
+            modules.push(ModuleReport::new(planned, *before, left));
             continue;
         };
         let map = sums.solve(0.0)?;
@@ -214,6 +241,10 @@ fn linearise(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
         });
         modules.push(module);
     }
+    let gone = runs
+        .iter()
+        .flat_map(|(first, blocks)| first + 1..first + blocks);
+    edit.remove_blocks(&gone.collect())?;
     Compressed::new(name, task, edit.finish()?, modules)
 }
 

@@ -2,12 +2,16 @@
 #![allow(clippy::unwrap_used)]
 
 use crate::common::{DECODER, GATED, altered, model, scores, windows};
-use lapidary_compress::curvature::{Curved, Factors, Keep, factors};
+use lapidary_compress::curvature::{Curved, Factors, Keep, Spectrum, Subnet, correlation, factors};
+use lapidary_compress::quality::{
+    Recitation, perplexity, ranking_kept, recitation, sliding_windows,
+};
 use lapidary_compress::{Budget, CalibrationData, Change, Compressed, Method, Settings, Task};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::Model;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::collections::BTreeMap;
 
 fn random(rows: usize, columns: usize, seed: u64) -> Tensor {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -68,6 +72,42 @@ fn the_kronecker_product_of_one_token_is_its_exact_fisher_block() {
             assert!((kronecker - entry(&exact, a * 5 + i, b * 5 + j)).abs() < 1e-12);
         }
     }
+}
+
+/// With inputs and output gradients drawn by themselves, `E[vec(g xᵀ) vec(g xᵀ)ᵀ]` is `G ⊗ A` but
+/// for a difference that falls as `1 / √tokens`, here about 2.2 of that; and along `u vᵀ` the product
+/// curves as `uᵀ G u · vᵀ A v`.
+#[test]
+fn independent_tokens_come_to_the_product_of_their_factors() {
+    let apart = |tokens: usize| -> f64 {
+        let (x, g) = (random(tokens, 3, 11), random(tokens, 2, 12));
+        let by_token = |t: &Tensor, width: usize| t.reshape((tokens, width)).unwrap();
+        // vec(g xᵀ), row by row: [tokens, 6].
+        let outer = g
+            .unsqueeze(2)
+            .unwrap()
+            .broadcast_mul(&x.unsqueeze(1).unwrap());
+        let exact = gram(&by_token(&outer.unwrap(), 6));
+        let (a, b) = (gram(&x), gram(&g));
+        let product: Vec<f64> = (0..36)
+            .map(|at| {
+                let (row, column) = (at / 6, at % 6);
+                let entry = |t: &Tensor, i: usize, j: usize| t.to_vec2::<f64>().unwrap()[i][j];
+                entry(&b, row / 3, column / 3) * entry(&a, row % 3, column % 3)
+            })
+            .collect();
+        let product = Tensor::from_vec(product, (6, 6), &Device::Cpu).unwrap();
+        let (u, v) = (random(1, 2, 13), random(1, 3, 14));
+        let along = |rows: &Tensor, moment: &Tensor| -> f64 {
+            number(&(rows.matmul(moment).unwrap() * rows).unwrap())
+        };
+        let direction = u.t().unwrap().matmul(&v).unwrap().reshape((1, 6)).unwrap();
+        let (whole, parts) = (along(&direction, &product), along(&u, &b) * along(&v, &a));
+        assert!((whole - parts).abs() < 1e-12, "{whole} {parts}");
+        (norm(&(exact - &product).unwrap()) / norm(&product)).sqrt()
+    };
+    let (few, many) = (apart(200), apart(20_000));
+    assert!(many < 0.05 && many < few / 3.0, "{few} {many}");
 }
 
 /// For a network of one feed-forward layer the factors are had by hand from finite differences.
@@ -263,6 +303,7 @@ fn the_edit_is_a_projection() {
             let removed = (&weight - &edited).unwrap();
             // ‖W‖² = ‖W'‖² + ‖W − W'‖²
             let sum = norm(&edited) + norm(&removed);
+            assert!((norm(&removed) - curved.removed(&kept)).abs() < 1e-10);
             assert!((sum - norm(&weight)).abs() < 1e-10);
             assert!(norm(&edited) >= before - 1e-12);
             before = norm(&edited);
@@ -305,4 +346,216 @@ fn plans_by_hand_are_obeyed_or_refused() {
             .contains("edit")
     );
     assert!(method.apply(&Task::new(&model), &plan).is_err());
+}
+
+#[test]
+fn bands_share_what_a_layer_makes_of_its_inputs() {
+    let (weight, x) = (random(6, 8, 4), random(40, 8, 5));
+    let factors = Factors {
+        input: gram(&x),
+        output: gram(&random(30, 6, 6)),
+        tokens: 40,
+    };
+    let curved = Curved::new(&weight, &factors).unwrap();
+    let masses = [0.3, 0.6, 0.9];
+    // On the inputs of the factors bands are orthogonal.
+    let own = curved.band_shares(&factors.input, &masses).unwrap();
+    assert_eq!(own.len(), 4);
+    assert!(own.iter().all(|share| *share > 0.0), "{own:?}");
+    assert!((own.iter().sum::<f64>() - 1.0).abs() < 1e-10, "{own:?}");
+    // On any, the last band is what the edit takes away: E‖(W − W') x‖² / E‖W x‖².
+    let rows = random(50, 8, 7);
+    let moment = gram(&rows);
+    let written = |w: &Tensor| norm(&rows.matmul(&w.t().unwrap()).unwrap());
+    for mass in masses {
+        let edited = curved.edited(&curved.kept(mass, Keep::Staircase)).unwrap();
+        let removed = written(&(&weight - &edited).unwrap()) / written(&weight);
+        let shares = curved.band_shares(&moment, &[mass]).unwrap();
+        assert!((shares[1] - removed).abs() < 1e-10, "{shares:?} {removed}");
+        let kept = written(&edited) / written(&weight);
+        assert!((shares[0] - kept).abs() < 1e-10, "{shares:?} {kept}");
+    }
+    let whole = curved.band_shares(&moment, &[]).unwrap();
+    assert!((whole[0] - 1.0).abs() < 1e-12 && whole.len() == 1);
+    for masses in [&[0.5, 0.5][..], &[0.0], &[1.0], &[0.7, 0.2]] {
+        assert!(curved.band_shares(&moment, masses).is_err(), "{masses:?}");
+    }
+    assert!(curved.band_shares(&gram(&random(9, 7, 8)), &[0.5]).is_err());
+}
+
+#[test]
+fn a_spectrum_edits_as_the_method_does_and_reads_what_layers_read() {
+    for spec in [DECODER, GATED] {
+        let (model, data) = (model(spec, 2), windows(6, 4));
+        let found = factors(&model, &data, &[0, 1], 8, 0).unwrap();
+        let spectrum = Spectrum::of(&model, &found).unwrap();
+        let edited = spectrum.edited(&model, 0.6, Keep::Staircase).unwrap();
+        let by_method = compress(&model, &data, "curvature", 0.6).model;
+        assert_eq!(scores(&edited, &data), scores(&by_method, &data));
+        let removed = spectrum.removed(0.6, Keep::Staircase);
+        for (layer, removed) in &removed {
+            let of = |model: &Model| model.parameters()[&format!("{layer}.weight")].clone();
+            let gone = norm(&(of(&model) - of(&edited)).unwrap());
+            assert!((gone - removed).abs() < 1e-9, "{layer} {gone} {removed}");
+        }
+
+        let other = windows(9, 8);
+        let shares = spectrum.shares(&model, &other, 4, &[0.6]).unwrap();
+        assert_eq!(shares.len(), found.len());
+        // Padding takes no part.
+        let alone = spectrum.shares(&model, &other, 1, &[0.6]).unwrap();
+        for (layer, shares) in &shares {
+            let gap = alone[layer].iter().zip(shares).map(|(a, b)| (a - b).abs());
+            assert!(gap.fold(0.0, f64::max) < 1e-9, "{layer}");
+            assert!(
+                shares.iter().all(|share| *share > 0.0),
+                "{layer} {shares:?}"
+            );
+        }
+        // A layer behind the activation reads other features than one before it.
+        let of = |name: &str| &shares[&format!("blocks.0.feedforward.{name}")];
+        assert_ne!(of("up"), of("down"));
+    }
+}
+
+#[test]
+fn correlations_are_of_what_varies() {
+    let falls = correlation(&[1.0, 2.0, 3.0], &[6.0, 4.0, 2.0]).unwrap();
+    assert!((falls + 1.0).abs() < 1e-12, "{falls}");
+    let none = correlation(&[-1.0, 0.0, 1.0], &[1.0, 0.0, 1.0]).unwrap();
+    assert!(none.abs() < 1e-12, "{none}");
+    assert_eq!(correlation(&[1.0], &[2.0]), None);
+    assert_eq!(correlation(&[1.0, 2.0], &[2.0, 2.0]), None);
+}
+
+#[test]
+fn a_learned_mask_clears_whole_weights_within_the_norm_it_is_given() {
+    let (model, forget, retain) = (model(DECODER, 5), windows(8, 1), windows(8, 2));
+    let path = "blocks.1.feedforward.up";
+    let name = format!("{path}.weight");
+    let weight = &model.parameters()[&name];
+    let budget = |share: f64| BTreeMap::from([(path.to_owned(), share * norm(weight))]);
+    let learn = |share, steps| {
+        let subnet = Subnet {
+            steps,
+            ..Subnet::default()
+        };
+        subnet
+            .learn(&model, &forget, &retain, &budget(share))
+            .unwrap()
+    };
+    let masked = learn(0.1, 6);
+    let flat = |model: &Model| -> Vec<f64> {
+        let flat = model.parameters()[&name].flatten_all().unwrap();
+        flat.to_vec1().unwrap()
+    };
+    let (before, after) = (flat(&model), flat(&masked));
+    assert!(before.iter().zip(&after).all(|(w, m)| *m == 0.0 || m == w));
+    let gone = norm(&(weight - &masked.parameters()[&name]).unwrap());
+    let largest = before.iter().fold(0.0, |most: f64, w| most.max(w * w));
+    let allowed = 0.1 * norm(weight);
+    assert!(
+        gone <= allowed + 1e-12 && gone > allowed - largest,
+        "{gone} {allowed}"
+    );
+    for (other, tensor) in model.parameters() {
+        let same = norm(&(tensor - &masked.parameters()[other]).unwrap()) == 0.0;
+        assert_eq!(same, *other != name, "{other}");
+    }
+    assert_eq!(flat(&learn(0.1, 6)), after);
+    // Without steps nothing is masked, without a norm nothing can be.
+    assert_eq!(flat(&learn(0.1, 0)), before);
+    assert_eq!(flat(&learn(0.0, 3)), before);
+
+    let refused = |removed: f64, path: &str, retained: f64| {
+        let subnet = Subnet {
+            retain: retained,
+            ..Subnet::default()
+        };
+        let removed = BTreeMap::from([(path.to_owned(), removed)]);
+        subnet.learn(&model, &forget, &retain, &removed).is_err()
+    };
+    assert!(refused(1.0, "blocks.7.feedforward.up", 0.5));
+    assert!(refused(-1.0, path, 0.5));
+    assert!(refused(1.0, path, 1.5));
+}
+
+/// The first choice follows the slope of the loss, so that a small mask does what it is for.
+#[test]
+fn a_small_mask_widens_the_gap_between_what_is_forgotten_and_what_is_not() {
+    let (model, forget, retain) = (model(DECODER, 7), windows(8, 3), windows(8, 4));
+    let loss = |model: &Model, data: &CalibrationData| -> f64 {
+        let texts = data
+            .examples()
+            .iter()
+            .map(|example| match &example.content {
+                lapidary_compress::Content::Tokens { ids, .. } => ids.clone(),
+                lapidary_compress::Content::Pixels(_) => Vec::new(),
+            });
+        // The mean of each text's mean, as a step of the mask sees it.
+        let texts: Vec<Vec<u32>> = texts.collect();
+        let each = texts.iter().map(|ids| {
+            let windows = sliding_windows(ids, ids.len(), 1).unwrap();
+            perplexity(model, &windows, 8).unwrap().value.ln()
+        });
+        each.sum::<f64>() / texts.len() as f64
+    };
+    let removed = ["up", "down"]
+        .map(|layer| format!("blocks.1.feedforward.{layer}"))
+        .map(|path| {
+            let weight = &model.parameters()[&format!("{path}.weight")];
+            (path, 0.04 * norm(weight))
+        });
+    let subnet = Subnet {
+        steps: 1,
+        ..Subnet::default()
+    };
+    let masked = subnet
+        .learn(&model, &forget, &retain, &BTreeMap::from(removed))
+        .unwrap();
+    let gap = |model: &Model| loss(model, &forget) - loss(model, &retain);
+    let (before, after) = (gap(&model), gap(&masked));
+    assert!(after > before, "{before} {after}");
+}
+
+#[test]
+fn what_a_model_says_itself_it_recites() {
+    let (model, data) = (model(DECODER, 3), windows(4, 6));
+    let starts: Vec<Vec<u32>> = (0..5).map(|first| vec![first, 2, 7]).collect();
+    let options = lapidary_model::generation::GenerationOptions {
+        new_tokens: 6,
+        ..Default::default()
+    };
+    let go_on = |_, _| std::ops::ControlFlow::Continue(());
+    let said = lapidary_model::generation::generate(&model, &starts, &options, go_on).unwrap();
+    let mut texts: Vec<Vec<u32>> = starts
+        .iter()
+        .zip(&said)
+        .map(|(start, said)| [start.clone(), said.clone()].concat())
+        .collect();
+    let found = recitation(&model, &texts, 3).unwrap();
+    let all = Recitation {
+        strict: 1.0,
+        loose: 1.0,
+        distance: 0.0,
+        sequences: 5,
+    };
+    assert_eq!(found, all);
+    // One wrong token at the end of one text: 1 of 6 of it.
+    let last = texts[0].last_mut().unwrap();
+    *last = (*last + 1) % 20;
+    let found = recitation(&model, &texts, 3).unwrap();
+    assert_eq!((found.strict, found.loose), (0.8, 1.0));
+    assert!((found.distance - 1.0 / 30.0).abs() < 1e-12);
+    for shown in [0, 9, 10] {
+        let error = recitation(&model, &texts, shown).unwrap_err().to_string();
+        assert!(error.contains("between 1 and 8"), "{error}");
+    }
+
+    assert!((ranking_kept(&model, &model, &data, 2, 10).unwrap() - 1.0).abs() < 1e-12);
+    let edited = compress(&model, &data, "curvature", 0.3).model;
+    let kept = ranking_kept(&model, &edited, &data, 2, 10).unwrap();
+    assert!(kept > 0.0 && kept < 1.0 - 1e-6, "{kept}");
+    let alone = ranking_kept(&model, &edited, &data, 1, 10).unwrap();
+    assert!((kept - alone).abs() < 1e-9, "{kept} {alone}");
 }

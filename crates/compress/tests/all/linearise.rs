@@ -1,5 +1,5 @@
 //! Blocks that are nearly linear, replaced by maps or left out.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::result_large_err, clippy::unwrap_used)]
 
 use crate::common;
 use crate::common::{
@@ -103,4 +103,49 @@ fn keeping_everything_keeps_the_model_and_few_tokens_are_refused() {
     let method = Method::find("delete-linear").unwrap();
     let error = method.requirements(&common::model(ENCODER, 1), &Settings::default());
     assert!(error.unwrap_err().to_string().contains("post-norm"));
+}
+
+#[test]
+fn a_run_of_linear_blocks_is_one_map() {
+    let two = with_a_linear_block(DECODER);
+    let linear = "[[blocks]]\nnorm = { kind = \"none\" }";
+    let at = two.find(linear).unwrap();
+    let end = at + two[at + 2..].find("[[blocks]]").unwrap() + 2;
+    let block = two[at..end].to_owned();
+    let two = format!("{}{block}{}", &two[..at], &two[at..]);
+    let (model, data) = (model(&two, 6), windows(60, 5));
+    let method = Method::find("linearise").unwrap();
+    let task = Task {
+        data: Some(&data),
+        ..Task::new(&model)
+    };
+    let plan = method.plan(&task, &Budget::Keep(1.0)).unwrap();
+    assert_eq!(plan.modules.len(), 4);
+    let changed = |changes: &[(usize, Change)]| {
+        let mut plan = plan.clone();
+        for (index, change) in changes {
+            plan.modules[*index].change = change.clone();
+        }
+        method.apply(&task, &plan)
+    };
+    let map = |blocks| Change::Linearise { blocks };
+    let compressed = changed(&[(1, map(2)), (2, Change::Remove)]).unwrap();
+    assert_eq!(compressed.model.spec().expanded_blocks().len(), 3);
+    let lost = compressed.report.before.parameters - compressed.report.after.parameters;
+    assert_eq!(lost, 16 * 16 + 16);
+    let other = windows(5, 71);
+    close(
+        &scores(&compressed.model, &other),
+        &scores(&model, &other),
+        1e-7,
+    );
+    for (changes, why) in [
+        (vec![(1, map(2))], "it belongs to a run"),
+        (vec![(1, Change::Remove)], "blocks that there are"),
+        (vec![(2, map(3))], "blocks that there are"),
+        (vec![(2, map(0))], "blocks that there are"),
+    ] {
+        let error = changed(&changes).unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+    }
 }

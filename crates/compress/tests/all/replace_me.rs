@@ -6,9 +6,10 @@ use crate::common::{
     windows,
 };
 use lapidary_compress::{
-    Budget, CalibrationData, Change, Compressed, CosineDescent, Method, ReplaceMe, Settings, Task,
-    angular_distances,
+    Budget, CalibrationData, Change, Compressed, CosineDescent, DescentSolver, MapForm, Method,
+    ReplaceMe, RunInput, Settings, Task, angular_distances, run_regression,
 };
+use lapidary_factor::{AffineMap, Matrix};
 use lapidary_kernels::Tensor;
 use lapidary_model::Model;
 
@@ -124,7 +125,7 @@ feedforward = { kind = "dense", hidden = 24 }
 }
 
 #[test]
-fn least_squares_errs_less_than_leaving_out_and_a_diagonal_lies_between() {
+fn least_squares_errs_less_than_leaving_out_and_every_form_lies_between() {
     let (data, model) = (windows(30, 4), model(&blocks(4), 3));
     let error = |choice: ReplaceMe| {
         let settings = Settings {
@@ -143,15 +144,30 @@ fn least_squares_errs_less_than_leaving_out_and_a_diagonal_lies_between() {
         (module.chosen.unwrap().weighted, without)
     };
     let (full, without) = error(ReplaceMe::default());
-    let diagonal = ReplaceMe {
-        diagonal: true,
-        ..ReplaceMe::default()
+    let of = |form| {
+        error(ReplaceMe {
+            form,
+            ..ReplaceMe::default()
+        })
     };
-    let (diagonal, _) = error(diagonal);
+    let ((triangle, _), (diagonal, _)) = (of(MapForm::LowerTriangular), of(MapForm::Diagonal));
     assert!(
-        full < diagonal && diagonal < without,
-        "{full} {diagonal} {without}"
+        full < triangle && triangle < diagonal && diagonal < without,
+        "{full} {triangle} {diagonal} {without}"
     );
+    let (single, _) = of(MapForm::RankOne);
+    assert!(full < single && single < 1.0, "{full} {single}");
+    // From the least lasso that leaves nothing, all is missed; below it, more than without.
+    let lasso = |lasso| {
+        error(ReplaceMe {
+            lasso,
+            ..ReplaceMe::default()
+        })
+        .0
+    };
+    let (some, none) = (lasso(0.2), lasso(1.0));
+    assert!(full < some && some < none, "{full} {some} {none}");
+    assert!((none - 1.0).abs() < 1e-9, "{none}");
     // A heavy ridge maps everything to nothing, which is all that is missed.
     let (heavy, _) = error(ReplaceMe {
         ridge: 1e9,
@@ -234,6 +250,7 @@ fn descent_by_the_angle_turns_the_map_and_is_repeated_by_its_seed() {
                     epochs: 20,
                     batch: 64,
                     accurate,
+                    ..CosineDescent::default()
                 },
                 ..ReplaceMe::default()
             },
@@ -313,4 +330,111 @@ fn what_cannot_be_merged_or_planned_is_refused_with_why() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("between 1 and 2"), "{error}");
+}
+
+#[test]
+fn every_form_is_merged_by_either_objective() {
+    let (data, model) = (windows(30, 9), model(GATED, 8));
+    let forms = [
+        MapForm::Full,
+        MapForm::Diagonal,
+        MapForm::LowerTriangular,
+        MapForm::RankOne,
+    ];
+    for form in forms {
+        let squares = ReplaceMe {
+            form,
+            ..ReplaceMe::default()
+        };
+        let angles = ReplaceMe {
+            ridge: 0.1,
+            cosine: CosineDescent {
+                solver: DescentSolver::Lbfgs,
+                epochs: 5,
+                ..CosineDescent::default()
+            },
+            ..squares
+        };
+        for (method, choice) in [("replaceme", squares), ("replaceme-cosine", angles)] {
+            let settings = Settings {
+                replace_me: choice,
+                ..Settings::default()
+            };
+            let compressed = compress(method, &model, &data, 0.5, &settings);
+            let (before, after) = (model.spec(), compressed.model.spec());
+            assert_eq!(after.expanded_blocks().len(), 1);
+            assert_eq!(after.expanded_blocks()[0], before.expanded_blocks()[0]);
+            let down = "blocks.0.feedforward.down.weight";
+            let moved = distance(
+                &values(&compressed.model.parameters()[down]),
+                &values(&model.parameters()[down]),
+            );
+            assert!(moved > 1e-3, "{method} {form:?} {moved}");
+        }
+    }
+}
+
+#[test]
+fn forms_and_penalties_that_contradict_are_refused() {
+    let (data, model) = (windows(30, 9), model(GATED, 8));
+    let refused = |method: &str, choice: ReplaceMe| {
+        let settings = Settings {
+            replace_me: choice,
+            ..Settings::default()
+        };
+        let method = Method::find(method).unwrap();
+        let task = task(&model, &data, &settings);
+        let plan = method.plan(&task, &Budget::Keep(0.5)).unwrap();
+        method.apply(&task, &plan).unwrap_err().to_string()
+    };
+    let cornered = ReplaceMe {
+        lasso: 0.1,
+        form: MapForm::RankOne,
+        cosine: CosineDescent {
+            solver: DescentSolver::Lbfgs,
+            ..CosineDescent::default()
+        },
+        ..ReplaceMe::default()
+    };
+    assert!(refused("replaceme", cornered).contains("rank-one with a lasso"));
+    assert!(refused("replaceme-cosine", cornered).contains("lbfgs with a lasso"));
+    let negative = ReplaceMe {
+        ridge: -1.0,
+        ..ReplaceMe::default()
+    };
+    assert!(refused("replaceme", negative).contains("ridge of a map is -1"));
+}
+
+/// Either kind of map is fitted to the same numbers, and as many tokens as features are learned by
+/// heart.
+#[test]
+fn runs_have_regressions_and_few_tokens_are_learned_by_heart() {
+    let model = model(&blocks(4), 3);
+    let (few, many, other) = (windows(2, 1), windows(60, 2), windows(20, 3));
+    let sums =
+        |data: &CalibrationData, input| run_regression(&model, data, 8, (1, 2), input).unwrap();
+    let (added, stream) = (sums(&many, RunInput::Added), sums(&many, RunInput::Stream));
+    assert_eq!(
+        (added.rows(), stream.rows()),
+        (many.tokens(), many.tokens())
+    );
+    let nothing = AffineMap {
+        weight: Matrix::zeros(16, 16),
+        bias: vec![0.0; 16],
+    };
+    let missed = stream.squared_error(&nothing);
+    assert!((missed - added.total()).abs() < 1e-9 * missed);
+    // 2 windows hold at most 18 tokens, for 16 features.
+    let fitted = |data: &CalibrationData| sums(data, RunInput::Added).solve(0.0).unwrap();
+    let error = |map: &AffineMap, data: &CalibrationData| {
+        let sums = sums(data, RunInput::Added);
+        sums.squared_error(map) / sums.total()
+    };
+    let (by_few, by_many) = (fitted(&few), fitted(&many));
+    assert!(error(&by_few, &few) < error(&by_many, &many));
+    assert!(error(&by_few, &other) > error(&by_many, &other));
+    for run in [(0, 0), (2, 2), (9, 1)] {
+        let refused = run_regression(&model, &many, 8, run, RunInput::Added);
+        assert!(refused.is_err(), "{run:?}");
+    }
 }

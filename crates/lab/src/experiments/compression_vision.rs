@@ -99,7 +99,8 @@ pub(super) fn run(scale: Scale, seed: u64) -> Result<Seen> {
     })
 }
 
-fn example(scene: &Scene) -> Result<Example> {
+/// A scene with the class of its first glyph.
+pub(super) fn example(scene: &Scene) -> Result<Example> {
     let Input::Pixels(pixels) = glyphs::input(&[&scene.image])? else {
         return Err(Error::Experiment(
             "the input of a scene is no image".to_owned(),

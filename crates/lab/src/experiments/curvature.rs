@@ -4,23 +4,31 @@
 //! on the generated language mixed with canaries, sequences of random words that come again and
 //! again; factors are taken on the language alone. Asked for by its first words, a canary is
 //! recited or not. The other ways to take as much of the same weights away are truncated SVD,
-//! random directions of the same basis, and the truncation of both sides by themselves.
+//! random directions of the same basis, the truncation of both sides by themselves, and a mask of
+//! single weights that learns from half of the canaries to forget them. What the edit costs kinds of
+//! text goes beside how they lean on what it takes out, and a vision Transformer has learned wrong
+//! labels instead.
 
+mod layer;
+mod recited;
+mod texts;
+mod vision;
+
+use self::layer::{Layer, layers, with};
 use super::{after_training, decoder, mean};
 use crate::error::engine;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_compress::CalibrationData;
-use lapidary_compress::curvature::{Curved, Factors, Keep, factors};
+use lapidary_compress::curvature::{Keep, Spectrum, factors};
 use lapidary_compress::quality::{Window, perplexity};
-use lapidary_factor::{Svd, frobenius_norm, matrix_from_tensor, matrix_to_tensor, thin_svd};
-use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_factor::{frobenius_norm, matrix_from_tensor};
+use lapidary_kernels::{Device, Tensor};
 use lapidary_model::generation::{GenerationOptions, generate};
 use lapidary_model::{Input, Model, Pass};
 use lapidary_train::data::{Batch, Task};
 use lapidary_train::language::{Corpus, Kind, Split};
 use lapidary_train::{Generator, generator};
 use rand::RngExt;
-use rand::seq::SliceRandom;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
@@ -40,6 +48,8 @@ struct Size {
     canaries: usize,
     windows: u64,
     sentences: usize,
+    /// Steps of the learned mask.
+    masking: u64,
 }
 
 impl Size {
@@ -52,6 +62,7 @@ impl Size {
                 canaries: 4,
                 windows: 4,
                 sentences: 4,
+                masking: 2,
             },
             Scale::Small => Self {
                 width: 128,
@@ -60,6 +71,7 @@ impl Size {
                 canaries: 64,
                 windows: 96,
                 sentences: 60,
+                masking: 60,
             },
             Scale::Full => Self {
                 width: 256,
@@ -68,6 +80,7 @@ impl Size {
                 canaries: 256,
                 windows: 512,
                 sentences: 400,
+                masking: 500,
             },
         }
     }
@@ -123,7 +136,8 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let blocks: Vec<usize> = (size.blocks / 2..size.blocks).collect();
     let data = CalibrationData::windows(windows(&corpus)?)?;
     let found = factors(&model, &data, &blocks, 8, setting.seed)?;
-    let layers = layers(&model, &found)?;
+    let spectrum = Spectrum::of(&model, &found)?;
+    let layers = layers(&model, &spectrum)?;
 
     let before = measure.of(&model)?;
     let mut curves: BTreeMap<&str, Vec<Point>> = BTreeMap::new();
@@ -150,25 +164,47 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
                 .then(a.0.total_cmp(&b.0))
         });
 
-    let claims = vec![
+    let chosen = chosen.map(|(mass, point, model)| Chosen {
+        mass: *mass,
+        point: *point,
+        model,
+    });
+    let clean = windows(&held_out)?;
+    let mut claims = vec![
         projection(&layers)?,
-        halved(
-            setting.scale,
-            before,
-            chosen.map(|(mass, point, _)| (*mass, *point)),
-        ),
+        halved(setting.scale, before, chosen.as_ref()),
+        recited::told(setting.scale, (&model, chosen.as_ref()), &canaries, &clean)?,
         below(setting.scale, &own, &curves),
+        recited::untold(
+            (setting, &size),
+            (&model, before, chosen.as_ref()),
+            (&canaries, &data, &measure.windows),
+            &spectrum,
+        )?,
         sensitive(
             setting,
             &size,
             &held_out,
             &model,
-            chosen.map(|(_, _, model)| model),
+            chosen.as_ref().map(|chosen| chosen.model),
         )?,
     ];
+    let (leaning, by_text) = texts::claims(
+        setting,
+        &size,
+        (&canaries, clean, &held_out),
+        (&model, &spectrum),
+        chosen.as_ref().map(|chosen| (chosen.mass, chosen.model)),
+    )?;
+    claims.extend(leaning);
+    let (labels, by_mass) = vision::run(setting)?;
+    claims.push(labels);
+    let mut plots = vec![plot(before, &own, &curves)];
+    plots.extend(by_text);
+    plots.push(by_mass);
     Ok(Reproduction {
         setting: format!(
-            "decoder of {} blocks and width {}, {} steps; {} canaries of {CANARY} words in {:.0} % of the sequences; feed-forward weights of blocks {blocks:?}; before the edit perplexity {:.2}, {:.0} % recited",
+            "decoder of {} blocks and width {}, {} steps; {} canaries of {CANARY} words in {:.0} % of the sequences; feed-forward weights of blocks {blocks:?}; before the edit perplexity {:.2}, {:.0} % recited; masks of {} steps; {}",
             size.blocks,
             size.width,
             size.steps,
@@ -176,17 +212,26 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             100.0 * SHARE,
             before.perplexity,
             100.0 * before.recited,
+            size.masking,
+            vision::describe(setting.scale),
         ),
         claims,
-        plots: vec![plot(before, &own, &curves)],
+        plots,
         ..Reproduction::default()
     })
+}
+
+/// The strongest edit that costs little.
+struct Chosen<'a> {
+    mass: f64,
+    point: Point,
+    model: &'a Model,
 }
 
 /// Adds what the other ways leave when they take as much of each weight away.
 fn curves_of(
     model: &Model,
-    layers: &[Layer],
+    layers: &[Layer<'_>],
     mass: f64,
     seed: u64,
     add: &mut impl FnMut(&'static str, Model) -> Result<()>,
@@ -203,7 +248,7 @@ fn curves_of(
 }
 
 /// What stays and what goes are orthogonal, whatever the mass.
-fn projection(layers: &[Layer]) -> Result<Claim> {
+fn projection(layers: &[Layer<'_>]) -> Result<Claim> {
     let energy = |tensor: &Tensor| -> Result<f64> {
         Ok(frobenius_norm(matrix_from_tensor("weight", tensor)?.as_ref()).powi(2))
     };
@@ -211,7 +256,8 @@ fn projection(layers: &[Layer]) -> Result<Claim> {
     for layer in layers {
         let whole = energy(&layer.weight)?;
         for mass in MASSES {
-            let sum = energy(&layer.curved(mass, Keep::Staircase)?)? + layer.removed(mass)?;
+            let edited = layer.curved(mass, Keep::Staircase)?;
+            let sum = energy(&edited)? + energy(&engine(&layer.weight - &edited)?)?;
             largest = largest.max((sum - whole).abs() / whole.max(f64::MIN_POSITIVE));
         }
     }
@@ -223,11 +269,11 @@ fn projection(layers: &[Layer]) -> Result<Claim> {
     ))
 }
 
-fn halved(scale: Scale, before: Point, chosen: Option<(f64, Point)>) -> Claim {
-    let holds = chosen.is_some_and(|(_, point)| point.recited <= 0.5 * before.recited);
+fn halved(scale: Scale, before: Point, chosen: Option<&Chosen<'_>>) -> Claim {
+    let holds = chosen.is_some_and(|chosen| chosen.point.recited <= 0.5 * before.recited);
     let measured = match chosen {
         None => "no edit costs so little".to_owned(),
-        Some((mass, point)) => format!(
+        Some(Chosen { mass, point, .. }) => format!(
             "{:.0} % -> {:.0} % recited (words in place {:.0} % -> {:.0} %), perplexity {:.2} -> {:.2} at mass {mass}",
             100.0 * before.recited,
             100.0 * point.recited,
@@ -365,90 +411,6 @@ fn plot(before: Point, own: &[Point], curves: &BTreeMap<&str, Vec<Point>>) -> Pl
         y: "canaries' words in place".to_owned(),
         series,
     }
-}
-
-/// One weight, in the basis of its curvature and by its singular values.
-struct Layer {
-    name: String,
-    weight: Tensor,
-    curved: Curved,
-    svd: Svd,
-}
-
-/// The weights that are edited.
-fn layers(model: &Model, factors: &BTreeMap<String, Factors>) -> Result<Vec<Layer>> {
-    let mut layers = Vec::new();
-    for (path, factors) in factors {
-        let name = format!("{path}.weight");
-        let Some(weight) = model.parameters().get(&name) else {
-            continue;
-        };
-        let weight = engine(weight.detach().to_dtype(DType::F64))?;
-        layers.push(Layer {
-            curved: Curved::new(&weight, factors)?,
-            svd: thin_svd(matrix_from_tensor("weight", &weight)?.as_ref())?,
-            name,
-            weight,
-        });
-    }
-    Ok(layers)
-}
-
-impl Layer {
-    fn curved(&self, mass: f64, keep: Keep) -> Result<Tensor> {
-        Ok(self.curved.edited(&self.curved.kept(mass, keep))?)
-    }
-
-    /// `‖W − W'‖²` of the edit.
-    fn removed(&self, mass: f64) -> Result<f64> {
-        let edited = self.curved(mass, Keep::Staircase)?;
-        let difference = engine(&self.weight - edited)?;
-        Ok(frobenius_norm(matrix_from_tensor("difference", &difference)?.as_ref()).powi(2))
-    }
-
-    /// The truncation whose removed part is nearest to the edit's in size.
-    fn truncated(&self, mass: f64) -> Result<Tensor> {
-        let wanted = self.removed(mass)?;
-        let off = |rank: &usize| (self.svd.discarded_energy(*rank) - wanted).abs();
-        let rank = (0..=self.svd.s.len()).min_by(|a, b| off(a).total_cmp(&off(b)));
-        let product = self.svd.truncated_product(rank.unwrap_or(0));
-        Ok(matrix_to_tensor(
-            product.as_ref(),
-            DType::F64,
-            &Device::Cpu,
-        )?)
-    }
-
-    /// Random directions of the same basis, until as much is removed.
-    fn scattered(&self, mass: f64, generator: &mut Generator) -> Result<Tensor> {
-        let wanted = self.removed(mass)?;
-        let mut energies = self.curved.energies();
-        energies.shuffle(generator);
-        let mut sum = 0.0;
-        let removed: Vec<(usize, usize)> = energies
-            .into_iter()
-            .take_while(|(_, _, energy)| {
-                sum += energy;
-                sum <= wanted
-            })
-            .map(|(row, column, _)| (row, column))
-            .collect();
-        Ok(self.curved.without(&removed)?)
-    }
-}
-
-/// The model with each layer's weight replaced.
-fn with(
-    model: &Model,
-    layers: &[Layer],
-    mut weight: impl FnMut(&Layer) -> Result<Tensor>,
-) -> Result<Model> {
-    let mut parameters = model.parameters().clone();
-    for layer in layers {
-        let weight = engine(weight(layer)?.to_dtype(model.dtype()))?;
-        parameters.insert(layer.name.clone(), weight);
-    }
-    Ok(Model::new(model.spec().clone(), &mut parameters)?)
 }
 
 struct Measure<'a> {

@@ -98,7 +98,7 @@ impl Way {
                     rate: 1e-3,
                     epochs: fuse.epochs,
                     batch: BATCH * super::decoder::LENGTH,
-                    accurate: false,
+                    ..CosineDescent::default()
                 },
                 ..ReplaceMe::default()
             },

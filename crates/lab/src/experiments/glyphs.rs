@@ -239,26 +239,44 @@ fn spec(course: &Course) -> ModelSpec {
 
 /// Trains a vision transformer to name the one glyph of an image.
 pub fn train(alphabet: &Alphabet, course: &Course, seed: u64) -> Result<Model> {
-    let mut source = Initialiser::new(seed, DType::F32, Device::Cpu);
-    let model = Model::trainable(spec(course), &mut source)?;
     let mut generator = generator(seed ^ 0x61f7);
-    super::classifier::fit(&model, course.steps, course.rate, |_| {
+    train_by(course, seed, |model| {
         let scenes: Vec<Scene> = (0..course.batch)
             .map(|_| scene(alphabet, 1, &mut generator))
             .collect();
-        loss(&model, &scenes)
+        let images: Vec<&[f32]> = scenes.iter().map(|scene| scene.image.as_slice()).collect();
+        let labels = scenes.iter().filter_map(|scene| scene.glyphs.first());
+        let labels = labels.map(|placed| placed.class as u32).collect();
+        loss(model, &images, labels)
     })
 }
 
-fn loss(model: &Model, scenes: &[Scene]) -> Result<Tensor> {
-    let images: Vec<&[f32]> = scenes.iter().map(|scene| scene.image.as_slice()).collect();
-    let labels: Vec<u32> = scenes
-        .iter()
-        .filter_map(|scene| scene.glyphs.first())
-        .map(|placed| placed.class as u32)
-        .collect();
-    let labels = engine(Tensor::from_vec(labels, scenes.len(), &Device::Cpu))?;
-    let logits = model.forward(&input(&images)?, Pass::default())?;
+/// Trains a vision transformer on the same images with their labels, drawn again and again.
+pub fn train_on(examples: &[(&[f32], u32)], course: &Course, seed: u64) -> Result<Model> {
+    let mut generator = generator(seed ^ 0x61f7);
+    train_by(course, seed, |model| {
+        let places = 0..examples.len().max(1);
+        let drawn =
+            (0..course.batch).filter_map(|_| examples.get(generator.random_range(places.clone())));
+        let (images, labels): (Vec<&[f32]>, Vec<u32>) = drawn.copied().unzip();
+        loss(model, &images, labels)
+    })
+}
+
+fn train_by(
+    course: &Course,
+    seed: u64,
+    mut loss: impl FnMut(&Model) -> Result<Tensor>,
+) -> Result<Model> {
+    let mut source = Initialiser::new(seed, DType::F32, Device::Cpu);
+    let model = Model::trainable(spec(course), &mut source)?;
+    super::classifier::fit(&model, course.steps, course.rate, |_| loss(&model))
+}
+
+/// The cross-entropy of images with their labels.
+fn loss(model: &Model, images: &[&[f32]], labels: Vec<u32>) -> Result<Tensor> {
+    let labels = engine(Tensor::from_vec(labels, images.len(), &Device::Cpu))?;
+    let logits = model.forward(&input(images)?, Pass::default())?;
     Ok(cross_entropy(
         &logits.into_logits()?.into_value(),
         &labels,

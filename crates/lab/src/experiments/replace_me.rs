@@ -2,15 +2,26 @@
 //!
 //! The paper cuts a quarter of Llama-2-7B and asks questions. Here a small decoder learns the
 //! generated language; runs of blocks go, and what the maps bring back is measured in perplexity
-//! on held-out text and in answers that stay the same.
+//! on held-out text and in answers that stay the same. Beside the maps that can be merged stands an
+//! affine one of the whole stream, which needs a block of its own.
 
-use super::depth::{BATCH, Size, Subject, windows};
-use super::{after_training, decoder};
+mod tokens;
+
+use self::tokens::{Fit, by_tokens};
+
+use super::after_training;
+use super::depth::{BATCH, Size, Subject};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
-use lapidary_compress::{Budget, Change, CosineDescent, Method, ReplaceMe, Settings, Task};
+use lapidary_compress::{
+    Budget, Change, Compressed, CosineDescent, DescentSolver, MapForm, Method, ReplaceMe, Settings,
+    Task,
+};
 
 /// Blocks that go where a claim is read.
 const REMOVED: usize = 2;
+
+/// `α` of the descent that is held near nothing.
+const LIGHT: f64 = 0.01;
 
 /// One way to cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,15 +29,25 @@ enum Way {
     Deletion,
     LeastSquares,
     Diagonal,
+    Triangular,
+    RankOne,
+    Stream,
     Cosine,
+    CosineLbfgs,
+    CosineRidge,
 }
 
 impl Way {
-    const ALL: [Self; 4] = [
+    const ALL: [Self; 9] = [
         Self::Deletion,
         Self::LeastSquares,
         Self::Diagonal,
         Self::Cosine,
+        Self::Stream,
+        Self::Triangular,
+        Self::RankOne,
+        Self::CosineLbfgs,
+        Self::CosineRidge,
     ];
 
     fn name(self) -> &'static str {
@@ -34,14 +55,45 @@ impl Way {
             Self::Deletion => "deletion",
             Self::LeastSquares => "least squares",
             Self::Diagonal => "diagonal",
+            Self::Triangular => "lower-triangular",
+            Self::RankOne => "rank one",
+            Self::Stream => "whole stream",
             Self::Cosine => "cosine",
+            Self::CosineLbfgs => "cosine by L-BFGS",
+            Self::CosineRidge => "cosine with a ridge",
         }
     }
 
+    /// Whether it is measured at every depth, or where claims are read alone.
+    fn at_every_depth(self) -> bool {
+        match self {
+            Self::Deletion | Self::LeastSquares | Self::Diagonal | Self::Cosine | Self::Stream => {
+                true
+            }
+            Self::Triangular | Self::RankOne | Self::CosineLbfgs | Self::CosineRidge => false,
+        }
+    }
+
+    /// The method that chooses the run.
     fn method(self) -> &'static str {
         match self {
-            Self::Cosine | Self::Deletion => "replaceme-cosine",
-            Self::LeastSquares | Self::Diagonal => "replaceme",
+            Self::Deletion | Self::Cosine | Self::CosineLbfgs | Self::CosineRidge => {
+                "replaceme-cosine"
+            }
+            Self::LeastSquares
+            | Self::Diagonal
+            | Self::Triangular
+            | Self::RankOne
+            | Self::Stream => "replaceme",
+        }
+    }
+
+    fn form(self) -> MapForm {
+        match self {
+            Self::Diagonal => MapForm::Diagonal,
+            Self::Triangular => MapForm::LowerTriangular,
+            Self::RankOne => MapForm::RankOne,
+            _ => MapForm::Full,
         }
     }
 
@@ -54,9 +106,17 @@ impl Way {
         Settings {
             batch: BATCH,
             replace_me: ReplaceMe {
-                diagonal: self == Self::Diagonal,
+                form: self.form(),
+                ridge: match self {
+                    Self::CosineRidge => LIGHT,
+                    _ => 0.0,
+                },
                 // The published rate is for thousands of steps; here there are hundreds.
                 cosine: CosineDescent {
+                    solver: match self {
+                        Self::CosineLbfgs => DescentSolver::Lbfgs,
+                        _ => DescentSolver::Adam,
+                    },
                     rate: 1e-3,
                     epochs,
                     ..CosineDescent::default()
@@ -65,6 +125,30 @@ impl Way {
             },
             ..Settings::default()
         }
+    }
+
+    /// What is left of the decoder.
+    fn cut(
+        self,
+        subject: &Subject,
+        removed: usize,
+        blocks: usize,
+        scale: Scale,
+    ) -> Result<Compressed> {
+        let settings = self.settings(scale);
+        if self != Self::Stream {
+            return subject.without(self.method(), removed, blocks, &settings);
+        }
+        // The run that ReplaceMe chooses, as one linear block.
+        let task = Task {
+            data: Some(&subject.data),
+            settings: Some(&settings),
+            ..Task::new(&subject.model)
+        };
+        let keep = 1.0 - removed as f64 / blocks.max(1) as f64;
+        let mut plan = Method::find(self.method())?.plan(&task, &Budget::Keep(keep))?;
+        plan.method = "linearise".to_owned();
+        Ok(Method::find(&plan.method)?.apply(&task, &plan)?)
     }
 }
 
@@ -93,10 +177,10 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let most = (size.blocks / 2).min(4);
     let mut points = Vec::new();
     for removed in 1..=most {
-        for way in Way::ALL {
+        let ways = Way::ALL.into_iter();
+        for way in ways.filter(|way| removed == REMOVED || way.at_every_depth()) {
             setting.tell(|| format!("{removed} of {most} blocks gone, {}", way.name()));
-            let settings = way.settings(setting.scale);
-            let cut = subject.without(way.method(), removed, size.blocks, &settings)?;
+            let cut = way.cut(&subject, removed, size.blocks, setting.scale)?;
             points.push(Point {
                 way,
                 removed,
@@ -121,6 +205,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
                 y: "held-out perplexity".to_owned(),
                 series: Way::ALL
                     .iter()
+                    .filter(|way| way.at_every_depth())
                     .map(|way| Series {
                         name: way.name().to_owned(),
                         points: std::iter::once((0.0, whole.exp()))
@@ -146,48 +231,10 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
                         .collect(),
                 }],
             },
+            tokens::plot(&tokens),
         ],
         ..Reproduction::default()
     })
-}
-
-/// The least-squares map from some number of calibration tokens.
-struct Fit {
-    per_feature: f64,
-    /// Relative error of the map on the tokens it was fitted to.
-    fitted: f64,
-    loss: f64,
-}
-
-fn by_tokens(subject: &Subject, size: Size, setting: &Setting) -> Result<Vec<Fit>> {
-    let most = size.calibration;
-    let counts = [most / 64, most / 16, most / 4, most];
-    let method = Method::find("replaceme")?;
-    // One cut for all, so that only the map differs.
-    let settings = Way::LeastSquares.settings(setting.scale);
-    let task = Task {
-        data: Some(&subject.data),
-        settings: Some(&settings),
-        ..Task::new(&subject.model)
-    };
-    let keep = 1.0 - REMOVED as f64 / size.blocks as f64;
-    let plan = method.plan(&task, &Budget::Keep(keep))?;
-    let mut fits = Vec::new();
-    for count in counts.into_iter().filter(|count| *count > 0) {
-        let data = windows(count, setting.seed)?;
-        let task = Task {
-            data: Some(&data),
-            ..task
-        };
-        let cut = method.apply(&task, &plan)?;
-        let errors = cut.report.modules.iter().find_map(|module| module.chosen);
-        fits.push(Fit {
-            per_feature: (count as usize * decoder::LENGTH) as f64 / size.width as f64,
-            fitted: errors.map_or(f64::NAN, |errors| errors.weighted),
-            loss: subject.loss(&cut.model)?,
-        });
-    }
-    Ok(fits)
 }
 
 /// How far a run that does nothing is from being replaced exactly, relative to the scores.
@@ -238,10 +285,7 @@ fn claims(scale: Scale, whole: f64, points: &[Point], fits: &[Fit], exact: f64) 
             .map(|way| format!("{} {:.3}", way.name(), of(*way)));
         each.collect::<Vec<_>>().join(", ")
     };
-    let (fewest, most) = (fits.first(), fits.last());
-    let gap = |fit: Option<&Fit>| fit.map_or(f64::NAN, |fit| fit.loss.exp());
-    let error = |fit: Option<&Fit>| fit.map_or(f64::NAN, |fit| fit.fitted);
-    vec![
+    let mut claims = vec![
         Claim::new(
             "a run that does nothing is replaced by the identity",
             "exact",
@@ -266,18 +310,26 @@ fn claims(scale: Scale, whole: f64, points: &[Point], fits: &[Fit], exact: f64) 
         Claim::new(
             "a map keeps more than deletion at every depth",
             "accuracy 0.619 against 0.602, and that after healing",
-            format!("at {better} of {} depths", depths.count()),
-            after_training(scale, better == points.len() / Way::ALL.len()),
+            format!("at {better} of {} depths", depths.clone().count()),
+            after_training(scale, better == depths.count()),
         ),
         Claim::new(
-            "a full map keeps more than one that scales each feature",
+            "a full map keeps more than one that is diagonal, lower-triangular or of rank one",
             "constrained maps are weaker",
-            listed(&[Way::LeastSquares, Way::Diagonal], &|way| {
-                loss(way, REMOVED).exp()
-            }),
+            listed(
+                &[
+                    Way::LeastSquares,
+                    Way::Triangular,
+                    Way::Diagonal,
+                    Way::RankOne,
+                ],
+                &|way| loss(way, REMOVED).exp(),
+            ),
             after_training(
                 scale,
-                loss(Way::LeastSquares, REMOVED) < loss(Way::Diagonal, REMOVED),
+                [Way::Triangular, Way::Diagonal, Way::RankOne]
+                    .iter()
+                    .all(|way| loss(Way::LeastSquares, REMOVED) < loss(*way, REMOVED)),
             ),
         ),
         Claim::new(
@@ -293,20 +345,42 @@ fn claims(scale: Scale, whole: f64, points: &[Point], fits: &[Fit], exact: f64) 
         )
         .noted("share of most likely next tokens that stay, on held-out text"),
         Claim::new(
-            "with about one token for each feature the map learns its sample: a smaller error there \
-             and a larger perplexity elsewhere",
-            "d (d + 1) numbers from fewer than 4 d tokens",
+            "by the angle, L-BFGS keeps at least as many answers as Adam in as many passes",
+            "both are offered",
+            listed(&[Way::Cosine, Way::CosineLbfgs], &|way| same(way, REMOVED)),
+            after_training(
+                scale,
+                same(Way::CosineLbfgs, REMOVED) >= same(Way::Cosine, REMOVED),
+            ),
+        ),
+        Claim::new(
+            "a light ridge on the map by the angle trades perplexity for answers",
+            "cosine with light regularisation does",
             format!(
-                "error {:.3} and perplexity {:.3}, against {:.3} and {:.3} with all tokens",
-                error(fewest),
-                gap(fewest),
-                error(most),
-                gap(most)
+                "perplexity {}; answers {}",
+                listed(&[Way::Cosine, Way::CosineRidge], &|way| loss(way, REMOVED)
+                    .exp()),
+                listed(&[Way::Cosine, Way::CosineRidge], &|way| same(way, REMOVED)),
             ),
             after_training(
                 scale,
-                error(fewest) < error(most) && gap(fewest) > gap(most),
+                same(Way::CosineRidge, REMOVED) > same(Way::Cosine, REMOVED)
+                    && loss(Way::CosineRidge, REMOVED) > loss(Way::Cosine, REMOVED),
+            ),
+        )
+        .noted(format!("ridge {LIGHT}")),
+        Claim::new(
+            "an affine map of the whole stream, which needs a block of its own, keeps more than the map that is merged",
+            "estimate; it cannot be merged",
+            listed(&[Way::LeastSquares, Way::Stream], &|way| {
+                loss(way, REMOVED).exp()
+            }),
+            after_training(
+                scale,
+                loss(Way::Stream, REMOVED) < loss(Way::LeastSquares, REMOVED),
             ),
         ),
-    ]
+    ];
+    claims.extend(tokens::claims(scale, fits));
+    claims
 }

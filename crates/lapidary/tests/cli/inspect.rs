@@ -241,3 +241,79 @@ fn inspects_channels_clusters_particles_and_energy() {
     ]);
     assert_eq!(energy["tables"].as_array().unwrap().len(), 3);
 }
+
+#[test]
+fn inspects_texts_along_the_curvature() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = |name: &str, sentence: &str| write(&directory, name, sentence.repeat(16).as_bytes());
+    let ordinary = text("ordinary", "the farmer near the dogs sings . ");
+    let other = text("other", "the dogs near the farmer sleep . ");
+    let tasks = [format!("own={ordinary}"), format!("other={other}")];
+    let with = |extra: &[&str]| -> Vec<String> {
+        let always = [
+            "inspect",
+            "curvature",
+            "embedded",
+            "--text",
+            &ordinary,
+            "--window",
+            "14",
+        ];
+        let few = ["--windows", "4", "--blocks", "5"];
+        let all = always.iter().chain(&few).chain(extra);
+        all.map(|part| (*part).to_owned()).collect()
+    };
+    let run = |extra: &[&str]| -> Value {
+        let arguments = with(extra);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        json(&arguments)
+    };
+    let found = run(&[
+        "--task", &tasks[0], "--task", &tasks[1], "--mass", "0.5", "--json",
+    ]);
+    let costs = found["tables"][0]["rows"].as_array().unwrap();
+    assert_eq!(costs.len(), 2);
+    for row in costs {
+        let number = |column: usize| row[column].as_f64().unwrap();
+        assert!(number(1) > 0.0 && number(2) > 0.0);
+        assert!((number(4) - (number(3) - number(2))).abs() < 1e-9);
+    }
+    let bands = found["maps"][0]["values"][0].as_array().unwrap();
+    assert_eq!(bands.len(), 7);
+    let notes = found["notes"][1].as_str().unwrap();
+    assert!(notes.contains("correlate by"), "{notes}");
+    let recited = found["tables"][1]["rows"][0].as_array().unwrap();
+    assert_eq!(recited.len(), 8);
+    assert!(found["tables"][2].is_null());
+    let found = run(&[
+        "--task",
+        &tasks[0],
+        "--forget",
+        &other,
+        "--mask-steps",
+        "2",
+        "--json",
+    ]);
+    let masked = found["tables"][2]["rows"][0].as_array().unwrap();
+    let number = |column: usize| masked[column].as_f64().unwrap();
+    assert!(number(1) > 0.0 && (0.0..=1.0).contains(&number(6)));
+    for (extra, words) in [
+        (vec!["--task", "own"], &["NAME=FILE"][..]),
+        (
+            vec!["--task", &tasks[0], "--mass", "1"],
+            &["mass is 1", "below 1"][..],
+        ),
+        (
+            vec!["--task", &tasks[0], "--shown", "14"],
+            &["tokens that are shown", "between 1 and 13"][..],
+        ),
+        (
+            vec!["--task", &tasks[0], "--windows", "0"],
+            &["gives no window"][..],
+        ),
+    ] {
+        let arguments = with(&extra);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        refused(&arguments, words);
+    }
+}

@@ -15,18 +15,20 @@
 //! of a truncation on both sides by themselves (`curvature-rectangle`) is what it is compared
 //! with.
 
+mod bands;
 mod factors;
 mod select;
+mod subnet;
 
+pub use bands::{Spectrum, correlation};
 pub use factors::{Factors, factors};
-
-use std::collections::BTreeSet;
+pub use subnet::Subnet;
 
 use lapidary_factor::{Matrix, matrix_from_tensor, matrix_to_tensor, symmetric_eigen};
 use lapidary_kernels::{DType, Tensor};
 use lapidary_model::Model;
 
-use crate::edit::{Edit, block_of};
+use crate::edit::Edit;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
@@ -165,6 +167,14 @@ impl Curved {
         self.written(&chosen)
     }
 
+    /// `‖W − W'‖²` of that edit: the squares of the coefficients that go.
+    pub fn removed(&self, kept: &[usize]) -> f64 {
+        let from = |i: usize| kept.get(i).copied().unwrap_or(0);
+        let columns = self.coefficients.ncols();
+        let row = |i: usize| (from(i)..columns).map(move |j| self.coefficients[(i, j)].powi(2));
+        (0..self.coefficients.nrows()).flat_map(row).sum()
+    }
+
     /// `U C Vᵀ`.
     fn written(&self, coefficients: &Matrix) -> Result<Tensor> {
         let weight = &self.outputs * coefficients * self.inputs.transpose();
@@ -198,11 +208,7 @@ fn requirements(model: &Model, settings: &Settings) -> Result<Requirements> {
 fn chosen(model: &Model, selection: &Selection) -> Result<(Vec<crate::Layer>, Vec<usize>)> {
     let mut layers = selection.chosen(model)?;
     layers.retain(|layer| layer.path.contains(".feedforward."));
-    let blocks: BTreeSet<usize> = layers
-        .iter()
-        .filter_map(|layer| block_of(&layer.path).map(|(block, _)| block))
-        .collect();
-    let blocks: Vec<usize> = blocks.into_iter().collect();
+    let blocks = bands::blocks(layers.iter().map(|layer| &layer.path));
     let all = factors::layers(model, &blocks)?;
     layers.retain(|layer| all.contains(&layer.path));
     match layers.is_empty() {
@@ -232,11 +238,7 @@ fn plan(method: &str, task: &Task<'_>, budget: &Budget) -> Result<Plan> {
 
 fn apply(method: &'static str, task: &Task<'_>, plan: &Plan, keep: Keep) -> Result<Compressed> {
     let settings = task.settings();
-    let blocks: BTreeSet<usize> = plan
-        .changed()
-        .filter_map(|module| block_of(&module.path).map(|(block, _)| block))
-        .collect();
-    let blocks: Vec<usize> = blocks.into_iter().collect();
+    let blocks = bands::blocks(plan.changed().map(|module| &module.path));
     let data = task.observed(method)?;
     let factors = factors(task.model, data, &blocks, settings.batch, settings.seed)?;
     let mut edit = Edit::of(task.model);

@@ -1,41 +1,56 @@
 //! The map that turns what a block adds towards what it should add.
 
-use lapidary_factor::{AffineMap, matrix_from_tensor};
+use lapidary_factor::{AffineMap, LbfgsOptions, matrix_from_tensor, minimise};
 use lapidary_kernels::{D, DType, Tensor};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-use super::Rows;
+use super::form::MapForm;
+use super::{ReplaceMe, Rows};
 use crate::error::engine;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-/// How the angle is made small: `T` starts as the identity and follows Adam (Kingma & Ba, arXiv
-/// 1412.6980) on
+/// How the angle is made small: `T` starts as the identity (of rank one, as the least squares) and
+/// goes down
 ///
 /// ```text
 /// E[1 − cos(M_t T, X_t − Y_t)]        or, when accurate,  E[1 − cos(M_t T + Y_t, X_t)]
 /// ```
 ///
-/// The first does not change when `T` is scaled: its length is what the descent from the identity
-/// leaves of it.
+/// with `(α ‖T‖² + β Σ |T_ij|) / width` added where a ridge `α` or a lasso `β` is asked for. The
+/// first cosine does not change when `T` is scaled: its length is what the descent leaves of it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CosineDescent {
-    /// Step size.
+    /// Who takes the steps.
+    pub solver: DescentSolver,
+    /// Step size of Adam.
     pub rate: f64,
-    /// Passes over the tokens.
+    /// Passes over the tokens; steps of L-BFGS.
     pub epochs: usize,
-    /// Tokens of a step.
+    /// Tokens of a step of Adam.
     pub batch: usize,
     /// Whether the whole stream's angle counts and not only that of what is added.
     pub accurate: bool,
 }
 
+/// Who takes the steps of a descent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DescentSolver {
+    /// Adam (Kingma & Ba, arXiv 1412.6980) on a few tokens at a time.
+    #[default]
+    Adam,
+    /// L-BFGS (Liu & Nocedal 1989) on all tokens at once; not with a lasso, which has corners.
+    Lbfgs,
+}
+
 impl Default for CosineDescent {
     fn default() -> Self {
         Self {
+            solver: DescentSolver::Adam,
             rate: 1e-4,
             epochs: 10,
             batch: 1024,
@@ -50,42 +65,121 @@ const EPSILON: f64 = 1e-8;
 /// Below this length a vector has no direction.
 const SHORTEST: f64 = 1e-12;
 
-pub(super) fn descend(rows: &Rows, choice: &CosineDescent, seed: u64) -> Result<AffineMap> {
-    if !(choice.rate.is_finite() && choice.rate > 0.0) {
-        return Err(Error::invalid(
-            "rate of the descent",
-            choice.rate,
-            "above 0",
-        ));
+pub(super) fn descend(rows: &Rows, choice: &ReplaceMe, seed: u64) -> Result<AffineMap> {
+    let told = &choice.cosine;
+    if !(told.rate.is_finite() && told.rate > 0.0) {
+        return Err(Error::invalid("rate of the descent", told.rate, "above 0"));
     }
-    let exact = |tensor: &Tensor| engine(tensor.to_dtype(DType::F64));
-    let (added, wanted, stream) = (
-        exact(&rows.added)?,
-        exact(&rows.wanted)?,
-        exact(&rows.stream)?,
-    );
-    let (tokens, width) = engine(added.dims2())?;
-    let mut map = engine(Tensor::eye(width, DType::F64, added.device()))?;
-    let mut moments = [engine(map.zeros_like())?, engine(map.zeros_like())?];
-    let mut order: Vec<u32> = (0..tokens as u32).collect();
+    let goal = Goal::of(rows, choice)?;
+    let start = choice.form.start(&rows.sums()?, goal.width)?;
+    let numbers = match told.solver {
+        DescentSolver::Adam => by_adam(&goal, start, told, seed)?,
+        DescentSolver::Lbfgs if choice.lasso > 0.0 => {
+            return Err(Error::invalid(
+                "solver of the descent",
+                "lbfgs with a lasso",
+                "adam: the lasso has corners, at which L-BFGS stops too early",
+            ));
+        }
+        DescentSolver::Lbfgs => {
+            let options = LbfgsOptions {
+                steps: told.epochs,
+                ..LbfgsOptions::default()
+            };
+            minimise(start, &options, |numbers| goal.at(numbers, None))?.point
+        }
+    };
+    Ok(AffineMap {
+        weight: matrix_from_tensor("map of a run of blocks", &goal.map(&numbers)?)?,
+        bias: vec![0.0; goal.width],
+    })
+}
+
+/// What the descent makes small, as a function of a map's numbers.
+struct Goal<'a> {
+    choice: &'a ReplaceMe,
+    width: usize,
+    tokens: usize,
+    /// `M`, `[tokens, width]`.
+    added: Tensor,
+    /// `X − Y`.
+    wanted: Tensor,
+    /// `Y`, where it counts.
+    stream: Option<Tensor>,
+}
+
+impl<'a> Goal<'a> {
+    fn of(rows: &Rows, choice: &'a ReplaceMe) -> Result<Self> {
+        let exact = |tensor: &Tensor| engine(tensor.to_dtype(DType::F64));
+        let (tokens, width) = engine(rows.added.dims2())?;
+        Ok(Self {
+            choice,
+            width,
+            tokens,
+            added: exact(&rows.added)?,
+            wanted: exact(&rows.wanted)?,
+            stream: match choice.cosine.accurate {
+                true => Some(exact(&rows.stream)?),
+                false => None,
+            },
+        })
+    }
+
+    fn map(&self, numbers: &[f64]) -> Result<Tensor> {
+        let entries = self.choice.form.map(numbers, self.width);
+        let shape = (self.width, self.width);
+        engine(Tensor::from_vec(entries, shape, self.added.device()))
+    }
+
+    /// Its value and its gradient by the numbers, over these tokens or all.
+    fn at(&self, numbers: &[f64], chosen: Option<&Tensor>) -> Result<(f64, Vec<f64>)> {
+        let pick = |tensor: &Tensor| match chosen {
+            Some(chosen) => engine(tensor.index_select(chosen, 0)),
+            None => Ok(tensor.clone()),
+        };
+        let (m, r) = (pick(&self.added)?, pick(&self.wanted)?);
+        let y = self.stream.as_ref().map(pick).transpose()?;
+        let map = self.map(numbers)?;
+        let (mut value, gradient) = loss_and_gradient(&map, &m, y.as_ref(), &r)?;
+        let mut by_map = flat(&gradient)?;
+        let (ridge, lasso) = (self.choice.ridge, self.choice.lasso);
+        let each = 1.0 / self.width as f64;
+        if ridge > 0.0 || lasso > 0.0 {
+            for (slope, entry) in by_map.iter_mut().zip(flat(&map)?) {
+                value += each * (ridge * entry * entry + lasso * entry.abs());
+                let side = if entry == 0.0 { 0.0 } else { entry.signum() };
+                *slope += each * (2.0 * ridge * entry + lasso * side);
+            }
+        }
+        let form: MapForm = self.choice.form;
+        Ok((value, form.pulled(numbers, &by_map, self.width)))
+    }
+}
+
+fn flat(tensor: &Tensor) -> Result<Vec<f64>> {
+    engine(engine(tensor.flatten_all())?.to_vec1::<f64>())
+}
+
+fn by_adam(
+    goal: &Goal<'_>,
+    mut numbers: Vec<f64>,
+    told: &CosineDescent,
+    seed: u64,
+) -> Result<Vec<f64>> {
+    let mut moments = vec![[0.0; 2]; numbers.len()];
+    let mut order: Vec<u32> = (0..goal.tokens as u32).collect();
     let mut generator = ChaCha8Rng::seed_from_u64(seed);
     let mut step = 0;
-    for _ in 0..choice.epochs {
+    for _ in 0..told.epochs {
         order.shuffle(&mut generator);
-        for chosen in order.chunks(choice.batch.max(1)) {
-            let chosen = engine(Tensor::new(chosen, added.device()))?;
-            let pick = |tensor: &Tensor| engine(tensor.index_select(&chosen, 0));
-            let (m, r, y) = (pick(&added)?, pick(&wanted)?, pick(&stream)?);
-            let offset = choice.accurate.then_some(&y);
-            let (_, gradient) = loss_and_gradient(&map, &m, offset, &r)?;
+        for chosen in order.chunks(told.batch.max(1)) {
+            let chosen = engine(Tensor::new(chosen, goal.added.device()))?;
+            let (_, gradient) = goal.at(&numbers, Some(&chosen))?;
             step += 1;
-            map = adam(&map, &gradient, &mut moments, step, choice.rate)?;
+            adam(&mut numbers, &gradient, &mut moments, step, told.rate);
         }
     }
-    Ok(AffineMap {
-        weight: matrix_from_tensor("map of a run of blocks", &map)?,
-        bias: vec![0.0; width],
-    })
+    Ok(numbers)
 }
 
 /// `mean (1 − cos(m T [+ y], r [+ y]))` and its gradient by `T`.
@@ -117,25 +211,16 @@ fn loss_and_gradient(
     Ok((1.0 - mean, gradient))
 }
 
-fn adam(
-    map: &Tensor,
-    gradient: &Tensor,
-    moments: &mut [Tensor; 2],
-    step: i32,
-    rate: f64,
-) -> Result<Tensor> {
-    let [first, second] = moments;
-    let mixed = |old: &Tensor, new: &Tensor, decay: f64| {
-        engine(engine(old.affine(decay, 0.0))? + engine(new.affine(1.0 - decay, 0.0))?)
-    };
+/// One step, with both moments of each number.
+fn adam(numbers: &mut [f64], gradient: &[f64], moments: &mut [[f64; 2]], step: i32, rate: f64) {
     let [beta1, beta2] = DECAYS;
-    *first = mixed(first, gradient, beta1)?;
-    *second = mixed(second, &engine(gradient.sqr())?, beta2)?;
-    let unbiased =
-        |moment: &Tensor, decay: f64| engine(moment.affine(1.0 / (1.0 - decay.powi(step)), 0.0));
-    let scale = engine(engine(unbiased(second, beta2)?.sqrt())?.affine(1.0, EPSILON))?;
-    let change = engine(unbiased(first, beta1)? / scale)?;
-    engine(map - engine(change.affine(rate, 0.0))?)
+    let (seen1, seen2) = (1.0 - beta1.powi(step), 1.0 - beta2.powi(step));
+    let each = numbers.iter_mut().zip(gradient).zip(moments);
+    for ((number, slope), [first, second]) in each {
+        *first = beta1 * *first + (1.0 - beta1) * slope;
+        *second = beta2 * *second + (1.0 - beta2) * slope * slope;
+        *number -= rate * (*first / seen1) / ((*second / seen2).sqrt() + EPSILON);
+    }
 }
 
 #[cfg(test)]
@@ -151,6 +236,13 @@ mod tests {
             .map(|_| generator.random_range(-1.0..1.0))
             .collect();
         Tensor::from_vec(numbers, (rows, columns), &Device::Cpu).unwrap()
+    }
+
+    fn by(cosine: CosineDescent) -> ReplaceMe {
+        ReplaceMe {
+            cosine,
+            ..ReplaceMe::default()
+        }
     }
 
     #[test]
@@ -202,12 +294,12 @@ mod tests {
             added,
             wanted,
         };
-        let choice = CosineDescent {
+        let choice = by(CosineDescent {
             rate: 1e-2,
             epochs: 60,
             batch: 128,
-            accurate: false,
-        };
+            ..CosineDescent::default()
+        });
         let map = descend(&rows, &choice, 1).unwrap();
         let again = descend(&rows, &choice, 1).unwrap();
         let turn = matrix_from_tensor("turn", &turn).unwrap();
@@ -217,5 +309,119 @@ mod tests {
         let direction = Matrix::from_fn(4, 4, |i, j| map.weight[(i, j)] / length);
         assert!((&direction - &turn).norm_max() < 0.05, "{direction:?}");
         assert!((0.7..1.3).contains(&length), "{length}");
+        // With the curvature of all tokens it is found to many more digits.
+        let quick = by(CosineDescent {
+            solver: DescentSolver::Lbfgs,
+            epochs: 200,
+            ..CosineDescent::default()
+        });
+        let map = descend(&rows, &quick, 1).unwrap();
+        let length = map.weight.norm_l2() / turn.norm_l2();
+        let direction = Matrix::from_fn(4, 4, |i, j| map.weight[(i, j)] / length);
+        assert!((&direction - &turn).norm_max() < 1e-4, "{direction:?}");
+        let cornered = ReplaceMe {
+            lasso: 0.1,
+            ..quick
+        };
+        let refused = descend(&rows, &cornered, 1).unwrap_err().to_string();
+        assert!(refused.contains("adam"), "{refused}");
+    }
+
+    #[test]
+    fn goals_of_every_form_have_the_gradients_of_central_differences() {
+        let rows = Rows {
+            added: drawn(9, 3, 10),
+            wanted: drawn(9, 3, 11),
+            stream: drawn(9, 3, 12),
+        };
+        for (form, accurate) in [
+            (MapForm::Full, true),
+            (MapForm::Full, false),
+            (MapForm::Diagonal, false),
+            (MapForm::LowerTriangular, true),
+            (MapForm::RankOne, false),
+        ] {
+            let choice = ReplaceMe {
+                form,
+                ridge: 0.3,
+                lasso: 0.2,
+                cosine: CosineDescent {
+                    accurate,
+                    ..CosineDescent::default()
+                },
+                ..ReplaceMe::default()
+            };
+            let goal = Goal::of(&rows, &choice).unwrap();
+            let mut numbers = form.start(&rows.sums().unwrap(), 3).unwrap();
+            for (at, number) in numbers.iter_mut().enumerate() {
+                // Away from the corners of the lasso, where the form has a number.
+                *number *= 1.0 + 0.05 * at as f64;
+            }
+            let (_, gradient) = goal.at(&numbers, None).unwrap();
+            for at in (0..numbers.len()).filter(|at| numbers[*at] != 0.0) {
+                let moved = |by: f64| {
+                    let mut numbers = numbers.clone();
+                    numbers[at] += by;
+                    goal.at(&numbers, None).unwrap().0
+                };
+                let expected = (moved(1e-6) - moved(-1e-6)) / 2e-6;
+                let found = gradient[at];
+                assert!(
+                    (found - expected).abs() < 1e-7,
+                    "{form:?} {found} {expected}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn descent_keeps_the_form_and_turns_towards_what_is_wanted() {
+        let rows = Rows {
+            added: drawn(64, 4, 13),
+            wanted: drawn(64, 4, 14),
+            stream: drawn(64, 4, 15),
+        };
+        for solver in [DescentSolver::Adam, DescentSolver::Lbfgs] {
+            for form in [
+                MapForm::Diagonal,
+                MapForm::LowerTriangular,
+                MapForm::Full,
+                MapForm::RankOne,
+            ] {
+                let with = |epochs| ReplaceMe {
+                    form,
+                    ..by(CosineDescent {
+                        solver,
+                        rate: 1e-2,
+                        epochs,
+                        batch: 64,
+                        accurate: false,
+                    })
+                };
+                let angle = |choice: &ReplaceMe| {
+                    let map = descend(&rows, choice, 1).unwrap().weight;
+                    let places = (0..4).flat_map(|i| (0..4).map(move |j| (i, j)));
+                    for (i, j) in places {
+                        let none = match form {
+                            MapForm::Diagonal => i != j,
+                            MapForm::LowerTriangular => i < j,
+                            MapForm::Full | MapForm::RankOne => false,
+                        };
+                        assert!(!none || map[(i, j)] == 0.0);
+                    }
+                    if form == MapForm::RankOne {
+                        let minor = map[(0, 0)] * map[(1, 1)] - map[(0, 1)] * map[(1, 0)];
+                        assert!(minor.abs() < 1e-12, "{minor}");
+                    }
+                    let entries: Vec<f64> = (0..16).map(|at| map[(at / 4, at % 4)]).collect();
+                    let map = Tensor::from_vec(entries, (4, 4), &Device::Cpu).unwrap();
+                    loss_and_gradient(&map, &rows.added, None, &rows.wanted)
+                        .unwrap()
+                        .0
+                };
+                let (before, after) = (angle(&with(0)), angle(&with(100)));
+                assert!(after < before, "{solver:?} {form:?} {before} {after}");
+            }
+        }
     }
 }

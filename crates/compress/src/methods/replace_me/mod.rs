@@ -9,7 +9,8 @@
 //! W_down ← Tᵀ W_down,  b_down ← Tᵀ b_down
 //! ```
 //!
-//! so that the result has the architecture it had, and no new parameter. The cut is the run over
+//! so that the result has the architecture it had, and no new parameter. `T` may be held to a form
+//! ([`MapForm`]), and to small or few entries. The cut is the run over
 //! which the stream turns least, by the mean angle `(1/π) arccos cos(X_l, X_{l+n})` at the last
 //! token of each sequence (at every token where tokens see later ones).
 //!
@@ -20,17 +21,22 @@
 
 mod cosine;
 mod cut;
+mod form;
 mod merge;
+mod run;
 
-use lapidary_factor::{AffineMap, Matrix, Regression, matrix_from_tensor};
+use lapidary_factor::{AffineMap, Regression, matrix_from_tensor};
 use lapidary_kernels::Tensor;
 use lapidary_model::Model;
 
-pub use self::cosine::CosineDescent;
 use self::cosine::descend;
+pub use self::cosine::{CosineDescent, DescentSolver};
 pub use self::cut::angular_distances;
 use self::cut::{Cut, choose, cuts_of, plan_of};
+pub use self::form::MapForm;
+use self::form::{identity, solve};
 use self::merge::{merge, written};
+pub use self::run::{RunInput, run_regression};
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
@@ -38,7 +44,7 @@ use crate::methods::block_influence::{block_weights, removable, removed_blocks};
 use crate::observe::{Seen, observe};
 use crate::plan::{Budget, Change, Plan};
 use crate::report::{Compressed, LayerErrors, ModuleReport};
-use crate::{CalibrationData, Requirements, Result};
+use crate::{CalibrationData, Error, Requirements, Result};
 use serde::{Deserialize, Serialize};
 
 /// ReplaceMe by least squares in the list of methods.
@@ -74,10 +80,14 @@ pub struct ReplaceMe {
     /// Runs that the removed blocks are shared out to, each with a map of its own. Runs that meet
     /// become one.
     pub cuts: usize,
-    /// `α`, relative to the mean square of an entry of `M`, summed over the tokens.
+    /// What the map may look like.
+    pub form: MapForm,
+    /// `α`, relative to the mean square of an entry of `M`, summed over the tokens; as it is in
+    /// the descent by angles.
     pub ridge: f64,
-    /// Whether `T` only scales each feature by itself.
-    pub diagonal: bool,
+    /// `β` of `β Σ |T_ij|`, as a share of the least one that leaves no entry of the best map by
+    /// squares; as it is in the descent by angles. Not for a map of rank one by squares.
+    pub lasso: f64,
     /// How the angle is made small.
     pub cosine: CosineDescent,
 }
@@ -86,14 +96,30 @@ impl Default for ReplaceMe {
     fn default() -> Self {
         Self {
             cuts: 1,
+            form: MapForm::Full,
             ridge: 0.0,
-            diagonal: false,
+            lasso: 0.0,
             cosine: CosineDescent::default(),
         }
     }
 }
 
-fn requirements(model: &Model, _: &Settings) -> Result<Requirements> {
+impl ReplaceMe {
+    fn check(&self) -> Result<()> {
+        for (what, value) in [
+            ("ridge of a map", self.ridge),
+            ("lasso of a map", self.lasso),
+        ] {
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(Error::invalid(what, value, "0 or more"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn requirements(model: &Model, settings: &Settings) -> Result<Requirements> {
+    settings.replace_me.check()?;
     removable(model, REPLACE_ME.name)?;
     Ok(Requirements::default())
 }
@@ -118,6 +144,7 @@ fn plan(name: &str, task: &Task<'_>, budget: &Budget) -> Result<Plan> {
 /// Every cut is fitted on what the whole model writes.
 fn least_squares(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
     let name = REPLACE_ME.name;
+    task.settings().replace_me.check()?;
     let cuts = cuts_of(name, task.model, plan)?;
     let mut edit = Edit::of(task.model);
     let mut errors = Vec::new();
@@ -136,6 +163,7 @@ fn least_squares(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
 /// Each cut is fitted on what the model writes once the cuts before it have been made.
 fn by_angle(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
     let name = REPLACE_ME_COSINE.name;
+    task.settings().replace_me.check()?;
     let cuts = cuts_of(name, task.model, plan)?;
     let settings = task.settings();
     let mut whole = Edit::of(task.model);
@@ -151,7 +179,7 @@ fn by_angle(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
         };
         let model = so_far.finish()?;
         let rows = Rows::seen(&model, data, settings.batch, here)?;
-        let map = descend(&rows, &settings.replace_me.cosine, settings.seed)?;
+        let map = descend(&rows, &settings.replace_me, settings.seed)?;
         merge(&mut whole, cut.anchor, &map)?;
         errors.push(relative_errors(&rows.sums()?, &map));
         gone += cut.blocks;
@@ -165,22 +193,9 @@ fn removed_before(cuts: &[Cut], anchor: usize) -> std::collections::BTreeSet<usi
     before.flat_map(|cut| cut.removed()).collect()
 }
 
-fn solve(sums: &Regression, choice: &ReplaceMe) -> Result<AffineMap> {
-    let ridge = choice.ridge * sums.mean_square();
-    Ok(match choice.diagonal {
-        true => sums.solve_diagonal(ridge)?,
-        false => sums.solve(ridge)?,
-    })
-}
-
 /// Of the map, and of leaving the run out (`T = I`), relative to what the run adds.
 fn relative_errors(sums: &Regression, map: &AffineMap) -> [f64; 2] {
-    let width = map.weight.nrows();
-    let identity = AffineMap {
-        weight: Matrix::identity(width, width),
-        bias: vec![0.0; width],
-    };
-    [map, &identity].map(|map| match sums.total() {
+    [map, &identity(map.weight.nrows())].map(|map| match sums.total() {
         total if total > 0.0 => (sums.squared_error(map) / total).sqrt(),
         _ => 0.0,
     })
