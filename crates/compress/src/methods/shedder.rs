@@ -24,7 +24,7 @@ use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::attention_cosine::{removed_of, weights_below};
 use crate::methods::block_influence::removable;
 use crate::plan::{Budget, Change, ModulePlan, Plan};
-use crate::quality::{Window, perplexity};
+use crate::quality::{Window, perplexity, predicts};
 use crate::report::{Compressed, ModuleReport};
 use crate::{Error, Requirements, Result};
 
@@ -257,7 +257,17 @@ fn requirements(
         return Err(Error::invalid(
             format!("pieces that {name} can leave out"),
             0,
-            "at least 1: a model with selective recurrences, or mamba-shedder",
+            "at least 1: a model with selective recurrences; block-influence leaves out blocks of \
+             others",
+        ));
+    }
+    if !predicts(model) {
+        return Err(Error::invalid(
+            "the model",
+            "not a causal language model",
+            format!(
+                "one for {name}, which goes by perplexity; block-influence leaves out blocks of others"
+            ),
         ));
     }
     Ok(Requirements::default())

@@ -293,7 +293,7 @@ fn every_scan_may_go() {
     let error = method
         .requirements(&compressed.model, &Settings::default())
         .unwrap_err();
-    assert!(error.to_string().contains("mamba-shedder"), "{error}");
+    assert!(error.to_string().contains("block-influence"), "{error}");
 }
 
 #[test]

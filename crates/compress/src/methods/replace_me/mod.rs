@@ -49,7 +49,7 @@ pub(crate) const REPLACE_ME: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Depth,
     observes: true,
-    requirements,
+    requirements: |model: &Model, _: &Settings| requirements(REPLACE_ME.name, model),
     plan: |task, budget| plan(REPLACE_ME.name, task, budget),
     apply: |task, plan| least_squares(task, plan),
 };
@@ -62,7 +62,7 @@ pub(crate) const REPLACE_ME_COSINE: Method = Method {
     schedule: Schedule::LayerByLayer,
     effect: Effect::Depth,
     observes: true,
-    requirements,
+    requirements: |model: &Model, _: &Settings| requirements(REPLACE_ME_COSINE.name, model),
     plan: |task, budget| plan(REPLACE_ME_COSINE.name, task, budget),
     apply: |task, plan| by_angle(task, plan),
 };
@@ -93,8 +93,8 @@ impl Default for ReplaceMe {
     }
 }
 
-fn requirements(model: &Model, _: &Settings) -> Result<Requirements> {
-    removable(model, REPLACE_ME.name)?;
+fn requirements(name: &str, model: &Model) -> Result<Requirements> {
+    removable(model, name)?;
     Ok(Requirements::default())
 }
 
