@@ -4,10 +4,12 @@
 //! generated language; runs of blocks go, and what the maps bring back is measured in perplexity
 //! on held-out text and in answers that stay the same.
 
-use super::depth::{BATCH, Size, Subject, windows};
+use super::depth::{BATCH, Size, Subject};
 use super::{after_training, decoder};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
-use lapidary_compress::{Budget, Change, CosineDescent, Method, ReplaceMe, Settings, Task};
+use lapidary_compress::{
+    Budget, CalibrationData, Change, CosineDescent, Method, ReplaceMe, Settings, Task,
+};
 
 /// Blocks that go where a claim is read.
 const REMOVED: usize = 2;
@@ -174,7 +176,7 @@ fn by_tokens(subject: &Subject, size: Size, setting: &Setting) -> Result<Vec<Fit
     let plan = method.plan(&task, &Budget::Keep(keep))?;
     let mut fits = Vec::new();
     for count in counts.into_iter().filter(|count| *count > 0) {
-        let data = windows(count, setting.seed)?;
+        let data = CalibrationData::windows(subject.text.training.fixed_windows(count)?)?;
         let task = Task {
             data: Some(&data),
             ..task
