@@ -10,6 +10,9 @@
 //! they are, and count for no step (Dettmers et al. 2022, LLM.int8, arXiv 2208.07339): they are few, and
 //! would make the step of all others too wide.
 //!
+//! With [`ActivationSettings::functions`] what stands between linear layers is in integers as well: softmax,
+//! GELU and norms by polynomials of the second order and integer roots ([`lapidary_kernels::IntegerFunctions`]).
+//!
 //! Layers that read one site read the same integers. What flows between the two factors of a layer is
 //! not rounded, nor is anything that no linear layer of the selection reads.
 
@@ -17,7 +20,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-use lapidary_kernels::{D, Device, Tensor};
+use lapidary_kernels::{D, Device, IntegerFunctions, Tensor};
 use lapidary_model::Model;
 use lapidary_signal::{Signal, Trace};
 use serde::{Deserialize, Serialize};
@@ -72,6 +75,8 @@ pub struct ActivationSettings {
     pub range: Option<ActivationRange>,
     /// Bits of an integer, 2 to 16.
     pub bits: u32,
+    /// Whether softmax, GELU and norms are computed by integers too, and write as many bits.
+    pub functions: bool,
 }
 
 impl Default for ActivationSettings {
@@ -79,6 +84,7 @@ impl Default for ActivationSettings {
         Self {
             range: None,
             bits: 8,
+            functions: false,
         }
     }
 }
@@ -101,7 +107,10 @@ impl Default for ActivationSettings {
 /// "#)?;
 /// let model = Model::initialised(spec, 1, DType::F32, &Device::Cpu)?;
 /// let settings = Settings {
-///     activations: ActivationSettings { range: Some(ActivationRange::PerToken), bits: 8 },
+///     activations: ActivationSettings {
+///         range: Some(ActivationRange::PerToken),
+///         ..ActivationSettings::default()
+///     },
 ///     ..Settings::default()
 /// };
 /// // One step for each token needs no calibration.
@@ -116,6 +125,8 @@ impl Default for ActivationSettings {
 pub struct RoundedActivations {
     range: ActivationRange,
     bits: u32,
+    /// What softmax, GELU and norms are computed by, unless in floating point.
+    functions: Option<IntegerFunctions>,
     sites: BTreeMap<String, Site>,
 }
 
@@ -168,7 +179,11 @@ impl RoundedActivations {
         settings: &Settings,
         calibration: Option<&Calibration>,
     ) -> Result<Option<Self>> {
-        let ActivationSettings { range, bits } = settings.activations;
+        let ActivationSettings {
+            range,
+            bits,
+            functions,
+        } = settings.activations;
         let Some(range) = range else {
             return Ok(None);
         };
@@ -193,7 +208,13 @@ impl RoundedActivations {
             let site = Site::new(layer.input, peaks, outliers, range, bits)?;
             sites.insert(name, site);
         }
-        Ok(Some(Self { range, bits, sites }))
+        let functions = functions.then(|| IntegerFunctions::new(bits)).transpose()?;
+        Ok(Some(Self {
+            range,
+            bits,
+            functions,
+            sites,
+        }))
     }
 
     /// What shares a step.
@@ -204,6 +225,11 @@ impl RoundedActivations {
     /// Bits of an integer.
     pub fn bits(&self) -> u32 {
         self.bits
+    }
+
+    /// Whether softmax, GELU and norms are computed by integers.
+    pub fn has_integer_functions(&self) -> bool {
+        self.functions.is_some()
     }
 
     /// Sites that are rounded, features at all of them, and how many of these are left as they are.
@@ -221,12 +247,21 @@ impl RoundedActivations {
     /// # Errors
     /// Those of [`Trace::replace`].
     pub fn trace(&self) -> Result<Trace> {
-        let top = top(self.bits);
+        let (top, functions) = (top(self.bits), self.functions);
+        // What flows from a site on is under the lens; what is written anew there begins it again.
+        let flowing = move |signal: Signal| match functions {
+            Some(functions) => signal.into_integers(functions),
+            None => signal,
+        };
         let mut trace = Trace::new();
+        if functions.is_some() {
+            trace = trace.replace("embeddings", move |_, signal| Ok(flowing(signal)))?;
+        }
         for (name, site) in &self.sites {
             let site = site.clone();
             trace = trace.replace(name, move |_, signal| {
-                Ok(Signal::from(site.round(signal.value(), top)?))
+                let rounded = site.round(signal.value(), top)?;
+                Ok(flowing(Signal::from(rounded)))
             })?;
         }
         Ok(trace)

@@ -189,8 +189,13 @@ pub fn ensemble_perplexity(
     })
 }
 
+/// Whether a model predicts each next token from those before it.
+pub(crate) fn predicts(model: &Model) -> bool {
+    model.spec().is_causal() && matches!(model.spec().head, HeadSpec::LanguageModel { .. })
+}
+
 fn check_predicts(model: &Model) -> Result<()> {
-    if !model.spec().is_causal() || !matches!(model.spec().head, HeadSpec::LanguageModel { .. }) {
+    if !predicts(model) {
         return Err(Error::invalid(
             "model",
             "not a causal language model",

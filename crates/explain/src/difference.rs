@@ -26,10 +26,14 @@ pub struct OutputDifference {
 pub struct SiteDifference {
     /// The site.
     pub site: String,
-    /// `‖a − b‖ / ‖a‖`.
-    pub relative: f64,
-    /// Cosine between the two.
-    pub cosine: f64,
+    /// `‖a − b‖ / ‖a‖`; absent where the second model's stream has another width.
+    pub relative: Option<f64>,
+    /// Cosine between the two; absent likewise.
+    pub cosine: Option<f64>,
+    /// Cosine between the two tables of products of positions, `‖BᵀA‖² / (‖AᵀA‖ ‖BᵀB‖)` for centred `A`
+    /// and `B` `[positions, width]`, which no rotation of either stream changes and no width hinders (linear
+    /// CKA: Kornblith et al. 2019, arXiv 1905.00414); absent for a single position.
+    pub alignment: Option<f64>,
 }
 
 /// What one unit contributes in either model.
@@ -69,7 +73,8 @@ pub struct Difference {
 /// Sites of the residual stream, and others, which are not compared.
 const SITES: &str = "{embeddings,blocks.*.out,pooled}";
 
-/// Compares the models of two questions, whose inputs must be alike, for one target.
+/// Compares the models of two questions, whose inputs must be alike, for one target. Streams of different
+/// widths, as a narrowed model has, are compared by how their positions lie to each other.
 ///
 /// # Errors
 /// When the inputs differ in shape, or an explainer is not defined for a model.
@@ -151,22 +156,57 @@ fn compared(a: &[f64], b: &[f64]) -> OutputDifference {
 }
 
 fn site_difference(site: &str, a: &Tensor, b: &Tensor) -> Result<SiteDifference> {
-    if a.dims() != b.dims() {
+    let ([leading_a @ .., width_a], [leading_b @ .., width_b]) = (a.dims(), b.dims()) else {
+        return Err(Error::invalid(
+            format!("shape at {site}"),
+            format!("{:?} and {:?}", a.dims(), b.dims()),
+            "positions and features",
+        ));
+    };
+    if leading_a != leading_b {
         return Err(Error::invalid(
             format!("shape at {site} of the second model"),
             format!("{:?}", b.dims()),
-            format!("{:?}, as in the first", a.dims()),
+            format!("{:?} but for the width, as in the first", a.dims()),
         ));
     }
-    let (a, b) = (numbers(a)?, numbers(b)?);
-    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
-    let squares: f64 = a.iter().zip(&b).map(|(a, b)| (a - b).powi(2)).sum();
-    let norm = dot(&a, &a).sqrt();
+    let (relative, cosine) = match width_a == width_b {
+        false => (None, None),
+        true => {
+            let (a, b) = (numbers(a)?, numbers(b)?);
+            let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+            let squares: f64 = a.iter().zip(&b).map(|(a, b)| (a - b).powi(2)).sum();
+            let norm = dot(&a, &a).sqrt();
+            let cosine = dot(&a, &b) / (norm * dot(&b, &b).sqrt()).max(f64::MIN_POSITIVE);
+            (
+                Some(squares.sqrt() / norm.max(f64::MIN_POSITIVE)),
+                Some(cosine),
+            )
+        }
+    };
     Ok(SiteDifference {
         site: site.to_owned(),
-        relative: squares.sqrt() / norm.max(f64::MIN_POSITIVE),
-        cosine: dot(&a, &b) / (norm * dot(&b, &b).sqrt()).max(f64::MIN_POSITIVE),
+        relative,
+        cosine,
+        alignment: alignment(a, b)?,
     })
+}
+
+/// Linear CKA of `[.., width]` and `[.., other width]`; nothing where all positions are the same.
+fn alignment(a: &Tensor, b: &Tensor) -> Result<Option<f64>> {
+    let (a, b) = (products(a)?, products(b)?);
+    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    let norms = (dot(&a, &a) * dot(&b, &b)).sqrt();
+    Ok((norms > 0.0).then(|| dot(&a, &b) / norms))
+}
+
+/// `(A − mean)(A − mean)ᵀ` for `A` `[positions, width]`, row by row.
+fn products(x: &Tensor) -> Result<Vec<f64>> {
+    let width = x.dims().last().copied().unwrap_or(1);
+    let rows = engine(engine(x.to_dtype(DType::F64))?.reshape(((), width)))?;
+    let centred = engine(rows.broadcast_sub(&engine(rows.mean_keepdim(0))?))?;
+    let transposed = engine(engine(centred.t())?.contiguous())?;
+    numbers(&engine(centred.matmul(&transposed))?)
 }
 
 /// Both explanations unit by unit, by falling `|change|`. Units without labels are named by
@@ -226,9 +266,9 @@ impl Difference {
                 }
             ));
         }
+        let shown = |score: Option<f64>| score.map_or("–".into(), |score| score.into());
         let moved = |title: &str, what: &str, all: &[Moved]| {
             let mut table = Table::new(title, &[what, "first", "second", "change"]);
-            let shown = |score: Option<f64>| score.map_or("–".into(), |score| score.into());
             for one in all {
                 table.push([
                     one.name.as_str().into(),
@@ -241,11 +281,16 @@ impl Difference {
         };
         let mut sites = Table::new(
             "The residual stream",
-            &["site", "relative difference", "cosine"],
+            &["site", "relative difference", "cosine", "alignment"],
         );
         for site in &self.sites {
             let name = site.site.as_str();
-            sites.push([name.into(), site.relative.into(), site.cosine.into()]);
+            sites.push([
+                name.into(),
+                shown(site.relative),
+                shown(site.cosine),
+                shown(site.alignment),
+            ]);
         }
         Report {
             title: title.to_owned(),
@@ -257,5 +302,42 @@ impl Difference {
             ],
             ..Report::default()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lapidary_kernels::Device;
+
+    fn table(rows: usize, width: usize) -> Tensor {
+        let value = |i: usize| ((i * i * 7 + 3 * i) % 23) as f64 / 11.0 - 1.0;
+        let values: Vec<f64> = (0..rows * width).map(value).collect();
+        Tensor::from_vec(values, (1, rows, width), &Device::Cpu).unwrap()
+    }
+
+    /// A stream that is turned into a wider one, scaled and moved is aligned with itself; another is not.
+    #[test]
+    fn alignment_minds_neither_width_nor_basis() {
+        let a = table(5, 3);
+        // Rows that are orthogonal and of the same length, 3.
+        let turn = [
+            [1.0, 2.0, 2.0, 0.0],
+            [2.0, 1.0, -2.0, 0.0],
+            [2.0, -2.0, 1.0, 0.0],
+        ];
+        let turn = Tensor::new(&turn, &Device::Cpu).unwrap();
+        let turned = a.squeeze(0).unwrap().matmul(&turn).unwrap();
+        let moved = (turned.unsqueeze(0).unwrap() + 0.7).unwrap();
+        let found = site_difference("embeddings", &a, &moved).unwrap();
+        assert_eq!((found.relative, found.cosine), (None, None));
+        assert!((found.alignment.unwrap() - 1.0).abs() < 1e-12, "{found:?}");
+        let other = site_difference("embeddings", &a, &table(5, 4)).unwrap();
+        let other = other.alignment.unwrap();
+        assert!((0.0..0.999).contains(&other), "{other}");
+        // One position lies nowhere to others.
+        let single = site_difference("pooled", &table(1, 3), &table(1, 3)).unwrap();
+        assert_eq!((single.relative, single.alignment), (Some(0.0), None));
+        assert!(site_difference("embeddings", &a, &table(4, 3)).is_err());
     }
 }

@@ -30,6 +30,7 @@ mod gather;
 mod group_means;
 mod hashed_codes;
 mod host;
+mod integers;
 mod inverse;
 mod landmark_attention;
 mod linear;
@@ -87,6 +88,7 @@ pub use fourier::{causal_depthwise_convolution, fft_convolution, inverse_real_ff
 pub use gather::{embedding, gather, scatter_add};
 pub use group_means::{Groups, group_means};
 pub use hashed_codes::{CodeHash, hashed_codes, hashed_features};
+pub use integers::IntegerFunctions;
 pub use inverse::newton_inverse;
 pub use landmark_attention::landmark_attention;
 pub use linear::{linear, linear_activation};

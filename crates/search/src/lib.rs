@@ -12,7 +12,7 @@
 //! - [`Rducb`]: the search, as a stepper whose state is plain data.
 //! - [`Ensemble`]: the random forest in another search, by several acquisitions.
 //! - [`RandomSearch`], [`LearnedTree`], [`GlobalProcess`], [`Rembo`]: what it is compared with.
-//! - [`TestFunction`]: functions with known minima.
+//! - [`TestFunction`]: functions with known minima; [`Lasso`]: the penalties of a regression.
 //! - [`AdditiveProcess::information_gain`], [`AdditiveProcess::expected_errors`]: what a decomposition
 //!   lets observations say, and what it costs where another one is true.
 //!
@@ -41,9 +41,11 @@ mod error;
 mod fit;
 mod forest;
 mod functions;
+mod gaussian;
 mod history;
 mod information;
 mod kernel;
+mod lasso;
 mod messages;
 mod process;
 mod rducb;
@@ -65,6 +67,7 @@ pub use functions::TestFunction;
 pub use history::{History, Scale};
 pub use information::{missed_pairs, random_partition};
 pub use kernel::Hyperparameters;
+pub use lasso::{Lasso, LassoSettings};
 pub use messages::{Costs, Minimum, minimise};
 pub use process::{AdditiveProcess, Marginal};
 pub use rducb::{Rducb, RducbSettings};

@@ -10,7 +10,8 @@
 //!   at once;
 //! * [`relevance`]: the backward pass follows propagation rules instead of the derivative;
 //! * [`meter`]: operations, bytes and live memory are counted;
-//! * [`rounding`]: every result is rounded to a narrower format.
+//! * [`rounding`]: every result is rounded to a narrower format;
+//! * [`integers`]: softmax, GELU and norms are computed by integers.
 //!
 //! A lens is put on at a named *site* of the model by a [`Trace`], which also captures,
 //! replaces and taps sites. There is no other hook mechanism.
@@ -32,6 +33,7 @@
 pub mod contextual;
 mod error;
 mod head_recurrence;
+pub mod integers;
 mod linear;
 pub mod meter;
 mod mixing;

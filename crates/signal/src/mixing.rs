@@ -59,7 +59,9 @@ impl Signal {
                 AttentionRule::Gradient => Ok(self.value.clone()),
             },
             Lens::Streams(_) | Lens::Contextual(_) => Ok(self.value.detach()),
-            Lens::Plain | Lens::Meter(..) | Lens::Rounded(_) => Ok(self.value.clone()),
+            Lens::Plain | Lens::Meter(..) | Lens::Rounded(_) | Lens::Integers(_) => {
+                Ok(self.value.clone())
+            }
         }
     }
 

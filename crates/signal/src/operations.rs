@@ -6,7 +6,7 @@ use crate::error::tensor;
 use crate::meter::{Meter, bytes_of};
 use crate::relevance::AttentionRule;
 use crate::streams::Change;
-use crate::{Error, Lens, Linear, Result, Signal};
+use crate::{Error, Lens, Linear, Result, Signal, integers};
 use lapidary_kernels::{
     Activation, AttentionOptions, DType, RotaryPairs, SoftmaxMask, Tensor, activate, add,
     attention, causal_depthwise_convolution, fft_convolution, layer_norm, linear_scan,
@@ -38,7 +38,11 @@ fn pair<'a>(operation: &'static str, a: &'a Signal, b: &'a Signal) -> Result<Pai
         (Lens::Relevance(_), Lens::Relevance(_) | Lens::Plain) => Pair::Rules(a),
         (Lens::Meter(..), Lens::Meter(..) | Lens::Plain) => Pair::Rules(a),
         (Lens::Rounded(_), Lens::Rounded(_) | Lens::Plain) => Pair::Rules(a),
-        (Lens::Plain, Lens::Relevance(_) | Lens::Meter(..) | Lens::Rounded(_)) => Pair::Rules(b),
+        (Lens::Integers(_), Lens::Integers(_) | Lens::Plain) => Pair::Rules(a),
+        (
+            Lens::Plain,
+            Lens::Relevance(_) | Lens::Meter(..) | Lens::Rounded(_) | Lens::Integers(_),
+        ) => Pair::Rules(b),
         (left, right) => {
             return Err(Error::LensMismatch {
                 operation,
@@ -59,7 +63,8 @@ fn rules_of<'a>(operation: &'static str, signals: &[&'a Signal]) -> Result<Optio
             (_, None) => found = Some(signal),
             (Lens::Relevance(_), Some(Lens::Relevance(_)))
             | (Lens::Meter(..), Some(Lens::Meter(..)))
-            | (Lens::Rounded(_), Some(Lens::Rounded(_))) => {}
+            | (Lens::Rounded(_), Some(Lens::Rounded(_)))
+            | (Lens::Integers(_), Some(Lens::Integers(_))) => {}
             (right, Some(left)) => {
                 return Err(Error::LensMismatch {
                     operation,
@@ -311,6 +316,9 @@ impl Signal {
                     streams,
                 ))
             }
+            Lens::Integers(functions) => {
+                Ok(self.carry(integers::activation(*functions, &self.value, activation)?))
+            }
             _ => {
                 let value = activate(&self.value, activation)?;
                 self.count(1, &[&self.value], &value);
@@ -338,6 +346,9 @@ impl Signal {
                     streams,
                 ))
             }
+            Lens::Integers(functions) => {
+                Ok(self.carry(functions.layer_norm(&self.value, weight, bias, epsilon)?))
+            }
             _ => {
                 let value = layer_norm(&self.value, weight, bias, epsilon)?;
                 self.count(8, &[&self.value], &value);
@@ -359,6 +370,9 @@ impl Signal {
                     rms_norm(&self.value, weight, epsilon)?,
                     streams,
                 ))
+            }
+            Lens::Integers(functions) => {
+                Ok(self.carry(functions.rms_norm(&self.value, weight, epsilon)?))
             }
             _ => {
                 let value = rms_norm(&self.value, weight, epsilon)?;
@@ -392,7 +406,7 @@ impl Signal {
                 let value = rules.attention(&q.value, &k.value, &self.value, options)?;
                 Ok(joined.carry(value))
             }
-            Lens::Rounded(_) => {
+            Lens::Rounded(_) | Lens::Integers(_) => {
                 let q = joined.carry(q.value.clone());
                 let weights = q.attention_weights(k, options)?;
                 joined.computed(self.mix(&weights.value)?.value)
@@ -424,7 +438,10 @@ impl Signal {
         }
         let joined = rules_of("attend_merged", &[self, q, k])?.unwrap_or(self);
         if matches!(self.lens, Lens::Streams(_))
-            || matches!(joined.lens, Lens::Relevance(_) | Lens::Rounded(_))
+            || matches!(
+                joined.lens,
+                Lens::Relevance(_) | Lens::Rounded(_) | Lens::Integers(_)
+            )
         {
             let (q, k) = (q.split_heads(heads)?, k.split_heads(groups)?);
             let mixed = self.split_heads(groups)?.attend(&q, &k, options)?;
@@ -448,6 +465,9 @@ impl Signal {
         Ok(match &joined.lens {
             Lens::Relevance(rules) => joined.carry(rules.attention_weights(q, k, options)?),
             Lens::Rounded(rounding) => Self::from(rounding.attention_weights(q, k, options)?),
+            Lens::Integers(functions) => {
+                Self::from(integers::attention_weights(*functions, q, k, options)?)
+            }
             _ => Self::from(naive::attention_weights(q, k, options)?),
         })
     }
@@ -536,6 +556,7 @@ impl Signal {
         }
         let value = match &self.lens {
             Lens::Relevance(rules) => rules.softmax(&self.value, mask)?,
+            Lens::Integers(functions) => self.integer_softmax(*functions, mask)?,
             _ => softmax(&self.value, mask)?,
         };
         self.count(5, &[&self.value], &value);

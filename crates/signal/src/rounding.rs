@@ -87,24 +87,7 @@ impl Rounding {
             return Ok(naive::attention_weights(q, k, options)?);
         }
         let round = |value: Tensor| self.format.round(&value);
-        let keys = naive::repeat_groups(k, tensor(q.dim(1))?)?;
-        let transposed = tensor(tensor(keys.transpose(2, 3))?.contiguous())?;
-        let products = round(tensor(tensor(q.contiguous())?.matmul(&transposed))?)?;
-        let mut scores = round(tensor(products * options.scale)?)?;
-        if let Some(bias) = &options.bias {
-            scores = round(tensor(scores.broadcast_add(bias))?)?;
-        }
-        let scores = tensor(
-            visible(q, k, options)?.where_cond(
-                &scores,
-                &tensor(Tensor::full(
-                    f64::NEG_INFINITY,
-                    scores.shape(),
-                    scores.device(),
-                ))
-                .and_then(|hidden| tensor(hidden.to_dtype(scores.dtype())))?,
-            ),
-        )?;
+        let scores = scores(q, k, options, round)?;
         match self.softmax {
             SoftmaxPrecision::Narrow => self.narrow_softmax(&scores),
             _ => round(naive::softmax(&scores, &SoftmaxMask::default())?),
@@ -124,6 +107,26 @@ impl Rounding {
         let nothing = tensor(tensor(sum.eq(0.0))?.to_dtype(sum.dtype()))?;
         round(tensor(terms.broadcast_div(&tensor(sum + nothing)?))?)
     }
+}
+
+/// Scores `[batch, heads, query, key]` of queries for keys, `−∞` where they are hidden, each step
+/// through `round`.
+pub(crate) fn scores(
+    q: &Tensor,
+    k: &Tensor,
+    options: &AttentionOptions,
+    round: impl Fn(Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let keys = naive::repeat_groups(k, tensor(q.dim(1))?)?;
+    let transposed = tensor(tensor(keys.transpose(2, 3))?.contiguous())?;
+    let products = round(tensor(tensor(q.contiguous())?.matmul(&transposed))?)?;
+    let mut scores = round(tensor(products * options.scale)?)?;
+    if let Some(bias) = &options.bias {
+        scores = round(tensor(scores.broadcast_add(bias))?)?;
+    }
+    let hidden = Tensor::full(f64::NEG_INFINITY, scores.shape(), scores.device());
+    let hidden = tensor(tensor(hidden)?.to_dtype(scores.dtype()))?;
+    tensor(visible(q, k, options)?.where_cond(&scores, &hidden))
 }
 
 /// 1 where a query may see a key, `[batch, heads, query, key]` in `u8`: where weights would be

@@ -292,6 +292,7 @@ impl Signal {
                 Ok(Self::from(value).into_metered(meter.clone()))
             }
             Lens::Rounded(rounding) => Self::from(value).into_rounded(*rounding),
+            Lens::Integers(functions) => Ok(Self::from(value).into_integers(*functions)),
             Lens::Streams(space) => {
                 let mut parts = Vec::with_capacity(signals.len());
                 for signal in signals {

@@ -9,7 +9,7 @@ use crate::relevance::RelevanceRules;
 use crate::rounding::Rounding;
 use crate::streams::{Partition, StreamRules, StreamSpace, Streams};
 use crate::{Error, Result};
-use lapidary_kernels::{DType, Device, Tensor, Var};
+use lapidary_kernels::{DType, Device, IntegerFunctions, Tensor, Var};
 
 /// A value on its way through a model, with the lens it is looked at through.
 ///
@@ -35,6 +35,8 @@ pub enum Lens {
     Meter(Arc<Meter>, Arc<Live>),
     /// A format that every result is rounded to.
     Rounded(Rounding),
+    /// Softmax, GELU and norms by integers.
+    Integers(IntegerFunctions),
 }
 
 impl Lens {
@@ -47,6 +49,7 @@ impl Lens {
             Self::Relevance(_) => "relevance",
             Self::Meter(..) => "meter",
             Self::Rounded(_) => "rounded",
+            Self::Integers(_) => "integers",
         }
     }
 }
@@ -216,6 +219,7 @@ impl Signal {
             Lens::Meter(meter, _) => Lens::Meter(meter.clone(), meter.hold(&value)),
             Lens::Streams(streams) => Lens::Streams(streams.clone()),
             Lens::Rounded(rounding) => Lens::Rounded(*rounding),
+            Lens::Integers(functions) => Lens::Integers(*functions),
             Lens::Contextual(parts) => Lens::Contextual(parts.clone()),
         };
         Self { value, lens }

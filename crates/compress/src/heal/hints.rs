@@ -6,41 +6,46 @@
 //!
 //! over the student's `n` blocks, real tokens only, with `π(i)` the original's block that block `i` answers
 //! to (hints: Romero et al. 2014, arXiv 1412.6550; hidden states of Transformers: Jiao et al. 2019, arXiv
-//! 1909.10351). Each term is 1 for a stream of zeros, whatever the stream's size.
+//! 1909.10351). Each term is 1 for a stream of zeros, whatever the stream's size. A stream of another width is
+//! mapped to the original's first, by what is trained with it ([`Projections`]).
 
 use std::collections::BTreeMap;
 
-use lapidary_kernels::{DType, Tensor};
+use lapidary_kernels::{AdamW, DType, Tensor};
 use lapidary_model::{Model, Output, Pass};
 use lapidary_signal::Trace;
 
+use super::projections::Projections;
 use crate::calibration::equal;
 use crate::data::{Batch, real_rows};
 use crate::edit::block_of;
 use crate::error::engine;
-use crate::{Error, Result};
+use crate::{CalibrationData, Error, Result};
 
-/// The blocks of a student and the original's that they answer to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Blocks of a student, each with the original's that it answers to.
+pub(super) type Pairs = Vec<(usize, usize)>;
+
+/// What a student learns by hints.
+#[derive(Clone, Debug)]
 pub(super) struct Hints {
-    pairs: Vec<(usize, usize)>,
+    pairs: Pairs,
+    /// Where the streams have different widths.
+    projections: Option<Projections>,
 }
 
 impl Hints {
     /// Where a student has fewer blocks, each answers to the original's with the same parameters, if all
-    /// have one; else the student's blocks are spread evenly over the original's, the last on the last.
+    /// have one; else the student's blocks are spread evenly over the original's, the last on the last. Where
+    /// it has another width, maps are fitted to batches of `batch` examples of `data`.
     ///
     /// # Errors
-    /// When the streams have different widths, or there is no block.
-    pub(super) fn new(student: &Model, teacher: &Model) -> Result<Self> {
-        let [width, wanted] = [student, teacher].map(|model| model.spec().width);
-        if width != wanted {
-            return Err(Error::invalid(
-                "width of the residual stream that learns by hints",
-                width,
-                format!("{wanted}, as the original's"),
-            ));
-        }
+    /// When there is no block, or a model does not read the data.
+    pub(super) fn new(
+        student: &Model,
+        teacher: &Model,
+        data: &CalibrationData,
+        batch: usize,
+    ) -> Result<Self> {
         let [own, whole] = [student, teacher].map(|model| model.spec().expanded_blocks().len());
         if own == 0 || whole == 0 {
             let found = format!("{own} and {whole}");
@@ -59,18 +64,32 @@ impl Hints {
             (0..own).map(even).collect()
         };
         let blocks: Vec<usize> = same.unwrap_or_else(spread);
-        Ok(Self {
-            pairs: blocks.into_iter().enumerate().collect(),
-        })
+        let pairs: Pairs = blocks.into_iter().enumerate().collect();
+        let projections = match student.spec().width == teacher.spec().width {
+            true => None,
+            false => Some(Projections::fitted(&pairs, student, teacher, data, batch)?),
+        };
+        Ok(Self { pairs, projections })
     }
 
-    /// A pass of the student, and what it says after each block.
+    /// What trains the maps between streams of different widths, where there are any.
+    pub(super) fn optimiser(&self, rate: f64) -> Result<Option<AdamW>> {
+        let maps = self.projections.as_ref();
+        maps.map(|maps| maps.optimiser(rate)).transpose()
+    }
+
+    /// A pass of the student, and what it says after each block, in the original's width.
     pub(super) fn student(
         &self,
         model: &Model,
         batch: &Batch<'_>,
     ) -> Result<(Output, Vec<Tensor>)> {
-        seen(model, batch, self.pairs.iter().map(|(own, _)| *own))
+        let (output, streams) = seen(model, batch, self.pairs.iter().map(|(own, _)| *own))?;
+        let streams = match &self.projections {
+            None => streams,
+            Some(maps) => maps.applied(&streams)?,
+        };
+        Ok((output, streams))
     }
 
     /// A pass of the original, and what it says after each block that one answers to.
@@ -102,7 +121,7 @@ pub(super) fn distance(found: &[Tensor], wanted: &[Tensor]) -> Result<Tensor> {
 }
 
 /// `[tokens, width]` after each of the blocks, in their order.
-fn seen(
+pub(super) fn seen(
     model: &Model,
     batch: &Batch<'_>,
     blocks: impl Iterator<Item = usize>,
@@ -184,7 +203,7 @@ fn alike(one: &Model, block: usize, other: &Model, candidate: usize) -> Result<b
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
@@ -192,7 +211,7 @@ mod tests {
     use lapidary_kernels::Device;
     use lapidary_model::ModelSpec;
 
-    fn model(blocks: usize, width: usize, seed: u64) -> Model {
+    pub(in crate::heal) fn model(blocks: usize, width: usize, seed: u64) -> Model {
         let spec: ModelSpec = toml::from_str(&format!(
             "width = {width}
             head = {{ kind = 'language-model' }}
@@ -211,7 +230,8 @@ mod tests {
         let mut edit = Edit::of(&whole);
         edit.remove_blocks(&BTreeSet::from([1, 2])).unwrap();
         let cut = edit.finish().unwrap();
-        let pairs = |student: &Model| Hints::new(student, &whole).unwrap().pairs;
+        let data = CalibrationData::windows([vec![1, 2, 3, 4], vec![5, 3, 1, 0]]).unwrap();
+        let pairs = |student: &Model| Hints::new(student, &whole, &data, 2).unwrap().pairs;
         assert_eq!(pairs(&cut), [(0, 0), (1, 3), (2, 4)]);
         // Others are spread evenly.
         assert_eq!(pairs(&model(2, 8, 2)), [(0, 2), (1, 4)]);
@@ -219,6 +239,10 @@ mod tests {
             pairs(&model(5, 8, 2)),
             [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]
         );
-        assert!(Hints::new(&model(5, 16, 1), &whole).is_err());
+        let maps = |student: &Model| {
+            let hints = Hints::new(student, &whole, &data, 2).unwrap();
+            hints.projections.is_some()
+        };
+        assert!(maps(&model(5, 16, 1)) && !maps(&model(2, 8, 2)));
     }
 }

@@ -1,6 +1,6 @@
 //! What a model learns while it heals.
 
-use lapidary_kernels::{D, SoftmaxMask, Tensor, log_softmax};
+use lapidary_kernels::{AdamW, D, SoftmaxMask, Tensor, log_softmax};
 use lapidary_model::{Model, Output};
 
 use super::hints::{self, Hints};
@@ -39,7 +39,10 @@ impl<'a> Lesson<'a> {
         }
         let hints = match (settings.hints > 0.0, data.teacher) {
             (false, _) => None,
-            (true, Some(teacher)) => Some((settings.hints, Hints::new(model, teacher)?)),
+            (true, Some(teacher)) => {
+                let hints = Hints::new(model, teacher, data.training, settings.batch)?;
+                Some((settings.hints, hints))
+            }
             (true, None) => {
                 return Err(Error::invalid(
                     "the original, whose residual stream is to be learned",
@@ -63,6 +66,14 @@ impl<'a> Lesson<'a> {
             temperature: settings.temperature,
             hints,
         })
+    }
+
+    /// What trains that part of the lesson which is not the model's own, where there is any.
+    pub(super) fn optimiser(&self, rate: f64) -> Result<Option<AdamW>> {
+        match &self.hints {
+            Some((_, hints)) => hints.optimiser(rate),
+            None => Ok(None),
+        }
     }
 
     /// The mean loss of a batch's examples.

@@ -15,6 +15,7 @@
 
 mod hints;
 mod lesson;
+mod projections;
 mod regrowth;
 mod rounded;
 mod rounds;
@@ -55,7 +56,8 @@ pub struct HealSettings {
     /// `T`: the temperature of both predictions.
     pub temperature: f64,
     /// `β`: the weight of the mean relative squared error of the residual stream after each block, beside
-    /// the rest of the loss; the original's streams are not run for 0.
+    /// the rest of the loss; the original's streams are not run for 0. A stream of another width is compared
+    /// through maps that are trained with the model and are no part of it afterwards.
     #[serde(default)]
     pub hints: f64,
     /// What the model is to be rounded to after: passes see its weights so, and what comes out are the
@@ -206,9 +208,8 @@ pub struct HealReport {
 /// ```
 ///
 /// # Errors
-/// When the data does not fit the model, a model without a task has no teacher, hints are asked for and
-/// the teacher's stream has another width, the loss or its gradient is not finite, or the model is
-/// neither in floating point nor on the CPU.
+/// When the data does not fit the model, a model without a task has no teacher, the loss or its gradient is
+/// not finite, or the model is neither in floating point nor on the CPU.
 pub fn heal(
     model: &Model,
     data: &HealData<'_>,
@@ -244,6 +245,7 @@ pub fn heal(
             ..UpdateOptions::default()
         },
     )?;
+    let mut beside = lesson.optimiser(settings.rate)?;
     let masks = match settings.keep_zeros {
         true => zeros(model)?,
         false => Masks::default(),
@@ -291,7 +293,11 @@ pub fn heal(
         if let Some(masks) = regrowth.turn(step, &student, &gradients, updates.masks())? {
             updates.set_masks(masks)?;
         }
-        updates.step(&mut gradients, schedule.rate(step - 1), 1.0)?;
+        let rate = schedule.rate(step - 1);
+        updates.step(&mut gradients, rate, 1.0)?;
+        if let Some(beside) = &mut beside {
+            beside.step(&gradients, rate, 1.0)?;
+        }
         training.push((step, loss));
         progress(step, loss);
         if step.is_multiple_of(every) || step == settings.steps {

@@ -75,7 +75,7 @@ pub(crate) fn removable(model: &Model, method: &str) -> Result<()> {
                 block.wiring.name(),
                 format!(
                     "pre-norm or parallel for {method}: only there a block is an addition to the \
-                     residual stream"
+                     residual stream; macro-influence and linearise take others"
                 ),
             ));
         }

@@ -32,7 +32,7 @@ fn requirements(model: &Model, _: &Settings) -> Result<Requirements> {
         return Err(Error::invalid(
             "the model",
             "one without feed-forward parts",
-            "one with them for channel-magnitude; the factorisations take others",
+            "one with them for channel-magnitude; svd and the other factorisations take these",
         ));
     }
     Ok(Requirements::default())

@@ -1,7 +1,7 @@
 //! Rounded activations, and weights that stay numbers where these are outliers, through whole models.
 #![allow(clippy::panic, clippy::result_large_err, clippy::unwrap_used)]
 
-use crate::common::{GATED, altered, close, model, scores, values, windows};
+use crate::common::{DECODER, GATED, altered, close, model, scores, values, windows};
 use lapidary_compress::quality::{
     Window, agreement, agreement_rounded, perplexity, perplexity_rounded,
 };
@@ -10,7 +10,7 @@ use lapidary_compress::{
     Compressed, Content, Method, QuantiseSettings, RoundedActivations, Selection, Settings, Size,
     Task, export_dense, output_errors,
 };
-use lapidary_kernels::{DType, Tensor};
+use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Model, OpenOptions, Package};
 
 const QUERY: &str = "blocks.0.attention.query";
@@ -44,7 +44,11 @@ fn settings(outliers: f64, range: Option<ActivationRange>, bits: u32) -> Setting
             outliers,
             ..QuantiseSettings::default()
         },
-        activations: ActivationSettings { range, bits },
+        activations: ActivationSettings {
+            range,
+            bits,
+            ..ActivationSettings::default()
+        },
         ..Settings::default()
     }
 }
@@ -163,6 +167,33 @@ fn fewer_bits_of_activations_say_less_of_the_same() {
         );
         assert!(fine < 1e-4, "{range}: {fine}");
     }
+}
+
+/// With integers of 16 bits what is left is what parabolas cost in the place of an exponential and an error
+/// function, and roots of integers; with coarser ones more.
+#[test]
+fn functions_of_integers_are_near_those_of_numbers() {
+    let spec = toml::from_str(DECODER).unwrap();
+    let model = Model::initialised(spec, 5, DType::F64, &Device::Cpu).unwrap();
+    let divergence = |functions: bool, bits: u32| {
+        let mut told = Settings {
+            selection: Selection::default(),
+            ..settings(0.0, Some(ActivationRange::PerToken), bits)
+        };
+        told.activations.functions = functions;
+        let by = simulated(&model, &told);
+        assert_eq!(by.has_integer_functions(), functions);
+        agreement_rounded(&model, &model, &data(), 4, &by)
+            .unwrap()
+            .divergence
+    };
+    let [numbers, integers, coarse] =
+        [(false, 16), (true, 16), (true, 4)].map(|(functions, bits)| divergence(functions, bits));
+    assert!(
+        numbers < integers && integers < coarse,
+        "{numbers} {integers} {coarse}"
+    );
+    assert!(integers < 0.01, "{integers}");
 }
 
 #[test]

@@ -115,7 +115,7 @@ fn it_is_cut_heals_is_rounded_and_loads_again() {
     let told = Settings {
         activations: ActivationSettings {
             range: Some(ActivationRange::PerTensor),
-            bits: 8,
+            ..ActivationSettings::default()
         },
         ..Settings::default()
     };
@@ -125,6 +125,12 @@ fn it_is_cut_heals_is_rounded_and_loads_again() {
     let by = RoundedActivations::new(&rounded, &told, Some(&calibration)).unwrap();
     let near = agreement_rounded(&rounded, &rounded, &data, 8, &by.unwrap()).unwrap();
     assert!(near.divergence > 0.0 && near.divergence < 0.1, "{near:?}");
+    // With the functions between in integers too, it says something else again.
+    let mut told = told;
+    told.activations.functions = true;
+    let by = RoundedActivations::new(&rounded, &told, Some(&calibration)).unwrap();
+    let integers = agreement_rounded(&rounded, &rounded, &data, 8, &by.unwrap()).unwrap();
+    assert!(integers.divergence.is_finite() && integers.divergence != near.divergence);
 
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("out");

@@ -199,10 +199,36 @@ fn a_model_does_not_differ_from_itself() {
     let found = compared(&model, &model);
     assert_eq!(found.explained.0, found.explained.1);
     assert!(found.output.unwrap().divergence.abs() < 1e-12);
-    assert!(found.sites.iter().all(|site| site.relative == 0.0));
+    assert!(found.sites.iter().all(|site| site.relative == Some(0.0)));
     let names: Vec<_> = found.sites.iter().map(|site| site.site.as_str()).collect();
     assert_eq!(names, ["embeddings", "blocks.0.out", "blocks.1.out"]);
     assert!(found.components.iter().all(|moved| moved.change() == 0.0));
+}
+
+/// A stream of another width has no numbers to subtract: what is compared is how positions lie to each
+/// other, and what parts and tokens contribute.
+#[test]
+fn models_of_different_widths_are_compared() {
+    let before = model(DECODER, 13);
+    let after = model(&DECODER.replace("width = 16", "width = 8"), 13);
+    let found = compared(&before, &after);
+    assert_eq!(found.sites.len(), 3);
+    for site in &found.sites {
+        assert_eq!((site.relative, site.cosine), (None, None), "{}", site.site);
+        let alignment = site.alignment.unwrap();
+        assert!((0.0..1.0).contains(&alignment), "{} {alignment}", site.site);
+    }
+    assert!(
+        found
+            .components
+            .iter()
+            .all(|moved| moved.before.is_some() && moved.after.is_some())
+    );
+    let tables = found.report("two widths").tables;
+    assert_eq!(tables[2].columns.len(), 4);
+    let same = compared(&before, &before);
+    let alignments = same.sites.iter().filter_map(|site| site.alignment);
+    assert!(alignments.fold(0.0f64, |most, a| most.max((a - 1.0).abs())) < 1e-12);
 }
 
 /// With its last feed-forward part's output doubled, a model moves in that part's contribution
@@ -223,7 +249,8 @@ fn a_changed_part_is_found() {
     assert_eq!(changed, 2);
     let after = Model::new(before.spec().clone(), &mut parameters).unwrap();
     let found = compared(&before, &after);
-    let relative: Vec<f64> = found.sites.iter().map(|site| site.relative).collect();
+    let relative = found.sites.iter().filter_map(|site| site.relative);
+    let relative: Vec<f64> = relative.collect();
     assert_eq!(&relative[..2], [0.0, 0.0]);
     assert!(relative[2] > 0.01);
     // What each model's parts contribute still sums to what it says.

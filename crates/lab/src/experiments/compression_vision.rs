@@ -23,6 +23,8 @@ pub(super) struct Seen {
     rounded: f64,
     /// Of images, those that the last stage with activations of 8 bits names as without.
     same: f64,
+    /// The same with softmax, GELU and norms by integers.
+    integers: f64,
 }
 
 /// How the classifier is trained, images to calibrate and heal on, to test on, and steps of healing.
@@ -95,7 +97,8 @@ pub(super) fn run(scale: Scale, seed: u64) -> Result<Seen> {
         cut: right(cut)?,
         healed: right(&healed)?,
         rounded: right(rounded)?,
-        same: same(rounded, &data, &held_out)?,
+        same: same(rounded, &data, &held_out, false)?,
+        integers: same(rounded, &data, &held_out, true)?,
     })
 }
 
@@ -113,12 +116,19 @@ pub(super) fn example(scene: &Scene) -> Result<Example> {
     })
 }
 
-/// How often a model with activations of 8 bits, one step for each site, says what it says without.
-fn same(model: &Model, data: &CalibrationData, held_out: &CalibrationData) -> Result<f64> {
+/// How often a model with activations of 8 bits, one step for each site, says what it says without; with
+/// `functions`, softmax, GELU and norms are computed by integers too.
+fn same(
+    model: &Model,
+    data: &CalibrationData,
+    held_out: &CalibrationData,
+    functions: bool,
+) -> Result<f64> {
     let settings = Settings {
         activations: ActivationSettings {
             range: Some(ActivationRange::PerTensor),
             bits: 8,
+            functions,
         },
         ..Settings::default()
     };
@@ -141,12 +151,14 @@ pub(super) fn claim(scale: Scale, runs: &[&Seen]) -> Claim {
         "the same families for vision",
         format!(
             "right on held-out images {:.1} % whole, {:.1} % cut, {:.1} % after distillation, {:.1} % in 4 bits; with \
-             activations of 8 bits {:.1} % of the answers are the same",
+             activations of 8 bits {:.1} % of the answers are the same, and {:.1} % with softmax, GELU and norms by \
+             integers as well",
             100.0 * whole,
             100.0 * share(|seen| seen.cut),
             100.0 * share(|seen| seen.healed),
             100.0 * rounded,
             100.0 * share(|seen| seen.same),
+            100.0 * share(|seen| seen.integers),
         ),
         super::after_learning(scale, whole >= 0.8, whole - rounded <= 0.05),
     )

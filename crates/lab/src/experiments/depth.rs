@@ -2,15 +2,14 @@
 //! and to measure on, and what is left of the model.
 
 use super::decoder::{self, Recipe};
+use super::texts::Sides;
 use crate::{Result, Scale};
-use lapidary_compress::quality::{Window, agreement, perplexity, sliding_windows};
+use lapidary_compress::quality::{Window, agreement, perplexity};
 use lapidary_compress::{
     Budget, Calibration, CalibrationData, CalibrationOptions, Compressed, Method, Plan, Settings,
     Task,
 };
 use lapidary_model::Model;
-use lapidary_train::data::LanguageTask;
-use lapidary_train::language::Split;
 
 /// Sequences of a forward pass.
 pub const BATCH: usize = 16;
@@ -63,10 +62,15 @@ impl Size {
         }
     }
 
-    /// In words.
+    /// In words, on the generated language.
     pub fn describe(self) -> String {
+        self.describe_on("the generated language")
+    }
+
+    /// In words, on some text.
+    pub fn describe_on(self, text: &str) -> String {
         format!(
-            "decoder of {} blocks, width {}, on the generated language, {} steps of {} windows of \
+            "decoder of {} blocks, width {}, on {text}, {} steps of {} windows of \
              {}; {} windows to calibrate on, {} held out to measure on",
             self.blocks,
             self.width,
@@ -89,6 +93,8 @@ pub struct Subject {
     pub tests: Vec<Window>,
     /// The same as data.
     pub held_out: CalibrationData,
+    /// Where both are from.
+    pub text: Sides,
     seed: u64,
 }
 
@@ -101,12 +107,18 @@ impl Subject {
 
     /// A model of the language with text for it.
     pub fn of(model: Model, size: Size, seed: u64) -> Result<Self> {
-        let tests = tests(size.tests, seed)?;
+        Self::reading(model, Sides::language(seed)?, size, seed)
+    }
+
+    /// A model of some text.
+    pub fn reading(model: Model, text: Sides, size: Size, seed: u64) -> Result<Self> {
+        let tests = text.tests(size.tests)?;
         Ok(Self {
             model,
-            data: windows(size.calibration, seed)?,
+            data: CalibrationData::windows(text.training.fixed_windows(size.calibration)?)?,
             held_out: CalibrationData::windows(tests.iter().map(|test| test.tokens.clone()))?,
             tests,
+            text,
             seed,
         })
     }
@@ -184,34 +196,9 @@ impl Subject {
             peak: 1e-3,
             ..Recipe::default()
         };
-        let corpus = decoder::corpus(Split::Training, self.seed)?;
-        let task = Box::new(LanguageTask::new(corpus));
+        let task = self.text.training.task();
         decoder::train_further(model, recipe, task, steps, self.seed + 1)
     }
-}
-
-/// Windows of the training side.
-pub fn windows(count: u64, seed: u64) -> Result<CalibrationData> {
-    let corpus = decoder::corpus(Split::Training, seed)?;
-    let windows = (0..count).map(|index| Ok(corpus.window(index, decoder::LENGTH)?));
-    Ok(CalibrationData::windows(
-        windows.collect::<Result<Vec<_>>>()?,
-    )?)
-}
-
-/// Windows of the side held out.
-fn tests(count: u64, seed: u64) -> Result<Vec<Window>> {
-    let corpus = decoder::corpus(Split::HeldOut, seed)?;
-    let mut tests = Vec::new();
-    for index in 0..count {
-        let tokens = corpus.window(index, decoder::LENGTH)?;
-        tests.extend(sliding_windows(
-            &tokens,
-            decoder::LENGTH,
-            decoder::LENGTH - 1,
-        )?);
-    }
-    Ok(tests)
 }
 
 /// Seeded choices of `count` of `candidates`.

@@ -7,8 +7,8 @@
 
 mod addition;
 
-use super::bigram::{TextTask, bytes_split};
 use super::decoder::{self, Positions};
+use super::texts::{Sides, Text};
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Setting, Verdict};
 use lapidary_explain::analyses::geometry::{
@@ -19,7 +19,7 @@ use lapidary_explain::analyses::power_law::PowerLaw;
 use lapidary_kernels::{DType, Device};
 use lapidary_model::Model;
 use lapidary_train::Generator;
-use lapidary_train::data::{BYTE_VOCABULARY, Batch, LanguageTask, Task};
+use lapidary_train::data::{Batch, Task};
 use lapidary_train::generator;
 use lapidary_train::language::{Corpus, Kind, Language, Mixture, Split};
 
@@ -62,55 +62,6 @@ impl Size {
                 contexts: 2000,
             },
         }
-    }
-}
-
-/// What is read.
-#[derive(Clone)]
-enum Text {
-    Bytes(Vec<u32>),
-    Language(Box<Corpus>),
-}
-
-impl Text {
-    /// A training and a held-out side, and what they are.
-    fn sides(setting: &Setting) -> Result<(Self, Self, String)> {
-        let file = setting
-            .data
-            .as_ref()
-            .map(|directory| directory.join("tiny_shakespeare.txt"));
-        if let Some(file) = file.filter(|file| file.is_file()) {
-            let (training, held_out) = bytes_split(&file)?;
-            let what = format!("the bytes of {}", file.display());
-            return Ok((Self::Bytes(training), Self::Bytes(held_out), what));
-        }
-        let side = |split| -> Result<Self> {
-            Ok(Self::Language(Box::new(decoder::corpus(
-                split,
-                setting.seed,
-            )?)))
-        };
-        let what = "the generated language".to_owned();
-        Ok((side(Split::Training)?, side(Split::HeldOut)?, what))
-    }
-
-    fn vocabulary(&self) -> usize {
-        match self {
-            Self::Bytes(_) => BYTE_VOCABULARY as usize,
-            Self::Language(corpus) => corpus.language().vocabulary().size(),
-        }
-    }
-
-    fn task(&self) -> Box<dyn Task> {
-        match self {
-            Self::Bytes(tokens) => Box::new(TextTask::new(tokens.clone(), self.vocabulary())),
-            Self::Language(corpus) => Box::new(LanguageTask::new(corpus.as_ref().clone())),
-        }
-    }
-
-    fn windows(&self, count: usize, generator: &mut Generator) -> Result<Vec<Vec<u32>>> {
-        let batch = self.task().batch(generator, count, WINDOW)?;
-        Ok(batch.inputs.chunks(WINDOW).map(<[u32]>::to_vec).collect())
     }
 }
 
@@ -170,7 +121,11 @@ impl Subject {
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
-    let (training, held_out, what) = Text::sides(setting)?;
+    let Sides {
+        training,
+        held_out,
+        what,
+    } = Sides::of(setting)?;
     let vocabulary = training.vocabulary();
     let learned = || Positions::Learned.spec(vocabulary, size.width, size.blocks);
     let mut generator = generator(setting.seed ^ 0x6e0);

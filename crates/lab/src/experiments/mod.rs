@@ -58,6 +58,7 @@ pub mod soft;
 pub mod sparse_transformer;
 pub mod squashing;
 pub mod talking_heads;
+mod texts;
 pub mod topics;
 pub mod tree_fields;
 pub mod vcc;

@@ -6,6 +6,7 @@ mod automatic;
 mod clip;
 mod compress;
 mod explain;
+mod families;
 mod hub;
 mod inspect;
 mod refusals;

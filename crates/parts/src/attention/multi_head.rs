@@ -465,7 +465,9 @@ impl MultiHeadAttention {
         };
         let v = match (&self.value, source.lens()) {
             (Some(value), _) => source.linear_values(value)?,
-            (None, Lens::Plain | Lens::Meter(..) | Lens::Rounded(_)) => q.clone(),
+            (None, Lens::Plain | Lens::Meter(..) | Lens::Rounded(_) | Lens::Integers(_)) => {
+                q.clone()
+            }
             // Values are followed where queries are frozen.
             (None, _) => source.linear_values(&self.query)?,
         };

@@ -1,9 +1,10 @@
 //! A search in few random directions (REMBO: Wang, Hutter, Zoghi, Matheson, de Freitas 2016, arXiv
 //! 1301.1942).
 
-use rand::{RngExt, SeedableRng};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use crate::gaussian::normal;
 use crate::{Domain, Error, GlobalProcess, GlobalSettings, History, Optimiser, Point, Result};
 
 /// Places in each direction.
@@ -55,12 +56,6 @@ impl Rembo {
         })
         .collect()
     }
-}
-
-/// A standard normal number (Box & Muller).
-fn normal(generator: &mut ChaCha8Rng) -> f64 {
-    let radius = (-2.0 * (1.0 - generator.random::<f64>()).ln()).sqrt();
-    radius * (std::f64::consts::TAU * generator.random::<f64>()).cos()
 }
 
 impl Optimiser for Rembo {

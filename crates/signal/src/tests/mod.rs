@@ -2,6 +2,7 @@
 
 mod contextual;
 mod explicit;
+mod integers;
 mod meter;
 mod mixing;
 mod relevance;

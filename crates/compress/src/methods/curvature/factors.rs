@@ -69,7 +69,7 @@ pub(super) fn layers(model: &Model, blocks: &[usize]) -> Result<Vec<String>> {
                 return Err(Error::invalid(
                     format!("the feed-forward part of block {index}"),
                     other.as_ref().map_or("absent", FeedforwardSpec::kind),
-                    "dense or gated for curvature",
+                    "dense or gated for K-FAC; whitened and second-order take others",
                 ));
             }
         };
@@ -287,7 +287,8 @@ pub(super) fn check_head(model: &Model) -> Result<()> {
         HeadSpec::Pooled { .. } | HeadSpec::None | HeadSpec::Pixels => Err(Error::invalid(
             "head of the model",
             "one without scores",
-            "a language model's or a classifier's for curvature",
+            "a language model's or a classifier's for K-FAC; whitened and second-order \
+             take others",
         )),
     }
 }

@@ -216,7 +216,7 @@ fn chosen(model: &Model, selection: &Selection) -> Result<(Vec<crate::Layer>, Ve
         true => Err(Error::invalid(
             "chosen layers in feed-forward parts",
             0,
-            "at least one for curvature",
+            "at least one for K-FAC; whitened and second-order take others",
         )),
     }
 }

@@ -55,7 +55,7 @@ pub(crate) const REPLACE_ME: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Depth,
     observes: true,
-    requirements,
+    requirements: |model, settings| requirements(REPLACE_ME.name, model, settings),
     plan: |task, budget| plan(REPLACE_ME.name, task, budget),
     apply: |task, plan| least_squares(task, plan),
 };
@@ -68,7 +68,7 @@ pub(crate) const REPLACE_ME_COSINE: Method = Method {
     schedule: Schedule::LayerByLayer,
     effect: Effect::Depth,
     observes: true,
-    requirements,
+    requirements: |model, settings| requirements(REPLACE_ME_COSINE.name, model, settings),
     plan: |task, budget| plan(REPLACE_ME_COSINE.name, task, budget),
     apply: |task, plan| by_angle(task, plan),
 };
@@ -118,9 +118,9 @@ impl ReplaceMe {
     }
 }
 
-fn requirements(model: &Model, settings: &Settings) -> Result<Requirements> {
+fn requirements(name: &str, model: &Model, settings: &Settings) -> Result<Requirements> {
     settings.replace_me.check()?;
-    removable(model, REPLACE_ME.name)?;
+    removable(model, name)?;
     Ok(Requirements::default())
 }
 

@@ -32,6 +32,7 @@ use crate::methods::attention_cosine::removed_of;
 use crate::methods::block_influence::removable;
 use crate::methods::channels::{feedforward, planned_features};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
+use crate::quality::predicts;
 use crate::report::{Compressed, ModuleReport};
 use crate::{Error, Requirements, Result};
 
@@ -114,7 +115,17 @@ fn requirements(
             format!("pieces that {name} can leave out"),
             0,
             "at least 1: mamba-shedder-scan takes models with selective recurrences, \
-             mamba-shedder-width feed-forward parts with hidden features, and mamba-shedder all",
+             mamba-shedder-width feed-forward parts with hidden features, and mamba-shedder all; \
+             block-influence leaves out whole blocks",
+        ));
+    }
+    if !predicts(model) {
+        return Err(Error::invalid(
+            "the model",
+            "not a causal language model",
+            format!(
+                "one for {name}, which goes by perplexity; block-influence leaves out blocks of others"
+            ),
         ));
     }
     Ok(Requirements::default())

@@ -184,7 +184,8 @@ impl Refusal<'_> {
             return Err(self.error(
                 "the norm of the embeddings",
                 "given",
-                "absent: what it scales by feature cannot be given another basis,",
+                "absent: what it scales by feature cannot be given another basis (whitened or \
+                 fwsvd do not mind),",
             ));
         }
         match input {

@@ -1,12 +1,12 @@
 //! Training with the term that keeps the stream from turning.
 
+use super::BLOCKS;
 use crate::experiments::decoder::{self, Recipe};
 use crate::experiments::depth::{BATCH, Size, Subject};
+use crate::experiments::texts::Sides;
 use crate::experiments::{after_training, mean};
 use crate::{Claim, Result, Scale, Setting};
 use lapidary_explain::analyses::linearity::linearity;
-use lapidary_train::data::LanguageTask;
-use lapidary_train::language::Split;
 use lapidary_train::{AlignmentKind, AlignmentSpec};
 
 /// Terms and their weights, none first.
@@ -35,13 +35,13 @@ pub(super) struct Aligned {
 }
 
 /// Smaller decoders, since each weight and seed is trained from the start.
-pub(super) fn run(setting: &Setting) -> Result<Vec<Aligned>> {
+pub(super) fn run(setting: &Setting, text: &Sides) -> Result<Vec<Aligned>> {
     let mut size = Size::of(setting.scale);
     let seeds = match setting.scale {
         Scale::Smoke => 1,
         Scale::Small | Scale::Full => SEEDS,
     };
-    size.blocks /= 2;
+    size.blocks = size.blocks.min(BLOCKS) / 2;
     size.width = (size.width / 2).max(16);
     size.steps = size.steps * 2 / 3;
     let mut found = Vec::new();
@@ -54,27 +54,21 @@ pub(super) fn run(setting: &Setting) -> Result<Vec<Aligned>> {
                     name(kind)
                 )
             });
-            let corpus = decoder::corpus(Split::Training, seed)?;
-            let windows = (0..size.calibration)
-                .map(|index| Ok(corpus.window(index, decoder::LENGTH)?))
-                .collect::<Result<Vec<_>>>()?;
-            let spec = decoder::spec(
-                corpus.language().vocabulary().size(),
-                size.width,
-                size.blocks,
-            );
+            let text = text.for_seed(seed)?;
+            let windows = text.training.fixed_windows(size.calibration)?;
+            let spec = decoder::spec(text.training.vocabulary(), size.width, size.blocks);
             let recipe = Recipe {
                 alignment: Some(AlignmentSpec { kind, weight }),
                 ..Recipe::default()
             };
-            let task = Box::new(LanguageTask::new(corpus));
+            let task = text.training.task();
             let model = decoder::train_by(recipe, spec, task, size.steps, seed)?;
             scores.push(mean(
                 linearity(&model, &windows, BATCH)?
                     .iter()
                     .map(|f| f.held_out),
             ));
-            let subject = Subject::of(model, size, seed)?;
+            let subject = Subject::reading(model, text, size, seed)?;
             losses.push(subject.loss(&subject.model)?);
         }
         found.push(Aligned {

@@ -3,16 +3,18 @@
 use std::collections::BTreeSet;
 
 use crate::experiments::decoder::{self, Recipe};
-use crate::experiments::depth::{BATCH, Size};
+use crate::experiments::depth::{BATCH, Size, Subject};
+use crate::experiments::texts::{Sides, Text};
 use crate::experiments::{after_training, mean};
 use crate::{Claim, Plot, Result, Scale, Series};
 use lapidary_explain::analyses::linearity::linearity;
 use lapidary_model::Model;
-use lapidary_train::data::LanguageTask;
 use lapidary_train::language::{Corpus, Language, Mixture, Split};
 
 /// Parts of a training behind which the score is measured, beside its end.
 const PARTS: [f64; 6] = [0.02, 0.05, 0.1, 0.2, 0.4, 0.7];
+/// Bytes of facts that a model of bytes is trained further on.
+const SPELLED: usize = 1 << 17;
 
 /// Mean scores over blocks, held out, behind a step.
 #[derive(Clone, Copy, Debug)]
@@ -52,14 +54,13 @@ fn marks(steps: u64) -> BTreeSet<u64> {
 
 /// The decoder of a size, trained, and its scores on the way.
 pub(super) fn pretrained(
+    text: &Sides,
     size: Size,
     seed: u64,
     windows: &[Vec<u32>],
 ) -> Result<(Model, Vec<Point>)> {
-    let corpus = decoder::corpus(Split::Training, seed)?;
-    let vocabulary = corpus.language().vocabulary().size();
-    let spec = decoder::spec(vocabulary, size.width, size.blocks);
-    let task = Box::new(LanguageTask::new(corpus));
+    let spec = decoder::spec(text.training.vocabulary(), size.width, size.blocks);
+    let task = text.training.task();
     let (marks, mut points) = (marks(size.steps), Vec::new());
     let watch = |step: &lapidary_train::Step, model: &Model| {
         if marks.contains(&step.step) {
@@ -73,9 +74,9 @@ pub(super) fn pretrained(
 }
 
 /// The scores, on the text of before, while the model learns the facts of another language, which stands
-/// for the fine-tuning to a task.
+/// for the fine-tuning to a task. A model of bytes reads them letter by letter.
 pub(super) fn tuned(
-    model: &Model,
+    subject: &Subject,
     size: Size,
     seed: u64,
     windows: &[Vec<u32>],
@@ -90,6 +91,11 @@ pub(super) fn tuned(
     };
     let other = seed.wrapping_add(1);
     let corpus = Corpus::new(Language::new(other), Split::Training, facts, other)?;
+    let text = match &subject.text.training {
+        Text::Language(_) => Text::Language(Box::new(corpus)),
+        Text::Bytes(_) => Text::Bytes(spelled(&corpus)),
+    };
+    let model = &subject.model;
     let recipe = Recipe {
         peak: 1e-3,
         ..Recipe::default()
@@ -103,10 +109,23 @@ pub(super) fn tuned(
         Ok(())
     };
     let mut source = model.parameters().clone();
-    let (spec, task) = (model.spec().clone(), Box::new(LanguageTask::new(corpus)));
+    let (spec, task) = (model.spec().clone(), text.task());
     let tuned = decoder::train_from(&mut source, recipe, spec, task, steps, other, watch)?;
     points.push(Point::of(steps, &tuned, windows)?);
     Ok(points)
+}
+
+/// The bytes of sentences, each on a line.
+fn spelled(corpus: &Corpus) -> Vec<u32> {
+    let mut bytes = Vec::with_capacity(SPELLED);
+    for sentence in corpus.sentences(0) {
+        bytes.extend(sentence.text().bytes().map(u32::from));
+        bytes.push(u32::from(b'\n'));
+        if bytes.len() >= SPELLED {
+            break;
+        }
+    }
+    bytes
 }
 
 fn ends(points: &[Point]) -> [f64; 2] {

@@ -1,7 +1,7 @@
 //! How linear the blocks of a small decoder are, and what replacing them by maps costs.
 //!
 //! The paper measures published decoders and finds scores near 1. Here the decoder is small and
-//! learned the generated language; its most and least linear blocks become linear maps, or go. The score is
+//! learned Tiny Shakespeare, or without it the generated language; its most and least linear blocks become linear maps, or go. The score is
 //! followed through its training and through a further one on other facts.
 
 mod aligned;
@@ -9,28 +9,33 @@ mod course;
 mod replaced;
 
 use super::depth::{BATCH, Size, Subject};
-use super::{after_training, decoder, mean};
+use super::texts::Sides;
+use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use aligned::Aligned;
 use course::Course;
 use lapidary_explain::analyses::linearity::{Linearity, linearity};
-use lapidary_train::language::Split;
 use replaced::{Cost, Cut};
+
+/// Most blocks of the decoder.
+const BLOCKS: usize = 8;
 
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let mut size = Size::of(setting.scale);
+    size.blocks = size.blocks.min(BLOCKS);
     // A score needs many times as many tokens as features.
     size.calibration *= 2;
     setting.tell(|| "a decoder to be cut".to_owned());
-    let windows = windows(size, setting.seed)?;
-    let (model, pretraining) = course::pretrained(size, setting.seed, &windows)?;
-    let subject = Subject::of(model, size, setting.seed)?;
+    let text = Sides::of(setting)?;
+    let windows = text.training.fixed_windows(size.calibration)?;
+    let (model, pretraining) = course::pretrained(&text, size, setting.seed, &windows)?;
+    let subject = Subject::reading(model, text, size, setting.seed)?;
     let whole = subject.loss(&subject.model)?;
     setting.tell(|| "trained further on other facts".to_owned());
     let course = Course {
         pretraining,
-        tuning: course::tuned(&subject.model, size, setting.seed, &windows)?,
+        tuning: course::tuned(&subject, size, setting.seed, &windows)?,
     };
     let profile = linearity(&subject.model, &windows, BATCH)?;
     let mut order: Vec<usize> = (0..profile.len()).collect();
@@ -60,9 +65,9 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         costs.push(replaced::cost(&subject, what, blocks, steps, setting.seed)?);
     }
     let cuts = replaced::cuts(&subject, size, steps)?;
-    let aligned = aligned::run(setting)?;
+    let aligned = aligned::run(setting, &subject.text)?;
     let baseline = subject.loss(&subject.tuned(&subject.model, steps)?)?;
-    let lesson = replaced::Lesson::new(&subject.model, steps, setting.seed)?;
+    let lesson = replaced::Lesson::new(&subject, steps, setting.seed)?;
     let taught = subject.loss(&lesson.distilled(&subject.model)?)?;
     let measured = Measured {
         profile,
@@ -79,7 +84,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             "{}; whole model at {whole:.4} nats, {baseline:.4} after the {steps} steps of further \
              training that replaced models get, {taught:.4} with the streams of its blocks held to what \
              they were",
-            size.describe()
+            size.describe_on(&subject.text.what)
         ),
         claims: claims(setting.scale, &measured),
         plots: vec![
@@ -104,12 +109,6 @@ struct Measured {
     baseline: f64,
     /// The same with the streams of its blocks as a lesson.
     taught: f64,
-}
-
-fn windows(size: Size, seed: u64) -> Result<Vec<Vec<u32>>> {
-    let corpus = decoder::corpus(Split::Training, seed)?;
-    let windows = (0..size.calibration).map(|index| Ok(corpus.window(index, decoder::LENGTH)?));
-    windows.collect()
 }
 
 fn profile_plot(profile: &[Linearity]) -> Plot {

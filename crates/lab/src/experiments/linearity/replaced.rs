@@ -2,7 +2,7 @@
 
 use crate::experiments::after_training;
 use crate::experiments::decoder;
-use crate::experiments::depth::{self, BATCH, Size, Subject};
+use crate::experiments::depth::{BATCH, Size, Subject};
 use crate::{Claim, Result, Scale};
 use lapidary_compress::{CalibrationData, Change, HealData, HealSettings, Settings, heal};
 use lapidary_model::Model;
@@ -41,7 +41,7 @@ pub(super) fn cost(
         Ok(subject.apply(&plan)?.model)
     };
     let replaced = changed("linearise", Change::Linearise { blocks: 1 })?;
-    let lesson = Lesson::new(&subject.model, steps, seed)?;
+    let lesson = Lesson::new(subject, steps, seed)?;
     Ok(Cost {
         what,
         deleted: subject.loss(&changed("delete-linear", Change::Remove)?)?,
@@ -61,7 +61,7 @@ pub(super) struct Lesson<'a> {
 }
 
 impl<'a> Lesson<'a> {
-    pub(super) fn new(whole: &'a Model, steps: u64, seed: u64) -> Result<Self> {
+    pub(super) fn new(subject: &'a Subject, steps: u64, seed: u64) -> Result<Self> {
         let settings = HealSettings {
             steps: steps.max(1),
             rate: 1e-3,
@@ -73,12 +73,12 @@ impl<'a> Lesson<'a> {
             ..HealSettings::default()
         };
         let read = settings.steps * decoder::BATCH as u64;
-        let windows = depth::windows(read + VALIDATION, seed)?.examples().to_vec();
+        let windows = subject.text.training.fixed_windows(read + VALIDATION)?;
         let (validation, training) = windows.split_at(VALIDATION as usize);
         Ok(Self {
-            whole,
-            training: CalibrationData::new(training.to_vec())?,
-            validation: CalibrationData::new(validation.to_vec())?,
+            whole: &subject.model,
+            training: CalibrationData::windows(training.to_vec())?,
+            validation: CalibrationData::windows(validation.to_vec())?,
             settings,
         })
     }

@@ -1,8 +1,9 @@
-//! Regret on functions with known minima.
+//! Regret on functions with known minima, and the validation error of a regression by its penalties.
 
 use lapidary_search::{
-    Decomposition, Domain, Ensemble, EnsembleSettings, GlobalProcess, GlobalSettings, LearnedTree,
-    Optimiser, RandomSearch, Rducb, RducbSettings, Rembo, TestFunction, TreeSettings,
+    Decomposition, Domain, Ensemble, EnsembleSettings, GlobalProcess, GlobalSettings, Lasso,
+    LassoSettings, LearnedTree, Optimiser, RandomSearch, Rducb, RducbSettings, Rembo, TestFunction,
+    TreeSettings,
 };
 use rand::RngExt;
 
@@ -79,20 +80,93 @@ fn ensemble(domain: Domain, decomposition: Decomposition, seed: u64) -> Result<B
     Ok(Box::new(Ensemble::new(domain, settings, seed)?))
 }
 
+/// What is made small.
+enum Problem {
+    /// A function with a known minimum, and the noise that is observed with it.
+    Known(TestFunction, f64),
+    /// Validation error by the penalty of each coefficient.
+    Penalties(Lasso),
+}
+
+impl Problem {
+    fn domain(&self, places: usize) -> Result<Domain> {
+        Ok(match self {
+            Self::Known(function, _) => function.domain(places)?,
+            Self::Penalties(lasso) => lasso.domain(places)?,
+        })
+    }
+
+    fn value(&self, x: &[f64]) -> f64 {
+        match self {
+            Self::Known(function, _) => function.value(x),
+            Self::Penalties(lasso) => lasso.value(x),
+        }
+    }
+
+    /// Its least value; 0 where that is not known, so that regret is the value itself.
+    fn least(&self) -> f64 {
+        match self {
+            Self::Known(function, _) => function.least(),
+            Self::Penalties(_) => 0.0,
+        }
+    }
+
+    /// The value on data that the search did not see, where there is such.
+    fn unseen(&self, x: &[f64]) -> Option<f64> {
+        match self {
+            Self::Known(..) => None,
+            Self::Penalties(lasso) => Some(lasso.test_error(x)),
+        }
+    }
+
+    fn noise(&self) -> f64 {
+        match self {
+            Self::Known(_, noise) => *noise,
+            Self::Penalties(_) => 0.0,
+        }
+    }
+
+    /// The best penalty that all coefficients share: its errors on rows to validate on and on unseen ones.
+    fn common(&self, places: usize) -> Option<[f64; 2]> {
+        match self {
+            Self::Known(..) => None,
+            Self::Penalties(lasso) => {
+                let (place, error) = lasso.best_common(places);
+                let everywhere = vec![place; lasso.dimensions()];
+                Some([error, lasso.test_error(&everywhere)])
+            }
+        }
+    }
+}
+
+/// One search.
+struct Run {
+    /// The regret of the best point after each evaluation.
+    curve: Vec<f64>,
+    /// The best point's on unseen data.
+    unseen: Option<f64>,
+}
+
 /// Every way on one function.
 pub(super) struct Trial {
     pub(super) name: &'static str,
-    /// Of each way and seed, the regret of the best point after each evaluation.
-    curves: Vec<(Way, Vec<Vec<f64>>)>,
+    /// Of each way, its searches, one a seed.
+    runs: Vec<(Way, Vec<Run>)>,
+    /// Of each seed, the errors of the best penalty that all share.
+    common: Vec<[f64; 2]>,
 }
 
 impl Trial {
     /// Regrets at the end.
     pub(super) fn of(&self, way: Way) -> Summary {
-        let curves = self.curves.iter().filter(|(which, _)| *which == way);
+        self.summed(way, |run| run.curve.last().copied())
+    }
+
+    fn summed(&self, way: Way, of: impl Fn(&Run) -> Option<f64>) -> Summary {
+        let runs = self.runs.iter().filter(|(which, _)| *which == way);
         Summary {
-            values: curves
-                .flat_map(|(_, curves)| curves.iter().filter_map(|curve| curve.last().copied()))
+            values: runs
+                .flat_map(|(_, runs)| runs.iter().filter_map(&of))
                 .collect(),
         }
     }
@@ -106,15 +180,33 @@ impl Trial {
         let each = Way::ALL.map(|way| {
             let found = self.of(way);
             let error = found.squared_error().sqrt();
-            format!("{} {:.3} ± {error:.3}", way.name(), found.mean())
+            let unseen = self.summed(way, |run| run.unseen);
+            let unseen = match unseen.values.is_empty() {
+                true => String::new(),
+                false => format!(" (unseen {:.3})", unseen.mean()),
+            };
+            format!("{} {:.3} ± {error:.3}{unseen}", way.name(), found.mean())
         });
-        format!("regret: {}", each.join(", "))
+        let mut listed = format!("{}: {}", self.measure(), each.join(", "));
+        if !self.common.is_empty() {
+            let [error, unseen] =
+                [0, 1].map(|at| mean(self.common.iter().filter_map(|both| both.get(at).copied())));
+            listed += &format!(", one penalty for all {error:.3} (unseen {unseen:.3})");
+        }
+        listed
+    }
+
+    fn measure(&self) -> &'static str {
+        match self.common.is_empty() {
+            true => "regret",
+            false => "validation error",
+        }
     }
 
     pub(super) fn plot(&self) -> Plot {
-        let line = |(way, curves): &(Way, Vec<Vec<f64>>)| {
-            let length = curves.iter().map(Vec::len).min().unwrap_or(0);
-            let at = |step: usize| mean(curves.iter().filter_map(|curve| curve.get(step).copied()));
+        let line = |(way, runs): &(Way, Vec<Run>)| {
+            let length = runs.iter().map(|run| run.curve.len()).min().unwrap_or(0);
+            let at = |step: usize| mean(runs.iter().filter_map(|run| run.curve.get(step).copied()));
             Series {
                 name: way.name().to_owned(),
                 points: (0..length)
@@ -123,78 +215,95 @@ impl Trial {
             }
         };
         Plot {
-            title: format!("Regret on {}", self.name),
+            title: format!("Search on {}", self.name),
             x: "evaluations".to_owned(),
-            y: "regret of the best point so far, mean over seeds".to_owned(),
-            series: self.curves.iter().map(line).collect(),
+            y: format!(
+                "{} of the best point so far, mean over seeds",
+                self.measure()
+            ),
+            series: self.runs.iter().map(line).collect(),
         }
     }
 }
 
 const LURE: &str = "the lure";
 
+/// The problems of a seed, in order.
+fn problems(size: &Size, seed: u64) -> Result<[(&'static str, Problem); 5]> {
+    let (wide, narrow) = (size.wide, size.narrow);
+    let lasso = Lasso::new(LassoSettings::new(narrow), seed)?;
+    Ok([
+        (
+            "Styblinski–Tang",
+            Problem::Known(TestFunction::StyblinskiTang { dimensions: wide }, NOISE),
+        ),
+        (
+            "hidden Hartmann",
+            Problem::Known(TestFunction::hidden_hartmann(narrow, seed)?, 0.0),
+        ),
+        (
+            "Rosenbrock",
+            Problem::Known(TestFunction::Rosenbrock { dimensions: narrow }, 0.0),
+        ),
+        (
+            LURE,
+            Problem::Known(TestFunction::Lure { dimensions: narrow }, 0.0),
+        ),
+        ("penalties of a LASSO", Problem::Penalties(lasso)),
+    ])
+}
+
 pub(super) fn run(size: &Size, seed: u64) -> Result<Vec<Trial>> {
-    let functions = |seed: u64| -> Result<[(&'static str, TestFunction, f64); 3]> {
-        Ok([
-            (
-                "Styblinski–Tang",
-                TestFunction::StyblinskiTang {
-                    dimensions: size.wide,
-                },
-                NOISE,
-            ),
-            (
-                "hidden Hartmann",
-                TestFunction::hidden_hartmann(size.narrow, seed)?,
-                0.0,
-            ),
-            (
-                LURE,
-                TestFunction::Lure {
-                    dimensions: size.narrow,
-                },
-                0.0,
-            ),
-        ])
-    };
+    let seeds: Vec<u64> = (seed..seed + size.seeds).collect();
+    let drawn = seeds
+        .iter()
+        .map(|seed| problems(size, *seed))
+        .collect::<Result<Vec<_>>>()?;
+    let names = drawn
+        .first()
+        .map(|problems| problems.each_ref().map(|(name, _)| *name));
     let mut trials: Vec<Trial> = Vec::new();
-    for (index, (name, ..)) in functions(seed)?.into_iter().enumerate() {
-        let mut curves = Vec::new();
+    for (index, name) in names.into_iter().flatten().enumerate() {
+        let of_seeds = || {
+            let problems = drawn.iter().filter_map(move |problems| problems.get(index));
+            seeds.iter().zip(problems.map(|(_, problem)| problem))
+        };
+        let mut runs = Vec::new();
         for way in Way::ALL {
-            let of_seed = |seed: u64| {
-                let functions = functions(seed)?;
-                let (_, function, noise) = &functions[index];
-                regrets(way, function, *noise, size, seed)
-            };
-            let all = (seed..seed + size.seeds).map(of_seed);
-            curves.push((way, all.collect::<Result<Vec<_>>>()?));
+            let all = of_seeds().map(|(seed, problem)| searched(way, problem, size, *seed));
+            runs.push((way, all.collect::<Result<Vec<_>>>()?));
         }
-        trials.push(Trial { name, curves });
+        let common = of_seeds().filter_map(|(_, problem)| problem.common(size.places));
+        trials.push(Trial {
+            name,
+            runs,
+            common: common.collect(),
+        });
     }
     Ok(trials)
 }
 
-/// The regret of the best point after each evaluation.
-fn regrets(
-    way: Way,
-    function: &TestFunction,
-    noise: f64,
-    size: &Size,
-    seed: u64,
-) -> Result<Vec<f64>> {
-    let domain = function.domain(size.places)?;
+fn searched(way: Way, problem: &Problem, size: &Size, seed: u64) -> Result<Run> {
+    let domain = problem.domain(size.places)?;
     let mut search = way.search(domain.clone(), seed)?;
     let mut generator = lapidary_train::generator(seed);
-    let mut best = f64::INFINITY;
-    (0..size.evaluations)
-        .map(|_| {
-            let point = search.suggest()?;
-            let value = function.value(&domain.values(&point)?);
-            best = best.min(value - function.least());
-            let radius = (-2.0 * (1.0 - generator.random::<f64>()).ln()).sqrt();
-            let normal = radius * (std::f64::consts::TAU * generator.random::<f64>()).cos();
-            search.observe(point, value + noise * normal)?;
-            Ok(best)
-        })
-        .collect()
+    let (mut least, mut best) = (f64::INFINITY, Vec::new());
+    let mut curve = Vec::with_capacity(size.evaluations);
+    for _ in 0..size.evaluations {
+        let point = search.suggest()?;
+        let x = domain.values(&point)?;
+        let value = problem.value(&x);
+        let regret = value - problem.least();
+        if regret < least {
+            (least, best) = (regret, x);
+        }
+        let radius = (-2.0 * (1.0 - generator.random::<f64>()).ln()).sqrt();
+        let normal = radius * (std::f64::consts::TAU * generator.random::<f64>()).cos();
+        search.observe(point, value + problem.noise() * normal)?;
+        curve.push(least);
+    }
+    Ok(Run {
+        curve,
+        unseen: problem.unseen(&best),
+    })
 }

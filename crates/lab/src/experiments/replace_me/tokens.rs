@@ -1,7 +1,7 @@
 //! Maps by how many tokens they were fitted to.
 
 use super::{REMOVED, Way};
-use crate::experiments::depth::{BATCH, Size, Subject, windows};
+use crate::experiments::depth::{BATCH, Size, Subject};
 use crate::experiments::{after_training, decoder};
 use crate::{Claim, Plot, Result, Scale, Series, Setting};
 use lapidary_compress::{Budget, CalibrationData, Change, Method, RunInput, Task, run_regression};
@@ -65,7 +65,7 @@ pub(super) fn by_tokens(subject: &Subject, size: Size, setting: &Setting) -> Res
         if count == 0 {
             continue;
         }
-        let data = windows(count, setting.seed)?;
+        let data = CalibrationData::windows(subject.text.training.fixed_windows(count)?)?;
         let added = sums(&data, RunInput::Added)?;
         let here = added.total();
         let errors = |sums: &Regression, other: &Regression| -> Result<Errors> {

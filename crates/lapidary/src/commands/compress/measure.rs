@@ -64,6 +64,8 @@ pub(super) struct Distance {
 pub(super) struct Rounded {
     pub(super) range: ActivationRange,
     pub(super) bits: u32,
+    /// Whether softmax, GELU and norms were computed by integers.
+    pub(super) functions: bool,
     /// Sites that linear layers read.
     pub(super) sites: usize,
     /// Features at all of them.
@@ -175,6 +177,7 @@ impl Measure<'_> {
         Ok(Some(Rounded {
             range: by.range(),
             bits: by.bits(),
+            functions: by.has_integer_functions(),
             sites,
             inputs,
             kept,

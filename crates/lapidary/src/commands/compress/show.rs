@@ -349,6 +349,9 @@ fn rounded(measured: &Rounded) -> String {
         output::grouped(measured.kept),
         output::grouped(measured.inputs)
     );
+    if measured.functions {
+        line += ", softmax, GELU and norms by integers";
+    }
     if let Some(perplexity) = measured.perplexity {
         line += &format!(": perplexity {:.3}", perplexity.value);
     }
