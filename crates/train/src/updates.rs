@@ -97,8 +97,15 @@ impl Updates {
     /// # Errors
     /// When a variable is neither `f32` nor `f64` on the CPU.
     pub fn new(model: &Model, options: &UpdateOptions) -> Result<Self> {
-        let (names, variables): (Vec<String>, Vec<Var>) = model
-            .variables()
+        Self::of(model.variables(), options)
+    }
+
+    /// Of variables by name, which need not be a model's own, at rest. Vectors are not decayed.
+    ///
+    /// # Errors
+    /// When a variable is neither `f32` nor `f64` on the CPU.
+    pub fn of(variables: &BTreeMap<String, Var>, options: &UpdateOptions) -> Result<Self> {
+        let (names, variables): (Vec<String>, Vec<Var>) = variables
             .iter()
             .map(|(name, variable)| (name.clone(), variable.clone()))
             .unzip();

@@ -16,7 +16,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// Windows in which each token is followed by the one three further on, now and then by another.
-fn text(count: usize, seed: u64) -> CalibrationData {
+pub fn text(count: usize, seed: u64) -> CalibrationData {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     CalibrationData::windows((0..count).map(|_| {
         let mut token = random.random_range(0..20u32);
@@ -33,7 +33,7 @@ fn text(count: usize, seed: u64) -> CalibrationData {
     .unwrap()
 }
 
-fn cut(model: &Model, data: &CalibrationData, method: &str, keep: f64) -> Compressed {
+pub fn cut(model: &Model, data: &CalibrationData, method: &str, keep: f64) -> Compressed {
     let (method, settings) = (Method::find(method).unwrap(), Settings::default());
     let requirements = method.requirements(model, &settings).unwrap();
     let options = CalibrationOptions::default();
@@ -48,7 +48,7 @@ fn cut(model: &Model, data: &CalibrationData, method: &str, keep: f64) -> Compre
     method.apply(&task, &plan).unwrap()
 }
 
-fn steps(steps: u64) -> HealSettings {
+pub fn steps(steps: u64) -> HealSettings {
     HealSettings {
         steps,
         rate: 1e-2,
@@ -68,7 +68,7 @@ fn zeros(model: &Model) -> Vec<(String, usize)> {
         .collect()
 }
 
-fn zero_masks(model: &Model) -> Vec<Vec<bool>> {
+pub fn zero_masks(model: &Model) -> Vec<Vec<bool>> {
     let linears = model.linears().iter();
     let weights = linears.filter_map(|l| model.parameters().get(&format!("{}.weight", l.path)));
     weights
@@ -446,7 +446,7 @@ fn settings_that_mean_nothing_are_refused_in_words() {
     }
 }
 
-fn in_rounds(
+pub fn in_rounds(
     original: &Model,
     method: &str,
     keep: f64,
