@@ -16,6 +16,7 @@ mod heal;
 mod interactions;
 mod linearise;
 mod lorap;
+mod lorap_features;
 mod merged_features;
 mod modegpt;
 mod movement;
