@@ -1,5 +1,5 @@
 //! Healing by adapters of low rank.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::result_large_err, clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,5 @@
 //! LoRAP with factors by the variance of outputs, beside those by inputs and by weights alone.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::result_large_err, clippy::unwrap_used)]
 
 use crate::common::{DECODER, GATED, close, distance, model, scores, values, windows};
 use crate::lorap::{compress, settings};

@@ -1,5 +1,5 @@
 //! Hidden features merged by optimal transport.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::result_large_err, clippy::unwrap_used)]
 
 use crate::common::{DECODER, GATED, altered, close, distance, model, scores, values, windows};
 use lapidary_compress::slicing::{Distance, SliceSettings, Transport};

@@ -296,7 +296,7 @@ fn claims(setting: &Setting, runs: &[Run]) -> Result<Vec<Claim>> {
             ),
             after_training(scale, recovered < best),
         )
-        .noted("beside linear layers alone: shortcuts and norms stay as they were sliced"),
+        .noted("shortcuts are linear layers and have adapters too; tables and norms stay as they were sliced"),
     );
     Ok(claims)
 }

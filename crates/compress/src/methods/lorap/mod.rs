@@ -122,11 +122,9 @@ fn block_requirements(index: usize, block: &BlockSpec, settings: &LorapSettings)
     let units = Unit::of(index, block).into_iter();
     let sites = units.flat_map(|unit| [unit.input_site(), unit.hidden_site()]);
     let mut statistics: BTreeSet<Statistic> = sites.map(squares).collect();
-    if settings.attention {
-        let path = channels::attention(index);
-        for site in [format!("{path}.in"), format!("{path}.mixed")] {
-            statistics.extend(settings.decomposition.statistics(&site));
-        }
+    let path = channels::attention(index);
+    for site in [format!("{path}.in"), format!("{path}.mixed")] {
+        statistics.extend(settings.decomposition.statistics(&site));
     }
     Requirements { statistics }
 }
