@@ -287,7 +287,8 @@ pub fn heal(
     for step in 1..=settings.steps {
         let examples = order.next(settings.batch);
         let batch = Batch::new(&examples, &model.device())?;
-        let value = lesson.loss(&student.acting(Some(step))?, &batch)?;
+        let acting = student.acting(Some(step))?;
+        let value = lesson.loss(&acting, &batch)?;
         let loss = number(&value)?;
         if !loss.is_finite() {
             return Err(Error::NotFinite {
