@@ -1,5 +1,4 @@
 //! The residual stream in other bases, and made narrower.
-
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod bases;
@@ -7,7 +6,7 @@ mod families;
 mod methods;
 mod transport;
 
-use crate::common::altered;
+use crate::common::{DECODER, GATED, altered};
 use lapidary_compress::CalibrationData;
 use lapidary_compress::slicing::{Directions, slice};
 use lapidary_kernels::Tensor;
