@@ -99,6 +99,17 @@ struct Adapted {
     rank: usize,
 }
 
+impl Adapted {
+    /// `A` and `B` among what `value` finds.
+    fn values(&self, value: impl Fn(&str) -> Option<Tensor>) -> Result<[Tensor; 2]> {
+        let [down, up] = &self.factors;
+        Ok([
+            value(down).ok_or_else(|| missing(down))?,
+            value(up).ok_or_else(|| missing(up))?,
+        ])
+    }
+}
+
 /// A model whose layers have adapters.
 pub(super) struct Adapters {
     settings: AdapterSettings,
@@ -188,7 +199,7 @@ impl Adapters {
             .map(|step| stream(self.seed, step));
         let mut parameters = self.frozen.clone();
         for one in &self.adapted {
-            let [down, up] = self.factors(one, |name| {
+            let [down, up] = one.values(|name| {
                 let variable = self.variables.get(name);
                 variable.map(|variable| variable.as_tensor().clone())
             })?;
@@ -213,7 +224,7 @@ impl Adapters {
         let mut spec = original.spec().clone();
         let mut parameters = original.parameters().clone();
         for one in &self.adapted {
-            let [down, up] = self.factors(one, |name| values.get(name).cloned())?;
+            let [down, up] = one.values(|name| values.get(name).cloned())?;
             let [down, up] = [wide(&down)?, wide(&up)?];
             let change = self.change(one, &down, &up)?;
             let path = &one.layer.path;
@@ -249,18 +260,6 @@ impl Adapters {
             *tensor = tensor.detach();
         }
         Ok(Model::new(spec, &mut parameters)?)
-    }
-
-    fn factors(
-        &self,
-        one: &Adapted,
-        value: impl Fn(&str) -> Option<Tensor>,
-    ) -> Result<[Tensor; 2]> {
-        let [down, up] = &one.factors;
-        Ok([
-            value(down).ok_or_else(|| missing(down))?,
-            value(up).ok_or_else(|| missing(up))?,
-        ])
     }
 
     /// `α/rank B A` `[output, input]`, zero where the layer's zeros are kept.
