@@ -528,22 +528,24 @@ def round_trip(copy: Path, names: list[str]) -> None:
 # What leaves a shape that a config of the family can say.
 STREAM = ["slicegpt-shared", "dotresize-shared", "coordinate-magnitude"]
 HIDDEN = ["channel-magnitude", "modegpt", "lorap"]
+MERGED = ["dotresize-hidden"]
+HEADS = ["modegpt-heads"]
 DEPTH = ["macro-influence", "fusegpt"]
 NARROW = {
-    "bert-masked-lm": HIDDEN + DEPTH,
-    "gpt2": HIDDEN + DEPTH,
-    "llama": STREAM + HIDDEN + DEPTH,
-    "llama-tied": STREAM + HIDDEN,
+    "bert-masked-lm": HIDDEN + MERGED + DEPTH,
+    "gpt2": HIDDEN + MERGED + DEPTH,
+    "llama": STREAM + HIDDEN + MERGED + HEADS + DEPTH,
+    "llama-tied": STREAM + HIDDEN + MERGED + HEADS,
     "mamba": DEPTH,
     "mamba2": DEPTH,
-    "mistral": STREAM + HIDDEN + DEPTH,
-    "mixtral": STREAM + HIDDEN + DEPTH,
+    "mistral": STREAM + HIDDEN + MERGED + HEADS + DEPTH,
+    "mixtral": STREAM + HIDDEN + HEADS + DEPTH,
     "olmoe": HIDDEN + DEPTH,
-    "opt": HIDDEN + DEPTH,
+    "opt": HIDDEN + MERGED + DEPTH,
     "opt-projected": HIDDEN + DEPTH,
-    "qwen2": STREAM + HIDDEN + DEPTH,
+    "qwen2": STREAM + HIDDEN + MERGED + DEPTH,
     "roberta-masked-lm": HIDDEN + DEPTH,
-    "vit": HIDDEN + DEPTH,
+    "vit": HIDDEN + MERGED + DEPTH,
 }
 
 

@@ -1,7 +1,7 @@
 //! Compresses a model directory and writes it beside what it gives: `narrow METHOD RATIO FROM TO`.
 //!
 //! Heads and attention stay, and feed-forward parts are narrowed alike, where the method has the
-//! choice. `TO/case.safetensors` holds two rows of token ids, or images, and the scores or hidden
+//! choice; `modegpt-heads` is `modegpt` with heads narrowed alike too. `TO/case.safetensors` holds two rows of token ids, or images, and the scores or hidden
 //! vectors that the saved directory gives for them here.
 //! `tests/oracles/families.py --narrow` compares them with those of `transformers`.
 
@@ -36,7 +36,8 @@ fn main() -> ExitCode {
 }
 
 fn run(method: &str, ratio: &str, from: &Path, to: &Path) -> Result<SavedAs, Box<dyn Error>> {
-    let method = Method::find(method)?;
+    let heads = method == "modegpt-heads";
+    let method = Method::find(if heads { "modegpt" } else { method })?;
     let keep = 1.0 - ratio.parse::<f64>()?;
     let package = Package::open(from, &OpenOptions::default())?;
     let model = package.single_model()?;
@@ -48,7 +49,8 @@ fn run(method: &str, ratio: &str, from: &Path, to: &Path) -> Result<SavedAs, Box
         ..Settings::default()
     };
     settings.modegpt.smoothing = f64::INFINITY;
-    settings.modegpt.heads = false;
+    settings.modegpt.heads = heads;
+    settings.modegpt.stock = heads;
     settings.lorap.attention = false;
     let examples = (0..16).map(|seed| example(model.spec(), seed));
     let data = CalibrationData::new(examples.collect::<Result<_, _>>()?)?;

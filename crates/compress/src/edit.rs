@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use lapidary_factor::{Matrix, matrix_to_tensor};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Model, ModelSpec};
 use lapidary_parts::attention::MixerSpec;
@@ -70,6 +71,12 @@ impl Edit {
         let tensor = engine(engine(tensor.to_dtype(self.dtype))?.contiguous())?;
         self.parameters.insert(name.into(), tensor);
         Ok(())
+    }
+
+    /// Puts a matrix, rounded once to the model's type.
+    pub(crate) fn put_matrix(&mut self, name: impl Into<String>, matrix: &Matrix) -> Result<()> {
+        let tensor = matrix_to_tensor(matrix.as_ref(), DType::F64, &self.device())?;
+        self.put(name, &tensor)
     }
 
     /// Takes blocks out and numbers the others anew.

@@ -150,6 +150,7 @@ impl FisherSums {
                     wants.kronecker = true;
                 }
                 Statistic::InputSquares { .. }
+                | Statistic::InputMeans { .. }
                 | Statistic::InputMagnitudes { .. }
                 | Statistic::InputPeaks { .. }
                 | Statistic::Covariance { .. }

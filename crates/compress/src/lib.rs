@@ -76,7 +76,8 @@ pub use export::{export_dense, two_layer_parameters};
 pub use factorisation::Factorisation;
 pub use fingerprint::Fingerprint;
 pub use heal::{
-    HealData, HealReport, HealSettings, PruneAndHeal, cubic_sparsity, heal, prune_and_heal,
+    AdapterReport, AdapterSettings, HealData, HealReport, HealSettings, PruneAndHeal,
+    cubic_sparsity, heal, prune_and_heal,
 };
 pub use interaction::{Interaction, Interactions, interactions};
 pub use method::{Effect, Method, Schedule, Settings, Task};
@@ -89,8 +90,8 @@ pub use methods::replace_me::{
 pub use methods::shedder::{Granularities, Search, SearchStep, Shed};
 pub use methods::slicing;
 pub use methods::{
-    LorapSettings, ModegptSettings, MovementSettings, Pattern, PruneSettings, QuantiseSettings,
-    RoundingGoal, Scope, ShedderSettings,
+    LorapDecomposition, LorapSettings, ModegptSettings, MovementSettings, Pattern, PruneSettings,
+    QuantiseSettings, RoundingGoal, Scope, ShedderSettings,
 };
 pub use objective::Objective;
 pub use order::Reordered;

@@ -245,6 +245,35 @@ impl Compressed {
         )?)
     }
 
+    /// Puts a healed model in the place of the compressed one. Its size is said anew, and the ranks of
+    /// layers that took adapters in.
+    pub fn set_healed(&mut self, model: Model) {
+        self.report.after = Size::of(&model);
+        for module in &mut self.report.modules {
+            let Change::Factorise { rank } = &mut module.change else {
+                continue;
+            };
+            let mut linears = model.linears().iter();
+            let Some(linear) = linears.find(|linear| linear.path == module.path) else {
+                continue;
+            };
+            let (input, output) = (linear.input, linear.output);
+            module.parameters_after = match linear.rank {
+                Some(healed) => {
+                    *rank = healed;
+                    lapidary_factor::rank::parameters(input, output, healed)
+                }
+                None => {
+                    module.change = Change::Leave {
+                        reason: "with its adapter it has a rank that saves nothing".to_owned(),
+                    };
+                    input * output
+                }
+            };
+        }
+        self.model = model;
+    }
+
     /// Measures how far the outputs of each changed layer are from those of `original` on
     /// the inputs that `original` gives it, and writes it into the report.
     pub fn measure_outputs(

@@ -16,6 +16,11 @@ pub enum Statistic {
         /// The site.
         site: String,
     },
+    /// `E[x_i]` over the tokens at a site, `[width]`.
+    InputMeans {
+        /// The site.
+        site: String,
+    },
     /// `E|x_i|` over the tokens at a site, `[width]`.
     InputMagnitudes {
         /// The site.
@@ -70,6 +75,7 @@ impl Statistic {
     pub fn sites(&self) -> impl Iterator<Item = &str> {
         let (first, second) = match self {
             Self::InputSquares { site }
+            | Self::InputMeans { site }
             | Self::InputMagnitudes { site }
             | Self::InputPeaks { site }
             | Self::Covariance { site } => (Some(site), None),
@@ -83,6 +89,7 @@ impl Statistic {
     pub fn layer(&self) -> Option<&str> {
         match self {
             Self::InputSquares { .. }
+            | Self::InputMeans { .. }
             | Self::InputMagnitudes { .. }
             | Self::InputPeaks { .. }
             | Self::Covariance { .. }
@@ -100,6 +107,7 @@ impl fmt::Display for Statistic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::InputSquares { site } => write!(f, "mean squared activation at {site}"),
+            Self::InputMeans { site } => write!(f, "mean activation at {site}"),
             Self::InputMagnitudes { site } => write!(f, "mean size of activations at {site}"),
             Self::InputPeaks { site } => write!(f, "largest size of activations at {site}"),
             Self::Covariance { site } => write!(f, "second moment at {site}"),
@@ -163,6 +171,7 @@ impl Requirements {
             match statistic {
                 Statistic::Similarity { .. } => 1,
                 Statistic::InputSquares { .. }
+                | Statistic::InputMeans { .. }
                 | Statistic::InputMagnitudes { .. }
                 | Statistic::InputPeaks { .. }
                 | Statistic::FisherInputs { .. } => input,

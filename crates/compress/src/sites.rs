@@ -16,15 +16,17 @@ use crate::{Error, Result};
 /// Where each token id counts as a vector with a single one: the input of the embedding table.
 pub(crate) const TOKEN_IDS: &str = "input_ids";
 
-/// `Σ x_i²`, `Σ |x_i|`, `max |x_i|` and `Σ x xᵀ` at one site.
+/// `Σ x_i²`, `Σ x_i`, `Σ |x_i|`, `max |x_i|` and `Σ x xᵀ` at one site.
 #[derive(Debug, Default)]
 struct Sums {
     wants_covariance: bool,
     wants_squares: bool,
+    wants_means: bool,
     wants_magnitudes: bool,
     wants_peaks: bool,
     rows: u64,
     squares: Option<Tensor>,
+    means: Option<Tensor>,
     magnitudes: Option<Tensor>,
     peaks: Option<Tensor>,
     covariance: Option<SecondMoment>,
@@ -41,12 +43,16 @@ impl Sums {
             covariance.add(&x)?;
             self.covariance = Some(covariance);
         }
-        if !self.wants_squares && !self.wants_magnitudes && !self.wants_peaks {
+        let sums = self.wants_squares || self.wants_means || self.wants_magnitudes;
+        if !sums && !self.wants_peaks {
             return Ok(());
         }
         let x = x.to_dtype(DType::F64)?;
         if self.wants_squares {
             self.squares = Some(sum(self.squares.take(), x.sqr()?.sum(0)?)?);
+        }
+        if self.wants_means {
+            self.means = Some(sum(self.means.take(), x.sum(0)?)?);
         }
         if self.wants_magnitudes {
             self.magnitudes = Some(sum(self.magnitudes.take(), x.abs()?.sum(0)?)?);
@@ -131,6 +137,9 @@ impl SiteSums {
             match statistic {
                 Statistic::InputSquares { site } => {
                     sites.entry(site.clone()).or_default().wants_squares = true;
+                }
+                Statistic::InputMeans { site } => {
+                    sites.entry(site.clone()).or_default().wants_means = true;
                 }
                 Statistic::InputMagnitudes { site } => {
                     sites.entry(site.clone()).or_default().wants_magnitudes = true;
@@ -229,6 +238,10 @@ impl SiteSums {
             if let Some(squares) = sums.squares {
                 let statistic = Statistic::InputSquares { site: site.clone() };
                 means.insert(statistic, engine(squares.affine(scale, 0.0))?);
+            }
+            if let Some(sum) = sums.means {
+                let statistic = Statistic::InputMeans { site: site.clone() };
+                means.insert(statistic, engine(sum.affine(scale, 0.0))?);
             }
             if let Some(magnitudes) = sums.magnitudes {
                 let statistic = Statistic::InputMagnitudes { site: site.clone() };

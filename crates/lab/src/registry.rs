@@ -206,7 +206,11 @@ static SYSTEMS: &[System] = &[
         year: 2025,
         arxiv: Some("2507.04517"),
         kind: Kind::Compression,
-        parts: &["compress::dotresize", "compress::slicing"],
+        parts: &[
+            "compress::dotresize",
+            "compress::slicing",
+            "compress::merged_features",
+        ],
         experiment: experiments::dotresize::run,
     },
     System {
@@ -378,7 +382,7 @@ static SYSTEMS: &[System] = &[
         year: 2024,
         arxiv: Some("2404.09695"),
         kind: Kind::Compression,
-        parts: &["compress::methods::lorap"],
+        parts: &["compress::methods::lorap", "compress::heal"],
         experiment: experiments::lorap::run,
     },
     System {

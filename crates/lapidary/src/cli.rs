@@ -370,6 +370,10 @@ pub struct Compress {
     /// and every feed-forward part is narrowed alike
     #[arg(long, conflicts_with = "plan")]
     pub uniform: bool,
+    /// As --uniform, but modegpt also narrows heads, all alike, to a shape that a config with a width of
+    /// heads can say
+    #[arg(long, conflicts_with_all = ["plan", "uniform"])]
+    pub uniform_heads: bool,
     /// Search for a mix of methods, module by module, within --budget
     #[arg(long, requires = "budget", conflicts_with_all = ["method", "ratio", "compare", "plan", "plan_only"])]
     pub auto: bool,
@@ -409,6 +413,34 @@ pub struct Compress {
         conflicts_with = "pattern"
     )]
     pub regrow: f64,
+    /// Have --heal train adapters of this rank beside the layers, which take them in at the end, and
+    /// nothing else
+    #[arg(
+        long,
+        value_name = "RANK",
+        requires = "heal",
+        conflicts_with = "regrow"
+    )]
+    pub adapters: Option<usize>,
+    /// Over the rank, what an adapter's product is multiplied by
+    #[arg(
+        long,
+        value_name = "ALPHA",
+        default_value_t = 16.0,
+        requires = "adapters"
+    )]
+    pub adapter_alpha: f64,
+    /// Probability that an input of an adapter is left out at a step
+    #[arg(
+        long,
+        value_name = "PROBABILITY",
+        default_value_t = 0.0,
+        requires = "adapters"
+    )]
+    pub adapter_dropout: f64,
+    /// Globs of the layers that have adapters, by commas; the linear layers of all blocks when absent
+    #[arg(long, value_name = "GLOBS", requires = "adapters")]
+    pub adapter_layers: Option<String>,
     /// Heal with the weights seen as the last method, which rounds, will round them
     #[arg(long, requires = "heal", conflicts_with = "auto")]
     pub heal_rounded: bool,

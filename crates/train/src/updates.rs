@@ -100,10 +100,10 @@ impl Updates {
         Self::of(model.variables(), options)
     }
 
-    /// As [`Updates::new`], of variables by name, such as those of a model and of a head beside it.
+    /// Of variables by name, such as those of a model and of a head beside it, at rest. Vectors are not decayed.
     ///
     /// # Errors
-    /// As there.
+    /// When a variable is neither `f32` nor `f64` on the CPU.
     pub fn of(variables: &BTreeMap<String, Var>, options: &UpdateOptions) -> Result<Self> {
         let (names, variables): (Vec<String>, Vec<Var>) = variables
             .iter()

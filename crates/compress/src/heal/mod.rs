@@ -8,18 +8,22 @@
 //!
 //! (Hinton et al. 2015, arXiv 1503.02531), and where wanted `β` times how far the residual stream is from
 //! the original's ([`HealSettings::hints`]). Whatever shape the compression left is trained: factors,
-//! narrower parts, fewer blocks. Weights that are exactly zero, which pruning leaves, stay zero, or change
-//! places ([`regrowth`]). A model that is to be rounded after may be trained as it will be then
+//! narrower parts, fewer blocks; or adapters of low rank beside it, which it takes in at the end
+//! ([`adapters`]). Weights that are exactly zero, which pruning leaves, stay zero, or change places
+//! ([`regrowth`]). A model that is to be rounded after may be trained as it will be then
 //! ([`HealSettings::rounding`]). What comes out is the best of what was validated on the way, the unhealed
 //! model included.
 
+mod adapters;
 mod hints;
 mod lesson;
 mod projections;
 mod regrowth;
 mod rounded;
 mod rounds;
+mod student;
 
+pub use adapters::{AdapterReport, AdapterSettings};
 pub use rounds::{PruneAndHeal, cubic_sparsity, prune_and_heal};
 
 use std::collections::BTreeMap;
@@ -37,7 +41,7 @@ use crate::error::engine;
 use crate::{CalibrationData, Error, Example, Layer, Objective, Result, RoundingGoal};
 use lesson::Lesson;
 use regrowth::Regrowth;
-use rounded::SeenRounded;
+use student::Student;
 
 /// How a compressed model is trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -60,6 +64,9 @@ pub struct HealSettings {
     /// through maps that are trained with the model and are no part of it afterwards.
     #[serde(default)]
     pub hints: f64,
+    /// Trains adapters of low rank beside the weights instead of the weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapters: Option<AdapterSettings>,
     /// What the model is to be rounded to after: passes see its weights so, and what comes out are the
     /// weights that are best once they are rounded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -91,6 +98,7 @@ impl Default for HealSettings {
             distil: 0.0,
             temperature: 1.0,
             hints: 0.0,
+            adapters: None,
             rounding: None,
             every: 0,
             patience: 5,
@@ -134,7 +142,13 @@ impl HealSettings {
             let expected = "0 where zeros are not kept: then every weight grows";
             return wrong("share that regrows", self.regrow.to_string(), expected);
         }
-        Ok(())
+        if self.regrow > 0.0 && self.adapters.is_some() {
+            let expected = "0 with adapters: weights that do not move cannot change places";
+            return wrong("share that regrows", self.regrow.to_string(), expected);
+        }
+        self.adapters
+            .as_ref()
+            .map_or(Ok(()), AdapterSettings::check)
     }
 }
 
@@ -158,6 +172,9 @@ pub struct HealReport {
     pub distil: f64,
     /// The weight of the original's residual stream.
     pub hints: f64,
+    /// The adapters that were trained, where it was not the weights. What came out has taken them in, unless
+    /// `best` is 0.
+    pub adapters: Option<AdapterReport>,
     /// Bits of the weights that it was trained to be rounded to.
     pub bits: Option<u32>,
     /// Steps done.
@@ -208,8 +225,9 @@ pub struct HealReport {
 /// ```
 ///
 /// # Errors
-/// When the data does not fit the model, a model without a task has no teacher, the loss or its gradient is
-/// not finite, or the model is neither in floating point nor on the CPU.
+/// When the data does not fit the model, a model without a task has no teacher, adapters fit no layer or not
+/// what else is asked for, the loss or its gradient is not finite, or the model is neither in floating point
+/// nor on the CPU.
 pub fn heal(
     model: &Model,
     data: &HealData<'_>,
@@ -226,18 +244,18 @@ pub fn heal(
     }
     let started = Instant::now();
     let lesson = Lesson::of(model, data, settings)?;
-    let student = Model::trainable(model.spec().clone(), &mut trained(model)?)?;
-    let goal = settings.rounding.as_ref();
-    let seen = goal.map(|goal| SeenRounded::new(goal, model)).transpose()?;
-    // The student as passes see it.
-    let rounded = || seen.as_ref().map(|seen| seen.model(&student)).transpose();
-    let validate = || -> Result<f64> {
-        let rounded = rounded()?;
-        let acting = rounded.as_ref().unwrap_or(&student);
-        lesson.mean(acting, data.validation, settings.batch)
+    let masks = match settings.keep_zeros {
+        true => zeros(model)?,
+        false => Masks::default(),
     };
-    let mut updates = Updates::new(
-        &student,
+    let zeros = masks.zeros();
+    let student = Student::new(model, settings, &masks)?;
+    let validate = || -> Result<f64> {
+        let acting = student.acting(None)?;
+        lesson.mean(&acting, data.validation, settings.batch)
+    };
+    let mut updates = Updates::of(
+        student.variables(),
         &UpdateOptions {
             optimiser: adam(settings.weight_decay),
             peak: settings.rate,
@@ -246,13 +264,8 @@ pub fn heal(
         },
     )?;
     let mut beside = lesson.optimiser(settings.rate)?;
-    let masks = match settings.keep_zeros {
-        true => zeros(model)?,
-        false => Masks::default(),
-    };
-    let zeros = masks.zeros();
     let regrowth = Regrowth::new(settings, &masks);
-    updates.set_masks(masks)?;
+    updates.set_masks(student.masks(masks))?;
     let schedule = Schedule {
         peak: settings.rate,
         floor: 0.0,
@@ -277,9 +290,9 @@ pub fn heal(
     let mut validation = vec![(0, before)];
     for step in 1..=settings.steps {
         let examples = order.next(settings.batch);
-        let batch = Batch::new(&examples, &student.device())?;
-        let rounded = rounded()?;
-        let value = lesson.loss(rounded.as_ref().unwrap_or(&student), &batch)?;
+        let batch = Batch::new(&examples, &model.device())?;
+        let acting = student.acting(Some(step))?;
+        let value = lesson.loss(&acting, &batch)?;
         let loss = number(&value)?;
         if !loss.is_finite() {
             return Err(Error::NotFinite {
@@ -290,7 +303,9 @@ pub fn heal(
             });
         }
         let mut gradients = engine(value.backward())?;
-        if let Some(masks) = regrowth.turn(step, &student, &gradients, updates.masks())? {
+        if let Some(masks) =
+            regrowth.turn(step, student.variables(), &gradients, updates.masks())?
+        {
             updates.set_masks(masks)?;
         }
         let rate = schedule.rate(step - 1);
@@ -315,7 +330,8 @@ pub fn heal(
         objective: lesson.objective,
         distil: settings.distil,
         hints: settings.hints,
-        bits: goal.map(|goal| goal.quantise.bits),
+        adapters: student.adapters(),
+        bits: settings.rounding.as_ref().map(|goal| goal.quantise.bits),
         steps: training.len() as u64,
         best: best.step,
         before,
@@ -327,7 +343,7 @@ pub fn heal(
         examples: data.training.len(),
         seconds: started.elapsed().as_secs_f64(),
     };
-    Ok((best.model(model)?, report))
+    Ok((student.finished(best.parameters, model)?, report))
 }
 
 pub(crate) fn adam(weight_decay: f64) -> OptimiserSpec {
@@ -401,20 +417,6 @@ impl Best {
             self.since += 1;
         }
         Ok(())
-    }
-
-    /// As a model in the type of `original`.
-    fn model(self, original: &Model) -> Result<Model> {
-        let mut parameters = match self.parameters {
-            Some(parameters) => parameters,
-            None => trained(original)?,
-        };
-        for (name, tensor) in original.parameters() {
-            if let Some(healed) = parameters.get_mut(name) {
-                *healed = engine(healed.to_dtype(tensor.dtype()))?;
-            }
-        }
-        Ok(Model::new(original.spec().clone(), &mut parameters)?)
     }
 }
 

@@ -12,8 +12,7 @@
 use std::collections::BTreeMap;
 use std::f64::consts::PI;
 
-use lapidary_kernels::{DType, GradStore, Tensor};
-use lapidary_model::Model;
+use lapidary_kernels::{DType, GradStore, Tensor, Var};
 use lapidary_train::Masks;
 
 use super::HealSettings;
@@ -49,7 +48,7 @@ impl Regrowth {
     pub(super) fn turn(
         &self,
         step: u64,
-        student: &Model,
+        variables: &BTreeMap<String, Var>,
         gradients: &GradStore,
         masks: &Masks,
     ) -> Result<Option<Masks>> {
@@ -59,7 +58,7 @@ impl Regrowth {
         let share = 0.5 * self.share * (1.0 + (PI * step as f64 / self.last as f64).cos());
         let mut turned = masks.tensors().clone();
         for (name, mask) in &mut turned {
-            let Some(variable) = student.variables().get(name) else {
+            let Some(variable) = variables.get(name) else {
                 continue;
             };
             let Some(gradient) = gradients.get(variable.as_tensor()) else {

@@ -91,7 +91,7 @@ pub fn prune_and_heal(
         };
         if settings.steps > 0 {
             let (healed, report) = heal(&compressed.model, data, &settings, |_, _| ())?;
-            compressed.model = healed;
+            compressed.set_healed(healed);
             healings.push(report);
         }
         current = Some(compressed);

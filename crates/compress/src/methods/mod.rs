@@ -9,6 +9,7 @@ pub(crate) mod entropy;
 pub(crate) mod fuse;
 pub(crate) mod linearise;
 pub(crate) mod lorap;
+pub(crate) mod merged_features;
 pub(crate) mod modegpt;
 pub(crate) mod pruning;
 pub(crate) mod quantise;
@@ -16,7 +17,7 @@ pub(crate) mod replace_me;
 pub(crate) mod shedder;
 pub mod slicing;
 
-pub use lorap::LorapSettings;
+pub use lorap::{LorapDecomposition, LorapSettings};
 pub use modegpt::ModegptSettings;
 pub use pruning::{MovementSettings, Pattern, PruneSettings, Scope};
 pub use quantise::{QuantiseSettings, RoundingGoal};
@@ -40,6 +41,7 @@ pub(crate) const METHODS: &[&Method] = &[
     &curvature::CURVATURE_RECTANGLE,
     &linearise::DELETE_LINEAR,
     &slicing::DOTRESIZE,
+    &merged_features::DOTRESIZE_HIDDEN,
     &slicing::DOTRESIZE_SHARED,
     &entropy::ENTROPY_ATTENTION,
     &entropy::ENTROPY_BLOCKS,

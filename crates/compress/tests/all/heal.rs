@@ -12,7 +12,7 @@ use lapidary_kernels::{DType, Device};
 use lapidary_model::Model;
 use proptest::prelude::*;
 
-fn steps(steps: u64) -> HealSettings {
+pub fn steps(steps: u64) -> HealSettings {
     HealSettings {
         steps,
         rate: 1e-2,
@@ -32,7 +32,7 @@ fn zeros(model: &Model) -> Vec<(String, usize)> {
         .collect()
 }
 
-fn zero_masks(model: &Model) -> Vec<Vec<bool>> {
+pub fn zero_masks(model: &Model) -> Vec<Vec<bool>> {
     let linears = model.linears().iter();
     let weights = linears.filter_map(|l| model.parameters().get(&format!("{}.weight", l.path)));
     weights
@@ -442,7 +442,7 @@ fn settings_that_mean_nothing_are_refused_in_words() {
     }
 }
 
-fn in_rounds(
+pub fn in_rounds(
     original: &Model,
     method: &str,
     keep: f64,

@@ -15,7 +15,7 @@ use lapidary_model::{Model, OpenOptions, Package};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-fn settings(lorap: LorapSettings) -> Settings {
+pub fn settings(lorap: LorapSettings) -> Settings {
     Settings {
         lorap,
         ..Settings::default()
@@ -30,7 +30,7 @@ fn one_shot() -> Settings {
 }
 
 /// Plans and applies, with a calibration where the settings ask for one.
-fn compress(
+pub fn compress(
     model: &Model,
     data: &CalibrationData,
     settings: &Settings,

@@ -1,6 +1,7 @@
 //! Integration tests of the methods of compression; one program, since linking each alone costs more than it tells.
 
 mod activations;
+mod adapters;
 mod automatic;
 mod block_influence;
 mod common;
@@ -15,6 +16,8 @@ mod heal;
 mod interactions;
 mod linearise;
 mod lorap;
+mod lorap_features;
+mod merged_features;
 mod modegpt;
 mod movement;
 mod narrowed;
@@ -26,5 +29,6 @@ mod quantise;
 mod replace_me;
 mod shedder;
 mod slicing;
+mod stock_heads;
 mod trained;
 mod vision;

@@ -151,6 +151,32 @@ fn feed_forward_parts_narrowed_alike_are_stock() {
     }
 }
 
+/// So are dense and gated parts whose features are merged.
+#[test]
+fn feed_forward_parts_merged_alike_are_stock() {
+    for family in ["bert-classifier", "gpt2", "llama", "opt", "qwen2", "vit"] {
+        let found = saved(family, "dotresize-hidden", &uniform());
+        assert_eq!(found, SavedAs::HuggingFace, "{family}");
+    }
+}
+
+/// Heads of one width whose rotation has a base, where a config has both; Qwen 2's values have biases, which
+/// become one of its output, and the others know no width of heads.
+#[test]
+fn heads_narrowed_alike_are_stock_where_a_config_has_their_width() {
+    let mut settings = uniform();
+    settings.modegpt.heads = true;
+    settings.modegpt.stock = true;
+    for family in ["llama", "llama-tied", "mistral", "mixtral"] {
+        let found = saved(family, "modegpt", &settings);
+        assert_eq!(found, SavedAs::HuggingFace, "{family}");
+    }
+    for family in ["qwen2", "gpt2", "opt", "vit"] {
+        let found = saved(family, "modegpt", &settings);
+        assert_eq!(found, SavedAs::Lapidary, "{family}");
+    }
+}
+
 /// Unless they are asked not to, they narrow heads, factorise, and take more from some blocks.
 #[test]
 fn what_no_config_says_has_a_spec() {

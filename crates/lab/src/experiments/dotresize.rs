@@ -8,6 +8,7 @@ use super::jobs::over_seeds;
 use super::narrow::{Setup, Size, left};
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Series, Setting, Verdict};
+use lapidary_compress::Settings;
 use lapidary_compress::slicing::{Coordinates, Directions, Principal, Selector, Transport};
 
 /// Shares of the width that are cut.
@@ -44,7 +45,13 @@ struct Point {
 struct Run {
     whole: f64,
     points: Vec<Point>,
+    /// Perplexity by method when [`MIDDLE`] of the hidden features of feed-forward parts goes.
+    hidden: Vec<f64>,
 }
+
+/// Methods that narrow feed-forward parts: merged by transport, chosen by size, chosen by leverage with what
+/// reads them fitted again.
+const HIDDEN: [&str; 3] = ["dotresize-hidden", "channel-magnitude", "modegpt"];
 
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
@@ -93,7 +100,15 @@ fn one_seed(size: &Size, seed: u64) -> Result<Run> {
             });
         }
     }
+    let mut settings = Settings::default();
+    settings.modegpt.smoothing = f64::INFINITY;
+    settings.modegpt.heads = false;
+    let hidden = HIDDEN.map(|method| {
+        let narrowed = setup.compress(method, MIDDLE, &settings)?;
+        setup.perplexity(&narrowed)
+    });
     Ok(Run {
+        hidden: hidden.into_iter().collect::<Result<Vec<_>>>()?,
         whole: setup.perplexity(&setup.model)?,
         points,
     })
@@ -127,7 +142,26 @@ fn claims(setting: &Setting, runs: &[Run]) -> Vec<Claim> {
         WAYS.iter()
             .all(|way| of(ROTATED) <= of(way) + 1e-9 || way.ends_with("per site"))
     });
+    let hidden = |method: usize| {
+        mean(
+            runs.iter()
+                .filter_map(|run| run.hidden.get(method).copied()),
+        )
+    };
+    let narrowed: Vec<String> = HIDDEN
+        .iter()
+        .enumerate()
+        .map(|(method, name)| format!("{name} {:.2}", hidden(method)))
+        .collect();
     vec![
+        Claim::new(
+            "in feed-forward parts, 20 % fewer hidden features by merging leave a lower perplexity than the \
+             largest ones alone",
+            "the residual stream alone is published",
+            format!("whole {whole:.2}, {}", narrowed.join(", ")),
+            after_training(scale, hidden(0) < hidden(1)),
+        )
+        .noted("modegpt chooses features by leverage and fits what reads them again"),
         Claim::new(
             "at 20 %, merging into the largest features raises perplexity at least 30 % less than \
              keeping them and leaving out the others",

@@ -3,10 +3,12 @@
 
 use super::decoder::{self, Positions};
 use crate::error::engine;
-use crate::{Result, Scale};
-use lapidary_compress::CalibrationData;
+use crate::{Error, Result, Scale};
 use lapidary_compress::quality::{Window, perplexity, sliding_windows};
 use lapidary_compress::slicing::{Directions, Sliced, slice};
+use lapidary_compress::{
+    AdapterSettings, CalibrationData, HealData, HealSettings, Recipe, Settings, Stage, heal,
+};
 use lapidary_kernels::{D, Device, Tensor};
 use lapidary_model::{Input, Model, Pass};
 use lapidary_parts::norm::NormSpec;
@@ -31,6 +33,8 @@ pub struct Size {
     pub calibration: u64,
     /// Texts that are measured on.
     pub tests: u64,
+    /// Steps of training that a narrowed decoder recovers by.
+    pub recovery: u64,
 }
 
 impl Size {
@@ -43,6 +47,7 @@ impl Size {
             steps: 3000,
             calibration: 128,
             tests: 200,
+            recovery: 500,
         };
         match scale {
             Scale::Smoke => Self {
@@ -52,6 +57,7 @@ impl Size {
                 steps: 3,
                 calibration: 4,
                 tests: 4,
+                recovery: 2,
             },
             Scale::Small => Self {
                 seeds: 1,
@@ -60,6 +66,7 @@ impl Size {
                 steps: 400,
                 calibration: 48,
                 tests: 48,
+                recovery: 60,
             },
             Scale::Full => full,
         }
@@ -118,6 +125,46 @@ impl Setup {
             by,
             BATCH,
         )?)
+    }
+
+    /// The decoder compressed by a method that takes away `ratio` of what it works on.
+    pub fn compress(&self, method: &str, ratio: f64, settings: &Settings) -> Result<Model> {
+        let recipe = Recipe {
+            stages: vec![Stage {
+                method: method.to_owned(),
+                ratio: Some(ratio),
+                settings: None,
+            }],
+        };
+        let mut done = recipe.run(&self.model, Some(&self.calibration), settings)?;
+        match done.pop() {
+            Some(last) => Ok(last.compressed.model),
+            None => Err(Error::Experiment(format!("{method} did nothing"))),
+        }
+    }
+
+    /// A narrowed decoder with adapters taken in that were trained for `steps` on the texts that
+    /// directions were chosen by.
+    pub fn recovered(
+        &self,
+        model: &Model,
+        adapters: AdapterSettings,
+        steps: u64,
+        seed: u64,
+    ) -> Result<Model> {
+        let data = HealData {
+            training: &self.calibration,
+            validation: &self.calibration,
+            teacher: None,
+        };
+        let settings = HealSettings {
+            steps,
+            rate: 1e-3,
+            adapters: Some(adapters),
+            seed,
+            ..HealSettings::default()
+        };
+        Ok(heal(model, &data, &settings, |_, _| ())?.0)
     }
 
     /// Perplexity on texts that nothing was trained or chosen by.

@@ -8,9 +8,9 @@ use super::jobs::over_seeds;
 use super::narrow::{BATCH, Setup, Size, left};
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
-use lapidary_compress::CalibrationData;
 use lapidary_compress::dimension::{AccuracyLaw, Law, MapChange, Scores, map_changes, scores};
 use lapidary_compress::slicing::{Directions, Principal, Random, Trailing, slice};
+use lapidary_compress::{AdapterSettings, CalibrationData};
 use lapidary_train::generator;
 use rand::RngExt;
 
@@ -42,6 +42,8 @@ struct Run {
     drift: (f64, f64),
     /// Share of the stream's squared length that the middle cut keeps, the mean over sites.
     kept: f64,
+    /// Perplexity at the middle cut once adapters were trained and taken in.
+    recovered: f64,
     /// Parameters whole, with shortcuts and with shared directions, at the middle cut.
     parameters: [usize; 3],
 }
@@ -110,6 +112,7 @@ fn one_seed(size: &Size, seed: u64) -> Result<Run> {
     let kept = mean(sliced.kept.iter().copied());
     let middle = sliced.model;
     let shared = setup.cut(width, true, &Principal)?.model;
+    let healed = setup.recovered(&middle, recovery(size), size.recovery, seed)?;
     let changes: Vec<MapChange> = map_changes(&same, &middle)?.into_values().collect();
     Ok(Run {
         whole,
@@ -124,12 +127,24 @@ fn one_seed(size: &Size, seed: u64) -> Result<Run> {
         after: scores(&setup.model, &middle, &setup.tests, BATCH)?,
         drift,
         kept,
+        recovered: setup.perplexity(&healed)?,
         parameters: [
             setup.model.parameter_count(),
             middle.parameter_count(),
             shared.parameter_count(),
         ],
     })
+}
+
+/// The adapters that published code recovers a sliced model with: rank 32 at a width of 4096, here a sixth of
+/// the width; alpha 10, dropout 0.05.
+fn recovery(size: &Size) -> AdapterSettings {
+    AdapterSettings {
+        rank: (size.width / 6).max(1),
+        alpha: 10.0,
+        dropout: 0.05,
+        ..AdapterSettings::default()
+    }
 }
 
 fn sparsity(size: &Size, width: usize) -> f64 {
@@ -268,6 +283,20 @@ fn claims(setting: &Setting, runs: &[Run]) -> Result<Vec<Claim>> {
         .noted(format!(
             "parameters: whole {whole}, with shortcuts {sliced}, shared {stock}"
         )),
+    );
+    let recovered = average(&|run| run.recovered);
+    claims.push(
+        Claim::new(
+            "adapters of low rank, trained on the texts that directions were chosen by and taken in, lower \
+             the perplexity at 20 %",
+            "recovery by LoRA (rank 32, 8000 samples); figures not at hand",
+            format!(
+                "{best:.2} sliced, {recovered:.2} recovered; whole {:.2}",
+                average(&|run| run.whole)
+            ),
+            after_training(scale, recovered < best),
+        )
+        .noted("shortcuts are linear layers and have adapters too; tables and norms stay as they were sliced"),
     );
     Ok(claims)
 }

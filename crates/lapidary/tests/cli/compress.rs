@@ -53,6 +53,46 @@ fn prunes_heals_and_says_what_zeros_take() {
 }
 
 #[test]
+fn adapters_are_trained_and_taken_in() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("cut");
+    let arguments = [
+        "compress",
+        "embedded",
+        "--method",
+        "svd",
+        "--ratio",
+        "0.5",
+        "--windows",
+        "4",
+        "--window",
+        "32",
+        "--heal",
+        "3",
+        "--heal-rate",
+        "0.001",
+        "--adapters",
+        "2",
+        "--adapter-dropout",
+        "0.05",
+        "--adapter-layers",
+        "blocks.*.query,blocks.*.value",
+        "--out",
+    ];
+    let report = json(&[&arguments[..], &[out.to_str().unwrap(), "--json"]].concat());
+    let adapters = &report["healing"]["adapters"];
+    assert_eq!(adapters["settings"]["rank"], 2);
+    assert_eq!(adapters["settings"]["dropout"], 0.05);
+    assert_eq!(adapters["layers"], 12, "two of each of six blocks");
+    let parameters = |of: &serde_json::Value| of["size"]["parameters"].as_u64().unwrap();
+    let said = report["report"]["after"]["parameters"].as_u64().unwrap();
+    assert_eq!(said, parameters(&report["after"]));
+    let again = directory.path().join("again");
+    let wrong = [again.to_str().unwrap(), "--adapter-alpha", "0"];
+    refused(&[&arguments[..], &wrong].concat(), &["alpha of adapters"]);
+}
+
+#[test]
 fn pairs_of_methods_are_measured_in_both_orders() {
     let arguments = [
         "compress",
@@ -180,6 +220,15 @@ fn stock_shapes_are_written_as_such() {
         let expected = if stock { "hugging-face" } else { "lapidary" };
         assert_eq!(report["saved_as"], expected, "{name} {method}");
         assert!(report["kept"].as_f64().unwrap() < 1.0);
+    }
+    for (name, stock) in [("llama", true), ("gpt2", false)] {
+        let out = directory.path().join(format!("{name}-heads"));
+        let out = out.to_str().unwrap();
+        let report = compress(name, "modegpt", "0.25", &["--uniform-heads", "--out", out]);
+        let expected = if stock { "hugging-face" } else { "lapidary" };
+        assert_eq!(report["saved_as"], expected, "{name}");
+        let notes = report["report"]["notes"].as_array().unwrap();
+        assert_eq!(notes.is_empty(), stock, "{notes:?}");
     }
     let plan = compress("llama", "fusegpt", "0.5", &["--plan-only"]);
     assert_eq!(plan["modules"][0]["change"], "remove");

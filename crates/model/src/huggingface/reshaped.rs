@@ -98,6 +98,7 @@ fn described(config: &Config, original: &ModelSpec, spec: &ModelSpec) -> Option<
             fields.insert(name.to_owned(), new);
         }
     }
+    rotation(&mut fields, original, spec);
     windows(&mut fields, spec);
     // As a reader will find it, digits and all.
     let text = Value::Object(fields).to_string();
@@ -218,6 +219,32 @@ fn alias(family: &Family, field: &str) -> Option<&'static str> {
         (Family::Gpt2(_), "n_head") => Some("num_attention_heads"),
         _ => None,
     }
+}
+
+/// The base of the rotation, where a reader looks for it: in the object that says how frequencies are
+/// stretched, if it is in there, else beside it.
+fn rotation(fields: &mut Map<String, Value>, before: &ModelSpec, after: &ModelSpec) {
+    let base = |spec: &ModelSpec| match &spec.blocks.first()?.attention {
+        MixerSpec::MultiHead(attention) => Some(attention.position.rotary()?.theta),
+        MixerSpec::Mamba(_) | MixerSpec::Wavelet(_) | MixerSpec::Absent => None,
+    };
+    let Some(theta) = base(after).filter(|_| base(before) != base(after)) else {
+        return;
+    };
+    for name in ["rope_scaling", "rope_parameters"] {
+        let Some(Value::Object(inside)) = fields.get_mut(name) else {
+            continue;
+        };
+        if inside.contains_key("rope_theta") {
+            inside.insert("rope_theta".to_owned(), Value::from(theta));
+            return;
+        }
+        // The first that says anything is the one that is read.
+        if !inside.is_empty() {
+            break;
+        }
+    }
+    fields.insert("rope_theta".to_owned(), Value::from(theta));
 }
 
 /// One type for each layer, where the config lists them.

@@ -2,8 +2,8 @@
 //! 2404.09695).
 //!
 //! Each matrix of attention is factorised under the norm `Σ_j c_j ‖(W − L R)_{:,j}‖²`, `c_j` the
-//! mean square of its input `j`, at ranks that favour values and output ([`ranks`]). A channel of the
-//! feed-forward part counts
+//! mean square of its input `j`, or in another way ([`decomposition`]), at ranks that favour values and
+//! output ([`ranks`]). A channel of the feed-forward part counts
 //!
 //! ```text
 //! ‖gate row ⊙ √c‖ + ‖up row ⊙ √c‖ + ‖down column √c‖
@@ -16,17 +16,19 @@
 //! Blocks are cut one after the other, each by what it reads once those before it are cut. An
 //! input that is always zero is given a floor by the factorisation where the authors write 1e-4.
 
+mod decomposition;
 mod ranks;
 
-use lapidary_factor::{Metric, WeightedSvd};
-use lapidary_kernels::Tensor;
+pub use decomposition::LorapDecomposition;
+
+use std::collections::{BTreeMap, BTreeSet};
+
 use lapidary_model::Model;
 use lapidary_parts::attention::MixerSpec;
 use lapidary_parts::block::BlockSpec;
 
 use super::channels::{self, Unit};
 use crate::edit::Edit;
-use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
@@ -53,6 +55,8 @@ const MATRICES: [&str; 4] = ["query", "key", "value", "output"];
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LorapSettings {
+    /// How attention's matrices are factorised.
+    pub decomposition: LorapDecomposition,
     /// Weights of value and output over those of query and key.
     pub ratio: f64,
     /// The share of channels of least importance that stays.
@@ -68,6 +72,7 @@ pub struct LorapSettings {
 impl Default for LorapSettings {
     fn default() -> Self {
         Self {
+            decomposition: LorapDecomposition::default(),
             ratio: 3.0,
             spared: 0.01,
             one_shot: false,
@@ -105,21 +110,23 @@ fn requirements(model: &Model, settings: &Settings) -> Result<Requirements> {
     if !settings.lorap.one_shot {
         return Ok(Requirements::default());
     }
-    let of_block = |(index, block): (usize, &BlockSpec)| block_requirements(index, block);
+    let of_block =
+        |(index, block): (usize, &BlockSpec)| block_requirements(index, block, &settings.lorap);
     let all = blocks.iter().enumerate().map(of_block);
     Ok(all.fold(Requirements::default(), Requirements::union))
 }
 
-/// Mean squares of everything that a block's layers read.
-fn block_requirements(index: usize, block: &BlockSpec) -> Requirements {
+/// What is to be known of everything that a block's layers read: mean squares in the feed-forward part,
+/// what the decomposition asks for in attention.
+fn block_requirements(index: usize, block: &BlockSpec, settings: &LorapSettings) -> Requirements {
+    let units = Unit::of(index, block).into_iter();
+    let sites = units.flat_map(|unit| [unit.input_site(), unit.hidden_site()]);
+    let mut statistics: BTreeSet<Statistic> = sites.map(squares).collect();
     let path = channels::attention(index);
-    let mut sites = vec![format!("{path}.in"), format!("{path}.mixed")];
-    for unit in Unit::of(index, block) {
-        sites.extend([unit.input_site(), unit.hidden_site()]);
+    for site in [format!("{path}.in"), format!("{path}.mixed")] {
+        statistics.extend(settings.decomposition.statistics(&site));
     }
-    Requirements {
-        statistics: sites.into_iter().map(squares).collect(),
-    }
+    Requirements { statistics }
 }
 
 fn squares(site: String) -> Statistic {
@@ -260,6 +267,7 @@ fn apply(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
         }
     }
     let mut edit = Edit::of(model);
+    let mut notes = BTreeMap::new();
     for ((index, block), planned) in blocks.iter().enumerate().zip(by_block) {
         if planned.is_empty() {
             continue;
@@ -268,12 +276,12 @@ fn apply(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
         let calibration = match settings.lorap.one_shot {
             true => task.calibrated(LORAP.name)?,
             false => {
-                seen = look(task, &edit, index, block)?;
+                seen = look(task, &edit, index, block, &settings.lorap)?;
                 &seen
             }
         };
         for planned in planned {
-            cut(
+            let note = cut(
                 &mut edit,
                 index,
                 block,
@@ -281,12 +289,15 @@ fn apply(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
                 &settings.lorap,
                 calibration,
             )?;
+            notes.extend(note.map(|note| (planned.path.clone(), note)));
         }
     }
     let compressed = edit.finish()?;
     let report = |planned: &ModulePlan| {
         let weights = |model: &Model| channels::weights(model, &planned.path);
-        ModuleReport::new(planned, weights(model), weights(&compressed))
+        let mut report = ModuleReport::new(planned, weights(model), weights(&compressed));
+        report.note = notes.remove(&planned.path).or(report.note);
+        report
     };
     let modules = plan.modules.iter().map(report).collect();
     Compressed::new(LORAP.name, task, compressed, modules)
@@ -318,16 +329,24 @@ fn block_of(model: &Model, planned: &ModulePlan) -> Result<usize> {
 }
 
 /// What a block reads now that those before it are cut. The blocks after it are not run.
-fn look(task: &Task<'_>, edit: &Edit, index: usize, block: &BlockSpec) -> Result<Calibration> {
+fn look(
+    task: &Task<'_>,
+    edit: &Edit,
+    index: usize,
+    block: &BlockSpec,
+    settings: &LorapSettings,
+) -> Result<Calibration> {
     let data = task.observed(LORAP.name)?;
     let so_far = edit.through(index)?;
     let options = CalibrationOptions {
         batch: task.settings().batch,
         ..CalibrationOptions::default()
     };
-    Calibration::collect(&so_far, data, &block_requirements(index, block), options)
+    let requirements = block_requirements(index, block, settings);
+    Calibration::collect(&so_far, data, &requirements, options)
 }
 
+/// Cuts one module, and says what there is to say of it.
 fn cut(
     edit: &mut Edit,
     index: usize,
@@ -335,7 +354,7 @@ fn cut(
     planned: &ModulePlan,
     settings: &LorapSettings,
     calibration: &Calibration,
-) -> Result<()> {
+) -> Result<Option<String>> {
     if let Change::Factorise { rank } = planned.change
         && !planned.path.ends_with(".feedforward")
     {
@@ -344,12 +363,9 @@ fn cut(
             false => "in",
         };
         let site = format!("{}.{site}", channels::attention(index));
-        return factorise(
-            edit,
-            &planned.path,
-            rank,
-            &calibration.vector(&squares(site))?,
-        );
+        let way = settings.decomposition;
+        return decomposition::factorise(edit, &planned.path, rank, way, &site, calibration)
+            .map(Some);
     }
     let units = match planned.path.ends_with(".feedforward") {
         true => Unit::of(index, block),
@@ -357,7 +373,7 @@ fn cut(
     };
     let hidden = units.first().map_or(0, |unit| unit.hidden);
     let Some(features) = channels::planned_features(planned, hidden)? else {
-        return Ok(());
+        return Ok(None);
     };
     for unit in &units {
         let scale = |site: String| -> Result<Vec<f64>> {
@@ -368,7 +384,8 @@ fn cut(
         let scores = channels::magnitudes(edit, unit, Some((&input, &inner)))?;
         unit.keep(edit, &kept(&scores, features, settings.spared))?;
     }
-    channels::set_hidden(edit, index, features)
+    channels::set_hidden(edit, index, features)?;
+    Ok(None)
 }
 
 /// The channels that stay, in their order: the least important ones and the most important ones.
@@ -381,28 +398,6 @@ fn kept(scores: &[f64], features: usize, spared: f64) -> Vec<usize> {
     let mut kept: Vec<usize> = stays.map(|(_, (channel, _))| channel).collect();
     kept.sort_unstable();
     kept
-}
-
-/// `W ≈ L R` of least `Σ_j c_j ‖(W − L R)_{:,j}‖²`.
-fn factorise(edit: &mut Edit, path: &str, rank: usize, mean_squares: &[f64]) -> Result<()> {
-    let name = format!("{path}.weight");
-    let weight: Tensor = edit.get(&name)?;
-    let metric = match mean_squares.iter().all(|square| *square == 0.0) {
-        true => Metric::Plain,
-        false => Metric::InputSquares(mean_squares),
-    };
-    let approximation = WeightedSvd::new(&weight, &metric)
-        .and_then(|svd| svd.truncate(rank))
-        .map_err(|source| Error::Layer {
-            layer: path.to_owned(),
-            source,
-        })?;
-    edit.parameters.remove(&name);
-    let factors = approximation.factors;
-    edit.put(format!("{path}.down"), &engine(factors.down.contiguous())?)?;
-    edit.put(format!("{path}.up"), &engine(factors.up.contiguous())?)?;
-    edit.spec.low_rank.insert(path.to_owned(), rank);
-    Ok(())
 }
 
 #[cfg(test)]

@@ -75,6 +75,11 @@ fn by_weights(shapes: [Shape; 4], keep: f64, a: f64) -> [[Option<usize>; 2]; 2] 
         let share = (budget - values) / scores;
         return [[rank(share, query), rank(share, key)], [None, None]];
     }
+    if budget - of_values >= scores {
+        // A ratio below the matrices' own: queries and keys take all they can, values the rest.
+        let share = (budget - scores) / values;
+        return [[None, None], [rank(share, value), rank(share, output)]];
+    }
     let (score_share, value_share) = ((budget - of_values) / scores, of_values / values);
     [
         [rank(score_share, query), rank(score_share, key)],
@@ -161,6 +166,12 @@ mod tests {
                 }
             }
         }
+        // What queries and keys cannot take goes to the others: of 0.8 · 12 d² at a ratio of 1 they have room for 2 d².
+        let wide_values = [(64, 64), (64, 64), (64, 320), (320, 64)];
+        let [qk, vo] = by_weights(wide_values, 0.8, 1.0);
+        let rest = 0.8 * 12.0 - 2.0; // of 10 d² in values and output
+        let rank = (rest / 10.0 * 64.0 * 320.0 / 384.0) as usize;
+        assert_eq!((qk, vo), ([None; 2], [Some(rank); 2]));
         // Equal shapes give what the square formula gives but for its rounding.
         let [qk, vo] = by_weights([(64, 64); 4], 0.5, 3.0);
         assert_eq!((qk, vo), ([Some(8); 2], [Some(24); 2]));

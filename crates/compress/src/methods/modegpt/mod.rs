@@ -10,6 +10,9 @@
 //! One pass over the data of the whole model finds every second moment, without gradients; each block
 //! then loses a share by its influence ([`allocation`]). Nothing is added to the residual stream.
 //!
+//! Heads that each lose what they can best do without have shapes of their own. [`stock`] narrows them to
+//! one that configs of published families can say.
+//!
 //! A bias of values adds `b_V W_O` to every token, as the weights of a query sum to one, and moves
 //! to the output's bias; queries, keys and hidden features that go take theirs with them.
 
@@ -18,11 +21,12 @@ mod feedforward;
 #[cfg(test)]
 mod golden;
 mod query_key;
+mod stock;
 #[cfg(test)]
 mod testing;
 mod value_output;
 
-use lapidary_factor::{Matrix, matrix_from_tensor, matrix_to_tensor};
+use lapidary_factor::{Matrix, matrix_from_tensor};
 use lapidary_kernels::{DType, Tensor};
 use lapidary_model::Model;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
@@ -66,6 +70,11 @@ pub struct ModegptSettings {
     /// Whether heads become narrower too. Without, and with infinite smoothing, every feed-forward
     /// part has the same fewer features: a shape that configs of published families can say.
     pub heads: bool,
+    /// Whether heads are narrowed to a shape that a published family's config can say, where one can: queries,
+    /// keys and values as wide as each other and in every block, rotary pairs the same step apart
+    /// everywhere, the base of the rotation made to fit and the scale in the queries. Every block loses as
+    /// much, whatever the smoothing.
+    pub stock: bool,
 }
 
 impl Default for ModegptSettings {
@@ -75,12 +84,16 @@ impl Default for ModegptSettings {
             cap: 0.8,
             ridge: 1.0,
             heads: true,
+            stock: false,
         }
     }
 }
 
 fn requirements(model: &Model, settings: &Settings) -> Result<Requirements> {
     let mut statistics = std::collections::BTreeSet::new();
+    if settings.modegpt.heads && settings.modegpt.stock {
+        stock::check(model)?;
+    }
     for (index, block) in model.spec().expanded_blocks().iter().enumerate() {
         statistics.insert(similarity(index));
         if settings.modegpt.heads {
@@ -137,12 +150,17 @@ fn plan(task: &Task<'_>, budget: &Budget) -> Result<Plan> {
     let mean = 1.0 - budget.share(name)?;
     let settings = task.settings().modegpt;
     let influences = influences(model, task.calibrated(name)?)?;
-    let losses = allocation::losses(&influences, mean, settings.smoothing, settings.cap)?;
+    let stock = settings.heads && settings.stock;
+    let smoothing = match stock {
+        true => f64::INFINITY,
+        false => settings.smoothing,
+    };
+    let losses = allocation::losses(&influences, mean, smoothing, settings.cap)?;
     let mut modules = Vec::new();
     let blocks = model.spec().expanded_blocks();
     for ((index, block), loss) in blocks.iter().enumerate().zip(losses) {
         if settings.heads {
-            modules.push(planned_attention(model, index, block, 1.0 - loss)?);
+            modules.push(planned_attention(model, index, block, 1.0 - loss, stock)?);
         }
         modules.extend(planned_feedforward(model, index, block, 1.0 - loss));
     }
@@ -157,11 +175,15 @@ fn planned_attention(
     index: usize,
     block: &BlockSpec,
     share: f64,
+    stock: bool,
 ) -> Result<ModulePlan> {
     let (spec, width) = (heads(index, block)?, model.spec().width);
     let (head_width, value_width) = (spec.head_width(width), spec.value_width(width));
     let query_key = query_key::nearest(spec, head_width, share);
-    let value = (share * value_width as f64).round() as usize;
+    let value = match stock {
+        true => query_key,
+        false => (share * value_width as f64).round() as usize,
+    };
     for (what, found) in [("queries and keys", query_key), ("values", value)] {
         if found == 0 {
             return Err(Error::invalid(
@@ -215,7 +237,11 @@ fn whole() -> Change {
 fn apply(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
     let model = task.model;
     let calibration = task.calibrated(MODEGPT.name)?;
-    let ridge = task.settings().modegpt.ridge;
+    let settings = task.settings().modegpt;
+    let stock = match settings.heads && settings.stock {
+        true => stock::Shape::of(model, plan, calibration)?,
+        false => None,
+    };
     let blocks = model.spec().expanded_blocks();
     let mut edit = Edit::of(model);
     for planned in &plan.modules {
@@ -225,8 +251,18 @@ fn apply(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
                 && let Some((query_key, value)) = planned_heads(planned)?
             {
                 let spec = heads(index, block)?;
-                narrow_scores(&mut edit, index, spec, query_key, calibration)?;
+                narrow_scores(
+                    &mut edit,
+                    index,
+                    spec,
+                    query_key,
+                    stock.as_ref(),
+                    calibration,
+                )?;
                 narrow_values(&mut edit, index, spec, value, calibration)?;
+                if stock.is_some() {
+                    stock::take_in_scale(&mut edit, index, spec)?;
+                }
             }
             continue;
         }
@@ -236,7 +272,7 @@ fn apply(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
         let hidden = units.first().map_or(0, |unit| unit.hidden);
         if let Some(features) = channels::planned_features(planned, hidden)? {
             for unit in &units {
-                narrow_hidden(&mut edit, unit, features, ridge, calibration)?;
+                narrow_hidden(&mut edit, unit, features, settings.ridge, calibration)?;
             }
             channels::set_hidden(&mut edit, index, features)?;
         }
@@ -247,7 +283,11 @@ fn apply(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
         ModuleReport::new(planned, weights(model), weights(&narrowed))
     };
     let modules = plan.modules.iter().map(report).collect();
-    Compressed::new(MODEGPT.name, task, narrowed, modules)
+    let obstacle = stock::obstacle(model.spec(), narrowed.spec());
+    let mut compressed = Compressed::new(MODEGPT.name, task, narrowed, modules)?;
+    let note = |reason: String| format!("heads that only a Lapidary directory holds: {reason}");
+    compressed.report.notes.extend(obstacle.map(note));
+    Ok(compressed)
 }
 
 fn planned_heads(planned: &ModulePlan) -> Result<Option<(usize, usize)>> {
@@ -277,7 +317,7 @@ fn narrow_hidden(
     let kept = feedforward::by_leverage(&moments, ridge, features)?;
     let refitted = feedforward::refitted(&down, &moments, &kept)?;
     unit.keep(edit, &kept)?;
-    put(edit, &reader, &refitted)
+    edit.put_matrix(reader, &refitted)
 }
 
 /// Type II.
@@ -286,6 +326,7 @@ fn narrow_scores(
     index: usize,
     spec: &MultiHeadSpec,
     features: usize,
+    stock: Option<&stock::Shape>,
     calibration: &Calibration,
 ) -> Result<()> {
     let width = edit.spec.width;
@@ -296,7 +337,11 @@ fn narrow_scores(
     let path = |name: &str| format!("{}.{name}", channels::attention(index));
     let queries = calibration.vector(&squares(path("query")))?;
     let keys = calibration.vector(&squares(path("key")))?;
-    let kept = query_key::choose(spec, head_width, features, &queries, &keys)?;
+    let step = stock.and_then(|shape| shape.step);
+    let kept = match spec.position.rotary().zip(step) {
+        Some((rotary, step)) => stock::kept(spec, rotary, head_width, features, step),
+        None => query_key::choose(spec, head_width, features, &queries, &keys)?,
+    };
     let each = spec.heads / spec.groups().max(1);
     let of_heads = |heads: usize, heads_of_a_group: usize| -> Vec<usize> {
         let of_head = |head: usize| {
@@ -370,8 +415,8 @@ fn narrow_values(
             own.copy_from(columns);
         }
     }
-    put(edit, &format!("{path}.value.weight"), &narrow_value)?;
-    put(edit, &format!("{path}.output.weight"), &narrow_output)?;
+    edit.put_matrix(format!("{path}.value.weight"), &narrow_value)?;
+    edit.put_matrix(format!("{path}.output.weight"), &narrow_output)?;
     if spec.bias {
         let device = edit.get(&format!("{path}.value.weight"))?.device().clone();
         let none = engine(Tensor::zeros(spec.groups() * features, DType::F64, &device))?;
@@ -409,12 +454,4 @@ fn move_value_bias(edit: &mut Edit, index: usize, spec: &MultiHeadSpec) -> Resul
         attention.output_bias = Some(true);
     }
     Ok(())
-}
-
-fn put(edit: &mut Edit, name: &str, matrix: &Matrix) -> Result<()> {
-    let device = edit.get(name)?.device().clone();
-    edit.put(
-        name,
-        &matrix_to_tensor(matrix.as_ref(), DType::F64, &device)?,
-    )
 }

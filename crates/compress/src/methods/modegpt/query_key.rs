@@ -101,12 +101,7 @@ pub(crate) fn choose(
     for group in 0..spec.groups() {
         let squares = scores(spec, head_width, group, queries, keys);
         let score = |i: usize| squares.get(i).copied().unwrap_or(0.0);
-        let by_pair: Vec<f64> = (0..shares.rotated / 2)
-            .map(|i| {
-                let (a, b) = of_pair(i);
-                score(a) + score(b)
-            })
-            .collect();
+        let by_pair = by_pair(&squares, shares.rotated, interleaved);
         let pairs = largest(&by_pair, shares.pairs);
         let unrotated: Vec<f64> = (shares.rotated..head_width).map(score).collect();
         let rest = largest(&unrotated, shares.rest);
@@ -120,8 +115,23 @@ pub(crate) fn choose(
     })
 }
 
+/// Of each rotary pair, what its two features are worth.
+pub(crate) fn by_pair(squares: &[f64], rotated: usize, interleaved: bool) -> Vec<f64> {
+    let score = |i: usize| squares.get(i).copied().unwrap_or(0.0);
+    let of_pair = |i: usize| {
+        let (a, b) = pair(i, rotated, interleaved);
+        score(a) + score(b)
+    };
+    (0..rotated / 2).map(of_pair).collect()
+}
+
+/// The features of these pairs of a head, laid out as the rotation finds them.
+pub(crate) fn features_of(pairs: &[usize], rotated: usize, interleaved: bool) -> Vec<usize> {
+    turned(pairs, |i| pair(i, rotated, interleaved), interleaved).collect()
+}
+
 /// `Σ_heads C_Q[i,i] C_K[i,i]` over the heads of a group.
-fn scores(
+pub(crate) fn scores(
     spec: &MultiHeadSpec,
     head_width: usize,
     group: usize,

@@ -21,7 +21,7 @@ pub struct Stream {
 
 impl Stream {
     /// Sums over `rows`, `[tokens, width]` in `f64` batch by batch.
-    pub(super) fn of(rows: &[Tensor], distance: Option<Distance>) -> Result<Self> {
+    pub(crate) fn of(rows: &[Tensor], distance: Option<Distance>) -> Result<Self> {
         let mut sum: Option<Tensor> = None;
         for x in rows {
             let product = engine(engine(engine(x.t())?.contiguous())?.matmul(x))?;
@@ -35,9 +35,9 @@ impl Stream {
         let energy = trace(&sum);
         if energy <= 0.0 {
             return Err(Error::invalid(
-                "the stream",
+                "what tokens carry",
                 "zero",
-                "one that carries something",
+                "something, to choose features by",
             ));
         }
         Ok(Self {
@@ -50,7 +50,7 @@ impl Stream {
     }
 
     /// The mean over sites.
-    pub(super) fn mean(streams: &[Self]) -> Result<Self> {
+    pub(crate) fn mean(streams: &[Self]) -> Result<Self> {
         let Some(first) = streams.first() else {
             return Err(Error::invalid("sites", 0, "at least 1"));
         };

@@ -11,14 +11,15 @@
 //! An RMS norm commutes with orthogonal maps only, so that `R` goes into the layers around it and
 //! cancels: a reader after `h T` would start with `T⁺ = R⁻¹ Qᵀ`, and `h T T⁺ = h Q Qᵀ`. The result
 //! depends on `T` through its column space alone; whether rows of `T` or its columns sum to one
-//! makes no difference.
+//! makes no difference. Where nothing commutes with rotations, between two layers of a feed-forward part,
+//! it does: see `merged_features`.
 
 use lapidary_factor::{Matrix, qr};
 use lapidary_kernels::Tensor;
 
 use super::coordinates::Selector;
 use super::directions::{Choice, Directions, Stream};
-use super::sinkhorn::transport_plan;
+use super::sinkhorn::{Transported, transport_plan};
 use crate::error::engine;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -140,12 +141,12 @@ impl Default for Transport {
     }
 }
 
-impl Directions for Transport {
-    fn distance(&self) -> Option<Distance> {
-        Some(self.distance)
-    }
-
-    fn choose(&self, stream: &Stream, width: usize) -> Result<Choice> {
+impl Transport {
+    /// The plan between all features and the `width` that are chosen, `[width of the stream, width]`.
+    ///
+    /// # Errors
+    /// When distances are missing, or the temperature is not positive.
+    pub fn plan(&self, stream: &Stream, width: usize) -> Result<Transported> {
         let Some(distances) = &stream.distances else {
             let expected = "those that the method asked for";
             return Err(Error::invalid(
@@ -158,20 +159,27 @@ impl Directions for Transport {
         let cost = Matrix::from_fn(stream.width(), targets.len(), |i, k| {
             distances[(i, targets[k])]
         });
-        let found = transport_plan(&cost, self.temperature, self.iterations)?;
+        transport_plan(&cost, self.temperature, self.iterations)
+    }
+}
+
+impl Directions for Transport {
+    fn distance(&self) -> Option<Distance> {
+        Some(self.distance)
+    }
+
+    fn choose(&self, stream: &Stream, width: usize) -> Result<Choice> {
+        let found = self.plan(stream, width)?;
+        let (rows, columns) = (found.plan.nrows(), found.plan.ncols());
         let sources = stream.width() as f64;
-        let map = Matrix::from_fn(cost.nrows(), cost.ncols(), |i, k| {
-            sources * found.plan[(i, k)]
-        });
+        let map = Matrix::from_fn(rows, columns, |i, k| sources * found.plan[(i, k)]);
         let (basis, rank, condition) = orthonormal(&map);
         Ok(Choice {
             basis,
             note: Some(format!(
-                "map of rank {rank} of {}, condition of its triangle {condition:.1e}; marginals \
+                "map of rank {rank} of {columns}, condition of its triangle {condition:.1e}; marginals \
                  met to {:.0e} after {} iterations",
-                targets.len(),
-                found.error,
-                found.iterations
+                found.error, found.iterations
             )),
         })
     }

@@ -1,7 +1,9 @@
 //! `--heal`: the compressed model trained further.
 
 use anyhow::{Context, Result, ensure};
-use lapidary_compress::{CalibrationData, Example, HealData, HealReport, HealSettings, heal};
+use lapidary_compress::{
+    AdapterSettings, CalibrationData, Example, HealData, HealReport, HealSettings, heal,
+};
 use lapidary_model::{Model, Package};
 use lapidary_train::log::Progress;
 
@@ -33,6 +35,7 @@ pub(super) fn run(
         distil: arguments.distil,
         hints: arguments.hints,
         regrow: arguments.regrow,
+        adapters: adapters(arguments),
         rounding,
         seed: global.seed,
         ..HealSettings::default()
@@ -50,6 +53,24 @@ pub(super) fn run(
     });
     progress.finish();
     Ok(healed?)
+}
+
+/// What `--adapters` has trained, where it is given.
+fn adapters(arguments: &Compress) -> Option<AdapterSettings> {
+    let defaults = AdapterSettings::default();
+    let layers = arguments.adapter_layers.as_ref();
+    Some(AdapterSettings {
+        rank: arguments.adapters?,
+        alpha: arguments.adapter_alpha,
+        dropout: arguments.adapter_dropout,
+        layers: match layers {
+            Some(globs) => globs
+                .split(',')
+                .map(|glob| glob.trim().to_owned())
+                .collect(),
+            None => defaults.layers,
+        },
+    })
 }
 
 /// As many examples as the steps read, if there are as many, and those that are held out: every

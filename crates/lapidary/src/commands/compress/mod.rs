@@ -81,7 +81,7 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
             };
             let (model, report) = healed(model, told, arguments, global)?.unzip();
             if let Some(model) = model {
-                done.compressed.model = model;
+                done.compressed.set_healed(model);
             }
             (vec![done], report)
         }
@@ -247,7 +247,7 @@ fn cut_heal_and_round(
     let (healed, report) = heal(cut)?.unzip();
     if rounding.is_empty() {
         if let Some((model, last)) = healed.zip(done.last_mut()) {
-            last.compressed.model = model;
+            last.compressed.set_healed(model);
         }
         return Ok((done, report));
     }

@@ -9,7 +9,7 @@ use super::{class, saved_as, stage_json};
 use crate::output;
 use anyhow::Result;
 use comfy_table::{Table, presets};
-use lapidary_compress::{HealReport, Report, Seconds};
+use lapidary_compress::{Change, HealReport, Report, Seconds};
 use lapidary_explain::report::{self, Cell, Plot, Series};
 use lapidary_model::SavedAs;
 use serde_json::{Value, json};
@@ -205,7 +205,7 @@ impl Outcome {
                 report
                     .notes
                     .iter()
-                    .map(|note| format!("zeros       {note}")),
+                    .map(|note| format!("{:<11} {note}", subject(report))),
             );
         }
         if let Some(healing) = &self.healing {
@@ -218,6 +218,14 @@ impl Outcome {
             };
             if healing.hints > 0.0 {
                 from += &format!(" and residual stream (weight {})", healing.hints);
+            }
+            if let Some(adapters) = &healing.adapters {
+                from += &format!(
+                    ", by adapters of rank {} beside {} layers ({} numbers)",
+                    adapters.settings.rank,
+                    adapters.layers,
+                    output::grouped(adapters.parameters)
+                );
             }
             if let Some(bits) = healing.bits {
                 from += &format!(", seen in {bits} bits");
@@ -337,6 +345,15 @@ impl Outcome {
             plots,
             ..report::Report::default()
         }
+    }
+}
+
+/// What notes about a whole stage are about: zeros that it set, or shapes that it left.
+fn subject(report: &Report) -> &'static str {
+    let mut modules = report.modules.iter();
+    match modules.any(|module| matches!(module.change, Change::Prune { .. })) {
+        true => "zeros",
+        false => "shape",
     }
 }
 

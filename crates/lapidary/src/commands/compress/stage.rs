@@ -91,9 +91,10 @@ pub(super) fn settings(arguments: &Compress, global: &Global) -> Result<Settings
     let seed = i64::try_from(global.seed).context("--seed is too large for a setting")?;
     table.entry("seed").or_insert(toml::Value::Integer(seed));
     let mut settings: Settings = table.try_into().context("the settings")?;
-    if arguments.uniform {
+    if arguments.uniform || arguments.uniform_heads {
         settings.modegpt.smoothing = f64::INFINITY;
-        settings.modegpt.heads = false;
+        settings.modegpt.heads = arguments.uniform_heads;
+        settings.modegpt.stock = arguments.uniform_heads;
         settings.lorap.attention = false;
     }
     if arguments.activations.is_some() {
