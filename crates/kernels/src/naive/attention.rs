@@ -2,8 +2,8 @@
 
 use super::{MASKED, keep_to_bias, quotients, repeat_groups, softmax};
 use crate::{
-    Attended, AttentionOptions, AttentionPart, BlockPart, D, Direction, PartOptions, Result,
-    SinkhornOptions, SoftmaxMask, Tensor,
+    Attended, AttentionOptions, AttentionPart, BlockPart, D, Direction, ExponentialMeans,
+    PartOptions, Result, SinkhornOptions, SoftmaxMask, Tensor,
 };
 
 /// The attention weights `softmax(scale · Q Kᵀ + bias)`, `[batch, heads, query, key]`.
