@@ -108,9 +108,12 @@ impl<O: ByHand> CustomOp1 for Packed<O> {
             let numbers = wide(&flat_host.ordered::<T>()?);
             let gradient = wide(&gradient.ordered::<T>()?);
             let each = self.operation.backward(&self.split(&numbers), &gradient);
-            let all = each.concat();
-            self.fits(all.len(), numbers.len())?;
-            Ok(Some(host::tensor(narrow::<T>(all), flat.dims())?))
+            self.fits(each.iter().map(Vec::len).sum(), numbers.len())?;
+            let mut all = Vec::with_capacity(numbers.len());
+            for part in each {
+                all.extend(part.into_iter().map(T::of));
+            }
+            Ok(Some(host::tensor::<T>(all, flat.dims())?))
         })
     }
 }

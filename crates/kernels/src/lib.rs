@@ -27,7 +27,6 @@ mod error;
 mod exponentials;
 mod fourier;
 mod gather;
-mod group_means;
 mod hashed_codes;
 mod host;
 mod integers;
@@ -58,6 +57,7 @@ mod rows;
 mod second_moment;
 mod silu_directions;
 mod simd;
+mod sinkhorn_attention;
 mod softmax;
 mod sort;
 mod sparse;
@@ -86,7 +86,6 @@ pub use error::{Error, Result};
 pub use exponentials::{exponential_features, gaussian};
 pub use fourier::{causal_depthwise_convolution, fft_convolution, inverse_real_fft, real_fft};
 pub use gather::{embedding, gather, scatter_add};
-pub use group_means::{Groups, group_means};
 pub use hashed_codes::{CodeHash, hashed_codes, hashed_features};
 pub use integers::IntegerFunctions;
 pub use inverse::newton_inverse;
@@ -97,7 +96,9 @@ pub use linear_attention::{
     operations_in_chunks,
 };
 pub use linear_by_feature::{linear_attention_by_feature, operations_by_feature};
-pub use linear_means::{causal_linear_means, linear_means};
+pub use linear_means::{
+    ExponentialMeans, causal_exponential_means, causal_linear_means, linear_means,
+};
 pub use local_filter::local_filter;
 pub use matmul::matmul;
 pub use mixture::{Mixture, VectorNorm, mixture_distances};
@@ -118,6 +119,7 @@ pub use rotary::{merged_rotary, rotary};
 pub use rows::{reject_rows, unit_rows};
 pub use second_moment::SecondMoment;
 pub use silu_directions::silu_directions;
+pub use sinkhorn_attention::{SinkhornOptions, sinkhorn_attention};
 pub use softmax::{log_softmax, softmax};
 pub use sort::{sort, top_k};
 pub use sparse::{BitmapMatrix, CsrMatrix, SparseSizes, TwoOfFourMatrix};

@@ -15,10 +15,13 @@
 //!
 //! of which all but `∂q` read `Σ_i q_i ∂n_iᵀ` and `Σ_i h_i q_i`.
 
+mod exponential;
 mod past;
 #[cfg(test)]
 mod tests;
 mod whole;
+
+pub use exponential::{ExponentialMeans, causal_exponential_means};
 
 use crate::host::{self, Host, by_dtype, fused};
 use crate::product::Matrix;
@@ -26,6 +29,7 @@ use crate::simd::{self, Real};
 use crate::stack::Stack;
 use crate::{Error, Result, Tensor, naive};
 use candle_core::{CpuStorage, CustomOp3, Layout, Shape, WithDType};
+use exponential::Map;
 
 type Candle<T> = candle_core::Result<T>;
 
@@ -113,6 +117,8 @@ struct Sides<'a, T> {
     v: Stack<'a, T>,
     pairs: usize,
     epsilon: T,
+    /// What makes features of queries and keys, where these are not features themselves.
+    map: Option<Map<'a, T>>,
 }
 
 impl<'a, T: Real> Sides<'a, T> {
@@ -127,7 +133,13 @@ impl<'a, T: Real> Sides<'a, T> {
             v: stack(v)?,
             pairs: pairs.iter().product(),
             epsilon: T::of(epsilon),
+            map: None,
         })
+    }
+
+    /// Features of a query or a key.
+    fn features(&self) -> usize {
+        self.map.as_ref().map_or(self.q.columns, Map::count)
     }
 
     /// One over a sum of weights.
@@ -181,7 +193,7 @@ impl Means {
     fn backward<T: Real>(&self, sides: &Sides<T>, y: &[T], gradient: &[T]) -> Slopes<T> {
         match self.chunk {
             None => whole::backward(sides, y, gradient),
-            Some(chunk) => past::backward(sides, chunk, y, gradient),
+            Some(chunk) => past::backward(sides, chunk, y, gradient).0,
         }
     }
 }

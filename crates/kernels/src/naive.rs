@@ -5,7 +5,7 @@
 
 use crate::{
     Activation, AutoencoderGradients, AutoencoderWeights, CrossEntropyOptions, D, DType, Error,
-    Groups, Result, RotaryPairs, RowPooling, SoftmaxMask, Tensor, Var,
+    Result, RotaryPairs, RowPooling, SoftmaxMask, Tensor, Var,
     inverse::CAUTION,
     mixture::{Mixture, VectorNorm},
 };
@@ -14,9 +14,9 @@ mod attention;
 mod codes;
 
 pub use attention::{
-    attention, attention_part, attention_softmax, attention_weights, decayed_attention,
-    landmark_attention, linear_attention, linear_attention_by_feature, linear_means,
-    polynomial_attention,
+    attention, attention_part, attention_softmax, attention_weights, causal_exponential_means,
+    decayed_attention, landmark_attention, linear_attention, linear_attention_by_feature,
+    linear_means, polynomial_attention, sinkhorn_attention,
 };
 pub(crate) use attention::{block_rows, merged_rows};
 pub use codes::{hash_arguments, hashed_codes, hashed_features, passing_signs};
@@ -54,20 +54,6 @@ pub fn silu_directions(x: &Tensor) -> Result<Tensor> {
     Ok(shifted.broadcast_div(&shifted.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?)?)
 }
 
-/// [`crate::group_means`], as a product with what each row has of each group.
-pub fn group_means(x: &Tensor, groups: &Groups) -> Result<Tensor> {
-    let (batch, _, length, _) = x.dims4()?;
-    let mut shares = vec![0f64; batch * groups.count() * length];
-    for sequence in 0..batch {
-        for (row, group, share) in groups.shares(sequence) {
-            shares[(sequence * groups.count() + group) * length + row] = share;
-        }
-    }
-    let shape = (batch, 1, groups.count(), length);
-    let shares = Tensor::from_vec(shares, shape, x.device())?.to_dtype(x.dtype())?;
-    Ok(shares.broadcast_matmul(&x.contiguous()?)?)
-}
-
 /// [`crate::newton_inverse`], with the gradient of an exact inverse.
 pub fn newton_inverse(a: &Tensor, epsilon: f64, steps: usize) -> Result<Tensor> {
     let held = a.detach();
@@ -98,11 +84,16 @@ pub fn pooled_rows(
     let mut start = 0;
     let mut pooled = Vec::with_capacity(ends.len());
     for &end in ends {
+        if start == end {
+            pooled.push(Tensor::zeros((1, x.dim(1)?), x.dtype(), x.device())?);
+            continue;
+        }
         let list = Tensor::from_slice(&rows[start..end], end - start, x.device())?;
         let list = x.index_select(&list, 0)?;
         pooled.push(match pooling {
             RowPooling::Maximum => list.max_keepdim(0)?,
             RowPooling::Sum => list.sum_keepdim(0)?,
+            RowPooling::Mean => list.mean_keepdim(0)?,
         });
         start = end;
     }

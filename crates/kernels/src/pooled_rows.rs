@@ -1,4 +1,4 @@
-//! The largest or the sum of some rows, feature by feature.
+//! The largest, the sum or the mean of some rows, feature by feature.
 
 use crate::host::{self, Host, Rows, Shared, by_dtype, fused, rows_and_width};
 use crate::simd::{self, Real};
@@ -12,16 +12,19 @@ type Candle<T> = candle_core::Result<T>;
 pub enum RowPooling {
     /// The largest of each feature. The gradient goes to all rows that have it.
     Maximum,
-    /// The sum.
+    /// The sum; zeros for a list without rows.
     Sum,
+    /// The mean; zeros for a list without rows.
+    Mean,
 }
 
-/// `y_l = max_{r in list l} x_r` or `Σ_{r in list l} x_r`, feature by feature: of rows of `x` `[.., width]`,
-/// wherever they lie, that stand in `rows` one list behind the other, those of each list up to its one of `ends`,
-/// `[lists, width]`.
+/// `y_l = max_{r in list l} x_r`, `Σ_{r in list l} x_r` or that sum's share of one row, feature by feature: of rows
+/// of `x` `[.., width]`, wherever they lie, that stand in `rows` one list behind the other, those of each list up to
+/// its one of `ends`, `[lists, width]`.
 ///
 /// # Errors
-/// When a list is empty, the last one does not end with `rows`, or a row is out of range.
+/// When a list ends before it begins, or has no row that could be the largest, when the last one does not end with
+/// `rows`, or a row is out of range.
 ///
 /// ```
 /// use lapidary_kernels::{Device, RowPooling, Tensor, pooled_rows};
@@ -42,9 +45,15 @@ pub fn pooled_rows(
     let refused = |argument, found: &dyn std::fmt::Debug, expected: String| {
         Err(Error::argument("pooled rows", argument, found, expected))
     };
-    let rising = ends.windows(2).all(|pair| pair[0] < pair[1]);
-    if !rising || ends.first() == Some(&0) || ends.last().copied().unwrap_or(0) != rows.len() {
-        let expected = format!("above 0, rising, the last {}", rows.len());
+    // Nothing is the largest of no rows.
+    let least = usize::from(pooling == RowPooling::Maximum);
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    let rising = starts.zip(&ends).all(|(start, end)| start + least <= *end);
+    if !rising || ends.last().copied().unwrap_or(0) != rows.len() {
+        let expected = match least {
+            1 => format!("above 0, rising, the last {}", rows.len()),
+            _ => format!("not falling, the last {}", rows.len()),
+        };
         return refused("ends", &ends, expected);
     }
     if let Some(row) = rows.iter().find(|row| **row as usize >= count) {
@@ -78,6 +87,14 @@ impl Lists {
         &self.rows[start..self.ends[list]]
     }
 
+    /// What a row counts for in its list.
+    fn share<T: Real>(&self, list: usize) -> T {
+        match self.pooling {
+            RowPooling::Maximum | RowPooling::Sum => T::one(),
+            RowPooling::Mean => T::of(1.0 / self.list(list).len() as f64),
+        }
+    }
+
     fn forward<T: Real>(&self, x: &Rows<T>, width: usize) -> Vec<T> {
         let mut y = host::unwritten::<T>(self.ends.len() * width);
         let each = self.rows.len() / self.ends.len().max(1);
@@ -89,7 +106,7 @@ impl Lists {
             |list, y| {
                 let row = |row: u32| x.row(row as usize);
                 let Some((&first, rest)) = self.list(list).split_first() else {
-                    return;
+                    return y.fill(T::zero());
                 };
                 y.copy_from_slice(row(first));
                 match self.pooling {
@@ -100,10 +117,12 @@ impl Lists {
                             }
                         }
                     }
-                    RowPooling::Sum => {
+                    RowPooling::Sum | RowPooling::Mean => {
                         for &other in rest {
                             simd::add_scaled(y, row(other), T::one());
                         }
+                        let share = self.share::<T>(list);
+                        y.iter_mut().for_each(|y| *y *= share);
                     }
                 }
             },
@@ -120,7 +139,7 @@ impl Lists {
         // Columns that fill a line of the cache; threads have columns of their own, since lists may have
         // rows in common.
         const COLUMNS: usize = 16;
-        let all = self.pooling == RowPooling::Sum;
+        let all = self.pooling != RowPooling::Maximum;
         let mut dx = vec![T::zero(); count];
         let shared = Shared::new(&mut dx);
         let work = self.rows.len() * COLUMNS;
@@ -132,13 +151,14 @@ impl Lists {
                     for list in 0..self.ends.len() {
                         let at = list * width + columns.start..list * width + columns.end;
                         let (y, gradient) = (&y[at.clone()], &gradient[at]);
+                        let share = self.share::<T>(list);
                         for &row in self.list(list) {
                             let start = row as usize * width + columns.start;
                             let x = &x.row(row as usize)[columns.clone()];
                             // SAFETY: ranges of columns are disjoint.
                             let dx = unsafe { shared.part(start, columns.len()) };
                             for (((dx, &x), &y), &d) in dx.iter_mut().zip(x).zip(y).zip(gradient) {
-                                *dx += if all | (x == y) { d } else { T::zero() };
+                                *dx += if all | (x == y) { share * d } else { T::zero() };
                             }
                         }
                     }
@@ -183,7 +203,7 @@ mod tests {
     use crate::test_data::{arange, compare};
     use crate::{DType, Device, Var};
 
-    const BOTH: [RowPooling; 2] = [RowPooling::Maximum, RowPooling::Sum];
+    const ALL: [RowPooling; 3] = [RowPooling::Maximum, RowPooling::Sum, RowPooling::Mean];
 
     /// Rows that several lists have.
     fn lists(pooling: RowPooling) -> Lists {
@@ -207,7 +227,7 @@ mod tests {
     fn equals_the_composition() {
         for (width, pooling) in [1, 7, 40]
             .into_iter()
-            .flat_map(|width| BOTH.map(|by| (width, by)))
+            .flat_map(|width| ALL.map(|by| (width, by)))
         {
             compare(1e-6, |dtype| {
                 let x = arange(&[width, 7], 1.0, dtype).t().unwrap();
@@ -217,12 +237,23 @@ mod tests {
         let x = arange(&[7, 3], 1.0, DType::F64);
         let none = pooled_rows(&x, vec![], vec![], RowPooling::Sum).unwrap();
         assert_eq!(none.dims(), [0, 3]);
+        for pooling in [RowPooling::Sum, RowPooling::Mean] {
+            let lists = || Lists {
+                rows: vec![4, 2],
+                ends: vec![0, 2, 2],
+                pooling,
+            };
+            let Lists { rows, ends, .. } = lists();
+            let ours = pooled_rows(&x, rows, ends, pooling).unwrap();
+            assert_eq!(difference(&ours, &plain(lists(), &x)).unwrap(), 0.0);
+            assert_eq!(ours.to_vec2::<f64>().unwrap()[0], [0.0; 3]);
+        }
     }
 
     #[test]
     fn gradients() {
         let x = arange(&[7, 40], 1.0, DType::F64);
-        for pooling in BOTH {
+        for pooling in ALL {
             let error = gradient_error(|x| of(&x[0], pooling), std::slice::from_ref(&x));
             assert!(error.unwrap() < 1e-8);
         }
@@ -259,8 +290,10 @@ mod tests {
             (vec![0, 1], vec![1]),
             (vec![0, 1], vec![1, 1, 2]),
             (vec![0], vec![0, 1]),
+            (vec![0, 1], vec![2, 1]),
         ] {
-            assert!(pooled_rows(&x, rows, ends, RowPooling::Sum).is_err());
+            assert!(pooled_rows(&x, rows, ends, RowPooling::Maximum).is_err());
         }
+        assert!(pooled_rows(&x, vec![0, 1], vec![2, 1, 2], RowPooling::Mean).is_err());
     }
 }

@@ -31,6 +31,18 @@ impl<'a, T: Real> Stack<'a, T> {
         })
     }
 
+    /// Matrices `[pairs, rows, columns]`, one behind the other.
+    pub(crate) fn packed(data: &'a [T], [pairs, rows, columns]: [usize; 3]) -> Self {
+        Self {
+            data,
+            starts: (0..pairs).map(|pair| pair * rows * columns).collect(),
+            rows,
+            columns,
+            row_stride: columns,
+            column_stride: 1,
+        }
+    }
+
     pub(crate) fn matrix(&self, pair: usize) -> Matrix<'_, T> {
         Matrix {
             data: self.data.get(self.starts[pair]..).unwrap_or(&[]),

@@ -247,7 +247,7 @@ pub fn attention_in_bands([q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
     let band = |x: [&Signal; 3]| -> Result<Signal> {
         let split = |x: &Signal| -> Result<Tensor> {
             let x = engine(x.value().reshape((batch, heads, width, length / 2)))?;
-            engine(engine(x.transpose(2, 3))?.contiguous())
+            engine(x.transpose(2, 3))
         };
         let [q, k, v] = x;
         let y = attention(

@@ -9,16 +9,16 @@
 //! ```
 //!
 //! Rows are read where they lie: only those of one block at a time are copied, into the shape that products
-//! ask for. Gradients of keys that one block alone meets are written to their rows; those of all others are
-//! summed up afterwards, row by row in the order of blocks, so that no sum depends on the threads.
+//! ask for. Backward, blocks that have a query or a key in common, such as those of a head, follow one another:
+//! each adds its gradients where they belong, and no sum depends on the threads.
 
 mod backward;
 mod forward;
+mod groups;
 mod pieces;
 mod rows;
 #[cfg(test)]
 mod tests;
-mod uses;
 
 use crate::host::{self, Host, by_dtype, fused, rows_and_width};
 use crate::simd::Real;

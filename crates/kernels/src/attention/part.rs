@@ -17,8 +17,6 @@ pub struct PartOptions {
     /// gathered out of order: `causal` and `window` then compare positions, and `query_offset`
     /// is not looked at.
     pub positions: Option<[Tensor; 2]>,
-    /// With positions: what is added to the score of a query and the key at its own.
-    pub own: f64,
 }
 
 impl PartOptions {
@@ -27,7 +25,6 @@ impl PartOptions {
         Self {
             attention,
             positions: None,
-            own: 0.0,
         }
     }
 }
@@ -166,7 +163,6 @@ fn positions(
     Ok(Some(Positions {
         queries: read("query positions", query, queries)?,
         keys: read("key positions", key, keys)?,
-        own: options.own,
     }))
 }
 
@@ -303,7 +299,6 @@ mod tests {
         let plain = AttentionOptions::new(4);
         let masked = |causal, window| PartOptions {
             positions: Some(scattered()),
-            own: -2.0,
             attention: AttentionOptions {
                 causal,
                 window,
@@ -378,7 +373,6 @@ mod tests {
         };
         let options = PartOptions {
             positions: Some([at(1, queries), at(2, keys)]),
-            own: 0.0,
             attention: AttentionOptions {
                 causal: true,
                 ..AttentionOptions::new(4)

@@ -41,13 +41,10 @@ pub(super) struct Positions {
     pub(super) queries: Vec<u32>,
     /// `[batch, key]`.
     pub(super) keys: Vec<u32>,
-    /// Added to the score of a query and the key at its own position.
-    pub(super) own: f64,
 }
 
 impl Positions {
-    /// Adds what belongs to a query's own position to a row of scores for `keys`, and masks what
-    /// it may not see.
+    /// Masks what a query may not see in a row of scores for `keys`.
     fn mask<T: Real>(
         &self,
         p: &Problem,
@@ -56,7 +53,6 @@ impl Positions {
         scores: &mut [T],
     ) {
         let position = self.queries[batch * p.queries + query];
-        let own = T::of(self.own);
         let window = p.window.map_or(u32::MAX, |window| {
             u32::try_from(window).unwrap_or(u32::MAX).max(1) - 1
         });
@@ -64,8 +60,6 @@ impl Positions {
         for (score, &key) in scores.iter_mut().zip(keys) {
             if (p.causal && key > position) || key.abs_diff(position) > window {
                 *score = T::NEG_INFINITY;
-            } else if key == position {
-                *score += own;
             }
         }
     }

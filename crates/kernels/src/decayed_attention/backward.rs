@@ -1,6 +1,7 @@
 //! The backward pass of one head: the same two walks over its chunks, with queries carried along too.
 
-use super::{Fades, Head, Sizes, State, Walk, scaled};
+use super::walks::scaled;
+use super::{Fades, Head, Sizes, State, Walk};
 use crate::host;
 use crate::product::{Into, Matrix, Threads, multiply};
 use crate::simd::{self, Real};

@@ -1,24 +1,91 @@
 //! Means over the keys up to a query: chunks that read what came before them from `S` and `z`, and meet
 //! themselves with their weights laid out.
 
+use super::exponential::Features;
 use super::{Sides, Slopes, add_row, along, split};
 use crate::host::{self, Shared};
 use crate::product::{Into, Matrix, Threads, multiply};
 use crate::simd::{self, Real};
+use crate::stack::Stack;
 use std::ops::Range;
 
 /// The rows of one head, and how they are divided.
 struct Head<'a, T> {
-    q: Matrix<'a, T>,
-    k: Matrix<'a, T>,
+    q: Operand<'a, T>,
+    k: Operand<'a, T>,
     v: Matrix<'a, T>,
     chunk: usize,
 }
 
+/// Queries or keys of one head.
+enum Operand<'a, T> {
+    Given(Matrix<'a, T>),
+    /// Made anew wherever a chunk of them is met.
+    Features(Features<'a, T>),
+}
+
+/// Some rows of an operand.
+enum Held<'a, T> {
+    Given(Matrix<'a, T>),
+    Made(Vec<T>, [usize; 2]),
+}
+
+impl<T: Real> Held<'_, T> {
+    fn matrix(&self) -> Matrix<'_, T> {
+        match self {
+            Self::Given(rows) => *rows,
+            Self::Made(rows, [count, columns]) => Matrix::packed(rows, *count, *columns),
+        }
+    }
+}
+
+impl<'a, T: Real> Operand<'a, T> {
+    fn rows(&self) -> usize {
+        match self {
+            Self::Given(x) => x.rows,
+            Self::Features(made) => made.x.rows,
+        }
+    }
+
+    fn columns(&self) -> usize {
+        match self {
+            Self::Given(x) => x.columns,
+            Self::Features(made) => made.count(),
+        }
+    }
+
+    fn held(&self, range: &Range<usize>) -> Held<'a, T> {
+        match self {
+            Self::Given(x) => Held::Given(x.part_of_rows(range)),
+            Self::Features(made) => Held::Made(made.of_rows(range), [range.len(), made.count()]),
+        }
+    }
+
+    /// Hands the gradient of some rows on to those that they are made of, `to`, and to what made them.
+    fn hand_over(
+        &self,
+        range: &Range<usize>,
+        held: &Held<T>,
+        slopes: &mut [T],
+        (to, of_map): (&mut [T], &mut [T]),
+    ) {
+        match self {
+            Self::Given(x) => {
+                to[range.start * x.columns..range.end * x.columns].copy_from_slice(slopes);
+            }
+            Self::Features(made) => {
+                let width = made.x.columns;
+                let to = &mut to[range.start * width..range.end * width];
+                made.gradients(range, held.matrix().data, slopes, (to, of_map));
+            }
+        }
+    }
+}
+
 /// The rows of a chunk.
 struct Chunk<'a, T> {
-    q: Matrix<'a, T>,
-    k: Matrix<'a, T>,
+    q: Held<'a, T>,
+    k: Held<'a, T>,
     v: Matrix<'a, T>,
     count: usize,
 }
@@ -38,6 +105,8 @@ struct Scratch<T> {
     slopes: Vec<T>,
     /// `∂n` of a chunk.
     of_sums: Vec<T>,
+    /// `∂q` or `∂k` of a chunk.
+    of_operand: Vec<T>,
     /// One over the sum of weights, and `h`, of every position.
     reciprocals: Vec<T>,
     heights: Vec<T>,
@@ -45,7 +114,7 @@ struct Scratch<T> {
 
 impl<T: Real> Scratch<T> {
     fn new(sides: &Sides<T>, chunk: usize) -> Self {
-        let (features, width, length) = (sides.q.columns, sides.v.columns, sides.q.rows);
+        let (features, width, length) = (sides.features(), sides.v.columns, sides.q.rows);
         Self {
             state: State {
                 sums: vec![T::zero(); features * width],
@@ -54,6 +123,7 @@ impl<T: Real> Scratch<T> {
             weights: vec![T::zero(); chunk * chunk],
             slopes: vec![T::zero(); chunk * chunk],
             of_sums: vec![T::zero(); chunk * width],
+            of_operand: vec![T::zero(); chunk * features],
             reciprocals: vec![T::zero(); length],
             heights: vec![T::zero(); length],
         }
@@ -116,9 +186,13 @@ fn hide<T: Real>(weights: &mut [T], count: usize) {
 
 impl<'a, T: Real> Head<'a, T> {
     fn new(sides: &'a Sides<'a, T>, pair: usize, chunk: usize) -> Self {
+        let operand = |x: &'a Stack<'a, T>, are_keys: bool| match &sides.map {
+            None => Operand::Given(x.matrix(pair)),
+            Some(map) => Operand::Features(map.of(pair, x.matrix(pair), are_keys)),
+        };
         Self {
-            q: sides.q.matrix(pair),
-            k: sides.k.matrix(pair),
+            q: operand(&sides.q, false),
+            k: operand(&sides.k, true),
             v: sides.v.matrix(pair),
             chunk,
         }
@@ -126,15 +200,16 @@ impl<'a, T: Real> Head<'a, T> {
 
     /// The positions of every chunk, in order.
     fn chunks(&self) -> Vec<Range<usize>> {
-        let starts = (0..self.q.rows).step_by(self.chunk);
-        let of = |start: usize| start..self.q.rows.min(start + self.chunk);
+        let rows = self.q.rows();
+        let starts = (0..rows).step_by(self.chunk);
+        let of = |start: usize| start..rows.min(start + self.chunk);
         starts.map(of).collect()
     }
 
     fn rows(&self, range: &Range<usize>) -> Chunk<'a, T> {
         Chunk {
-            q: self.q.part_of_rows(range),
-            k: self.k.part_of_rows(range),
+            q: self.q.held(range),
+            k: self.k.held(range),
             v: self.v.part_of_rows(range),
             count: range.len(),
         }
@@ -146,13 +221,14 @@ impl<'a, T: Real> Head<'a, T> {
         scratch.state.clear();
         for range in self.chunks() {
             let chunk = self.rows(&range);
+            let (q, k) = (chunk.q.matrix(), chunk.k.matrix());
             let weights = &mut scratch.weights[..chunk.count * chunk.count];
-            product(Into::Replace, weights, chunk.q, chunk.k.transposed());
+            product(Into::Replace, weights, q, k.transposed());
             hide(weights, chunk.count);
             let y = &mut result[range.start * width..range.end * width];
             let weights = Matrix::packed(weights, chunk.count, chunk.count);
             product(Into::Replace, y, weights, chunk.v);
-            product(Into::Add, y, chunk.q, scratch.state.matrix(width));
+            product(Into::Add, y, q, scratch.state.matrix(width));
             let totals = &scratch.state.totals;
             simd::vectorised(
                 #[inline(always)]
@@ -160,7 +236,7 @@ impl<'a, T: Real> Head<'a, T> {
                     let rows = weights.data.chunks_exact(chunk.count);
                     let rows = rows.zip(y.chunks_exact_mut(width.max(1)));
                     for (i, (weights, y)) in rows.enumerate() {
-                        let total = simd::sum(&weights[..i + 1]) + along(&chunk.q, i, totals);
+                        let total = simd::sum(&weights[..i + 1]) + along(&q, i, totals);
                         let reciprocal = sides.reciprocal(total);
                         for y in y {
                             *y *= reciprocal;
@@ -168,7 +244,7 @@ impl<'a, T: Real> Head<'a, T> {
                     }
                 },
             );
-            scratch.state.add(chunk.k, chunk.v, None);
+            scratch.state.add(k, chunk.v, None);
         }
     }
 
@@ -178,21 +254,22 @@ impl<'a, T: Real> Head<'a, T> {
         sides: &Sides<T>,
         scratch: &mut Scratch<T>,
         [y, gradient]: [&[T]; 2],
-        dq: &mut [T],
+        (dq, of_map): (&mut [T], &mut [T]),
     ) {
-        let (features, width) = (self.q.columns, self.v.columns);
+        let (features, width) = (self.q.columns(), self.v.columns);
         let mut here = vec![T::zero(); features];
         scratch.state.clear();
         for range in self.chunks() {
             let chunk = self.rows(&range);
+            let (q, k) = (chunk.q.matrix(), chunk.k.matrix());
             here.copy_from_slice(&scratch.state.totals);
             let reciprocals = &mut scratch.reciprocals[range.clone()];
             simd::vectorised(
                 #[inline(always)]
                 || {
                     for (i, reciprocal) in reciprocals.iter_mut().enumerate() {
-                        add_row(&chunk.k, i, T::one(), &mut here);
-                        *reciprocal = sides.reciprocal(along(&chunk.q, i, &here));
+                        add_row(&k, i, T::one(), &mut here);
+                        *reciprocal = sides.reciprocal(along(&q, i, &here));
                     }
                 },
             );
@@ -202,30 +279,35 @@ impl<'a, T: Real> Head<'a, T> {
             scratch.lay_out(&range, &chunk);
             let slopes = Matrix::packed(&scratch.slopes, chunk.count, chunk.count);
             let of_sums = Matrix::packed(&scratch.of_sums, chunk.count, width);
-            let dq = &mut dq[range.start * features..range.end * features];
-            product(Into::Replace, dq, slopes, chunk.k);
-            product(
-                Into::Add,
-                dq,
-                of_sums,
-                scratch.state.matrix(width).transposed(),
-            );
-            scratch.state.spread(Some(&scratch.heights[range]), dq);
-            scratch.state.add(chunk.k, chunk.v, None);
+            let of_q = &mut scratch.of_operand[..chunk.count * features];
+            product(Into::Replace, of_q, slopes, k);
+            let sums = scratch.state.matrix(width).transposed();
+            product(Into::Add, of_q, of_sums, sums);
+            let heights = &scratch.heights[range.clone()];
+            scratch.state.spread(Some(heights), of_q);
+            self.q
+                .hand_over(&range, &chunk.q, of_q, (&mut *dq, &mut *of_map));
+            scratch.state.add(k, chunk.v, None);
         }
     }
 
     /// Writes `∂k` and `∂v` of all positions: a walk against time, behind the other.
-    fn of_keys(&self, scratch: &mut Scratch<T>, [y, gradient]: [&[T]; 2], [dk, dv]: [&mut [T]; 2]) {
-        let (features, width) = (self.q.columns, self.v.columns);
+    fn of_keys(
+        &self,
+        scratch: &mut Scratch<T>,
+        [y, gradient]: [&[T]; 2],
+        ([dk, dv], of_map): ([&mut [T]; 2], &mut [T]),
+    ) {
+        let (features, width) = (self.q.columns(), self.v.columns);
         scratch.state.clear();
         for range in self.chunks().into_iter().rev() {
             let chunk = self.rows(&range);
+            let (q, k) = (chunk.q.matrix(), chunk.k.matrix());
             let place = range.start * width..range.end * width;
             scratch.split(&range, [&y[place.clone()], &gradient[place.clone()]], width);
             scratch.lay_out(&range, &chunk);
             let weights = &mut scratch.weights[..chunk.count * chunk.count];
-            product(Into::Replace, weights, chunk.q, chunk.k.transposed());
+            product(Into::Replace, weights, q, k.transposed());
             hide(weights, chunk.count);
             let weights = Matrix::packed(weights, chunk.count, chunk.count).transposed();
             let slopes = Matrix::packed(&scratch.slopes, chunk.count, chunk.count).transposed();
@@ -233,13 +315,15 @@ impl<'a, T: Real> Head<'a, T> {
             let sums = scratch.state.matrix(width);
             let dv = &mut dv[place];
             product(Into::Replace, dv, weights, of_sums);
-            product(Into::Add, dv, chunk.k, sums);
-            let dk = &mut dk[range.start * features..range.end * features];
-            product(Into::Replace, dk, slopes, chunk.q);
-            product(Into::Add, dk, chunk.v, sums.transposed());
-            scratch.state.spread(None, dk);
+            product(Into::Add, dv, k, sums);
+            let of_k = &mut scratch.of_operand[..chunk.count * features];
+            product(Into::Replace, of_k, slopes, q);
+            product(Into::Add, of_k, chunk.v, sums.transposed());
+            scratch.state.spread(None, of_k);
+            self.k
+                .hand_over(&range, &chunk.k, of_k, (&mut *dk, &mut *of_map));
             let heights = &scratch.heights[range];
-            scratch.state.add(chunk.q, of_sums, Some(heights));
+            scratch.state.add(q, of_sums, Some(heights));
         }
     }
 }
@@ -281,7 +365,7 @@ impl<T: Real> Scratch<T> {
 
 /// Element operations of a head.
 fn work<T: Real>(sides: &Sides<T>, chunk: usize) -> usize {
-    let (features, width) = (sides.q.columns, sides.v.columns);
+    let (features, width) = (sides.features(), sides.v.columns);
     sides.q.rows * (features * width + chunk * (features + width)) / 8
 }
 
@@ -302,36 +386,37 @@ pub(super) fn forward<T: Real>(sides: &Sides<T>, chunk: usize) -> Vec<T> {
     result
 }
 
-/// Gradients, for `y` and its gradient in order.
+/// Gradients, for `y` and its gradient in order; those of frequencies of each pair behind them, where features
+/// are made.
 pub(super) fn backward<T: Real>(
     sides: &Sides<T>,
     chunk: usize,
     y: &[T],
     gradient: &[T],
-) -> Slopes<T> {
+) -> (Slopes<T>, Vec<T>) {
     let chunk = chunk.clamp(1, sides.q.rows.max(1));
-    let [of_features, of_values] = [&sides.q, &sides.v].map(|side| side.rows * side.columns);
-    let mut dq = host::unwritten::<T>(sides.pairs * of_features);
-    let mut dk = host::unwritten::<T>(sides.pairs * of_features);
+    let [of_rows, of_values] = [&sides.q, &sides.v].map(|side| side.rows * side.columns);
+    let of_map = sides.map.as_ref().map_or(0, |map| map.size());
+    let mut dq = host::unwritten::<T>(sides.pairs * of_rows);
+    let mut dk = host::unwritten::<T>(sides.pairs * of_rows);
     let mut dv = host::unwritten::<T>(sides.pairs * of_values);
-    let shared = [&mut dq, &mut dk, &mut dv].map(|slopes| Shared::new(slopes));
+    let mut d_map = vec![T::zero(); sides.pairs * of_map];
+    let shared = [&mut dq, &mut dk, &mut dv, &mut d_map].map(|slopes| Shared::new(slopes));
     host::share(sides.pairs, 3 * work(sides, chunk), |pairs| {
         let mut scratch = Scratch::new(sides, chunk);
         for pair in pairs {
-            // SAFETY: pairs are disjoint.
-            let [dq, dk, dv] = unsafe {
-                [
-                    shared[0].part(pair * of_features, of_features),
-                    shared[1].part(pair * of_features, of_features),
-                    shared[2].part(pair * of_values, of_values),
-                ]
+            let part = |which: usize, size: usize| {
+                // SAFETY: pairs are disjoint.
+                unsafe { shared[which].part(pair * size, size) }
             };
+            let (dq, dk, dv) = (part(0, of_rows), part(1, of_rows), part(2, of_values));
+            let d_map = part(3, of_map);
             let place = pair * of_values..(pair + 1) * of_values;
             let of_y = [&y[place.clone()], &gradient[place]];
             let head = Head::new(sides, pair, chunk);
-            head.of_queries(sides, &mut scratch, of_y, dq);
-            head.of_keys(&mut scratch, of_y, [dk, dv]);
+            head.of_queries(sides, &mut scratch, of_y, (dq, &mut *d_map));
+            head.of_keys(&mut scratch, of_y, ([dk, dv], d_map));
         }
     });
-    [dq, dk, dv]
+    ([dq, dk, dv], d_map)
 }

@@ -145,3 +145,74 @@ fn shapes_that_do_not_fit_are_refused() {
     assert!(causal_linear_means(&q, &x(&[1, 2, 7, 3]), &v, 0.0, 4).is_err());
     assert!(causal_linear_means(&q, &q, &x(&[1, 2, 5, 4]), 0.0, 4).is_ok());
 }
+
+/// Queries, keys and values of heads side by side, and frequencies that heads of all sequences share.
+fn points([length, features, width]: [usize; 3], dtype: DType) -> [Tensor; 4] {
+    let side = |width: usize, phase: f64| {
+        let x = arange(&[2, length, 3, width], phase, dtype);
+        (x.transpose(1, 2).unwrap() * 0.3).unwrap()
+    };
+    let frequencies = arange(&[3, features, 4], 4.0, dtype);
+    [side(4, 1.0), side(4, 2.0), side(width, 3.0), frequencies]
+}
+
+fn exponential(chunk: usize, keep: Option<Vec<u8>>) -> ExponentialMeans {
+    ExponentialMeans {
+        decay: 0.7,
+        epsilon: 0.01,
+        chunk,
+        keep,
+    }
+}
+
+#[test]
+fn features_of_chunks_are_those_laid_out() {
+    for sizes in [[1, 1, 1], [9, 5, 3], [70, 20, 33]] {
+        let keep: Vec<u8> = (0..2 * sizes[0]).map(|i| u8::from(i % 3 != 1)).collect();
+        for (chunk, keep) in [
+            (1, None),
+            (16, None),
+            (64, Some(keep.clone())),
+            (1000, Some(keep)),
+        ] {
+            let options = exponential(chunk, keep);
+            compare(2e-5, |dtype| {
+                let [q, k, v, frequencies] = &points(sizes, dtype);
+                (
+                    causal_exponential_means([q, k, v], frequencies, &options).unwrap(),
+                    naive::causal_exponential_means([q, k, v], frequencies, &options).unwrap(),
+                )
+            });
+        }
+    }
+    let [q, k, v, frequencies] = &points([9, 5, 3], DType::F64);
+    let features = |x: &Tensor| crate::exponential_features(x, frequencies, 0.7).unwrap();
+    let plain = causal_linear_means(&features(q), &features(k), v, 0.01, 4).unwrap();
+    let ours = causal_exponential_means([q, k, v], frequencies, &exponential(4, None)).unwrap();
+    assert!(difference(&ours, &plain).unwrap() < 1e-12);
+}
+
+#[test]
+fn gradients_by_way_of_features() {
+    for (chunk, keep) in [
+        (4, None),
+        (3, Some(vec![0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0])),
+    ] {
+        let options = exponential(chunk, keep);
+        let f = |x: &[Tensor]| causal_exponential_means([&x[0], &x[1], &x[2]], &x[3], &options);
+        assert!(gradient_error(f, &points([7, 5, 3], DType::F64)).unwrap() < 1e-6);
+    }
+}
+
+#[test]
+fn points_that_do_not_fit_are_refused() {
+    let [q, k, v, frequencies] = &points([5, 4, 3], DType::F32);
+    let of = |x: [&Tensor; 3], frequencies: &Tensor, keep: Option<Vec<u8>>| {
+        causal_exponential_means(x, frequencies, &exponential(2, keep)).is_ok()
+    };
+    assert!(of([q, k, v], frequencies, None));
+    assert!(!of([q, v, v], frequencies, None));
+    assert!(!of([q, k, &v.narrow(2, 0, 4).unwrap()], frequencies, None));
+    assert!(!of([q, k, v], &v.contiguous().unwrap(), None));
+    assert!(!of([q, k, v], frequencies, Some(vec![1; 9])));
+}

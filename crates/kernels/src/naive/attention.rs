@@ -2,8 +2,8 @@
 
 use super::{MASKED, keep_to_bias, quotients, repeat_groups, softmax};
 use crate::{
-    Attended, AttentionOptions, AttentionPart, BlockPart, D, Direction, PartOptions, Result,
-    SoftmaxMask, Tensor,
+    Attended, AttentionOptions, AttentionPart, BlockPart, D, Direction, ExponentialMeans,
+    PartOptions, Result, SinkhornOptions, SoftmaxMask, Tensor,
 };
 
 /// The attention weights `softmax(scale · Q Kᵀ + bias)`, `[batch, heads, query, key]`.
@@ -183,7 +183,6 @@ pub fn attention_part(
                     added.extend(key.iter().map(|j| {
                         let window = plain.window.unwrap_or(usize::MAX);
                         match (plain.causal && j > i, i.abs_diff(*j) as usize >= window) {
-                            (false, false) if i == j => options.own,
                             (false, false) => 0.0,
                             _ => MASKED,
                         }
@@ -210,6 +209,68 @@ pub fn attention_part(
         output: weights.matmul(&v)?.broadcast_div(&total)?,
         log_sums: (total.log()? + maximum)?.squeeze(3)?,
     })
+}
+
+/// [`crate::causal_exponential_means`], with features and weights laid out.
+pub fn causal_exponential_means(
+    [q, k, v]: [&Tensor; 3],
+    frequencies: &Tensor,
+    options: &ExponentialMeans,
+) -> Result<Tensor> {
+    let (batch, heads, length, width) = q.dims4()?;
+    let count = frequencies.dim(D::Minus2)?;
+    let across = frequencies.broadcast_as((batch, heads, count, width))?;
+    let across = across.transpose(2, 3)?.contiguous()?;
+    let features = |x: &Tensor| -> Result<Tensor> {
+        let squares = (x.sqr()?.sum_keepdim(3)? * options.decay)?;
+        let exponents = x.contiguous()?.matmul(&across)?.broadcast_sub(&squares)?;
+        Ok((exponents.exp()? / (count as f64).sqrt())?)
+    };
+    let mut of_keys = features(k)?;
+    if let Some(keep) = &options.keep {
+        let keep = Tensor::from_vec(keep.clone(), (batch, 1, length, 1), k.device())?;
+        of_keys = of_keys.broadcast_mul(&keep.to_dtype(k.dtype())?)?;
+    }
+    linear_means(&features(q)?, &of_keys, v, options.epsilon, true)
+}
+
+/// [`crate::sinkhorn_attention`], with its weights laid out.
+pub fn sinkhorn_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    options: &SinkhornOptions,
+) -> Result<Tensor> {
+    let (batch, _, length, _) = q.dims4()?;
+    let there = match &options.keep {
+        Some(keep) => keep.reshape((batch, 1, length, 1))?.to_dtype(q.dtype())?,
+        None => Tensor::ones((batch, 1, length, 1), q.dtype(), q.device())?,
+    };
+    let sides = [there.clone(), there.transpose(2, 3)?.contiguous()?];
+    let pairs = sides[0].broadcast_mul(&sides[1])?;
+    let scores = q.contiguous()?.matmul(&k.transpose(2, 3)?.contiguous()?)?;
+    let scores = (scores * options.scale)?.broadcast_mul(&pairs)?;
+    let scores = scores.broadcast_add(&pairs.affine(1e30, -1e30)?)?;
+    let mut logs = scores.clone();
+    let mut before: Option<Tensor> = None;
+    for iteration in 0..options.iterations {
+        // Rows in even ones, which sum over columns.
+        let side = iteration % 2;
+        let shifted = match &before {
+            Some(before) => scores.broadcast_add(before)?,
+            None => scores.clone(),
+        };
+        let largest = shifted.max_keepdim(3 - side)?.detach();
+        let sum = shifted.broadcast_sub(&largest)?.exp()?;
+        let sum = (sum.sum_keepdim(3 - side)?.log()? + largest)?;
+        let found = sum.neg()?.broadcast_mul(&sides[side])?;
+        if iteration + 2 >= options.iterations {
+            logs = logs.broadcast_add(&found)?;
+        }
+        before = Some(found);
+    }
+    let weights = logs.exp()?.broadcast_mul(&pairs)?;
+    Ok(weights.matmul(&v.contiguous()?)?)
 }
 
 /// [`crate::decayed_attention`], with its scores laid out.

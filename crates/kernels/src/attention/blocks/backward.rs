@@ -1,10 +1,11 @@
-//! The backward pass: weights are computed again, piece by piece.
+//! The backward pass: weights are computed again, piece by piece. Pieces that have rows in common, which are
+//! those of a head as a rule, follow one another, so that each adds to the gradients of its rows where they lie.
 
 use super::super::tiles::weights_and_slopes;
 use super::BlockAttention;
+use super::groups::groups;
 use super::pieces::{Part, Piece};
 use super::rows::{Inputs, KEYS, QUERIES, Saved, key_tiles, multiply, tiles};
-use super::uses::{Source, Uses};
 use crate::host::{self, Shared};
 use crate::product::{Into, Matrix, Repeated};
 use crate::simd::{self, Real};
@@ -16,14 +17,9 @@ struct Pass<'a, T: Clone> {
     saved: &'a Saved<'a, T>,
     /// `δ` of every query.
     deltas: &'a [T],
-    uses: &'a Uses,
     dq: Shared<'a, T>,
     dk: Shared<'a, T>,
     dv: Shared<'a, T>,
-    /// Gradients of keys and values that are yet to be summed up, those of a key one behind the other.
-    slots: Shared<'a, T>,
-    /// Weight and slope of each pair of a small piece.
-    pairs: Shared<'a, [T; 2]>,
 }
 
 /// Gradients of queries, keys and values.
@@ -33,47 +29,33 @@ pub(super) fn backward<T: Real>(
     saved: &Saved<T>,
 ) -> [Vec<T>; 3] {
     let [queries, keys] = of.rows;
-    let uses = Uses::new(of);
     let deltas = deltas(saved, queries);
     let [width, value_width] = x.widths();
     let mut dq = vec![T::zero(); queries * width];
     let mut dk = vec![T::zero(); keys * width];
     let mut dv = vec![T::zero(); keys * value_width];
-    let mut slots = host::unwritten::<T>(uses.sizes[0] * (width + value_width));
-    let mut pairs = vec![[T::zero(); 2]; uses.sizes[1]];
     let pass = Pass {
         x,
         saved,
         deltas: &deltas,
-        uses: &uses,
         dq: Shared::new(&mut dq),
         dk: Shared::new(&mut dk),
         dv: Shared::new(&mut dv),
-        slots: Shared::new(&mut slots),
-        pairs: Shared::new(&mut pairs),
     };
-    for (number, part) in of.parts.iter().enumerate() {
-        let pieces = part.pieces();
-        let work = 2 * part.work(width + value_width);
-        host::share(pieces.len(), work, |range| {
-            let mut room = Room::new();
-            for (index, piece) in range.clone().zip(&pieces[range]) {
-                match piece.is_small() {
-                    true => pass.few(part, (piece, [number, index]), &mut room),
-                    false => pass.many(part, (piece, [number, index]), &mut room),
-                }
+    let groups = groups(of);
+    let work = |part: &Part| part.pieces().len() * part.work(width + value_width);
+    let work = 2 * of.parts.iter().map(work).sum::<usize>();
+    host::share(groups.len(), work / groups.len().max(1), |range| {
+        let mut room = Room::new();
+        for &[part, piece] in groups[range].iter().flatten() {
+            let part = &of.parts[part];
+            let piece = &part.pieces()[piece];
+            match piece.is_small() {
+                true => pass.few(part, piece, &mut room.tile.weights),
+                false => pass.many(part, piece, &mut room),
             }
-        });
-    }
-    let sums = Sums {
-        of,
-        x,
-        saved,
-        uses: &uses,
-        slots: &slots,
-        pairs: &pairs,
-    };
-    sums.write(&Shared::new(&mut dk), &Shared::new(&mut dv));
+        }
+    });
     [dq, dk, dv]
 }
 
@@ -143,7 +125,7 @@ fn zeroed<T: Real>(room: &mut Vec<T>, length: usize) -> &mut [T] {
 
 impl<T: Real> Pass<'_, T> {
     /// A piece with keys and values laid out for all its queries.
-    fn many(&self, part: &Part, (piece, at): (&Piece, [usize; 2]), room: &mut Room<T>) {
+    fn many(&self, part: &Part, piece: &Piece, room: &mut Room<T>) {
         let [width, value_width] = self.x.widths();
         let (count, length) = (piece.queries.len(), piece.keys.len());
         let key_rows = part.key_rows(&piece.keys);
@@ -167,13 +149,24 @@ impl<T: Real> Pass<'_, T> {
                 &mut room.tile,
                 [&mut *dq, &mut *dk, &mut *dv],
             );
-            for (&row, from) in rows.iter().zip(dq.chunks_exact(width.max(1))) {
-                // SAFETY: a query is in one piece of a part.
-                let to = unsafe { self.dq.part(row as usize * width, width) };
-                to.iter_mut().zip(from).for_each(|(to, &from)| *to += from);
-            }
+            self.add(&self.dq, rows, dq, width);
         }
-        self.hand_over(key_rows, self.uses.slots(at, length), [&*dk, &*dv]);
+        self.add(&self.dk, key_rows, dk, width);
+        self.add(&self.dv, key_rows, dv, value_width);
+    }
+
+    /// Adds the gradients of listed rows to where they lie.
+    fn add(&self, to: &Shared<T>, rows: &[u32], from: &[T], width: usize) {
+        simd::vectorised(
+            #[inline(always)]
+            || {
+                for (&row, from) in rows.iter().zip(from.chunks_exact(width.max(1))) {
+                    // SAFETY: the rows of a group are those of one task.
+                    let to = unsafe { to.part(row as usize * width, width) };
+                    simd::add_scaled(to, from, T::one());
+                }
+            },
+        );
     }
 
     /// Adds up the gradients that some queries of a piece give: of themselves, keys and values.
@@ -229,51 +222,22 @@ impl<T: Real> Pass<'_, T> {
         }
     }
 
-    /// Writes the gradients of the keys of a piece to where they go.
-    fn hand_over(&self, rows: &[u32], slots: &[u32], [dk, dv]: [&[T]; 2]) {
-        let [width, value_width] = self.x.widths();
-        for (key, (&row, &slot)) in rows.iter().zip(slots).enumerate() {
-            let (row, both) = (row as usize, slot as usize * (width + value_width));
-            // SAFETY: a slot is one key's of one piece, and so is a row without one.
-            let (to_k, to_v) = unsafe {
-                match slot {
-                    Uses::ALONE => (
-                        self.dk.part(row * width, width),
-                        self.dv.part(row * value_width, value_width),
-                    ),
-                    _ => self
-                        .slots
-                        .part(both, width + value_width)
-                        .split_at_mut(width),
-                }
-            };
-            to_k.copy_from_slice(&dk[key * width..][..width]);
-            to_v.copy_from_slice(&dv[key * value_width..][..value_width]);
-        }
-    }
-
     /// A piece of so few queries that keys and values are read where they lie.
-    fn few(&self, part: &Part, (piece, at): (&Piece, [usize; 2]), room: &mut Room<T>) {
-        let (x, length) = (self.x, piece.keys.len());
-        let first = self.uses.first_pair(at);
-        let room = &mut room.tile.weights;
-        room.resize(room.len().max(length), T::zero());
-        for (number, query) in piece.queries.clone().enumerate() {
+    fn few(&self, part: &Part, piece: &Piece, room: &mut Vec<T>) {
+        let (x, [width, value_width]) = (self.x, self.x.widths());
+        room.resize(room.len().max(piece.keys.len()), T::zero());
+        for query in piece.queries.clone() {
             let here = query..query + 1;
             let seen = part.seen(&here, &piece.keys);
             let weights = &mut room[..seen.len()];
             let by_position = !part.all_seen(&here, &seen);
             let (key_rows, at) = (part.key_rows(&seen), part.query_rows(&here)[0]);
-            let place = first + number * length + piece.place(&seen).start;
-            // SAFETY: pairs are those of one piece, and a query is in one piece of a part.
-            let (pairs, dq) = unsafe {
-                let dq = self.dq.part(at as usize * x.q.width, x.q.width);
-                (self.pairs.part(place, seen.len()), dq)
-            };
             let (log_sum, delta) = (self.saved.log_sums[at as usize], self.deltas[at as usize]);
             if log_sum == T::NEG_INFINITY {
                 continue;
             }
+            // SAFETY: the rows of a group are those of one task.
+            let dq = unsafe { self.dq.part(at as usize * width, width) };
             let d_output = self.saved.gradient(at);
             simd::vectorised(
                 #[inline(always)]
@@ -283,75 +247,20 @@ impl<T: Real> Pass<'_, T> {
                         *score = x.scale * simd::dot(q, x.k.row(key));
                     }
                     part.adjust(piece, query, &seen, by_position, weights);
-                    for ((pair, &score), &key) in pairs.iter_mut().zip(weights.iter()).zip(key_rows)
-                    {
+                    for (&score, &key) in weights.iter().zip(key_rows) {
                         let weight = (score - log_sum).exp();
-                        let value = x.v.row(key);
-                        let slope = weight * (simd::dot(d_output, value) - delta);
-                        *pair = [weight, slope];
+                        let slope = weight * (simd::dot(d_output, x.v.row(key)) - delta);
+                        // SAFETY: as above.
+                        let (dk, dv) = unsafe {
+                            let dv = self.dv.part(key as usize * value_width, value_width);
+                            (self.dk.part(key as usize * width, width), dv)
+                        };
                         simd::add_scaled(dq, x.k.row(key), x.scale * slope);
+                        simd::add_scaled(dk, q, x.scale * slope);
+                        simd::add_scaled(dv, d_output, weight);
                     }
                 },
             );
-        }
-    }
-}
-
-/// What is summed up for the rows of keys that several queries' blocks meet.
-struct Sums<'a, T: Clone> {
-    of: &'a BlockAttention,
-    x: &'a Inputs<'a, T>,
-    saved: &'a Saved<'a, T>,
-    uses: &'a Uses,
-    slots: &'a [T],
-    pairs: &'a [[T; 2]],
-}
-
-impl<T: Real> Sums<'_, T> {
-    fn write(&self, dk: &Shared<T>, dv: &Shared<T>) {
-        let [width, value_width] = self.x.widths();
-        let [_, keys] = self.of.rows;
-        let [slots, pairs] = self.uses.sizes;
-        let work = (slots + pairs) * (width + value_width) / keys.max(1);
-        host::share(keys, work.max(1), |range| {
-            simd::vectorised(
-                #[inline(always)]
-                || {
-                    for key in range.clone() {
-                        for source in self.uses.of(key, self.of) {
-                            // SAFETY: a row is in one range.
-                            let (dk, dv) = unsafe {
-                                let dv = dv.part(key * value_width, value_width);
-                                (dk.part(key * width, width), dv)
-                            };
-                            match source {
-                                Source::Slot(slot) => {
-                                    let from = &self.slots[slot * (width + value_width)..];
-                                    let (from_k, from_v) = from.split_at(width);
-                                    simd::add_scaled(dk, from_k, T::one());
-                                    simd::add_scaled(dv, from_v, T::one());
-                                }
-                                Source::Pairs(place) => self.add_pairs(place, dk, dv),
-                            }
-                        }
-                    }
-                },
-            );
-        });
-    }
-
-    /// What a key gets in a small piece.
-    #[inline(always)]
-    fn add_pairs(&self, [part, piece, at, first]: [usize; 4], dk: &mut [T], dv: &mut [T]) {
-        let part = &self.of.parts[part];
-        let piece = &part.pieces()[piece];
-        let queries = part.query_rows(&piece.queries).iter().enumerate();
-        for (number, &query) in queries {
-            let [weight, slope] = self.pairs[first + number * piece.keys.len() + at];
-            let q = self.x.q.row(query);
-            simd::add_scaled(dk, q, self.x.scale * slope);
-            let d_output = self.saved.gradient(query);
-            simd::add_scaled(dv, d_output, weight);
         }
     }
 }

@@ -105,13 +105,17 @@ fn check_biases(lists: &BlockPart, pairs: usize) -> Result<()> {
 impl Part {
     pub(super) fn new(lists: BlockPart, rows: [usize; 2]) -> Result<Self> {
         check_lists(&lists, rows)?;
+        let starts = std::iter::once(0).chain(lists.ends.iter().map(|end| end[0]));
+        let sizes = starts.zip(&lists.ends).map(|(start, end)| end[0] - start);
+        let pieces = sizes.map(|size| size.div_ceil(PIECE)).sum();
         let mut part = Self {
             ruled: lists.causal || lists.window.is_some() || lists.own != 0.0,
+            pieces: Vec::with_capacity(pieces),
             lists,
-            pieces: Vec::new(),
         };
         let (mut start, mut bias) = ([0; 2], 0);
-        for end in std::mem::take(&mut part.lists.ends) {
+        for at in 0..part.lists.ends.len() {
+            let end = part.lists.ends[at];
             let (queries, keys) = (start[0]..end[0], start[1]..end[1]);
             if !part.lists.keys.positions[keys.clone()].is_sorted() {
                 let expected = "rising within a block".to_owned();
@@ -127,7 +131,6 @@ impl Part {
                 });
             }
             bias += queries.len() * keys.len();
-            part.lists.ends.push(end);
             start = end;
         }
         check_biases(&part.lists, bias)?;

@@ -36,8 +36,11 @@ impl<'a, T: Real> Table<'a, T> {
         let mut starts = vec![layout.start_offset()];
         let outer = layout.dims().len().saturating_sub(1);
         for (&dim, &stride) in layout.dims().iter().zip(layout.stride()).take(outer) {
-            let within = |start: usize| (0..dim).map(move |at| start + at * stride);
-            starts = starts.into_iter().flat_map(within).collect();
+            let mut each = Vec::with_capacity(starts.len() * dim);
+            for start in starts {
+                each.extend((0..dim).map(|at| start + at * stride));
+            }
+            starts = each;
         }
         Ok(Self {
             data,

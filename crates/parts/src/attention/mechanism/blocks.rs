@@ -98,26 +98,19 @@ impl Blocks {
         self.sides[1].iter_mut()
     }
 
-    /// Each block, as places in both lists.
-    fn each(&self) -> impl Iterator<Item = [Range<usize>; 2]> + '_ {
-        let starts = std::iter::once(&[0; 2]).chain(&self.ends);
-        let both = starts.zip(&self.ends);
-        both.map(|(start, end)| [start[0]..end[0], start[1]..end[1]])
-    }
-
     /// As the kernel reads them: keys in the order of their positions.
     pub(super) fn listed(mut self, rule: Rule, bias: Bias<'_>) -> BlockPart {
-        let blocks: Vec<_> = self.each().collect();
         let [queries, keys] = &mut self.sides;
-        for [_, over] in &blocks {
-            let keys = &mut keys[over.clone()];
+        for [_, over] in each(&self.ends) {
+            let keys = &mut keys[over];
             if !keys.is_sorted_by_key(|key| key.position) {
                 keys.sort_by_key(|key| key.position);
             }
         }
         let (queries, keys) = (&*queries, &*keys);
         let (mut pair_bias, mut hidden) = (Vec::new(), Vec::new());
-        for [of, over] in blocks {
+        let biased = bias.of_pair.is_some() || bias.hidden.is_some();
+        for [of, over] in each(&self.ends).filter(|_| biased) {
             for (query, place) in queries[of.clone()].iter().zip(of.start as u32..) {
                 if let Some(bias) = bias.of_pair {
                     pair_bias.extend(keys[over.clone()].iter().map(|key| bias(*query, *key)));
@@ -147,6 +140,13 @@ impl Blocks {
             hidden,
         }
     }
+}
+
+/// Each block, as places in both lists, by where they end.
+fn each(ends: &[[usize; 2]]) -> impl Iterator<Item = [Range<usize>; 2]> + '_ {
+    let starts = std::iter::once(&[0; 2]).chain(ends);
+    let both = starts.zip(ends);
+    both.map(|(start, end)| [start[0]..end[0], start[1]..end[1]])
 }
 
 /// Where keys stand at rising positions, among keys in their order.

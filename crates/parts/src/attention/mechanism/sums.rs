@@ -51,15 +51,62 @@ pub(super) trait Remembered: Sums {
     ) -> lapidary_kernels::Result<Tensor>;
 }
 
+/// `[heads, components]`: attentions of components of heads, which are averaged with these weights. Every head is
+/// one where there are none.
+#[derive(Debug)]
+pub(super) struct Components(pub(super) Option<Tensor>);
+
+impl Components {
+    /// Values `[batch, heads, key, width]` for every component.
+    pub(super) fn spread(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        let Some(weights) = &self.0 else {
+            return Ok(values.clone());
+        };
+        let (batch, heads, keys, width) = values.dims4()?;
+        let components = weights.dim(1)?;
+        let each = values.unsqueeze(2)?;
+        let each = each.broadcast_as((batch, heads, components, keys, width))?;
+        Ok(each.reshape((batch, heads * components, keys, width))?)
+    }
+
+    /// `[batch, heads, queries, keys]`, where heads are components.
+    pub(super) fn averaged_sizes(&self, [batch, heads, queries, keys]: [usize; 4]) -> [usize; 4] {
+        let heads = match &self.0 {
+            None => heads,
+            Some(weights) => weights.dims().first().copied().unwrap_or(heads),
+        };
+        [batch, heads, queries, keys]
+    }
+
+    /// Operations of dividing sums of `width` whose heads are components, and of averaging these.
+    pub(super) fn operations(&self, sizes: [usize; 4], width: usize) -> u64 {
+        let [batch, heads, queries, _] = sizes.map(|size| size as u64);
+        let each = if self.0.is_some() { 3 } else { 1 };
+        batch * heads * queries * (each * width as u64 + 1)
+    }
+
+    /// `y` `[batch, heads · components, query, width]`, components averaged.
+    pub(super) fn averaged(&self, y: Tensor) -> lapidary_kernels::Result<Tensor> {
+        let Some(weights) = &self.0 else {
+            return Ok(y);
+        };
+        let (batch, all, queries, width) = y.dims4()?;
+        let (heads, components) = weights.dims2()?;
+        let y = y.reshape((batch, heads, components, queries * width))?;
+        debug_assert_eq!(all, heads * components);
+        let y = y.broadcast_mul(&weights.reshape((1, heads, components, 1))?)?;
+        Ok(y.sum(2)?.reshape((batch, heads, queries, width))?)
+    }
+}
+
 /// Sums divided by the sum of their weights.
 #[derive(Debug)]
 pub(super) struct Normalised<S> {
     pub sums: S,
     /// Added to the denominator.
     pub epsilon: f64,
-    /// `[heads, components]`: the heads of the sums are components of heads, whose quotients are
-    /// averaged with these weights.
-    pub components: Option<Tensor>,
+    /// What the heads of the sums are components of.
+    pub components: Components,
     /// Operations of what stands before the sums.
     pub before: u64,
     /// What earlier keys add to the denominator, `[batch, heads, query, 1]`.
@@ -71,22 +118,10 @@ impl<S> Normalised<S> {
         Self {
             sums,
             epsilon,
-            components: None,
+            components: Components(None),
             before,
             past: None,
         }
-    }
-
-    /// Values `[batch, heads, key, width]` for every component.
-    fn spread(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let Some(weights) = &self.components else {
-            return Ok(values.clone());
-        };
-        let (batch, heads, keys, width) = values.dims4()?;
-        let components = weights.dim(1)?;
-        let each = values.unsqueeze(2)?;
-        let each = each.broadcast_as((batch, heads, components, keys, width))?;
-        Ok(each.reshape((batch, heads * components, keys, width))?)
     }
 
     /// The denominator of sums whose last column is that of the ones. Where no weight is left, the
@@ -105,20 +140,8 @@ impl<S> Normalised<S> {
     /// All but the last column of `sums`, divided, components averaged.
     fn divide(&self, sums: &Tensor, by: &Tensor) -> lapidary_kernels::Result<Tensor> {
         let width = sums.dim(3)?.saturating_sub(1);
-        self.averaged(sums.narrow(3, 0, width)?.broadcast_div(by)?)
-    }
-
-    /// `y` `[batch, heads · components, query, width]`, components averaged.
-    fn averaged(&self, y: Tensor) -> lapidary_kernels::Result<Tensor> {
-        let Some(weights) = &self.components else {
-            return Ok(y);
-        };
-        let (batch, all, queries, width) = y.dims4()?;
-        let (heads, components) = weights.dims2()?;
-        let y = y.reshape((batch, heads, components, queries * width))?;
-        debug_assert_eq!(all, heads * components);
-        let y = y.broadcast_mul(&weights.reshape((1, heads, components, 1))?)?;
-        Ok(y.sum(2)?.reshape((batch, heads, queries, width))?)
+        let y = sums.narrow(3, 0, width)?.broadcast_div(by)?;
+        self.components.averaged(y)
     }
 }
 
@@ -134,28 +157,22 @@ fn ones(x: &Tensor) -> lapidary_kernels::Result<Tensor> {
 
 impl<S: Sums> Mixing for Normalised<S> {
     fn sizes(&self) -> [usize; 4] {
-        let [batch, heads, queries, keys] = self.sums.sizes();
-        let heads = match &self.components {
-            None => heads,
-            Some(weights) => weights.dims().first().copied().unwrap_or(heads),
-        };
-        [batch, heads, queries, keys]
+        self.components.averaged_sizes(self.sums.sizes())
     }
 
     fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
         if self.past.is_none() {
-            let values = self.spread(values)?;
-            return self.averaged(self.sums.means(&values, self.epsilon)?);
+            let values = self.components.spread(values)?;
+            let y = self.sums.means(&values, self.epsilon)?;
+            return self.components.averaged(y);
         }
-        let sums = self.sums.sums(&self.spread(&beside_ones(values)?)?)?;
+        let values = self.components.spread(&beside_ones(values)?)?;
+        let sums = self.sums.sums(&values)?;
         self.divide(&sums, &self.denominator(&sums)?)
     }
 
     fn operations(&self, width: usize) -> u64 {
-        let [batch, heads, queries, _] = self.sums.sizes().map(|size| size as u64);
-        // The division, and the average over components.
-        let each = if self.components.is_some() { 3 } else { 1 };
-        let after = batch * heads * queries * (each * width as u64 + 1);
+        let after = self.components.operations(self.sums.sizes(), width);
         self.before + self.sums.operations(width + 1) + after
     }
 }
@@ -183,7 +200,7 @@ pub(super) fn resume<S: Remembered + 'static>(
     pass: &MechanismPass<'_>,
 ) -> Result<Resumed> {
     let before = earlier(state, pass.path)?.map(|(sums, _)| sums);
-    let values = step.spread(&beside_ones(v)?)?;
+    let values = step.components.spread(&beside_ones(v)?)?;
     let after = step.sums.remember(&values, before.as_ref())?;
     if let Some(before) = before.as_ref().filter(|sums| sums.dims() != after.dims()) {
         return Err(Error::spec(

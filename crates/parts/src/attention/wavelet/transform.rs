@@ -74,6 +74,7 @@ impl FilterBank {
             }
         };
         let (even, odd) = apart(&x)?;
+        let (even, odd) = (self.reaching_behind(&even)?, self.reaching_behind(&odd)?);
         let half = |filter: &Tensor| -> Result<Signal> {
             let from_even = self.correlate(&even, &phase(filter, 0)?)?;
             Ok(from_even.add(&self.correlate(&odd, &phase(filter, 1)?)?)?)
@@ -90,9 +91,11 @@ impl FilterBank {
     /// # Errors
     /// Those of the tensor engine.
     pub fn synthesise(&self, halves: &Halves, length: usize) -> Result<Signal> {
+        let low = self.reaching_before(&halves.low)?;
+        let high = self.reaching_before(&halves.high)?;
         let side = |which: usize| -> Result<Signal> {
-            let from_low = self.spread(&halves.low, &phase(&self.low, which)?)?;
-            Ok(from_low.add(&self.spread(&halves.high, &phase(&self.high, which)?)?)?)
+            let from_low = self.spread(&low, &phase(&self.low, which)?)?;
+            Ok(from_low.add(&self.spread(&high, &phase(&self.high, which)?)?)?)
         };
         let x = woven(&side(0)?, &side(1)?)?;
         let start = match self.boundary {
@@ -102,41 +105,51 @@ impl FilterBank {
         Ok(x.narrow(2, start, length)?)
     }
 
-    /// `y_m = Σ_s k_s x_{m+s}` for `kernel` `[channels, taps]`.
-    fn correlate(&self, x: &Signal, kernel: &Tensor) -> Result<Signal> {
-        let (_, _, length) = tensor(x.value().dims3())?;
-        let behind = tensor(kernel.dim(1))? - 1;
+    /// Places beyond an end of a half that a filter's every second tap reaches.
+    fn beyond(&self) -> usize {
+        (self.taps() / 2).saturating_sub(1)
+    }
+
+    /// A half with what is correlated beyond its end.
+    fn reaching_behind(&self, x: &Signal) -> Result<Signal> {
         match self.boundary {
-            Boundary::Periodised => {
-                let x = around(x, 0, behind)?;
-                let y = self.convolve(&x, kernel)?;
-                Ok(y.narrow(2, behind, length)?)
-            }
-            Boundary::Reflect => {
-                let y = self.convolve(x, kernel)?;
-                Ok(y.narrow(2, behind, length - behind)?)
+            Boundary::Periodised => around(x, 0, self.beyond()),
+            Boundary::Reflect => Ok(x.clone()),
+        }
+    }
+
+    /// A half with what is spread from beyond its end: from before its beginning on a circle.
+    fn reaching_before(&self, x: &Signal) -> Result<Signal> {
+        match (self.boundary, self.beyond()) {
+            (Boundary::Periodised, before) => around(x, before, 0),
+            (Boundary::Reflect, 0) => Ok(x.clone()),
+            (Boundary::Reflect, behind) => {
+                let (batch, channels, _) = tensor(x.value().dims3())?;
+                let zeros = Tensor::zeros((batch, channels, behind), x.dtype(), x.device());
+                let zeros = Signal::from(tensor(zeros)?);
+                Ok(Signal::concatenate(&[x.clone(), zeros], 2)?)
             }
         }
     }
 
-    /// `y_m = Σ_s k_s x_{m−s}`.
+    /// `y_m = Σ_s k_s x_{m+s}` for `kernel` `[channels, taps]`, of what [`FilterBank::reaching_behind`] gives.
+    fn correlate(&self, x: &Signal, kernel: &Tensor) -> Result<Signal> {
+        let (_, _, length) = tensor(x.value().dims3())?;
+        let behind = self.beyond();
+        let y = self.convolve(x, kernel)?;
+        Ok(y.narrow(2, behind, length - behind)?)
+    }
+
+    /// `y_m = Σ_s k_s x_{m−s}`, of what [`FilterBank::reaching_before`] gives.
     fn spread(&self, x: &Signal, kernel: &Tensor) -> Result<Signal> {
-        let (batch, channels, length) = tensor(x.value().dims3())?;
-        let before = tensor(kernel.dim(1))? - 1;
-        let kernel = flipped(kernel, 1)?;
+        let y = self.convolve(x, &flipped(kernel, 1)?)?;
         match self.boundary {
             Boundary::Periodised => {
-                let x = around(x, before, 0)?;
-                let y = self.convolve(&x, &kernel)?;
-                Ok(y.narrow(2, before, length)?)
+                let (_, _, length) = tensor(x.value().dims3())?;
+                let before = self.beyond();
+                Ok(y.narrow(2, before, length - before)?)
             }
-            Boundary::Reflect if before == 0 => self.convolve(x, &kernel),
-            Boundary::Reflect => {
-                let zeros = Tensor::zeros((batch, channels, before), x.dtype(), x.device());
-                let zeros = Signal::from(tensor(zeros)?);
-                let x = Signal::concatenate(&[x.clone(), zeros], 2)?;
-                self.convolve(&x, &kernel)
-            }
+            Boundary::Reflect => Ok(y),
         }
     }
 

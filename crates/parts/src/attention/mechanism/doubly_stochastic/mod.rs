@@ -25,8 +25,9 @@
 //!
 //! Cost for each head: `2 n² (head_width + value_width)` and `5 n²` (softmax), `15 n²` (NormSoftmax),
 //! `(4 K + 3) n²` (Sinkhorn; `(2 K + 3) n²` naively), `4 n³` (QR), `6 N² (angles + ½)` (circuit, of `N`
-//! rows). All of them lay the weights out. Parameters: none, or one for each angle of a circuit that
-//! is trained.
+//! rows). All but Sinkhorn by potentials lay the weights out; that one keeps a number for each row or column and
+//! iteration, and makes the scores anew in each. Parameters: none, or one for each angle of a circuit that is
+//! trained.
 
 mod birkhoff;
 pub mod circuit;
@@ -41,7 +42,7 @@ use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
 use circuit::Circuit;
-use lapidary_kernels::{Tensor, matmul};
+use lapidary_kernels::{SinkhornOptions, Tensor, matmul, sinkhorn_attention};
 use lapidary_signal::Mixing;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -485,6 +486,23 @@ impl Mechanism for DoublyStochastic {
                 format!("{keys}, as many as keys"),
             ));
         }
+        if let Operator::Sinkhorn {
+            iterations,
+            form: SinkhornForm::Log,
+            epsilon,
+        } = self.spec.operator
+        {
+            return Ok(Box::new(Balanced {
+                q: q.clone(),
+                k: k.clone(),
+                options: SinkhornOptions {
+                    scale: self.scale / epsilon,
+                    iterations,
+                    keep: pass.keep.cloned(),
+                },
+                before: self.spec.operator.operations(keys),
+            }));
+        }
         let scores = matmul(q, &tensor(k.transpose(2, 3))?)?;
         let real = pass.kept(q.dtype())?;
         let operator = &self.spec.operator;
@@ -494,6 +512,42 @@ impl Mechanism for DoublyStochastic {
             head_width: tensor(q.dim(3))?,
             before: operator.operations(keys),
         }))
+    }
+}
+
+/// Multiplications and additions of weights of so many heads, whose operator takes `before` on the scores of
+/// each, and of mixing by them.
+fn operations(sizes: [usize; 4], widths: usize, before: u64) -> u64 {
+    let [batch, heads, queries, keys] = sizes.map(|size| size as u64);
+    batch * heads * (2 * queries * keys * widths as u64 + before)
+}
+
+/// Sinkhorn's weights, of which potentials alone are kept.
+#[derive(Debug)]
+struct Balanced {
+    /// `[batch, heads, length, head_width]`.
+    q: Tensor,
+    k: Tensor,
+    options: SinkhornOptions,
+    /// Operations on the scores of one head.
+    before: u64,
+}
+
+impl Mixing for Balanced {
+    fn sizes(&self) -> [usize; 4] {
+        match *self.q.dims() {
+            [batch, heads, length, _] => [batch, heads, length, length],
+            _ => [0; 4],
+        }
+    }
+
+    fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        sinkhorn_attention(&self.q, &self.k, values, &self.options)
+    }
+
+    fn operations(&self, width: usize) -> u64 {
+        let head_width = self.q.dims().last().copied().unwrap_or(0);
+        operations(self.sizes(), head_width + width, self.before)
     }
 }
 
@@ -524,8 +578,6 @@ impl Mixing for Laid {
     }
 
     fn operations(&self, width: usize) -> u64 {
-        let [batch, heads, queries, keys] = self.sizes().map(|size| size as u64);
-        let products = 2 * queries * keys * (self.head_width + width) as u64;
-        batch * heads * (products + self.before)
+        operations(self.sizes(), self.head_width + width, self.before)
     }
 }

@@ -20,7 +20,8 @@
 //!
 //! Cost for each head and component: `2 m head_width` for each query and key, then
 //! `2 features · value_width` for either, with `features` `m`, or `2 m + 1` for cosines and sines;
-//! under a causal mask also the products of each chunk of 64 positions with itself.
+//! under a causal mask also the products of each chunk of 64 positions with itself. There positive features, but
+//! FastFood's, are made a chunk at a time, again in the backward pass, and never held.
 
 mod fastfood;
 mod spectrum;
@@ -28,14 +29,17 @@ mod spectrum;
 pub use fastfood::hadamard;
 pub use spectrum::{Learned, SpectrumSpec};
 
-use super::sums::{Features, Normalised, kept, resume};
+use super::decayed;
+use super::sums::{Components, Features, Normalised, kept, resume};
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed, Subsets};
 use crate::dropout::seed_of_site;
 use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
 use crate::state::MixerState;
 use crate::{Error, Result};
-use lapidary_kernels::{D, Tensor, exponential_features};
+use lapidary_kernels::{
+    D, ExponentialMeans, Tensor, causal_exponential_means, exponential_features,
+};
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -340,21 +344,9 @@ impl Kernelized {
     ) -> Result<Normalised<Features>> {
         let kept = kept(pass, tensor(k.dim(2))?, k.dtype())?;
         let root = self.heads.scale.sqrt();
+        let before = self.making(q, k);
         let (q, k) = (tensor(q * root)?, tensor(k * root)?);
-        let rows = q
-            .elem_count()
-            .checked_div(self.heads.head_width)
-            .unwrap_or(0)
-            + k.elem_count()
-                .checked_div(self.heads.head_width)
-                .unwrap_or(0);
         let [q, k] = self.map.both(&q, &k, kept.as_ref(), seed)?;
-        let each = self
-            .map
-            .spectrum
-            .operations(self.heads.head_width, self.map.count)
-            + 2 * self.map.width() as u64;
-        let before = rows as u64 * each;
         let features = Features {
             q,
             k,
@@ -363,15 +355,112 @@ impl Kernelized {
             chunk: CHUNK,
         };
         Ok(Normalised {
-            components: self.map.spectrum.shares()?,
+            components: Components(self.map.spectrum.shares()?),
             ..Normalised::new(features, EPSILON, before)
         })
+    }
+}
+
+impl Kernelized {
+    /// Operations of making features.
+    fn making(&self, q: &Tensor, k: &Tensor) -> u64 {
+        let width = self.heads.head_width;
+        let rows = |x: &Tensor| x.elem_count().checked_div(width).unwrap_or(0);
+        let spectrum = &self.map.spectrum;
+        let each = spectrum.operations(width, self.map.count) + 2 * self.map.width() as u64;
+        (rows(q) + rows(k)) as u64 * each
+    }
+
+    /// Causal means whose features are never laid out; nothing where features are no plain exponentials.
+    fn in_chunks(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        seed: u64,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Option<InChunks>> {
+        let plain = self.map.read_out == ReadOut::Positive { stabilise: false };
+        if !self.heads.causal || !plain {
+            return Ok(None);
+        }
+        let (map, scale) = (&self.map, self.heads.scale);
+        let Some(frequencies) = map.spectrum.frequencies(q, map.count, seed)? else {
+            return Ok(None);
+        };
+        let keep = match pass.keep {
+            None => None,
+            Some(keep) => Some(tensor(tensor(keep.flatten_all())?.to_vec1::<u8>())?),
+        };
+        Ok(Some(InChunks {
+            q: map.spectrum.for_components(q)?,
+            k: map.spectrum.for_components(k)?,
+            // The root of the scale multiplies queries and keys.
+            frequencies: tensor(frequencies * scale.sqrt())?,
+            options: ExponentialMeans {
+                decay: scale,
+                epsilon: EPSILON,
+                chunk: CHUNK,
+                keep,
+            },
+            components: Components(map.spectrum.shares()?),
+            before: self.making(q, k),
+        }))
+    }
+}
+
+/// Causal means weighted by inner products of exponentials.
+#[derive(Debug)]
+struct InChunks {
+    /// `[batch, heads · components, length, head_width]`.
+    q: Tensor,
+    k: Tensor,
+    /// `[heads · components or 1, count, head_width]`.
+    frequencies: Tensor,
+    options: ExponentialMeans,
+    components: Components,
+    /// Operations of making features.
+    before: u64,
+}
+
+impl InChunks {
+    /// `[batch, heads · components, queries, keys]`.
+    fn component_sizes(&self) -> [usize; 4] {
+        match *self.q.dims() {
+            [batch, heads, length, _] => [batch, heads, length, length],
+            _ => [0; 4],
+        }
+    }
+}
+
+impl Mixing for InChunks {
+    fn sizes(&self) -> [usize; 4] {
+        self.components.averaged_sizes(self.component_sizes())
+    }
+
+    fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        let values = self.components.spread(values)?;
+        let given = [&self.q, &self.k, &values];
+        let y = causal_exponential_means(given, &self.frequencies, &self.options)?;
+        self.components.averaged(y)
+    }
+
+    fn operations(&self, width: usize) -> u64 {
+        let sizes = self.component_sizes();
+        let [batch, heads, length, _] = sizes;
+        let features = self.frequencies.dims().iter().rev().nth(1);
+        let widths = [features.copied().unwrap_or(0), width + 1];
+        let sums = decayed::operations(false, length, widths, CHUNK);
+        let after = self.components.operations(sizes, width);
+        self.before + (batch * heads) as u64 * sums + after
     }
 }
 
 impl Mechanism for Kernelized {
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
         let seed = self.redraw.seed(self.seed, pass);
+        if let Some(means) = self.in_chunks(q, k, seed, pass)? {
+            return Ok(Box::new(means));
+        }
         Ok(Box::new(self.sums(q, k, seed, pass)?))
     }
 

@@ -5,7 +5,7 @@ use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
 use lapidary_kernels::{
-    Activation, Device, Groups, Shape, Tensor, activate, group_means, layer_norm, linear,
+    Activation, Device, RowPooling, Shape, Tensor, activate, layer_norm, linear, pooled_rows,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -201,13 +201,13 @@ impl Pooling {
                 of.collect::<Vec<_>>()
             })
         };
-        let groups = |of: Vec<Option<usize>>, count| Groups::new(of, length, count);
+        let groups = |of: Vec<Option<usize>>, count| Groups { of, length, count };
         match self {
             Self::Mean { ratio } => {
-                let groups = groups(owners(*ratio).collect(), grid.windows(*ratio))?;
+                let groups = groups(owners(*ratio).collect(), grid.windows(*ratio));
                 Ok(Points {
-                    points: group_means(q, &groups)?,
-                    kept: used(&groups, batch, q)?,
+                    points: groups.means(q)?,
+                    kept: groups.used(q)?,
                     operations: length * width,
                 })
             }
@@ -217,7 +217,7 @@ impl Pooling {
                 norm: [scale, shift],
             } => {
                 let windows = grid.windows(*ratio);
-                let groups = groups(owners(*ratio).collect(), windows)?;
+                let groups = groups(owners(*ratio).collect(), windows);
                 let mapped = mapped(q, real, grid, weight, *ratio)?;
                 let normed = layer_norm(
                     &tensor(mapped * root)?,
@@ -228,16 +228,16 @@ impl Pooling {
                 let places = grid.window(*ratio).into_iter().product::<usize>();
                 Ok(Points {
                     points: tensor(activate(&normed, Activation::Gelu)? / root)?,
-                    kept: used(&groups, batch, q)?,
+                    kept: groups.used(q)?,
                     operations: windows * (2 * places * width * width + 11 * width),
                 })
             }
             Self::Segments { count } => {
                 let count = (*count).min(length).max(1);
-                let groups = groups(segments(batch, length, count, real), count)?;
+                let groups = groups(segments(batch, length, count, real), count);
                 Ok(Points {
-                    points: group_means(q, &groups)?,
-                    kept: used(&groups, batch, q)?,
+                    points: groups.means(q)?,
+                    kept: groups.used(q)?,
                     operations: length * width,
                 })
             }
@@ -245,15 +245,57 @@ impl Pooling {
     }
 }
 
-/// 1 for landmarks that stand for a token, `[batch, 1, landmark, 1]`; nothing where all of them do.
-fn used(groups: &Groups, batch: usize, like_this: &Tensor) -> Result<Option<Tensor>> {
-    if groups.sizes().iter().all(|size| *size > 0) {
-        return Ok(None);
+/// Which of `count` groups each token of each sequence is in, `[batch, length]`.
+struct Groups {
+    of: Vec<Option<usize>>,
+    length: usize,
+    count: usize,
+}
+
+impl Groups {
+    /// The tokens of each group of each sequence.
+    fn members(&self) -> Vec<Vec<usize>> {
+        let mut members = vec![Vec::new(); self.of.len() / self.length.max(1) * self.count];
+        for (at, group) in self.of.iter().enumerate() {
+            let (sequence, token) = (at / self.length, at % self.length);
+            if let Some(group) = group
+                && let Some(members) = members.get_mut(sequence * self.count + group)
+            {
+                members.push(token);
+            }
+        }
+        members
     }
-    let used = groups.sizes().iter();
-    let used: Vec<f64> = used.map(|size| f64::from(u8::from(*size > 0))).collect();
-    let count = used.len() / batch.max(1);
-    Ok(Some(like(used, (batch, 1, count, 1), like_this)?))
+
+    /// The mean of each group, `[batch, heads, group, width]`, of `q` `[batch, heads, length, width]`; zeros for
+    /// one without tokens.
+    fn means(&self, q: &Tensor) -> Result<Tensor> {
+        let (batch, heads, length, width) = tensor(q.dims4())?;
+        let (mut rows, mut ends) = (Vec::new(), Vec::new());
+        for (sequence, members) in self.members().chunks(self.count.max(1)).enumerate() {
+            for head in 0..heads {
+                let first = (sequence * heads + head) * length;
+                for members in members {
+                    rows.extend(members.iter().map(|token| (first + token) as u32));
+                    ends.push(rows.len());
+                }
+            }
+        }
+        let means = pooled_rows(q, rows, ends, RowPooling::Mean)?;
+        tensor(means.reshape((batch, heads, self.count, width)))
+    }
+
+    /// 1 for groups that have a token, `[batch, 1, group, 1]`; nothing where all of them do.
+    fn used(&self, like_this: &Tensor) -> Result<Option<Tensor>> {
+        let used = self.members().into_iter().map(|group| !group.is_empty());
+        let used: Vec<f64> = used.map(|used| f64::from(u8::from(used))).collect();
+        if !used.contains(&0.0) {
+            return Ok(None);
+        }
+        let batch = used.len() / self.count.max(1);
+        let shape = (batch, 1, self.count, 1);
+        Ok(Some(like(used, shape, like_this)?))
+    }
 }
 
 /// Numbers as a tensor on the device and of the type of `x`.

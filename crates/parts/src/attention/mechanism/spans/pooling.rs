@@ -65,16 +65,15 @@ impl Pooling {
     pub(super) fn whole(self, x: &Tensor, lists: &[&[At]]) -> Result<Tensor> {
         let pooling = match self {
             Self::Max => RowPooling::Maximum,
-            Self::Mean | Self::Sum => RowPooling::Sum,
+            Self::Mean => RowPooling::Mean,
+            Self::Sum => RowPooling::Sum,
         };
         let rows = lists.iter().copied().flatten().map(|at| at.row as u32);
-        let counts: Vec<usize> = lists.iter().map(|list| list.len()).collect();
-        let ends = counts.iter().scan(0, |end, count| {
-            *end += count;
+        let ends = lists.iter().scan(0, |end, list| {
+            *end += list.len();
             Some(*end)
         });
-        let pooled = pooled_rows(x, rows.collect(), ends.collect(), pooling)?;
-        self.divided(pooled, counts)
+        Ok(pooled_rows(x, rows.collect(), ends.collect(), pooling)?)
     }
 
     /// Of each beginning of each list of `x` `[lists, longest, width]`, sums not yet divided, and as long.

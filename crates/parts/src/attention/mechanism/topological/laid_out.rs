@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Queries of a tile.
-const TILE: usize = 128;
+const TILE: usize = 64;
 
 /// Multiplications and additions of one head.
 pub(super) fn operations(length: usize, features: usize, width: usize) -> u64 {
@@ -107,7 +107,12 @@ impl LaidOut {
                 *number *= factor;
             }
         });
-        matrix(&numbers, self.length)
+        let rows = numbers.len() / self.length.max(1);
+        Ok(Tensor::from_vec(
+            numbers,
+            (rows, self.length),
+            &Device::Cpu,
+        )?)
     }
 
     fn output(&self, head: &Head<'_>, queries: Range<usize>) -> Result<Vec<f64>> {

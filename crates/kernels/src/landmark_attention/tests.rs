@@ -1,0 +1,101 @@
+//! Against kernels laid out.
+
+use super::*;
+use crate::check::{difference, gradient_error};
+use crate::test_data::{arange, compare};
+
+/// Queries and values that lie heads side by side, landmarks and a middle.
+fn given(length: usize, count: usize, dtype: DType) -> [Tensor; 4] {
+    let side_by_side = |width, phase| {
+        let x = (arange(&[2, length, 3, width], phase, dtype) * 0.5).unwrap();
+        x.transpose(1, 2).unwrap()
+    };
+    [
+        side_by_side(17, 1.0),
+        (arange(&[2, 3, count, 17], 2.0, dtype) * 0.5).unwrap(),
+        arange(&[2, 3, count, count], 3.0, dtype),
+        side_by_side(5, 4.0),
+    ]
+}
+
+fn kept(length: usize) -> Tensor {
+    let kept: Vec<u8> = (0..2 * length).map(|at| u8::from(at % 3 != 1)).collect();
+    Tensor::from_vec(kept, (2, length), &crate::Device::Cpu).unwrap()
+}
+
+#[test]
+fn equals_the_kernel_laid_out() {
+    for (length, count) in [(1, 1), (64, 9), (150, 33)] {
+        for kept in [None, Some(kept(length))] {
+            compare(1e-4, |dtype| {
+                let [q, l, m, v] = given(length, count, dtype);
+                let kept = kept.as_ref();
+                (
+                    landmark_attention(&q, &l, &m, &v, 0.3, kept).unwrap(),
+                    naive::landmark_attention(&q, &l, &m, &v, 0.3, kept).unwrap(),
+                )
+            });
+        }
+    }
+}
+
+#[test]
+fn gradients_equal_finite_differences() {
+    let inputs = [
+        (arange(&[2, 1, 66, 3], 1.0, DType::F64) * 0.5).unwrap(),
+        (arange(&[2, 1, 4, 3], 2.0, DType::F64) * 0.5).unwrap(),
+        arange(&[2, 1, 4, 4], 3.0, DType::F64),
+        arange(&[2, 1, 66, 2], 4.0, DType::F64),
+    ];
+    for kept in [None, Some(kept(66))] {
+        let f = |x: &[Tensor]| landmark_attention(&x[0], &x[1], &x[2], &x[3], 0.4, kept.as_ref());
+        let error = gradient_error(f, &inputs).unwrap();
+        assert!(error < 1e-6, "{error:e}");
+    }
+}
+
+/// What all points have in common is taken away before anything is squared.
+#[test]
+fn points_far_away_lose_nothing() {
+    let [q, l, m, v] = given(100, 8, DType::F32);
+    let near = landmark_attention(&q, &l, &m, &v, 0.3, None).unwrap();
+    let (q, l) = ((q + 64.0).unwrap(), (l + 64.0).unwrap());
+    let far = landmark_attention(&q, &l, &m, &v, 0.3, None).unwrap();
+    let size = near
+        .abs()
+        .unwrap()
+        .max_all()
+        .unwrap()
+        .to_scalar::<f32>()
+        .unwrap();
+    assert!(difference(&near, &far).unwrap() < 1e-4 * f64::from(size));
+}
+
+#[test]
+fn does_not_depend_on_the_number_of_threads() {
+    let [q, l, m, v] = given(300, 16, DType::F32);
+    let with = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        let run = || landmark_attention(&q, &l, &m, &v, 0.3, None).unwrap();
+        pool.build().unwrap().install(run)
+    };
+    let one = with(1);
+    assert!(
+        [2, 5]
+            .iter()
+            .all(|&n| difference(&with(n), &one).unwrap() == 0.0)
+    );
+}
+
+#[test]
+fn what_does_not_fit_is_named() {
+    let [q, l, m, v] = given(10, 4, DType::F32);
+    let refused = |q: &Tensor, l: &Tensor, m: &Tensor, v: &Tensor, kept: Option<&Tensor>| {
+        let error = landmark_attention(q, l, m, v, 0.3, kept).unwrap_err();
+        error.to_string()
+    };
+    assert!(refused(&q, &v, &m, &v, None).contains("landmarks"));
+    assert!(refused(&q, &l, &l, &v, None).contains("middle"));
+    assert!(refused(&q, &l, &m, &l, None).contains("values"));
+    assert!(refused(&q, &l, &m, &v, Some(&kept(9))).contains("kept"));
+}
