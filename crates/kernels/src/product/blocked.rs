@@ -14,8 +14,8 @@ use std::ops::Range;
 const DEPTH: usize = 384;
 /// Columns of a block of `B`, which stays in the second cache: a multiple of every panel's width.
 const COLUMNS: usize = 384;
-/// Registers across a tile.
-const ACROSS: usize = 3;
+/// Rows of the tiles for the last rows of a result, when no more are left.
+const LAST_ROWS: usize = 4;
 /// Rows and columns that a thread's share of a result is best a multiple of.
 pub(super) const TILE_ROWS: usize = 8;
 pub(super) const PANEL_COLUMNS: usize = 48;
@@ -64,13 +64,14 @@ impl WithSimd for Task<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        // A tile of 8 × 3 registers wants 28 of them, one of 4 × 3 wants 16.
+        // A tile of 8 × 3 registers wants 28 of the 32 that there are, one of 6 × 2 wants 15 of 16; of
+        // 4 × 3, which wants all 16, compilers keep some in memory.
         // SAFETY: by the contract of `run`.
         unsafe {
             if S::F32_LANES >= 16 {
                 self.blocks::<S, TILE_ROWS>(simd)
             } else {
-                self.blocks::<S, 4>(simd)
+                self.blocks::<S, 6>(simd)
             }
         }
     }
@@ -79,8 +80,9 @@ impl WithSimd for Task<'_> {
 /// Registers across the panels of so many columns: as even as can be, so that no panel is left
 /// with one register alone, whose tile would wait for its own sums.
 fn across(columns: usize, lanes: usize) -> usize {
+    let most = if lanes >= 16 { 3 } else { 2 };
     let registers = columns.div_ceil(lanes).max(1);
-    registers.div_ceil(registers.div_ceil(ACROSS))
+    registers.div_ceil(registers.div_ceil(most))
 }
 
 /// The right operand of many products, copied into panels once.
@@ -142,6 +144,22 @@ struct Block {
     width: usize,
     held: usize,
     columns: usize,
+}
+
+/// What a tile reads besides `a`, and where it is written.
+#[derive(Clone, Copy)]
+struct Tile {
+    depth: usize,
+    /// From one number of a row of `a` to the next.
+    step: usize,
+    b: *const f32,
+    /// Registers from one row of `b` to the next.
+    held: usize,
+    to: *mut f32,
+    /// Rows and columns that are wanted.
+    rows: usize,
+    width: usize,
+    add: bool,
 }
 
 impl Task<'_> {
@@ -289,41 +307,63 @@ impl Task<'_> {
                         .add(j * block.rows + block.first * held * S::F32_LANES);
                     let to = self.result.add(i * self.row_stride + left + j);
                     let add = self.add || p > 0;
-                    match width.div_ceil(S::F32_LANES) {
-                        1 => self.tile::<S, ROWS, 1>(
-                            simd, depth, starts, step, from, held, to, rows, width, add,
-                        ),
-                        2 => self.tile::<S, ROWS, 2>(
-                            simd, depth, starts, step, from, held, to, rows, width, add,
-                        ),
-                        _ => self.tile::<S, ROWS, 3>(
-                            simd, depth, starts, step, from, held, to, rows, width, add,
-                        ),
+                    let tile = Tile {
+                        depth,
+                        step,
+                        b: from,
+                        held,
+                        to,
+                        rows,
+                        width,
+                        add,
+                    };
+                    match starts.first_chunk::<LAST_ROWS>() {
+                        Some(starts) if rows <= LAST_ROWS => self.tiles(simd, *starts, tile),
+                        _ => self.tiles(simd, starts, tile),
                     }
                 }
             }
         }
     }
 
-    /// A tile of `ROWS × V` registers, of which `rows × width` numbers are wanted.
+    /// A tile as wide as is wanted.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
+    unsafe fn tiles<S: Simd, const ROWS: usize>(&self, simd: S, a: [*const f32; ROWS], tile: Tile) {
+        // SAFETY: by the contract of `tile`.
+        unsafe {
+            match tile.width.div_ceil(S::F32_LANES) {
+                1 => self.tile::<S, ROWS, 1>(simd, a, tile),
+                2 => self.tile::<S, ROWS, 2>(simd, a, tile),
+                // Where registers are few, panels are no wider than two of them.
+                _ => self.tile::<S, ROWS, 3>(simd, a, tile),
+            }
+        }
+    }
+
+    /// A tile of `ROWS × V` registers, of which `rows × width` numbers are wanted.
+    ///
+    /// # Safety
+    /// `depth` numbers lie `step` apart at each of `a`, as many rows of `held` registers at `b`, and
+    /// `rows × width` numbers of the result at `to`.
+    #[inline(always)]
     unsafe fn tile<S: Simd, const ROWS: usize, const V: usize>(
         &self,
         simd: S,
-        depth: usize,
         a: [*const f32; ROWS],
-        step: usize,
-        b: *const f32,
-        held: usize,
-        to: *mut f32,
-        rows: usize,
-        width: usize,
-        add: bool,
+        tile: Tile,
     ) {
+        let Tile {
+            depth,
+            step,
+            b,
+            held,
+            to,
+            rows,
+            width,
+            add,
+        } = tile;
         let mut sum = [[simd.splat_f32s(0.0); V]; ROWS];
-        // SAFETY: `depth` numbers lie `step` apart at each of `a`, and as many rows of `held` registers
-        // at `b`.
+        // SAFETY: by contract.
         unsafe {
             let mut b = b.cast::<S::f32s>();
             let mut at = 0;
