@@ -226,7 +226,9 @@ fn alias(family: &Family, field: &str) -> Option<&'static str> {
 fn rotation(fields: &mut Map<String, Value>, before: &ModelSpec, after: &ModelSpec) {
     let base = |spec: &ModelSpec| match &spec.blocks.first()?.attention {
         MixerSpec::MultiHead(attention) => Some(attention.position.rotary()?.theta),
-        MixerSpec::Mamba(_) | MixerSpec::Wavelet(_) | MixerSpec::Absent => None,
+        MixerSpec::Mamba(_) | MixerSpec::Mamba2(_) | MixerSpec::Wavelet(_) | MixerSpec::Absent => {
+            None
+        }
     };
     let Some(theta) = base(after).filter(|_| base(before) != base(after)) else {
         return;
