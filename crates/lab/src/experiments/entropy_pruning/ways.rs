@@ -235,7 +235,7 @@ pub(super) fn attention(subject: &Subject, writer: &Writer, size: Size, seed: u6
     let search = Search::run(&subject.model, &subject.data, BATCH, &mixers, cutting.most)?;
     let greedy = search.steps.iter().filter_map(|step| match step.shed {
         Shed::Mixer(block) => Some(block),
-        Shed::Feedforward(_) | Shed::Scan(_) => None,
+        Shed::Feedforward(_) | Shed::Channels { .. } | Shed::Scan(_) => None,
     });
     let greedy: Vec<usize> = greedy.collect();
     cutting.ways("entropy-attention", "attention-cosine", &greedy, seed)

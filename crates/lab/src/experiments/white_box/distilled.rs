@@ -243,6 +243,7 @@ fn course(size: &Size, model: ModelSpec, own: SelfDistillationSpec, seed: u64) -
         annealed_steps: 0,
         masking: None,
         recompute: false,
+        loss_chunk: None,
         alignment: None,
         schedule: ScheduleSpec {
             peak: 2e-3,
