@@ -5,7 +5,7 @@ use crate::common;
 use crate::common::{
     DECODER, ENCODER, GATED, close, cut, distance, labelled, model, scores, windows,
 };
-use lapidary_compress::{Change, Compressed, Method, Settings, linearity_scores};
+use lapidary_compress::{Budget, Change, Compressed, Method, Settings, Task, linearity_scores};
 use lapidary_parts::attention::MixerSpec;
 
 /// Three blocks, of which the middle one is linear.
