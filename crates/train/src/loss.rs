@@ -58,8 +58,13 @@ pub fn batch_loss_in_chunks(
         .filter(|(_, target)| **target != IGNORE)
         .map(|(place, target)| (place, *target))
         .unzip();
+    if targets.is_empty() {
+        // Nothing is to be predicted: no loss, and no slope of anything.
+        let none = hidden.sum_all().and_then(|sum| sum.affine(0.0, 0.0));
+        return Ok(none.map_err(lapidary_kernels::Error::from)?);
+    }
     let rows = rows(&hidden, &counted, batch)?;
-    let all = targets.len().max(1) as f64;
+    let all = targets.len() as f64;
     let part = move |rows: &Tensor, first: usize| -> lapidary_kernels::Result<Tensor> {
         let targets = targets.get(first..).unwrap_or_default();
         let targets: Vec<u32> = targets.iter().copied().take(rows.dim(0)?).collect();
