@@ -56,7 +56,7 @@ fn trained(pull: f64) -> (Subject, Var, Var) {
         subject.map.insert(name.to_owned(), tensor);
         variable
     };
-    let centroids = variable(&mut subject, "centroids");
+    let centroids = variable(&mut subject, "mechanism.centroids");
     let queries = variable(&mut subject, "query.weight");
     (subject, centroids, queries)
 }

@@ -502,7 +502,12 @@ fn a_draw_lasts_as_long_as_it_is_said_to() {
             (Some(1), Some(7)),
         ] {
             let [y, decoded] = output(redraw, 3, draw, step);
-            assert_eq!(decoded, frozen, "{redraw:?}");
+            // Steps sum in another order than a pass.
+            let near = decoded
+                .iter()
+                .zip(&frozen)
+                .all(|(a, b)| (a - b).abs() < 1e-12);
+            assert!(near, "{redraw:?}: {decoded:?} {frozen:?}");
             let draws = draw.is_some() && redraw != Redraw::Never;
             assert_eq!(y != frozen, draws, "{redraw:?} {draw:?} {step:?}");
         }

@@ -9,11 +9,10 @@ use crate::common::{
 use lapidary_factor::trees::{Graph, Tree};
 use lapidary_kernels::{Direction, Tensor, linear_attention};
 use lapidary_parts::Context;
-use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::topological::{
     FeatureMap, GraphSpec, Mask, Metric, TopologicalSpec,
 };
-use lapidary_parts::attention::mechanism::{Describe, Heads, MechanismPass, MechanismSpec};
+use lapidary_parts::attention::mechanism::{Describe, MechanismPass, MechanismSpec};
 use lapidary_signal::{Mixing, Trace};
 
 const HEADS: usize = 2;
