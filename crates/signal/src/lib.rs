@@ -31,6 +31,7 @@
 //! ```
 
 pub mod contextual;
+mod counted_attention;
 mod error;
 mod head_recurrence;
 pub mod integers;

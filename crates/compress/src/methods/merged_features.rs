@@ -58,7 +58,10 @@ fn requirements(model: &Model, _: &Settings) -> Result<Requirements> {
         0 => Err(Error::invalid(
             "the model",
             "one without feed-forward parts",
-            format!("one with them for {}", DOTRESIZE_HIDDEN.name),
+            format!(
+                "one with them for {}; svd and the other factorisations take these",
+                DOTRESIZE_HIDDEN.name
+            ),
         )),
         _ => Ok(Requirements::default()),
     }
@@ -74,7 +77,10 @@ fn unit(index: usize, block: &BlockSpec) -> Result<Option<Unit>> {
         Some(other) => Err(Error::invalid(
             format!("the feed-forward part of block {index}"),
             other.kind(),
-            format!("dense or gated for {}", DOTRESIZE_HIDDEN.name),
+            format!(
+                "dense or gated for {}; modegpt and channel-magnitude take others",
+                DOTRESIZE_HIDDEN.name
+            ),
         )),
     }
 }

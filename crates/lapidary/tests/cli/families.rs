@@ -29,6 +29,7 @@ const POST_NORM: &[&str] = &[
     "entropy-blocks",
     "mamba-shedder",
     "mamba-shedder-scan",
+    "mamba-shedder-width",
     "replaceme",
     "replaceme-cosine",
     "slicegpt",
@@ -42,8 +43,10 @@ const RECURRENT: &[&str] = &[
     "channel-magnitude",
     "curvature",
     "curvature-rectangle",
+    "dotresize-hidden",
     "entropy-attention",
     "lorap",
+    "mamba-shedder-width",
     "modegpt",
     "prune-heads",
 ];
@@ -75,7 +78,10 @@ fn roberta() {
 
 #[test]
 fn vision() {
-    check("vit", &["mamba-shedder", "mamba-shedder-scan"]);
+    check(
+        "vit",
+        &["mamba-shedder", "mamba-shedder-scan", "mamba-shedder-width"],
+    );
 }
 
 #[test]
@@ -87,7 +93,12 @@ fn mamba() {
 fn mixtral() {
     check(
         "mixtral",
-        &["curvature", "curvature-rectangle", "mamba-shedder-scan"],
+        &[
+            "curvature",
+            "curvature-rectangle",
+            "dotresize-hidden",
+            "mamba-shedder-scan",
+        ],
     );
 }
 

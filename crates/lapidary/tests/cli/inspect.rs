@@ -259,8 +259,11 @@ fn inspects_texts_along_the_curvature() {
             "--window",
             "14",
         ];
-        let few = ["--windows", "4", "--blocks", "5"];
-        let all = always.iter().chain(&few).chain(extra);
+        let few: &[&str] = match extra.contains(&"--windows") {
+            true => &["--blocks", "5"],
+            false => &["--windows", "4", "--blocks", "5"],
+        };
+        let all = always.iter().chain(few).chain(extra);
         all.map(|part| (*part).to_owned()).collect()
     };
     let run = |extra: &[&str]| -> Value {

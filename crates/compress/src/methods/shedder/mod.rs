@@ -110,15 +110,6 @@ fn requirements(
     candidates: Candidates,
 ) -> Result<Requirements> {
     removable(model, name)?;
-    if candidates(&model.spec().expanded_blocks(), settings)?.is_empty() {
-        return Err(Error::invalid(
-            format!("pieces that {name} can leave out"),
-            0,
-            "at least 1: mamba-shedder-scan takes models with selective recurrences, \
-             mamba-shedder-width feed-forward parts with hidden features, and mamba-shedder all; \
-             block-influence leaves out whole blocks",
-        ));
-    }
     if !predicts(model) {
         return Err(Error::invalid(
             "the model",
@@ -126,6 +117,15 @@ fn requirements(
             format!(
                 "one for {name}, which goes by perplexity; block-influence leaves out blocks of others"
             ),
+        ));
+    }
+    if candidates(&model.spec().expanded_blocks(), settings)?.is_empty() {
+        return Err(Error::invalid(
+            format!("pieces that {name} can leave out"),
+            0,
+            "at least 1: mamba-shedder-scan takes models with selective recurrences, \
+             mamba-shedder-width feed-forward parts with hidden features, and mamba-shedder all; \
+             block-influence leaves out whole blocks",
         ));
     }
     Ok(Requirements::default())
