@@ -64,7 +64,7 @@ pub enum Verb {
     /// Look at a model as a whole, or at how it treats many inputs
     Inspect(Inspect),
     /// Cut a checkpoint down
-    Compress(Compress),
+    Compress(Box<Compress>),
     /// Write a model for other programs: multiplied out, or as GGUF
     Export(Export),
     /// Measure a language model's perplexity on a text
