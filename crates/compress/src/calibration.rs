@@ -10,6 +10,7 @@ use crate::edit::block_of;
 use crate::error::engine;
 use crate::fingerprint::Fingerprint;
 use crate::fisher::FisherSums;
+use crate::held::Held;
 use crate::objective::Objective;
 use crate::requirements::{Requirements, Statistic};
 use crate::sites::SiteSums;
@@ -53,7 +54,7 @@ pub struct Calibration {
     pub objective: Option<Objective>,
     /// Its mean over the examples.
     pub mean_loss: Option<f64>,
-    statistics: BTreeMap<Statistic, Tensor>,
+    statistics: BTreeMap<Statistic, Held>,
 }
 
 impl Calibration {
@@ -95,7 +96,9 @@ impl Calibration {
             }
             calibration.objective = Some(objective);
             calibration.mean_loss = Some(loss);
-            calibration.keep(fisher.finish(samples)?, requirements)?;
+            let found = fisher.finish(samples)?.into_iter();
+            let found = found.map(|(statistic, values)| (statistic, Held::Values(values)));
+            calibration.keep(found, requirements)?;
         }
         if !requirements.sites().is_empty() {
             calibration.keep(sites.finish()?, requirements)?;
@@ -126,7 +129,7 @@ impl Calibration {
                 && sites.peek().is_some()
                 && sites.all(|site| block_of(site).is_some_and(|(block, _)| block < same))
         };
-        let known: BTreeMap<Statistic, Tensor> = match self.data == data.hash()? {
+        let known: BTreeMap<Statistic, Held> = match self.data == data.hash()? {
             true => requirements
                 .statistics
                 .iter()
@@ -151,20 +154,19 @@ impl Calibration {
 
     fn keep(
         &mut self,
-        found: BTreeMap<Statistic, Tensor>,
+        found: impl IntoIterator<Item = (Statistic, Held)>,
         requirements: &Requirements,
     ) -> Result<()> {
-        for (statistic, tensor) in found {
+        for (statistic, held) in found {
             if !requirements.statistics.contains(&statistic) {
                 continue;
             }
-            let sum = engine(engine(tensor.abs())?.sum_all())?;
-            if !engine(sum.to_scalar::<f64>())?.is_finite() {
+            if !held.is_finite()? {
                 return Err(Error::NotFinite {
                     what: statistic.to_string(),
                 });
             }
-            self.statistics.insert(statistic, tensor);
+            self.statistics.insert(statistic, held);
         }
         Ok(())
     }
@@ -186,13 +188,23 @@ impl Calibration {
         })
     }
 
-    /// One statistic in `f64`, with the shape that [`Statistic`] gives it.
-    pub fn tensor(&self, statistic: &Statistic) -> Result<&Tensor> {
-        self.statistics
-            .get(statistic)
-            .ok_or_else(|| Error::NotCollected {
-                statistic: statistic.to_string(),
-            })
+    /// One statistic in `f64`, with the shape that [`Statistic`] gives it. A second moment, of which
+    /// half is held, is made whole anew at each call.
+    ///
+    /// # Errors
+    /// When the statistic was not collected.
+    pub fn tensor(&self, statistic: &Statistic) -> Result<Tensor> {
+        let held = self.statistics.get(statistic);
+        let held = held.ok_or_else(|| Error::NotCollected {
+            statistic: statistic.to_string(),
+        })?;
+        held.tensor()
+    }
+
+    /// Whether a statistic was carried over from `other` and not collected anew.
+    pub fn shares(&self, other: &Self, statistic: &Statistic) -> bool {
+        let found = [self, other].map(|calibration| calibration.statistics.get(statistic));
+        matches!(found, [Some(one), Some(other)] if one.is(other))
     }
 
     /// One statistic that is a number.

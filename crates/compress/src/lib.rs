@@ -52,6 +52,7 @@ pub mod factorisation;
 mod fingerprint;
 pub mod fisher;
 mod heal;
+mod held;
 mod interaction;
 mod method;
 mod methods;

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
+use lapidary_kernels::SecondMoment;
 use lapidary_model::Model;
 use serde::{Deserialize, Serialize};
 
@@ -177,7 +178,8 @@ impl Requirements {
                 | Statistic::FisherInputs { .. } => input,
                 Statistic::FisherOutputs { .. } => output,
                 Statistic::Fisher { .. } => input * output,
-                Statistic::Covariance { .. } | Statistic::KroneckerInput { .. } => input * input,
+                Statistic::Covariance { .. } => SecondMoment::held(input as usize) as u64,
+                Statistic::KroneckerInput { .. } => input * input,
                 Statistic::KroneckerOutput { .. } => output * output,
             }
         };

@@ -10,6 +10,7 @@ use lapidary_signal::Trace;
 
 use crate::data::{Batch, real_rows};
 use crate::error::engine;
+use crate::held::Held;
 use crate::requirements::Statistic;
 use crate::{Error, Result};
 
@@ -219,7 +220,7 @@ impl SiteSums {
     }
 
     /// The means and the peaks, by statistic. A site that the model never wrote is an error.
-    pub(crate) fn finish(self) -> Result<BTreeMap<Statistic, Tensor>> {
+    pub(crate) fn finish(self) -> Result<BTreeMap<Statistic, Held>> {
         let mut means = BTreeMap::new();
         let everything = std::mem::take(&mut *lock(&self.sites));
         for pair in everything.pairs {
@@ -228,32 +229,33 @@ impl SiteSums {
             }
             let mean = engine(Tensor::new(pair.sum / pair.rows as f64, &Device::Cpu))?;
             let (from, to) = (pair.from, pair.to);
-            means.insert(Statistic::Similarity { from, to }, mean);
+            means.insert(Statistic::Similarity { from, to }, Held::Values(mean));
         }
         for (site, sums) in everything.sites {
             if sums.rows == 0 {
                 return Err(unwritten(&site));
             }
             let scale = 1.0 / sums.rows as f64;
+            let mean = |sum: Tensor| engine(sum.affine(scale, 0.0)).map(Held::Values);
             if let Some(squares) = sums.squares {
                 let statistic = Statistic::InputSquares { site: site.clone() };
-                means.insert(statistic, engine(squares.affine(scale, 0.0))?);
+                means.insert(statistic, mean(squares)?);
             }
             if let Some(sum) = sums.means {
                 let statistic = Statistic::InputMeans { site: site.clone() };
-                means.insert(statistic, engine(sum.affine(scale, 0.0))?);
+                means.insert(statistic, mean(sum)?);
             }
             if let Some(magnitudes) = sums.magnitudes {
                 let statistic = Statistic::InputMagnitudes { site: site.clone() };
-                means.insert(statistic, engine(magnitudes.affine(scale, 0.0))?);
+                means.insert(statistic, mean(magnitudes)?);
             }
             if let Some(peaks) = sums.peaks {
-                means.insert(Statistic::InputPeaks { site: site.clone() }, peaks);
+                let statistic = Statistic::InputPeaks { site: site.clone() };
+                means.insert(statistic, Held::Values(peaks));
             }
             if let Some(covariance) = sums.covariance {
                 let statistic = Statistic::Covariance { site };
-                let sum = covariance.sum()?;
-                means.insert(statistic, engine(sum.affine(scale, 0.0))?);
+                means.insert(statistic, Held::Moment(Arc::new(covariance), scale));
             }
         }
         Ok(means)

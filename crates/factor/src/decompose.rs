@@ -1,6 +1,9 @@
 //! The classical decompositions, in `f64`.
 
+use std::ops::Range;
+
 use faer::Side;
+use faer::linalg::triangular_inverse::invert_lower_triangular;
 
 use crate::{Error, Matrix, MatrixView, Result};
 
@@ -141,8 +144,12 @@ impl Cholesky {
     pub fn inverse_diagonal(&self) -> Vec<f64> {
         // (L Lᵀ)⁻¹ = L⁻ᵀ L⁻¹, whose entry i is the squared length of column i of L⁻¹.
         let size = self.lower.nrows();
-        let mut inverse = Matrix::identity(size, size);
-        self.lower.solve_lower_triangular_in_place(inverse.as_mut());
+        let mut inverse = Matrix::zeros(size, size);
+        invert_lower_triangular(
+            inverse.as_mut(),
+            self.lower.as_ref(),
+            faer::get_global_parallelism(),
+        );
         (0..size)
             .map(|i| inverse.col(i).squared_norm_l2())
             .collect()
@@ -155,7 +162,7 @@ impl Cholesky {
 /// its mean diagonal added to the diagonal, and the result says how much. One that needs more
 /// is refused.
 pub fn cholesky(name: &'static str, matrix: MatrixView<'_>) -> Result<Cholesky> {
-    let symmetric = symmetrised(name, matrix)?;
+    let mut symmetric = symmetrised(name, matrix)?;
     let size = symmetric.nrows();
     let mean_diagonal = (0..size).map(|i| symmetric[(i, i)]).sum::<f64>() / size as f64;
     if mean_diagonal <= 0.0 {
@@ -164,14 +171,14 @@ pub fn cholesky(name: &'static str, matrix: MatrixView<'_>) -> Result<Cholesky> 
             detail: format!("its mean diagonal entry is {mean_diagonal:e}"),
         });
     }
+    let diagonal: Vec<f64> = (0..size).map(|i| symmetric[(i, i)]).collect();
     let attempts = std::iter::once(0.0).chain((-12..=-6).map(|power| 10f64.powi(power)));
     for relative in attempts {
         let jitter = relative * mean_diagonal;
-        let mut shifted = symmetric.clone();
-        for i in 0..size {
-            shifted[(i, i)] += jitter;
+        for (i, entry) in diagonal.iter().enumerate() {
+            symmetric[(i, i)] = entry + jitter;
         }
-        if let Ok(decomposition) = shifted.llt(Side::Lower) {
+        if let Ok(decomposition) = symmetric.llt(Side::Lower) {
             return Ok(Cholesky {
                 lower: decomposition.L().to_owned(),
                 jitter,
@@ -234,15 +241,36 @@ fn symmetrised(name: &'static str, matrix: MatrixView<'_>) -> Result<Matrix> {
             expected: vec![size, size],
         });
     }
-    let difference = (matrix - matrix.transpose()).norm_max();
-    let largest = matrix.norm_max();
+    let (mut difference, mut largest) = (0f64, 0f64);
+    let mut mean = Matrix::zeros(size, size);
+    // By tiles, as one of the two entries is always in another column.
+    for (rows, columns) in tiles(size) {
+        for j in columns {
+            for i in rows.start.max(j)..rows.end {
+                let (below, above) = (matrix[(i, j)], matrix[(j, i)]);
+                difference = difference.max((below - above).abs());
+                largest = largest.max(below.abs()).max(above.abs());
+                mean[(i, j)] = 0.5 * (below + above);
+                mean[(j, i)] = mean[(i, j)];
+            }
+        }
+    }
     if difference > SYMMETRY_TOLERANCE * largest {
         return Err(Error::NotSymmetric {
             name,
             difference: difference / largest,
         });
     }
-    Ok(Matrix::from_fn(size, size, |i, j| {
-        0.5 * (matrix[(i, j)] + matrix[(j, i)])
-    }))
+    Ok(mean)
+}
+
+/// Rows and columns of tiles that cover a square's lower half.
+fn tiles(size: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+    const TILE: usize = 64;
+    let part = move |first: usize| first..(first + TILE).min(size);
+    let firsts = (0..size).step_by(TILE);
+    firsts.flat_map(move |column| {
+        let rows = (column..size).step_by(TILE);
+        rows.map(move |row| (part(row), part(column)))
+    })
 }

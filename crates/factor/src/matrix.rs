@@ -31,7 +31,24 @@ pub fn matrix_from_tensor(name: &'static str, tensor: &Tensor) -> Result<Matrix>
             position: (index / columns, index % columns),
         });
     }
-    Ok(MatrixView::from_row_major_slice(&values, rows, columns).to_owned())
+    Ok(from_row_major(&values, rows, columns))
+}
+
+/// A matrix whose columns lie one after the other, of values whose rows do: by tiles, so that neither
+/// side is far from what was read just before.
+fn from_row_major(values: &[f64], rows: usize, columns: usize) -> Matrix {
+    const TILE: usize = 32;
+    let mut matrix = Matrix::zeros(rows, columns);
+    for top in (0..rows).step_by(TILE) {
+        for left in (0..columns).step_by(TILE) {
+            for column in left..(left + TILE).min(columns) {
+                for row in top..(top + TILE).min(rows) {
+                    matrix[(row, column)] = values[row * columns + column];
+                }
+            }
+        }
+    }
+    matrix
 }
 
 /// Writes a matrix as a tensor `[rows, columns]`, rounding once to `dtype`.

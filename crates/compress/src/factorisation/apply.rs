@@ -74,7 +74,7 @@ impl Factorisation {
             layer: layer.path.clone(),
         };
         let fisher = calibration.and_then(|calibration| calibration.tensor(&fisher).ok());
-        let errors = |factors: &LowRank| errors(&weight, factors, &importance, fisher);
+        let errors = |factors: &LowRank| errors(&weight, factors, &importance, fisher.as_ref());
         let chosen = errors(&factors)?;
         let plain = match importance {
             Importance::Plain => chosen,

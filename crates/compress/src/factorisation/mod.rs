@@ -154,7 +154,7 @@ impl Factorisation {
         calibration: Option<&Calibration>,
     ) -> Result<Importance> {
         let statistics = self.statistics(layer);
-        let found = |index: usize| -> Result<&Tensor> {
+        let found = |index: usize| -> Result<Tensor> {
             let statistic = statistics
                 .get(index)
                 .ok_or_else(|| Error::invalid("statistic", index, "one that the method needs"))?;
@@ -175,11 +175,11 @@ impl Factorisation {
                 output: vector(1)?,
             },
             Self::GeneralisedFisher => Importance::Kronecker {
-                input: found(0)?.clone(),
-                output: found(1)?.clone(),
+                input: found(0)?,
+                output: found(1)?,
             },
             Self::Whitened if layer.is_table() => Importance::InputSquares(vector(0)?),
-            Self::Whitened => Importance::Covariance(found(0)?.clone()),
+            Self::Whitened => Importance::Covariance(found(0)?),
         };
         Ok(importance)
     }

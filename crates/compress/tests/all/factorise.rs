@@ -528,8 +528,8 @@ fn several_methods_share_one_calibration() {
         let alone = Calibration::collect(&model, &data, &requirements, options).unwrap();
         for statistic in &requirements.statistics {
             close(
-                &values(shared.tensor(statistic).unwrap()),
-                &values(alone.tensor(statistic).unwrap()),
+                &values(&shared.tensor(statistic).unwrap()),
+                &values(&alone.tensor(statistic).unwrap()),
                 1e-10,
             );
         }

@@ -233,7 +233,7 @@ fn padding_changes_nothing() {
         };
         let calibration = collect(&model, &data, std::slice::from_ref(&statistic), count);
         // The mean gradient's square; its root is the mean gradient but for signs.
-        values(calibration.tensor(&statistic).unwrap())
+        values(&calibration.tensor(&statistic).unwrap())
     };
     let (a, b) = (fisher(&[&long]), fisher(&[&short]));
     let both = fisher(&[&long, &short]);
@@ -262,8 +262,8 @@ fn padding_changes_nothing() {
             ..CalibrationOptions::default()
         };
         let calibration = Calibration::collect(&model, &data, &requirements, options).unwrap();
-        let mut all = values(calibration.tensor(&statistics[0]).unwrap());
-        all.extend(values(calibration.tensor(&statistics[1]).unwrap()));
+        let mut all = values(&calibration.tensor(&statistics[0]).unwrap());
+        all.extend(values(&calibration.tensor(&statistics[1]).unwrap()));
         all
     };
     close(&squares(2), &squares(1), 1e-11);

@@ -351,7 +351,7 @@ fn hidden_features_are_refitted_on_the_data() {
         let statistic = Statistic::Covariance {
             site: "blocks.0.feedforward.hidden".to_owned(),
         };
-        let c = calibrate(&model, &data).tensor(&statistic).unwrap().clone();
+        let c = calibrate(&model, &data).tensor(&statistic).unwrap();
         let down = |model: &Model| model.parameters()["blocks.0.feedforward.down.weight"].clone();
         let indices = Tensor::from_slice(&kept, 12, &Device::Cpu).unwrap();
         let error = |fitted: &Tensor| {

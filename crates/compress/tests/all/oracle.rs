@@ -103,7 +103,7 @@ fn collect(
 
 fn check(calibration: &Calibration, statistic: Statistic, expected: &Value) {
     let found = calibration.tensor(&statistic).unwrap();
-    close(&values(found), &numbers(expected), 1e-9);
+    close(&values(&found), &numbers(expected), 1e-9);
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn kronecker_factors_start_at_the_second_moments_and_go_to_the_nearest_product()
                 &hidden[key][1],
             ),
         ] {
-            let found = values(calibration.tensor(&statistic).unwrap());
+            let found = values(&calibration.tensor(&statistic).unwrap());
             close(&found, &numbers(expected), tolerance);
         }
         // Later passes leave what the first one found.

@@ -37,9 +37,10 @@ pub(crate) fn by_leverage(second_moment: &Matrix, ridge: f64, count: usize) -> R
             "above 0",
         ));
     }
-    let shifted = Matrix::from_fn(hidden, hidden, |i, j| {
-        second_moment[(i, j)] + if i == j { lambda } else { 0.0 }
-    });
+    let mut shifted = second_moment.clone();
+    for i in 0..hidden {
+        shifted[(i, i)] += lambda;
+    }
     let inverse = cholesky("hidden second moment", shifted.as_ref())?.inverse_diagonal();
     let leverages: Vec<f64> = inverse.iter().map(|entry| 1.0 - lambda * entry).collect();
     Ok(largest(&leverages, count))

@@ -311,7 +311,7 @@ fn narrow_hidden(
     calibration: &Calibration,
 ) -> Result<()> {
     let moments = calibration.tensor(&covariance(unit.hidden_site()))?;
-    let moments = matrix_from_tensor("second moment of hidden features", moments)?;
+    let moments = matrix_from_tensor("second moment of hidden features", &moments)?;
     let reader = format!("{}.weight", unit.reader());
     let down = matrix_from_tensor("feed-forward output", &edit.get(&reader)?)?;
     let kept = feedforward::by_leverage(&moments, ridge, features)?;
@@ -387,7 +387,7 @@ fn narrow_values(
     let value = matrix_from_tensor("values", &edit.get(&format!("{path}.value.weight"))?)?;
     let output = matrix_from_tensor("output", &edit.get(&format!("{path}.output.weight"))?)?;
     let moments = calibration.tensor(&covariance(format!("{path}.in")))?;
-    let moments = matrix_from_tensor("second moment of attention's input", moments)?;
+    let moments = matrix_from_tensor("second moment of attention's input", &moments)?;
     let root = value_output::root(&moments)?;
     let each = spec.heads / spec.groups().max(1);
     let width = output.nrows();

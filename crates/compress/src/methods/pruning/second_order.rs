@@ -141,7 +141,7 @@ fn look(task: &Task<'_>, edit: &Edit, layer: &Layer) -> Result<Matrix> {
     };
     let calibration = Calibration::collect(&model, data, &requirements, options)?;
     let moment = calibration.tensor(&statistic)?;
-    Ok(matrix_from_tensor("second moment of inputs", moment)?)
+    Ok(matrix_from_tensor("second moment of inputs", &moment)?)
 }
 
 /// `U` of `H⁻¹ = Uᵀ U`, upper triangular.

@@ -386,13 +386,10 @@ impl Rounding {
                 true => Some(calibration.vector(&Statistic::InputMagnitudes { site })?),
                 false => None,
             };
-            return Ok(Some(Inputs {
-                moment: moment.clone(),
-                magnitudes,
-            }));
+            return Ok(Some(Inputs { moment, magnitudes }));
         };
         // Between two factors flows D x, of second moment D H Dᵀ.
-        let inner = engine(down.matmul(moment))?;
+        let inner = engine(down.matmul(&moment))?;
         let inner = engine(inner.matmul(&engine(down.t())?))?;
         let magnitudes = match scaling {
             true => Some(root_diagonal(&inner)?),

@@ -1,7 +1,7 @@
 //! Every matrix in new bases, given one for each site or one for all.
 
 use lapidary_factor::{Matrix, matrix_to_tensor};
-use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_kernels::{DType, Device, Tensor, matmul};
 use lapidary_model::ModelSpec;
 use lapidary_parts::norm::NormSpec;
 
@@ -74,7 +74,7 @@ pub(super) fn cut(
     let first = basis(0)?;
     for table in &layout.tables {
         let rows = edit.get(table)?;
-        edit.put(*table, &engine(rows.matmul(&first))?)?;
+        edit.put(*table, &matmul(&rows, &first)?)?;
     }
     if let Some(embedding) = layout.embedding {
         write_in(&mut edit, embedding, &first)?;
@@ -98,7 +98,8 @@ pub(super) fn cut(
     if shortcuts {
         for shortcut in &layout.shortcuts {
             // h S with S = Q_fromᵀ Q_to; stored as [output, input], its transpose.
-            let stored = engine(engine(basis(shortcut.to)?.t())?.matmul(&basis(shortcut.from)?))?;
+            let to = basis(shortcut.to)?;
+            let stored = matmul(&engine(to.t())?, &basis(shortcut.from)?)?;
             edit.put(format!("{}.weight", shortcut.path), &stored)?;
         }
     }
@@ -110,15 +111,15 @@ pub(super) fn cut(
 fn read_in(edit: &mut Edit, layer: &str, basis: &Tensor) -> Result<()> {
     let name = format!("{layer}.weight");
     let weight = edit.get(&name)?;
-    edit.put(name, &engine(weight.matmul(basis))?)
+    edit.put(name, &matmul(&weight, basis)?)
 }
 
 /// `W ← Qᵀ W`, `b ← b Q`.
 fn write_in(edit: &mut Edit, layer: &str, basis: &Tensor) -> Result<()> {
-    let transposed = engine(engine(basis.t())?.contiguous())?;
+    let transposed = engine(basis.t())?;
     let name = format!("{layer}.weight");
     let weight = edit.get(&name)?;
-    edit.put(name, &engine(transposed.matmul(&weight))?)?;
+    edit.put(name, &matmul(&transposed, &weight)?)?;
     let name = format!("{layer}.bias");
     if let Some(bias) = edit.find(&name)? {
         let row = engine(engine(bias.unsqueeze(0))?.matmul(basis))?;

@@ -1,7 +1,7 @@
 //! Which directions of the stream are kept.
 
 use lapidary_factor::{Matrix, qr, symmetric_eigen};
-use lapidary_kernels::Tensor;
+use lapidary_kernels::{SecondMoment, Tensor};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -20,17 +20,16 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Sums over `rows`, `[tokens, width]` in `f64` batch by batch.
+    /// Sums in `f64` over `rows`, `[tokens, width]` batch by batch.
     pub(crate) fn of(rows: &[Tensor], distance: Option<Distance>) -> Result<Self> {
-        let mut sum: Option<Tensor> = None;
+        let Some(first) = rows.first() else {
+            return Err(Error::invalid("tokens to look at", 0, "at least 1"));
+        };
+        let mut sum = SecondMoment::new(engine(first.dim(1))?);
         for x in rows {
-            let product = engine(engine(engine(x.t())?.contiguous())?.matmul(x))?;
-            sum = Some(match sum {
-                Some(sum) => engine(sum + product)?,
-                None => product,
-            });
+            sum.add(x)?;
         }
-        let sum = sum.ok_or_else(|| Error::invalid("tokens to look at", 0, "at least 1"))?;
+        let sum = sum.sum()?;
         let sum = lapidary_factor::matrix_from_tensor("second moment of the stream", &sum)?;
         let energy = trace(&sum);
         if energy <= 0.0 {

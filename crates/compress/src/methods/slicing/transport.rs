@@ -15,7 +15,7 @@
 //! it does: see `merged_features`.
 
 use lapidary_factor::{Matrix, qr};
-use lapidary_kernels::Tensor;
+use lapidary_kernels::{DType, Tensor};
 
 use super::coordinates::Selector;
 use super::directions::{Choice, Directions, Stream};
@@ -41,7 +41,7 @@ pub enum Distance {
 }
 
 /// Distances between all features, `[width, width]`, divided by the median of those between
-/// different ones. `rows` are `[tokens, width]` batch by batch, `second` is `Σ xᵀx`.
+/// different ones. `rows` are `[tokens, width]` batch by batch, summed in `f64`; `second` is `Σ xᵀx`.
 pub(super) fn distances(rows: &[Tensor], second: &Matrix, distance: Distance) -> Result<Matrix> {
     let width = second.nrows();
     let length = |i: usize| second[(i, i)].max(0.0);
@@ -71,7 +71,7 @@ pub(super) fn distances(rows: &[Tensor], second: &Matrix, distance: Distance) ->
 fn absolute(rows: &[Tensor], width: usize) -> Result<Matrix> {
     let mut sums = Matrix::zeros(width, width);
     for x in rows {
-        let features = engine(engine(x.t())?.contiguous())?;
+        let features = engine(engine(engine(x.to_dtype(DType::F64))?.t())?.contiguous())?;
         let features: Vec<Vec<f64>> = engine(features.to_vec2())?;
         for (i, a) in features.iter().enumerate() {
             for (j, b) in features.iter().enumerate().take(i) {

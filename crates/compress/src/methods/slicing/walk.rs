@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use lapidary_factor::{Matrix, matrix_to_tensor};
-use lapidary_kernels::{DType, Tensor};
+use lapidary_kernels::{DType, Tensor, linear};
 use lapidary_model::{HeadSpec, Model, ModelSpec, Pass};
 use lapidary_parts::Context;
 use lapidary_parts::block::{Block, BlockSpec, Wiring};
@@ -20,10 +20,10 @@ use crate::edit::Edit;
 use crate::error::engine;
 use crate::{CalibrationData, Result};
 
-/// Hands over the stream at each site, `[tokens, width]` in `f64` batch by batch and padding left
-/// out, and goes on with what the basis that comes back leaves of it: all, when none does.
+/// Hands over the stream at each site, `[tokens, width]` batch by batch and padding left out, and
+/// goes on with what the basis that comes back leaves of it: all, when none does.
 ///
-/// Memory holds the stream of all data at one site.
+/// Memory holds the stream of all data at one site, and the weights of one block in `dtype`.
 pub(super) fn walk(
     folded: &Edit,
     dtype: DType,
@@ -31,19 +31,15 @@ pub(super) fn walk(
     batch: usize,
     mut choose: impl FnMut(usize, &[Tensor]) -> Result<Option<Matrix>>,
 ) -> Result<()> {
-    let mut source = BTreeMap::new();
-    for (name, tensor) in &folded.parameters {
-        source.insert(name.clone(), engine(tensor.to_dtype(dtype))?);
-    }
     let device = lapidary_kernels::Device::Cpu;
     let batches = data.batches(batch, &device).collect::<Result<Vec<_>>>()?;
+    let mut source = converted(folded, dtype, |name| !name.starts_with("blocks."))?;
     let mut stream = embedded(&folded.spec, &mut source, &batches)?;
     let mut site = 0;
     let mut cut = |stream: &mut Vec<Tensor>| -> Result<()> {
         let mut rows = Vec::with_capacity(stream.len());
         for (x, batch) in stream.iter().zip(&batches) {
-            let real = real_rows(x, batch.real.as_ref())?;
-            rows.push(engine(real.to_dtype(DType::F64))?);
+            rows.push(real_rows(x, batch.real.as_ref())?);
         }
         if let Some(basis) = choose(site, &rows)? {
             let basis = matrix_to_tensor(basis.as_ref(), dtype, &device)?;
@@ -56,6 +52,8 @@ pub(super) fn walk(
     };
     cut(&mut stream)?;
     for (index, block) in folded.spec.blocks.iter().enumerate() {
+        let prefix = format!("blocks.{index}.");
+        let mut source = converted(folded, dtype, |name| name.starts_with(&prefix))?;
         for stage in stages(block, folded.spec.width, index, &mut source)? {
             for (x, batch) in stream.iter_mut().zip(&batches) {
                 *x = stage.forward(x, batch)?;
@@ -66,13 +64,23 @@ pub(super) fn walk(
     Ok(())
 }
 
+/// The parameters of these names, in a type.
+fn converted(
+    folded: &Edit,
+    dtype: DType,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<BTreeMap<String, Tensor>> {
+    let parameters = folded.parameters.iter();
+    parameters
+        .filter(|(name, _)| wanted(name))
+        .map(|(name, tensor)| Ok((name.clone(), engine(tensor.to_dtype(dtype))?)))
+        .collect()
+}
+
 /// `x Q Qᵀ` for `x` `[batch, length, width]`.
 fn projected(x: &Tensor, basis: &Tensor) -> Result<Tensor> {
-    let (batch, length, width) = engine(x.dims3())?;
-    let rows = engine(engine(x.contiguous())?.reshape((batch * length, width)))?;
-    let narrow = engine(rows.matmul(basis))?;
-    let back = engine(narrow.matmul(&engine(engine(basis.t())?.contiguous())?))?;
-    engine(back.reshape((batch, length, width)))
+    let narrow = linear(x, &engine(basis.t())?, None)?;
+    Ok(linear(&narrow, basis, None)?)
 }
 
 /// What the embedding alone writes.

@@ -118,7 +118,7 @@ fn one_weight(model: &Model, data: &CalibrationData, exact: &mut Exact) -> Resul
     };
     let options = CalibrationOptions::default();
     let calibration = Calibration::collect(model, data, &needed, options)?;
-    let mut hessian = numbers(calibration.tensor(&statistic)?)?;
+    let mut hessian = numbers(&calibration.tensor(&statistic)?)?;
     let mean = (0..WIDTH)
         .filter_map(|i| hessian.get(i * WIDTH + i))
         .sum::<f64>()

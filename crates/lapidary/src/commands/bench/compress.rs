@@ -64,10 +64,7 @@ pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
     })?;
     let peak = super::peak_memory();
     let speeds = match &compressed {
-        Some(compressed) => Some([
-            speed(&model, arguments)?,
-            speed(&compressed.model, arguments)?,
-        ]),
+        Some(compressed) => Some(speeds([&model, &compressed.model], arguments)?),
         None => None,
     };
     let parameters =
@@ -147,22 +144,35 @@ struct Speed {
     decode: f64,
 }
 
-fn speed(model: &Model, arguments: &Bench) -> Result<Speed> {
-    let prompt = super::ids(model, 1, arguments.length)?;
-    let input = Input::tokens(prompt);
-    let read = super::timed(arguments, || {
-        model.forward(&input, Pass::default())?;
-        Ok(())
-    })?;
-    let write = |new_tokens: usize| super::written(model, 8, new_tokens);
-    let mut write_times = Vec::with_capacity(arguments.repeat);
-    for _ in 0..arguments.repeat {
-        let one = seconds(|| write(1))?;
-        let many = seconds(|| write(33))?;
-        write_times.push((many - one).max(f64::EPSILON) / 32.0);
+/// Of both models in turns, so that a machine whose speed drifts treats them alike.
+fn speeds(models: [&Model; 2], arguments: &Bench) -> Result<[Speed; 2]> {
+    let read = |model: &Model| -> Result<f64> {
+        let input = Input::tokens(super::ids(model, 1, arguments.length)?);
+        seconds(|| {
+            model.forward(&input, Pass::default())?;
+            Ok(())
+        })
+    };
+    let write = |model: &Model| -> Result<f64> {
+        let one = seconds(|| super::written(model, 8, 1))?;
+        let many = seconds(|| super::written(model, 8, 33))?;
+        Ok((many - one).max(f64::EPSILON) / 32.0)
+    };
+    for model in models {
+        read(model)?;
     }
-    Ok(Speed {
-        prefill: arguments.length as f64 / super::median(read),
-        decode: 1.0 / super::median(write_times),
-    })
+    let (mut reads, mut writes): ([Vec<f64>; 2], [Vec<f64>; 2]) = Default::default();
+    for _ in 0..arguments.repeat {
+        for ((model, reads), writes) in models.into_iter().zip(&mut reads).zip(&mut writes) {
+            reads.push(read(model)?);
+            writes.push(write(model)?);
+        }
+    }
+    let [before, after] = reads;
+    let [first, second] = writes;
+    let speed = |reads: Vec<f64>, writes: Vec<f64>| Speed {
+        prefill: arguments.length as f64 / super::median(reads),
+        decode: 1.0 / super::median(writes),
+    };
+    Ok([speed(before, first), speed(after, second)])
 }
