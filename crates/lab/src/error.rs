@@ -14,6 +14,17 @@ pub enum Error {
     /// An experiment met something that it cannot go on from.
     #[error("{0}")]
     Experiment(String),
+    /// Seeds, or runs with them, that are not joined.
+    #[error("{0}")]
+    Seeds(String),
+    /// One of several seeds failed.
+    #[error("seed {seed}: {cause}")]
+    Seed {
+        /// Which.
+        seed: u64,
+        /// Why.
+        cause: Box<Error>,
+    },
     /// A part or model failed.
     #[error(transparent)]
     Part(#[from] lapidary_parts::Error),

@@ -1,6 +1,7 @@
 //! Every system, once.
 
 use crate::experiments;
+use crate::joining::check_seeds;
 use crate::{Error, Reproduction, Result, Setting};
 use serde::Serialize;
 
@@ -51,9 +52,46 @@ impl System {
         reproduction.slug = self.slug.to_owned();
         reproduction.title = self.title.to_owned();
         reproduction.scale = setting.scale;
-        reproduction.seed = setting.seed;
+        reproduction.seeds = vec![setting.seed];
         reproduction.seconds = started.elapsed().as_secs_f64();
         Ok(reproduction)
+    }
+
+    /// Runs the system's experiment once for each of `seeds`, one after the other, and joins what they
+    /// found ([`Reproduction::joined`]). The seed of `setting` is not used; models are kept of the lowest
+    /// seed.
+    ///
+    /// Many experiments take several seeds of their own at larger scales, those from theirs on: so far
+    /// as they do, neighbouring seeds share runs.
+    ///
+    /// # Errors
+    ///
+    /// When no seed is given or one twice, or an experiment fails.
+    pub fn reproduce_with_seeds(&self, setting: &Setting, seeds: &[u64]) -> Result<Reproduction> {
+        check_seeds(seeds)?;
+        if let [seed] = seeds {
+            return self.reproduce(&Setting {
+                seed: *seed,
+                ..setting.clone()
+            });
+        }
+        let lowest = seeds.iter().min();
+        let run = |(index, seed): (usize, &u64)| {
+            let models = setting.models.clone().filter(|_| lowest == Some(seed));
+            let setting = Setting {
+                seed: *seed,
+                models,
+                progress: setting.progress.under(format!("seed {seed}")),
+                ..setting.clone()
+            };
+            setting.tell(|| format!("run {} of {}", index + 1, seeds.len()));
+            self.reproduce(&setting).map_err(|cause| Error::Seed {
+                seed: *seed,
+                cause: Box::new(cause),
+            })
+        };
+        let runs = seeds.iter().enumerate().map(run).collect::<Result<_>>()?;
+        Reproduction::joined(runs)
     }
 }
 

@@ -77,6 +77,48 @@ pub struct Claim {
     pub verdict: Verdict,
     /// Why not, where that is known, or how the setting differs.
     pub note: String,
+    /// What each seed found, where several are joined; empty with one seed.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub findings: Vec<Finding>,
+}
+
+impl Claim {
+    /// In how many seeds the claim holds, where several are joined.
+    pub fn tally(&self) -> Option<Tally> {
+        let of = |kept: fn(Verdict) -> bool| {
+            let verdicts = self.findings.iter().map(|finding| finding.verdict);
+            verdicts.filter(|verdict| kept(*verdict)).count()
+        };
+        (!self.findings.is_empty()).then(|| Tally {
+            holds: of(|verdict| verdict == Verdict::Holds),
+            measured: of(|verdict| verdict != Verdict::NotMeasured),
+            seeds: self.findings.len(),
+        })
+    }
+}
+
+/// What one of several seeds found about a claim.
+#[derive(Clone, Debug, Serialize)]
+pub struct Finding {
+    /// The seed.
+    pub seed: u64,
+    /// The figure measured with it.
+    pub measured: String,
+    /// Whether the claim holds with it.
+    pub verdict: Verdict,
+    /// The note that it gave.
+    pub note: String,
+}
+
+/// In how many seeds a claim holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tally {
+    /// Seeds in which it does.
+    pub holds: usize,
+    /// Seeds that could tell.
+    pub measured: usize,
+    /// All seeds.
+    pub seeds: usize,
 }
 
 /// What an experiment found.
@@ -88,8 +130,8 @@ pub struct Reproduction {
     pub title: String,
     /// How much was done.
     pub scale: Scale,
-    /// Seed of everything random.
-    pub seed: u64,
+    /// Seeds of everything random: one, or in ascending order those whose runs are joined.
+    pub seeds: Vec<u64>,
     /// What the experiment ran on.
     pub setting: String,
     /// Each claim.
@@ -98,4 +140,46 @@ pub struct Reproduction {
     pub plots: Vec<Plot>,
     /// How long it took.
     pub seconds: f64,
+}
+
+impl Reproduction {
+    /// The seeds in words: `seed 0`, `seeds 0 to 2`.
+    pub fn named_seeds(&self) -> String {
+        named(&self.seeds)
+    }
+}
+
+/// Ascending seeds in words.
+pub(crate) fn named(seeds: &[u64]) -> String {
+    let follow = |two: &[u64]| matches!(two, [a, b] if a.checked_add(1) == Some(*b));
+    match seeds {
+        [] => "no seed".to_owned(),
+        [only] => format!("seed {only}"),
+        [first, last] => format!("seeds {first} and {last}"),
+        [first, .., last] if seeds.windows(2).all(follow) => format!("seeds {first} to {last}"),
+        several => {
+            let each: Vec<String> = several.iter().map(u64::to_string).collect();
+            format!("seeds {}", each.join(", "))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::named;
+
+    #[test]
+    fn seeds_are_named_by_their_ends_where_none_is_left_out() {
+        assert_eq!(named(&[]), "no seed");
+        assert_eq!(named(&[4]), "seed 4");
+        assert_eq!(named(&[4, 5]), "seeds 4 and 5");
+        assert_eq!(named(&[4, 9]), "seeds 4 and 9");
+        assert_eq!(named(&[4, 5, 6]), "seeds 4 to 6");
+        assert_eq!(named(&[4, 5, 7]), "seeds 4, 5, 7");
+        let last = u64::MAX;
+        assert_eq!(
+            named(&[last - 2, last - 1, last]),
+            format!("seeds {} to {last}", last - 2)
+        );
+    }
 }

@@ -84,6 +84,7 @@ impl Claim {
             measured: measured.into(),
             verdict,
             note: String::new(),
+            findings: Vec::new(),
         }
     }
 
