@@ -598,6 +598,13 @@ pub struct Reproduce {
     /// How much to do
     #[arg(long, value_enum, default_value = "small")]
     pub scale: Scale,
+    /// Run with so many seeds, from --seed on, and join what they find: a claim holds if it does with
+    /// every seed that measures it. Plots and kept models are of the first
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=32))]
+    pub seeds: u64,
+    /// Print the section of REPRODUCTIONS.md instead of a table
+    #[arg(long, conflicts_with_all = ["all", "list"])]
+    pub markdown: bool,
     /// Directory with data sets, for those that want one
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,

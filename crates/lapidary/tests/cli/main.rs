@@ -10,6 +10,7 @@ mod families;
 mod hub;
 mod inspect;
 mod refusals;
+mod reproduce;
 mod run;
 mod tasks;
 
