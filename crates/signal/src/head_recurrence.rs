@@ -125,17 +125,20 @@ impl HeadScan {
     /// When shapes do not fit each other.
     pub fn last_state(&self, x: &Tensor) -> Result<Tensor> {
         self.check(x)?;
-        let reach = cumulative_sum(&self.decay()?, 2)?;
-        let length = tensor(reach.dim(2))?;
-        // [batch, heads, 1]
-        let whole = tensor(reach.narrow(2, length - 1, 1))?;
-        let left = tensor(tensor(whole.broadcast_sub(&reach))?.exp())?;
+        let length = tensor(self.step.dim(2))?;
+        // a_t + … + a_n, [batch, heads, length + 1]. Summed from the end, where what is left is large:
+        // a difference of sums from the start would lose the digits that those have grown to.
+        let decay = tensor(self.decay()?.pad_with_zeros(2, 0, 1))?;
+        let reach = cumulative_sum(&tensor(decay.flip(&[2]))?, 2)?;
+        let reach = tensor(reach.flip(&[2]))?;
+        let left = tensor(tensor(reach.narrow(2, 1, length))?.exp())?;
         let keys = tensor(self.keys()?.broadcast_mul(&tensor(left.unsqueeze(3))?))?;
         let entered = matmul(&tensor(keys.transpose(2, 3))?, x)?;
         match &self.initial {
             None => Ok(entered),
             Some(initial) => {
-                let whole = tensor(tensor(whole.exp())?.unsqueeze(3))?;
+                let whole = tensor(tensor(reach.narrow(2, 0, 1))?.exp())?;
+                let whole = tensor(whole.unsqueeze(3))?;
                 tensor(tensor(initial.broadcast_mul(&whole))? + entered)
             }
         }
@@ -226,7 +229,7 @@ mod tests {
     use crate::SelectiveScan;
     use crate::streams::{Partition, StreamRules};
     use lapidary_kernels::check::gradient_error;
-    use lapidary_kernels::{Activation, Device, activate};
+    use lapidary_kernels::{Activation, DType, Device, activate};
 
     const BATCH: usize = 2;
     const HEADS: usize = 4;
@@ -384,6 +387,32 @@ mod tests {
             .unwrap();
         let whole = Tensor::cat(&[a.value(), b.value()], 2).unwrap();
         assert_near(&whole, &expected);
+    }
+
+    /// Behind a long text, all of which but the end has decayed by `e^-1800`, the state in `f32` has the
+    /// digits of `f32`.
+    #[test]
+    fn the_last_state_of_a_long_text_is_as_exact_as_of_a_short_one() {
+        let length = 4096;
+        let above = |frequency: f64| {
+            let wave = wave(&[1, 1, length, 1], frequency).abs().unwrap();
+            (wave + 0.5).unwrap().to_dtype(DType::F32).unwrap()
+        };
+        let of = |dtype: DType| {
+            let cast = |t: Tensor| t.to_dtype(dtype).unwrap();
+            let scan = HeadScan {
+                step: cast((above(0.7).squeeze(3).unwrap() * 0.5).unwrap()),
+                rate: cast(Tensor::new(&[-0.8f32], &Device::Cpu).unwrap()),
+                entry: cast(above(0.9)),
+                exit: cast(above(0.4)),
+                initial: None,
+                chunk: 64,
+            };
+            let state = scan.last_state(&cast(above(0.31))).unwrap();
+            flat(&state.to_dtype(DType::F64).unwrap())[0]
+        };
+        let (found, expected) = (of(DType::F32), of(DType::F64));
+        assert!((found / expected - 1.0).abs() < 3e-6, "{found} {expected}");
     }
 
     #[test]
