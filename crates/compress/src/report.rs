@@ -86,8 +86,8 @@ pub struct Size {
     /// Bytes of the parameters.
     pub bytes: usize,
     /// Floating-point operations per token in linear layers and a language model's output, a
-    /// multiply-add being two. Attention over other tokens is not in it, nor are layers on a
-    /// pooled vector, which run once per sequence.
+    /// multiply-add being two. Attention over other tokens is not in it, nor are recurrences and
+    /// their convolutions, nor layers on a pooled vector, which run once per sequence.
     pub flops_per_token: usize,
 }
 

@@ -16,8 +16,9 @@
 //! ```
 //!
 //! Cost per token: `2 (3 width · inner + inner (2 step_rank + 2 state) + inner · taps)` for the
-//! products and `7 inner · state` for the recurrence; a decoding step needs no more, and the
-//! memory is `inner (taps − 1 + state)` numbers however long the text. Parameters:
+//! products and `7 inner · state` for the recurrence; a decoding step needs no more but for the
+//! convolution, which runs over its window anew, and the memory is `inner (taps − 1 + state)`
+//! numbers however long the text. Parameters:
 //! `inner (3 width + taps + 2 step_rank + 3 state + 2)`, and `inner` for the convolution's bias.
 //!
 //! Where padding is given, padded tokens are zeroed before the input projection and again after
@@ -29,7 +30,7 @@
 //!
 //! Without a scan (`scan = false`; Muñoz, Yuan & Jain, Mamba-Shedder, 2025, arXiv 2501.17088)
 //! `y = u ⊙ SiLU(z)`: what computes `Δ`, `B`, `C`, the decay and `D` is not there, and decoding
-//! remembers the convolution's window alone. It costs `inner (2 step_rank + 4 state + 2)`
+//! remembers the convolution's window alone. It costs `inner (2 step_rank + 3 state + 2)`
 //! parameters and all of the recurrence less.
 //!
 //! Under streams and relevance `Δ`, `B`, `C` and the decay are held fixed, `u` is followed, and

@@ -28,7 +28,7 @@ pub struct MambaConfig {
     pub time_step_rank: usize,
     /// Added to the mean square in RMS norms.
     pub layer_norm_epsilon: f64,
-    /// Activation after the convolution and of the gate.
+    /// Activation after the convolution; the gate's is always SiLU.
     pub hidden_act: Activation,
     /// Biases on the mixer's input and output projections.
     pub use_bias: bool,
