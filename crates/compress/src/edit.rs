@@ -119,19 +119,21 @@ impl Edit {
         Ok(())
     }
 
-    /// Leaves out a block's mixer and the norm before it.
+    /// Leaves out a block's mixer, the norm before it and the scale behind it.
     pub(crate) fn remove_mixer(&mut self, index: usize) -> Result<()> {
         self.block(index)?.attention = MixerSpec::Absent;
         self.remove_parameters(&format!("blocks.{index}.attention"));
         self.remove_parameters(&format!("blocks.{index}.attention_norm"));
+        self.remove_parameters(&format!("blocks.{index}.attention_scale"));
         Ok(())
     }
 
-    /// Leaves out a block's feed-forward part and the norm before it.
+    /// Leaves out a block's feed-forward part, the norm before it and the scale behind it.
     pub(crate) fn remove_feedforward(&mut self, index: usize) -> Result<()> {
         self.block(index)?.feedforward = None;
         self.remove_parameters(&format!("blocks.{index}.feedforward"));
         self.remove_parameters(&format!("blocks.{index}.feedforward_norm"));
+        self.remove_parameters(&format!("blocks.{index}.feedforward_scale"));
         Ok(())
     }
 

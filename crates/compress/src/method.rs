@@ -260,7 +260,7 @@ impl Method {
     }
 
     /// Every method cuts a matrix by what one place of the model shows it, and needs its numbers.
-    fn check_model(&self, model: &Model) -> Result<()> {
+    pub(crate) fn check_model(&self, model: &Model) -> Result<()> {
         if model.shares_weights() {
             return Err(Error::invalid(
                 "the set of weights",

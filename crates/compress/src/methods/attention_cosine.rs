@@ -199,8 +199,11 @@ pub(crate) fn without_attention(method: &str, task: &Task<'_>, plan: &Plan) -> R
 /// Parameters of the part at `path` and of the norm before it.
 pub(crate) fn weights_below(model: &Model, path: &str) -> usize {
     let below = |name: &&String| {
-        name.strip_prefix(path)
-            .is_some_and(|rest| rest.starts_with('.') || rest.starts_with("_norm."))
+        name.strip_prefix(path).is_some_and(|rest| {
+            [".", "_norm.", "_scale."]
+                .iter()
+                .any(|own| rest.starts_with(own))
+        })
     };
     let parameters = model.parameters().iter();
     parameters

@@ -244,6 +244,9 @@ fn without_its_scan_a_recurrence_passes_its_input_on() {
         skip.ones_like().unwrap()
     });
     close(&scores(&found, &data), &scores(&brute, &data), 1e-12);
+    // inner (2 step_rank + 3 state + 2): selection, step and its bias, decay and skip.
+    let lost = model.parameter_count() - found.parameter_count();
+    assert_eq!(lost, 32 * (2 + 3 * 3 + 2));
     let dense = export_dense(&found).unwrap();
     assert!(dense.parameters().keys().eq(model.parameters().keys()));
     close(&scores(&dense, &data), &scores(&found, &data), 1e-12);
@@ -281,6 +284,9 @@ fn without_its_scan_a_recurrence_of_heads_is_cut_to_what_passes() {
     for gone in ["step_bias", "decay_log", "skip"] {
         assert_eq!(shape(gone), None);
     }
+    // B and C of two groups and the steps of four heads; taps and biases of B and C; three of each head.
+    let lost = model.parameter_count() - found.parameter_count();
+    assert_eq!(lost, 16 * (2 * 2 * 3 + 4) + 2 * 2 * 3 * (3 + 1) + 3 * 4);
 
     let dense = export_dense(&found).unwrap();
     assert_eq!(dense.spec().blocks, model.spec().expanded_blocks());
@@ -341,6 +347,38 @@ fn mixed_removals_decode_as_they_read_and_remember_less() {
             found.report.before.parameters - found.report.after.parameters
         );
     }
+}
+
+/// A scan that is left out beside its mixer is counted with that, a part's layer scale with the part;
+/// what is named twice is refused.
+#[test]
+fn a_plan_counts_what_goes_once() {
+    let both = ["blocks.1.attention", "blocks.1.attention.scan"];
+    let parts = ["blocks.1.attention", "blocks.2.feedforward"];
+    let scaled = HYBRID.replace("[[blocks]]", "[[blocks]]\nlayer_scale = 0.5");
+    for (spec, paths, blocks) in [
+        (MAMBA, both, 3),
+        (MAMBA2, both, 3),
+        (scaled.as_str(), parts, 3),
+    ] {
+        let found = without(&model(spec, 5), &paths);
+        assert_eq!(found.model.spec().expanded_blocks().len(), blocks);
+        assert_eq!(
+            lost(&found),
+            found.report.before.parameters - found.report.after.parameters
+        );
+    }
+    let model = model(MAMBA, 5);
+    let method = Method::find("mamba-shedder").unwrap();
+    let task = Task::new(&model);
+    let mut plan = method.plan(&task, &Budget::Keep(1.0)).unwrap();
+    plan.modules.push(plan.modules[0].clone());
+    plan.modules[0].change = Change::Remove;
+    let error = method.apply(&task, &plan).unwrap_err().to_string();
+    assert!(
+        error.contains("blocks.0.attention more than once"),
+        "{error}"
+    );
 }
 
 /// Parameters that the report's modules say are gone.
@@ -561,6 +599,34 @@ fn what_cannot_be_shed_is_refused_with_why() {
         error.to_string().contains("shedder.channel_group"),
         "{error}"
     );
-    let candidates = Shed::parts(&mamba);
-    assert!(Search::run(&mamba, &data, 2, &candidates, 5).is_err());
+    let run = |model: &Model, candidates: &[Shed], steps| {
+        let found = Search::run(model, &data, 2, candidates, steps);
+        found.unwrap_err().to_string()
+    };
+    // Before anything is measured: one part has to be left.
+    let error = run(&mamba, &Shed::parts(&mamba), 4);
+    assert!(error.contains("must be at most 3"), "{error}");
+    let error = run(&mamba, &Shed::scans(&mamba), 5);
+    assert!(error.contains("must be at most 4"), "{error}");
+    let hybrid = model(HYBRID, 1);
+    let granularities = Granularities {
+        parts: 5,
+        ..Granularities::default()
+    };
+    let error = Search::in_order(&hybrid, &data, 2, &granularities).unwrap_err();
+    assert!(error.to_string().contains("must be at most 4"), "{error}");
+
+    // The library refuses what the methods refuse.
+    let encoder = model(ENCODER, 1);
+    let error = run(&encoder, &Shed::parts(&encoder), 1);
+    assert!(error.contains("post-norm"), "{error}");
+    let pieces = BTreeSet::from([Shed::Mixer(0)]);
+    let error = Shed::cut(&encoder, &pieces).unwrap_err();
+    assert!(error.to_string().contains("post-norm"), "{error}");
+    let repeated = model(
+        &MAMBA2.replace("repeat = 4", "repeat = 4\nshared = true"),
+        1,
+    );
+    let error = Shed::cut(&repeated, &pieces).unwrap_err();
+    assert!(error.to_string().contains("shared by several"), "{error}");
 }

@@ -20,7 +20,7 @@ mod search;
 pub use pieces::Shed;
 pub use search::{Granularities, Search, SearchStep};
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lapidary_model::Model;
 use lapidary_parts::block::BlockSpec;
@@ -195,7 +195,13 @@ fn apply(name: &str, task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
     let width = task.model.spec().width;
     let mut cut = Cut::default();
     let mut modules = Vec::new();
+    let mut seen = BTreeSet::new();
+    let leaves = planned_removals(plan);
     for planned in &plan.modules {
+        if !seen.insert(planned.path.as_str()) {
+            let found = format!("{} more than once", planned.path);
+            return Err(Error::invalid("plan", found, "each module once"));
+        }
         let (Some(piece), true) = (known.get(&planned.path), planned.input == width) else {
             return Err(Error::invalid(
                 "plan",
@@ -203,7 +209,11 @@ fn apply(name: &str, task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
                 "one that was made for this model",
             ));
         };
-        let before = weights_of(task.model, *piece);
+        let before = match piece {
+            // What goes with its mixer is counted there.
+            Shed::Scan(block) if leaves.contains(Shed::Mixer(*block).to_string().as_str()) => 0,
+            _ => weights_of(task.model, *piece),
+        };
         let after = match (&planned.change, piece) {
             (Change::Remove, _) => {
                 cut.gone.insert(*piece);
@@ -225,6 +235,15 @@ fn apply(name: &str, task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
         modules.push(ModuleReport::new(planned, before, after));
     }
     Compressed::new(name, task, cut.apply(task.model)?, modules)
+}
+
+/// Paths of what a plan leaves out.
+fn planned_removals(plan: &Plan) -> BTreeSet<&str> {
+    let removed = plan
+        .modules
+        .iter()
+        .filter(|planned| planned.change == Change::Remove);
+    removed.map(|planned| planned.path.as_str()).collect()
 }
 
 /// Writes down how many hidden features a feed-forward part keeps; the parameters that it loses.

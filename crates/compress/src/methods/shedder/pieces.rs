@@ -9,9 +9,11 @@ use lapidary_parts::attention::MixerSpec;
 use lapidary_parts::block::BlockSpec;
 use lapidary_parts::recurrent::Mamba2Spec;
 
+use super::MAMBA_SHEDDER;
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::methods::attention_cosine::weights_below;
+use crate::methods::block_influence::removable;
 use crate::methods::channels::{self, Unit};
 use crate::{Error, Result};
 
@@ -77,27 +79,34 @@ impl Shed {
     /// is no block.
     ///
     /// # Errors
-    /// When a block, a scan or hidden features are not there, no block would be left, or a feed-forward
-    /// part that is narrowed is factorised.
+    /// When a block, a scan or hidden features are not there, no block would be left, a feed-forward
+    /// part that is narrowed is factorised, or the model is none that pieces can be left out of: one whose
+    /// blocks are not additions to one stream, share their weights, or are quantised.
     pub fn cut(model: &Model, pieces: &BTreeSet<Self>) -> Result<Model> {
+        additive(model)?;
         Cut::of(&model.spec().expanded_blocks(), pieces).apply(model)
     }
 
     /// Whether it can go next: it is there, its part is, and of groups of features those behind it
     /// are gone.
     pub fn is_next(self, gone: &BTreeSet<Self>) -> bool {
-        if gone.contains(&self) {
-            return false;
-        }
-        match self {
-            Self::Mixer(_) | Self::Feedforward(_) => true,
-            Self::Scan(block) => !gone.contains(&Self::Mixer(block)),
+        let mut before = match self {
             Self::Channels { block, group, size } => {
-                let mut before = (0..group).map(|group| Self::Channels { block, group, size });
-                !gone.contains(&Self::Feedforward(block))
-                    && before.all(|before| gone.contains(&before))
+                (0..group).map(move |group| Self::Channels { block, group, size })
             }
-        }
+            Self::Mixer(_) | Self::Feedforward(_) | Self::Scan(_) => return self.is_there(gone),
+        };
+        self.is_there(gone) && before.all(|before| gone.contains(&before))
+    }
+
+    /// Whether neither it is gone nor the part that it is of.
+    pub(super) fn is_there(self, gone: &BTreeSet<Self>) -> bool {
+        let part = match self {
+            Self::Mixer(_) | Self::Feedforward(_) => self,
+            Self::Scan(block) => Self::Mixer(block),
+            Self::Channels { block, .. } => Self::Feedforward(block),
+        };
+        !gone.contains(&self) && !gone.contains(&part)
     }
 }
 
@@ -112,6 +121,12 @@ impl fmt::Display for Shed {
             }
         }
     }
+}
+
+/// Refuses models that pieces cannot be left out of.
+pub(super) fn additive(model: &Model) -> Result<()> {
+    MAMBA_SHEDDER.check_model(model)?;
+    removable(model, MAMBA_SHEDDER.name)
 }
 
 /// Mixers and feed-forward parts, in order.

@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 
 use lapidary_model::Model;
+use lapidary_parts::block::BlockSpec;
 
-use super::pieces::{Cut, Shed, channels_of, parts, scans};
+use super::pieces::{Cut, Shed, additive, channels_of, parts, scans};
 use crate::data::{CalibrationData, Content};
 use crate::quality::{Window, perplexity};
 use crate::{Error, Result};
@@ -42,11 +43,13 @@ pub struct Granularities {
 
 impl Search {
     /// Leaves out `steps` of `candidates` one after another, each time the one without which the
-    /// perplexity on `data` is least; of equal ones the first. Padding is not scored.
+    /// perplexity on `data` is least; of equal ones the first, and never one without which it is not a
+    /// number. Padding is not scored.
     ///
     /// # Errors
-    /// When there are fewer candidates than steps, nothing would be left, or the model is no causal
-    /// language model.
+    /// When there are fewer candidates than steps, nothing would be left, the model is no causal
+    /// language model or none that pieces can be left out of ([`Shed::cut`]), or perplexity is a number
+    /// without none of the candidates.
     pub fn run(
         model: &Model,
         data: &CalibrationData,
@@ -118,9 +121,15 @@ impl Search {
         candidates: &[Shed],
         steps: usize,
     ) -> Result<()> {
+        additive(model)?;
         let blocks = model.spec().expanded_blocks();
         let windows = windows(data);
         let mut gone = self.shed();
+        let most = most(&blocks, candidates, &gone);
+        if steps > most {
+            let expected = format!("at most {most}, as many of the candidates as can go");
+            return Err(Error::invalid("number of removals", steps, expected));
+        }
         for step in 0..steps {
             let mut evaluated = Vec::new();
             for candidate in candidates.iter().filter(|piece| piece.is_next(&gone)) {
@@ -129,10 +138,14 @@ impl Search {
                 let model = Cut::of(&blocks, &without).apply(model)?;
                 evaluated.push((*candidate, perplexity(&model, &windows, batch)?.value));
             }
-            let best = evaluated.iter().min_by(|a, b| a.1.total_cmp(&b.1)).copied();
-            let Some((shed, perplexity)) = best else {
-                let expected = format!("at most {step}, the number of candidates");
+            if evaluated.is_empty() {
+                // Scans have gone with their mixers.
+                let expected = format!("at most {step}, after which no candidate is left");
                 return Err(Error::invalid("number of removals", steps, expected));
+            }
+            let Some((shed, perplexity)) = least(&evaluated) else {
+                let what = format!("perplexity without any of {} candidates", evaluated.len());
+                return Err(Error::invalid(what, "not a number", "a number without one"));
             };
             gone.insert(shed);
             self.steps.push(SearchStep {
@@ -155,6 +168,25 @@ impl Search {
     }
 }
 
+/// The candidate without which perplexity is least, of equal ones the first. What is not a number is
+/// no perplexity, whatever its sign.
+fn least(evaluated: &[(Shed, f64)]) -> Option<(Shed, f64)> {
+    let numbers = evaluated.iter().filter(|(_, found)| !found.is_nan());
+    numbers.min_by(|a, b| a.1.total_cmp(&b.1)).copied()
+}
+
+/// How many of the candidates can go at most, beside what is gone: those that are still there, but for
+/// one where they are all the parts that are left.
+fn most(blocks: &[BlockSpec], candidates: &[Shed], gone: &BTreeSet<Shed>) -> usize {
+    let left: BTreeSet<Shed> = candidates
+        .iter()
+        .filter(|piece| piece.is_there(gone))
+        .copied()
+        .collect();
+    let mut parts = parts(blocks).into_iter().filter(|part| part.is_there(gone));
+    left.len() - usize::from(!left.is_empty() && parts.all(|part| left.contains(&part)))
+}
+
 /// Every example as a window of which all tokens but the first are scored.
 fn windows(data: &CalibrationData) -> Vec<Window> {
     let window = |content: &Content| match content {
@@ -168,4 +200,25 @@ fn windows(data: &CalibrationData) -> Vec<Window> {
         .iter()
         .filter_map(|example| window(&example.content))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_a_number_is_never_least() {
+        let of = |found: &[f64]| {
+            let evaluated: Vec<(Shed, f64)> = found
+                .iter()
+                .enumerate()
+                .map(|(block, found)| (Shed::Mixer(block), *found))
+                .collect();
+            least(&evaluated).map(|(shed, _)| shed.block())
+        };
+        // `∞ − ∞` has either sign, by processor.
+        assert_eq!(of(&[-f64::NAN, 3.0, f64::NAN, 2.0, 2.0]), Some(3));
+        assert_eq!(of(&[-f64::NAN, f64::INFINITY]), Some(1));
+        assert_eq!(of(&[f64::NAN, -f64::NAN]), None);
+    }
 }
