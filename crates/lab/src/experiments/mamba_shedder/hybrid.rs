@@ -1,5 +1,6 @@
 //! A decoder of recurrences, attention and feed-forward parts, shed at three granularities.
 
+use super::speed::{Speed, of_hybrid, speeds};
 use super::{BATCH, Recurrence, Work, block, stack, trained};
 use crate::experiments::depth::{Size, Subject, draws};
 use crate::experiments::{after_training, mean};
@@ -25,6 +26,8 @@ pub(super) struct Hybrid {
     expected: Vec<usize>,
     /// The first block with attention.
     attention: usize,
+    /// Of the whole model and of what is left.
+    speeds: [Speed; 2],
 }
 
 /// Mamba-2, every third block attention instead, every other one with a feed-forward part.
@@ -78,15 +81,17 @@ pub(super) fn run(work: &Work, seed: u64) -> Result<Hybrid> {
             seed.wrapping_add(draw),
         )?)?);
     }
+    let left = Shed::cut(model, &search.shed())?;
     Ok(Hybrid {
         whole: subject.loss(model)?,
-        greedy: loss(&search.shed())?,
+        greedy: subject.loss(&left)?,
         random: mean(random),
         expected: candidates(&subject, &search),
         search,
         attention: (0..work.size.blocks)
             .find(|index| is_attention(*index))
             .unwrap_or(0),
+        speeds: speeds(&subject, [model, &left], work.timing)?,
     })
 }
 
@@ -190,6 +195,7 @@ impl Hybrid {
                 ),
             )
             .noted("an expectation of ours: every third block alone has attention"),
+            of_hybrid(scale, self.speeds),
         ]
     }
 }
