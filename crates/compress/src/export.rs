@@ -83,7 +83,9 @@ fn restore_attention(
         if matches!(block.feedforward, Some(FeedforwardSpec::Linear(_))) {
             continue;
         }
-        let alike = |(_, other): &&(usize, &BlockSpec)| other.norm == block.norm;
+        let alike = |(_, other): &&(usize, &BlockSpec)| {
+            other.norm == block.norm && other.layer_scale == block.layer_scale
+        };
         let before = whole.iter().rev().filter(|(from, _)| *from < index);
         let template = before.chain(whole.iter()).find(alike);
         let Some((from, mixer)) = template.map(|(from, other)| (from, &other.attention)) else {
@@ -92,7 +94,7 @@ fn restore_attention(
         block.attention = mixer.clone();
         let mut copies = Vec::new();
         for (name, tensor) in parameters.iter() {
-            for part in ["attention.", "attention_norm."] {
+            for part in ["attention.", "attention_norm.", "attention_scale."] {
                 let Some(rest) = name.strip_prefix(&format!("blocks.{from}.{part}")) else {
                     continue;
                 };

@@ -233,6 +233,23 @@ fn leaving_out_is_writing_nothing() {
     assert_eq!(found.model.spec().expanded_blocks().len(), 2);
 }
 
+/// Attention that was left out comes back with all that stands around it.
+#[test]
+fn a_layer_scale_comes_back_with_its_attention() {
+    let data = windows(4, 5);
+    let scaled = DECODER.replace("[[blocks]]", "[[blocks]]\nlayer_scale = 0.5");
+    let model = model(&scaled, 6);
+    let found = without(&model, &["blocks.0.attention"]).model;
+    assert!(
+        !found
+            .parameters()
+            .contains_key("blocks.0.attention_scale.weight")
+    );
+    let dense = export_dense(&found).unwrap();
+    assert!(dense.parameters().keys().eq(model.parameters().keys()));
+    close(&scores(&dense, &data), &scores(&found, &data), 1e-12);
+}
+
 /// Without the scan a mixer is one whose recurrence passes its input on.
 #[test]
 fn without_its_scan_a_recurrence_passes_its_input_on() {
