@@ -24,15 +24,12 @@
 mod backward;
 mod walks;
 
-use crate::host::{self, Host, Shared, by_dtype, fused};
+use crate::by_head::{ByHead, by_head};
+use crate::host::fused;
 use crate::product::Matrix;
 use crate::simd::Real;
-use crate::stack::Stack;
 use crate::{Error, Result, Tensor, naive};
 use backward::Slopes;
-use candle_core::{CpuStorage, CustomOp3, Layout, Shape, WithDType};
-
-type Candle<T> = candle_core::Result<T>;
 
 /// `Σ_j M_ij (q_i · k_j) (v_j, 1)`, `[batch, heads, length, value_width + 1]`: sums over all positions, or over a
 /// position and those before it, the sum of the weights behind them, for `q` and `k`
@@ -98,9 +95,9 @@ pub fn decayed_attention(
             chunk: chunk.clamp(1, length.max(1)),
         },
     };
-    // An operation has at most three arguments: the decay is a last feature of the keys.
+    // The decay is a last feature of the keys.
     let keys = Tensor::cat(&[k, &log_decay.unsqueeze(3)?], 3)?;
-    Ok(q.apply_op3(&keys, v, operation)?)
+    by_head(operation, q, &keys, v)
 }
 
 /// Multiplications and additions of [`decayed_attention`] for one head: the products of each chunk with itself, and
@@ -174,7 +171,11 @@ struct Decayed {
     sizes: Sizes,
 }
 
-impl Decayed {
+impl ByHead for Decayed {
+    fn name(&self) -> &'static str {
+        "decayed attention"
+    }
+
     fn work(&self) -> usize {
         let Sizes {
             length,
@@ -186,101 +187,23 @@ impl Decayed {
         length * (4 * features * value_width + chunk * (features + value_width)) / 8
     }
 
-    fn forward<T: Real>(&self, q: &Stack<T>, keys: &Stack<T>, v: &Stack<T>) -> Vec<T> {
-        let each = self.sizes.length * (self.sizes.value_width + 1);
-        let heads = q.starts.len();
-        let mut output = host::unwritten::<T>(heads * each);
-        let shared = Shared::new(&mut output);
-        host::share(heads, self.work(), |range| {
-            for index in range {
-                // SAFETY: heads are disjoint.
-                let output = unsafe { shared.part(index * each, each) };
-                Head::new(self.sizes, index, q, keys, v).forward(output);
-            }
-        });
-        output
+    fn width(&self, of_values: usize) -> usize {
+        of_values + 1
     }
 
-    /// Gradients of queries, of keys with their decay beside them, and of values, packed.
-    fn backward<T: Real>(&self, [q, keys, v, gradient]: [&Stack<T>; 4]) -> [Vec<T>; 3] {
-        let Sizes {
-            length,
-            features,
-            value_width,
-            ..
-        } = self.sizes;
-        let heads = q.starts.len();
-        let sizes = [features, features + 1, value_width].map(|width| length * width);
-        let mut results = sizes.map(|each| host::unwritten::<T>(heads * each));
-        let [of_q, of_keys, of_v] = &mut results;
-        let shared = [Shared::new(of_q), Shared::new(of_keys), Shared::new(of_v)];
-        host::share(heads, 3 * self.work(), |range| {
-            for index in range {
-                // SAFETY: heads are disjoint.
-                let [q_part, keys_part, v_part] = std::array::from_fn(|of| unsafe {
-                    shared[of].part(index * sizes[of], sizes[of])
-                });
-                let slopes = Slopes::new(length, [q_part, keys_part, v_part]);
-                Head::new(self.sizes, index, q, keys, v).backward(gradient.matrix(index), slopes);
-            }
-        });
-        results
-    }
-}
-
-/// The matrices of all heads of a tensor `[batch, heads, ..]`.
-fn stack<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> Candle<Stack<'a, T>> {
-    Stack::new(storage, layout, &layout.dims()[..2])
-}
-
-impl CustomOp3 for Decayed {
-    fn name(&self) -> &'static str {
-        "decayed attention"
+    fn forward<T: Real>(&self, _: usize, of: [Matrix<T>; 3], result: &mut [T]) {
+        Head::new(self.sizes, of).forward(result);
     }
 
-    fn cpu_fwd(
+    fn backward<T: Real>(
         &self,
-        q: &CpuStorage,
-        q_layout: &Layout,
-        keys: &CpuStorage,
-        keys_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Candle<(CpuStorage, Shape)> {
-        by_dtype!(host::dtype(q), T => {
-            let sums = self.forward::<T>(
-                &stack(q, q_layout)?,
-                &stack(keys, keys_layout)?,
-                &stack(v, v_layout)?,
-            );
-            let (batch, heads, length, width) = v_layout.shape().dims4()?;
-            let shape = Shape::from((batch, heads, length, width + 1));
-            Ok((T::to_cpu_storage_owned(sums), shape))
-        })
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        keys: &Tensor,
-        v: &Tensor,
-        _: &Tensor,
-        gradient: &Tensor,
-    ) -> Candle<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let hosts = [q, keys, v, gradient].map(Host::new);
-        let [q_host, keys_host, v_host, g_host] = &hosts;
-        by_dtype!(q.dtype(), T => {
-            let [of_q, of_keys, of_v] = self.backward::<T>([
-                &stack(q_host.storage()?, q_host.layout)?,
-                &stack(keys_host.storage()?, keys_host.layout)?,
-                &stack(v_host.storage()?, v_host.layout)?,
-                &stack(g_host.storage()?, g_host.layout)?,
-            ]);
-            let wanted = |of: &Tensor, slopes: Vec<T>| {
-                of.track_op().then(|| host::tensor(slopes, of.dims())).transpose()
-            };
-            Ok((wanted(q, of_q)?, wanted(keys, of_keys)?, wanted(v, of_v)?))
-        })
+        _: usize,
+        of: [Matrix<T>; 3],
+        gradient: Matrix<T>,
+        slopes: [&mut [T]; 3],
+    ) {
+        let slopes = Slopes::new(self.sizes.length, slopes);
+        Head::new(self.sizes, of).backward(gradient, slopes);
     }
 }
 

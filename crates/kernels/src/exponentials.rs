@@ -378,10 +378,7 @@ impl CustomOp3 for Form {
             )?;
             let (da, db, d_rates) =
                 self.backward(&points, &kernel.ordered::<T>()?, &gradient.ordered::<T>()?);
-            let wanted = |of: &Tensor, values: Vec<T>| {
-                of.track_op().then(|| host::tensor(values, of.dims())).transpose()
-            };
-            Ok((wanted(a, da)?, wanted(b, db)?, wanted(rate, d_rates)?))
+            Ok((host::wanted(a, da)?, host::wanted(b, db)?, host::wanted(rate, d_rates)?))
         })
     }
 }

@@ -222,6 +222,11 @@ pub(crate) fn tensor<T: Real>(data: Vec<T>, dims: &[usize]) -> Candle<Tensor> {
     Tensor::from_vec(data, dims, &Device::Cpu)
 }
 
+/// The gradient of `of`, unless nothing asks for it.
+pub(crate) fn wanted<T: Real>(of: &Tensor, slopes: Vec<T>) -> Candle<Option<Tensor>> {
+    of.track_op().then(|| tensor(slopes, of.dims())).transpose()
+}
+
 /// The element type of a storage.
 pub(crate) fn dtype(storage: &CpuStorage) -> DType {
     use candle_core::backend::BackendStorage;

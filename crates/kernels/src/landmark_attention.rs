@@ -13,14 +13,11 @@
 
 mod head;
 
-use crate::host::{self, Host, Shared, by_dtype, fused};
+use crate::by_head::{ByHead, by_head};
+use crate::host::fused;
 use crate::product::Matrix;
 use crate::simd::Real;
-use crate::stack::Stack;
 use crate::{DType, Error, Result, Tensor, naive};
-use candle_core::{CpuStorage, CustomOp3, Layout, Shape, WithDType};
-
-type Candle<T> = candle_core::Result<T>;
 
 /// `y = P M Pᵀ v` `[batch, heads, length, value_width]`, where `P` is the Gaussian kernel of `queries`
 /// `[batch, heads, length, width]` and `landmarks` `[batch, heads, count, width]`, for `middle` `M`
@@ -98,9 +95,9 @@ pub fn landmark_attention(
             Some(kept) => Some(kept.to_dtype(DType::U8)?.flatten_all()?.to_vec1::<u8>()?),
         },
     };
-    // An operation has at most three arguments: the middle lies beside the landmarks.
-    let both = Tensor::cat(&[landmarks, middle], 3)?;
-    Ok(queries.apply_op3(&both, values, operation)?)
+    // The middle lies beside the landmarks.
+    let both = Tensor::cat(&[landmarks, middle], 3)?.contiguous()?;
+    by_head(operation, queries, &both, values)
 }
 
 #[derive(Clone, Copy)]
@@ -143,10 +140,9 @@ struct Slopes<'a, T> {
     v: &'a mut [T],
 }
 
-impl Factored {
-    /// The dimensions before the last two.
-    fn pairs(layout: &Layout) -> &[usize] {
-        &layout.dims()[..2]
+impl ByHead for Factored {
+    fn name(&self) -> &'static str {
+        "landmark attention"
     }
 
     fn work(&self) -> usize {
@@ -160,108 +156,19 @@ impl Factored {
         length * count * (width + 2 * value_width) / 8
     }
 
-    fn forward<T: Real>(&self, q: &Stack<T>, both: &[T], v: &Stack<T>) -> Vec<T> {
-        let each = self.sizes.length * self.sizes.value_width;
-        let heads = q.starts.len();
-        let mut output = host::unwritten::<T>(heads * each);
-        let shared = Shared::new(&mut output);
-        host::share(heads, self.work(), |range| {
-            for index in range {
-                // SAFETY: heads are disjoint.
-                let y = unsafe { shared.part(index * each, each) };
-                Head::new(self, index, q, both, v).forward(y);
-            }
-        });
-        output
+    fn forward<T: Real>(&self, index: usize, of: [Matrix<T>; 3], result: &mut [T]) {
+        Head::new(self, index, of).forward(result);
     }
 
-    /// Gradients of queries, of landmarks with the middle beside them, and of values, packed.
     fn backward<T: Real>(
         &self,
-        q: &Stack<T>,
-        both: &[T],
-        v: &Stack<T>,
-        gradient: &Stack<T>,
-    ) -> [Vec<T>; 3] {
-        let Sizes {
-            length,
-            width,
-            count,
-            value_width,
-            ..
-        } = self.sizes;
-        let heads = q.starts.len();
-        let sizes = [
-            length * width,
-            count * (width + count),
-            length * value_width,
-        ];
-        let mut results = sizes.map(|each| host::unwritten::<T>(heads * each));
-        let [of_q, of_both, of_v] = &mut results;
-        let shared = [Shared::new(of_q), Shared::new(of_both), Shared::new(of_v)];
-        host::share(heads, 3 * self.work(), |range| {
-            for index in range {
-                // SAFETY: heads are disjoint.
-                let [q_part, both_part, v_part] = std::array::from_fn(|of| unsafe {
-                    shared[of].part(index * sizes[of], sizes[of])
-                });
-                let slopes = Slopes {
-                    q: q_part,
-                    both: both_part,
-                    v: v_part,
-                };
-                Head::new(self, index, q, both, v).backward(gradient.matrix(index), slopes);
-            }
-        });
-        results
-    }
-}
-
-impl CustomOp3 for Factored {
-    fn name(&self) -> &'static str {
-        "landmark attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        q_layout: &Layout,
-        both: &CpuStorage,
-        both_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Candle<(CpuStorage, Shape)> {
-        by_dtype!(host::dtype(q), T => {
-            let q = Stack::<T>::new(q, q_layout, Self::pairs(q_layout))?;
-            let both = host::ordered::<T>(both, both_layout)?;
-            let v = Stack::<T>::new(v, v_layout, Self::pairs(v_layout))?;
-            let y = self.forward(&q, &both, &v);
-            Ok((T::to_cpu_storage_owned(y), v_layout.shape().clone()))
-        })
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        both: &Tensor,
-        v: &Tensor,
-        _: &Tensor,
-        gradient: &Tensor,
-    ) -> Candle<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let hosts = [q, both, v, gradient].map(Host::new);
-        let [q_host, both_host, v_host, g_host] = &hosts;
-        by_dtype!(q.dtype(), T => {
-            let [of_q, of_both, of_v] = self.backward(
-                &Stack::<T>::new(q_host.storage()?, q_host.layout, Self::pairs(q_host.layout))?,
-                &both_host.ordered::<T>()?,
-                &Stack::<T>::new(v_host.storage()?, v_host.layout, Self::pairs(v_host.layout))?,
-                &Stack::<T>::new(g_host.storage()?, g_host.layout, Self::pairs(g_host.layout))?,
-            );
-            let wanted = |of: &Tensor, slopes: Vec<T>| {
-                of.track_op().then(|| host::tensor(slopes, of.dims())).transpose()
-            };
-            Ok((wanted(q, of_q)?, wanted(both, of_both)?, wanted(v, of_v)?))
-        })
+        index: usize,
+        of: [Matrix<T>; 3],
+        gradient: Matrix<T>,
+        [q, both, v]: [&mut [T]; 3],
+    ) {
+        let slopes = Slopes { q, both, v };
+        Head::new(self, index, of).backward(gradient, slopes);
     }
 }
 

@@ -19,6 +19,7 @@ mod attention;
 mod autoencoder;
 mod beside_ones;
 mod by_hand;
+mod by_head;
 pub mod check;
 mod cross_entropy;
 mod decayed_attention;

@@ -30,17 +30,14 @@
 mod backward;
 mod chunk;
 
-use crate::host::{self, Host, Shared, by_dtype, fused};
+use crate::by_head::{ByHead, by_head};
+use crate::host::fused;
 use crate::product::{Into, Matrix, Threads, multiply};
 use crate::simd::{self, Real};
-use crate::stack::Stack;
 use crate::{Direction, Error, Result, Tensor, naive};
 use backward::Slopes;
-use candle_core::{CpuStorage, CustomOp3, Layout, Shape, WithDType};
 use chunk::{Chunk, State, picked, row, scaled};
 use std::ops::Range;
-
-type Candle<T> = candle_core::Result<T>;
 
 /// `Σ_j Σ_f q_if k_jf e^{…} v_j`, `[batch, heads, length, value_width]`, over the past or the future, for `q`, `k` and
 /// `a` = `log_decay` `[batch, heads, length, features]`, of which `a` is not positive, and `v`
@@ -103,9 +100,9 @@ pub fn linear_attention_by_feature(
             direction,
         },
     };
-    // An operation has at most three arguments: decays are further features of the keys.
+    // Decays are further features of the keys.
     let keys = Tensor::cat(&[k, log_decay], 3)?;
-    Ok(q.apply_op3(&keys, v, operation)?)
+    by_head(operation, q, &keys, v)
 }
 
 /// Multiplications and additions of [`linear_attention_by_feature`] for one head: every pair of positions of a chunk,
@@ -166,19 +163,8 @@ struct Head<'a, T> {
 }
 
 impl<'a, T: Real> Head<'a, T> {
-    fn new(
-        sizes: Sizes,
-        index: usize,
-        q: &'a Stack<T>,
-        keys: &'a Stack<T>,
-        v: &'a Stack<T>,
-    ) -> Self {
-        Self {
-            sizes,
-            q: q.matrix(index),
-            keys: keys.matrix(index),
-            v: v.matrix(index),
-        }
+    fn new(sizes: Sizes, [q, keys, v]: [Matrix<'a, T>; 3]) -> Self {
+        Self { sizes, q, keys, v }
     }
 
     fn chunk(&self, steps: &Range<usize>) -> Chunk<T> {
@@ -250,7 +236,11 @@ struct ByFeature {
     sizes: Sizes,
 }
 
-impl ByFeature {
+impl ByHead for ByFeature {
+    fn name(&self) -> &'static str {
+        "linear attention by feature"
+    }
+
     fn work(&self) -> usize {
         let Sizes {
             length,
@@ -262,100 +252,19 @@ impl ByFeature {
         length * (4 * features * value_width + chunk * (features + value_width)) / 8
     }
 
-    fn forward<T: Real>(&self, q: &Stack<T>, keys: &Stack<T>, v: &Stack<T>) -> Vec<T> {
-        let each = self.sizes.length * self.sizes.value_width;
-        let heads = q.starts.len();
-        let mut output = host::unwritten::<T>(heads * each);
-        let shared = Shared::new(&mut output);
-        host::share(heads, self.work(), |range| {
-            for index in range {
-                // SAFETY: heads are disjoint.
-                let output = unsafe { shared.part(index * each, each) };
-                Head::new(self.sizes, index, q, keys, v).forward(output);
-            }
-        });
-        output
+    fn forward<T: Real>(&self, _: usize, of: [Matrix<T>; 3], result: &mut [T]) {
+        Head::new(self.sizes, of).forward(result);
     }
 
-    /// Gradients of queries, of keys with their decays beside them, and of values, packed.
-    fn backward<T: Real>(&self, [q, keys, v, gradient]: [&Stack<T>; 4]) -> [Vec<T>; 3] {
-        let Sizes {
-            length,
-            features,
-            value_width,
-            ..
-        } = self.sizes;
-        let heads = q.starts.len();
-        let sizes = [features, 2 * features, value_width].map(|width| length * width);
-        let mut results = sizes.map(|each| host::unwritten::<T>(heads * each));
-        let [of_q, of_keys, of_v] = &mut results;
-        let shared = [Shared::new(of_q), Shared::new(of_keys), Shared::new(of_v)];
-        host::share(heads, 3 * self.work(), |range| {
-            for index in range {
-                // SAFETY: heads are disjoint.
-                let [q_part, keys_part, v_part] = std::array::from_fn(|of| unsafe {
-                    shared[of].part(index * sizes[of], sizes[of])
-                });
-                let head = Head::new(self.sizes, index, q, keys, v);
-                let slopes = Slopes::of(&head, gradient.matrix(index));
-                slopes.write(&head, [q_part, keys_part, v_part]);
-            }
-        });
-        results
-    }
-}
-
-/// The matrices of all heads of a tensor `[batch, heads, ..]`.
-fn stack<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> Candle<Stack<'a, T>> {
-    Stack::new(storage, layout, &layout.dims()[..2])
-}
-
-impl CustomOp3 for ByFeature {
-    fn name(&self) -> &'static str {
-        "linear attention by feature"
-    }
-
-    fn cpu_fwd(
+    fn backward<T: Real>(
         &self,
-        q: &CpuStorage,
-        q_layout: &Layout,
-        keys: &CpuStorage,
-        keys_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Candle<(CpuStorage, Shape)> {
-        by_dtype!(host::dtype(q), T => {
-            let sums = self.forward::<T>(
-                &stack(q, q_layout)?,
-                &stack(keys, keys_layout)?,
-                &stack(v, v_layout)?,
-            );
-            Ok((T::to_cpu_storage_owned(sums), v_layout.shape().clone()))
-        })
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        keys: &Tensor,
-        v: &Tensor,
-        _: &Tensor,
-        gradient: &Tensor,
-    ) -> Candle<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let hosts = [q, keys, v, gradient].map(Host::new);
-        let [q_host, keys_host, v_host, g_host] = &hosts;
-        by_dtype!(q.dtype(), T => {
-            let [of_q, of_keys, of_v] = self.backward::<T>([
-                &stack(q_host.storage()?, q_host.layout)?,
-                &stack(keys_host.storage()?, keys_host.layout)?,
-                &stack(v_host.storage()?, v_host.layout)?,
-                &stack(g_host.storage()?, g_host.layout)?,
-            ]);
-            let wanted = |of: &Tensor, slopes: Vec<T>| {
-                of.track_op().then(|| host::tensor(slopes, of.dims())).transpose()
-            };
-            Ok((wanted(q, of_q)?, wanted(keys, of_keys)?, wanted(v, of_v)?))
-        })
+        _: usize,
+        of: [Matrix<T>; 3],
+        gradient: Matrix<T>,
+        slopes: [&mut [T]; 3],
+    ) {
+        let head = Head::new(self.sizes, of);
+        Slopes::of(&head, gradient).write(&head, slopes);
     }
 }
 

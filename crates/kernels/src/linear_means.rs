@@ -244,10 +244,7 @@ impl CustomOp3 for Means {
             let sides = Sides::<T>::new(all, self.epsilon)?;
             let [dq, dk, dv] =
                 self.backward(&sides, &y.ordered::<T>()?, &gradient.ordered::<T>()?);
-            let wanted = |of: &Tensor, values: Vec<T>| {
-                of.track_op().then(|| host::tensor(values, of.dims())).transpose()
-            };
-            Ok((wanted(q, dq)?, wanted(k, dk)?, wanted(v, dv)?))
+            Ok((host::wanted(q, dq)?, host::wanted(k, dk)?, host::wanted(v, dv)?))
         })
     }
 }

@@ -13,7 +13,6 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Storage};
 use crate::{Error, Result, Tensor, TensorId, Var};
 
 type Part = Arc<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
-type PieceOf = Arc<dyn Fn(&Tensor, usize) -> Result<Tensor> + Send + Sync>;
 
 /// Two streams, each moved by what a part makes of the other:
 ///
@@ -96,12 +95,11 @@ impl Recomputation {
         part: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
     ) -> Result<Tensor> {
         let y = part(&x.detach())?.detach().contiguous()?;
-        let op = Recomputed {
-            part: Arc::new(part),
-            value: y,
-            gradients: self.gradients.clone(),
-        };
-        Ok(x.apply_op1(op)?)
+        let gradients = self.gradients.clone();
+        apart("recompute", x, y, move |x, _, gradient| {
+            let (_, of_input) = again(&part, x, gradient, &gradients)?;
+            Ok(of_input)
+        })
     }
 
     /// All `couplings` in turn, of which only the last result is remembered: what flowed into each is
@@ -116,10 +114,10 @@ impl Recomputation {
             streams = coupling.forward(streams)?.map(|stream| stream.detach());
         }
         let [y1, y2] = streams;
-        let both = Tensor::stack(&[x1, x2], 0)?.apply_op1(Reversible {
-            couplings,
-            value: Tensor::stack(&[y1, y2], 0)?,
-            gradients: self.gradients.clone(),
+        let (x, y) = (Tensor::stack(&[x1, x2], 0)?, Tensor::stack(&[y1, y2], 0)?);
+        let gradients = self.gradients.clone();
+        let both = apart("reversible", &x, y, move |_, y, gradient| {
+            slope_of_streams(&couplings, y, gradient, &gradients).map(Some)
         })?;
         Ok([both.get(0)?, both.get(1)?])
     }
@@ -140,12 +138,10 @@ impl Recomputation {
         for (start, piece) in pieces(x, rows)? {
             sum = (sum + part(&piece, start)?.detach())?;
         }
-        Ok(x.apply_op1(Summed {
-            part: Arc::new(part),
-            rows,
-            value: sum,
-            gradients: self.gradients.clone(),
-        })?)
+        let gradients = self.gradients.clone();
+        apart("recompute a sum", x, sum, move |x, _, gradient| {
+            slope_of_pieces(&part, rows, x, gradient, &gradients).map(Some)
+        })
     }
 
     /// Adds the gradients of the parameters inside recomputed parts to those of the backward
@@ -165,22 +161,27 @@ impl Recomputation {
     }
 }
 
-struct Recomputed {
-    part: Part,
+/// A `value` of `x` that was computed apart from the tensor engine, whose gradient in `x` is what `slope` makes of `x`,
+/// the value and its gradient.
+fn apart<S>(name: &'static str, x: &Tensor, value: Tensor, slope: S) -> Result<Tensor>
+where
+    S: Fn(&Tensor, &Tensor, &Tensor) -> candle_core::Result<Option<Tensor>> + Send + Sync + 'static,
+{
+    Ok(x.apply_op1(Apart { name, value, slope })?)
+}
+
+struct Apart<S> {
+    name: &'static str,
     value: Tensor,
-    gradients: Gradients,
+    slope: S,
 }
 
-fn engine(error: Error) -> candle_core::Error {
-    match error {
-        Error::Tensor(error) => error,
-        other => candle_core::Error::Msg(other.to_string()),
-    }
-}
-
-impl CustomOp1 for Recomputed {
+impl<S> CustomOp1 for Apart<S>
+where
+    S: Fn(&Tensor, &Tensor, &Tensor) -> candle_core::Result<Option<Tensor>>,
+{
     fn name(&self) -> &'static str {
-        "recompute"
+        self.name
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
@@ -190,11 +191,17 @@ impl CustomOp1 for Recomputed {
     fn bwd(
         &self,
         x: &Tensor,
-        _: &Tensor,
+        y: &Tensor,
         gradient: &Tensor,
     ) -> candle_core::Result<Option<Tensor>> {
-        let (_, of_input) = again(&self.part, x, gradient, &self.gradients)?;
-        Ok(of_input)
+        (self.slope)(x, y, gradient)
+    }
+}
+
+fn engine(error: Error) -> candle_core::Error {
+    match error {
+        Error::Tensor(error) => error,
+        other => candle_core::Error::Msg(other.to_string()),
     }
 }
 
@@ -207,44 +214,53 @@ fn pieces(x: &Tensor, rows: usize) -> candle_core::Result<Vec<(usize, Tensor)>> 
         .collect()
 }
 
-struct Summed {
-    part: PieceOf,
+/// The gradient of `x`, whose pieces of so many rows `part` makes one sum of.
+fn slope_of_pieces(
+    part: &dyn Fn(&Tensor, usize) -> Result<Tensor>,
     rows: usize,
-    value: Tensor,
-    gradients: Gradients,
+    x: &Tensor,
+    gradient: &Tensor,
+    gradients: &Gradients,
+) -> candle_core::Result<Tensor> {
+    let mut slopes = Vec::new();
+    for (start, piece) in pieces(x, rows)? {
+        let here = |piece: &Tensor| part(piece, start);
+        let (_, of_piece) = again(&here, &piece, gradient, gradients)?;
+        slopes.push(match of_piece {
+            Some(slope) => slope,
+            None => piece.zeros_like()?,
+        });
+    }
+    match slopes.is_empty() {
+        // The engine wants a gradient of every argument, of no rows too.
+        true => x.zeros_like(),
+        false => Tensor::cat(&slopes, 0),
+    }
 }
 
-impl CustomOp1 for Summed {
-    fn name(&self) -> &'static str {
-        "recompute a sum"
+/// The gradient of both streams `[2, …]` before the `couplings`, for what they are behind them.
+fn slope_of_streams(
+    couplings: &[Coupling],
+    y: &Tensor,
+    gradient: &Tensor,
+    gradients: &Gradients,
+) -> candle_core::Result<Tensor> {
+    let [mut y1, mut y2] = [y.get(0)?.detach(), y.get(1)?.detach()];
+    let gradient = gradient.detach();
+    let [mut of_1, mut of_2] = [gradient.get(0)?, gradient.get(1)?];
+    let joined = |sum: Tensor, part: Option<Tensor>| match part {
+        Some(part) => sum + part.detach(),
+        None => Ok(sum),
+    };
+    for coupling in couplings.iter().rev() {
+        let (moved, through) = again(&*coupling.second, &y1, &of_2, gradients)?;
+        y2 = (y2 - moved)?;
+        of_1 = joined(of_1, through)?;
+        let (moved, through) = again(&*coupling.first, &y2, &of_1, gradients)?;
+        y1 = (y1 - moved)?;
+        of_2 = joined(of_2, through)?;
     }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        copied(&self.value)
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        _: &Tensor,
-        gradient: &Tensor,
-    ) -> candle_core::Result<Option<Tensor>> {
-        let mut slopes = Vec::new();
-        for (start, piece) in pieces(x, self.rows)? {
-            let whole = self.part.clone();
-            let part: Part = Arc::new(move |piece: &Tensor| whole(piece, start));
-            let (_, of_piece) = again(&part, &piece, gradient, &self.gradients)?;
-            slopes.push(match of_piece {
-                Some(slope) => slope,
-                None => piece.zeros_like()?,
-            });
-        }
-        match slopes.is_empty() {
-            // The engine wants a gradient of every argument, of no rows too.
-            true => Ok(Some(x.zeros_like()?)),
-            false => Ok(Some(Tensor::cat(&slopes, 0)?)),
-        }
-    }
+    Tensor::stack(&[of_1, of_2], 0)
 }
 
 /// The storage of a contiguous tensor that owns exactly its elements.
@@ -261,7 +277,7 @@ fn copied(value: &Tensor) -> candle_core::Result<(CpuStorage, Shape)> {
 /// Runs `part` on `x` again; gives its value and, for the `gradient` of that, the gradient of `x`.
 /// Those of parameters inside go to `gradients`.
 fn again(
-    part: &Part,
+    part: &dyn Fn(&Tensor) -> Result<Tensor>,
     x: &Tensor,
     gradient: &Tensor,
     gradients: &Gradients,
@@ -283,47 +299,6 @@ fn again(
         });
     }
     Ok((y.detach(), of_input))
-}
-
-/// `[2, …]`: both streams.
-struct Reversible {
-    couplings: Vec<Coupling>,
-    value: Tensor,
-    gradients: Gradients,
-}
-
-impl CustomOp1 for Reversible {
-    fn name(&self) -> &'static str {
-        "reversible"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        copied(&self.value)
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        y: &Tensor,
-        gradient: &Tensor,
-    ) -> candle_core::Result<Option<Tensor>> {
-        let [mut y1, mut y2] = [y.get(0)?.detach(), y.get(1)?.detach()];
-        let gradient = gradient.detach();
-        let [mut of_1, mut of_2] = [gradient.get(0)?, gradient.get(1)?];
-        let joined = |sum: Tensor, part: Option<Tensor>| match part {
-            Some(part) => sum + part.detach(),
-            None => Ok(sum),
-        };
-        for coupling in self.couplings.iter().rev() {
-            let (moved, through) = again(&coupling.second, &y1, &of_2, &self.gradients)?;
-            y2 = (y2 - moved)?;
-            of_1 = joined(of_1, through)?;
-            let (moved, through) = again(&coupling.first, &y2, &of_1, &self.gradients)?;
-            y1 = (y1 - moved)?;
-            of_2 = joined(of_2, through)?;
-        }
-        Ok(Some(Tensor::stack(&[of_1, of_2], 0)?))
-    }
 }
 
 #[cfg(test)]

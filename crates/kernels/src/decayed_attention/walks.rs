@@ -4,7 +4,6 @@ use super::{Fades, Head, Sizes, State, Walk};
 use crate::host;
 use crate::product::{Into, Matrix, Threads, multiply};
 use crate::simd::{self, Real};
-use crate::stack::Stack;
 use std::ops::Range;
 
 impl<T: Real> State<T> {
@@ -84,24 +83,18 @@ pub(super) fn scaled<'a, T: Real>(x: Matrix<T>, factors: &[T], into: &'a mut [T]
 }
 
 impl<'a, T: Real> Head<'a, T> {
-    pub(super) fn new(
-        sizes: Sizes,
-        index: usize,
-        q: &'a Stack<T>,
-        keys: &'a Stack<T>,
-        v: &'a Stack<T>,
-    ) -> Self {
-        let all = keys.matrix(index);
+    /// Of queries, keys with their decay beside them, and values.
+    pub(super) fn new(sizes: Sizes, [q, keys, v]: [Matrix<'a, T>; 3]) -> Self {
         let decay = (0..sizes.length)
-            .map(|at| all.data[at * all.row_stride + sizes.features * all.column_stride]);
+            .map(|at| keys.data[at * keys.row_stride + sizes.features * keys.column_stride]);
         Self {
             sizes,
-            q: q.matrix(index),
+            q,
             k: Matrix {
                 columns: sizes.features,
-                ..all
+                ..keys
             },
-            v: v.matrix(index),
+            v,
             decay: decay.collect(),
         }
     }

@@ -4,7 +4,6 @@ use super::{Factored, Head, Sizes, Slopes};
 use crate::host;
 use crate::product::{Into, Matrix, Threads, multiply};
 use crate::simd::{self, Real};
-use crate::stack::Stack;
 use std::ops::Range;
 
 /// Rows whose distances are taken at one time.
@@ -23,13 +22,11 @@ fn made<T: Real>(a: Matrix<T>, b: Matrix<T>) -> Vec<T> {
 }
 
 impl<'a, T: Real> Head<'a, T> {
-    /// `both` is landmarks and middle side by side, rows one after the other.
+    /// Of queries, landmarks with the middle beside them, and values.
     pub(super) fn new(
         operation: &'a Factored,
         index: usize,
-        q: &'a Stack<T>,
-        both: &'a [T],
-        v: &'a Stack<T>,
+        [q, both, v]: [Matrix<'a, T>; 3],
     ) -> Self {
         let sizes = operation.sizes;
         let Sizes {
@@ -38,18 +35,19 @@ impl<'a, T: Real> Head<'a, T> {
             length,
             ..
         } = sizes;
-        let stride = width + count;
-        let both = &both[index * count * stride..(index + 1) * count * stride];
-        let rows = || both.chunks_exact(stride.max(1));
+        let (row_stride, column_stride) = (both.row_stride, both.column_stride);
+        let row = |at: usize| {
+            (0..width).map(move |column| both.data[at * row_stride + column * column_stride])
+        };
         let mut centre = vec![T::zero(); width];
-        for row in rows() {
-            for (sum, x) in centre.iter_mut().zip(&row[..width]) {
-                *sum += *x / T::of(count as f64);
+        for at in 0..count {
+            for (sum, x) in centre.iter_mut().zip(row(at)) {
+                *sum += x / T::of(count as f64);
             }
         }
         let mut landmarks = Vec::with_capacity(count * width);
-        for row in rows() {
-            landmarks.extend(row[..width].iter().zip(&centre).map(|(x, c)| *x - *c));
+        for at in 0..count {
+            landmarks.extend(row(at).zip(&centre).map(|(x, c)| x - *c));
         }
         let squares = landmarks.chunks_exact(width.max(1));
         let squares = squares.map(|row| simd::dot(row, row)).collect();
@@ -57,12 +55,16 @@ impl<'a, T: Real> Head<'a, T> {
         Self {
             sizes,
             rate: T::of(operation.rate),
-            q: q.matrix(index),
-            v: v.matrix(index),
+            q,
+            v,
             centre,
             landmarks,
             squares,
-            middle: Matrix::spaced(both.get(width..).unwrap_or(&[]), count, count, stride),
+            middle: Matrix {
+                data: both.data.get(width * column_stride..).unwrap_or(&[]),
+                columns: count,
+                ..both
+            },
             kept: operation
                 .kept
                 .as_deref()

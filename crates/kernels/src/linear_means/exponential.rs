@@ -272,10 +272,11 @@ impl CustomOp3 for Operation {
                 of_q.copy_from_slice(&dq[pair * each..][..each]);
                 of_k.copy_from_slice(&dk[pair * each..][..each]);
             }
-            let wanted = |of: &Tensor, values: Vec<T>| {
-                of.track_op().then(|| host::tensor(values, of.dims())).transpose()
-            };
-            Ok((wanted(both, d_both)?, wanted(v, dv)?, wanted(frequencies, d_map)?))
+            Ok((
+                host::wanted(both, d_both)?,
+                host::wanted(v, dv)?,
+                host::wanted(frequencies, d_map)?,
+            ))
         })
     }
 }
