@@ -5,16 +5,17 @@
 use std::collections::BTreeSet;
 
 use crate::common;
-use crate::common::{DECODER, ENCODER, GATED, close, labelled, model, scores, values, windows};
+use crate::common::{
+    DECODER, ENCODER, GATED, close, family, images, labelled, model, scores, values, windows,
+};
 use lapidary_compress::automatic::{Automatic, AutomaticSettings, AutomaticState, Mix, Score};
 use lapidary_compress::{
-    Calibration, CalibrationData, CalibrationOptions, Change, Content, Example, Method, Plan,
-    Requirements, Settings, Target, Task,
+    Calibration, CalibrationData, CalibrationOptions, Change, Method, Plan, Requirements, Settings,
+    Task,
 };
-use lapidary_kernels::{Device, Tensor};
-use lapidary_model::{InputSpec, Model, OpenOptions, Package};
+use lapidary_model::{Model, OpenOptions, Package};
 use lapidary_search::Point;
-use rand::{RngExt, SeedableRng};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 /// A wider decoder of four blocks, so that there is something to choose.
@@ -344,29 +345,9 @@ fn methods_that_a_model_does_not_allow_are_left_out() {
     run(&mut search);
 }
 
-fn images(model: &Model) -> CalibrationData {
-    let InputSpec::Patches(patches) = &model.spec().input else {
-        panic!("{:?}", model.spec().input);
-    };
-    let shape = (patches.channels, patches.image[0], patches.image[1]);
-    let mut generator = ChaCha8Rng::seed_from_u64(15);
-    let mut example = || {
-        let count = shape.0 * shape.1 * shape.2;
-        let pixels: Vec<f32> = (0..count)
-            .map(|_| generator.random_range(-1.0..1.0))
-            .collect();
-        Example {
-            content: Content::Pixels(Tensor::from_vec(pixels, shape, &Device::Cpu).unwrap()),
-            target: Target::None,
-        }
-    };
-    CalibrationData::new((0..4).map(|_| example()).collect()).unwrap()
-}
-
 #[test]
 fn published_families_are_searched() {
-    let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/families");
-    for family in [
+    for name in [
         "bert",
         "gpt2",
         "llama",
@@ -380,26 +361,24 @@ fn published_families_are_searched() {
         "roberta-classifier",
         "vit",
     ] {
-        let path = std::path::Path::new(fixtures).join(family);
-        let package = Package::open(&path, &OpenOptions::default()).unwrap();
+        let package = Package::open(&family(name), &OpenOptions::default()).unwrap();
         let model = package.single_model().unwrap();
         let data = match model.spec().vocabulary() {
             Some(_) => windows(6, 15),
-            None => images(model),
+            None => images(model, 4),
         };
         let mut settings = settings(model, 0.9, &["block-influence", "modegpt", "whitened"]);
         settings.evaluations = 3;
         let limit = settings.parameters;
         let mut search = Automatic::new(model, &data, &data, settings)
-            .unwrap_or_else(|error| panic!("{family}: {error}"));
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
         run(&mut search);
         let found = search.best_model().unwrap().model;
-        assert!(found.parameter_count() <= limit, "{family}");
-        assert!(search.best().unwrap().1.loss.is_finite(), "{family}");
+        assert!(found.parameter_count() <= limit, "{name}");
+        assert!(search.best().unwrap().1.loss.is_finite(), "{name}");
     }
     // ALBERT's blocks share their weights.
-    let path = std::path::Path::new(fixtures).join("albert");
-    let package = Package::open(&path, &OpenOptions::default()).unwrap();
+    let package = Package::open(&family("albert"), &OpenOptions::default()).unwrap();
     let model = package.single_model().unwrap();
     let data = windows(6, 15);
     let error = Automatic::new(model, &data, &data, settings(model, 0.9, &["whitened"]));

@@ -1,14 +1,14 @@
 //! Taking directions of little curvature out of feed-forward weights.
 #![allow(clippy::unwrap_used)]
 
-use crate::common::{DECODER, GATED, altered, model, scores, windows};
+use crate::common::{DECODER, GATED, altered, cut, model, scores, windows};
 use lapidary_compress::curvature::{Curved, Factors, Keep, Spectrum, Subnet, correlation, factors};
 use lapidary_compress::quality::{
     Recitation, perplexity, ranking_kept, recitation, sliding_windows,
 };
 use lapidary_compress::{Budget, CalibrationData, Change, Compressed, Method, Settings, Task};
 use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_model::Model;
+use lapidary_model::{Input, Model, Pass};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
@@ -35,15 +35,46 @@ fn norm(t: &Tensor) -> f64 {
 }
 
 fn compress(model: &Model, data: &CalibrationData, method: &str, mass: f64) -> Compressed {
-    let method = Method::find(method).unwrap();
-    let settings = Settings::default();
-    assert!(method.requirements(model, &settings).unwrap().is_empty());
-    let task = Task {
-        data: Some(data),
-        ..Task::new(model)
-    };
-    let plan = method.plan(&task, &Budget::Keep(mass)).unwrap();
-    method.apply(&task, &plan).unwrap()
+    let requirements = Method::find(method)
+        .unwrap()
+        .requirements(model, &Settings::default());
+    assert!(requirements.unwrap().is_empty());
+    cut(model, data, method, mass)
+}
+
+/// Logarithms of the probabilities of what follows the first of two tokens.
+fn log_probabilities(model: &Model, tokens: [u32; 2]) -> Vec<f64> {
+    let input = Input::tokens(Tensor::new(&[tokens], &Device::Cpu).unwrap());
+    let output = model.forward(&input, Pass::default()).unwrap();
+    let logits = output.into_logits().unwrap().into_value();
+    let row = logits.get(0).unwrap().get(0).unwrap();
+    let row = row.to_vec1::<f64>().unwrap();
+    let sum: f64 = row.iter().map(|l| l.exp()).sum();
+    row.iter().map(|l| l - sum.ln()).collect()
+}
+
+/// The model with one entry of a weight moved.
+fn moved(model: &Model, name: &str, [row, column]: [usize; 2], by: f64) -> Model {
+    altered(model, name, |w| {
+        let (rows, columns) = w.dims2().unwrap();
+        let mut values = w.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        values[row * columns + column] += by;
+        Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap()
+    })
+}
+
+/// Whether some outcome's log probability has a slope whose square is `expected`, by what it is when moved by `step`
+/// up and down.
+fn some_slope_fits(up: &[f64], down: &[f64], step: f64, expected: f64) -> bool {
+    up.iter().zip(down).any(|(up, down)| {
+        let slope = (up - down) / (2.0 * step);
+        (slope * slope - expected).abs() < 1e-5 * expected.max(1e-8)
+    })
+}
+
+fn on_diagonal(t: &Tensor, k: usize) -> f64 {
+    let entry = t.get(k).unwrap().get(k).unwrap();
+    entry.to_scalar::<f64>().unwrap()
 }
 
 #[test]
@@ -132,52 +163,14 @@ fn output_gradients_are_those_of_finite_differences() {
         }
         // The label that was drawn: the one whose finite differences fit.
         let name = "blocks.1.feedforward.down.weight";
-        let logits = |model: &Model| -> Vec<f64> {
-            let input =
-                lapidary_model::Input::tokens(Tensor::new(&[[3u32, 7]], &Device::Cpu).unwrap());
-            let pass = lapidary_model::Pass::default();
-            let logits = model
-                .forward(&input, pass)
-                .unwrap()
-                .into_logits()
-                .unwrap()
-                .into_value();
-            let row = logits
-                .get(0)
-                .unwrap()
-                .get(0)
-                .unwrap()
-                .to_vec1::<f64>()
-                .unwrap();
-            let sum: f64 = row.iter().map(|l| l.exp()).sum();
-            row.iter().map(|l| l - sum.ln()).collect()
-        };
         let (outputs, inputs) = whole.parameters()[name].dims2().unwrap();
         let step = 1e-5;
         let mut rng = ChaCha8Rng::seed_from_u64(4);
         let (o, i) = (rng.random_range(0..outputs), rng.random_range(0..inputs));
-        let moved = |by: f64| {
-            logits(&altered(&whole, name, |w| {
-                let mut values = w.flatten_all().unwrap().to_vec1::<f64>().unwrap();
-                values[o * inputs + i] += by;
-                Tensor::from_vec(values, (outputs, inputs), &Device::Cpu).unwrap()
-            }))
-        };
-        let (up, low) = (moved(step), moved(-step));
-        let entry = |t: &Tensor, k: usize| {
-            t.get(k)
-                .unwrap()
-                .get(k)
-                .unwrap()
-                .to_scalar::<f64>()
-                .unwrap()
-        };
+        let at = |by: f64| log_probabilities(&moved(&whole, name, [o, i], by), [3, 7]);
         // (∂ loss / ∂ W_oi)² = g_o² x_i².
-        let expected = entry(&down.output, o) * entry(&down.input, i);
-        let fits = up.iter().zip(&low).any(|(up, low)| {
-            let slope = (up - low) / (2.0 * step);
-            (slope * slope - expected).abs() < 1e-5 * expected.max(1e-8)
-        });
+        let expected = on_diagonal(&down.output, o) * on_diagonal(&down.input, i);
+        let fits = some_slope_fits(&at(step), &at(-step), step, expected);
         assert!(fits, "{expected}");
     }
 }
@@ -196,45 +189,9 @@ fn layers_before_the_activation_have_their_own_gradients() {
             assert_eq!(factors.output.dims(), [outputs, outputs]);
             assert_eq!(factors.input.dims(), [inputs, inputs]);
             let step = 1e-5;
-            let log_p = |by: f64| -> Vec<f64> {
-                let moved = altered(&whole, &name, |w| {
-                    let mut values = w.flatten_all().unwrap().to_vec1::<f64>().unwrap();
-                    values[inputs + 2] += by;
-                    Tensor::from_vec(values, (outputs, inputs), &Device::Cpu).unwrap()
-                });
-                let input =
-                    lapidary_model::Input::tokens(Tensor::new(&[[2u32, 9]], &Device::Cpu).unwrap());
-                let pass = lapidary_model::Pass::default();
-                let logits = moved
-                    .forward(&input, pass)
-                    .unwrap()
-                    .into_logits()
-                    .unwrap()
-                    .into_value();
-                let row = logits
-                    .get(0)
-                    .unwrap()
-                    .get(0)
-                    .unwrap()
-                    .to_vec1::<f64>()
-                    .unwrap();
-                let sum: f64 = row.iter().map(|l| l.exp()).sum();
-                row.iter().map(|l| l - sum.ln()).collect()
-            };
-            let entry = |t: &Tensor, k: usize| {
-                t.get(k)
-                    .unwrap()
-                    .get(k)
-                    .unwrap()
-                    .to_scalar::<f64>()
-                    .unwrap()
-            };
-            let expected = entry(&factors.output, 1) * entry(&factors.input, 2);
-            let (up, low) = (log_p(step), log_p(-step));
-            let fits = up.iter().zip(&low).any(|(up, low)| {
-                let slope = (up - low) / (2.0 * step);
-                (slope * slope - expected).abs() < 1e-5 * expected.max(1e-8)
-            });
+            let at = |by: f64| log_probabilities(&moved(&whole, &name, [1, 2], by), [2, 9]);
+            let expected = on_diagonal(&factors.output, 1) * on_diagonal(&factors.input, 2);
+            let fits = some_slope_fits(&at(step), &at(-step), step, expected);
             assert!(fits, "{path} {expected}");
         }
     }

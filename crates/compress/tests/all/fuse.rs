@@ -1,18 +1,17 @@
 //! Blocks that go and are taken in by their neighbours.
 #![allow(clippy::panic, clippy::result_large_err, clippy::unwrap_used)]
 
-use std::path::Path;
-
+use crate::common;
 use crate::common::{
-    DECODER, ENCODER, GATED, close, distance, model, scores, silenced, task, values, windows,
-    with_blocks,
+    DECODER, ENCODER, GATED, close, distance, family, input, model, scores, silenced, task, values,
+    windows, with_blocks,
 };
 use lapidary_compress::{
     Budget, CalibrationData, Change, Compressed, Content, Error, Example, FuseLoss, FuseSettings,
     Gate, Method, Plan, Settings, Task, export_dense, macro_influences,
 };
 use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_model::{Input, InputSpec, Model, OpenOptions, Package, Pass, SavedAs};
+use lapidary_model::{Input, Model, OpenOptions, Package, Pass, SavedAs};
 use lapidary_signal::Trace;
 
 fn settings(fuse: FuseSettings) -> Settings {
@@ -491,30 +490,14 @@ feedforward = { kind = "dense", hidden = 20 }
 }
 
 fn example(model: &Model, seed: usize) -> Example {
-    match &model.spec().input {
-        InputSpec::Tokens(tokens) => {
-            let ids = (0..10).map(|at| ((at * 7 + seed * 13) % tokens.vocabulary) as u32);
-            Example::window(ids.collect::<Vec<u32>>())
-        }
-        InputSpec::Patches(patches) => {
-            let shape = (patches.channels, patches.image[0], patches.image[1]);
-            let count = shape.0 * shape.1 * shape.2;
-            let numbers = (0..count).map(|i| ((i * 37 + seed * 101) % 29) as f32 / 14.0 - 1.0);
-            let pixels = Tensor::from_vec(numbers.collect::<Vec<f32>>(), shape, &Device::Cpu);
-            Example {
-                content: Content::Pixels(pixels.unwrap()),
-                target: Default::default(),
-            }
-        }
-    }
+    common::example(model, seed, |at| at * 7 + seed * 13)
 }
 
 /// Every family is fused and saved as its own, one block shorter, with equal hidden vectors.
 #[test]
 fn published_families_stay_what_they_are() {
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/families");
     let directory = tempfile::tempdir().unwrap();
-    for family in [
+    for name in [
         "bert-masked-lm",
         "deit",
         "gpt2",
@@ -534,41 +517,36 @@ fn published_families_stay_what_they_are() {
             dtype: DType::F32,
             ..OpenOptions::default()
         };
-        let package = Package::open(&fixtures.join(family), &options).unwrap();
+        let package = Package::open(&family(name), &options).unwrap();
         let model = package.single_model().unwrap();
         let data = (0..4).map(|seed| example(model, seed)).collect();
         let data = CalibrationData::new(data).unwrap();
         for method in ["macro-influence", "fusegpt"] {
             let found = match compress(method, model, &data, 0.5, quick()) {
                 Ok((found, _)) => found,
-                Err(error) => panic!("{family} {method}: {error}"),
+                Err(error) => panic!("{name} {method}: {error}"),
             };
             if method == "fusegpt" {
-                assert!(misses(&found)[0].is_finite(), "{family}");
+                assert!(misses(&found)[0].is_finite(), "{name}");
             }
-            let input = match &data.examples()[0].content {
-                Content::Tokens { ids, .. } => {
-                    Input::tokens(Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap())
-                }
-                Content::Pixels(pixels) => Input::Pixels(pixels.unsqueeze(0).unwrap()),
-            };
+            let input = input(&data.examples()[0]);
             let hidden = |model: &Model| {
                 let output = model.forward(&input, Pass::default()).unwrap();
                 values(output.hidden.value())
             };
             let expected = hidden(&found.model);
-            let out = directory.path().join(format!("{family}-{method}"));
-            let package = Package::open(&fixtures.join(family), &options).unwrap();
+            let out = directory.path().join(format!("{name}-{method}"));
+            let package = Package::open(&family(name), &options).unwrap();
             let saved = package.with_model(found.model).save(&out, None).unwrap();
-            assert_eq!(saved, SavedAs::HuggingFace, "{family} {method}");
+            assert_eq!(saved, SavedAs::HuggingFace, "{name} {method}");
             let again = Package::open(&out, &OpenOptions::default()).unwrap();
             let again = again.single_model().unwrap();
-            assert_eq!(again.spec().expanded_blocks().len(), 1, "{family}");
-            assert_eq!(hidden(again), expected, "{family} {method}");
+            assert_eq!(again.spec().expanded_blocks().len(), 1, "{name}");
+            assert_eq!(hidden(again), expected, "{name} {method}");
         }
     }
     // One set of weights for all blocks has nothing to take in.
-    let package = Package::open(&fixtures.join("albert"), &OpenOptions::default()).unwrap();
+    let package = Package::open(&family("albert"), &OpenOptions::default()).unwrap();
     let model = package.single_model().unwrap();
     let data = CalibrationData::new(vec![example(model, 1)]).unwrap();
     let error = compress("fusegpt", model, &data, 0.5, quick())

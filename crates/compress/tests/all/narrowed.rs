@@ -1,40 +1,15 @@
 //! Which compressed models are still of their family, and which need a spec of their own.
 #![allow(clippy::panic, clippy::result_large_err, clippy::unwrap_used)]
 
-use std::path::Path;
-
-use crate::common::values;
+use crate::common;
+use crate::common::{input, values};
 use lapidary_compress::{
-    Budget, Calibration, CalibrationData, CalibrationOptions, Content, Example, Method, Settings,
-    Task,
+    Budget, Calibration, CalibrationData, CalibrationOptions, Example, Method, Settings, Task,
 };
-use lapidary_kernels::{Device, Tensor};
-use lapidary_model::{Input, InputSpec, Model, OpenOptions, Package, Pass, SavedAs};
-
-fn fixture(family: &str) -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../tests/fixtures/families")
-        .join(family)
-}
+use lapidary_model::{Model, OpenOptions, Package, Pass, SavedAs};
 
 fn example(model: &Model, seed: usize) -> Example {
-    match &model.spec().input {
-        InputSpec::Tokens(tokens) => {
-            let ids =
-                (0..10).map(|at| ((at * 7 + seed * 13 + at * at * 5) % tokens.vocabulary) as u32);
-            Example::window(ids.collect::<Vec<u32>>())
-        }
-        InputSpec::Patches(patches) => {
-            let shape = (patches.channels, patches.image[0], patches.image[1]);
-            let count = shape.0 * shape.1 * shape.2;
-            let numbers = (0..count).map(|i| ((i * 37 + seed * 101) % 29) as f32 / 14.0 - 1.0);
-            let pixels = Tensor::from_vec(numbers.collect::<Vec<f32>>(), shape, &Device::Cpu);
-            Example {
-                content: Content::Pixels(pixels.unwrap()),
-                target: Default::default(),
-            }
-        }
-    }
+    common::example(model, seed, |at| at * 7 + seed * 13 + at * at * 5)
 }
 
 /// As much from every block, heads as they are.
@@ -51,7 +26,7 @@ fn uniform() -> Settings {
 fn saved(family: &str, method: &str, settings: &Settings) -> SavedAs {
     // Shortcuts pay where much is cut.
     let keep = if method == "slicegpt" { 0.5 } else { 0.75 };
-    let package = Package::open(&fixture(family), &OpenOptions::default()).unwrap();
+    let package = Package::open(&common::family(family), &OpenOptions::default()).unwrap();
     let model = package.single_model().unwrap();
     let data = CalibrationData::new((0..12).map(|seed| example(model, seed)).collect()).unwrap();
     let method = Method::find(method).unwrap();
@@ -68,12 +43,7 @@ fn saved(family: &str, method: &str, settings: &Settings) -> SavedAs {
     let plan = method.plan(&task, &Budget::Keep(keep)).unwrap();
     let compressed = method.apply(&task, &plan).unwrap();
     assert!(compressed.report.after.parameters < compressed.report.before.parameters);
-    let input = match &data.examples()[0].content {
-        Content::Tokens { ids, .. } => {
-            Input::tokens(Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap())
-        }
-        Content::Pixels(pixels) => Input::Pixels(pixels.unsqueeze(0).unwrap()),
-    };
+    let input = input(&data.examples()[0]);
     let given = |model: &Model| -> Vec<f64> {
         let output = model.forward(&input, Pass::default()).unwrap();
         let logits = output.logits.map(|logits| values(logits.value()));

@@ -3,7 +3,9 @@
 
 use std::collections::BTreeSet;
 
-use crate::common::{DECODER, ENCODER, altered, close, model, scores, values, windows, zeroed};
+use crate::common::{
+    DECODER, ENCODER, altered, close, cut, model, scores, values, windows, zeroed,
+};
 use lapidary_compress::quality::{perplexity, sliding_windows};
 use lapidary_compress::{
     Budget, CalibrationData, Change, Compressed, Content, Granularities, Method, Recipe, Search,
@@ -72,16 +74,6 @@ fn hybrid_of_heads() -> String {
         r#"kind = "mamba2", head_width = 8, groups = 2, state = 3"#,
     );
     HYBRID.replace(one, other)
-}
-
-fn compress(method: &str, model: &Model, data: &CalibrationData, keep: f64) -> Compressed {
-    let method = Method::find(method).unwrap();
-    let task = Task {
-        data: Some(data),
-        ..Task::new(model)
-    };
-    let plan = method.plan(&task, &Budget::Keep(keep)).unwrap();
-    method.apply(&task, &plan).unwrap()
 }
 
 /// Leaves out what is named.
@@ -187,12 +179,8 @@ fn the_search_sees_what_is_then_cut() {
     let model = model(HYBRID, 4);
     let candidates = Shed::parts(&model);
     let search = Search::run(&model, &data, 5, &candidates, 2).unwrap();
-    let compressed = compress(
-        "mamba-shedder",
-        &model,
-        &data,
-        1.0 - 2.0 / candidates.len() as f64,
-    );
+    let keep = 1.0 - 2.0 / candidates.len() as f64;
+    let compressed = cut(&model, &data, "mamba-shedder", keep);
     let mut texts = Vec::new();
     for example in data.examples() {
         if let Content::Tokens { ids, .. } = &example.content {
@@ -412,7 +400,7 @@ fn every_scan_may_go() {
     for spec in [MAMBA, MAMBA2] {
         let model = model(spec, 8);
         let method = Method::find("mamba-shedder-scan").unwrap();
-        let compressed = compress("mamba-shedder-scan", &model, &data, 0.1);
+        let compressed = cut(&model, &data, "mamba-shedder-scan", 0.1);
         assert_eq!(remembered(&compressed.model), [64; 4]);
         assert!(Shed::scans(&compressed.model).is_empty());
         let error = method
@@ -583,7 +571,7 @@ fn a_hybrid_is_shed_at_three_granularities_in_order() {
 fn keeping_everything_keeps_the_model() {
     let (model, data) = (model(HYBRID, 2), windows(6, 4));
     for method in ["mamba-shedder", "mamba-shedder-scan", "mamba-shedder-width"] {
-        let compressed = compress(method, &model, &data, 1.0);
+        let compressed = cut(&model, &data, method, 1.0);
         assert_eq!(scores(&model, &data), scores(&compressed.model, &data));
     }
 }

@@ -1,7 +1,7 @@
 //! The recipes of text on a vision Transformer.
-#![allow(clippy::panic, clippy::result_large_err, clippy::unwrap_used)]
+#![allow(clippy::result_large_err, clippy::unwrap_used)]
 
-use crate::common::{model, values};
+use crate::common::{model, scores};
 use lapidary_compress::quality::{accuracy, agreement_rounded};
 use lapidary_compress::{
     ActivationRange, ActivationSettings, Calibration, CalibrationData, CalibrationOptions, Content,
@@ -9,7 +9,7 @@ use lapidary_compress::{
     Target, heal,
 };
 use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_model::{Input, Model, OpenOptions, Package, Pass};
+use lapidary_model::{Model, OpenOptions, Package};
 
 const VISION: &str = r#"
 width = 32
@@ -56,19 +56,6 @@ fn images(count: usize, first: usize) -> CalibrationData {
         }
     };
     CalibrationData::new((first..first + count).map(example).collect()).unwrap()
-}
-
-fn logits(model: &Model, data: &CalibrationData) -> Vec<f64> {
-    let mut all = Vec::new();
-    for example in data.examples() {
-        let Content::Pixels(pixels) = &example.content else {
-            panic!("an image")
-        };
-        let input = Input::Pixels(pixels.unsqueeze(0).unwrap());
-        let output = model.forward(&input, Pass::default()).unwrap();
-        all.extend(values(output.into_logits().unwrap().value()));
-    }
-    all
 }
 
 fn last(recipe: &str, model: &Model, data: &CalibrationData) -> Model {
@@ -134,12 +121,12 @@ fn it_is_cut_heals_is_rounded_and_loads_again() {
 
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("out");
-    let before = logits(&rounded, &data);
+    let before = scores(&rounded, &data);
     Package::new(rounded, None).save(&out, None).unwrap();
     let options = OpenOptions {
         dtype: DType::F64,
         ..OpenOptions::default()
     };
     let package = Package::open(&out, &options).unwrap();
-    assert_eq!(logits(package.single_model().unwrap(), &data), before);
+    assert_eq!(scores(package.single_model().unwrap(), &data), before);
 }

@@ -1,15 +1,16 @@
 //! Small models in f64 whose every parameter matters.
 #![allow(dead_code, reason = "each test file uses a part of these")]
-#![allow(clippy::result_large_err, clippy::unwrap_used)]
+#![allow(clippy::panic, clippy::result_large_err, clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use lapidary_compress::{
-    Budget, Calibration, CalibrationData, CalibrationOptions, Change, Compressed, Example,
-    Factorisation, Method, Requirements, Selection, Settings, Task,
+    Budget, Calibration, CalibrationData, CalibrationOptions, Change, Compressed, Content, Example,
+    Factorisation, Method, Requirements, Selection, Settings, Target, Task,
 };
 use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_model::{Initialiser, Input, Model, ModelSpec, Pass};
+use lapidary_model::{Initialiser, Input, InputSpec, Model, ModelSpec, Pass, PatchInput};
 use lapidary_parts::parameters::{Init, ParameterSource};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -97,7 +98,7 @@ pub fn labelled(count: usize, labels: u32, seed: u64) -> CalibrationData {
         examples
             .into_iter()
             .map(|example| Example {
-                target: lapidary_compress::Target::Label(rng.random_range(0..labels)),
+                target: Target::Label(rng.random_range(0..labels)),
                 ..example
             })
             .collect(),
@@ -121,6 +122,55 @@ pub fn text(count: usize, seed: u64) -> CalibrationData {
             .collect()
     }))
     .unwrap()
+}
+
+/// An image as the model sees them, each number by its place.
+pub fn image(patches: &PatchInput, number: impl FnMut(usize) -> f32) -> Example {
+    let shape = (patches.channels, patches.image[0], patches.image[1]);
+    let pixels: Vec<f32> = (0..shape.0 * shape.1 * shape.2).map(number).collect();
+    Example {
+        content: Content::Pixels(Tensor::from_vec(pixels, shape, &Device::Cpu).unwrap()),
+        target: Target::None,
+    }
+}
+
+/// Images of noise for a model that sees patches.
+pub fn images(model: &Model, count: usize) -> CalibrationData {
+    let InputSpec::Patches(patches) = &model.spec().input else {
+        panic!("{:?}", model.spec().input);
+    };
+    let mut generator = ChaCha8Rng::seed_from_u64(15);
+    let examples = (0..count).map(|_| image(patches, |_| generator.random_range(-1.0..1.0)));
+    CalibrationData::new(examples.collect()).unwrap()
+}
+
+/// Ten tokens, each by its place and brought into the vocabulary, or an image, whichever the model reads.
+pub fn example(model: &Model, seed: usize, token: impl Fn(usize) -> usize) -> Example {
+    match &model.spec().input {
+        InputSpec::Tokens(tokens) => {
+            let ids = (0..10).map(|at| (token(at) % tokens.vocabulary) as u32);
+            Example::window(ids.collect::<Vec<u32>>())
+        }
+        InputSpec::Patches(patches) => image(patches, |i| {
+            ((i * 37 + seed * 101) % 29) as f32 / 14.0 - 1.0
+        }),
+    }
+}
+
+/// An example by itself, as a model reads it.
+pub fn input(example: &Example) -> Input {
+    match &example.content {
+        Content::Tokens { ids, .. } => {
+            Input::tokens(Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap())
+        }
+        Content::Pixels(pixels) => Input::Pixels(pixels.unsqueeze(0).unwrap()),
+    }
+}
+
+/// Where the small checkpoint of a published family lies.
+pub fn family(name: &str) -> PathBuf {
+    let families = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/families");
+    families.join(name)
 }
 
 /// The three kinds of model, each with data that suits it.
@@ -215,11 +265,7 @@ pub fn zeros(values: &[f64]) -> usize {
 pub fn scores(model: &Model, data: &CalibrationData) -> Vec<f64> {
     let mut scores = Vec::new();
     for example in data.examples() {
-        let lapidary_compress::Content::Tokens { ids, .. } = &example.content else {
-            continue;
-        };
-        let ids = Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap();
-        let output = model.forward(&Input::tokens(ids), Pass::default()).unwrap();
+        let output = model.forward(&input(example), Pass::default()).unwrap();
         let logits = output.into_logits().unwrap().into_value();
         scores.extend(values(&logits));
     }

@@ -1,19 +1,11 @@
 //! Checkpoints of every family.
 
-use std::path::Path;
-
 use super::{STRUCTURED, WEIGHTS, sparsity};
-use crate::common::cut_by;
+use crate::common::{cut_by, family, image};
 use lapidary_compress::{CalibrationData, Content, Example, Settings, Target};
-use lapidary_kernels::{Device, Tensor};
 use lapidary_model::{InputSpec, Model, OpenOptions, Package};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-
-fn family(name: &str) -> Package {
-    let families = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/families");
-    Package::open(&families.join(name), &OpenOptions::default()).unwrap()
-}
 
 fn data_of(model: &Model) -> CalibrationData {
     let mut random = ChaCha8Rng::seed_from_u64(3);
@@ -28,10 +20,7 @@ fn data_of(model: &Model) -> CalibrationData {
     let examples = (0..6).map(|index| {
         let content = match &model.spec().input {
             InputSpec::Patches(patches) => {
-                let shape = (patches.channels, patches.image[0], patches.image[1]);
-                let count = shape.0 * shape.1 * shape.2;
-                let pixels: Vec<f32> = (0..count).map(|_| random.random_range(-1.0..1.0)).collect();
-                Content::Pixels(Tensor::from_vec(pixels, shape, &Device::Cpu).unwrap())
+                image(patches, |_| random.random_range(-1.0..1.0)).content
             }
             InputSpec::Tokens(tokens) => Content::Tokens {
                 ids: (0..8)
@@ -69,7 +58,7 @@ fn every_family_is_pruned_or_says_why_not() {
         "mamba",
         "mixtral",
     ] {
-        let package = family(name);
+        let package = Package::open(&family(name), &OpenOptions::default()).unwrap();
         let model = package.single_model().unwrap();
         let data = data_of(model);
         for method in WEIGHTS.into_iter().chain(STRUCTURED) {

@@ -4,18 +4,15 @@ use std::collections::BTreeMap;
 
 use super::cut;
 use crate::common;
-use crate::common::{close, distance, scores, values, windows};
+use crate::common::{close, distance, family, images, scores, windows};
+use lapidary_compress::CalibrationData;
 use lapidary_compress::slicing::{Directions, Principal, Transport, slice};
-use lapidary_compress::{CalibrationData, Content, Example, Target};
 use lapidary_kernels::{Device, Tensor};
-use lapidary_model::{Input, Model, OpenOptions, Package, Pass};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use lapidary_model::{Model, OpenOptions, Package};
 
 #[test]
 fn published_families_are_sliced() {
-    let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/families");
-    for family in [
+    for name in [
         "gpt2",
         "opt",
         "llama",
@@ -28,59 +25,24 @@ fn published_families_are_sliced() {
         "opt-projected-pre-norm",
         "vit",
     ] {
-        let path = std::path::Path::new(fixtures).join(family);
-        let package = Package::open(&path, &OpenOptions::default()).unwrap();
+        let package = Package::open(&family(name), &OpenOptions::default()).unwrap();
         let model = package.single_model().unwrap();
         let width = model.spec().width;
         let data = match model.spec().vocabulary() {
             Some(_) => windows(6, 15),
-            None => images(model),
+            None => images(model, 6),
         };
-        let logits = |model: &Model| all_scores(model, &data);
+        let logits = |model: &Model| scores(model, &data);
         let before = logits(model);
         let same = slice(model, &data, width, false, &Principal, 4).unwrap();
         let apart = distance(&logits(&same.model), &before);
-        assert!(apart < 1e-3, "{family}: {apart:e}");
+        assert!(apart < 1e-3, "{name}: {apart:e}");
         let half = slice(model, &data, width / 2, false, &Principal, 4).unwrap();
         assert!(
             logits(&half.model).iter().all(|score| score.is_finite()),
-            "{family}"
+            "{name}"
         );
     }
-}
-
-fn images(model: &Model) -> CalibrationData {
-    let lapidary_model::InputSpec::Patches(patches) = &model.spec().input else {
-        panic!("{:?}", model.spec().input);
-    };
-    let shape = (patches.channels, patches.image[0], patches.image[1]);
-    let mut generator = ChaCha8Rng::seed_from_u64(15);
-    let mut example = || {
-        let count = shape.0 * shape.1 * shape.2;
-        let pixels: Vec<f32> = (0..count)
-            .map(|_| generator.random_range(-1.0..1.0))
-            .collect();
-        Example {
-            content: Content::Pixels(Tensor::from_vec(pixels, shape, &Device::Cpu).unwrap()),
-            target: Target::None,
-        }
-    };
-    CalibrationData::new((0..6).map(|_| example()).collect()).unwrap()
-}
-
-fn all_scores(model: &Model, data: &CalibrationData) -> Vec<f64> {
-    let mut found = Vec::new();
-    for example in data.examples() {
-        let input = match &example.content {
-            Content::Tokens { ids, .. } => {
-                Input::tokens(Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap())
-            }
-            Content::Pixels(pixels) => Input::Pixels(pixels.unsqueeze(0).unwrap()),
-        };
-        let output = model.forward(&input, Pass::default()).unwrap();
-        found.extend(values(output.into_logits().unwrap().value()));
-    }
-    found
 }
 
 #[test]

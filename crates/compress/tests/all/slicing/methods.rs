@@ -1,13 +1,11 @@
 //! The methods: their plans, books and refusals.
 
 use super::{PARALLEL, PROJECTED, cut};
-use crate::common::{DECODER, ENCODER, GATED, model, scores, windows};
+use crate::common::{DECODER, ENCODER, GATED, cut_by, model, scores, task, windows};
 use lapidary_compress::slicing::{Principal, SliceSettings, parameters_after, slice};
-use lapidary_compress::{
-    Budget, CalibrationData, Change, Compressed, Method, Plan, Settings, Task,
-};
+use lapidary_compress::{Budget, Change, Method, Plan, Settings};
 use lapidary_kernels::DType;
-use lapidary_model::{Model, OpenOptions, Package};
+use lapidary_model::{OpenOptions, Package};
 
 fn settings() -> Settings {
     Settings {
@@ -17,18 +15,6 @@ fn settings() -> Settings {
         },
         ..Settings::default()
     }
-}
-
-fn by_method(name: &str, model: &Model, data: &CalibrationData, keep: f64) -> Compressed {
-    let settings = settings();
-    let task = Task {
-        data: Some(data),
-        settings: Some(&settings),
-        ..Task::new(model)
-    };
-    let method = Method::find(name).unwrap();
-    let plan = method.plan(&task, &Budget::Keep(keep)).unwrap();
-    method.apply(&task, &plan).unwrap()
 }
 
 const METHODS: [&str; 5] = [
@@ -62,7 +48,7 @@ fn methods_keep_books_and_what_they_make_loads_again() {
     for name in METHODS {
         for spec in [GATED, DECODER, PARALLEL] {
             let (model, data) = (model(spec, 14), windows(8, 14));
-            let made = by_method(name, &model, &data, 0.5);
+            let made = cut_by(&model, &data, name, 0.5, &settings()).unwrap();
             assert_eq!(made.model.spec().width, 8);
             let sum = |of: fn(&lapidary_compress::ModuleReport) -> usize| -> usize {
                 made.report.modules.iter().map(of).sum()
@@ -101,7 +87,7 @@ fn tempfile(name: &str, number: usize) -> std::path::PathBuf {
 fn keeping_everything_keeps_the_model() {
     let (model, data) = (model(DECODER, 2), windows(6, 4));
     for name in METHODS {
-        let made = by_method(name, &model, &data, 1.0);
+        let made = cut_by(&model, &data, name, 1.0, &settings()).unwrap();
         assert_eq!(scores(&model, &data), scores(&made.model, &data));
         assert!(matches!(
             made.report.modules[0].change,
@@ -114,11 +100,7 @@ fn keeping_everything_keeps_the_model() {
 fn a_cut_that_saves_nothing_is_refused() {
     let (model, data) = (model(DECODER, 2), windows(6, 4));
     let settings = settings();
-    let task = Task {
-        data: Some(&data),
-        settings: Some(&settings),
-        ..Task::new(&model)
-    };
+    let task = task(&model, &data, &settings);
     let method = Method::find("slicegpt").unwrap();
     let error = method
         .plan(&task, &Budget::Keep(0.9))
