@@ -58,6 +58,22 @@ struct Slot<const N: usize> {
     moments: Moments<N>,
 }
 
+/// What a step does to one parameter.
+trait Rule<const N: usize>: Sync {
+    /// Moves some of its weights, and what is remembered of them, by their gradients.
+    fn apply<T: Real>(&self, w: &mut [T], moments: [&mut [T]; N], g: &[T]);
+}
+
+impl<const N: usize> Slot<N> {
+    fn step(&mut self, gradient: &Tensor, rule: &impl Rule<N>) -> Result<()> {
+        let variable = &self.parameter.variable;
+        match &mut self.moments {
+            Moments::F32(moments) => update(variable, moments, gradient, rule),
+            Moments::F64(moments) => update(variable, moments, gradient, rule),
+        }
+    }
+}
+
 fn slots<const N: usize>(kernel: &'static str, parameters: Vec<Parameter>) -> Result<Vec<Slot<N>>> {
     parameters
         .into_iter()
@@ -150,12 +166,12 @@ fn read_all<T: Real, const N: usize>(tensors: &[Tensor]) -> Result<[Vec<T>; N]> 
 /// Elements that one parallel task updates at a time.
 const CHUNK: usize = 4096;
 
-/// Calls `body(parameters, moments, gradients)` on chunks of the three, in parallel and in place.
+/// Applies the rule to chunks of parameters, moments and gradients, in parallel and in place.
 fn update<T: Real, const N: usize>(
     variable: &Var,
     moments: &mut [Vec<T>; N],
     gradient: &Tensor,
-    body: impl Fn(&mut [T], [&mut [T]; N], &[T]) + Sync,
+    rule: &impl Rule<N>,
 ) -> Result<()> {
     if gradient.dims() != variable.dims() || gradient.dtype() != variable.dtype() {
         return Err(Error::argument(
@@ -184,7 +200,7 @@ fn update<T: Real, const N: usize>(
                     #[inline(always)]
                     || {
                         let moments = moments.each_mut().map(|moment| &mut **moment);
-                        body(parameters, moments, &gradients[start..start + len]);
+                        rule.apply(parameters, moments, &gradients[start..start + len]);
                     },
                 );
             });

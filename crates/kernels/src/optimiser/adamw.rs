@@ -1,6 +1,6 @@
 //! AdamW: Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101).
 
-use super::{Moments, OptimiserState, Parameter, Slot, restore, slots, state_of, update};
+use super::{OptimiserState, Parameter, Rule, Slot, restore, slots, state_of};
 use crate::simd::Real;
 use crate::{Error, GradStore, Result, Tensor, Var};
 
@@ -110,30 +110,14 @@ impl AdamW {
             let Some(gradient) = gradient_of(index, &parameter.variable) else {
                 continue;
             };
-            let rule = Rule::new(
+            let rule = Step::new(
                 &self.options,
                 self.step,
                 learning_rate * parameter.rate_factor,
                 parameter.weight_decay.unwrap_or(self.options.weight_decay),
                 gradient_scale,
             );
-            let variable = &parameter.variable;
-            match &mut slot.moments {
-                Moments::F32(moments) => update(
-                    variable,
-                    moments,
-                    gradient,
-                    #[inline(always)]
-                    |w, m, g| rule.apply(w, m, g),
-                )?,
-                Moments::F64(moments) => update(
-                    variable,
-                    moments,
-                    gradient,
-                    #[inline(always)]
-                    |w, m, g| rule.apply(w, m, g),
-                )?,
-            }
+            slot.step(gradient, &rule)?;
         }
         Ok(())
     }
@@ -158,7 +142,7 @@ impl AdamW {
 }
 
 /// The constants of one step for one parameter.
-struct Rule {
+struct Step {
     beta1: f64,
     beta2: f64,
     /// `1 / √(1 - β₂ᵗ)`.
@@ -171,7 +155,7 @@ struct Rule {
     gradient_scale: f64,
 }
 
-impl Rule {
+impl Step {
     fn new(
         options: &AdamWOptions,
         step: u64,
@@ -190,7 +174,9 @@ impl Rule {
             gradient_scale,
         }
     }
+}
 
+impl Rule<2> for Step {
     #[inline(always)]
     fn apply<T: Real>(&self, w: &mut [T], [m, v]: [&mut [T]; 2], g: &[T]) {
         let (beta1, beta2) = (T::of(self.beta1), T::of(self.beta2));

@@ -1,6 +1,6 @@
 //! Lion (Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, arXiv 2302.06675).
 
-use super::{Moments, OptimiserState, Parameter, Slot, restore, slots, state_of, update};
+use super::{OptimiserState, Parameter, Rule, Slot, restore, slots, state_of};
 use crate::simd::Real;
 use crate::{GradStore, Result};
 
@@ -65,33 +65,17 @@ impl Lion {
         self.step += 1;
         for slot in &mut self.slots {
             let parameter = &slot.parameter;
-            let variable = &parameter.variable;
-            let Some(gradient) = gradients.get(variable) else {
+            let Some(gradient) = gradients.get(&parameter.variable) else {
                 continue;
             };
-            let rule = Rule {
+            let rule = Step {
                 rate: learning_rate * parameter.rate_factor,
                 beta1: self.options.beta1,
                 beta2: self.options.beta2,
                 weight_decay: parameter.weight_decay.unwrap_or(self.options.weight_decay),
                 gradient_scale,
             };
-            match &mut slot.moments {
-                Moments::F32(moments) => update(
-                    variable,
-                    moments,
-                    gradient,
-                    #[inline(always)]
-                    |w, m, g| rule.apply(w, m, g),
-                )?,
-                Moments::F64(moments) => update(
-                    variable,
-                    moments,
-                    gradient,
-                    #[inline(always)]
-                    |w, m, g| rule.apply(w, m, g),
-                )?,
-            }
+            slot.step(gradient, &rule)?;
         }
         Ok(())
     }
@@ -115,7 +99,7 @@ impl Lion {
     }
 }
 
-struct Rule {
+struct Step {
     rate: f64,
     beta1: f64,
     beta2: f64,
@@ -123,7 +107,7 @@ struct Rule {
     gradient_scale: f64,
 }
 
-impl Rule {
+impl Rule<1> for Step {
     #[inline(always)]
     fn apply<T: Real>(&self, w: &mut [T], [m]: [&mut [T]; 1], g: &[T]) {
         let (beta1, rest1) = (T::of(self.beta1), T::of(1.0 - self.beta1));

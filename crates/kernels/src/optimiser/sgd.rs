@@ -1,6 +1,6 @@
 //! Stochastic gradient descent with momentum.
 
-use super::{Moments, OptimiserState, Parameter, Slot, restore, slots, state_of, update};
+use super::{OptimiserState, Parameter, Rule, Slot, restore, slots, state_of};
 use crate::simd::Real;
 use crate::{GradStore, Result};
 
@@ -64,33 +64,17 @@ impl Sgd {
         self.step += 1;
         for slot in &mut self.slots {
             let parameter = &slot.parameter;
-            let variable = &parameter.variable;
-            let Some(gradient) = gradients.get(variable) else {
+            let Some(gradient) = gradients.get(&parameter.variable) else {
                 continue;
             };
-            let rule = Rule {
+            let rule = Step {
                 rate: learning_rate * parameter.rate_factor,
                 momentum: self.options.momentum,
                 nesterov: self.options.nesterov,
                 weight_decay: parameter.weight_decay.unwrap_or(self.options.weight_decay),
                 gradient_scale,
             };
-            match &mut slot.moments {
-                Moments::F32(moments) => update(
-                    variable,
-                    moments,
-                    gradient,
-                    #[inline(always)]
-                    |w, m, g| rule.apply(w, m, g),
-                )?,
-                Moments::F64(moments) => update(
-                    variable,
-                    moments,
-                    gradient,
-                    #[inline(always)]
-                    |w, m, g| rule.apply(w, m, g),
-                )?,
-            }
+            slot.step(gradient, &rule)?;
         }
         Ok(())
     }
@@ -114,7 +98,7 @@ impl Sgd {
     }
 }
 
-struct Rule {
+struct Step {
     rate: f64,
     momentum: f64,
     nesterov: bool,
@@ -122,7 +106,7 @@ struct Rule {
     gradient_scale: f64,
 }
 
-impl Rule {
+impl Rule<1> for Step {
     #[inline(always)]
     fn apply<T: Real>(&self, w: &mut [T], [u]: [&mut [T]; 1], g: &[T]) {
         let (rate, momentum) = (T::of(self.rate), T::of(self.momentum));
