@@ -12,6 +12,7 @@ mod llama;
 mod mamba;
 mod mamba2;
 mod opt;
+mod recurrent;
 mod table;
 mod vit;
 
