@@ -18,7 +18,6 @@ mod kernelized;
 mod kinds;
 mod linformer;
 mod lion;
-mod lion_by_feature;
 mod mra;
 mod positions;
 mod reformer;

@@ -1,15 +1,12 @@
 //! LION: its forms equal each other and the mask multiplied out, and the mask is what it should be.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
+use super::{Given, heads, mixing, module, parameters, run, with};
 use crate::common;
-use crate::common::{Map, assert_near, build, difference, draw, random, tensor, values};
+use crate::common::{Map, assert_near, difference, random, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor, Var};
-use lapidary_parts::Context;
-use lapidary_parts::attention::QueryKeySharing;
 use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
-use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism, MechanismPass, Resumed};
+use lapidary_parts::attention::mechanism::{Describe, Resumed};
 use lapidary_parts::state::MixerState;
-use lapidary_signal::{Mixing, Trace};
 
 const DECAYS: [LionDecay; 3] = [LionDecay::None, LionDecay::Constant, LionDecay::Selective];
 const FORMS: [LionForm; 5] = [
@@ -19,17 +16,6 @@ const FORMS: [LionForm; 5] = [
     LionForm::Chunked { size: 7 },
     LionForm::Chunked { size: 64 },
 ];
-
-fn heads(causal: bool) -> Heads {
-    Heads {
-        width: 8,
-        heads: 2,
-        head_width: 4,
-        causal,
-        scale: 0.5,
-        sharing: QueryKeySharing::None,
-    }
-}
 
 fn spec(decay: LionDecay) -> LionSpec {
     LionSpec {
@@ -48,34 +34,7 @@ fn on_image(decay: LionDecay, columns: usize, curves: &[Curve]) -> LionSpec {
     }
 }
 
-/// Queries, keys, values and the tokens that they come from.
-#[derive(Clone)]
-struct Given {
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: Tensor,
-}
-
 impl Given {
-    fn new(batch: usize, length: usize) -> Self {
-        Self {
-            q: random(&[batch, 2, length, 4], 1),
-            k: random(&[batch, 2, length, 4], 2),
-            v: random(&[batch, 2, length, 3], 3),
-            tokens: random(&[batch, length, 8], 4),
-        }
-    }
-
-    fn each(&self, change: impl Fn(&Tensor, usize) -> Tensor) -> Self {
-        Self {
-            q: change(&self.q, 2),
-            k: change(&self.k, 2),
-            v: change(&self.v, 2),
-            tokens: change(&self.tokens, 1),
-        }
-    }
-
     fn ordered(&self, order: &[usize]) -> Self {
         self.each(|x, dim| ordered(x, dim, order))
     }
@@ -85,40 +44,6 @@ fn ordered(x: &Tensor, dim: usize, order: &[usize]) -> Tensor {
     let order: Vec<u32> = order.iter().map(|at| *at as u32).collect();
     let order = Tensor::from_vec(order.clone(), order.len(), &Device::Cpu).unwrap();
     x.index_select(&order, dim).unwrap()
-}
-
-fn parameters(spec: &LionSpec) -> Map {
-    draw(7, |p| spec.build(&heads(false), p).map(|_| ()))
-}
-
-fn module(spec: &LionSpec, causal: bool, map: &Map) -> Box<dyn Mechanism> {
-    spec.validate(&heads(causal), "lion").unwrap();
-    build(map, |p| spec.build(&heads(causal), p)).unwrap()
-}
-
-fn with<R>(
-    given: &Given,
-    keep: Option<&Tensor>,
-    use_it: impl FnOnce(&MechanismPass<'_>) -> R,
-) -> R {
-    let trace = Trace::new();
-    let context = Context::new(&trace);
-    use_it(&MechanismPass {
-        path: "lion",
-        tokens: &given.tokens,
-        keep,
-        offset: 0,
-        context: &context,
-    })
-}
-
-fn mixing(spec: &LionSpec, causal: bool, map: &Map, given: &Given) -> Box<dyn Mixing> {
-    let module = module(spec, causal, map);
-    with(given, None, |pass| module.mixing(&given.q, &given.k, pass)).unwrap()
-}
-
-fn run(spec: &LionSpec, causal: bool, map: &Map, given: &Given) -> Tensor {
-    mixing(spec, causal, map, given).mix(&given.v).unwrap()
 }
 
 fn weights(spec: &LionSpec, map: &Map, given: &Given) -> Tensor {
