@@ -1,10 +1,8 @@
 //! What Combiner can learn: summaries by a layer, and divisions by what tokens say.
 #![allow(clippy::panic, clippy::unwrap_used, reason = "tests fail by panicking")]
 
-use crate::combiner::{Span, divisions, scaled};
-use crate::common::attention::{
-    Given, HEAD_WIDTH, HEADS, Run, Subject, WIDTH, dot, mask, softmax, spec,
-};
+use crate::combiner::{Span, divisions, effective};
+use crate::common::attention::{Given, HEAD_WIDTH, HEADS, Run, Subject, WIDTH, dot, mask, spec};
 use crate::common::{assert_near, contracted, difference, gradient_error, random, tensor, values};
 use lapidary_kernels::Tensor;
 use lapidary_parts::attention::mechanism::MechanismSpec;
@@ -70,45 +68,6 @@ fn layer(subject: &Subject, side: &str, head: usize, x: &[f64]) -> Vec<f64> {
         .collect()
 }
 
-/// The row of the effective matrix of a query: the mean over divisions of one softmax over what is met
-/// directly and the spans, of which `summary` gives query and key.
-fn effective(
-    run: &Run,
-    [b, head, i]: [usize; 3],
-    divisions: &[(Vec<usize>, Vec<Span>)],
-    log_count: bool,
-    summary: &dyn Fn(&[usize]) -> [Vec<f64>; 2],
-) -> Vec<f64> {
-    let (query, key) = (|j| run.query(b, head, j), |j| run.key(b, head, j));
-    let mut total = vec![0.0; run.length];
-    for (direct, spans) in divisions {
-        let mut scores: Vec<f64> = direct.iter().map(|&j| scaled(query(i), key(j))).collect();
-        let mut inner = Vec::new();
-        for (span, _) in spans {
-            let [of_query, of_key] = summary(span);
-            let within: Vec<f64> = span.iter().map(|&j| scaled(&of_query, key(j))).collect();
-            inner.push(softmax(&within));
-            let count = if log_count {
-                (span.len() as f64).ln()
-            } else {
-                0.0
-            };
-            scores.push(scaled(query(i), &of_key) + count);
-        }
-        let outer = softmax(&scores);
-        let share = 1.0 / divisions.len() as f64;
-        for (&j, w) in direct.iter().zip(&outer) {
-            total[j] += share * w;
-        }
-        for (((span, _), inner), w) in spans.iter().zip(&inner).zip(&outer[direct.len()..]) {
-            for (&j, p) in span.iter().zip(inner) {
-                total[j] += share * w * p;
-            }
-        }
-    }
-    total
-}
-
 #[test]
 fn summaries_by_a_layer_equal_their_effective_matrix() {
     for length in [1, 7, 13] {
@@ -124,7 +83,7 @@ fn summaries_by_a_layer_equal_their_effective_matrix() {
                         [b, head, i],
                         &divisions,
                         false,
-                        &|span: &[usize]| {
+                        &|(span, _): &Span| {
                             let made = |side: &str, of: &dyn Fn(usize) -> Vec<f64>| {
                                 let rows =
                                     span.iter().map(|&j| layer(&subject, side, head, &of(j)));
@@ -207,7 +166,7 @@ fn routed_attention_equals_its_effective_matrix() {
                         [b, head, i],
                         &[one],
                         log_count,
-                        &|span: &[usize]| largest(b, head, span),
+                        &|(span, _): &Span| largest(b, head, span),
                     )
                 };
                 let what = format!("{clusters} clusters, causal {causal} at {length}");
@@ -291,29 +250,8 @@ fn decoding_equals_the_parallel_pass() {
 
 #[test]
 fn pads_are_not_there() {
-    let x = random(&[1, 9, WIDTH], 1);
-    let junk = random(&[1, 3, WIDTH], 2);
     for combiner in learned() {
-        let subject = subject(combiner.clone(), true);
-        let alone = subject.output(&x, Given::default());
-        for (left, right) in [(0, 3), (3, 0), (1, 2)] {
-            let parts = [
-                junk.narrow(1, 0, left).unwrap(),
-                x.clone(),
-                junk.narrow(1, left, right).unwrap(),
-            ];
-            let padded = Tensor::cat(&parts, 1).unwrap();
-            let keep: Vec<u8> = (0..12)
-                .map(|j| u8::from((left..left + 9).contains(&j)))
-                .collect();
-            let keep = mask(&[&keep]);
-            let given = Given {
-                keep: Some(&keep),
-                ..Given::default()
-            };
-            let y = subject.output(&padded, given).narrow(1, left, 9).unwrap();
-            assert_near(&y, &alone, 1e-12, &format!("{combiner:?}"));
-        }
+        subject(combiner.clone(), true).check_pads(&format!("{combiner:?}"));
     }
 }
 

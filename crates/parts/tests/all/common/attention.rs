@@ -1,7 +1,7 @@
 //! One attention with drawn parameters, and what passes through it, for tests that compute the same
 //! by brute force.
 
-use super::{Map, build, draw, random, values};
+use super::{Map, assert_near, build, draw, random, values};
 use lapidary_kernels::{Device, Tensor};
 use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::MechanismSpec;
@@ -71,6 +71,31 @@ impl Subject {
 
     pub fn output(&self, x: &Tensor, given: Given<'_>) -> Tensor {
         self.pass(x, given, "none").0
+    }
+
+    /// Asserts that pads on either side of nine tokens change nothing for these.
+    pub fn check_pads(&self, what: &str) {
+        let x = random(&[1, 9, WIDTH], 1);
+        let junk = random(&[1, 3, WIDTH], 2);
+        let alone = self.output(&x, Given::default());
+        for (left, right) in [(0, 3), (3, 0), (1, 2)] {
+            let parts = [
+                junk.narrow(1, 0, left).unwrap(),
+                x.clone(),
+                junk.narrow(1, left, right).unwrap(),
+            ];
+            let padded = Tensor::cat(&parts, 1).unwrap();
+            let keep: Vec<u8> = (0..12)
+                .map(|j| u8::from((left..left + 9).contains(&j)))
+                .collect();
+            let keep = mask(&[&keep]);
+            let given = Given {
+                keep: Some(&keep),
+                ..Given::default()
+            };
+            let y = self.output(&padded, given).narrow(1, left, 9).unwrap();
+            assert_near(&y, &alone, 1e-12, what);
+        }
     }
 
     /// Everything, the output by the way that lays no weights out.
