@@ -125,6 +125,33 @@ pub struct ModulePlan {
     pub change: Change,
 }
 
+impl ModulePlan {
+    /// Says that the plan was made for a model without such a module.
+    pub(crate) fn of_another_model(&self) -> Error {
+        Error::invalid(
+            "plan",
+            format!("for {} of width {}", self.path, self.input),
+            "one that was made for this model",
+        )
+    }
+
+    /// Whether it is left out, by a `method` that does nothing else.
+    ///
+    /// # Errors
+    /// When something else is to happen to it.
+    pub(crate) fn is_removed(&self, method: &str) -> Result<bool> {
+        match &self.change {
+            Change::Remove => Ok(true),
+            Change::Leave { .. } => Ok(false),
+            other => Err(Error::invalid(
+                format!("change of {} in a plan of {method}", self.path),
+                format!("{other:?}"),
+                "remove or leave",
+            )),
+        }
+    }
+}
+
 /// What a method will do to each module: plain data, to be read, kept or edited before it is
 /// applied. A method plans nothing that does not pay; it does what a plan says, so that a number
 /// which someone writes into it by hand is obeyed.

@@ -13,6 +13,7 @@
 
 use crate::error::tensor;
 use crate::meter::bytes_of;
+use crate::recurrence::expect_shape;
 use crate::streams::Change;
 use crate::{Error, Lens, Result, Signal};
 use lapidary_kernels::{
@@ -63,16 +64,6 @@ impl HeadScan {
     fn check(&self, x: &Tensor) -> Result<()> {
         let (batch, heads, length, width) = tensor(x.dims4())?;
         let (_, groups, _, states) = tensor(self.entry.dims4())?;
-        let same = |what: &str, found: &Tensor, expected: &[usize]| {
-            if found.dims() == expected {
-                return Ok(());
-            }
-            Err(Error::invalid(
-                format!("shape of the recurrence's {what}"),
-                found.dims(),
-                format!("{expected:?}"),
-            ))
-        };
         if length == 0 {
             return Err(Error::invalid("length of the recurrence", 0, "at least 1"));
         }
@@ -80,12 +71,12 @@ impl HeadScan {
             let expected = format!("a divisor of its {heads} heads");
             return Err(Error::invalid("groups of the recurrence", groups, expected));
         }
-        same("step", &self.step, &[batch, heads, length])?;
-        same("rate", &self.rate, &[heads])?;
-        same("entry", &self.entry, &[batch, groups, length, states])?;
-        same("exit", &self.exit, &[batch, groups, length, states])?;
+        expect_shape("step", &self.step, &[batch, heads, length])?;
+        expect_shape("rate", &self.rate, &[heads])?;
+        expect_shape("entry", &self.entry, &[batch, groups, length, states])?;
+        expect_shape("exit", &self.exit, &[batch, groups, length, states])?;
         match &self.initial {
-            Some(initial) => same("initial state", initial, &[batch, heads, states, width]),
+            Some(initial) => expect_shape("initial state", initial, &[batch, heads, states, width]),
             None => Ok(()),
         }
     }

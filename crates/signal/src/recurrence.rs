@@ -33,29 +33,31 @@ pub struct SelectiveScan {
     pub initial: Option<Tensor>,
 }
 
+/// Refuses what a recurrence is given in another shape.
+pub(crate) fn expect_shape(what: &str, found: &Tensor, expected: &[usize]) -> Result<()> {
+    if found.dims() == expected {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        format!("shape of the recurrence's {what}"),
+        found.dims(),
+        format!("{expected:?}"),
+    ))
+}
+
 impl SelectiveScan {
     fn check(&self, x: &Tensor) -> Result<()> {
         let (batch, length, channels) = tensor(x.dims3())?;
         let (_, states) = tensor(self.rate.dims2())?;
-        let same = |what: &str, found: &Tensor, expected: &[usize]| {
-            if found.dims() == expected {
-                return Ok(());
-            }
-            Err(Error::invalid(
-                format!("shape of the recurrence's {what}"),
-                found.dims(),
-                format!("{expected:?}"),
-            ))
-        };
         if length == 0 {
             return Err(Error::invalid("length of the recurrence", 0, "at least 1"));
         }
-        same("step", &self.step, &[batch, length, channels])?;
-        same("rate", &self.rate, &[channels, states])?;
-        same("entry", &self.entry, &[batch, length, states])?;
-        same("exit", &self.exit, &[batch, length, states])?;
+        expect_shape("step", &self.step, &[batch, length, channels])?;
+        expect_shape("rate", &self.rate, &[channels, states])?;
+        expect_shape("entry", &self.entry, &[batch, length, states])?;
+        expect_shape("exit", &self.exit, &[batch, length, states])?;
         match &self.initial {
-            Some(initial) => same("initial state", initial, &[batch, channels, states]),
+            Some(initial) => expect_shape("initial state", initial, &[batch, channels, states]),
             None => Ok(()),
         }
     }

@@ -170,26 +170,15 @@ pub(crate) fn without_attention(method: &str, task: &Task<'_>, plan: &Plan) -> R
     for planned in &plan.modules {
         let here = |index: &&usize| planned.path == format!("blocks.{index}.attention");
         let (Some(index), true) = (candidates.iter().find(here), planned.input == width) else {
-            return Err(Error::invalid(
-                "plan",
-                format!("for {} of width {}", planned.path, planned.input),
-                "one that was made for this model",
-            ));
+            return Err(planned.of_another_model());
         };
         let before = weights_below(task.model, &planned.path);
-        let after = match &planned.change {
-            Change::Remove => {
+        let after = match planned.is_removed(method)? {
+            true => {
                 edit.remove_mixer(*index)?;
                 0
             }
-            Change::Leave { .. } => before,
-            other => {
-                return Err(Error::invalid(
-                    format!("change of {} in a plan of {method}", planned.path),
-                    format!("{other:?}"),
-                    "remove or leave",
-                ));
-            }
+            false => before,
         };
         modules.push(ModuleReport::new(planned, before, after));
     }

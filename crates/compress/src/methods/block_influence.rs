@@ -147,25 +147,14 @@ pub(crate) fn without_blocks(method: &str, task: &Task<'_>, plan: &Plan) -> Resu
         let index: Option<usize> = number.and_then(|number| number.parse().ok());
         let found = index.and_then(|index| Some((index, *weights.get(index)?)));
         let (Some((index, before)), true) = (found, planned.input == width) else {
-            return Err(Error::invalid(
-                "plan",
-                format!("for {} of width {}", planned.path, planned.input),
-                "one that was made for this model",
-            ));
+            return Err(planned.of_another_model());
         };
-        let after = match &planned.change {
-            Change::Remove => {
+        let after = match planned.is_removed(method)? {
+            true => {
                 removed.insert(index);
                 0
             }
-            Change::Leave { .. } => before,
-            other => {
-                return Err(Error::invalid(
-                    format!("change of {} in a plan of {method}", planned.path),
-                    format!("{other:?}"),
-                    "remove or leave",
-                ));
-            }
+            false => before,
         };
         modules.push(ModuleReport::new(planned, before, after));
     }

@@ -154,13 +154,9 @@ pub(crate) fn block_of(model: &Model, planned: &ModulePlan, part: &str) -> Resul
             && *index < model.spec().expanded_blocks().len()
             && planned.input == model.spec().width
     });
-    found.map(|(index, _)| index).ok_or_else(|| {
-        Error::invalid(
-            "plan",
-            format!("for {} of width {}", planned.path, planned.input),
-            "one that was made for this model",
-        )
-    })
+    found
+        .map(|(index, _)| index)
+        .ok_or_else(|| planned.of_another_model())
 }
 
 /// Hidden features that a plan asks for, within what there is.

@@ -173,11 +173,7 @@ fn runs_of(task: &Task<'_>, plan: &Plan, blocks: usize) -> Result<BTreeMap<usize
             || planned.input != width
             || plan.modules.len() != blocks
         {
-            return Err(Error::invalid(
-                "plan",
-                format!("for {} of width {}", planned.path, planned.input),
-                "one that was made for this model",
-            ));
+            return Err(planned.of_another_model());
         }
         match (&planned.change, index < end) {
             (Change::Linearise { blocks: count }, false)

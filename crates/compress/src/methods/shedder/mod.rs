@@ -203,11 +203,7 @@ fn apply(name: &str, task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
             return Err(Error::invalid("plan", found, "each module once"));
         }
         let (Some(piece), true) = (known.get(&planned.path), planned.input == width) else {
-            return Err(Error::invalid(
-                "plan",
-                format!("for {} of width {}", planned.path, planned.input),
-                "one that was made for this model",
-            ));
+            return Err(planned.of_another_model());
         };
         let before = match piece {
             // What goes with its mixer is counted there.
