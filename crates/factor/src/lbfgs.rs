@@ -31,7 +31,7 @@ impl Default for LbfgsOptions {
     }
 }
 
-/// Where [`minimise`] ended.
+/// Where a descent ended.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Minimum {
     /// The numbers.
@@ -43,11 +43,11 @@ pub struct Minimum {
 }
 
 /// Share of the promised fall that a step has to bring.
-const FALL: f64 = 1e-4;
+pub(super) const FALL: f64 = 1e-4;
 /// Share of the slope that may be left behind a step.
 const SLOPE: f64 = 0.9;
 /// Lengths that are tried for one step.
-const TRIALS: usize = 50;
+pub(super) const TRIALS: usize = 50;
 
 /// Follows a function, which gives its value and its gradient, down from `start`. It ends where
 /// the gradient is small, where no step lowers the value any more, or with the last step.
@@ -69,12 +69,7 @@ pub fn minimise<E>(
     options: &LbfgsOptions,
     mut function: impl FnMut(&[f64]) -> Result<(f64, Vec<f64>), E>,
 ) -> Result<Minimum, E> {
-    let (value, gradient) = function(&start)?;
-    let mut here = Place {
-        point: start,
-        value,
-        gradient,
-    };
+    let mut here = Place::at(start, &mut function)?;
     let mut pairs: VecDeque<Pair> = VecDeque::new();
     let mut steps = 0;
     while steps < options.steps && here.steepest() > options.tolerance {
@@ -105,14 +100,28 @@ pub fn minimise<E>(
     })
 }
 
-struct Place {
-    point: Vec<f64>,
-    value: f64,
-    gradient: Vec<f64>,
+/// A point with what the function says of it.
+pub(super) struct Place {
+    pub(super) point: Vec<f64>,
+    pub(super) value: f64,
+    pub(super) gradient: Vec<f64>,
 }
 
 impl Place {
-    fn steepest(&self) -> f64 {
+    pub(super) fn at<E>(
+        point: Vec<f64>,
+        function: &mut impl FnMut(&[f64]) -> Result<(f64, Vec<f64>), E>,
+    ) -> Result<Self, E> {
+        let (value, gradient) = function(&point)?;
+        Ok(Self {
+            point,
+            value,
+            gradient,
+        })
+    }
+
+    /// The largest entry of the gradient.
+    pub(super) fn steepest(&self) -> f64 {
         self.gradient.iter().fold(0.0, |most, g| most.max(g.abs()))
     }
 }
@@ -177,16 +186,12 @@ fn step<E>(
     for _ in 0..TRIALS {
         let mut point = here.point.clone();
         add(&mut point, length, direction);
-        let (value, gradient) = function(&point)?;
-        let falls = value <= here.value + FALL * length * slope;
-        let flatter = dot(&gradient, direction) >= SLOPE * slope;
+        let place = Place::at(point, function)?;
+        let falls = place.value <= here.value + FALL * length * slope;
+        let flatter = dot(&place.gradient, direction) >= SLOPE * slope;
         // A value that is no number falls short of the first condition.
         if falls {
-            best = Some(Place {
-                point,
-                value,
-                gradient,
-            });
+            best = Some(place);
             if flatter {
                 break;
             }
@@ -202,11 +207,11 @@ fn step<E>(
     Ok(best)
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
+pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn add(to: &mut [f64], times: f64, what: &[f64]) {
+pub(super) fn add(to: &mut [f64], times: f64, what: &[f64]) {
     for (to, what) in to.iter_mut().zip(what) {
         *to += times * what;
     }

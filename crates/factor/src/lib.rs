@@ -8,7 +8,8 @@
 //! - [`WeightedSvd`]: the best low-rank pair of layers for a stored weight under a [`Metric`],
 //!   from plain SVD to the Kronecker-factored Fisher information.
 //! - [`Regression`]: the best linear map between rows, of several forms, streaming; [`nearest_distances`].
-//! - [`minimise`]: a low value of a smooth function, by L-BFGS.
+//! - [`minimise`], [`minimise_conjugate`]: a low value of a smooth function, by L-BFGS or by
+//!   conjugate gradients.
 //! - [`trees`]: products with functions of the distances in a tree, without the matrix.
 //! - [`polynomial`]: all roots at once.
 //! - [`rank`]: how many parameters a rank costs, and which rank a budget buys.
@@ -27,6 +28,7 @@
 //! # }
 //! ```
 
+mod conjugate;
 mod decompose;
 mod error;
 mod lbfgs;
@@ -38,6 +40,7 @@ mod regression;
 pub mod trees;
 mod weighted;
 
+pub use conjugate::{ConjugateOptions, minimise_conjugate};
 pub use decompose::{
     Cholesky, Qr, Svd, SymmetricEigen, cholesky, inverse_square_root, qr, square_root,
     symmetric_eigen, thin_svd,
