@@ -176,6 +176,30 @@ fn least_squares_errs_less_than_leaving_out_and_every_form_lies_between() {
     assert!((heavy - 1.0).abs() < 1e-3, "{heavy}");
 }
 
+/// A block that scales what it adds is cut as the same block with the scale in its weights.
+#[test]
+fn scaled_layers_are_cut_as_if_the_scale_were_in_their_weights() {
+    let scaled = blocks(4).replace("repeat = 4", "repeat = 4\nlayer_scale = 0.5");
+    let (data, other, scaled) = (windows(40, 4), windows(5, 99), model(&scaled, 3));
+    let folded = scaled.written_out().unwrap();
+    close(&scores(&scaled, &other), &scores(&folded, &other), 1e-10);
+    let total = |model: &Model| {
+        let sums = run_regression(model, &data, 8, (1, 2), RunInput::Added).unwrap();
+        sums.total()
+    };
+    let (found, expected) = (total(&scaled), total(&folded));
+    assert!(
+        (found - expected).abs() < 1e-9 * expected,
+        "{found} {expected}"
+    );
+    for method in ["replaceme", "replaceme-cosine"] {
+        let left = |model| compress(method, model, &data, 0.5, &Settings::default()).model;
+        let (found, expected) = (left(&scaled), left(&folded));
+        close(&scores(&found, &other), &scores(&expected, &other), 1e-6);
+        assert!(distance(&scores(&found, &other), &scores(&scaled, &other)) > 1e-3);
+    }
+}
+
 #[test]
 fn padding_takes_no_part() {
     let (data, model) = (windows(30, 8), model(&blocks(3), 4));

@@ -34,11 +34,12 @@ enum Way {
     Stream,
     Cosine,
     CosineLbfgs,
+    CosineConjugate,
     CosineRidge,
 }
 
 impl Way {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Deletion,
         Self::LeastSquares,
         Self::Diagonal,
@@ -47,6 +48,7 @@ impl Way {
         Self::Triangular,
         Self::RankOne,
         Self::CosineLbfgs,
+        Self::CosineConjugate,
         Self::CosineRidge,
     ];
 
@@ -60,6 +62,7 @@ impl Way {
             Self::Stream => "whole stream",
             Self::Cosine => "cosine",
             Self::CosineLbfgs => "cosine by L-BFGS",
+            Self::CosineConjugate => "cosine by conjugate gradients",
             Self::CosineRidge => "cosine with a ridge",
         }
     }
@@ -70,16 +73,22 @@ impl Way {
             Self::Deletion | Self::LeastSquares | Self::Diagonal | Self::Cosine | Self::Stream => {
                 true
             }
-            Self::Triangular | Self::RankOne | Self::CosineLbfgs | Self::CosineRidge => false,
+            Self::Triangular
+            | Self::RankOne
+            | Self::CosineLbfgs
+            | Self::CosineConjugate
+            | Self::CosineRidge => false,
         }
     }
 
     /// The method that chooses the run.
     fn method(self) -> &'static str {
         match self {
-            Self::Deletion | Self::Cosine | Self::CosineLbfgs | Self::CosineRidge => {
-                "replaceme-cosine"
-            }
+            Self::Deletion
+            | Self::Cosine
+            | Self::CosineLbfgs
+            | Self::CosineConjugate
+            | Self::CosineRidge => "replaceme-cosine",
             Self::LeastSquares
             | Self::Diagonal
             | Self::Triangular
@@ -115,6 +124,7 @@ impl Way {
                 cosine: CosineDescent {
                     solver: match self {
                         Self::CosineLbfgs => DescentSolver::Lbfgs,
+                        Self::CosineConjugate => DescentSolver::ConjugateGradient,
                         _ => DescentSolver::Adam,
                     },
                     rate: 1e-3,
@@ -353,6 +363,16 @@ fn claims(scale: Scale, whole: f64, points: &[Point], fits: &[Fit], exact: f64) 
                 same(Way::CosineLbfgs, REMOVED) >= same(Way::Cosine, REMOVED),
             ),
         ),
+        Claim::new(
+            "by the angle, conjugate gradients keep at least as many answers as Adam in as many passes",
+            "both are offered",
+            listed(&[Way::Cosine, Way::CosineConjugate], &|way| same(way, REMOVED)),
+            after_training(
+                scale,
+                same(Way::CosineConjugate, REMOVED) >= same(Way::Cosine, REMOVED),
+            ),
+        )
+        .noted("a step on all tokens tries a few lengths, each a pass of its own"),
         Claim::new(
             "a light ridge on the map by the angle trades perplexity for answers",
             "cosine with light regularisation does",

@@ -10,11 +10,18 @@ use crate::edit::Edit;
 use crate::error::engine;
 use crate::{Error, Result};
 
-/// Path of the part that block `index` adds last.
+/// The site of what block `index` adds last to the stream: what its last part writes, behind the
+/// block's scale of features where it has one.
 pub(super) fn written(model: &Model, index: usize) -> Result<String> {
     let blocks = model.spec().expanded_blocks();
     match blocks.get(index) {
-        Some(block) => Ok(format!("blocks.{index}.{}", part(block))),
+        Some(block) => {
+            let site = match block.layer_scale {
+                Some(_) => "scaled",
+                None => "out",
+            };
+            Ok(format!("blocks.{index}.{}.{site}", part(block)))
+        }
         None => Err(Error::invalid(
             "block",
             index,
@@ -49,11 +56,18 @@ fn outputs(block: &BlockSpec) -> Result<Vec<String>> {
     })
 }
 
-/// `W ← Tᵀ W`, `b ← Tᵀ b` in what block `index` adds last.
+/// `W ← Tᵀ W`, `b ← Tᵀ b` in what block `index` adds last. A scale `γ` of the features behind it
+/// goes in first, `W ← Tᵀ diag(γ) W`, and is one from then on: `T` does not commute with it.
 pub(super) fn merge(edit: &mut Edit, index: usize, map: &AffineMap) -> Result<()> {
-    let turned = matrix_to_tensor(map.weight.transpose(), DType::F64, &Device::Cpu)?;
+    let mut turned = matrix_to_tensor(map.weight.transpose(), DType::F64, &Device::Cpu)?;
     let block = edit.block(index)?;
     let (part, outputs) = (part(block), outputs(block)?);
+    let name = format!("blocks.{index}.{part}_scale.weight");
+    if let Some(scale) = edit.find(&name)? {
+        let columns = engine(scale.to_device(&Device::Cpu))?;
+        turned = engine(turned.broadcast_mul(&columns))?;
+        edit.put(name, &engine(scale.ones_like())?)?;
+    }
     for layer in outputs {
         let path = format!("blocks.{index}.{part}.{layer}");
         // Of a factorised layer the second factor carries the outputs.
@@ -81,13 +95,15 @@ mod tests {
     use lapidary_model::{Input, Pass};
     use lapidary_signal::{Signal, Trace};
 
-    const FIRST: [&str; 6] = [
+    const FIRST: [&str; 8] = [
         "attention = { kind = \"multi-head\", heads = 2, causal = true }\nfeedforward = { kind = \"dense\", hidden = 12 }",
         "attention = { kind = \"multi-head\", heads = 2, causal = true }\nfeedforward = { kind = \"gated\", hidden = 12 }",
         "wiring = \"parallel\"\nattention = { kind = \"multi-head\", heads = 2, causal = true }\nfeedforward = { kind = \"dense\", hidden = 12 }",
         "attention = { kind = \"multi-head\", heads = 2, causal = true }\nfeedforward = { kind = \"mixture\", hidden = 6, experts = 3, active = 2, activation = \"silu\", normalise = true }",
         "attention = { kind = \"mamba\", state = 3 }",
         "norm = { kind = \"none\" }\nattention = { kind = \"absent\" }\nfeedforward = { kind = \"linear\" }",
+        "layer_scale = 0.5\nattention = { kind = \"multi-head\", heads = 2, causal = true }\nfeedforward = { kind = \"dense\", hidden = 12 }",
+        "layer_scale = 0.5\nattention = { kind = \"mamba\", state = 3 }",
     ];
 
     fn model(first: &str) -> Model {
@@ -141,7 +157,7 @@ mod tests {
             merge(&mut edit, 0, &map).unwrap();
             let merged = edit.finish().unwrap();
 
-            let site = format!("{}.out", written(&model, 0).unwrap());
+            let site = written(&model, 0).unwrap();
             let matrix = matrix.clone();
             let trace = Trace::new()
                 .replace(&site, move |_, signal| {

@@ -16,8 +16,9 @@
 //!
 //! The map is merged into whatever writes last in block `l`: the down-projection of a
 //! feed-forward part, of each expert of a mixture (a router's weights are numbers, with which the
-//! map commutes), or a mixer's output where there is no feed-forward part. With a norm behind the
-//! addition (post-norm) it cannot be merged.
+//! map commutes), or a mixer's output where there is no feed-forward part. Where the block scales the
+//! features of what it adds, `M_l` is what it adds scaled, and the scale is merged before the map. With
+//! a norm behind the addition (post-norm) it cannot be merged.
 
 mod cosine;
 mod cut;
@@ -203,8 +204,7 @@ fn relative_errors(sums: &Regression, map: &AffineMap) -> [f64; 2] {
 
 /// `M` and `X − Y` of one batch, `[tokens, width]`.
 fn pair(seen: &Seen, model: &Model, cut: Cut) -> Result<(Tensor, Tensor)> {
-    let written = written(model, cut.anchor)?;
-    let added = seen.rows(&format!("{}.out", written))?;
+    let added = seen.rows(&written(model, cut.anchor)?)?;
     // Y = X_l − M_l, whichever way the block is wired.
     let stream = engine(seen.rows(&format!("blocks.{}.out", cut.anchor))? - added)?;
     let behind = seen.rows(&format!("blocks.{}.out", cut.anchor + cut.blocks))?;
@@ -214,7 +214,7 @@ fn pair(seen: &Seen, model: &Model, cut: Cut) -> Result<(Tensor, Tensor)> {
 fn sites(model: &Model, cuts: &[Cut]) -> Result<Vec<String>> {
     let mut sites = Vec::new();
     for cut in cuts {
-        sites.push(format!("{}.out", written(model, cut.anchor)?));
+        sites.push(written(model, cut.anchor)?);
         sites.push(format!("blocks.{}.out", cut.anchor));
         sites.push(format!("blocks.{}.out", cut.anchor + cut.blocks));
     }
