@@ -65,10 +65,21 @@ impl Recitation {
 /// compares with the rest of the text.
 ///
 /// # Errors
-/// When a text is not longer than what is shown, or the model cannot generate.
+/// When a text is not longer than what is shown, or longer than the model goes, or the model cannot
+/// generate.
 pub fn recitation(model: &Model, texts: &[Vec<u32>], shown: usize) -> Result<Recitation> {
+    // What it is given, and the token after that.
+    let longest = model.spec().length().saturating_add(1);
     let (mut prompts, mut rests) = (Vec::new(), Vec::new());
     for (index, text) in texts.iter().enumerate() {
+        // It would be cut short there, and pass for not recited.
+        if text.len() > longest {
+            return Err(Error::invalid(
+                format!("length of text {index}"),
+                text.len(),
+                format!("at most {longest}: the model's length, and the token after it"),
+            ));
+        }
         match text.split_at_checked(shown) {
             Some((prompt, rest)) if !prompt.is_empty() && !rest.is_empty() => {
                 prompts.push(prompt.to_vec());
@@ -128,7 +139,7 @@ pub fn edit_distance(a: &[u32], b: &[u32]) -> usize {
 /// of the data, from 0 to 1.
 ///
 /// # Errors
-/// When the models' scores are not of the same shape, or there are none.
+/// When the models' scores are not of the same shape or not numbers, or `first` is 0.
 pub fn ranking_kept(
     original: &Model,
     edited: &Model,
@@ -136,13 +147,27 @@ pub fn ranking_kept(
     batch: usize,
     first: usize,
 ) -> Result<f64> {
+    if first == 0 {
+        let expected = "at least 1";
+        return Err(Error::invalid(
+            "tokens whose ranking is compared",
+            first,
+            expected,
+        ));
+    }
     let (mut sum, mut count) = (0.0, 0usize);
     for batch in data.batches(batch, &original.device()) {
         let batch = batch?;
         let rows = |model: &Model| -> Result<Vec<Vec<f64>>> {
             let logits = output(model, &batch, None)?.into_logits()?.into_value();
             let rows: Tensor = real_rows(&logits, batch.real.as_ref())?;
-            engine(engine(rows.to_dtype(DType::F64))?.to_vec2::<f64>())
+            let rows = engine(engine(rows.to_dtype(DType::F64))?.to_vec2::<f64>())?;
+            match rows.iter().flatten().any(|score| score.is_nan()) {
+                false => Ok(rows),
+                true => Err(Error::NotFinite {
+                    what: "a score of a next token".to_owned(),
+                }),
+            }
         };
         let (before, after) = (rows(original)?, rows(edited)?);
         if before.len() != after.len()

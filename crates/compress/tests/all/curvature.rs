@@ -6,9 +6,12 @@ use lapidary_compress::curvature::{Curved, Factors, Keep, Spectrum, Subnet, corr
 use lapidary_compress::quality::{
     Recitation, perplexity, ranking_kept, recitation, sliding_windows,
 };
-use lapidary_compress::{Budget, CalibrationData, Change, Compressed, Method, Settings, Task};
+use lapidary_compress::{
+    Budget, CalibrationData, Change, Compressed, Example, Method, Settings, Target, Task,
+};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Input, Model, Pass};
+use lapidary_signal::Trace;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
@@ -220,6 +223,59 @@ fn neither_padding_nor_the_last_position_enters() {
             let skew = (factor - factor.t().unwrap()).unwrap();
             assert!(norm(&skew) <= 1e-24 * norm(factor).max(1e-300));
         }
+    }
+}
+
+/// Where a model sees both sides a position has a label where something is hidden, the last position
+/// as any other.
+#[test]
+fn masked_positions_alone_enter_where_both_sides_are_seen() {
+    let both = model(&DECODER.replace(", causal = true", ""), 5);
+    let example = |ids: Vec<u32>, hidden: &[usize]| {
+        let target = (0..ids.len()).map(|at| hidden.contains(&at).then_some(4));
+        Example {
+            target: Target::Tokens(target.collect()),
+            ..Example::window(ids)
+        }
+    };
+    let of = |examples: Vec<Example>, batch| {
+        let data = CalibrationData::new(examples).unwrap();
+        factors(&both, &data, &[0], batch, 9)
+    };
+    let hidden = example(vec![3, 7, 1, 2], &[1, 3]);
+    let found = of(vec![hidden.clone()], 1).unwrap();
+    // Read through the norm alone, `x` of the two positions is had from the model itself.
+    let path = "blocks.0.feedforward";
+    let trace = Trace::new().capture(&format!("{path}.in")).unwrap();
+    let ids = Tensor::new(&[[3u32, 7, 1, 2]], &Device::Cpu).unwrap();
+    let pass = Pass {
+        trace: Some(&trace),
+        ..Pass::default()
+    };
+    both.forward(&Input::tokens(ids), pass).unwrap();
+    let read = trace.signal(&format!("{path}.in")).unwrap().into_value();
+    let places = Tensor::new(&[1u32, 3], &Device::Cpu).unwrap();
+    let rows = read.get(0).unwrap().index_select(&places, 0).unwrap();
+    let up = &found[&format!("{path}.up")];
+    assert_eq!(up.tokens, 2);
+    assert!(norm(&(&up.input - gram(&rows)).unwrap()) < 1e-20);
+    // A window in which nothing is hidden adds nothing, whatever it shares a batch with.
+    let nothing = example(vec![5, 6], &[]);
+    for batch in [1, 2] {
+        let with = of(vec![nothing.clone(), hidden.clone()], batch).unwrap();
+        for (layer, found) in &found {
+            assert_eq!(with[layer].tokens, 2);
+            let gap = norm(&(&with[layer].output - &found.output).unwrap());
+            assert!(gap <= 1e-18 * norm(&found.output), "{layer} {batch} {gap}");
+        }
+        let error = of(vec![nothing.clone()], batch).unwrap_err().to_string();
+        assert!(error.contains("positions with a label"), "{error}");
+        // Of plain windows no position has a label, and a lone token predicts nothing.
+        let plain = of(vec![Example::window([3, 7])], batch).unwrap_err();
+        assert!(plain.to_string().contains("masked positions"), "{plain}");
+        let lone = CalibrationData::windows([vec![3], vec![3, 7]]).unwrap();
+        let lone = factors(&model(DECODER, 5), &lone, &[0], batch, 9).unwrap_err();
+        assert!(lone.to_string().contains("at least 2 tokens"), "{lone}");
     }
 }
 
@@ -504,6 +560,11 @@ fn what_a_model_says_itself_it_recites() {
     let found = recitation(&model, &texts, 3).unwrap();
     assert_eq!((found.strict, found.loose), (0.8, 1.0));
     assert!((found.distance - 1.0 / 30.0).abs() < 1e-12);
+    // A model of length 12 can say a 13th token, and is not asked for more.
+    let at = |length: usize| recitation(&model, &[vec![1; length]], 3);
+    assert_eq!(at(13).unwrap().sequences, 1);
+    let error = at(14).unwrap_err().to_string();
+    assert!(error.contains("at most 13"), "{error}");
     for shown in [0, 9, 10] {
         let error = recitation(&model, &texts, shown).unwrap_err().to_string();
         assert!(error.contains("between 1 and 8"), "{error}");
@@ -515,4 +576,12 @@ fn what_a_model_says_itself_it_recites() {
     assert!(kept > 0.0 && kept < 1.0 - 1e-6, "{kept}");
     let alone = ranking_kept(&model, &edited, &data, 1, 10).unwrap();
     assert!((kept - alone).abs() < 1e-9, "{kept} {alone}");
+    let none = ranking_kept(&model, &edited, &data, 1, 0).unwrap_err();
+    assert!(none.to_string().contains("at least 1"), "{none}");
+    // Scores that are no numbers rank nothing.
+    let broken = altered(&model, "blocks.1.feedforward.down.weight", |w| {
+        (w * f64::NAN).unwrap()
+    });
+    let broken = ranking_kept(&model, &broken, &data, 2, 10).unwrap_err();
+    assert!(broken.to_string().contains("next token"), "{broken}");
 }

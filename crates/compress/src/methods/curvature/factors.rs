@@ -10,9 +10,9 @@ use rand::RngExt;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use crate::data::Batch;
+use crate::data::{Batch, Target};
 use crate::error::engine;
-use crate::{CalibrationData, Error, Result};
+use crate::{CalibrationData, Error, Objective, Result};
 
 /// `A` and `G` of one linear layer `y = x Wᵀ`: the curvature of the loss in `W` is nearly
 /// `G ⊗ A` (Martens & Grosse 2015, arXiv 1503.05671).
@@ -80,12 +80,14 @@ pub(super) fn layers(model: &Model, blocks: &[usize]) -> Result<Vec<String>> {
 }
 
 /// The factors of every linear layer of the feed-forward parts of `blocks`, over the positions of
-/// `data` that have a label. Labels are drawn from what the model itself predicts, which gives
-/// the true Fisher information; the last position of a window predicts nothing and is left out,
-/// as is padding.
+/// `data` that have a label: of a causal language model all but the last of a window, which predicts
+/// nothing there is; of one that sees both sides those with a target; of a classifier all, since each
+/// moves the one label. Padding is left out. Labels are drawn from what the model itself predicts,
+/// which gives the true Fisher information.
 ///
 /// # Errors
-/// For models without scores, and parts that are neither dense nor gated.
+/// For models without scores, parts that are neither dense nor gated, and data without labels for the
+/// model: windows of one token, or without targets where the model sees both sides.
 pub fn factors(
     model: &Model,
     data: &CalibrationData,
@@ -93,6 +95,10 @@ pub fn factors(
     batch: usize,
     seed: u64,
 ) -> Result<BTreeMap<String, Factors>> {
+    check_head(model)?;
+    if matches!(model.spec().head, HeadSpec::LanguageModel { .. }) {
+        Objective::of(model, data)?;
+    }
     let mut sums: BTreeMap<String, Sums> = layers(model, blocks)?
         .into_iter()
         .map(|layer| (layer, Sums::default()))
@@ -105,7 +111,11 @@ pub fn factors(
     let mut factors = BTreeMap::new();
     for (layer, sums) in sums {
         let (Some(input), Some(output)) = (sums.input, sums.output) else {
-            continue;
+            return Err(Error::invalid(
+                "positions with a label",
+                0,
+                "at least one: masked tokens, or windows of two tokens or more",
+            ));
         };
         let scale = 1.0 / sums.tokens.max(1) as f64;
         let found = Factors {
@@ -145,7 +155,10 @@ fn add_batch(
     let logits = output.into_logits()?.into_value();
     let (scores, rows) = match logits.rank() {
         3 => {
-            let rows = labelled(batch, batches, length)?;
+            let rows = labelled(batch, batches, length);
+            if rows.is_empty() {
+                return Ok(());
+            }
             let rows = engine(Tensor::new(rows, logits.device()))?;
             (selected(&logits, &rows)?, Some(rows))
         }
@@ -235,21 +248,20 @@ fn before_activation(
         .collect()
 }
 
-/// Rows of `[batch · length]` that predict a token: real, and not the last of their sequence.
-fn labelled(batch: &Batch<'_>, batches: usize, length: usize) -> Result<Vec<u32>> {
+/// Rows of `[batch · length]` that predict a token: those with a target, or without targets all
+/// real ones but the last of their sequence.
+fn labelled(batch: &Batch<'_>, batches: usize, length: usize) -> Vec<u32> {
     let mut rows = Vec::new();
     for (index, example) in batch.examples.iter().enumerate().take(batches) {
         let real = example.tokens().min(length);
-        rows.extend((0..real.saturating_sub(1)).map(|t| (index * length + t) as u32));
+        let predicts = |t: &usize| match &example.target {
+            Target::Tokens(targets) => targets.get(*t).is_some_and(Option::is_some),
+            Target::None | Target::Label(_) => t + 1 < real,
+        };
+        let here = (0..real).filter(predicts);
+        rows.extend(here.map(|t| (index * length + t) as u32));
     }
-    match rows.is_empty() {
-        false => Ok(rows),
-        true => Err(Error::invalid(
-            "positions with a label in a batch",
-            0,
-            "at least one: windows of two tokens or more",
-        )),
-    }
+    rows
 }
 
 /// Some rows of `[batch, length, width]`.

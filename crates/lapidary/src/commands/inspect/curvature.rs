@@ -97,7 +97,7 @@ struct Models<'a> {
 }
 
 pub fn run(arguments: &Curvature, global: &Global) -> Result<Report> {
-    let package = loading::package(&arguments.model, global)?;
+    let package = loading::written_out(&arguments.model, global)?;
     let model = package.text_model()?;
     let window = arguments.window.min(model.spec().length());
     ensure!(
@@ -113,6 +113,11 @@ pub fn run(arguments: &Curvature, global: &Global) -> Result<Report> {
     let shown = arguments
         .shown
         .unwrap_or((4 * window).div_ceil(7).min(window - 1));
+    ensure!(
+        (1..window).contains(&shown),
+        "tokens that are shown are {shown}, but must be between 1 and {}",
+        window - 1
+    );
     let cut = |path: &Path| windows(&package, path, window, arguments.windows);
     let tasks = arguments
         .tasks
