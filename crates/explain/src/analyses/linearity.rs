@@ -22,6 +22,9 @@ use lapidary_factor::{Matrix, Regression, matrix_from_tensor, nearest_distances}
 use lapidary_kernels::Tensor;
 use lapidary_model::{Input, Model, Pass};
 use lapidary_signal::Trace;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use std::collections::BTreeSet;
 
 /// Most tokens whose neighbours are looked for.
 const MOST_NEIGHBOURS: usize = 1000;
@@ -63,7 +66,7 @@ struct Sums {
     behind: Regression,
     contribution: f64,
     cosine: f64,
-    /// Rows of the stream behind, every few tokens.
+    /// Rows of the stream behind, of the tokens whose neighbours are looked for.
     kept: Vec<Vec<f64>>,
 }
 
@@ -80,9 +83,17 @@ impl Sums {
         }
     }
 
-    /// Adds one window: `x` before and `y` behind the block, `[tokens, width]`.
-    fn add(&mut self, window: usize, x: &Matrix, y: &Matrix, stride: usize) -> Result<()> {
+    /// Adds one window: `x` before and `y` behind the block, `[tokens, width]`; rows of `y` are kept
+    /// of the `chosen` ones of all tokens.
+    fn add(
+        &mut self,
+        window: usize,
+        x: &Matrix,
+        y: &Matrix,
+        chosen: &BTreeSet<usize>,
+    ) -> Result<()> {
         let added = y - x;
+        let before = self.all.rows();
         self.all.add(x.as_ref(), added.as_ref())?;
         if let Some(half) = self.halves.get_mut(window % 2) {
             half.add(x.as_ref(), added.as_ref())?;
@@ -90,15 +101,15 @@ impl Sums {
         self.behind
             .add(y.as_ref(), Matrix::zeros(y.nrows(), 0).as_ref())?;
         for token in 0..x.nrows() {
-            let (before, behind) = (x.row(token), y.row(token));
-            let lengths = [before.norm_l2(), behind.norm_l2()];
+            let (read, behind) = (x.row(token), y.row(token));
+            let lengths = [read.norm_l2(), behind.norm_l2()];
             if lengths[0] > 0.0 {
                 self.contribution += added.row(token).norm_l2() / lengths[0];
             }
             if lengths[0] * lengths[1] > 0.0 {
-                self.cosine += before * behind.transpose() / (lengths[0] * lengths[1]);
+                self.cosine += read * behind.transpose() / (lengths[0] * lengths[1]);
             }
-            if (window * x.nrows() + token).is_multiple_of(stride) {
+            if chosen.contains(&(before + token)) {
                 self.kept.push(behind.iter().copied().collect());
             }
         }
@@ -136,12 +147,27 @@ fn shares(fitted: &Regression, scored: &Regression) -> Result<(Option<f64>, Opti
     Ok((share(scored.beside_inputs().total()), share(scored.total())))
 }
 
+/// `count` of `tokens` tokens, drawn: those every few tokens would be the same places of every window
+/// where windows are as long as some steps.
+fn drawn(tokens: usize, count: usize) -> BTreeSet<usize> {
+    let mut generator = ChaCha8Rng::seed_from_u64(0);
+    let drawn = rand::seq::index::sample(&mut generator, tokens, count.min(tokens));
+    drawn.into_iter().collect()
+}
+
 /// The linearity of every block on windows of text, `batch` of one length at a time.
 ///
 /// # Errors
-/// When the model fails, or there are not more tokens than features.
+/// When the model fails, there are not more tokens than features, or no second window to hold out.
 pub fn linearity(model: &Model, windows: &[Vec<u32>], batch: usize) -> Result<Vec<Linearity>> {
     let width = model.spec().width;
+    if windows.len() < 2 {
+        return Err(Error::invalid(
+            "windows of the text",
+            windows.len(),
+            "at least 2: maps are fitted to every other one and scored on those between",
+        ));
+    }
     let tokens: usize = windows.iter().map(Vec::len).sum();
     if tokens <= width + 1 {
         return Err(Error::invalid(
@@ -150,7 +176,7 @@ pub fn linearity(model: &Model, windows: &[Vec<u32>], batch: usize) -> Result<Ve
             format!("well above {width}, the width: with fewer every block is linear"),
         ));
     }
-    let stride = tokens.div_ceil(MOST_NEIGHBOURS).max(1);
+    let chosen = drawn(tokens, MOST_NEIGHBOURS);
     let blocks = model.spec().expanded_blocks().len();
     let mut sums: Vec<Sums> = (0..blocks).map(|_| Sums::new(width)).collect();
     let mut seen = 0;
@@ -172,7 +198,7 @@ pub fn linearity(model: &Model, windows: &[Vec<u32>], batch: usize) -> Result<Ve
                         let rows = engine(stream.detach().get(row))?;
                         Ok(matrix_from_tensor("residual stream", &rows)?)
                     };
-                    sums.add(seen + row, &rows(&x)?, &rows(&y)?, stride)?;
+                    sums.add(seen + row, &rows(&x)?, &rows(&y)?, &chosen)?;
                 }
             }
             seen += chunk.len();
@@ -301,4 +327,22 @@ pub fn report(model: &Model, windows: &[Vec<u32>], batch: usize) -> Result<Repor
         }],
         ..Report::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of 1000 windows of 128 tokens every 128th would be the first of each.
+    #[test]
+    fn tokens_are_drawn_from_all_places_of_windows() {
+        let found = drawn(128_000, MOST_NEIGHBOURS);
+        assert_eq!(found.len(), MOST_NEIGHBOURS);
+        assert!(found.iter().all(|token| *token < 128_000));
+        let places: BTreeSet<usize> = found.iter().map(|token| token % 128).collect();
+        // About 0.05 of the places are missed on average.
+        assert!(places.len() > 100, "{}", places.len());
+        assert_eq!(found, drawn(128_000, MOST_NEIGHBOURS));
+        assert_eq!(drawn(30, MOST_NEIGHBOURS), (0..30).collect());
+    }
 }

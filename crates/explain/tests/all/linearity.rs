@@ -189,6 +189,12 @@ fn blocks_are_scored_by_what_they_are() {
         assert!((a.score - b.score).abs() < 1e-9 && (a.cosine - b.cosine).abs() < 1e-9);
     }
     assert!(linearity(&model, &windows(1), 1).is_err());
+    // One window leaves nothing to score on, however long it is.
+    let narrow: ModelSpec = toml::from_str(&SPEC.replace("width = 16", "width = 8")).unwrap();
+    let narrow = Model::initialised(narrow, 1, DType::F64, &Device::Cpu).unwrap();
+    let error = linearity(&narrow, &windows(1), 1).unwrap_err().to_string();
+    assert!(error.contains("at least 2"), "{error}");
+    assert!(linearity(&narrow, &windows(2), 1).is_ok());
     let report = report(&model, &windows(120), 8).unwrap();
     assert_eq!(report.tables[0].rows.len(), 3);
 }
