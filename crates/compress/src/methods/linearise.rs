@@ -166,13 +166,15 @@ fn regressions(
 fn runs_of(task: &Task<'_>, plan: &Plan, blocks: usize) -> Result<BTreeMap<usize, usize>> {
     let name = LINEARISE.name;
     let width = task.model.spec().width;
+    let made_for = "one that was made for this model";
+    if plan.modules.len() != blocks {
+        let found = format!("for {} blocks", plan.modules.len());
+        return Err(Error::invalid("plan", found, made_for));
+    }
     let mut runs = BTreeMap::new();
     let mut end = 0;
     for (index, planned) in plan.modules.iter().enumerate() {
-        if planned.path != format!("blocks.{index}")
-            || planned.input != width
-            || plan.modules.len() != blocks
-        {
+        if planned.path != format!("blocks.{index}") || planned.input != width {
             return Err(planned.of_another_model());
         }
         match (&planned.change, index < end) {

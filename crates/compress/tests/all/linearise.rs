@@ -148,4 +148,9 @@ fn a_run_of_linear_blocks_is_one_map() {
         let error = changed(&changes).unwrap_err().to_string();
         assert!(error.contains(why), "{error}");
     }
+    // A plan that says nothing of the blocks is another model's.
+    let mut empty = plan.clone();
+    empty.modules.clear();
+    let error = method.apply(&task, &empty).unwrap_err().to_string();
+    assert!(error.contains("for 0 blocks"), "{error}");
 }

@@ -15,7 +15,7 @@ mod texts;
 mod vision;
 
 use self::layer::{Layer, layers, with};
-use super::{after_training, decoder, mean};
+use super::{after_learning, after_training, decoder, mean};
 use crate::error::engine;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_compress::CalibrationData;
@@ -301,7 +301,7 @@ fn halved(scale: Scale, before: Point, chosen: Option<&Chosen<'_>>) -> Claim {
 /// At equal perplexity fewer canaries are left than by the baselines, at most points.
 fn below(scale: Scale, own: &[Point], curves: &BTreeMap<&str, Vec<Point>>) -> Claim {
     let mut measured = Vec::new();
-    let mut holds = true;
+    let (mut holds, mut comparable) = (true, true);
     for name in ["truncated SVD", "random directions"] {
         let curve = curves.get(name).map_or(&[][..], Vec::as_slice);
         let compared: Vec<bool> = own
@@ -310,6 +310,7 @@ fn below(scale: Scale, own: &[Point], curves: &BTreeMap<&str, Vec<Point>>) -> Cl
             .collect();
         let fewer = compared.iter().filter(|fewer| **fewer).count();
         holds &= 2 * fewer > compared.len();
+        comparable &= !compared.is_empty();
         measured.push(format!(
             "{fewer} of {} points against {name}",
             compared.len()
@@ -319,7 +320,7 @@ fn below(scale: Scale, own: &[Point], curves: &BTreeMap<&str, Vec<Point>>) -> Cl
         "At equal perplexity fewer of the canaries' words are left than by SVD or random directions",
         "16.1 % of quotes recited after the edit, 60 % by a learned mask",
         measured.join(", "),
-        after_training(scale, holds),
+        after_learning(scale, comparable, holds),
     )
 }
 
@@ -362,11 +363,22 @@ fn sensitive(
         }
         Ok(mean(right))
     };
+    let statement = "Facts from memory fall more than agreement, which the sentence decides";
+    let published = "open-book tasks keep 95-106 %, arithmetic 66-86 %";
+    let Some(edited) = edited else {
+        let measured = "no edit costs so little";
+        return Ok(Claim::new(
+            statement,
+            published,
+            measured,
+            Verdict::NotMeasured,
+        ));
+    };
     let mut measured = Vec::new();
     let mut falls = BTreeMap::new();
     for kind in Kind::ALL {
         let before = accuracy(model, kind)?;
-        let after = edited.map_or(Ok(f64::NAN), |edited| accuracy(edited, kind))?;
+        let after = accuracy(edited, kind)?;
         falls.insert(kind.name(), before - after);
         measured.push(format!(
             "{} {:.0} -> {:.0} %",
@@ -378,10 +390,10 @@ fn sensitive(
     let of = |kind: Kind| falls.get(kind.name()).copied().unwrap_or(f64::NAN);
     let holds = of(Kind::LearnedFact) > of(Kind::NumberAgreement);
     Ok(Claim::new(
-        "Facts from memory fall more than agreement, which the sentence decides",
-        "open-book tasks keep 95-106 %, arithmetic 66-86 %",
+        statement,
+        published,
         measured.join(", "),
-        after_training(setting.scale, holds && edited.is_some()),
+        after_training(setting.scale, holds),
     ))
 }
 
@@ -498,5 +510,24 @@ mod tests {
         assert!((words_at(&curve, 2.0).unwrap() - 0.5).abs() < 1e-12);
         assert_eq!(words_at(&curve, 5.0), None);
         assert_eq!(words_at(&[], 2.0), None);
+    }
+
+    /// A curve whose perplexities none of the edit's points share is nothing to compare with.
+    #[test]
+    fn curves_that_do_not_meet_are_not_compared() {
+        let point = |perplexity: f64, words: f64| Point {
+            perplexity,
+            recited: 0.0,
+            words,
+        };
+        let baseline = vec![point(1.0, 0.8), point(4.0, 0.2)];
+        let curves = BTreeMap::from([
+            ("truncated SVD", baseline.clone()),
+            ("random directions", baseline),
+        ]);
+        let verdict = |own: &[Point]| below(Scale::Small, own, &curves).verdict;
+        assert_eq!(verdict(&[point(9.0, 0.1)]), Verdict::NotMeasured);
+        assert_eq!(verdict(&[point(2.0, 0.1)]), Verdict::Holds);
+        assert_eq!(verdict(&[point(2.0, 0.9)]), Verdict::DoesNotHold);
     }
 }

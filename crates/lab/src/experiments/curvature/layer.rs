@@ -61,20 +61,25 @@ impl Layer<'_> {
 
     /// Random directions of the same basis, until as much is removed.
     pub(super) fn scattered(&self, mass: f64, generator: &mut Generator) -> Result<Tensor> {
-        let wanted = self.removed(mass);
         let mut energies = self.curved.energies();
         energies.shuffle(generator);
-        let mut sum = 0.0;
-        let removed: Vec<(usize, usize)> = energies
-            .into_iter()
-            .take_while(|(_, _, energy)| {
-                sum += energy;
-                sum <= wanted
-            })
-            .map(|(row, column, _)| (row, column))
-            .collect();
+        let removed = filling(&energies, self.removed(mass));
         Ok(self.curved.without(&removed)?)
     }
+}
+
+/// Pairs of directions in their order as long as their energies sum to at most `wanted`; one that is
+/// too large for what is left is passed over, so that large ones early do not end the filling.
+fn filling(energies: &[(usize, usize, f64)], wanted: f64) -> Vec<(usize, usize)> {
+    let mut sum = 0.0;
+    let mut filled = Vec::new();
+    for &(row, column, energy) in energies {
+        if sum + energy <= wanted {
+            sum += energy;
+            filled.push((row, column));
+        }
+    }
+    filled
 }
 
 /// The model with each layer's weight replaced.
@@ -89,4 +94,17 @@ pub(super) fn with(
         parameters.insert(format!("{}.weight", layer.path), weight);
     }
     Ok(Model::new(model.spec().clone(), &mut parameters)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_too_large_is_passed_over() {
+        let energies = [(0, 0, 1.0), (0, 1, 5.0), (1, 0, 1.0), (1, 1, 0.5)];
+        assert_eq!(filling(&energies, 3.0), [(0, 0), (1, 0), (1, 1)]);
+        assert_eq!(filling(&energies, 7.5).len(), 4);
+        assert!(filling(&energies, 0.0).is_empty());
+    }
 }
