@@ -491,13 +491,14 @@ fn refuse_steps(spec: &ModelSpec, first: usize, decodes: bool) -> Result<()> {
 }
 
 /// Multiplies the scales of a block's parts into the layers that write: the rows of a matrix, or of
-/// its factor on the left, and the bias.
+/// its factor on the left, and the bias. Refuses a scale behind a part that ends otherwise.
 fn fold_scales(parameters: &mut BTreeMap<String, Tensor>, block: usize) -> Result<()> {
-    for (part, layer) in [
-        ("attention", "output"),
-        ("cross_attention", "output"),
-        ("feedforward", "down"),
-    ] {
+    let ends: [(&str, &[&str]); 3] = [
+        ("attention", &["output"]),
+        ("cross_attention", &["output"]),
+        ("feedforward", &["down", "map"]),
+    ];
+    for (part, layers) in ends {
         let path = format!("blocks.{block}.{part}");
         let Some(scale) = parameters.remove(&format!("{path}_scale.weight")) else {
             continue;
@@ -508,13 +509,15 @@ fn fold_scales(parameters: &mut BTreeMap<String, Tensor>, block: usize) -> Resul
         let written = |name: &str| -> Option<bool> {
             let rest = name.strip_prefix(&under)?;
             let (layer_path, kind) = rest.rsplit_once('.')?;
-            let writes = layer_path.rsplit('.').next() == Some(layer);
+            let last = layer_path.rsplit('.').next();
+            let writes = last.is_some_and(|last| layers.contains(&last));
             match kind {
                 "weight" | "up" if writes => Some(true),
                 "bias" if writes => Some(false),
                 _ => None,
             }
         };
+        let mut folded = false;
         for (name, tensor) in parameters.iter_mut() {
             let by = match written(name) {
                 Some(true) => &columns,
@@ -523,6 +526,14 @@ fn fold_scales(parameters: &mut BTreeMap<String, Tensor>, block: usize) -> Resul
             };
             let product = tensor.broadcast_mul(by);
             *tensor = product.map_err(lapidary_kernels::Error::from)?;
+            folded = true;
+        }
+        if !folded {
+            return Err(Error::spec(
+                format!("blocks.{block}.layer_scale"),
+                "behind a part that ends in no linear layer",
+                "absent, or behind one that can take the scale in, to be written out",
+            ));
         }
     }
     Ok(())

@@ -160,3 +160,30 @@ fn what_makes_no_sense_is_refused() {
         "low_rank.blocks.2.feedforward.up",
     );
 }
+
+/// A scale goes into whatever linear layer ends a part, and is refused where none does.
+#[test]
+fn scales_are_written_into_linear_parts_and_not_lost_behind_others() {
+    let scaled = |feedforward: &str| {
+        let block = format!("shared = true\nlayer_scale = 0.5\nfeedforward = {feedforward}");
+        let text = SPEC
+            .replace("feedforward = { kind = \"dense\", hidden = 12 }\n", "")
+            .replace("shared = true\nwiring = \"post-norm\"", &block)
+            .replace("\"blocks.1.feedforward.up\" = 3", "");
+        let spec = toml::from_str(&text).unwrap();
+        Model::initialised(spec, 6, DType::F64, &Device::Cpu).unwrap()
+    };
+    let linear = scaled(r#"{ kind = "linear" }"#);
+    let out = linear.written_out().unwrap();
+    assert!(!out.scales_layers());
+    assert!(difference(&logits(&out), &logits(&linear)).unwrap() < 1e-12);
+    let unscaled = |name: &str| out.parameters()[name].clone();
+    let (after, before) = (
+        unscaled("blocks.1.feedforward.map.weight"),
+        &linear.parameters()["blocks.1.feedforward.map.weight"],
+    );
+    assert!(difference(&after, &(before * 0.5).unwrap()).unwrap() < 1e-15);
+    let coded = scaled(r#"{ kind = "sparse-code" }"#).written_out();
+    let error = coded.unwrap_err().to_string();
+    assert!(error.contains("blocks.1.layer_scale"), "{error}");
+}
