@@ -162,7 +162,8 @@ pub fn ranking_kept(
             let logits = output(model, &batch, None)?.into_logits()?.into_value();
             let rows: Tensor = real_rows(&logits, batch.real.as_ref())?;
             let rows = engine(engine(rows.to_dtype(DType::F64))?.to_vec2::<f64>())?;
-            match rows.iter().flatten().any(|score| score.is_nan()) {
+            let broken = rows.iter().flatten().any(|score| score.is_nan());
+            match broken {
                 false => Ok(rows),
                 true => Err(Error::NotFinite {
                     what: "a score of a next token".to_owned(),
