@@ -1,5 +1,5 @@
 //! Taking directions of little curvature out of feed-forward weights.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::result_large_err, clippy::unwrap_used)]
 
 use crate::common::{DECODER, GATED, altered, cut, model, scores, windows};
 use lapidary_compress::curvature::{Curved, Factors, Keep, Spectrum, Subnet, correlation, factors};
