@@ -166,12 +166,12 @@ impl Ensemble {
                 let chunks = self.settings.search.chunks;
                 let (point, _) = zoom(domain, forest, chunks, generator, |candidates| {
                     let seen = self.warp.candidates(candidates);
-                    Ok(lower_confidence_bound(process, forest, &seen, weight))
+                    lower_confidence_bound(process, forest, &seen, weight)
                 })?;
                 promising.push(point);
             }
         } else if let Some(start) = promising.first().cloned() {
-            promising.push(self.descended(process, start, weight, generator));
+            promising.push(self.descended(process, start, weight, generator)?);
         }
         let mut pool: Vec<Point> = Vec::new();
         for point in promising {
@@ -195,7 +195,7 @@ impl Ensemble {
         mut here: Point,
         weight: f64,
         generator: &mut ChaCha8Rng,
-    ) -> Point {
+    ) -> Result<Point> {
         for coordinate in 0..self.state.domain.dimensions() {
             let mut moved = vec![here.clone()];
             for _ in 0..self.settings.neighbours {
@@ -203,7 +203,7 @@ impl Ensemble {
                 point[coordinate] = generator.random_range(0..self.state.domain.places(coordinate));
                 moved.push(point);
             }
-            let found = process.predict(&self.warp.points(&moved));
+            let found = process.predict(&self.warp.points(&moved))?;
             let bounds = found.iter().map(|m| m.mean - weight * m.variance.sqrt());
             let best = moved
                 .into_iter()
@@ -213,7 +213,7 @@ impl Ensemble {
                 here = point;
             }
         }
-        here
+        Ok(here)
     }
 
     /// The point with one coordinate at another place.
@@ -243,7 +243,7 @@ impl Optimiser for Ensemble {
                 let least = values.iter().copied().fold(f64::INFINITY, f64::min);
                 let weight = self.state.exploration();
                 let scores: Vec<[f64; 3]> = process
-                    .predict(&self.warp.points(&pool))
+                    .predict(&self.warp.points(&pool))?
                     .iter()
                     .map(|marginal| acquisitions(marginal, least, weight))
                     .collect();

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{AdditiveProcess, Domain, Hyperparameters, Point, Result};
+use crate::{AdditiveProcess, Domain, Error, Hyperparameters, Point, Result};
 
 /// How hyper-parameters are fitted: by a few steps up the gradient of the likelihood each time, none
 /// longer than `reach`. They are carried from one time to the next, so that they change slowly
@@ -31,13 +31,33 @@ impl Default for Fit {
     }
 }
 
+impl Fit {
+    /// Refuses steps and bounds that nothing can be fitted by.
+    pub(crate) fn check(&self) -> Result<()> {
+        if !(self.reach >= 0.0 && self.reach.is_finite()) {
+            return Err(Error::invalid("reach", self.reach, "at least 0"));
+        }
+        for (what, (low, high)) in [
+            ("bounds of length-scales", self.lengths),
+            ("bounds of amplitudes", self.amplitudes),
+        ] {
+            if !(low > 0.0 && high >= low && high.is_finite()) {
+                let expected = "two positive numbers, the larger one last";
+                return Err(Error::invalid(what, format!("{low} and {high}"), expected));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Times that a step which does not climb is halved before it is given up.
 const HALVINGS: i32 = 6;
 
 /// Hyper-parameters of a likelihood no smaller than that of `start`.
 ///
 /// # Errors
-/// When [`AdditiveProcess::new`] refuses the arguments.
+/// When the reach or the bounds of `fit` are none, or [`AdditiveProcess::new`] refuses the other
+/// arguments.
 pub fn fitted(
     domain: &Domain,
     cliques: &[Vec<usize>],
@@ -47,6 +67,7 @@ pub fn fitted(
     values: &[f64],
     fit: &Fit,
 ) -> Result<Hyperparameters> {
+    fit.check()?;
     let process = |scales: &Hyperparameters| {
         AdditiveProcess::new(domain, cliques.to_vec(), scales, noise, points, values)
     };
@@ -137,5 +158,42 @@ mod tests {
         };
         let same = fitted(&domain, &cliques, &start, 0.01, &points, &values, &none).unwrap();
         assert_eq!(same, start);
+    }
+
+    #[test]
+    fn reaches_and_bounds_that_are_none_are_refused() {
+        let domain = Domain::uniform(1, 0.0, 1.0, 3).unwrap();
+        let start = Hyperparameters::new(1, 0.1, 0.5);
+        let fit = Fit::default();
+        let turned = Fit {
+            lengths: (2.0, 1.0),
+            ..fit.clone()
+        };
+        let zero = Fit {
+            amplitudes: (0.0, 1.0),
+            ..fit.clone()
+        };
+        let backwards = Fit {
+            reach: -1.0,
+            ..fit.clone()
+        };
+        let fitted = |fit: &Fit| {
+            let points = [vec![0], vec![2]];
+            fitted(&domain, &[vec![0]], &start, 0.1, &points, &[0.0, 1.0], fit)
+        };
+        assert!(fitted(&fit).is_ok());
+        for (fit, expected) in [
+            (
+                turned,
+                "bounds of length-scales is 2 and 1, but must be two positive numbers, the larger one last",
+            ),
+            (
+                zero,
+                "bounds of amplitudes is 0 and 1, but must be two positive numbers, the larger one last",
+            ),
+            (backwards, "reach is -1, but must be at least 0"),
+        ] {
+            assert_eq!(fitted(&fit).unwrap_err().to_string(), expected);
+        }
     }
 }

@@ -184,24 +184,38 @@ impl Components {
     }
 }
 
+/// Most variables whose trees are counted out: 9⁷ are 4.8 million, 10⁸ would take 20 GB.
+const MOST_ENUMERATED: usize = 9;
+
 /// Every tree over `dimensions` variables, of which there are `dⁿ⁻²` for `n = d` (Cayley), by
-/// their Prüfer sequences. For small `dimensions`.
+/// their Prüfer sequences.
 ///
 /// ```
-/// assert_eq!(lapidary_search::spanning_trees(4).len(), 16);
+/// assert_eq!(lapidary_search::spanning_trees(4)?.len(), 16);
+/// # Ok::<(), lapidary_search::Error>(())
 /// ```
-pub fn spanning_trees(dimensions: usize) -> Vec<Forest> {
+///
+/// # Errors
+/// When there are more than nine variables: their trees would fill the memory.
+pub fn spanning_trees(dimensions: usize) -> Result<Vec<Forest>> {
+    if dimensions > MOST_ENUMERATED {
+        return Err(Error::invalid(
+            "number of variables whose trees are counted out",
+            dimensions,
+            format!("at most {MOST_ENUMERATED}"),
+        ));
+    }
     match dimensions {
-        0 => return Vec::new(),
+        0 => return Ok(Vec::new()),
         1 => {
-            return vec![Forest {
+            return Ok(vec![Forest {
                 dimensions,
                 edges: Vec::new(),
-            }];
+            }]);
         }
         _ => {}
     }
-    let count = dimensions.saturating_pow(dimensions as u32 - 2);
+    let count = dimensions.pow(dimensions as u32 - 2);
     let tree = |mut number: usize| {
         let sequence: Vec<usize> = (2..dimensions)
             .map(|_| {
@@ -212,7 +226,7 @@ pub fn spanning_trees(dimensions: usize) -> Vec<Forest> {
             .collect();
         of_sequence(dimensions, &sequence)
     };
-    (0..count).map(tree).collect()
+    Ok((0..count).map(tree).collect())
 }
 
 /// The tree of a Prüfer sequence: the least leaf is joined to the sequence's next variable.
@@ -311,7 +325,7 @@ mod tests {
     fn uniform_trees_maximise_the_least_edge_probability() {
         let mut generator = ChaCha8Rng::seed_from_u64(5);
         for dimensions in 4..=6 {
-            let trees = spanning_trees(dimensions);
+            let trees = spanning_trees(dimensions).unwrap();
             assert_eq!(trees.len(), dimensions.pow(dimensions as u32 - 2));
             let mut different: Vec<Vec<(usize, usize)>> = trees
                 .iter()
@@ -347,6 +361,8 @@ mod tests {
         assert!(Forest::new(3, vec![(0, 3)]).is_err());
         let mut generator = ChaCha8Rng::seed_from_u64(5);
         assert!(Forest::random(3, 3, &mut generator).is_err());
+        let error = spanning_trees(10).unwrap_err().to_string();
+        assert!(error.ends_with("is 10, but must be at most 9"), "{error}");
         assert!(
             serde_json::from_str::<Forest>(r#"{"dimensions":2,"edges":[[0,1],[1,0]]}"#).is_err()
         );

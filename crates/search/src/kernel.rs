@@ -113,19 +113,49 @@ impl Kernel {
         })
     }
 
-    /// Refuses a point with a place that is not of the grids.
+    /// Refuses what is no point of the grids.
     pub(crate) fn check(&self, point: &[usize]) -> Result<()> {
-        let places = point.iter().zip(&self.distances).enumerate();
-        for (variable, (place, distances)) in places {
-            if *place >= distances.len() {
-                return Err(Error::invalid(
-                    format!("place in coordinate {variable}"),
-                    place,
-                    format!("below {}", distances.len()),
-                ));
-            }
+        if point.len() != self.distances.len() {
+            return Err(Error::invalid(
+                "number of coordinates of a point",
+                point.len(),
+                self.distances.len().to_string(),
+            ));
         }
-        Ok(())
+        let mut places = point.iter().enumerate();
+        places.try_for_each(|(variable, place)| self.check_place(variable, *place))
+    }
+
+    /// Refuses a clique that there is not, and what are no places of its variables.
+    pub(crate) fn check_term(&self, clique: usize, places: &[usize]) -> Result<()> {
+        let Some(variables) = self.cliques.get(clique) else {
+            return Err(Error::invalid(
+                "number of a clique",
+                clique,
+                format!("below {}", self.cliques.len()),
+            ));
+        };
+        if places.len() != variables.len() {
+            return Err(Error::invalid(
+                format!("number of places for clique {clique}"),
+                places.len(),
+                format!("{}, one for each of {variables:?}", variables.len()),
+            ));
+        }
+        let mut places = variables.iter().zip(places);
+        places.try_for_each(|(variable, place)| self.check_place(*variable, *place))
+    }
+
+    fn check_place(&self, variable: usize, place: usize) -> Result<()> {
+        let count = self.distances.get(variable).map_or(0, Vec::len);
+        match place < count {
+            true => Ok(()),
+            false => Err(Error::invalid(
+                format!("place in coordinate {variable}"),
+                place,
+                format!("below {count}"),
+            )),
+        }
     }
 
     /// `k(x, x)`.

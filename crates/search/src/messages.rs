@@ -22,7 +22,33 @@ pub struct Minimum {
 
 impl Costs {
     /// The sum at a choice.
-    pub fn at(&self, forest: &Forest, choice: &[usize]) -> f64 {
+    ///
+    /// # Errors
+    /// When the costs are not those of this forest, or the choice is not one value of each variable.
+    pub fn at(&self, forest: &Forest, choice: &[usize]) -> Result<f64> {
+        self.check(forest)?;
+        if choice.len() != self.single.len() {
+            return Err(Error::invalid(
+                "number of values of a choice",
+                choice.len(),
+                format!("{}, one of each variable", self.single.len()),
+            ));
+        }
+        let choices = choice.iter().zip(&self.single).enumerate();
+        for (variable, (value, costs)) in choices {
+            if *value >= costs.len() {
+                return Err(Error::invalid(
+                    format!("value of variable {variable}"),
+                    value,
+                    format!("below {}", costs.len()),
+                ));
+            }
+        }
+        Ok(self.sum(forest, choice))
+    }
+
+    /// [`Self::at`] of what fits.
+    fn sum(&self, forest: &Forest, choice: &[usize]) -> f64 {
         let single = self.single.iter().zip(choice).map(|(costs, a)| costs[*a]);
         let pair = forest
             .edges()
@@ -35,25 +61,32 @@ impl Costs {
     fn check(&self, forest: &Forest) -> Result<()> {
         let sizes: Vec<usize> = self.single.iter().map(Vec::len).collect();
         let edges = forest.edges();
-        let fits = sizes.len() == forest.dimensions()
-            && sizes.iter().all(|size| *size > 0)
-            && self.pair.len() == edges.len()
-            && edges
-                .iter()
-                .zip(&self.pair)
-                .all(|(&(i, j), costs)| costs.len() == sizes[i] * sizes[j]);
-        match fits {
-            true => Ok(()),
-            false => Err(Error::invalid(
-                "shape of the costs",
-                format!("{sizes:?} values and {} edges", self.pair.len()),
-                format!(
-                    "a table for each of {} variables and {} edges",
-                    forest.dimensions(),
-                    edges.len()
-                ),
-            )),
+        for (what, found, expected) in [
+            ("variables", sizes.len(), forest.dimensions()),
+            ("edges", self.pair.len(), edges.len()),
+        ] {
+            if found != expected {
+                return Err(Error::invalid(
+                    format!("number of {what} with costs"),
+                    found,
+                    format!("{expected}, those of the forest"),
+                ));
+            }
         }
+        if let Some(variable) = sizes.iter().position(|size| *size == 0) {
+            let what = format!("number of costs of variable {variable}");
+            return Err(Error::invalid(what, 0, "at least 1"));
+        }
+        for (&(i, j), costs) in edges.iter().zip(&self.pair) {
+            if costs.len() != sizes[i] * sizes[j] {
+                return Err(Error::invalid(
+                    format!("number of costs of edge {i}–{j}"),
+                    costs.len(),
+                    format!("{}, {} by {}", sizes[i] * sizes[j], sizes[i], sizes[j]),
+                ));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -117,7 +150,7 @@ pub fn minimise(forest: &Forest, costs: &Costs) -> Result<Minimum> {
             };
         }
     }
-    let value = costs.at(forest, &choice);
+    let value = costs.sum(forest, &choice);
     Ok(Minimum { choice, value })
 }
 
@@ -167,25 +200,62 @@ mod tests {
             let found = minimise(&forest, &costs).unwrap();
             let least = choices(&sizes)
                 .into_iter()
-                .map(|choice| costs.at(&forest, &choice))
+                .map(|choice| costs.at(&forest, &choice).unwrap())
                 .fold(f64::INFINITY, f64::min);
             prop_assert!((found.value - least).abs() < 1e-12);
-            prop_assert_eq!(costs.at(&forest, &found.choice), found.value);
+            prop_assert_eq!(costs.at(&forest, &found.choice).unwrap(), found.value);
         }
     }
 
     #[test]
     fn costs_of_another_forest_are_refused() {
         let forest = Forest::new(2, vec![(0, 1)]).unwrap();
-        let costs = Costs {
-            single: vec![vec![0.0; 2], vec![0.0; 3]],
-            pair: vec![vec![0.0; 5]],
+        let costs = |single: &[usize], pair: &[usize]| {
+            let tables = |sizes: &[usize]| sizes.iter().map(|size| vec![0.0; *size]).collect();
+            Costs {
+                single: tables(single),
+                pair: tables(pair),
+            }
         };
-        assert!(
-            minimise(&forest, &costs)
-                .unwrap_err()
-                .to_string()
-                .contains("shape")
-        );
+        for (single, pair, expected) in [
+            (
+                &[2][..],
+                &[6][..],
+                "number of variables with costs is 1, but must be 2, those of the forest",
+            ),
+            (
+                &[2, 3],
+                &[],
+                "number of edges with costs is 0, but must be 1, those of the forest",
+            ),
+            (
+                &[2, 0],
+                &[0],
+                "number of costs of variable 1 is 0, but must be at least 1",
+            ),
+            (
+                &[2, 3],
+                &[5],
+                "number of costs of edge 0–1 is 5, but must be 6, 2 by 3",
+            ),
+        ] {
+            let costs = costs(single, pair);
+            let error = minimise(&forest, &costs).unwrap_err();
+            assert_eq!(error.to_string(), expected);
+            let error = costs.at(&forest, &[0, 0]).unwrap_err();
+            assert_eq!(error.to_string(), expected);
+        }
+        let costs = costs(&[2, 3], &[6]);
+        assert_eq!(costs.at(&forest, &[1, 2]).unwrap(), 0.0);
+        for (choice, expected) in [
+            (
+                &[0][..],
+                "number of values of a choice is 1, but must be 2, one of each variable",
+            ),
+            (&[0, 3], "value of variable 1 is 3, but must be below 3"),
+        ] {
+            let error = costs.at(&forest, choice).unwrap_err();
+            assert_eq!(error.to_string(), expected);
+        }
     }
 }

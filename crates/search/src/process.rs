@@ -37,8 +37,8 @@ pub struct Marginal {
 /// let scales = Hyperparameters::new(2, 0.5, 1.0);
 /// let points = [vec![0, 0], vec![4, 4]];
 /// let process = AdditiveProcess::new(&domain, cliques, &scales, 1e-6, &points, &[1.0, 3.0])?;
-/// let there = process.marginals(&[(0, &[4])])[0].mean + process.marginals(&[(1, &[4])])[0].mean;
-/// assert!((there - 3.0).abs() < 1e-3);
+/// let terms = process.marginals(&[(0, &[4]), (1, &[4])])?;
+/// assert!((terms[0].mean + terms[1].mean - 3.0).abs() < 1e-3);
 /// # Ok::<(), lapidary_search::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -138,7 +138,14 @@ impl AdditiveProcess {
 
     /// The posterior of single terms, each query a clique's number and the places of its
     /// variables, in their order.
-    pub fn marginals(&self, queries: &[(usize, &[usize])]) -> Vec<Marginal> {
+    ///
+    /// # Errors
+    /// When there is no clique of a number, or the places are not one of the grid of each of its
+    /// variables.
+    pub fn marginals(&self, queries: &[(usize, &[usize])]) -> Result<Vec<Marginal>> {
+        for (clique, places) in queries {
+            self.kernel.check_term(*clique, places)?;
+        }
         let size = self.values.len();
         let mut rows = Mat::zeros(size, queries.len());
         let mut buffer = vec![0.0; size];
@@ -155,11 +162,17 @@ impl AdditiveProcess {
             .iter()
             .map(|(clique, _)| self.kernel.variances[*clique])
             .collect();
-        self.conditioned(rows, &priors)
+        Ok(self.conditioned(rows, &priors))
     }
 
     /// The posterior of the sum at whole points.
-    pub fn predict(&self, points: &[Point]) -> Vec<Marginal> {
+    ///
+    /// # Errors
+    /// When a point is not of the domain.
+    pub fn predict(&self, points: &[Point]) -> Result<Vec<Marginal>> {
+        for point in points {
+            self.kernel.check(point)?;
+        }
         let size = self.values.len();
         let mut rows = Mat::zeros(size, points.len());
         let mut buffer = vec![0.0; size];
@@ -174,7 +187,8 @@ impl AdditiveProcess {
                     .for_each(|(to, from)| *to += *from);
             }
         }
-        self.conditioned(rows, &vec![self.kernel.total_variance(); points.len()])
+        let priors = vec![self.kernel.total_variance(); points.len()];
+        Ok(self.conditioned(rows, &priors))
     }
 
     /// Marginals of function values of which `rows` holds the covariances with the points
@@ -334,8 +348,8 @@ mod tests {
                     .map(|clique| clique.iter().map(|i| point[*i]).collect()).collect();
                 let queries: Vec<(usize, &[usize])> =
                     places.iter().enumerate().map(|(c, p)| (c, p.as_slice())).collect();
-                let terms = process.marginals(&queries);
-                let whole = process.predict(std::slice::from_ref(&point))[0];
+                let terms = process.marginals(&queries).unwrap();
+                let whole = process.predict(std::slice::from_ref(&point)).unwrap()[0];
                 let sum: f64 = terms.iter().map(|term| term.mean).sum();
                 prop_assert!((sum - whole.mean).abs() < 1e-9, "{} {}", sum, whole.mean);
                 prop_assert!(terms.iter().all(|term| term.variance > 0.0));
@@ -373,7 +387,7 @@ mod tests {
                 let mean: f64 = (0..10).map(|i| product(i) * drawn.values[i]).sum();
                 let explained: f64 = (0..10).map(|i| product(i) * row[i]).sum();
                 let prior = covariance(&drawn, &cliques, &point, &point);
-                let found = process.predict(&[point])[0];
+                let found = process.predict(&[point]).unwrap()[0];
                 assert!((found.mean - mean).abs() < 1e-9);
                 assert!((found.variance - (prior - explained)).abs() < 1e-9);
             }
@@ -388,7 +402,7 @@ mod tests {
         drawn.values.truncate(drawn.points.len());
         let far = |noise: f64| -> f64 {
             let process = drawn.process(vec![vec![0, 1, 2, 3]], noise);
-            let found = process.predict(&drawn.points);
+            let found = process.predict(&drawn.points).unwrap();
             let errors = found.iter().zip(&drawn.values);
             errors.map(|(f, y)| (f.mean - y).abs()).fold(0.0, f64::max)
         };
@@ -415,11 +429,9 @@ mod tests {
             .unwrap();
         let fresh = drawn.process(cliques, 0.01);
         assert!((grown.log_likelihood() - fresh.log_likelihood()).abs() < 1e-9);
-        for (a, b) in grown
-            .predict(&drawn.points)
-            .iter()
-            .zip(fresh.predict(&drawn.points))
-        {
+        let [found, expected] =
+            [&grown, &fresh].map(|process| process.predict(&drawn.points).unwrap());
+        for (a, b) in found.iter().zip(&expected) {
             assert!((a.mean - b.mean).abs() < 1e-9 && (a.variance - b.variance).abs() < 1e-9);
         }
     }
@@ -479,5 +491,51 @@ mod tests {
         assert!(make(vec![vec![0]], &drawn.scales, &[1.0]).is_err());
         let negative = Hyperparameters::new(2, -1.0, 1.0);
         assert!(make(vec![vec![0]], &negative, &drawn.values).is_err());
+        let long = make(
+            vec![vec![0]],
+            &Hyperparameters::new(3, 1.0, 1.0),
+            &drawn.values,
+        );
+        let error = long.unwrap_err().to_string();
+        assert!(error.ends_with("must be 2 positive numbers"), "{error}");
+    }
+
+    #[test]
+    fn a_question_about_what_is_not_there_is_refused() {
+        // Grids of 5 and of 8 places.
+        let drawn = drawn(2, 3, 1);
+        let process = drawn.process(vec![vec![1], vec![1, 0]], 0.1);
+        let terms = |clique: usize, places: &[usize]| process.marginals(&[(clique, places)]);
+        let whole = |point: &[usize]| process.predict(&[point.to_vec()]);
+        assert_eq!(terms(1, &[7, 4]).unwrap().len(), 1);
+        assert_eq!(whole(&[4, 7]).unwrap().len(), 1);
+        for (found, expected) in [
+            (
+                terms(2, &[0]),
+                "number of a clique is 2, but must be below 2",
+            ),
+            (
+                terms(1, &[0]),
+                "number of places for clique 1 is 1, but must be 2, one for each of [1, 0]",
+            ),
+            (
+                terms(0, &[0, 0]),
+                "number of places for clique 0 is 2, but must be 1, one for each of [1]",
+            ),
+            (
+                terms(1, &[4, 7]),
+                "place in coordinate 0 is 7, but must be below 5",
+            ),
+            (
+                whole(&[4, 8]),
+                "place in coordinate 1 is 8, but must be below 8",
+            ),
+            (
+                whole(&[4]),
+                "number of coordinates of a point is 1, but must be 2",
+            ),
+        ] {
+            assert_eq!(found.unwrap_err().to_string(), expected);
+        }
     }
 }

@@ -87,24 +87,12 @@ impl State {
         if course.initial == 0 {
             return Err(Error::invalid("number of initial points", 0, "at least 1"));
         }
-        for (what, value) in [
-            ("noise", course.noise),
-            ("exploration", course.exploration),
-            ("reach", course.fit.reach),
-        ] {
+        for (what, value) in [("noise", course.noise), ("exploration", course.exploration)] {
             if !(value >= 0.0 && value.is_finite()) {
                 return Err(Error::invalid(what, value, "at least 0"));
             }
         }
-        for (what, (low, high)) in [
-            ("bounds of length-scales", course.fit.lengths),
-            ("bounds of amplitudes", course.fit.amplitudes),
-        ] {
-            if !(low > 0.0 && high >= low && high.is_finite()) {
-                let expected = "two positive numbers, the larger one last";
-                return Err(Error::invalid(what, format!("{low} and {high}"), expected));
-            }
-        }
+        course.fit.check()?;
         self.hyperparameters.check(self.domain.dimensions())?;
         self.history.check(&self.domain)?;
         let points = self.starts.iter().chain(&self.pending);
@@ -180,7 +168,7 @@ impl State {
         let process = self.process(forest.cliques())?;
         let weight = self.exploration();
         let (point, _) = zoom(&self.domain, forest, chunks, generator, |candidates| {
-            Ok(lower_confidence_bound(&process, forest, candidates, weight))
+            lower_confidence_bound(&process, forest, candidates, weight)
         })?;
         Ok(self.unseen(point, generator))
     }

@@ -13,7 +13,8 @@ use crate::{Costs, Domain, Error, Forest, Minimum, Point, Result, minimise};
 /// `costs` is asked for the costs at some places of each coordinate.
 ///
 /// # Errors
-/// When there are less than two chunks, or `costs` fails or does not fit the forest.
+/// When there are less than two chunks, the forest has not the domain's variables, or `costs` fails
+/// or gives other costs than those of its places on the forest.
 pub fn zoom(
     domain: &Domain,
     forest: &Forest,
@@ -23,6 +24,13 @@ pub fn zoom(
 ) -> Result<(Point, Minimum)> {
     if chunks < 2 {
         return Err(Error::invalid("number of chunks", chunks, "at least 2"));
+    }
+    if forest.dimensions() != domain.dimensions() {
+        return Err(Error::invalid(
+            "number of variables of the forest",
+            forest.dimensions(),
+            format!("{}, that of the domain", domain.dimensions()),
+        ));
     }
     let mut stretches: Vec<Range<usize>> = (0..domain.dimensions())
         .map(|coordinate| 0..domain.places(coordinate))
@@ -40,7 +48,17 @@ pub fn zoom(
             .iter()
             .map(|parts| parts.iter().map(&mut draw).collect())
             .collect();
-        let minimum = minimise(forest, &costs(&candidates)?)?;
+        let costs = costs(&candidates)?;
+        let minimum = minimise(forest, &costs)?;
+        for (variable, (costs, places)) in costs.single.iter().zip(&candidates).enumerate() {
+            if costs.len() != places.len() {
+                return Err(Error::invalid(
+                    format!("number of costs of variable {variable}"),
+                    costs.len(),
+                    format!("{}, one for each place", places.len()),
+                ));
+            }
+        }
         stretches = cut
             .iter()
             .zip(&minimum.choice)
@@ -126,8 +144,33 @@ mod tests {
         .unwrap();
         assert_eq!(looked, 4, "150 places in four rounds of four");
         let alone: Vec<Vec<usize>> = point.iter().map(|place| vec![*place]).collect();
-        let there = made_up(&forest, &alone).at(&forest, &[0; 6]);
+        let there = made_up(&forest, &alone).at(&forest, &[0; 6]).unwrap();
         assert!((there - minimum.value).abs() < 1e-12);
+    }
+
+    #[test]
+    fn what_does_not_fit_the_domain_is_refused() {
+        let mut generator = ChaCha8Rng::seed_from_u64(1);
+        let domain = Domain::uniform(2, 0.0, 1.0, 5).unwrap();
+        let mut refused = |dimensions: usize, chunks: usize, places: usize| {
+            let forest = Forest::new(dimensions, Vec::new()).unwrap();
+            let found = zoom(&domain, &forest, chunks, &mut generator, |_| {
+                Ok(made_up(&forest, &[vec![0; 3], vec![0; places]]))
+            });
+            found.unwrap_err().to_string()
+        };
+        assert_eq!(
+            refused(3, 3, 3),
+            "number of variables of the forest is 3, but must be 2, that of the domain"
+        );
+        assert_eq!(
+            refused(2, 1, 3),
+            "number of chunks is 1, but must be at least 2"
+        );
+        assert_eq!(
+            refused(2, 3, 4),
+            "number of costs of variable 1 is 4, but must be 3, one for each place"
+        );
     }
 
     #[test]

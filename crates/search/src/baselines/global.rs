@@ -104,24 +104,23 @@ impl GlobalProcess {
         self.state.process(all)
     }
 
-    fn least(&self, process: &AdditiveProcess, generator: &mut ChaCha8Rng) -> Point {
+    fn least(&self, process: &AdditiveProcess, generator: &mut ChaCha8Rng) -> Result<Point> {
         let weight = self.state.exploration();
         let domain = &self.state.domain;
-        let best_of = |points: Vec<Point>| -> Option<Point> {
-            let marginals = process.predict(&points);
+        let best_of = |points: Vec<Point>| -> Result<Option<Point>> {
+            let marginals = process.predict(&points)?;
             let bounds = marginals
                 .iter()
                 .map(|m| m.mean - weight * m.variance.sqrt());
             let pairs = points.into_iter().zip(bounds);
-            pairs
-                .min_by(|a, b| a.1.total_cmp(&b.1))
-                .map(|(point, _)| point)
+            let best = pairs.min_by(|a, b| a.1.total_cmp(&b.1));
+            Ok(best.map(|(point, _)| point))
         };
         let mut points: Vec<Point> = (0..self.settings.draws)
             .map(|_| domain.random(generator))
             .collect();
         points.extend(self.state.history.best().map(|(point, _)| point.to_vec()));
-        let mut here = best_of(points).unwrap_or_else(|| domain.random(generator));
+        let mut here = best_of(points)?.unwrap_or_else(|| domain.random(generator));
         for _ in 0..self.settings.sweeps {
             for coordinate in 0..domain.dimensions() {
                 let mut moved = vec![here.clone()];
@@ -130,10 +129,10 @@ impl GlobalProcess {
                     point[coordinate] = generator.random_range(0..domain.places(coordinate));
                     moved.push(point);
                 }
-                here = best_of(moved).unwrap_or(here);
+                here = best_of(moved)?.unwrap_or(here);
             }
         }
-        here
+        Ok(here)
     }
 }
 
@@ -147,7 +146,7 @@ impl Optimiser for GlobalProcess {
             Some(point) => point,
             None => {
                 let process = self.updated()?;
-                let point = self.least(&process, &mut generator);
+                let point = self.least(&process, &mut generator)?;
                 self.process = Some(process);
                 self.state.unseen(point, &mut generator)
             }

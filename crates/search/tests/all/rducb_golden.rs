@@ -85,7 +85,7 @@ fn terms_likelihood_and_gradient() {
         close(*found, *expected);
     }
     for query in &fixture.queries {
-        let found = process.marginals(&[(query.clique, &query.places)])[0];
+        let found = process.marginals(&[(query.clique, &query.places)]).unwrap()[0];
         close(found.mean, query.mean);
         close(found.variance, query.variance);
     }

@@ -21,7 +21,7 @@ const DRAWS: u64 = 20;
 /// The least probability that a pair is an edge, of trees that are as likely as any other, and the
 /// largest such of 200 other weightings.
 pub(super) fn least_probabilities(dimensions: usize) -> Result<(f64, f64)> {
-    let trees = spanning_trees(dimensions);
+    let trees = spanning_trees(dimensions)?;
     let least = |weights: &[f64]| {
         let probabilities = edge_probabilities(&trees, weights);
         probabilities.into_values().fold(f64::INFINITY, f64::min)
@@ -48,20 +48,18 @@ pub(super) fn means_add_up() -> Result<f64> {
     let scales = Hyperparameters::new(8, 0.3, 0.5);
     let process =
         AdditiveProcess::new(&domain, forest.cliques(), &scales, NOISE, &points, &values)?;
-    let whole = process.predict(&tests);
-    let differences = tests.iter().zip(whole).map(|(point, whole)| {
-        let terms = process
-            .cliques()
-            .iter()
-            .enumerate()
-            .map(|(clique, variables)| {
-                let places: Vec<usize> = variables.iter().map(|i| point[*i]).collect();
-                let found = process.marginals(&[(clique, &places)]);
-                found.iter().map(|term| term.mean).sum::<f64>()
-            });
-        (terms.sum::<f64>() - whole.mean).abs()
-    });
-    Ok(differences.fold(0.0, f64::max))
+    let whole = process.predict(&tests)?;
+    let mut largest = 0.0f64;
+    for (point, whole) in tests.iter().zip(whole) {
+        let mut sum = 0.0;
+        for (clique, variables) in process.cliques().iter().enumerate() {
+            let places: Vec<usize> = variables.iter().map(|i| point[*i]).collect();
+            let found = process.marginals(&[(clique, &places)])?;
+            sum += found.iter().map(|term| term.mean).sum::<f64>();
+        }
+        largest = largest.max((sum - whole.mean).abs());
+    }
+    Ok(largest)
 }
 
 /// Decompositions of one kind, mean over draws.
