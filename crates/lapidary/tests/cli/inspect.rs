@@ -248,7 +248,12 @@ fn inspects_texts_along_the_curvature() {
     let text = |name: &str, sentence: &str| write(&directory, name, sentence.repeat(16).as_bytes());
     let ordinary = text("ordinary", "the farmer near the dogs sings . ");
     let other = text("other", "the dogs near the farmer sleep . ");
-    let tasks = [format!("own={ordinary}"), format!("other={other}")];
+    let third = text("third", "the dogs sleep . the farmer sings . ");
+    let tasks = [
+        format!("own={ordinary}"),
+        format!("other={other}"),
+        format!("third={third}"),
+    ];
     let with = |extra: &[&str]| -> Vec<String> {
         let always = [
             "inspect",
@@ -271,11 +276,23 @@ fn inspects_texts_along_the_curvature() {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         json(&arguments)
     };
-    let found = run(&[
-        "--task", &tasks[0], "--task", &tasks[1], "--mass", "0.5", "--json",
-    ]);
+    let note = |count: usize| -> (Value, String) {
+        let each = tasks[..count].iter();
+        let each = each.flat_map(|task| ["--task", task.as_str()]);
+        let extra: Vec<&str> = each.chain(["--mass", "0.5", "--json"]).collect();
+        let found = run(&extra);
+        let note = found["notes"][1].as_str().unwrap().to_owned();
+        (found, note)
+    };
+    let (found, together) = note(3);
+    assert!(together.contains("over 3 texts"), "{together}");
+    assert!(together.contains("correlate by"), "{together}");
+    // Two always lie on a line.
+    let (_, together) = note(2);
+    assert!(together.contains("at least 3 texts, not 2"), "{together}");
+    assert!(!together.contains("correlate"), "{together}");
     let costs = found["tables"][0]["rows"].as_array().unwrap();
-    assert_eq!(costs.len(), 2);
+    assert_eq!(costs.len(), 3);
     for row in costs {
         let number = |column: usize| row[column].as_f64().unwrap();
         assert!(number(1) > 0.0 && number(2) > 0.0);
@@ -283,8 +300,6 @@ fn inspects_texts_along_the_curvature() {
     }
     let bands = found["maps"][0]["values"][0].as_array().unwrap();
     assert_eq!(bands.len(), 7);
-    let notes = found["notes"][1].as_str().unwrap();
-    assert!(notes.contains("correlate by"), "{notes}");
     let recited = found["tables"][1]["rows"][0].as_array().unwrap();
     assert_eq!(recited.len(), 8);
     assert!(found["tables"][2].is_null());

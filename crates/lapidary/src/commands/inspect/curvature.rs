@@ -20,6 +20,9 @@ const BATCH: usize = 8;
 /// Tokens whose ranking is compared.
 const RANKED: usize = 10;
 
+/// Fewest texts that a correlation is said of: two always lie on a line.
+const CORRELATED: usize = 3;
+
 /// Masses between the bands that are shown, beside that of the edit.
 const MASSES: [f64; 6] = [0.25, 0.5, 0.75, 0.9, 0.97, 0.99];
 
@@ -240,14 +243,7 @@ fn report(
     let mass = arguments.mass;
     let column = |of: fn(&Found) -> f64| found.iter().map(of).collect::<Vec<f64>>();
     let (removed, rises) = (column(|f| f.removed), column(Found::rise));
-    let together = match correlation(&removed, &rises) {
-        Some(r) => format!(
-            "over {} texts the removed share of energy and the rise of the loss correlate by {r:.3}",
-            found.len()
-        ),
-        None => "how the removed share goes with the rise of the loss takes two texts that differ"
-            .to_owned(),
-    };
+    let together = correlated(&removed, &rises);
     let mut by_removed: Vec<(f64, f64)> = removed.iter().copied().zip(rises).collect();
     by_removed.sort_by(|a, b| a.0.total_cmp(&b.0));
     let notes = vec![
@@ -280,6 +276,19 @@ fn report(
             }],
         }],
         ..Report::default()
+    }
+}
+
+/// How the shares that the edit takes out go with what that costs.
+fn correlated(removed: &[f64], rises: &[f64]) -> String {
+    let count = removed.len();
+    let what = "the removed share of energy and the rise of the loss";
+    if count < CORRELATED {
+        return format!("how {what} go together takes at least {CORRELATED} texts, not {count}");
+    }
+    match correlation(removed, rises) {
+        Some(r) => format!("over {count} texts {what} correlate by {r:.3}"),
+        None => format!("over {count} texts {what} do not both vary, so that nothing correlates"),
     }
 }
 
