@@ -40,12 +40,12 @@ pub enum Error {
         what: String,
     },
     /// A factorisation failed.
-    #[error("layer {layer}: {source}")]
+    #[error("layer {layer}: {reason}")]
     Layer {
         /// Path of the layer.
         layer: String,
         /// What failed.
-        source: lapidary_factor::Error,
+        reason: lapidary_factor::Error,
     },
     /// A factorisation failed.
     #[error(transparent)]

@@ -5,9 +5,9 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use hf_hub::Cache;
-use hf_hub::api::sync::{ApiBuilder, ApiRepo};
+use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use lapidary_model::checkpoint::{INDEX_FILE, WEIGHTS_FILE};
 
 const CONFIG: &str = "config.json";
@@ -58,7 +58,7 @@ pub fn fetch(id: &str) -> Result<PathBuf> {
     let get = |file: &str| {
         repository
             .get(file)
-            .with_context(|| format!("{file} of model {id} cannot be had from the hub"))
+            .map_err(|error| unavailable(file, id, &error))
     };
     let config = get(CONFIG)?;
     if repository.get(WEIGHTS_FILE).is_err() {
@@ -87,9 +87,15 @@ fn shards(repository: &ApiRepo, id: &str, index: &std::path::Path) -> Result<()>
     for file in files {
         repository
             .get(file)
-            .with_context(|| format!("{file} of model {id} cannot be had from the hub"))?;
+            .map_err(|error| unavailable(file, id, &error))?;
     }
     Ok(())
+}
+
+/// That a file cannot be had, and why. The client's errors say their causes and hand them on as well:
+/// as a chain they would say each twice.
+fn unavailable(file: &str, id: &str, error: &ApiError) -> anyhow::Error {
+    anyhow!("{file} of model {id} cannot be had from the hub: {error}")
 }
 
 fn parent(config: PathBuf) -> Result<PathBuf> {

@@ -162,6 +162,28 @@ fn every_crate_has_the_lints_that_forbid_panics() {
     }
 }
 
+/// Of each variant with an `#[error(..)]`: its message, and what stands between it and the next.
+fn errors_of(text: &str) -> Vec<(&str, &str)> {
+    let variants = text.split("#[error(").skip(1);
+    variants
+        .filter_map(|variant| variant.split_once(")]"))
+        .collect()
+}
+
+#[test]
+fn a_message_that_says_its_cause_does_not_hand_it_on_as_well() {
+    let mut seen = 0;
+    for path in crates().iter().flat_map(|name| sources(name)) {
+        for (message, variant) in errors_of(&read(&path)) {
+            seen += 1;
+            let handed_on = variant.contains("#[from]") || variant.contains("#[source]");
+            let said = message.contains("{source") || handed_on && message.contains("{0");
+            assert!(!said, "{}: {message}", path.display());
+        }
+    }
+    assert!(seen > 50, "{seen}");
+}
+
 #[test]
 fn no_source_file_is_too_long_to_read() {
     for path in crates().iter().flat_map(|name| sources(name)) {

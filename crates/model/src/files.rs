@@ -17,14 +17,14 @@ pub const TEMPORARY_PREFIX: &str = ".writing-";
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     /// The operating system refused.
-    #[error("cannot {action} {path}: {source}")]
+    #[error("cannot {action} {path}: {reason}")]
     Io {
         /// What was tried, as a verb: `open`, `write`, `rename`.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why not.
-        source: std::io::Error,
+        /// Why not. The message says it, so that it is no `source` which would say it again.
+        reason: std::io::Error,
     },
     /// A text file is larger than the reader's bound.
     #[error("{path} has {found} bytes, but at most {limit} are read")]
@@ -62,10 +62,10 @@ impl FileError {
     /// For use with `map_err`: adds what was tried, on which file.
     pub fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_path_buf();
-        move |source| Self::Io {
+        move |reason| Self::Io {
             action,
             path,
-            source,
+            reason,
         }
     }
 }

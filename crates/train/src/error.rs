@@ -15,14 +15,14 @@ pub enum Error {
     #[error(transparent)]
     Model(#[from] lapidary_model::Error),
     /// A file could not be read or written.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {reason}", path.display())]
     File {
         /// What was attempted.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why it failed.
-        source: std::io::Error,
+        /// Why it failed. The message says it, so that it is no `source` which would say it again.
+        reason: std::io::Error,
     },
     /// A file is not what it should be.
     #[error("{} is not a valid {what}: {detail}", path.display())]
@@ -90,10 +90,10 @@ impl From<lapidary_model::files::FileError> for Error {
 impl Error {
     /// For `map_err` on an operation of the file system.
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
-        move |source| Self::File {
+        move |reason| Self::File {
             action,
             path: path.to_path_buf(),
-            source,
+            reason,
         }
     }
 

@@ -62,9 +62,9 @@ impl Factorisation {
             note = Some("nothing in the data depends on it: factorised by plain SVD".to_owned());
             importance = Importance::Plain;
         }
-        let failed = |source| Error::Layer {
+        let failed = |reason| Error::Layer {
             layer: layer.path.clone(),
-            source,
+            reason,
         };
         let factors = WeightedSvd::new(&weight, &importance.metric())
             .and_then(|svd| svd.truncate(rank))

@@ -247,9 +247,9 @@ impl Adapters {
                 parameters.insert(one.weight.clone(), engine(whole.to_dtype(dtype))?);
                 continue;
             }
-            let factored = lapidary_factor::plain(&whole, rank).map_err(|source| Error::Layer {
+            let factored = lapidary_factor::plain(&whole, rank).map_err(|reason| Error::Layer {
                 layer: path.clone(),
-                source,
+                reason,
             })?;
             let narrow = |tensor: &Tensor| engine(engine(tensor.to_dtype(dtype))?.contiguous());
             parameters.insert(format!("{path}.down"), narrow(&factored.factors.down)?);

@@ -133,6 +133,64 @@ fn wrong_input_gets_one_sentence() {
     lapidary(&["frobnicate"]).assert().code(2);
 }
 
+/// What the system says of a file is said, and not twice.
+#[test]
+fn a_file_that_cannot_be_opened_is_refused_for_one_reason() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (missing, out, cut) = (at("missing.txt"), at("run"), at("cut"));
+    let spec = write(
+        &directory,
+        "spec.toml",
+        br#"
+steps = 2
+batch = 1
+length = 16
+[schedule]
+peak = 1e-2
+[data]
+kind = "text"
+[model]
+width = 16
+[model.input]
+kind = "tokens"
+vocabulary = 256
+length = 16
+[[model.blocks]]
+attention = { kind = "multi-head", heads = 2, causal = true }
+feedforward = { kind = "dense", hidden = 32 }
+[model.head]
+kind = "language-model"
+"#,
+    );
+    let gpt2 = family("gpt2");
+    for arguments in [
+        // The spec, and what it trains on.
+        &["train", &missing, "--out", &out][..],
+        &["train", &spec, "--out", &out, "--data", &missing],
+        &["evaluate", "embedded", "--text", &missing],
+        &["run", &gpt2, "--input", &missing],
+        &[
+            "compress",
+            "embedded",
+            "--ratio",
+            "0.3",
+            "--out",
+            &cut,
+            "--calibrate",
+            &missing,
+        ],
+    ] {
+        let done = lapidary(arguments).assert().failure().code(1);
+        let error = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+        assert!(
+            error.contains("cannot open") && error.contains("missing.txt"),
+            "{error}"
+        );
+        assert_eq!(error.matches("os error").count(), 1, "{error}");
+    }
+}
+
 #[test]
 fn broken_checkpoints_are_refused_by_name() {
     let directory = tempfile::tempdir().unwrap();

@@ -115,11 +115,11 @@ impl Stored<'_> {
         })
     }
 
-    fn engine_error(&self, source: lapidary_kernels::Error) -> CheckpointError {
+    fn engine_error(&self, reason: lapidary_kernels::Error) -> CheckpointError {
         CheckpointError::Tensor {
             path: self.path.to_path_buf(),
             tensor: self.name.to_string(),
-            source: Box::new(source),
+            reason: Box::new(reason),
         }
     }
 }

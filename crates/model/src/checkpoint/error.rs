@@ -133,13 +133,13 @@ pub enum CheckpointError {
         expected: String,
     },
     /// The tensor engine refused.
-    #[error("{path}: tensor `{tensor}`: {source}")]
+    #[error("{path}: tensor `{tensor}`: {reason}")]
     Tensor {
         /// The file or directory.
         path: PathBuf,
         /// The tensor.
         tensor: String,
         /// Why.
-        source: Box<lapidary_kernels::Error>,
+        reason: Box<lapidary_kernels::Error>,
     },
 }

@@ -303,10 +303,10 @@ impl Planned<'_> {
         ))
     }
 
-    fn engine_error(&self, source: lapidary_kernels::Error) -> CheckpointError {
+    fn engine_error(&self, reason: lapidary_kernels::Error) -> CheckpointError {
         unwritable(
             &self.name,
-            &source.to_string(),
+            &reason.to_string(),
             "the tensor must be readable",
         )
     }

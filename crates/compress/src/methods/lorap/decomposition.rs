@@ -77,9 +77,9 @@ pub(super) fn factorise(
             }
         }
     };
-    let layer = |source| Error::Layer {
+    let layer = |reason| Error::Layer {
         layer: path.to_owned(),
-        source,
+        reason,
     };
     let found = decomposed
         .and_then(|svd| svd.truncate(rank))
