@@ -25,6 +25,8 @@ const EXPONENTIAL: [f64; 3] = [0.3585, 1.353, 0.344];
 const ERROR_FUNCTION: [f64; 2] = [0.2888, 1.769];
 /// Largest integer that a function reads.
 const READ: f64 = 32767.0;
+/// Bits that erf's 1 has at least, however coarse the steps that are read.
+const ONE_BITS: i32 = 15;
 /// The finest steps that GELU and norms read in, so that their squares fit their accumulators.
 const FINEST: [f64; 2] = [1e-6, 1e-12];
 /// Bits behind the point of a standard deviation, and of what it divides.
@@ -71,7 +73,8 @@ impl IntegerFunctions {
         self.bits
     }
 
-    /// Softmax over the last dimension. What is `−∞` gets nothing, and so does a row of nothing else.
+    /// Softmax over the last dimension. What is `−∞` gets nothing, and so does a row of nothing else. A row
+    /// with what is no number, or has overflowed, holds no numbers; this holds for the other functions too.
     ///
     /// # Errors
     /// Those of the tensor engine.
@@ -128,6 +131,9 @@ impl IntegerFunctions {
     }
 
     fn softmax_row(self, row: &mut [f64]) {
+        if is_lost(row, |x| x < f64::INFINITY) {
+            return;
+        }
         let largest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         if largest == f64::NEG_INFINITY {
             row.fill(0.0);
@@ -145,17 +151,28 @@ impl IntegerFunctions {
     }
 
     fn gelu_row(self, row: &mut [f64]) {
+        if is_lost(row, f64::is_finite) {
+            return;
+        }
         let (integers, step) = read(row, FINEST[0]);
         let [a, b] = ERROR_FUNCTION;
         let inner = step * std::f64::consts::FRAC_1_SQRT_2;
-        let (bound, one) = (
-            (b / inner).round() as i64,
-            (1.0 / (a * inner * inner)).round() as i64,
-        );
+        // Where the square of a step is a large part of erf's 1, its parts are shifted by this much.
+        let square = a * inner * inner;
+        let shift = (square.log2().ceil() as i32)
+            .saturating_add(ONE_BITS)
+            .max(0);
+        let unit = square / 2f64.powi(shift);
+        let (bound, one) = ((b / inner).round() as i64, (1.0 / unit).round() as i64);
         for (value, q) in row.iter_mut().zip(integers) {
             let short = q.abs().min(bound) - bound;
-            let erf = q.signum() * (one - short * short);
-            *value = (q * (one + erf)) as f64 * (0.5 * step * a * inner * inner);
+            // Steps beyond erf's bound leave nothing to be shifted.
+            let lacking = match short {
+                0 => 0,
+                short => (short * short) << shift,
+            };
+            let erf = q.signum() * (one - lacking);
+            *value = (q * (one + erf)) as f64 * (0.5 * step * unit);
         }
         self.written(row);
     }
@@ -170,6 +187,16 @@ impl IntegerFunctions {
             }
         }
     }
+}
+
+/// Whether a row holds what is not a number as it should be: then it holds none any more. Steps of its
+/// largest number would hide it.
+fn is_lost(row: &mut [f64], should_be: impl Fn(f64) -> bool) -> bool {
+    let lost = row.iter().any(|x| !should_be(*x));
+    if lost {
+        row.fill(f64::NAN);
+    }
+    lost
 }
 
 /// `x` in steps of its largest number, which are no finer than `finest`.
@@ -193,6 +220,9 @@ fn exponential(q: i64, step: f64) -> u64 {
 
 /// A row over its standard deviation, or over its root mean square.
 fn normalised(row: &mut [f64], centred: bool, epsilon: f64) {
+    if is_lost(row, f64::is_finite) {
+        return;
+    }
     let (integers, step) = read(row, FINEST[1]);
     let count = row.len() as i64;
     let sum: i64 = if centred { integers.iter().sum() } else { 0 };
@@ -392,6 +422,37 @@ mod tests {
         let hidden = tensor(&[f64::NEG_INFINITY; WIDTH]);
         assert_eq!(numbers(&functions.softmax(&hidden).unwrap()), [0.0; WIDTH]);
         assert!(IntegerFunctions::new(17).is_err());
+    }
+
+    #[test]
+    fn what_is_no_number_stays_none() {
+        let functions = IntegerFunctions::new(8).unwrap();
+        let row = |of: f64| tensor(&[1.0, -2.0, of, 3.0, -1.0, 0.0, 2.0, -0.5]);
+        for of in [f64::NAN, f64::INFINITY] {
+            for y in [
+                functions.softmax(&row(of)),
+                functions.gelu(&row(of)),
+                functions.layer_norm(&row(of), None, None, 1e-5),
+                functions.rms_norm(&row(of), None, 1e-5),
+            ] {
+                assert!(numbers(&y.unwrap()).iter().all(|x| x.is_nan()), "{of}");
+            }
+        }
+        let weights = numbers(&functions.softmax(&row(f64::NEG_INFINITY)).unwrap());
+        assert!(weights[2] == 0.0 && weights[3] > 0.5, "{weights:?}");
+    }
+
+    /// Steps that reach beyond the error function's parabola, and far beyond it.
+    #[test]
+    fn gelu_of_large_numbers_is_themselves_or_nothing() {
+        let functions = IntegerFunctions::new(16).unwrap();
+        for large in [1e4, 1e5, 2e5, 1e9, 1e30] {
+            let x = tensor(&[large, -large, 0.0, 0.5 * large, -0.5 * large, 0.0, 0.0, 0.0]);
+            let y = numbers(&functions.gelu(&x).unwrap());
+            for (at, expected) in [(0, 1.0), (1, 0.0), (2, 0.0), (3, 0.5), (4, 0.0)] {
+                assert!((y[at] / large - expected).abs() < 1e-3, "{large}: {y:?}");
+            }
+        }
     }
 
     /// Gains and shifts are applied before what is written is rounded.

@@ -28,7 +28,7 @@ use crate::{DType, Error, Result, Tensor, naive};
 /// `length · count`.
 ///
 /// # Errors
-/// When the shapes do not fit each other.
+/// When the shapes do not fit each other, or `rate` is below 0.
 ///
 /// ```
 /// use lapidary_kernels::{DType, Device, Tensor, landmark_attention};
@@ -68,6 +68,15 @@ pub fn landmark_attention(
                 expected,
             ));
         }
+    }
+    // Below 0 a kernel would grow with the distance, without bound.
+    if rate.is_nan() || rate < 0.0 {
+        return Err(Error::argument(
+            "landmark attention",
+            "rate",
+            rate,
+            "not below 0",
+        ));
     }
     if let Some(kept) = kept.filter(|kept| kept.dims() != [batch, length]) {
         let expected = format!("[{batch}, {length}]");

@@ -225,11 +225,9 @@ pub fn activation_secant(x: &Tensor, activation: Activation) -> Result<Tensor> {
 /// Softmax over the last dimension.
 pub fn softmax(x: &Tensor, mask: &SoftmaxMask) -> Result<Tensor> {
     let x = masked(x, mask)?;
-    // A row with every entry masked gives zeros, not NaN.
-    let max = x
-        .max_keepdim(D::Minus1)?
-        .detach()
-        .maximum(f32::MIN as f64)?;
+    // A row with every entry masked gives zeros, not NaN; no least number would do for every type.
+    let max = x.max_keepdim(D::Minus1)?.detach();
+    let max = max.eq(MASKED)?.where_cond(&max.zeros_like()?, &max)?;
     let e = x.broadcast_sub(&max)?.exp()?;
     let sum = e.sum_keepdim(D::Minus1)?;
     let sum = (&sum + sum.eq(0.0)?.to_dtype(sum.dtype())?)?;

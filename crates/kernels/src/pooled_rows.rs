@@ -23,7 +23,7 @@ pub enum RowPooling {
 /// its one of `ends`, `[lists, width]`.
 ///
 /// # Errors
-/// When a list ends before it begins, or has no row that could be the largest, when the last one does not end with
+/// When `x` has no dimension, a list ends before it begins, or has no row that could be the largest, when the last one does not end with
 /// `rows`, or a row is out of range.
 ///
 /// ```
@@ -45,10 +45,15 @@ pub fn pooled_rows(
     let refused = |argument, found: &dyn std::fmt::Debug, expected: String| {
         Err(Error::argument("pooled rows", argument, found, expected))
     };
+    if x.rank() == 0 {
+        return refused("x", &x.dims(), "[.., width]".to_owned());
+    }
     // Nothing is the largest of no rows.
     let least = usize::from(pooling == RowPooling::Maximum);
     let starts = std::iter::once(0).chain(ends.iter().copied());
-    let rising = starts.zip(&ends).all(|(start, end)| start + least <= *end);
+    let rising = starts
+        .zip(&ends)
+        .all(|(start, end)| end.checked_sub(start).is_some_and(|rows| rows >= least));
     if !rising || ends.last().copied().unwrap_or(0) != rows.len() {
         let expected = match least {
             1 => format!("above 0, rising, the last {}", rows.len()),
@@ -291,9 +296,12 @@ mod tests {
             (vec![0, 1], vec![1, 1, 2]),
             (vec![0], vec![0, 1]),
             (vec![0, 1], vec![2, 1]),
+            (vec![0], vec![usize::MAX, 1]),
         ] {
             assert!(pooled_rows(&x, rows, ends, RowPooling::Maximum).is_err());
         }
         assert!(pooled_rows(&x, vec![0, 1], vec![2, 1, 2], RowPooling::Mean).is_err());
+        let number = Tensor::new(1f32, &Device::Cpu).unwrap();
+        assert!(pooled_rows(&number, vec![0], vec![1], RowPooling::Sum).is_err());
     }
 }

@@ -428,6 +428,20 @@ pub(crate) fn exponentiate<T: Real>(x: &mut [T], shift: T) -> T {
         )
 }
 
+/// Replaces `-∞` by 0 where no `x_i` is larger, and gives the sum of the results: 0, or not a number where
+/// an `x_i` is none.
+#[inline(always)]
+pub(crate) fn without_hidden<T: Real>(x: &mut [T]) -> T {
+    for value in x.iter_mut() {
+        *value = if *value == T::NEG_INFINITY {
+            T::zero()
+        } else {
+            *value
+        };
+    }
+    sum(x)
+}
+
 /// `Σ e^{x_i - shift}`.
 #[inline(always)]
 pub(crate) fn exponential_sum<T: Real>(x: &[T], shift: T) -> T {

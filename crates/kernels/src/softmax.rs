@@ -142,7 +142,7 @@ impl Softmax {
 #[inline(always)]
 fn softmax_row<T: Real>(y: &mut [T], maximum: T) {
     if maximum == T::NEG_INFINITY {
-        y.fill(T::zero());
+        simd::without_hidden(y);
         return;
     }
     let inverse = T::one() / simd::exponentiate(y, maximum);
@@ -153,8 +153,8 @@ fn softmax_row<T: Real>(y: &mut [T], maximum: T) {
 
 #[inline(always)]
 fn log_softmax_row<T: Real>(y: &mut [T], maximum: T) {
+    // Everything is hidden, or no number: it stays so.
     if maximum == T::NEG_INFINITY {
-        y.fill(T::NEG_INFINITY);
         return;
     }
     let shift = maximum + simd::exponential_sum(y, maximum).ln();
@@ -207,6 +207,34 @@ mod tests {
             });
         }
         masks
+    }
+
+    #[test]
+    fn rows_of_half_precision_with_nothing_in_them_are_zeros() {
+        let hidden = [[0f32, 0.0, 0.0], [f32::NEG_INFINITY; 3]];
+        for dtype in [DType::F16, DType::BF16] {
+            let additive = Tensor::new(&hidden, &Device::Cpu).unwrap();
+            let mask = SoftmaxMask {
+                additive: Some(additive.to_dtype(dtype).unwrap()),
+                causal: None,
+            };
+            let x = arange(&[2, 3], 1.0, dtype);
+            let y = softmax(&x, &mask).unwrap().to_dtype(DType::F32).unwrap();
+            let y = y.to_vec2::<f32>().unwrap();
+            assert!((y[0].iter().sum::<f32>() - 1.0).abs() < 0.02, "{y:?}");
+            assert_eq!(y[1], [0.0; 3]);
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_stays_none() {
+        let row = [[f64::NAN, f64::NEG_INFINITY, f64::NAN]];
+        let x = Tensor::new(&row, &Device::Cpu).unwrap();
+        for of in [softmax, log_softmax] {
+            let y = of(&x, &SoftmaxMask::default()).unwrap();
+            let y = y.to_vec2::<f64>().unwrap();
+            assert!(y[0][0].is_nan() && y[0][2].is_nan(), "{y:?}");
+        }
     }
 
     #[test]

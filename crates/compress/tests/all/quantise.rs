@@ -247,6 +247,31 @@ fn what_is_rounded_is_not_cut_any_more() {
     assert!(gptq.requirements(&model, &settings).is_err());
 }
 
+/// A plan is a file, in which anything may stand.
+#[test]
+fn plans_that_ask_for_what_cannot_be_stored_are_refused() {
+    let model = model(GATED, 4);
+    for name in ["int4", "awq", "gptq"] {
+        let method = Method::find(name).unwrap();
+        let (_, calibration) = calibrated(&model, method, &Settings::default());
+        let task = Task {
+            calibration: Some(&calibration),
+            ..Task::new(&model)
+        };
+        let plan = method.plan(&task, &Budget::Keep(1.0)).unwrap();
+        assert!(method.apply(&task, &plan).is_ok());
+        // Some rows are of 96, which is not a multiple of 64.
+        for (bits, group) in [(4, 0), (4, 48), (4, 64), (0, 32), (3, 32), (40, 32)] {
+            let mut edited = plan.clone();
+            for module in &mut edited.modules {
+                module.change = Change::Quantise { bits, group };
+            }
+            let error = method.apply(&task, &edited).unwrap_err().to_string();
+            assert!(error.contains("in a plan"), "{error}");
+        }
+    }
+}
+
 #[test]
 fn gradients_pass_through_and_integers_stay() {
     let model = model(GATED, 6);

@@ -213,12 +213,12 @@ impl Merge {
                 ];
                 let (output, log_sum) = to.split_at_mut(width);
                 let [x, y] = got.map(|got| got.map_or(T::NEG_INFINITY, |(_, log_sum)| *log_sum));
-                let maximum = x.larger(y);
-                if maximum == T::NEG_INFINITY {
+                if x == T::NEG_INFINITY && y == T::NEG_INFINITY {
                     output.fill(T::zero());
-                    log_sum.fill(maximum);
+                    log_sum.fill(T::NEG_INFINITY);
                     return;
                 }
+                let maximum = x.larger(y);
                 let [x, y] = [(x - maximum).exp(), (y - maximum).exp()];
                 let inverse = T::one() / (x + y);
                 if self.sums {
@@ -255,8 +255,8 @@ impl Merge {
                 ]
                 .map(|got| got.map_or(T::NEG_INFINITY, |(_, log_sum)| *log_sum));
                 let maximum = x.larger(y);
-                sum[0] = match maximum == T::NEG_INFINITY {
-                    true => maximum,
+                sum[0] = match x == T::NEG_INFINITY && y == T::NEG_INFINITY {
+                    true => T::NEG_INFINITY,
                     false => maximum + ((x - maximum).exp() + (y - maximum).exp()).ln(),
                 };
             },
@@ -549,6 +549,26 @@ mod tests {
         };
         let [rows, _, sums, _] = numbers().try_into().unwrap();
         assert!(gradient_error(repeated, &[rows, sums]).unwrap() < 1e-8);
+    }
+
+    /// Whichever side has it.
+    #[test]
+    fn what_is_no_number_stays_none() {
+        let of = places(&[0, 1]);
+        let output = arange(&[2, 3], 1.0, DType::F64);
+        let part = |sums: [f64; 2]| {
+            let sums = Tensor::new(&sums, &crate::Device::Cpu).unwrap();
+            Attended::from_rows(&output, &sums, of.clone()).unwrap()
+        };
+        let (lost, nothing) = (part([f64::NAN, 0.5]), part([f64::NEG_INFINITY; 2]));
+        for parts in [[lost.clone(), nothing.clone()], [nothing, lost]] {
+            let merged = Attended::merged(&parts).unwrap().unwrap();
+            let sums = merged.log_sums().unwrap().to_vec1::<f64>().unwrap();
+            assert!(sums[0].is_nan() && sums[1] == 0.5, "{sums:?}");
+            let rows = merged.output().unwrap().to_vec2::<f64>().unwrap();
+            assert!(rows[0].iter().all(|x| x.is_nan()), "{rows:?}");
+            assert_eq!(rows[1], output.get(1).unwrap().to_vec1::<f64>().unwrap());
+        }
     }
 
     #[test]

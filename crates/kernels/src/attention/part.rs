@@ -314,6 +314,7 @@ mod tests {
             masked(false, None),
             masked(true, None),
             masked(true, Some(4)),
+            masked(false, Some(0)),
         ]
     }
 

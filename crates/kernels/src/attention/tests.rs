@@ -199,6 +199,65 @@ fn large_scores_do_not_overflow() {
     });
 }
 
+/// Two blocks of queries for each head, of which the last is one query that a thread may have for itself.
+#[test]
+fn does_not_depend_on_the_number_of_threads() {
+    let (batch, heads, queries, keys, width) = (1, 3, 65, 300, 24);
+    for options in masks(batch, queries, keys, width) {
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            pool.build().unwrap().install(|| {
+                let x = [queries, keys, keys].map(|length| {
+                    let x = arange(&[batch, heads, length, width], length as f64, DType::F32);
+                    Var::from_tensor(&x).unwrap()
+                });
+                let y = attention(&x[0], &x[1], &x[2], &options).unwrap();
+                let loss = y.sin().unwrap().sum_all().unwrap();
+                let gradients = loss.backward().unwrap();
+                let [q, k, v] = x.map(|x| gradients.get(&x).unwrap().clone());
+                [y, q, k, v]
+            })
+        };
+        let one = run(1);
+        for threads in [2, 5] {
+            for (one, more) in one.iter().zip(run(threads)) {
+                assert_eq!(difference(one, &more).unwrap(), 0.0, "{options:?}");
+            }
+        }
+    }
+}
+
+/// A query that is no number has no output that is one, unless it sees no key.
+#[test]
+fn what_is_no_number_stays_none() {
+    let q = arange(&[1, 1, 3, 4], 1.0, DType::F32);
+    let mut numbers: Vec<f32> = q.flatten_all().unwrap().to_vec1().unwrap();
+    numbers[4..8].fill(f32::NAN);
+    let q = Tensor::from_vec(numbers, (1, 1, 3, 4), &Device::Cpu).unwrap();
+    let k = arange(&[1, 1, 150, 4], 2.0, DType::F32);
+    let rows = |options: &AttentionOptions| {
+        let y = attention(&q, &k, &k, options).unwrap();
+        y.reshape((3, 4)).unwrap().to_vec2::<f32>().unwrap()
+    };
+    for y in [
+        rows(&AttentionOptions::new(4)),
+        rows(&AttentionOptions {
+            window: Some(2),
+            query_offset: 146,
+            ..AttentionOptions::new(4)
+        }),
+    ] {
+        assert!([0, 2].iter().all(|i| y[*i].iter().all(|x| x.is_finite())));
+        assert!(y[1].iter().all(|x| x.is_nan()));
+    }
+    let keep = Tensor::zeros((1, 150), DType::U8, &Device::Cpu).unwrap();
+    let hidden = AttentionOptions {
+        key_padding: Some(keep),
+        ..AttentionOptions::new(4)
+    };
+    assert_eq!(rows(&hidden), vec![vec![0.0; 4]; 3]);
+}
+
 #[test]
 fn nothing_to_attend_to() {
     let dtype = DType::F32;

@@ -53,12 +53,10 @@ impl Positions {
         scores: &mut [T],
     ) {
         let position = self.queries[batch * p.queries + query];
-        let window = p.window.map_or(u32::MAX, |window| {
-            u32::try_from(window).unwrap_or(u32::MAX).max(1) - 1
-        });
+        let reaches = |away: u32| p.window.is_none_or(|window| (away as usize) < window);
         let keys = &self.keys[batch * p.keys..][keys.clone()];
         for (score, &key) in scores.iter_mut().zip(keys) {
-            if (p.causal && key > position) || key.abs_diff(position) > window {
+            if (p.causal && key > position) || !reaches(key.abs_diff(position)) {
                 *score = T::NEG_INFINITY;
             }
         }
@@ -227,10 +225,12 @@ impl<'a, T: Real> Operands<'a, T> {
     ) -> Self {
         let seen = p.visible_to_any(queries);
         let keys = tile_start(seen.start)..seen.end;
-        let rows = queries.len() * heads;
+        // Which queries come together here depends on the threads, what all of them see does not.
+        let rows = p.queries * heads;
+        let across = k.rows(batch, group, &keys, p.width).transposed();
         Self {
             of: batch * p.groups + group,
-            k: Repeated::new(k.rows(batch, group, &keys, p.width).transposed(), rows),
+            k: Repeated::part(across, rows, p.keys),
             v: Repeated::new(v.rows(batch, group, &keys, p.value_width), rows),
             keys,
         }
@@ -383,7 +383,7 @@ pub(super) fn forward<T: Real>(
                 #[inline(always)]
                 || {
                     for (row, sum) in sums.iter_mut().enumerate() {
-                        if totals[row] > T::zero() {
+                        if totals[row] != T::zero() {
                             *sum = maxima[row] + totals[row].ln();
                             let inverse = T::one() / totals[row];
                             for o in out.row(row) {
@@ -411,7 +411,7 @@ fn online_softmax<T: Real>(
     for (row, scores) in tile.chunks_exact_mut(columns).enumerate() {
         let maximum = maxima[row].larger(simd::maximum(scores));
         if maximum == T::NEG_INFINITY {
-            scores.fill(T::zero());
+            totals[row] += simd::without_hidden(scores);
             continue;
         }
         if maximum > maxima[row] && totals[row] > T::zero() {

@@ -98,4 +98,8 @@ fn what_does_not_fit_is_named() {
     assert!(refused(&q, &l, &l, &v, None).contains("middle"));
     assert!(refused(&q, &l, &m, &l, None).contains("values"));
     assert!(refused(&q, &l, &m, &v, Some(&kept(9))).contains("kept"));
+    for rate in [-0.1, f64::NAN] {
+        let error = landmark_attention(&q, &l, &m, &v, rate, None).unwrap_err();
+        assert!(error.to_string().contains("rate"));
+    }
 }

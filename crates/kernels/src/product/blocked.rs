@@ -220,14 +220,12 @@ impl Task<'_> {
     #[inline(always)]
     unsafe fn column<S: Simd>(&self, simd: S, b: &Matrix<'_, f32>, at: usize) {
         let a = &self.a;
-        let from = &b.data[at * b.column_stride..];
-        let column: Vec<f32> = from
-            .iter()
-            .step_by(b.row_stride)
-            .copied()
-            .take(b.rows)
-            .collect();
         // Loops, not closures, which would not be compiled for the instructions at hand.
+        let mut column = Vec::with_capacity(b.rows);
+        for p in 0..b.rows {
+            // Rows of a broadcast operand are one and the same, with no step between them.
+            column.push(b.data[p * b.row_stride + at * b.column_stride]);
+        }
         let mut sums = vec![0.0; a.rows];
         if a.column_stride == 1 {
             for (i, sum) in sums.iter_mut().enumerate() {
@@ -271,10 +269,10 @@ impl Task<'_> {
             let rows = ROWS.min(a.rows - i);
             // SAFETY: rows past the last are read as the last; within `a` as `run` checked.
             let (starts, step) = unsafe {
+                // Without an inner dimension nothing lies there, and nothing is read.
                 let at = |row: usize| {
-                    a.data
-                        .as_ptr()
-                        .add((i + row.min(rows - 1)) * a.row_stride + p * a.column_stride)
+                    let place = (i + row.min(rows - 1)) * a.row_stride + p * a.column_stride;
+                    a.data.as_ptr().wrapping_add(place)
                 };
                 if apart {
                     for (q, to) in packed_a.chunks_exact_mut(ROWS).enumerate() {
@@ -289,7 +287,7 @@ impl Task<'_> {
                     }
                     let start = packed_a.as_ptr();
                     (
-                        std::array::from_fn::<_, ROWS, _>(|row| start.add(row)),
+                        std::array::from_fn::<_, ROWS, _>(|row| start.wrapping_add(row)),
                         ROWS,
                     )
                 } else {

@@ -274,7 +274,14 @@ pub(crate) struct Repeated<'a, T> {
 impl<'a, T: Real> Repeated<'a, T> {
     /// An operand for products with `rows` rows of left operands in all.
     pub(crate) fn new(matrix: Matrix<'a, T>, rows: usize) -> Self {
-        let worth = rows >= BLOCKED_ROWS && matrix.columns >= BLOCKED_COLUMNS;
+        Self::part(matrix, rows, matrix.columns)
+    }
+
+    /// As [`Repeated::new`] for a part of an operand of so many `columns`, which meets a part of so many
+    /// `rows`: the whole decides what is worth it, so that a number is summed in the same order whichever part
+    /// a thread has.
+    pub(crate) fn part(matrix: Matrix<'a, T>, rows: usize, columns: usize) -> Self {
+        let worth = rows >= BLOCKED_ROWS && columns >= BLOCKED_COLUMNS;
         let panels = worth.then(|| matrix.single()).flatten().map(Panels::new);
         Self { matrix, panels }
     }
@@ -388,6 +395,23 @@ mod tests {
         assert_eq!(result, [7.0; 600]);
         multiply(&mut result, 30, Into::Replace, 1.0, a, b, Threads::All);
         assert_eq!(result, [0.0; 600]);
+    }
+
+    #[test]
+    fn rows_that_are_one_and_the_same_multiply() {
+        let (rows, inner, columns) = (20, 70, 33);
+        let (x, y) = (numbers(rows * inner, 1), numbers(columns, 2));
+        let a = Matrix::packed(&x, rows, inner);
+        // One column more than whole registers, however wide these are.
+        let b = Matrix::spaced(&y, inner, columns, 0);
+        let mut result = vec![f32::NAN; rows * columns];
+        multiply(&mut result, columns, Into::Replace, 1.0, a, b, Threads::One);
+        for (x, row) in x.chunks(inner).zip(result.chunks(columns)) {
+            let sum: f64 = x.iter().map(|x| f64::from(*x)).sum();
+            for (y, found) in y.iter().zip(row) {
+                assert!((sum * f64::from(*y) - f64::from(*found)).abs() < 1e-4);
+            }
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ impl BitmapMatrix {
     pub fn from_dense(matrix: &Tensor) -> Result<Self> {
         let (rows, columns, all) = dense("BitmapMatrix", matrix)?;
         let (mut starts, mut bits, mut values) = (vec![0u32], Vec::new(), Vec::new());
-        for row in all.chunks(columns.max(1)).take(rows) {
+        for row in (0..rows).map(|row| &all[row * columns..(row + 1) * columns]) {
             for part in row.chunks(WORD) {
                 let mut word = 0u64;
                 for (place, value) in part.iter().enumerate() {

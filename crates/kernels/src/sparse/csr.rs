@@ -47,7 +47,7 @@ impl CsrMatrix {
     pub fn from_dense(matrix: &Tensor) -> Result<Self> {
         let (rows, columns, all) = dense("CsrMatrix", matrix)?;
         let (mut starts, mut indices, mut values) = (vec![0u32], Vec::new(), Vec::new());
-        for row in all.chunks(columns.max(1)).take(rows) {
+        for row in (0..rows).map(|row| &all[row * columns..(row + 1) * columns]) {
             for (column, value) in (0u32..).zip(row) {
                 if *value != 0.0 {
                     indices.push(column);

@@ -88,7 +88,7 @@ fn product(kernel: &'static str, matrix: &impl Walk, x: &Tensor) -> Result<Tenso
         }
     }
     let x = x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
-    let count = x.len() / columns.max(1);
+    let count: usize = dims.iter().rev().skip(1).product();
     let y = match count < TOGETHER {
         true => one_by_one(matrix, &x, count),
         false => together(matrix, &x, count),
@@ -285,6 +285,24 @@ mod tests {
         assert!(BitmapMatrix::from_dense(&full.flatten_all().unwrap()).is_err());
         let csr = CsrMatrix::from_dense(&full).unwrap();
         assert!(csr.multiply(&matrix(1, 7, 0.0, 4, 3)).is_err());
+    }
+
+    /// Sums of nothing are zeros.
+    #[test]
+    fn a_matrix_without_columns_multiplies() {
+        let empty = |rows: usize| Tensor::zeros((rows, 0), DType::F32, &Device::Cpu).unwrap();
+        let (csr, bitmap) = (
+            CsrMatrix::from_dense(&empty(3)).unwrap(),
+            BitmapMatrix::from_dense(&empty(3)).unwrap(),
+        );
+        let pairs = TwoOfFourMatrix::from_dense(&empty(3)).unwrap();
+        for count in [2, 5] {
+            let x = empty(count);
+            for y in [csr.multiply(&x), bitmap.multiply(&x), pairs.multiply(&x)] {
+                assert_eq!(y.unwrap().to_vec2::<f32>().unwrap(), vec![[0f32; 3]; count]);
+            }
+        }
+        assert_eq!(csr.to_dense().unwrap().dims(), [3, 0]);
     }
 
     #[test]

@@ -213,9 +213,7 @@ impl Rounding {
     fn plan(self, task: &Task<'_>, _: &Budget) -> Result<Plan> {
         let settings = task.settings();
         let (bits, group) = (self.bits(&settings), settings.quantise.group);
-        if group == 0 || !group.is_multiple_of(32) {
-            return Err(Error::invalid("group", group, "a multiple of 32"));
-        }
+        check_group("group", group)?;
         let layers = self.layers(task.model, &settings)?;
         let modules = layers.iter().map(|layer| {
             let odd = |target: &Target| !target.dims[1].is_multiple_of(group);
@@ -261,6 +259,7 @@ impl Rounding {
             match planned.change {
                 Change::Leave { .. } => {}
                 Change::Quantise { bits, group } => {
+                    check_planned(layer, bits, group)?;
                     report.chosen = Some(self.round_layer(task, layer, bits, group, &mut edit)?);
                 }
                 ref other => {
@@ -399,6 +398,33 @@ impl Rounding {
             moment: inner,
             magnitudes,
         }))
+    }
+}
+
+fn check_group(what: impl Into<String>, group: usize) -> Result<()> {
+    match group > 0 && group.is_multiple_of(32) {
+        true => Ok(()),
+        false => Err(Error::invalid(what, group, "a multiple of 32")),
+    }
+}
+
+/// Fails where a plan, which somebody may have written, asks for what cannot be stored.
+fn check_planned(layer: &Layer, bits: u32, group: usize) -> Result<()> {
+    let of = |what: &str| format!("{what} of {} in a plan", layer.path);
+    if !matches!(bits, 4 | 8) {
+        return Err(Error::invalid(of("bits"), bits, "4 or 8"));
+    }
+    check_group(of("group"), group)?;
+    let targets = Target::of(layer);
+    let odd = targets
+        .iter()
+        .find(|target| !target.dims[1].is_multiple_of(group));
+    match odd {
+        None => Ok(()),
+        Some(target) => {
+            let expected = format!("a divisor of {}, the length of its rows", target.dims[1]);
+            Err(Error::invalid(of("group"), group, expected))
+        }
     }
 }
 

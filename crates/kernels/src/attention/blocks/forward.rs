@@ -39,7 +39,7 @@ impl<T: Real> Results<'_, T> {
     /// Nobody else has the row meanwhile.
     #[inline(always)]
     unsafe fn join(&self, row: u32, output: &[T], got: State<T>) {
-        if got.maximum == T::NEG_INFINITY {
+        if got.total == T::zero() {
             return;
         }
         let row = row as usize;
@@ -51,7 +51,7 @@ impl<T: Real> Results<'_, T> {
         let [state] = state else {
             return;
         };
-        if state.maximum == T::NEG_INFINITY {
+        if state.total == T::zero() {
             to.copy_from_slice(output);
             *state = got;
             return;
@@ -199,7 +199,7 @@ fn many<T: Real>(
 fn online<T: Real>(scores: &mut [T], state: &mut State<T>) -> T {
     let maximum = state.maximum.larger(simd::maximum(scores));
     if maximum == T::NEG_INFINITY {
-        scores.fill(T::zero());
+        state.total += simd::without_hidden(scores);
         return T::one();
     }
     let factor = match maximum > state.maximum && state.total > T::zero() {
@@ -263,7 +263,7 @@ fn divided<T: Real>(rows: &mut [T], states: &[State<T>], width: usize, step: usi
                     // SAFETY: each query has a row and a sum of its own.
                     let (row, sum) =
                         unsafe { (rows.part(query * step, step), sums.part(query, 1)) };
-                    if state.total > T::zero() {
+                    if state.total != T::zero() {
                         sum[0] = state.maximum + state.total.ln();
                         let inverse = T::one() / state.total;
                         for o in &mut row[..width] {

@@ -244,6 +244,29 @@ fn a_query_without_keys_gets_nothing() {
     assert_eq!(rows[2][..2], first[..]);
 }
 
+/// In pieces of many queries and of few, a query that is no number has no output that is one, and no other
+/// part makes it one.
+#[test]
+fn what_is_no_number_stays_none() {
+    let many = part(&[[run([0, 1, 9], [0, 1]), run([0, 1, 5], [0, 1])]]);
+    let few = part(&[[run([3, 1, 2], [0, 1]), run([5, 1, 6], [0, 1])]]);
+    let [q, k, v] = inputs([9, 11], [3, 2], DType::F64);
+    let mut numbers: Vec<f64> = q.flatten_all().unwrap().to_vec1().unwrap();
+    numbers[3 * 3..4 * 3].fill(f64::NAN);
+    let q = Tensor::from_vec(numbers, (9, 3), &Device::Cpu).unwrap();
+    for parts in [
+        vec![many.clone()],
+        vec![few.clone()],
+        vec![few.clone(), many.clone()],
+        vec![many, few],
+    ] {
+        let rows = attention(parts, [9, 11]).rows([&q, &k, &v]).unwrap();
+        for (query, row) in rows.to_vec2::<f64>().unwrap().iter().enumerate() {
+            assert!(row.iter().all(|x| x.is_nan() == (query == 3)), "{row:?}");
+        }
+    }
+}
+
 #[test]
 fn pairs_are_counted_as_composed() {
     let [q, k, _] = inputs(ROWS, [4, 4], DType::F64);
