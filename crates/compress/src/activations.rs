@@ -89,6 +89,26 @@ impl Default for ActivationSettings {
     }
 }
 
+impl ActivationSettings {
+    /// Whether they mean something, whatever the model.
+    ///
+    /// # Errors
+    /// For integers of other bits, and where functions are to be in integers but nothing is rounded.
+    pub fn check(&self) -> Result<()> {
+        if !(2..=16).contains(&self.bits) {
+            return Err(Error::invalid("bits of activations", self.bits, "2 to 16"));
+        }
+        if self.functions && self.range.is_none() {
+            return Err(Error::invalid(
+                "activations.functions",
+                "true, and activations.range absent",
+                "given with a range, per-token or per-tensor",
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// The activations of one model, and how each site's are rounded.
 ///
 /// ```
@@ -149,6 +169,7 @@ impl RoundedActivations {
     /// # Errors
     /// When the settings mean nothing, or select no layer of the model.
     pub fn requirements(model: &Model, settings: &Settings) -> Result<Requirements> {
+        settings.activations.check()?;
         let outliers = kept::threshold(&settings.quantise)?;
         let looks = match settings.activations.range {
             None => false,
@@ -179,6 +200,7 @@ impl RoundedActivations {
         settings: &Settings,
         calibration: Option<&Calibration>,
     ) -> Result<Option<Self>> {
+        settings.activations.check()?;
         let ActivationSettings {
             range,
             bits,
@@ -187,9 +209,6 @@ impl RoundedActivations {
         let Some(range) = range else {
             return Ok(None);
         };
-        if !(2..=16).contains(&bits) {
-            return Err(Error::invalid("bits of activations", bits, "2 to 16"));
-        }
         let requirements = Self::requirements(model, settings)?;
         if let Some(calibration) = calibration {
             calibration.check(model)?;

@@ -214,6 +214,20 @@ fn outliers_that_are_left_make_finer_steps_for_the_others() {
 }
 
 #[test]
+fn settings_that_mean_nothing_are_refused() {
+    let model = wide(5);
+    let mut alone = settings(0.0, None, 8);
+    alone.activations.functions = true;
+    let wide_integers = settings(0.0, Some(ActivationRange::PerToken), 17);
+    for (told, of) in [(alone, "functions"), (wide_integers, "bits")] {
+        let error = told.activations.check().unwrap_err().to_string();
+        assert!(error.contains(of), "{error}");
+        assert!(RoundedActivations::requirements(&model, &told).is_err());
+        assert!(RoundedActivations::new(&model, &told, None).is_err());
+    }
+}
+
+#[test]
 fn models_that_round_nothing_are_measured_as_before() {
     let model = wide(5);
     let told = settings(0.0, None, 8);

@@ -109,6 +109,8 @@ pub(super) fn settings(arguments: &Compress, global: &Global) -> Result<Settings
             .map(|glob| glob.trim().to_owned())
             .collect();
     }
+    // What is measured last would fail after everything else.
+    settings.activations.check()?;
     Ok(settings)
 }
 
