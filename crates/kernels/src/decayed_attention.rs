@@ -34,8 +34,8 @@ use backward::Slopes;
 /// `Σ_j M_ij (q_i · k_j) (v_j, 1)`, `[batch, heads, length, value_width + 1]`: sums over all positions, or over a
 /// position and those before it, the sum of the weights behind them, for `q` and `k`
 /// `[batch, heads, length, features]`, `v` `[batch, heads, length, value_width]` and `a` = `log_decay`
-/// `[batch, heads, length]`, which is finite and not positive. `chunk` positions meet each other directly; the result does not
-/// depend on it beyond rounding.
+/// `[batch, heads, length]`, which is finite and not positive. `chunk` positions meet each other directly; the
+/// result does not depend on it beyond rounding.
 ///
 /// # Errors
 /// When the shapes do not fit each other.

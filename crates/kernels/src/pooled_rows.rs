@@ -23,8 +23,8 @@ pub enum RowPooling {
 /// its one of `ends`, `[lists, width]`.
 ///
 /// # Errors
-/// When `x` has no dimension, a list ends before it begins, or has no row that could be the largest, when the last one does not end with
-/// `rows`, or a row is out of range.
+/// When `x` has no dimension, a list ends before it begins, or has no row that could be the largest, when the
+/// last one does not end with `rows`, or a row is out of range.
 ///
 /// ```
 /// use lapidary_kernels::{Device, RowPooling, Tensor, pooled_rows};
