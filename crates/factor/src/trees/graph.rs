@@ -234,7 +234,8 @@ impl Tree {
     }
 
     /// A length that every distance is a whole number of times, where one is found: the greatest common
-    /// divisor of whole weights, or the shortest edge. 1 where all weights are 0.
+    /// divisor of whole weights, or the shortest edge. 1 where all weights are 0. None where distances could be more
+    /// steps than whole numbers are told apart at: quotients so large are whole by rounding alone.
     pub fn step(&self) -> Option<f64> {
         let weights = || self.0.edges.iter().map(|edge| edge.2).filter(|w| *w > 0.0);
         let shortest = weights().fold(f64::INFINITY, f64::min);
@@ -243,7 +244,9 @@ impl Tree {
         }
         // Beyond that not every whole number is one.
         const WHOLE: f64 = 4_503_599_627_370_496.0;
-        if weights().all(|weight| weight.fract() == 0.0 && weight < WHOLE) {
+        // No distance is longer.
+        let longest: f64 = weights().sum();
+        if longest < WHOLE && weights().all(|weight| weight.fract() == 0.0) {
             let divisor = weights().fold(0u64, |divisor, weight| {
                 let (mut a, mut b) = (divisor, weight as u64);
                 while b > 0 {
@@ -253,8 +256,8 @@ impl Tree {
             });
             return Some(divisor as f64);
         }
-        weights()
-            .all(|weight| (weight / shortest).fract() == 0.0)
-            .then_some(shortest)
+        let whole = longest / shortest < WHOLE
+            && weights().all(|weight| (weight / shortest).fract() == 0.0);
+        whole.then_some(shortest)
     }
 }

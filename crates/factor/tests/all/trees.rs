@@ -407,6 +407,35 @@ fn steps_are_common_divisors() {
     assert_eq!(of(&[0.5, 1.5, 0.0]), Some(0.5));
     assert_eq!(of(&[0.3, 0.7]), None);
     assert_eq!(of(&[0.0]), Some(1.0));
+    // Quotients beyond what can be counted, which have no fraction left to show.
+    assert_eq!(of(&[1e-300, 0.3, 0.7]), None);
+    assert_eq!(of(&[0.5, 2f64.powi(60)]), None);
+    // Large and alike.
+    assert_eq!(of(&[1e20, 1e20]), Some(1e20));
+}
+
+/// An edge that is next to nothing makes no lattice of the others, on which places could not be counted.
+#[test]
+fn a_tiny_edge_among_others_leaves_products_exact() {
+    let mut numbers = random(9);
+    let weight = |v: usize| {
+        if v == 150 {
+            1e-300
+        } else {
+            numbers.random_range(0.1..1.0)
+        }
+    };
+    let edges: Vec<(usize, usize, f64)> = (1..400)
+        .zip((1..400).map(weight))
+        .map(|(v, w)| (v - 1, v, w))
+        .collect();
+    let tree = Tree::new(400, edges).unwrap();
+    let integrator = IntegratorTree::new(&tree);
+    assert_eq!(integrator.lattice(), None);
+    let function = Function::any(|x| 1.0 / (1.0 + x));
+    let field = field(400, 10);
+    let found = integrator.integrate(&function, &field, 1).unwrap();
+    assert_near(&found, &brute(&tree, &function, &field, 1), "a tiny edge");
 }
 
 #[test]

@@ -90,10 +90,14 @@ impl SparseCode {
         mut parameters: Parameters<'_>,
     ) -> Result<Self> {
         let atoms = spec.atoms.unwrap_or(width);
-        // The deviation of the uniform distribution that the published code draws from.
-        let deviation = 1.0 / (3.0 * atoms as f64).sqrt();
-        let dictionary =
-            parameters.tensor("dictionary", &[width, atoms], Init::Normal { deviation })?;
+        // Kaiming's bounds of the published code, for the features that a coefficient reads: wide enough that a
+        // code of few steps is of the size of its token, however many atoms there are.
+        let most = (6.0 / width.max(1) as f64).sqrt();
+        let init = Init::Uniform {
+            low: -most,
+            high: most,
+        };
+        let dictionary = parameters.tensor("dictionary", &[width, atoms], init)?;
         let transposed = tensor(dictionary.t())?;
         let threshold = tensor(Tensor::new(
             &[-spec.step * spec.penalty],

@@ -7,7 +7,7 @@ use crate::common::{
     Map, assert_near, build, contracted, gradient_error, heads, random, tensor, values,
 };
 use lapidary_factor::trees::{Graph, Tree};
-use lapidary_kernels::{Direction, Tensor, linear_attention};
+use lapidary_kernels::{Direction, Tensor, Var, linear_attention};
 use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::topological::{
     FeatureMap, GraphSpec, Mask, Metric, TopologicalSpec,
@@ -78,7 +78,7 @@ fn mask_of(spec: &TopologicalSpec, a: &[f64], distance: f64) -> f64 {
     match spec.mask {
         Mask::Exponential => z.exp(),
         Mask::Identity => 1.0 + z,
-        Mask::InverseQuadratic => 1.0 / (1.0 + z * z),
+        Mask::InverseQuadratic => 2.0 / (1.0 + (1.0 + z) * (1.0 + z)),
     }
 }
 
@@ -231,6 +231,35 @@ fn gradients_pass_to_the_mask_and_to_every_field() {
             contracted(&mixing.mix(&inputs["v"]).unwrap())
         });
         assert!(error < 1e-6, "{columns:?} {length}: {error:e}");
+    }
+}
+
+/// Where training begins, every `g` leaves `M ≡ 1` with a slope of one, that of the inverse of a quadratic downwards: a mask
+/// that starts without one never learns.
+#[test]
+fn every_mask_can_leave_where_it_starts() {
+    let [q, k, v] = drawn(1, 30);
+    let slopes = |mask: Mask| -> Vec<f64> {
+        let spec = TopologicalSpec {
+            features: FeatureMap::Square,
+            unit: 10.0,
+            ..on(None, mask)
+        };
+        let numbers = Var::from_tensor(&tensor(vec![0.0; 6], &[HEADS, 3])).unwrap();
+        let map = Map::from([("mask".to_owned(), numbers.as_tensor().clone())]);
+        let loss = contracted(&mixing(&spec, &map, [&q, &k]).mix(&v).unwrap());
+        let gradients = loss.backward().unwrap();
+        values(gradients.get(numbers.as_tensor()).unwrap())
+    };
+    let exponential = slopes(Mask::Exponential);
+    for (mask, sign) in [(Mask::Identity, 1.0), (Mask::InverseQuadratic, -1.0)] {
+        for (found, expected) in slopes(mask).iter().zip(&exponential) {
+            assert!((found - sign * expected).abs() < 1e-9, "{mask:?}");
+        }
+    }
+    // A factor of the whole mask changes nothing; distances do.
+    for (place, slope) in exponential.iter().enumerate() {
+        assert_eq!(slope.abs() < 1e-9, place % 3 == 0, "{place}: {slope}");
     }
 }
 

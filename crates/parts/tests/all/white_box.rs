@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 
 use crate::common;
 use crate::common::{Map, assert_near, build, random, tensor, values};
-use lapidary_kernels::{Device, Tensor};
+use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::attention::{MultiHeadAttention, MultiHeadSpec, QueryKeySharing};
 use lapidary_parts::block::{Block, BlockSpec};
 use lapidary_parts::feedforward::{SparseCode, SparseCodeSpec};
-use lapidary_parts::parameters::Parameters;
+use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
 use lapidary_parts::state::MixerState;
 use lapidary_parts::{Context, Result};
 use lapidary_signal::{Signal, Trace};
@@ -134,7 +134,7 @@ fn without_projections_attention_is_that_of_the_gram_matrix() {
         bias: false,
         ..MultiHeadSpec::new(1)
     };
-    let eye = Tensor::eye(WIDTH, lapidary_kernels::DType::F64, &Device::Cpu).unwrap();
+    let eye = Tensor::eye(WIDTH, DType::F64, &Device::Cpu).unwrap();
     let map = Map::from([
         ("query.weight".to_owned(), eye.clone()),
         ("output.weight".to_owned(), eye),
@@ -214,7 +214,7 @@ fn a_reversed_block_takes_a_step_back() {
     let decoder = of("reversed", "{ kind = 'linear', bias = false }");
     // Another order of the features: codes of what is positive are positive.
     let order = Tensor::new(&[2u32, 0, 1, 5, 3, 4], &Device::Cpu).unwrap();
-    let dictionary = Tensor::eye(WIDTH, lapidary_kernels::DType::F64, &Device::Cpu).unwrap();
+    let dictionary = Tensor::eye(WIDTH, DType::F64, &Device::Cpu).unwrap();
     let dictionary = dictionary.index_select(&order, 0).unwrap();
     let query = random(&[WIDTH, WIDTH], 11);
     let x = (random(&[1, 5, WIDTH], 12).abs().unwrap() + 1.0).unwrap();
@@ -283,5 +283,37 @@ fn shared_projections_are_one_layer() {
             1e-12,
             "cached",
         );
+    }
+}
+
+/// Takes down how parameters start.
+struct Starts(Vec<(String, Init)>);
+
+impl ParameterSource for Starts {
+    fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
+        self.0.push((name.to_owned(), init));
+        Ok(Tensor::zeros(shape, DType::F64, &Device::Cpu).unwrap())
+    }
+}
+
+/// Square or not, `D` starts uniform between `±√(6 / width)`, as in both published programs: what counts is how many
+/// features a coefficient reads, not how many coefficients there are.
+#[test]
+fn dictionaries_start_as_the_published_ones() {
+    for atoms in [None, Some(4 * WIDTH)] {
+        let spec = SparseCodeSpec {
+            atoms,
+            ..SparseCodeSpec::default()
+        };
+        let mut starts = Starts(Vec::new());
+        let (ranks, mut linears) = (BTreeMap::new(), Vec::new());
+        let parameters = Parameters::new(&mut starts, &ranks, &mut linears);
+        SparseCode::new(&spec, WIDTH, parameters).unwrap();
+        let most = (6.0 / WIDTH as f64).sqrt();
+        let expected = Init::Uniform {
+            low: -most,
+            high: most,
+        };
+        assert_eq!(starts.0, [("dictionary".to_owned(), expected)]);
     }
 }

@@ -134,7 +134,8 @@ pub enum Mask {
     Exponential,
     /// `z`, from `a₀ = 1`; weights may become negative.
     Identity,
-    /// `1 / (1 + z²)`, from `a₀ = 0`.
+    /// `2 / (1 + z²)`, from `a₀ = 1`, where it is steepest; from `a₀ = 0`, its top, it has no slope and would never
+    /// leave.
     InverseQuadratic,
 }
 
@@ -240,7 +241,10 @@ impl Topological {
         let mask = match self.spec.mask {
             Mask::Exponential => tensor(z.exp())?,
             Mask::Identity => tensor(z + 1.0)?,
-            Mask::InverseQuadratic => tensor(tensor(tensor(z.sqr())? + 1.0)?.recip())?,
+            Mask::InverseQuadratic => {
+                let squares = tensor(tensor(z + 1.0)?.sqr())?;
+                tensor(tensor(tensor(squares + 1.0)?.recip())? * 2.0)?
+            }
         };
         tensor(tensor(mask.broadcast_as((self.heads.heads, distances)))?.contiguous())
     }
