@@ -47,6 +47,7 @@ pub mod mra;
 pub mod narrow;
 pub mod narrowing;
 pub mod polarity;
+mod probe;
 pub mod pruning_study;
 pub mod qdsformer;
 pub mod rducb;

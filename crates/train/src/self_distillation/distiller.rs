@@ -214,26 +214,65 @@ impl Distiller {
     /// # Errors
     /// What the model refuses.
     pub fn validate(&self) -> Result<(f64, Spread)> {
-        let mut generator = generator(self.spec.seed ^ VALIDATION_SEED);
-        let (model, projection) = self.teacher()?;
         let temperatures = self.own.temperatures_at(self.step);
         let (mut sum, mut seen, mut all) = (0.0, 0, Vec::new());
+        self.told(|views, told| {
+            let probabilities = teacher_probabilities(told, &self.centre, temperatures.teacher)?;
+            let said = logits(&self.student, &self.projection, views, Pass::default())?;
+            let loss = distillation_loss(&said, &probabilities, temperatures.student)?;
+            let images = engine(views.dim(1))?;
+            sum += number(&loss.detach())? * images as f64;
+            seen += images;
+            all.push(probabilities);
+            Ok(())
+        })?;
+        Ok((sum / seen.max(1) as f64, self.spread_of(&all)?))
+    }
+
+    /// What the teacher says of validation images at a temperature that need not be its own, in the views of
+    /// [`Distiller::validate`]. The same logits tell more at a lower temperature, so that teachers of different ones
+    /// can be compared at one alone.
+    ///
+    /// # Errors
+    /// For a temperature that no spec may have, and what the model refuses.
+    pub fn spread_at(&self, temperature: f64) -> Result<Spread> {
+        SelfDistillationSpec {
+            teacher_temperature: temperature,
+            ..self.own.clone()
+        }
+        .validate()?;
+        let mut all = Vec::new();
+        self.told(|_, told| {
+            all.push(teacher_probabilities(told, &self.centre, temperature)?);
+            Ok(())
+        })?;
+        self.spread_of(&all)
+    }
+
+    /// Hands over, batch by batch, views of validation images `[views, images, channels, height, width]` and the
+    /// teacher's logits of the large ones, `[views, images, outputs]`.
+    fn told(&self, mut each: impl FnMut(&Tensor, &Tensor) -> Result<()>) -> Result<()> {
+        let mut generator = generator(self.spec.seed ^ VALIDATION_SEED);
+        let (model, projection) = self.teacher()?;
         let batches = self.images.validation.chunks(self.spec.batch);
         for images in batches.take(self.spec.validation.batches) {
             let images: Vec<&Image> = images.iter().collect();
             let views = self.own.crops.views(&images, self.size, &mut generator)?;
             let global = engine(views.narrow(0, 0, GLOBAL))?;
             let told = logits(&model, &projection, &global, Pass::default())?;
-            let probabilities = teacher_probabilities(&told, &self.centre, temperatures.teacher)?;
-            let said = logits(&self.student, &self.projection, &views, Pass::default())?;
-            let loss = distillation_loss(&said, &probabilities, temperatures.student)?;
-            sum += number(&loss.detach())? * images.len() as f64;
-            seen += images.len();
-            let outputs = self.own.outputs;
-            all.push(engine(probabilities.reshape(((), outputs)))?);
+            each(&views, &told)?;
         }
-        let spread = Spread::of(&engine(Tensor::cat(&all, 0))?)?;
-        Ok((sum / seen.max(1) as f64, spread))
+        Ok(())
+    }
+
+    /// Of probabilities `[views, images, outputs]` of several batches.
+    fn spread_of(&self, probabilities: &[Tensor]) -> Result<Spread> {
+        let outputs = self.own.outputs;
+        let rows: Result<Vec<Tensor>> = probabilities
+            .iter()
+            .map(|each| engine(each.reshape(((), outputs))))
+            .collect();
+        Spread::of(&engine(Tensor::cat(&rows?, 0))?)
     }
 
     /// The teacher as a model: it is what is used afterwards.

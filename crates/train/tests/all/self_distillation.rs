@@ -200,6 +200,21 @@ fn a_level_teacher_has_all_the_entropy_and_no_information() {
     assert!(spread.information().abs() < 1e-5, "{spread:?}");
 }
 
+/// At a teacher's own temperature it is what validation says; at a high one nothing is told, whatever its own is; and
+/// what no spec may have is refused.
+#[test]
+fn teachers_are_compared_at_one_temperature() {
+    let mut distiller = distiller(spec(&[]));
+    distiller.step().unwrap();
+    let (_, own) = distiller.validate().unwrap();
+    assert_eq!(distiller.spread_at(0.04).unwrap(), own);
+    let level = distiller.spread_at(1e6).unwrap();
+    assert!(level.information().abs() < 1e-5 && level.information() < own.information());
+    assert!((level.entropy - 8f64.ln()).abs() < 1e-5, "{level:?}");
+    let said = distiller.spread_at(0.0).unwrap_err().to_string();
+    assert!(said.contains("teacher_temperature is 0"), "{said}");
+}
+
 #[test]
 fn a_resumed_run_goes_on_bit_for_bit() {
     let mut whole = distiller(spec(&[("frozen_steps", json!(1))]));

@@ -1,13 +1,17 @@
 //! Self-distillation without labels: what a model of CRATE's blocks learns of pictures that nobody named, beside a
 //! Transformer of the same width, heads and blocks.
 
+mod claims;
+
+use super::audit::{Audit, of_input};
 use super::{BLOCKS, HEADS, Size, white_box};
 use crate::error::engine;
 use crate::experiments::attributes::{self, Draw, Picture, SHAPE, Scene};
 use crate::experiments::classifier::Narrow;
 use crate::experiments::jobs::by_seed;
-use crate::experiments::{after_training, mean, mini_clip, numbers};
-use crate::{Claim, Error, Result, Setting};
+use crate::experiments::probe::{Row, percent_by_neighbours, percent_by_ridge};
+use crate::experiments::{mean, mini_clip, numbers};
+use crate::{Claim, Error, Plot, Result, Setting};
 use lapidary_kernels::{DType, Device};
 use lapidary_model::{
     HeadSpec, Initialiser, Input, InputSpec, Model, ModelSpec, Pass, PatchInput, Pool,
@@ -33,6 +37,10 @@ const MASS: f64 = 0.6;
 /// Neighbours that name a picture.
 const NEIGHBOURS: usize = 10;
 const SHAPES: usize = 4;
+/// Pictures that what is behind the blocks is measured on.
+const AUDITED: usize = 32;
+/// The teacher's temperature, and the one at which all teachers are asked what they tell.
+const TEMPERATURE: f64 = 0.04;
 
 const OWN: &str = "CRATE";
 const USUAL: &str = "Transformer";
@@ -41,18 +49,43 @@ const BLUNT: &str = "CRATE without sharpening";
 
 /// What is asked of a trained teacher.
 struct Found {
-    /// Mean overlap of the best head's map with the shape, after training and before.
-    overlap: [f64; 2],
-    /// Percent of shapes that are named by neighbours, after training and before.
-    named: [f64; 2],
-    /// Nats that an output tells of its picture.
+    /// After training and before.
+    trained: Told,
+    untrained: Told,
+    /// Nats that an output tells of its picture at [`TEMPERATURE`].
     information: f64,
-    /// Nats of a picture's outputs.
+    /// Nats of a picture's outputs there.
     entropy: f64,
+    /// What is behind the blocks before training, in its middle and after.
+    audits: [Audit; 3],
+}
+
+/// What a teacher's attention and features tell.
+struct Told {
+    /// Mean overlap of the best head's map with the shape.
+    overlap: f64,
+    /// Percent of shapes that are named by neighbours.
+    neighbours: f64,
+    /// Percent of shapes that are named by a linear map of the features.
+    probe: f64,
+}
+
+/// What was found in each way, by seed.
+struct All(Vec<(&'static str, Vec<Found>)>);
+
+impl All {
+    fn of(&self, name: &str) -> impl Iterator<Item = &Found> {
+        let seeds = self.0.iter().filter(move |(known, _)| *known == name);
+        seeds.flat_map(|(_, each)| each)
+    }
+
+    fn mean(&self, name: &str, of: fn(&Found) -> f64) -> f64 {
+        mean(self.of(name).map(of))
+    }
 }
 
 /// Trains and asks.
-pub(super) fn run(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
+pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> {
     let ways = [
         (OWN, (true, objective(size))),
         (USUAL, (false, objective(size))),
@@ -67,17 +100,7 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
                 },
             ),
         ),
-        (
-            BLUNT,
-            (
-                true,
-                SelfDistillationSpec {
-                    teacher_temperature: 1.0,
-                    first_teacher_temperature: 1.0,
-                    ..objective(size)
-                },
-            ),
-        ),
+        (BLUNT, (true, blunt(size))),
     ];
     let found = by_seed(
         setting,
@@ -89,81 +112,23 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
             distilled(size, *own, objective.clone(), seed)
         },
     )?;
-    let over = |name: &str, of: fn(&Found) -> f64| {
-        let seeds = found.iter().filter(|(known, _)| *known == name);
-        mean(seeds.flat_map(|(_, each)| each.iter().map(of)))
-    };
-    let information = |name: &str| over(name, |found| found.information);
-    let told = |name: &str| {
-        format!(
-            "{name} {:.3} of {:.2}",
-            information(name),
-            (size.prototypes as f64).ln()
-        )
-    };
-    let (own, usual) = (
-        over(OWN, |found| found.overlap[0]),
-        over(USUAL, |found| found.overlap[0]),
-    );
-    let (named, other) = (
-        over(OWN, |found| found.named[0]),
-        over(USUAL, |found| found.named[0]),
-    );
-    let before = over(OWN, |found| found.named[1]);
+    let found = All(found);
     let note = format!(
         "{} pictures of {SIDE} by {SIDE} pixels with one shape before a texture, patches of {PATCH} by {PATCH}, {} \
-         steps of {BATCH} pictures in {} views; heads and neighbours are the teacher's",
+         steps of {BATCH} pictures in {} views; heads and features are the teacher's; pictures that are asked about have \
+         colours, places and textures together that no other has",
         size.pictures,
         size.distillation_steps,
         objective(size).crops.count()
     );
-    Ok(vec![
-        Claim::new(
-            "self-distillation: centre and sharpening keep the teacher from saying the same of every picture; without \
-             either its outputs tell less of it",
-            "DINO, figure: without either the divergence of student and teacher falls to 0",
-            format!(
-                "nats told: {}, {} (entropy {:.2}), {} (entropy {:.2})",
-                told(OWN),
-                told(UNCENTRED),
-                over(UNCENTRED, |found| found.entropy),
-                told(BLUNT),
-                over(BLUNT, |found| found.entropy)
-            ),
-            after_training(
-                setting.scale,
-                information(OWN) > information(UNCENTRED) && information(OWN) > information(BLUNT),
-            ),
-        )
-        .noted(note.clone()),
-        Claim::new(
-            "self-distillation: the class token's attention in the last block overlaps the shape more in CRATE than in \
-             a Transformer",
-            "COCO, masks of supervised models, AP50: CRATE-B 2.9, ViT-B 0.8; DINO, VOC12, Jaccard: 45.9 of a ViT-S \
-             distilled, 27.3 of one supervised",
-            format!(
-                "mean Jaccard index of the best head {own:.3} against {usual:.3}; untrained {:.3} against {:.3}",
-                over(OWN, |found| found.overlap[1]),
-                over(USUAL, |found| found.overlap[1])
-            ),
-            after_training(setting.scale, own > usual),
-        )
-        .noted(format!(
-            "a head's map: the patches that carry {:.0} % of its attention; of each picture the head that overlaps most",
-            100.0 * MASS
-        )),
-        Claim::new(
-            "self-distillation: the ten nearest of named pictures name shapes better than before training, and with \
-             CRATE within 5 points of a Transformer",
-            "DINO, ImageNet: ViT-S/16 74.5 % by neighbours",
-            format!(
-                "CRATE {named:.1} %, before {before:.1} %; Transformer {other:.1} %, before {:.1} %",
-                over(USUAL, |found| found.named[1])
-            ),
-            after_training(setting.scale, named > before && named >= other - 5.0),
-        )
-        .noted(note),
-    ])
+    let mut all = vec![
+        claims::of_collapse(setting, size, &found).noted(note.clone()),
+        claims::of_maps(setting, &found),
+    ];
+    all.extend(claims::of_features(setting, &found).map(|claim| claim.noted(note.clone())));
+    let (more, plots) = claims::of_blocks(setting, &found);
+    all.extend(more);
+    Ok((all, plots.into()))
 }
 
 /// Pictures of a step.
@@ -176,12 +141,24 @@ fn objective(size: &Size) -> SelfDistillationSpec {
         bottleneck: size.width,
         // Runs are short: a teacher that moves as slowly as the published one stays where it began.
         momentum: 0.97,
+        teacher_temperature: TEMPERATURE,
+        first_teacher_temperature: TEMPERATURE,
         crops: CropSpec {
             locals: 2,
             local: [0.15, 0.4],
             ..CropSpec::default()
         },
         ..SelfDistillationSpec::default()
+    }
+}
+
+/// A teacher as blunt as its student.
+fn blunt(size: &Size) -> SelfDistillationSpec {
+    let sharp = objective(size);
+    SelfDistillationSpec {
+        teacher_temperature: sharp.student_temperature,
+        first_teacher_temperature: sharp.student_temperature,
+        ..sharp
     }
 }
 
@@ -264,20 +241,31 @@ fn course(size: &Size, model: ModelSpec, own: SelfDistillationSpec, seed: u64) -
     }
 }
 
-fn drawn(count: usize, seed: u64) -> Vec<(Scene, Picture)> {
+/// Whether pictures of a scene are held out: one in five of all that there can be around a shape, so that what is asked
+/// about has no twin among what is known.
+fn is_held_out(scene: &Scene) -> bool {
+    let [colour, _, place, texture] = scene.values;
+    (colour + place + texture) % 5 == 0
+}
+
+/// Pictures to train on, or held out.
+fn drawn(count: usize, held_out: bool, seed: u64) -> Vec<(Scene, Picture)> {
     let mut random = generator(seed);
     let draw = Draw::balanced();
-    (0..count)
-        .map(|_| {
-            let scene = draw.scene(&mut random);
-            (scene, attributes::draw(scene, SIDE, &mut random))
-        })
-        .collect()
+    let mut pictures = Vec::with_capacity(count);
+    while pictures.len() < count {
+        let scene = draw.scene(&mut random);
+        if is_held_out(&scene) == held_out {
+            pictures.push((scene, attributes::draw(scene, SIDE, &mut random)));
+        }
+    }
+    pictures
 }
 
 fn distilled(size: &Size, own: bool, objective: SelfDistillationSpec, seed: u64) -> Result<Found> {
-    let training = drawn(size.pictures, seed ^ 0xd1500);
-    let held_out = drawn(size.pictures / 4, seed ^ 0xd1501);
+    // Apart in the upper half, so that no other seed has either.
+    let training = drawn(size.pictures, false, seed ^ (0xd1500 << 32));
+    let held_out = drawn(size.pictures / 4, true, seed ^ (0xd1501 << 32));
     let images = |pictures: &[(Scene, Picture)]| -> Result<Vec<Image>> {
         let each = pictures
             .iter()
@@ -295,24 +283,38 @@ fn distilled(size: &Size, own: bool, objective: SelfDistillationSpec, seed: u64)
     let mut source = Narrow(Initialiser::new(seed, DType::F32, Device::Cpu));
     let spec = course(size, model, objective, seed);
     let mut distiller = Distiller::with_source(spec, &mut source, images)?;
-    let untrained = distiller.finished()?;
-    while distiller.steps_done() < size.distillation_steps {
-        distiller.step()?;
-    }
-    let (_, spread) = distiller.validate()?;
-    let trained = distiller.finished()?;
-    let named = |model: &Model| -> Result<f64> {
-        let known = features(model, &training)?;
-        Ok(percent_named(&known, &features(model, &held_out)?))
+    let audited = input(held_out.get(..AUDITED).unwrap_or(&held_out))?;
+    let until = |distiller: &mut Distiller, steps: u64| -> Result<(Model, Audit)> {
+        while distiller.steps_done() < steps {
+            distiller.step()?;
+        }
+        let teacher = distiller.finished()?;
+        let audit = of_input(&teacher, &audited, None)?;
+        Ok((teacher, audit))
     };
+    let (untrained, before) = until(&mut distiller, 0)?;
+    let (_, middle) = until(&mut distiller, size.distillation_steps / 2)?;
+    let (trained, after) = until(&mut distiller, size.distillation_steps)?;
+    let spread = distiller.spread_at(TEMPERATURE)?;
     Ok(Found {
-        overlap: [
-            mean(overlaps(&trained, &held_out)?),
-            mean(overlaps(&untrained, &held_out)?),
-        ],
-        named: [named(&trained)?, named(&untrained)?],
+        trained: told(&trained, &training, &held_out)?,
+        untrained: told(&untrained, &training, &held_out)?,
         information: spread.information(),
         entropy: spread.entropy,
+        audits: [before, middle, after],
+    })
+}
+
+fn told(
+    model: &Model,
+    training: &[(Scene, Picture)],
+    held_out: &[(Scene, Picture)],
+) -> Result<Told> {
+    let (known, asked) = (features(model, training)?, features(model, held_out)?);
+    Ok(Told {
+        overlap: mean(overlaps(model, held_out)?),
+        neighbours: percent_by_neighbours(&known, &asked, SHAPES, NEIGHBOURS),
+        probe: percent_by_ridge(&known, &asked, SHAPES)?,
     })
 }
 
@@ -327,8 +329,8 @@ fn input(pictures: &[(Scene, Picture)]) -> Result<Input> {
     Ok(Input::Pixels(mini_clip::pixels(&pictures, SIDE)?))
 }
 
-/// The shape of each picture and its features, of length one.
-fn features(model: &Model, pictures: &[(Scene, Picture)]) -> Result<Vec<(usize, Vec<f64>)>> {
+/// The shape of each picture and its features.
+fn features(model: &Model, pictures: &[(Scene, Picture)]) -> Result<Vec<Row>> {
     let mut all = Vec::new();
     for chunk in pictures.chunks(AT_ONCE) {
         let output = model.forward(&input(chunk)?, Pass::default())?;
@@ -338,34 +340,10 @@ fn features(model: &Model, pictures: &[(Scene, Picture)]) -> Result<Vec<(usize, 
         let rows = numbers(pooled.value())?;
         let width = (rows.len() / chunk.len()).max(1);
         for ((scene, _), row) in chunk.iter().zip(rows.chunks(width)) {
-            let length = row.iter().map(|x| x * x).sum::<f64>().sqrt().max(1e-12);
-            let unit = row.iter().map(|x| x / length).collect();
-            all.push((scene.values[SHAPE], unit));
+            all.push((scene.values[SHAPE], row.to_vec()));
         }
     }
     Ok(all)
-}
-
-/// How many of a hundred are of the shape that most of their nearest have, by the cosine.
-fn percent_named(known: &[(usize, Vec<f64>)], asked: &[(usize, Vec<f64>)]) -> f64 {
-    let right = asked.iter().filter(|(shape, asked)| {
-        let cosine = |other: &[f64]| -> f64 { asked.iter().zip(other).map(|(a, b)| a * b).sum() };
-        let mut near: Vec<(f64, usize)> = known
-            .iter()
-            .map(|(shape, other)| (cosine(other), *shape))
-            .collect();
-        near.sort_by(|a, b| b.0.total_cmp(&a.0));
-        let mut votes = [0usize; SHAPES];
-        for (_, shape) in near.iter().take(NEIGHBOURS) {
-            if let Some(votes) = votes.get_mut(*shape) {
-                *votes += 1;
-            }
-        }
-        // Of equal votes the first shape.
-        let said = (0..SHAPES).rev().max_by_key(|shape| votes[*shape]);
-        said == Some(*shape)
-    });
-    100.0 * right.count() as f64 / asked.len().max(1) as f64
 }
 
 /// For each picture the best head's overlap, `|map ∩ shape| / |map ∪ shape|` in pixels, of what the class token
@@ -441,19 +419,43 @@ mod tests {
         assert_eq!(overlap(&attention, &none), 0.0);
     }
 
+    /// No colour, place and texture are met on both sides, and all shapes are met with each on theirs.
     #[test]
-    fn neighbours_vote() {
-        let unit = |angle: f64| vec![angle.cos(), angle.sin()];
-        // Eleven of shape 1 nearby, and as many of shape 2 across.
-        let known: Vec<(usize, Vec<f64>)> = (0..11)
-            .flat_map(|i| {
-                let by = 0.01 * i as f64;
-                [(1, unit(by)), (2, unit(3.0 + by))]
-            })
-            .collect();
-        let asked = [(1, unit(0.05)), (2, unit(3.05)), (1, unit(3.0))];
-        let found = percent_named(&known, &asked);
-        assert!((found - 200.0 / 3.0).abs() < 1e-9);
+    fn what_is_held_out_has_no_twin() {
+        let around = |scene: &Scene| [scene.values[0], scene.values[2], scene.values[3]];
+        let [known, asked] = [(false, 200, 1), (true, 50, 2)].map(|(held_out, count, seed)| {
+            let pictures = drawn(count, held_out, seed);
+            assert_eq!(pictures.len(), count);
+            pictures
+        });
+        for (scene, _) in &asked {
+            assert!(
+                known
+                    .iter()
+                    .all(|(other, _)| around(other) != around(scene))
+            );
+            for shape in 0..SHAPES {
+                let mut other = *scene;
+                other.values[SHAPE] = shape;
+                assert!(is_held_out(&other));
+            }
+        }
+        let shares = Scene::all()
+            .iter()
+            .filter(|scene| is_held_out(scene))
+            .count();
+        assert!((200..260).contains(&shares), "{shares}");
+    }
+
+    #[test]
+    fn a_blunt_teacher_is_as_blunt_as_its_student() {
+        let size = Size::of(crate::Scale::Smoke);
+        for step in [0, 1000] {
+            let found = blunt(&size).temperatures_at(step);
+            assert_eq!(found.teacher, found.student);
+            let sharp = objective(&size).temperatures_at(step);
+            assert_eq!((sharp.teacher, sharp.student), (TEMPERATURE, found.student));
+        }
     }
 
     #[test]

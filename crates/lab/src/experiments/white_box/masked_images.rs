@@ -1,6 +1,6 @@
 //! The masked autoencoder: blocks that compress and make sparse, and as many that turn them around.
 
-use super::audit::{Audit, averaged, series, sites, told};
+use super::audit::{Audit, averaged, sites};
 use super::{HEADS, Size};
 use crate::error::engine;
 use crate::experiments::classifier::{Labelled, Narrow, fit};
@@ -42,11 +42,7 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plo
         matches.push(ratios);
     }
     let audit = averaged(&audits);
-    let (encoder, decoder) = audit.rates.split_at(DEPTH.min(audit.rates.len()));
-    let ends = |rates: &[f64]| match rates {
-        [first, .., last] => last - first,
-        _ => f64::NAN,
-    };
+    let [encoder, decoder] = audit.rates.split_at(DEPTH);
     let ratios: Vec<f64> = (0..DEPTH)
         .map(|layer| mean(matches.iter().filter_map(|each| each.get(layer).copied())))
         .collect();
@@ -66,8 +62,11 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plo
         Claim::new(
             "masked autoencoder: the coding rate falls through the encoder and rises through the decoder",
             "figure, ImageNet",
-            format!("{}; {}", told(encoder), told(decoder)),
-            after_training(setting.scale, ends(encoder) < 0.0 && ends(decoder) > 0.0),
+            format!("{}; {}", encoder.told(), decoder.told()),
+            after_training(
+                setting.scale,
+                encoder.dropped() > 0.0 && decoder.dropped() < 0.0,
+            ),
         ),
         Claim::new(
             "masked autoencoder: what a block of the encoder reads is near what the block opposite it \
@@ -75,7 +74,7 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plo
             "figure: pairs of layers match",
             format!(
                 "signal over difference, first block to last: {} dB",
-                told(&ratios)
+                listed(&ratios)
             ),
             after_training(setting.scale, ratios.iter().all(|ratio| *ratio > 0.0)),
         ),
@@ -84,9 +83,15 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plo
         title: "Coding rate in a masked autoencoder".to_owned(),
         x: format!("block, the last {DEPTH} those of the decoder"),
         y: "mean over heads".to_owned(),
-        series: vec![series("trained", &audit.rates)],
+        series: vec![audit.rates.series("trained")],
     };
     Ok((claims, vec![plot]))
+}
+
+/// Numbers in words.
+fn listed(values: &[f64]) -> String {
+    let each: Vec<String> = values.iter().map(|value| format!("{value:.2}")).collect();
+    each.join(", ")
 }
 
 /// CRATE-MAE for digits.
