@@ -86,8 +86,8 @@ fn tell_distilled(finished: &Finished, spec: &TrainSpec, global: &Global) -> Res
         }));
     }
     output::print(&format!(
-        "{} steps, validation loss {:.4}; the teacher's entropy {:.3} nats, of which images decide {:.3}; {:.0} \
-         tokens/s; the model is in {}\n",
+        "{} steps, validation loss {:.4}; the mean of what the teacher says has an entropy of {:.3} nats, of which \
+         images decide {:.3}; {:.0} tokens/s; the model is in {}\n",
         finished.steps,
         finished.validation_loss,
         spread.entropy_of_mean,
