@@ -245,7 +245,7 @@ fn course(size: &Size, model: ModelSpec, own: SelfDistillationSpec, seed: u64) -
 /// about has no twin among what is known.
 fn is_held_out(scene: &Scene) -> bool {
     let [colour, _, place, texture] = scene.values;
-    (colour + place + texture) % 5 == 0
+    (colour + place + texture).is_multiple_of(5)
 }
 
 /// Pictures to train on, or held out.
