@@ -18,6 +18,7 @@ mod error;
 pub mod files;
 pub mod generation;
 pub mod gguf;
+mod grids;
 mod head;
 pub mod huggingface;
 mod input;

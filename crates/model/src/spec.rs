@@ -24,6 +24,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::grids;
 use crate::input::engine;
 use lapidary_kernels::Tensor;
 use lapidary_parts::activation::ActivationSpec;
@@ -496,6 +497,7 @@ impl ModelSpec {
         for (index, block) in self.blocks.iter().enumerate() {
             block.validate(self.width, &format!("blocks.{index}"))?;
         }
+        grids::validate(self)?;
         validate_norm(&self.final_norm, "final_norm")?;
         self.validate_organisation()?;
         self.validate_head()?;
