@@ -91,7 +91,7 @@ pub(super) fn of_features(setting: &Setting, found: &All) -> [Claim; 2] {
 
 /// What is behind the blocks of a distilled encoder.
 pub(super) fn of_blocks(setting: &Setting, found: &All) -> ([Claim; 2], [Plot; 2]) {
-    let [untrained, middle, trained] = [0, 1, 2].map(|time| {
+    let [untrained, middle, trained] = [0, 1, 2].map(|time: usize| {
         let audits = found.of(OWN).map(|found| found.audits[time].clone());
         averaged(&audits.collect::<Vec<_>>())
     });
