@@ -66,6 +66,7 @@ mod stack;
 mod streams;
 #[cfg(test)]
 mod test_data;
+mod tree_attention;
 mod with_loss;
 
 pub use activation::Activation;
@@ -127,6 +128,9 @@ pub use sparse::{BitmapMatrix, CsrMatrix, SparseSizes, TwoOfFourMatrix};
 pub use streams::{
     StreamAffine, StreamBuffer, StreamShare, stream_affine, stream_dot, stream_mix, stream_mix_own,
     stream_squares, stream_sum,
+};
+pub use tree_attention::{
+    TreeMask, TreePairs, TreePiece, TreeSide, tree_attention, tree_attention_operations,
 };
 pub use with_loss::with_loss;
 

@@ -16,7 +16,7 @@ mod codes;
 pub use attention::{
     attention, attention_part, attention_softmax, attention_weights, causal_exponential_means,
     decayed_attention, landmark_attention, linear_attention, linear_attention_by_feature,
-    linear_means, polynomial_attention, sinkhorn_attention,
+    linear_means, polynomial_attention, sinkhorn_attention, tree_attention,
 };
 pub(crate) use attention::{block_rows, merged_rows};
 pub use codes::{hash_arguments, hashed_codes, hashed_features, passing_signs};

@@ -28,4 +28,4 @@ pub use graph::{Graph, Tree};
 pub use hierarchical::{Distortion, Hierarchy};
 pub use integrator::{IntegratorTree, Leaf, Side, Split};
 pub use learn::RationalFit;
-pub use product::{hankel, hankel_gradient};
+pub use product::hankel;

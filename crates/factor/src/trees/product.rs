@@ -60,51 +60,6 @@ pub fn hankel(
     found
 }
 
-/// The gradient of `values` for `Σ_uw values[rows_u + columns_w] ⟨A_u, B_w⟩`, added to `gradient`:
-/// `A` is `[rows, width]`, `B` `[columns, width]`.
-pub fn hankel_gradient(
-    gradient: &mut [f64],
-    (rows, a): (&[usize], &[f64]),
-    (columns, b): (&[usize], &[f64]),
-    width: usize,
-) {
-    if rows.is_empty() || columns.is_empty() || width == 0 {
-        return;
-    }
-    if rows.len() * columns.len() <= SMALL {
-        for (a, row) in a.chunks(width).zip(rows) {
-            for (b, column) in b.chunks(width).zip(columns) {
-                let product: f64 = a.iter().zip(b).map(|(a, b)| a * b).sum();
-                if let Some(gradient) = gradient.get_mut(row + column) {
-                    *gradient += product;
-                }
-            }
-        }
-        return;
-    }
-    let farthest = |places: &[usize]| places.iter().copied().max().unwrap_or(0);
-    let span = farthest(rows) + farthest(columns) + 1;
-    let transform = Transform::new(span);
-    let mut sum = vec![Complex::new(0.0, 0.0); transform.size / 2 + 1];
-    let mut line = vec![0.0; transform.size];
-    for feature in 0..width {
-        let mut spectrum_of = |places: &[usize], field: &[f64]| {
-            line.fill(0.0);
-            for (place, x) in places.iter().zip(field.chunks(width)) {
-                line[*place] += x[feature];
-            }
-            transform.of(|at| line[at])
-        };
-        let (a, b) = (spectrum_of(rows, a), spectrum_of(columns, b));
-        for (sum, (a, b)) in sum.iter_mut().zip(a.iter().zip(&b)) {
-            *sum += a * b;
-        }
-    }
-    for (gradient, found) in gradient.iter_mut().zip(transform.back(sum)).take(span) {
-        *gradient += found;
-    }
-}
-
 /// Transforms of one size.
 struct Transform {
     size: usize,

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
 use lapidary_factor::trees::{
-    Function, Graph, IntegratorTree, RationalFit, Tree, hankel, hankel_gradient,
+    Function, Graph, IntegratorTree, RationalFit, Tree, hankel,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -367,15 +367,9 @@ fn hankel_products_are_sums_over_places() {
         let (rows, columns) = (places(rows), places(columns));
         let values = field(300, 3);
         let width = 2;
-        let (a, b) = (
-            field(rows.len() * width, 4),
-            field(columns.len() * width, 5),
-        );
+        let b = field(columns.len() * width, 5);
         let found = hankel(&values, &rows, &columns, &b, width);
-        let mut gradient = vec![0.0; values.len()];
-        hankel_gradient(&mut gradient, (&rows, &a), (&columns, &b), width);
         let mut expected = vec![0.0; found.len()];
-        let mut slopes = vec![0.0; values.len()];
         for (u, row) in rows.iter().enumerate() {
             for (w, column) in columns.iter().enumerate() {
                 for feature in 0..width {
@@ -384,12 +378,10 @@ fn hankel_products_are_sums_over_places() {
                         continue;
                     };
                     expected[u * width + feature] += value * b[w * width + feature];
-                    slopes[row + column] += a[u * width + feature] * b[w * width + feature];
                 }
             }
         }
         assert_near(&found, &expected, "product");
-        assert_near(&gradient, &slopes, "gradient");
     }
 }
 

@@ -3,7 +3,7 @@
 use super::{MASKED, keep_to_bias, quotients, repeat_groups, softmax};
 use crate::{
     Attended, AttentionOptions, AttentionPart, BlockPart, D, Direction, ExponentialMeans,
-    PartOptions, Result, SinkhornOptions, SoftmaxMask, Tensor,
+    PartOptions, Result, SinkhornOptions, SoftmaxMask, Tensor, TreeMask,
 };
 
 /// The attention weights `softmax(scale · Q Kᵀ + bias)`, `[batch, heads, query, key]`.
@@ -298,6 +298,19 @@ pub fn decayed_attention(
     let ones = Tensor::ones((batch, heads, length, 1), v.dtype(), v.device())?;
     let values = Tensor::cat(&[v, &ones], 3)?.contiguous()?;
     Ok((scores * mask)?.matmul(&values)?)
+}
+
+/// [`crate::tree_attention`], with the mask laid out.
+pub fn tree_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &TreeMask) -> Result<Tensor> {
+    let (batch, heads, tokens, _) = q.dims4()?;
+    let values = mask.values.to_device(q.device())?.to_dtype(q.dtype())?;
+    let places = Tensor::from_vec(mask.pairs.table(), tokens * tokens, q.device())?;
+    let laid_out = values.index_select(&places, 1)?;
+    let laid_out = laid_out.reshape((1, values.dim(0)?, tokens, tokens))?;
+    let scores = q.contiguous()?.matmul(&k.transpose(2, 3)?.contiguous()?)?;
+    let ones = Tensor::ones((batch, heads, tokens, 1), v.dtype(), v.device())?;
+    let values = Tensor::cat(&[v, &ones], 3)?.contiguous()?;
+    Ok(scores.broadcast_mul(&laid_out)?.matmul(&values)?)
 }
 
 /// [`crate::landmark_attention`], with the kernel laid out by differences.

@@ -335,11 +335,11 @@ fn work_grows_nearly_linearly() {
         let mixing = mixing(&on(columns, Mask::Exponential), &still, [&q, &k]);
         mixing.operations(WIDTH) as f64
     };
-    // n ln² n has the exponent 1.19 there: transforms at every depth of a path. A grid has few levels.
+    // Leaves of 128 tokens, and one node at every depth of cuts: n (c + ln n).
     let path = (work(None, 65_536) / work(None, 16_384)).ln() / 4f64.ln();
     let grid = (work(Some(256), 65_536) / work(Some(128), 16_384)).ln() / 4f64.ln();
-    assert!((path - 1.19).abs() < 0.1, "{path}");
-    assert!(grid > 0.95 && grid < 1.29, "{grid}");
+    assert!(path > 1.0 && path < 1.1, "{path}");
+    assert!(grid > 0.95 && grid < 1.15, "{grid}");
 }
 
 /// A path with chords, lengths multiples of a quarter.

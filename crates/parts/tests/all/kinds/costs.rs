@@ -327,7 +327,7 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
             let laid_out = LENGTH * LENGTH * (2 * (features + values + 1) + 1);
             let rows = if tree.per_head { spec.heads } else { 1 };
             let each = mapped + laid_out + LENGTH * (values + 1);
-            (3 * rows, heads * each + spec.heads * distances * 6)
+            (3 * rows, heads * each + rows * distances * 6)
         }
         // Dense where nothing is drawn.
         MechanismSpec::Subsampled(subsampled) => {

@@ -1,13 +1,13 @@
 //! Which distances a mask is a function of: along a path or the tree of a grid, or along trees over a graph.
 //!
-//! Products take distances that are places in a table of lengths. In a tree whose edges are whole numbers of
+//! Kernels take distances that are places in a table of lengths. In a tree whose edges are whole numbers of
 //! one step the place is the number of steps. In a random tree of clusters it is the number of levels, of which there are
 //! few, whatever the weights.
 
-use super::operation;
 use crate::error::bounded;
 use crate::{Error, Result};
-use lapidary_factor::trees::{Graph, IntegratorTree, Tree};
+use lapidary_factor::trees::{Graph, IntegratorTree, Leaf, Side, Tree};
+use lapidary_kernels::{TreePairs, TreePiece, TreeSide};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -18,8 +18,8 @@ const MAX_VERTICES: usize = 1 << 20;
 const MAX_EDGES: usize = 1 << 22;
 /// Most vertices of which all pairs are laid out when nothing else is known of them.
 const MAX_PAIRS: usize = 1 << 12;
-/// Vertices up to which all pairs of a tree are laid out as well, for tiles.
-const TILED_PAIRS: usize = 1 << 10;
+/// Vertices of a tree that meet pair by pair: fewer are worth no cut.
+const LEAF: usize = 128;
 /// Most places of a table of lengths.
 const MAX_PLACES: f64 = (1u64 << 22) as f64;
 /// Most random trees.
@@ -132,81 +132,42 @@ impl Metric {
     }
 }
 
-/// The places of all pairs of tokens.
-#[derive(Clone, Debug)]
-pub(super) enum Pairs {
-    /// Tokens in a row.
-    Path,
-    /// Patches in rows of so many, on the tree of a grid.
-    Grid(usize),
-    /// `places[i · stride + j]`.
-    Table {
-        /// Vertices.
-        stride: usize,
-        /// `[vertices, vertices]`.
-        places: Arc<Vec<u32>>,
-    },
-}
-
-/// What is known of the places of pairs.
-#[derive(Clone, Debug)]
-pub(super) enum Places {
-    /// Those of all pairs.
-    Pairs(Pairs),
-    /// A tree whose first vertices are the tokens, whose distances they are.
-    Cut(Arc<IntegratorTree>),
-    /// Both.
-    Both(Pairs, Arc<IntegratorTree>),
-}
-
 /// One way in which tokens are apart.
 #[derive(Clone, Debug)]
 pub(super) struct Geometry {
     /// The length at each place.
     pub lengths: Vec<f64>,
     /// The place of each pair.
-    pub places: Places,
+    pub pairs: Arc<TreePairs>,
 }
 
 impl Geometry {
     /// Tokens in a row, or patches in rows of `columns`, along the tree that spans the grid.
-    fn plain(tokens: usize, columns: Option<usize>) -> Self {
-        let (tree, pairs) = match columns {
-            None => (Tree::path(tokens), Pairs::Path),
-            Some(columns) => (Tree::of_grid(tokens, columns), Pairs::Grid(columns)),
+    fn plain(tokens: usize, columns: Option<usize>) -> Result<Self> {
+        let tree = match columns {
+            None => Tree::path(tokens),
+            Some(columns) => Tree::of_grid(tokens, columns),
         };
-        let cut = IntegratorTree::new(&tree);
-        Self {
-            lengths: (0..operation::distances(&cut)).map(|s| s as f64).collect(),
-            places: Places::Both(pairs, Arc::new(cut)),
-        }
+        let pairs = cut(&tree, tokens, "tree")?;
+        Ok(Self {
+            lengths: (0..pairs.distances()).map(|s| s as f64).collect(),
+            pairs: Arc::new(pairs),
+        })
     }
 
     /// Distances along a tree in which those of the first `vertices` are places among `lengths`.
-    fn on(tree: &Tree, vertices: usize, mut lengths: Vec<f64>) -> Self {
-        let cut = IntegratorTree::new(tree);
-        // Between nodes that are no tokens there may be longer ones, which nothing is multiplied by.
-        let places = operation::distances(&cut).max(lengths.len());
+    fn on(tree: &Tree, vertices: usize, mut lengths: Vec<f64>, field: &str) -> Result<Self> {
+        let pairs = cut(tree, vertices, field)?;
         let last = lengths.last().copied().unwrap_or(0.0);
-        lengths.resize(places, last);
-        let cut = Arc::new(cut);
-        let places = match vertices <= TILED_PAIRS {
-            false => Places::Cut(cut),
-            true => {
-                let row = |vertex| tree.distances(vertex).into_iter().take(vertices);
-                let places = (0..vertices).flat_map(row).map(|place| place as u32);
-                let pairs = Pairs::Table {
-                    stride: vertices,
-                    places: Arc::new(places.collect()),
-                };
-                Places::Both(pairs, cut)
-            }
-        };
-        Self { lengths, places }
+        lengths.resize(pairs.distances().max(lengths.len()), last);
+        Ok(Self {
+            lengths,
+            pairs: Arc::new(pairs),
+        })
     }
 
     /// Distances along shortest paths.
-    fn shortest(graph: &Graph) -> Self {
+    fn shortest(graph: &Graph, field: &str) -> Result<Self> {
         let vertices = graph.vertices();
         let each: Vec<Vec<f64>> = (0..vertices).map(|v| graph.distances(v)).collect();
         // One direction for both, since sums along a path depend on where they begin.
@@ -216,15 +177,80 @@ impl Geometry {
         lengths.sort_by(f64::total_cmp);
         lengths.dedup();
         let place = |(i, j)| lengths.partition_point(|other| *other < length(i, j)) as u32;
-        let places = Arc::new(pairs().map(place).collect());
-        Self {
+        let leaf = TreePiece::Leaf {
+            tokens: (0..vertices as u32).collect(),
+            distances: Some(pairs().map(place).collect()),
+        };
+        Ok(Self {
+            pairs: Arc::new(joined(vertices, vec![leaf], Vec::new(), field)?),
             lengths,
-            places: Places::Pairs(Pairs::Table {
-                stride: vertices,
-                places,
-            }),
+        })
+    }
+
+    /// Between the first so many tokens alone.
+    pub fn first(&self, tokens: usize) -> Self {
+        Self {
+            lengths: self.lengths.clone(),
+            pairs: Arc::new(self.pairs.first(tokens)),
         }
     }
+}
+
+/// The pairs of the first `tokens` vertices of a tree whose edges are whole numbers.
+fn cut(tree: &Tree, tokens: usize, field: &str) -> Result<TreePairs> {
+    let cut = IntegratorTree::with_leaves(tree, LEAF)
+        .map_err(|error| Error::spec(field, error.to_string(), "a tree that can be cut"))?;
+    let leaves = cut.leaves().iter().filter_map(|leaf| self::leaf(leaf, tokens));
+    let sides = cut.splits().iter().filter_map(|split| {
+        let [left, right] = split.sides.each_ref().map(|side| self::side(side, tokens));
+        Some(TreePiece::Cut([left?, right?]))
+    });
+    let pivots = cut.splits().iter().map(|split| split.pivot);
+    let again = pivots.filter(|pivot| *pivot < tokens);
+    let again = again.map(|pivot| pivot as u32).collect();
+    joined(tokens, leaves.chain(sides).collect(), again, field)
+}
+
+fn joined(
+    tokens: usize,
+    pieces: Vec<TreePiece>,
+    again: Vec<u32>,
+    field: &str,
+) -> Result<TreePairs> {
+    TreePairs::new(tokens, pieces, again)
+        .map_err(|error| Error::spec(field, error.to_string(), "one that is cut into pieces"))
+}
+
+/// A leaf without vertices that are no tokens.
+fn leaf(leaf: &Leaf, tokens: usize) -> Option<TreePiece> {
+    let count = leaf.vertices.len();
+    let places = (0..count).filter(|place| leaf.vertices[*place] < tokens);
+    let places: Vec<usize> = places.collect();
+    let pairs = || {
+        let each = places.iter().enumerate();
+        each.flat_map(|(i, row)| {
+            let columns = places.iter().enumerate();
+            columns.map(move |(j, column)| {
+                let distance = leaf.distances[row * count + column];
+                (i.abs_diff(j) as u32, distance as u32)
+            })
+        })
+    };
+    // Such as the parts of a path, and of the columns of a grid.
+    let is_run = pairs().all(|(apart, distance)| apart == distance);
+    (!places.is_empty()).then(|| TreePiece::Leaf {
+        tokens: places.iter().map(|place| leaf.vertices[*place] as u32).collect(),
+        distances: (!is_run).then(|| pairs().map(|(_, distance)| distance).collect()),
+    })
+}
+
+/// A side without vertices that are no tokens.
+fn side(side: &Side, tokens: usize) -> Option<TreeSide> {
+    let each = side.vertices.iter().zip(&side.levels);
+    let each = each.filter(|(vertex, _)| **vertex < tokens);
+    let each = each.map(|(vertex, level)| (*vertex as u32, side.distances[*level] as u32));
+    let each: Vec<(u32, u32)> = each.collect();
+    (!each.is_empty()).then(|| TreeSide::new(each))
 }
 
 /// The ways in which so many tokens are apart, over which masks are averaged.
@@ -239,7 +265,7 @@ pub(super) fn geometries(
 ) -> Result<Vec<Geometry>> {
     let field = "graph";
     let (over, step) = match (graph, metric) {
-        (None, Metric::SpanningTree) => return Ok(vec![Geometry::plain(tokens, columns)]),
+        (None, Metric::SpanningTree) => return Ok(vec![Geometry::plain(tokens, columns)?]),
         (None, _) => (Graph::grid(tokens.max(1), columns.unwrap_or(tokens)), None),
         (Some(spec), _) => (spec.graph(field)?, spec.step),
     };
@@ -255,18 +281,18 @@ pub(super) fn geometries(
         Metric::SpanningTree => {
             let (tree, step, places) = whole(&spanning(&over, field)?, step, field)?;
             let lengths = (0..=places).map(|place| place as f64 * step).collect();
-            Ok(vec![Geometry::on(&tree, vertices, lengths)])
+            Ok(vec![Geometry::on(&tree, vertices, lengths, field)?])
         }
         Metric::RandomTrees { count, seed } => (0..count as u64)
             .map(|tree| {
                 let hierarchy = over.hierarchy(seed.wrapping_add(tree)).map_err(none)?;
                 let tree = hierarchy.by_level().map_err(none)?;
-                Ok(Geometry::on(&tree, vertices, hierarchy.lengths()))
+                Geometry::on(&tree, vertices, hierarchy.lengths(), field)
             })
             .collect(),
         Metric::ShortestPaths => {
             countable(vertices, field)?;
-            Ok(vec![Geometry::shortest(&over)])
+            Ok(vec![Geometry::shortest(&over, field)?])
         }
     }
 }

@@ -15,25 +15,23 @@
 //! each feature, its square or fourth power, or positive random features of the exponential kernel
 //! (Choromanski et al., Performer, arXiv 2009.14794).
 //!
-//! Products with `M` are those of [`lapidary_factor::trees`]: the tree is cut in two at a vertex again and
-//! again, and what the sides give each other depends on levels of equal distance alone. Sums
-//! `Σ φ(k_j) v_jᵀ` are held for the levels of one cut at a time, and never for each token; nothing is kept
-//! for the gradient, which is three products of the same kind, `M` being symmetric, and a correlation
-//! by distance for `a`. Where there are so few tokens that all pairs in tiles take less, they are laid out
-//! tile by tile instead. So they are, too, under the distances of a graph's shortest paths, which is what trees
-//! stand for.
+//! Pairs of tokens are those of [`lapidary_kernels::tree_attention`]: the tree is cut in two at a vertex again and again,
+//! down to pieces whose tokens meet pair by pair, and what the sides of a cut give each other depends on sums of two
+//! distances alone. Where the mask is smooth over these, as a polynomial beside an exponential is, sums
+//! `Σ φ(k_j) v_jᵀ` are held at a few distances on either side, `r` of them, for one cut at a time and never for each
+//! token; elsewhere, and where there are too few tokens for that to be less, tokens of both sides meet pair by pair as
+//! well. Nothing is kept for the gradient. Under the distances of a graph's shortest paths, which is what trees stand
+//! for, all pairs are laid out.
 //!
 //! Pads have no features and stand behind the tokens on a grid or a graph. Where there are fewer tokens than
 //! vertices, they are the first. Only bidirectional self-attention.
 //!
-//! Cost for each head of `n` tokens with `m` features: `2 n m (value_width + 1)` twice for every depth of
-//! cuts, products of levels, and `2 · 32 n (m + value_width + 1)` in the pieces that are laid out; or
-//! `2 n² (m + value_width + 1)` in tiles; that of each tree, where there are several.
+//! Cost for each head of `n` tokens with `m` features: `4 r n m (value_width + 1)` for every depth of cuts, and
+//! `2 · 128 n (m + value_width + 1)` in the pieces that are laid out, `2 n² (m + value_width + 1)` at most; that of each
+//! tree, where there are several.
 //! Parameters: 3, or 3 for each head.
 
 mod geometry;
-mod laid_out;
-mod operation;
 
 pub use geometry::{GraphSpec, Metric};
 
@@ -42,12 +40,11 @@ use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Subsets, draw_
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
-use geometry::{Geometry, Pairs, Places};
-use laid_out::LaidOut;
-use lapidary_factor::trees::IntegratorTree;
-use lapidary_kernels::{Tensor, by_hand, matmul};
+use geometry::Geometry;
+use lapidary_kernels::{
+    DType, Device, Tensor, TreeMask, matmul, quotients, tree_attention, tree_attention_operations,
+};
 use lapidary_signal::Mixing;
-use operation::Masked;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
@@ -56,8 +53,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 const MAX_COLUMNS: usize = 1 << 16;
 const MAX_FEATURES: usize = 1 << 12;
-/// How many operations in tiles take as long as one in cuts.
-const TILED: u64 = 8;
 
 /// Linear attention under a function of the distance in a tree.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -224,29 +219,40 @@ impl Topological {
         Ok(found)
     }
 
-    /// `M` by distance, `[heads, distances]`, for the length of each.
-    fn by_distance(&self, lengths: &[f64]) -> Result<Tensor> {
-        let distances = lengths.len();
+    /// `M` by distance, `[1 or heads, distances]`, and its derivatives by `a`.
+    fn mask(&self, geometry: &Geometry) -> Result<TreeMask> {
+        let distances = geometry.lengths.len();
         let power = |power: i32| {
-            lengths
-                .iter()
-                .map(move |s| (s / self.spec.unit).powi(power))
+            let lengths = geometry.lengths.iter();
+            lengths.map(move |s| (s / self.spec.unit).powi(power))
         };
         let powers: Vec<f64> = (0..3).flat_map(power).collect();
-        let powers = tensor(Tensor::from_vec(powers, (3, distances), self.mask.device()))?;
-        let z = tensor(
-            self.mask
-                .matmul(&tensor(powers.to_dtype(self.mask.dtype()))?),
-        )?;
-        let mask = match self.spec.mask {
-            Mask::Exponential => tensor(z.exp())?,
-            Mask::Identity => tensor(z + 1.0)?,
+        let powers = tensor(Tensor::from_vec(powers, (3, distances), &Device::Cpu))?;
+        // What a mask is read off must not be rough with rounding.
+        let a = tensor(tensor(self.mask.to_device(&Device::Cpu))?.to_dtype(DType::F64))?;
+        let z = tensor(a.matmul(&powers))?;
+        let (values, slope) = match self.spec.mask {
+            Mask::Exponential => {
+                let values = tensor(z.exp())?;
+                (values.clone(), values.detach())
+            }
+            Mask::Identity => (tensor(&z + 1.0)?, tensor(z.ones_like())?.detach()),
             Mask::InverseQuadratic => {
-                let squares = tensor(tensor(z + 1.0)?.sqr())?;
-                tensor(tensor(tensor(squares + 1.0)?.recip())? * 2.0)?
+                // 2/(1 + (1 + z)²), whose slope is −(1 + z) of its square.
+                let moved = tensor(&z + 1.0)?;
+                let values = tensor(tensor(tensor(moved.sqr())? + 1.0)?.recip())?;
+                let values = tensor(values * 2.0)?;
+                let squared = tensor(values.detach().sqr())?;
+                let slope = tensor(tensor(squared * moved.detach())?.neg())?;
+                (values, slope)
             }
         };
-        tensor(tensor(mask.broadcast_as((self.heads.heads, distances)))?.contiguous())
+        let directions = tensor(slope.unsqueeze(1))?;
+        Ok(TreeMask {
+            pairs: geometry.pairs.clone(),
+            values,
+            directions: tensor(directions.broadcast_mul(&tensor(powers.unsqueeze(0))?))?,
+        })
     }
 
     /// `φ` of queries and keys, `[batch, heads, length, features]`, that of pads zero.
@@ -317,7 +323,8 @@ impl Topological {
                 entries * 3 + entries / width * count * (2 * width + 3)
             }
         };
-        (features + self.heads.heads * distances * 6) as u64
+        let masks = if self.spec.per_head { self.heads.heads } else { 1 };
+        (features + masks * distances * 6) as u64
     }
 }
 
@@ -331,10 +338,14 @@ impl Mechanism for Topological {
                 format!("{keys}, as many as keys"),
             ));
         }
-        let geometries = self.geometries(keys)?;
-        let masks: Result<Vec<Tensor>> = geometries
+        let known = self.geometries(keys)?;
+        let geometries = match known.iter().all(|geometry| geometry.pairs.tokens() == keys) {
+            true => known,
+            false => Arc::new(known.iter().map(|geometry| geometry.first(keys)).collect()),
+        };
+        let masks: Result<Vec<TreeMask>> = geometries
             .iter()
-            .map(|geometry| self.by_distance(&geometry.lengths))
+            .map(|geometry| self.mask(geometry))
             .collect();
         let distances = geometries.iter().map(|geometry| geometry.lengths.len());
         let before = self.before([q, k], distances.sum());
@@ -343,7 +354,6 @@ impl Mechanism for Topological {
             q,
             k,
             masks: masks?,
-            geometries,
         };
         Ok(Box::new(Normalised::new(sums, 0.0, before)))
     }
@@ -355,99 +365,16 @@ struct OnTrees {
     /// `φ(q)` and `φ(k)`, `[batch, heads, length, features]`.
     q: Tensor,
     k: Tensor,
-    /// `M` by distance for each tree, `[heads, distances]`.
-    masks: Vec<Tensor>,
-    geometries: Arc<Vec<Geometry>>,
-}
-
-/// In which order the pairs of one tree are gone through.
-enum Way {
-    Tiles(Pairs),
-    Cuts(Arc<IntegratorTree>),
+    /// That of each tree.
+    masks: Vec<TreeMask>,
 }
 
 impl OnTrees {
-    fn features(&self) -> usize {
-        self.q.dims().last().copied().unwrap_or(0)
-    }
-
-    /// The way that takes less, and its operations for one head.
-    fn way(&self, geometry: &Geometry, width: usize) -> (Way, u64) {
-        let [.., length] = self.sizes();
-        let tiles = |pairs: &Pairs| {
-            let operations = laid_out::operations(length, self.features(), width);
-            (Way::Tiles(pairs.clone()), operations)
-        };
-        let cuts = |cut: &Arc<IntegratorTree>| {
-            let operations = operation::operations(cut, self.features(), width);
-            (Way::Cuts(cut.clone()), operations)
-        };
-        match &geometry.places {
-            Places::Pairs(pairs) => tiles(pairs),
-            Places::Cut(cut) => cuts(cut),
-            Places::Both(pairs, cut) => {
-                let (tiles, cuts) = (tiles(pairs), cuts(cut));
-                match tiles.1 <= TILED * cuts.1 {
-                    true => tiles,
-                    false => cuts,
-                }
-            }
-        }
-    }
-
-    /// The sums of one tree, `[batch, heads, length, width]`.
-    fn of(
-        &self,
-        geometry: &Geometry,
-        mask: &Tensor,
-        values: &Tensor,
-    ) -> lapidary_kernels::Result<Tensor> {
-        let (batch, heads, length, width) = values.dims4()?;
-        let (features, distances) = (self.features(), mask.dim(1)?);
-        match self.way(geometry, width) {
-            (Way::Tiles(pairs), _) => {
-                let tiles = LaidOut {
-                    pairs,
-                    length,
-                    heads,
-                    features,
-                    width,
-                    distances,
-                };
-                let inputs = [&self.q, &self.k, values, mask];
-                by_hand(tiles, &inputs, &[batch, heads, length, width])
-            }
-            (Way::Cuts(cut), _) => {
-                // Vertices that are no tokens have no features.
-                let all = cut.vertices();
-                let filled = |x: &Tensor| x.pad_with_zeros(2, 0, all.saturating_sub(length));
-                let (q, k, values) = (filled(&self.q)?, filled(&self.k)?, filled(values)?);
-                let cuts = Masked {
-                    cut,
-                    heads,
-                    features,
-                    width,
-                    distances,
-                };
-                let sums = by_hand(cuts, &[&q, &k, &values, mask], &[batch, heads, all, width])?;
-                Ok(sums.narrow(2, 0, length)?)
-            }
-        }
-    }
-}
-
-impl Sums for OnTrees {
-    fn sizes(&self) -> [usize; 4] {
-        match *self.q.dims() {
-            [batch, heads, length, _] => [batch, heads, length, length],
-            _ => [0; 4],
-        }
-    }
-
-    fn sums(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
+    /// Sums of values with those of the weights behind them, `[batch, heads, length, width + 1]`.
+    fn beside_weights(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
         let mut total: Option<Tensor> = None;
-        for (geometry, mask) in self.geometries.iter().zip(&self.masks) {
-            let sums = self.of(geometry, mask, values)?;
+        for mask in &self.masks {
+            let sums = tree_attention(&self.q, &self.k, values, mask)?;
             total = Some(match total {
                 None => sums,
                 Some(total) => (total + sums)?,
@@ -463,13 +390,35 @@ impl Sums for OnTrees {
             trees => Ok((total / trees as f64)?),
         }
     }
+}
+
+impl Sums for OnTrees {
+    fn sizes(&self) -> [usize; 4] {
+        match *self.q.dims() {
+            [batch, heads, length, _] => [batch, heads, length, length],
+            _ => [0; 4],
+        }
+    }
+
+    fn sums(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        let sums = self.beside_weights(values)?;
+        Ok(sums.narrow(3, 0, values.dim(3)?)?)
+    }
+
+    /// Without a column of ones beside the values.
+    fn means(&self, values: &Tensor, epsilon: f64) -> lapidary_kernels::Result<Tensor> {
+        quotients(&self.beside_weights(values)?, epsilon)
+    }
 
     fn operations(&self, width: usize) -> u64 {
         let [batch, heads, length, _] = self.sizes();
-        let ways = self.geometries.iter();
-        let ways = ways.map(|geometry| self.way(geometry, width).1);
+        let features = self.q.dims().last().copied().unwrap_or(0);
+        let each = self.masks.iter().map(|mask| {
+            // Sizes that do not fit are refused where sums are made.
+            tree_attention_operations(mask, heads, features, width).unwrap_or(0)
+        });
         let trees = self.masks.len();
         let averaging = if trees > 1 { trees * length * width } else { 0 };
-        (batch * heads) as u64 * (ways.sum::<u64>() + averaging as u64)
+        batch as u64 * (each.sum::<u64>() + (heads * averaging) as u64)
     }
 }

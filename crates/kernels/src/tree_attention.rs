@@ -1,0 +1,415 @@
+//! Linear attention under a function of the distance in a tree (Choromanski et al., Fast Tree-Field Integrators,
+//! arXiv 2406.15881).
+//!
+//! ```text
+//! y_i = Σ_j f(dist(i, j)) (q_i · k_j) (v_j, 1)
+//! ```
+//!
+//! All pairs of tokens come in pieces: leaves, whose tokens meet pair by pair, and cuts, where what is on one side meets
+//! what is on the other at a distance that is a sum of two. There `f` between a few distances of either side is enough
+//! where it is smooth, and tokens meet by way of sums of outer products at those, `2 · nodes · features · width` for
+//! each token; elsewhere they meet pair by pair as well, whichever is less. No outer product is held but those at the
+//! nodes of one block, and nothing is kept for the gradient, which makes the sums again.
+//!
+//! The gradient of `f` comes as that of its table, at the distances that it was read at. Where it was read off a few, it
+//! is theirs alone: right for every change of `f` that is read off them as well, which those of
+//! [`TreeMask::directions`] are seen to be.
+
+mod head;
+mod laid_out;
+mod pairs;
+mod plan;
+mod sums;
+#[cfg(test)]
+mod tests;
+
+pub use pairs::{TreePairs, TreePiece, TreeSide};
+
+use crate::host::{self, Host, Shared, by_dtype, fused};
+use crate::product::Matrix;
+use crate::simd::Real;
+use crate::stack::Stack;
+use crate::{DType, Error, Result, Tensor, naive};
+use candle_core::{CpuStorage, CustomOp3, Layout, Shape, WithDType};
+use head::{Head, Slopes};
+use plan::{Plan, Tables, Work};
+use std::sync::Arc;
+
+type Candle<T> = candle_core::Result<T>;
+
+const NAME: &str = "tree attention";
+
+/// Heads, or shares of their work where there are fewer, that are worked on at once at least.
+const SHARES: usize = 8;
+
+/// A function of the distance of two tokens.
+#[derive(Clone, Debug)]
+pub struct TreeMask {
+    /// How far tokens are apart.
+    pub pairs: Arc<TreePairs>,
+    /// `f` by distance, `[1 or heads, distances]`, in `f64`; differentiated.
+    pub values: Tensor,
+    /// What `values` may be changed by, `[1 or heads, any, distances]`, in `f64`: their derivatives with respect to
+    /// whatever they are made of. Not differentiated.
+    pub directions: Tensor,
+}
+
+/// `Σ_j f(dist(i, j)) (q_i · k_j) (v_j, 1)`, `[batch, heads, tokens, width + 1]`: sums of values, the sum of their
+/// weights behind them, for `q` and `k` `[batch, heads, tokens, features]` and `v` `[batch, heads, tokens, width]`.
+///
+/// In `f32` a mask is read to `10⁻⁷` of its largest value in a block, in `f64` to `10⁻¹³`.
+///
+/// # Errors
+/// When shapes do not fit each other.
+///
+/// ```
+/// use lapidary_kernels::{DType, Device, Tensor, TreeMask, TreePairs, TreePiece, tree_attention};
+/// use std::sync::Arc;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// // Three tokens in a row.
+/// let leaf = TreePiece::Leaf { tokens: vec![0, 1, 2], distances: None };
+/// let mask = TreeMask {
+///     pairs: Arc::new(TreePairs::new(3, vec![leaf], vec![])?),
+///     values: Tensor::new(&[[1f64, 0.5, 0.25]], &Device::Cpu)?,
+///     directions: Tensor::zeros((1, 0, 3), DType::F64, &Device::Cpu)?,
+/// };
+/// let one = Tensor::ones((1, 1, 3, 1), DType::F32, &Device::Cpu)?;
+/// let y = tree_attention(&one, &one, &one, &mask)?;
+/// let weights = y.narrow(3, 1, 1)?.flatten_all()?.to_vec1::<f32>()?;
+/// assert_eq!(weights, [1.75, 2.0, 1.75]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn tree_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &TreeMask) -> Result<Tensor> {
+    let (batch, heads, tokens, features) = q.dims4()?;
+    let width = v.dims4()?.3;
+    let refuse = |name: &'static str, found: &Tensor, expected: String| {
+        Err(Error::argument(NAME, name, found.dims(), expected))
+    };
+    if tokens != mask.pairs.tokens() {
+        let expected = format!("[batch, heads, {}, features]", mask.pairs.tokens());
+        return refuse("q", q, expected);
+    }
+    if k.dims() != q.dims() {
+        return refuse("k", k, format!("{:?}", q.dims()));
+    }
+    if v.dims() != [batch, heads, tokens, width] {
+        return refuse("v", v, format!("[{batch}, {heads}, {tokens}, width]"));
+    }
+    let rows = mask.rows()?;
+    if rows != 1 && rows != heads {
+        let expected = format!("[1 or {heads}, distances]");
+        return refuse("values", &mask.values, expected);
+    }
+    let is_empty = q.elem_count() * v.elem_count() == 0;
+    if is_empty || !fused(&[q, k, v]) || !fused(&[&mask.values]) {
+        return naive::tree_attention(q, k, v, mask);
+    }
+    let operation = TreeAttention {
+        pairs: mask.pairs.clone(),
+        directions: mask.directions.flatten_all()?.to_vec1()?,
+        heads,
+        rows,
+        sizes: [features, width],
+    };
+    // An operation has at most three arguments.
+    let both = Tensor::cat(&[q, k], 0)?;
+    Ok(both.apply_op3(v, &mask.values, operation)?)
+}
+
+/// Multiplications and additions of [`tree_attention`] for all heads of one sequence, `width` that of the values with
+/// the weights' own sums beside them.
+///
+/// # Errors
+/// When shapes do not fit each other.
+pub fn tree_attention_operations(
+    mask: &TreeMask,
+    heads: usize,
+    features: usize,
+    width: usize,
+) -> Result<u64> {
+    let rows = mask.rows()?;
+    let values: Vec<f64> = mask.values.flatten_all()?.to_vec1()?;
+    let each = values.chunks_exact(values.len() / rows.max(1)).map(|values| {
+        let tables = Tables {
+            mask: values,
+            directions: Vec::new(),
+            tolerance: tolerance(DType::F32),
+        };
+        Plan::<f32>::new(&mask.pairs, &tables, [features, width]).operations()
+    });
+    let all: u64 = each.sum();
+    Ok(all * heads as u64 / rows.max(1) as u64)
+}
+
+/// How far from a table, as a part of its largest number, what is read may be.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => 1e-13,
+        _ => 1e-7,
+    }
+}
+
+impl TreeMask {
+    /// How many masks there are.
+    fn rows(&self) -> Result<usize> {
+        let (rows, distances) = self.values.dims2()?;
+        let refuse = |name: &'static str, found: &Tensor, expected: String| {
+            Err(Error::argument(NAME, name, found.dims(), expected))
+        };
+        let least = self.pairs.distances();
+        if rows == 0 || distances < least || self.values.dtype() != DType::F64 {
+            let expected = format!("[1 or heads, {least} or more] in f64");
+            return refuse("values", &self.values, expected);
+        }
+        match self.directions.dims() {
+            [r, _, d] if [*r, *d] == [rows, distances] && self.directions.dtype() == DType::F64 => {
+                Ok(rows)
+            }
+            _ => {
+                let expected = format!("[{rows}, any, {distances}] in f64");
+                refuse("directions", &self.directions, expected)
+            }
+        }
+    }
+}
+
+struct TreeAttention {
+    pairs: Arc<TreePairs>,
+    /// `[rows, any, distances]`.
+    directions: Vec<f64>,
+    heads: usize,
+    /// Masks: 1, or one for each head.
+    rows: usize,
+    /// Features, and values without the weights' own sums.
+    sizes: [usize; 2],
+}
+
+/// One mask, as kernels read it.
+struct Prepared<T> {
+    /// Mirrored about distance 0.
+    values: Vec<T>,
+    plan: Plan<T>,
+}
+
+impl TreeAttention {
+    /// All masks, read with whatever changes them where their gradient is asked for.
+    fn prepared<T: Real>(&self, values: &[f64], with_directions: bool) -> Vec<Prepared<T>> {
+        let distances = values.len() / self.rows;
+        let all = (self.directions.len() / self.rows).max(1);
+        let mut all = self.directions.chunks_exact(all);
+        let [features, width] = self.sizes;
+        let each = values.chunks_exact(distances).map(|mask| {
+            let directions = match (with_directions, all.next()) {
+                (true, Some(directions)) => directions.chunks_exact(distances).collect(),
+                _ => Vec::new(),
+            };
+            let tables = Tables {
+                mask,
+                directions,
+                tolerance: tolerance(T::DTYPE),
+            };
+            let mirrored = mask.iter().skip(1).rev().chain(mask);
+            Prepared {
+                values: mirrored.map(|value| T::of(*value)).collect(),
+                plan: Plan::new(&self.pairs, &tables, [features, width + 1]),
+            }
+        });
+        each.collect()
+    }
+
+    /// Shares of the work of one head: sums of which are added up in order, however many threads there are.
+    fn shares(&self, heads: usize) -> usize {
+        (SHARES / heads.max(1)).max(1)
+    }
+
+    fn head<'a, T: Real>(
+        &self,
+        at: usize,
+        (both, v): (&'a Stack<'_, T>, &'a Stack<'_, T>),
+        mask: &'a Prepared<T>,
+    ) -> Head<'a, T> {
+        let heads = v.starts.len();
+        Head {
+            q: both.matrix(at),
+            k: both.matrix(heads + at),
+            v: v.matrix(at),
+            mask: &mask.values,
+            centre: mask.values.len() / 2,
+        }
+    }
+
+    fn forward<T: Real>(&self, both: &Stack<T>, v: &Stack<T>, mask: &[f64]) -> Vec<T> {
+        let masks = self.prepared::<T>(mask, false);
+        let heads = v.starts.len();
+        let shares = self.shares(heads);
+        let work = divided(&masks, shares);
+        let size = self.pairs.tokens() * (self.sizes[1] + 1);
+        let mut all = vec![T::zero(); heads * shares * size];
+        let shared = Shared::new(&mut all);
+        host::share(heads * shares, self.cost(&masks, shares), |items| {
+            for item in items {
+                let (at, share) = (item / shares, item % shares);
+                let row = at % self.heads % self.rows;
+                let head = self.head(at, (both, v), &masks[row]);
+                // SAFETY: each share of each head is one item.
+                let y = unsafe { shared.part(item * size, size) };
+                head.forward(&self.pairs, &work[row][share], y);
+                if share == 0 {
+                    head.without(self.pairs.again(), y);
+                }
+            }
+        });
+        added_up(all, shares, size)
+    }
+
+    /// Gradients of queries and keys, values, and the masks, where those are asked for.
+    fn backward<T: Real>(
+        &self,
+        [both, v, gradient]: [&Stack<T>; 3],
+        mask: &[f64],
+        of_masks: bool,
+    ) -> (Vec<T>, Vec<T>, Vec<f64>) {
+        let masks = self.prepared::<T>(mask, of_masks);
+        let heads = v.starts.len();
+        let shares = self.shares(heads);
+        let work = divided(&masks, shares);
+        let tokens = self.pairs.tokens();
+        let [of_features, of_values] = self.sizes.map(|width| tokens * width);
+        let of_mask = 2 * (mask.len() / self.rows) - 1;
+        let mut both_slopes = vec![T::zero(); 2 * heads * shares * of_features];
+        let mut v_slopes = vec![T::zero(); heads * shares * of_values];
+        let mut mask_slopes = vec![T::zero(); heads * shares * of_mask];
+        let shared = (
+            Shared::new(&mut both_slopes),
+            Shared::new(&mut v_slopes),
+            Shared::new(&mut mask_slopes),
+        );
+        host::share(heads * shares, 3 * self.cost(&masks, shares), |items| {
+            for item in items {
+                let (at, share) = (item / shares, item % shares);
+                let row = at % self.heads % self.rows;
+                let head = self.head(at, (both, v), &masks[row]);
+                let gradient: Matrix<'_, T> = gradient.matrix(at);
+                // SAFETY: each share of each head is one item.
+                let mut slopes = unsafe {
+                    Slopes {
+                        q: shared.0.part(item * of_features, of_features),
+                        k: shared
+                            .0
+                            .part((heads * shares + item) * of_features, of_features),
+                        v: shared.1.part(item * of_values, of_values),
+                        mask: shared.2.part(item * of_mask, of_mask),
+                    }
+                };
+                head.backward(&self.pairs, &work[row][share], &gradient, &mut slopes);
+                if share == 0 {
+                    head.without_slopes(self.pairs.again(), &gradient, &mut slopes);
+                }
+            }
+        });
+        let mut of_table = vec![0.0; mask.len()];
+        let distances = mask.len() / self.rows;
+        for (item, mirrored) in mask_slopes.chunks_exact(of_mask).enumerate() {
+            let row = item / shares % self.heads % self.rows;
+            let table = &mut of_table[row * distances..(row + 1) * distances];
+            for (place, slope) in mirrored.iter().enumerate() {
+                table[place.abs_diff(distances - 1)] += slope.to_f64();
+            }
+        }
+        (
+            added_up(both_slopes, shares, of_features),
+            added_up(v_slopes, shares, of_values),
+            of_table,
+        )
+    }
+
+    /// About how long a share takes.
+    fn cost<T: Real>(&self, masks: &[Prepared<T>], shares: usize) -> usize {
+        let all: u64 = masks.iter().map(|mask| mask.plan.operations()).sum();
+        (all as usize / masks.len().max(1) / shares / 16).max(1)
+    }
+}
+
+/// The work of each mask in shares.
+fn divided<T: Real>(masks: &[Prepared<T>], shares: usize) -> Vec<Vec<Vec<&Work<T>>>> {
+    masks.iter().map(|mask| mask.plan.shares(shares)).collect()
+}
+
+/// Sums `[.., size]` of numbers `[.., shares, size]`.
+fn added_up<T: Real>(mut all: Vec<T>, shares: usize, size: usize) -> Vec<T> {
+    if shares == 1 {
+        return all;
+    }
+    let count = all.len() / (shares * size).max(1);
+    for at in 0..count {
+        // Where sums go to, they have been read already.
+        for place in 0..size {
+            let each = (0..shares).map(|share| all[(at * shares + share) * size + place]);
+            let sum = each.sum();
+            all[at * size + place] = sum;
+        }
+    }
+    all.truncate(count * size);
+    all.shrink_to_fit();
+    all
+}
+
+/// The matrices of all heads of a tensor `[batch, heads, ..]`.
+fn stack<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> Candle<Stack<'a, T>> {
+    Stack::new(storage, layout, &layout.dims()[..2])
+}
+
+impl CustomOp3 for TreeAttention {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        both: &CpuStorage,
+        both_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+        mask: &CpuStorage,
+        mask_layout: &Layout,
+    ) -> Candle<(CpuStorage, Shape)> {
+        let mask = host::ordered::<f64>(mask, mask_layout)?;
+        by_dtype!(host::dtype(v), T => {
+            let sums = self.forward::<T>(&stack(both, both_layout)?, &stack(v, v_layout)?, &mask);
+            let (batch, heads, tokens, width) = v_layout.shape().dims4()?;
+            let shape = Shape::from((batch, heads, tokens, width + 1));
+            Ok((T::to_cpu_storage_owned(sums), shape))
+        })
+    }
+
+    fn bwd(
+        &self,
+        both: &Tensor,
+        v: &Tensor,
+        mask: &Tensor,
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> Candle<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let hosts = [both, v, mask, gradient].map(Host::new);
+        let [both_host, v_host, mask_host, g_host] = &hosts;
+        let values = mask_host.ordered::<f64>()?;
+        by_dtype!(v.dtype(), T => {
+            let (of_both, of_v, of_mask) = self.backward::<T>(
+                [
+                    &stack(both_host.storage()?, both_host.layout)?,
+                    &stack(v_host.storage()?, v_host.layout)?,
+                    &stack(g_host.storage()?, g_host.layout)?,
+                ],
+                &values,
+                mask.track_op(),
+            );
+            let wanted = |of: &Tensor, slopes: Vec<T>| {
+                of.track_op().then(|| host::tensor(slopes, of.dims())).transpose()
+            };
+            let of_mask = mask.track_op().then(|| host::tensor(of_mask, mask.dims()));
+            Ok((wanted(both, of_both)?, wanted(v, of_v)?, of_mask.transpose()?))
+        })
+    }
+}
