@@ -131,14 +131,16 @@ pub fn tree_attention_operations(
 ) -> Result<u64> {
     let rows = mask.rows()?;
     let values: Vec<f64> = mask.values.flatten_all()?.to_vec1()?;
-    let each = values.chunks_exact(values.len() / rows.max(1)).map(|values| {
-        let tables = Tables {
-            mask: values,
-            directions: Vec::new(),
-            tolerance: tolerance(DType::F32),
-        };
-        Plan::<f32>::new(&mask.pairs, &tables, [features, width]).operations()
-    });
+    let each = values
+        .chunks_exact(values.len() / rows.max(1))
+        .map(|values| {
+            let tables = Tables {
+                mask: values,
+                directions: Vec::new(),
+                tolerance: tolerance(DType::F32),
+            };
+            Plan::<f32>::new(&mask.pairs, &tables, [features, width]).operations()
+        });
     let all: u64 = each.sum();
     Ok(all * heads as u64 / rows.max(1) as u64)
 }
@@ -337,7 +339,7 @@ fn divided<T: Real>(masks: &[Prepared<T>], shares: usize) -> Vec<Vec<Vec<&Work<T
     masks.iter().map(|mask| mask.plan.shares(shares)).collect()
 }
 
-/// Sums `[.., size]` of numbers `[.., shares, size]`.
+/// Sums `[.., size]` of numbers `[.., shares, size]`, in place.
 fn added_up<T: Real>(mut all: Vec<T>, shares: usize, size: usize) -> Vec<T> {
     if shares == 1 {
         return all;
@@ -345,10 +347,13 @@ fn added_up<T: Real>(mut all: Vec<T>, shares: usize, size: usize) -> Vec<T> {
     let count = all.len() / (shares * size).max(1);
     for at in 0..count {
         // Where sums go to, they have been read already.
-        for place in 0..size {
-            let each = (0..shares).map(|share| all[(at * shares + share) * size + place]);
-            let sum = each.sum();
-            all[at * size + place] = sum;
+        all.copy_within(at * shares * size..(at * shares + 1) * size, at * size);
+        for share in at * shares + 1..(at + 1) * shares {
+            let (sums, rest) = all.split_at_mut(share * size);
+            let sums = &mut sums[at * size..(at + 1) * size];
+            for (sum, number) in sums.iter_mut().zip(&rest[..size]) {
+                *sum += *number;
+            }
         }
     }
     all.truncate(count * size);

@@ -1,9 +1,7 @@
 //! Integrators of trees, against all pairs of vertices.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
-use lapidary_factor::trees::{
-    Function, Graph, IntegratorTree, RationalFit, Tree, hankel,
-};
+use lapidary_factor::trees::{Function, Graph, IntegratorTree, RationalFit, Tree, hankel};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -38,7 +38,11 @@ pub(super) fn forward<T: Real>(head: &Head<'_, T>, meeting: &Meeting<'_>, y: &mu
                 || {
                     let each = scores.chunks_exact_mut(part.len());
                     for ((row, scores), total) in tile.clone().zip(each).zip(&mut totals) {
-                        *total += mask(head, meeting.factors(row, part.clone(), head.centre), scores);
+                        *total += mask(
+                            head,
+                            meeting.factors(row, part.clone(), head.centre),
+                            scores,
+                        );
                     }
                 },
             );
@@ -85,9 +89,21 @@ pub(super) fn backward<T: Real>(
         let g = Matrix::spaced(&gradients, tile.len(), width, width + 1);
         for part in tiles(columns, COLUMNS) {
             let scores = &mut tile_scores[..tile.len() * part.len()];
-            product(scores, Into::Replace, q, &across, (0..features, part.clone()));
+            product(
+                scores,
+                Into::Replace,
+                q,
+                &across,
+                (0..features, part.clone()),
+            );
             let of_scores = &mut tile_slopes[..tile.len() * part.len()];
-            product(of_scores, Into::Replace, g, &values, (0..width, part.clone()));
+            product(
+                of_scores,
+                Into::Replace,
+                g,
+                &values,
+                (0..width, part.clone()),
+            );
             let of_mask = &mut *slopes.mask;
             simd::vectorised(
                 #[inline(always)]
@@ -107,8 +123,18 @@ pub(super) fn backward<T: Real>(
             };
             let scores = Matrix::packed(scores, tile.len(), part.len());
             let of_scores = Matrix::packed(of_scores, tile.len(), part.len());
-            product(&mut of_q, into, of_scores, &keys, (part.clone(), 0..features));
-            add_product(&mut of_k[part.start * features..], of_scores.transposed(), q);
+            product(
+                &mut of_q,
+                into,
+                of_scores,
+                &keys,
+                (part.clone(), 0..features),
+            );
+            add_product(
+                &mut of_k[part.start * features..],
+                of_scores.transposed(),
+                q,
+            );
             add_product(&mut of_v[part.start * width..], scores.transposed(), g);
         }
         add_rows((slopes.q, features), tokens, &of_q, features);
@@ -118,7 +144,9 @@ pub(super) fn backward<T: Real>(
 }
 
 fn tiles(count: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..count).step_by(size).map(move |start| start..count.min(start + size))
+    (0..count)
+        .step_by(size)
+        .map(move |start| start..count.min(start + size))
 }
 
 /// `result (+)= a b`, packed, of some rows and columns of `b`.

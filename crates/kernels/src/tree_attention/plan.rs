@@ -174,10 +174,7 @@ impl Planner<'_> {
         if mask.iter().all(|value| *value == 0.0) && self.tables.directions.is_empty() {
             return Vec::new();
         }
-        let mut best = (
-            None,
-            laid_out(2 * x.len() * y.len(), self.sizes),
-        );
+        let mut best = (None, laid_out(2 * x.len() * y.len(), self.sizes));
         let levels = [x, y].map(levels);
         if levels.iter().all(|levels| *levels <= MOST_LEVELS) {
             let kinds = [Kind::Levels; 2];
@@ -191,7 +188,9 @@ impl Planner<'_> {
             let kinds = [Kind::Nodes(nodes, 0.0); 2];
             // Neither meeting by way of nodes nor looking whether there are any may take longer.
             let looking = (far - near) as u64 * nodes as u64;
-            self.factored([x.len(), y.len()], levels, kinds).max(looking) < limit
+            self.factored([x.len(), y.len()], levels, kinds)
+                .max(looking)
+                < limit
         };
         let candidates: Vec<usize> = NODES.into_iter().filter(|nodes| worth(*nodes)).collect();
         if let Some((nodes, rate)) = self.fit([near, far], &candidates) {
@@ -270,7 +269,9 @@ impl Planner<'_> {
             if nodes > known.tried {
                 known.tried = nodes;
                 let rates = [0.0, self.rate([near, far])];
-                let found = rates.into_iter().find(|rate| self.reads([near, far], nodes, *rate));
+                let found = rates
+                    .into_iter()
+                    .find(|rate| self.reads([near, far], nodes, *rate));
                 known.found = found.map(|rate| (nodes, rate));
             }
         }
@@ -308,7 +309,9 @@ impl Planner<'_> {
         let bounds: Vec<f64> = flattened
             .iter()
             .map(|table| {
-                let largest = table.iter().fold(0.0, |most: f64, value| most.max(value.abs()));
+                let largest = table
+                    .iter()
+                    .fold(0.0, |most: f64, value| most.max(value.abs()));
                 self.tables.tolerance * largest
             })
             .collect();
@@ -321,7 +324,11 @@ impl Planner<'_> {
             nodes.shares(distance, &mut shares);
             let each = flattened.iter().zip(&at_nodes).zip(&bounds);
             each.into_iter().all(|((table, at_nodes), bound)| {
-                let read: f64 = at_nodes.iter().zip(&shares).map(|(f, share)| f * share).sum();
+                let read: f64 = at_nodes
+                    .iter()
+                    .zip(&shares)
+                    .map(|(f, share)| f * share)
+                    .sum();
                 (read - table[distance - near]).abs() <= *bound
             })
         })
@@ -336,9 +343,8 @@ impl Planner<'_> {
     ) -> Block<T> {
         let factored = match (kinds, pairs.pieces().get(cut)) {
             (Some(kinds), Some(TreePiece::Cut(sides))) => Some(Factored {
-                bases: [0, 1].map(|side| {
-                    basis(&sides[side].distances[ranges[side].clone()], kinds[side])
-                }),
+                bases: [0, 1]
+                    .map(|side| basis(&sides[side].distances[ranges[side].clone()], kinds[side])),
             }),
             _ => None,
         };
@@ -428,7 +434,9 @@ impl Nodes {
             .iter()
             .map(|x| {
                 let others = at.iter().filter(|other| *other != x);
-                let product: f64 = others.map(|other| (*x as f64 - *other as f64) / scale).product();
+                let product: f64 = others
+                    .map(|other| (*x as f64 - *other as f64) / scale)
+                    .product();
                 1.0 / product
             })
             .collect();

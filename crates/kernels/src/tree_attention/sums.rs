@@ -50,7 +50,9 @@ pub(super) fn forward<T: Real>(
 ) {
     let core = Core::new(head, factored);
     let sides = core.sides(factored, tokens);
-    let given = sides.each_ref().map(|side| side.collected(&head.k, (&head.v, false)));
+    let given = sides
+        .each_ref()
+        .map(|side| side.collected(&head.k, (&head.v, false)));
     let width = head.v.columns;
     for side in 0..2 {
         let asked = core.passed(side, &given[1 - side], core.sizes);
@@ -69,10 +71,20 @@ pub(super) fn backward<T: Real>(
     let core = Core::new(head, factored);
     let sides = core.sides(factored, tokens);
     let [features, width] = core.sizes;
-    let given = sides.each_ref().map(|side| side.collected(&head.k, (&head.v, false)));
-    let asked = sides.each_ref().map(|side| side.collected(&head.q, (gradient, true)));
+    let given = sides
+        .each_ref()
+        .map(|side| side.collected(&head.k, (&head.v, false)));
+    let asked = sides
+        .each_ref()
+        .map(|side| side.collected(&head.q, (gradient, true)));
     for side in 0..2 {
-        core.add_slopes(side, &asked[side], &given[1 - side], head.centre, slopes.mask);
+        core.add_slopes(
+            side,
+            &asked[side],
+            &given[1 - side],
+            head.centre,
+            slopes.mask,
+        );
         let o = core.passed(side, &given[1 - side], core.sizes);
         sides[side].turned((gradient, true), &o, (slopes.q, features));
         let p = core.passed(side, &asked[1 - side], core.sizes);
@@ -91,9 +103,13 @@ struct Core<T> {
 impl<T: Real> Core<T> {
     fn new(head: &Head<'_, T>, factored: &Factored<T>) -> Self {
         let [left, right] = factored.bases.each_ref().map(|basis| basis.nodes.clone());
-        let pairs = left.iter().flat_map(|x| right.iter().map(move |y| (x + y) as usize));
+        let pairs = left
+            .iter()
+            .flat_map(|x| right.iter().map(move |y| (x + y) as usize));
         Self {
-            factors: pairs.map(|distance| head.mask[head.centre + distance]).collect(),
+            factors: pairs
+                .map(|distance| head.mask[head.centre + distance])
+                .collect(),
             nodes: [left, right],
             sizes: [head.q.columns, head.v.columns],
         }
@@ -172,20 +188,24 @@ impl<T: Real> Core<T> {
 impl<T: Real> Side<'_, T> {
     /// Parts of the side whose rows are looked at together: their tokens, their weights, their nodes.
     fn parts(&self) -> impl Iterator<Item = (&[u32], &[T], Range<usize>)> {
-        self.basis.segments.iter().flat_map(move |segment: &Segment<T>| {
-            segment.tokens.clone().step_by(ROWS).map(move |start| {
-                let end = segment.tokens.end.min(start + ROWS);
-                let nodes = segment.nodes.clone();
-                let weights = match segment.weights.is_empty() {
-                    true => &[],
-                    false => {
-                        let first = segment.tokens.start;
-                        &segment.weights[(start - first) * nodes.len()..(end - first) * nodes.len()]
-                    }
-                };
-                (&self.tokens[start..end], weights, nodes)
+        self.basis
+            .segments
+            .iter()
+            .flat_map(move |segment: &Segment<T>| {
+                segment.tokens.clone().step_by(ROWS).map(move |start| {
+                    let end = segment.tokens.end.min(start + ROWS);
+                    let nodes = segment.nodes.clone();
+                    let weights = match segment.weights.is_empty() {
+                        true => &[],
+                        false => {
+                            let first = segment.tokens.start;
+                            &segment.weights
+                                [(start - first) * nodes.len()..(end - first) * nodes.len()]
+                        }
+                    };
+                    (&self.tokens[start..end], weights, nodes)
+                })
             })
-        })
     }
 
     /// `Σ_j U_jl a_j b_jᵀ` and `Σ_j U_jl a_j c_j`, where `c` is one, or the last number of each row of `b`.

@@ -33,7 +33,9 @@ fn star(arms: u32, length: u32) -> TreePairs {
     let arm = |arm: u32| (0..length).map(move |step| (1 + arm * length + step, step + 1));
     let heaps = [0..arms / 2, arms / 2..arms];
     let mut pieces = vec![TreePiece::Cut(
-        heaps.clone().map(|heap| TreeSide::new(heap.flat_map(arm).collect())),
+        heaps
+            .clone()
+            .map(|heap| TreeSide::new(heap.flat_map(arm).collect())),
     )];
     for heap in heaps {
         let mut tokens = vec![(u32::MAX, 0, 0)];
@@ -42,7 +44,9 @@ fn star(arms: u32, length: u32) -> TreePairs {
             true => a.2.abs_diff(b.2),
             false => a.2 + b.2,
         };
-        let pairs = tokens.iter().flat_map(|a| tokens.iter().map(move |b| apart(a, b)));
+        let pairs = tokens
+            .iter()
+            .flat_map(|a| tokens.iter().map(move |b| apart(a, b)));
         pieces.push(TreePiece::Leaf {
             distances: Some(pairs.collect()),
             tokens: tokens.iter().map(|token| token.1).collect(),
@@ -61,7 +65,9 @@ fn smooth(pairs: TreePairs, coefficients: &Tensor) -> TreeMask {
     let directions = values.detach().unsqueeze(1).unwrap();
     TreeMask {
         pairs: Arc::new(pairs),
-        directions: directions.broadcast_mul(&powers.unsqueeze(0).unwrap()).unwrap(),
+        directions: directions
+            .broadcast_mul(&powers.unsqueeze(0).unwrap())
+            .unwrap(),
         values,
     }
 }
@@ -209,15 +215,25 @@ fn gradients_equal_those_of_pairs_laid_out() {
                 let seen = arange(y.dims(), 7.0, dtype);
                 let gradients = (y * seen).unwrap().sum_all().unwrap().backward().unwrap();
                 let all = [&q, &k, &v, &numbers].into_iter();
-                all.map(|x| gradients.get(x.as_tensor()).unwrap().clone()).collect()
+                all.map(|x| gradients.get(x.as_tensor()).unwrap().clone())
+                    .collect()
             };
             for (found, expected) in of(false).iter().zip(of(true)) {
-                let largest = expected.abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+                let largest = expected
+                    .abs()
+                    .unwrap()
+                    .flatten_all()
+                    .unwrap()
+                    .max(0)
+                    .unwrap();
                 let largest = largest.to_dtype(DType::F64).unwrap();
                 let largest: f64 = largest.to_scalar().unwrap();
                 let bound = if dtype == DType::F32 { 3e-5 } else { 1e-11 };
                 let error = difference(found, &expected).unwrap();
-                assert!(error < bound * (1.0 + largest), "{tokens} {rows}: {error:e} {largest}");
+                assert!(
+                    error < bound * (1.0 + largest),
+                    "{tokens} {rows}: {error:e} {largest}"
+                );
             }
         }
     }
@@ -291,6 +307,8 @@ fn what_does_not_fit_is_named() {
         tokens: vec![0, 7],
         distances: None,
     };
-    let said = TreePairs::new(5, vec![stray], vec![]).unwrap_err().to_string();
+    let said = TreePairs::new(5, vec![stray], vec![])
+        .unwrap_err()
+        .to_string();
     assert!(said.contains("below 5"), "{said}");
 }

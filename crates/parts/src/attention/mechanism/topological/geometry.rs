@@ -200,7 +200,10 @@ impl Geometry {
 fn cut(tree: &Tree, tokens: usize, field: &str) -> Result<TreePairs> {
     let cut = IntegratorTree::with_leaves(tree, LEAF)
         .map_err(|error| Error::spec(field, error.to_string(), "a tree that can be cut"))?;
-    let leaves = cut.leaves().iter().filter_map(|leaf| self::leaf(leaf, tokens));
+    let leaves = cut
+        .leaves()
+        .iter()
+        .filter_map(|leaf| self::leaf(leaf, tokens));
     let sides = cut.splits().iter().filter_map(|split| {
         let [left, right] = split.sides.each_ref().map(|side| self::side(side, tokens));
         Some(TreePiece::Cut([left?, right?]))
@@ -239,7 +242,10 @@ fn leaf(leaf: &Leaf, tokens: usize) -> Option<TreePiece> {
     // Such as the parts of a path, and of the columns of a grid.
     let is_run = pairs().all(|(apart, distance)| apart == distance);
     (!places.is_empty()).then(|| TreePiece::Leaf {
-        tokens: places.iter().map(|place| leaf.vertices[*place] as u32).collect(),
+        tokens: places
+            .iter()
+            .map(|place| leaf.vertices[*place] as u32)
+            .collect(),
         distances: (!is_run).then(|| pairs().map(|(_, distance)| distance).collect()),
     })
 }

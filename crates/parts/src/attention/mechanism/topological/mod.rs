@@ -323,7 +323,11 @@ impl Topological {
                 entries * 3 + entries / width * count * (2 * width + 3)
             }
         };
-        let masks = if self.spec.per_head { self.heads.heads } else { 1 };
+        let masks = if self.spec.per_head {
+            self.heads.heads
+        } else {
+            1
+        };
         (features + masks * distances * 6) as u64
     }
 }
