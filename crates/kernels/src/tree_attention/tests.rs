@@ -6,8 +6,9 @@ use crate::{Device, Var};
 /// A path that is cut in the middle again and again down to `leaf` tokens.
 fn path(tokens: usize, leaf: usize) -> TreePairs {
     let (mut pieces, mut again) = (Vec::new(), Vec::new());
-    let mut open = vec![0..tokens as u32];
-    while let Some(range) = open.pop() {
+    let mut open = vec![[0, tokens as u32]];
+    while let Some([start, end]) = open.pop() {
+        let range = start..end;
         if range.len() <= leaf {
             pieces.push(TreePiece::Leaf {
                 tokens: range.collect(),
@@ -23,7 +24,7 @@ fn path(tokens: usize, leaf: usize) -> TreePairs {
             TreeSide::new(right.collect()),
         ]));
         again.push(pivot);
-        open.extend([range.start..pivot + 1, pivot..range.end]);
+        open.extend([[start, pivot + 1], [pivot, end]]);
     }
     TreePairs::new(tokens, pieces, again).unwrap()
 }
