@@ -40,7 +40,7 @@ type Candle<T> = candle_core::Result<T>;
 const NAME: &str = "tree attention";
 
 /// Heads, or shares of their work where there are fewer, that are worked on at once at least.
-const SHARES: usize = 8;
+const SHARES: usize = 4;
 
 /// A function of the distance of two tokens.
 #[derive(Clone, Debug)]
