@@ -20,7 +20,8 @@ impl TreeSide {
         tokens.sort_by_key(|(token, distance)| (*distance, *token));
         let (tokens, distances): (Vec<u32>, Vec<u32>) = tokens.into_iter().unzip();
         Self {
-            is_run: distances.windows(2).all(|pair| pair[1] == pair[0] + 1),
+            // They rise: no difference is below 0.
+            is_run: distances.windows(2).all(|pair| pair[1] - pair[0] == 1),
             tokens,
             distances,
         }
@@ -61,7 +62,7 @@ impl TreePairs {
     /// Pairs of `tokens` tokens.
     ///
     /// # Errors
-    /// When a piece has a token that there isn't, or no distance of a pair.
+    /// When a piece has a token that there isn't, or no distance of a pair, or a distance that is no `u32`.
     pub fn new(tokens: usize, pieces: Vec<TreePiece>, again: Vec<u32>) -> Result<Self> {
         let known = |list: &[u32]| list.iter().all(|token| (*token as usize) < tokens);
         let expected = || format!("below {tokens}, the number of tokens");
@@ -94,6 +95,10 @@ impl TreePairs {
                         return Err(Error::argument(NAME, "token of a side", found, expected()));
                     }
                     let across = sides[0].farthest() + sides[1].farthest();
+                    if across > u32::MAX as usize {
+                        let expected = format!("at most {}", u32::MAX);
+                        return Err(Error::argument(NAME, "distance", across, expected));
+                    }
                     distances = distances.max(across + 1);
                 }
             }

@@ -312,4 +312,12 @@ fn what_does_not_fit_is_named() {
         .unwrap_err()
         .to_string();
     assert!(said.contains("below 5"), "{said}");
+    let far = TreePiece::Cut([
+        TreeSide::new(vec![(0, u32::MAX), (1, u32::MAX)]),
+        TreeSide::new(vec![(2, 1)]),
+    ]);
+    let said = TreePairs::new(5, vec![far], vec![])
+        .unwrap_err()
+        .to_string();
+    assert!(said.contains("at most 4294967295"), "{said}");
 }
