@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use lapidary_factor::Matrix;
 use lapidary_kernels::{DType, Tensor};
 use lapidary_model::{Model, Output, Pass};
 
@@ -194,11 +195,19 @@ impl Calibration {
     /// # Errors
     /// When the statistic was not collected.
     pub fn tensor(&self, statistic: &Statistic) -> Result<Tensor> {
+        self.held(statistic)?.tensor()
+    }
+
+    /// One statistic of two dimensions, called `name` in errors.
+    pub(crate) fn matrix(&self, name: &'static str, statistic: &Statistic) -> Result<Matrix> {
+        self.held(statistic)?.matrix(name)
+    }
+
+    fn held(&self, statistic: &Statistic) -> Result<&Held> {
         let held = self.statistics.get(statistic);
-        let held = held.ok_or_else(|| Error::NotCollected {
+        held.ok_or_else(|| Error::NotCollected {
             statistic: statistic.to_string(),
-        })?;
-        held.tensor()
+        })
     }
 
     /// Whether a statistic was carried over from `other` and not collected anew.

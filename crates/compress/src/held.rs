@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use lapidary_factor::{Matrix, matrix_from_tensor};
 use lapidary_kernels::{SecondMoment, Tensor};
 
 use crate::Result;
@@ -22,6 +23,21 @@ impl Held {
         match self {
             Self::Values(tensor) => Ok(tensor.clone()),
             Self::Moment(sum, scale) => Ok(sum.scaled(*scale)?),
+        }
+    }
+
+    /// A statistic of two dimensions, whole and by itself: what was held is not copied on the way.
+    pub(crate) fn matrix(&self, name: &'static str) -> Result<Matrix> {
+        match self {
+            Self::Values(tensor) => Ok(matrix_from_tensor(name, tensor)?),
+            Self::Moment(sum, scale) => {
+                let mut matrix = Matrix::zeros(sum.width(), sum.width());
+                sum.for_each(|row, column, sum| {
+                    matrix[(row, column)] = scale * sum;
+                    matrix[(column, row)] = scale * sum;
+                });
+                Ok(matrix)
+            }
         }
     }
 

@@ -2,8 +2,11 @@
 
 use std::ops::Range;
 
-use faer::Side;
-use faer::linalg::triangular_inverse::invert_lower_triangular;
+use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::cholesky::llt::factor::{
+    LltRegularization, cholesky_in_place, cholesky_in_place_scratch,
+};
+use faer::{Side, Spec};
 
 use crate::{Error, Matrix, MatrixView, Result};
 
@@ -118,6 +121,62 @@ pub struct Cholesky {
 }
 
 impl Cholesky {
+    /// Of a symmetric positive semi-definite matrix, in its place.
+    ///
+    /// A matrix that is singular to working precision gets the smallest of 1e-12, 1e-11, … 1e-5 times
+    /// its mean diagonal added to the diagonal, and the result says how much. (What is summed in single
+    /// precision over fewer than ten thousand vectors can need the largest.)
+    ///
+    /// # Errors
+    /// For a matrix that is not symmetric, and for one that needs more.
+    pub fn of(name: &'static str, mut matrix: Matrix) -> Result<Self> {
+        symmetrise(name, &mut matrix)?;
+        let size = matrix.nrows();
+        let mean_diagonal = (0..size).map(|i| matrix[(i, i)]).sum::<f64>() / size as f64;
+        if mean_diagonal <= 0.0 {
+            return Err(Error::NotPositive {
+                name,
+                detail: format!("its mean diagonal entry is {mean_diagonal:e}"),
+            });
+        }
+        // An attempt that fails leaves nothing of the half that it reads.
+        let half = below(&matrix);
+        let threads = faer::get_global_parallelism();
+        let scratch = cholesky_in_place_scratch::<f64>(size, threads, Spec::default());
+        let mut scratch = MemBuffer::new(scratch);
+        let attempts = std::iter::once(0.0).chain((-12..=-5).map(|power| 10f64.powi(power)));
+        for relative in attempts {
+            let jitter = relative * mean_diagonal;
+            if relative > 0.0 {
+                write_below(&mut matrix, &half);
+            }
+            for i in 0..size {
+                matrix[(i, i)] += jitter;
+            }
+            let done = cholesky_in_place(
+                matrix.as_mut(),
+                LltRegularization::default(),
+                threads,
+                MemStack::new(&mut scratch),
+                Spec::default(),
+            );
+            if done.is_ok() {
+                clear_above(&mut matrix);
+                return Ok(Self {
+                    lower: matrix,
+                    jitter,
+                });
+            }
+        }
+        Err(Error::NotPositive {
+            name,
+            detail: format!(
+                "Cholesky fails even with {:e} added to its diagonal",
+                1e-5 * mean_diagonal
+            ),
+        })
+    }
+
     /// `X` of `(A + jitter I) X = B`, for `B` with as many rows as `A`.
     ///
     /// # Errors
@@ -142,56 +201,52 @@ impl Cholesky {
 
     /// The diagonal of `(A + jitter I)⁻¹`.
     pub fn inverse_diagonal(&self) -> Vec<f64> {
-        // (L Lᵀ)⁻¹ = L⁻ᵀ L⁻¹, whose entry i is the squared length of column i of L⁻¹.
+        // (L Lᵀ)⁻¹ = L⁻ᵀ L⁻¹, whose entry i is the squared length of column i of L⁻¹. Some columns at a
+        // time: all above their first row is zero, and no inverse is held.
+        const COLUMNS: usize = 256;
         let size = self.lower.nrows();
-        let mut inverse = Matrix::zeros(size, size);
-        invert_lower_triangular(
-            inverse.as_mut(),
-            self.lower.as_ref(),
-            faer::get_global_parallelism(),
-        );
-        (0..size)
-            .map(|i| inverse.col(i).squared_norm_l2())
-            .collect()
+        let mut diagonal = Vec::with_capacity(size);
+        for first in (0..size).step_by(COLUMNS) {
+            let rows = size - first;
+            let columns = COLUMNS.min(rows);
+            let mut inverse = Matrix::identity(rows, columns);
+            let lower = self.lower.as_ref().submatrix(first, first, rows, rows);
+            lower.solve_lower_triangular_in_place(inverse.as_mut());
+            diagonal.extend((0..columns).map(|i| inverse.col(i).squared_norm_l2()));
+        }
+        diagonal
     }
 }
 
-/// The Cholesky decomposition of a symmetric positive semi-definite matrix.
-///
-/// A matrix that is singular to working precision gets the smallest of 1e-12, 1e-11, … 1e-6 times
-/// its mean diagonal added to the diagonal, and the result says how much. One that needs more
-/// is refused.
+/// [`Cholesky::of`] a matrix that stays.
 pub fn cholesky(name: &'static str, matrix: MatrixView<'_>) -> Result<Cholesky> {
-    let mut symmetric = symmetrised(name, matrix)?;
-    let size = symmetric.nrows();
-    let mean_diagonal = (0..size).map(|i| symmetric[(i, i)]).sum::<f64>() / size as f64;
-    if mean_diagonal <= 0.0 {
-        return Err(Error::NotPositive {
-            name,
-            detail: format!("its mean diagonal entry is {mean_diagonal:e}"),
-        });
+    Cholesky::of(name, matrix.to_owned())
+}
+
+/// The diagonal and what is below it, column by column.
+fn below(matrix: &Matrix) -> Vec<f64> {
+    let size = matrix.nrows();
+    let mut half = Vec::with_capacity(size * (size + 1) / 2);
+    for j in 0..size {
+        half.extend((j..size).map(|i| matrix[(i, j)]));
     }
-    let diagonal: Vec<f64> = (0..size).map(|i| symmetric[(i, i)]).collect();
-    let attempts = std::iter::once(0.0).chain((-12..=-6).map(|power| 10f64.powi(power)));
-    for relative in attempts {
-        let jitter = relative * mean_diagonal;
-        for (i, entry) in diagonal.iter().enumerate() {
-            symmetric[(i, i)] = entry + jitter;
-        }
-        if let Ok(decomposition) = symmetric.llt(Side::Lower) {
-            return Ok(Cholesky {
-                lower: decomposition.L().to_owned(),
-                jitter,
-            });
+    half
+}
+
+fn write_below(matrix: &mut Matrix, half: &[f64]) {
+    let size = matrix.nrows();
+    let places = (0..size).flat_map(|j| (j..size).map(move |i| (i, j)));
+    for (place, value) in places.zip(half) {
+        matrix[place] = *value;
+    }
+}
+
+fn clear_above(matrix: &mut Matrix) {
+    for j in 0..matrix.ncols() {
+        for i in 0..j {
+            matrix[(i, j)] = 0.0;
         }
     }
-    Err(Error::NotPositive {
-        name,
-        detail: format!(
-            "Cholesky fails even with {:e} added to its diagonal",
-            1e-6 * mean_diagonal
-        ),
-    })
 }
 
 /// The symmetric square root of a positive semi-definite matrix.
@@ -233,6 +288,12 @@ pub(crate) fn positive_eigen(name: &'static str, matrix: MatrixView<'_>) -> Resu
 
 /// The mean of a matrix and its transpose, once they have been seen to agree.
 fn symmetrised(name: &'static str, matrix: MatrixView<'_>) -> Result<Matrix> {
+    let mut mean = matrix.to_owned();
+    symmetrise(name, &mut mean)?;
+    Ok(mean)
+}
+
+fn symmetrise(name: &'static str, matrix: &mut Matrix) -> Result<()> {
     let size = matrix.nrows();
     if matrix.ncols() != size {
         return Err(Error::Shape {
@@ -242,7 +303,6 @@ fn symmetrised(name: &'static str, matrix: MatrixView<'_>) -> Result<Matrix> {
         });
     }
     let (mut difference, mut largest) = (0f64, 0f64);
-    let mut mean = Matrix::zeros(size, size);
     // By tiles, as one of the two entries is always in another column.
     for (rows, columns) in tiles(size) {
         for j in columns {
@@ -250,8 +310,9 @@ fn symmetrised(name: &'static str, matrix: MatrixView<'_>) -> Result<Matrix> {
                 let (below, above) = (matrix[(i, j)], matrix[(j, i)]);
                 difference = difference.max((below - above).abs());
                 largest = largest.max(below.abs()).max(above.abs());
-                mean[(i, j)] = 0.5 * (below + above);
-                mean[(j, i)] = mean[(i, j)];
+                let mean = 0.5 * (below + above);
+                matrix[(i, j)] = mean;
+                matrix[(j, i)] = mean;
             }
         }
     }
@@ -261,7 +322,7 @@ fn symmetrised(name: &'static str, matrix: MatrixView<'_>) -> Result<Matrix> {
             difference: difference / largest,
         });
     }
-    Ok(mean)
+    Ok(())
 }
 
 /// Rows and columns of tiles that cover a square's lower half.

@@ -14,7 +14,7 @@
 //! W_D' = (Sᵀ C S)⁻¹ Sᵀ C W_D
 //! ```
 
-use lapidary_factor::{Matrix, cholesky};
+use lapidary_factor::{Cholesky, Matrix};
 
 use crate::methods::channels::largest;
 use crate::{Error, Result};
@@ -22,9 +22,13 @@ use crate::{Error, Result};
 /// Indices of the `count` features of largest ridge leverage. `λ` is `ridge` times the mean
 /// diagonal entry of `second_moment` `[hidden, hidden]`, so that it means the same whatever the
 /// scale of a layer.
-pub(crate) fn by_leverage(second_moment: &Matrix, ridge: f64, count: usize) -> Result<Vec<usize>> {
+pub(crate) fn by_leverage(
+    mut second_moment: Matrix,
+    ridge: f64,
+    count: usize,
+) -> Result<Vec<usize>> {
     let hidden = second_moment.nrows();
-    let mean = trace(second_moment) / hidden.max(1) as f64;
+    let mean = trace(&second_moment) / hidden.max(1) as f64;
     if mean <= 0.0 {
         // Nothing ever passes: any features do.
         return Ok((0..count.min(hidden)).collect());
@@ -37,33 +41,33 @@ pub(crate) fn by_leverage(second_moment: &Matrix, ridge: f64, count: usize) -> R
             "above 0",
         ));
     }
-    let mut shifted = second_moment.clone();
     for i in 0..hidden {
-        shifted[(i, i)] += lambda;
+        second_moment[(i, i)] += lambda;
     }
-    let inverse = cholesky("hidden second moment", shifted.as_ref())?.inverse_diagonal();
+    let inverse = Cholesky::of("hidden second moment", second_moment)?.inverse_diagonal();
     let leverages: Vec<f64> = inverse.iter().map(|entry| 1.0 - lambda * entry).collect();
     Ok(largest(&leverages, count))
 }
 
 /// `W_D'ᵀ` `[output, kept]` for `down` = `W_Dᵀ` `[output, hidden]`. Where the kept features depend
-/// on each other, the smallest ridge that makes the equations solvable is added, at most 1e-6 of
+/// on each other, the smallest ridge that makes the equations solvable is added, at most 1e-5 of
 /// their mean square.
-pub(crate) fn refitted(down: &Matrix, second_moment: &Matrix, kept: &[usize]) -> Result<Matrix> {
+pub(crate) fn refitted(down: &Matrix, second_moment: Matrix, kept: &[usize]) -> Result<Matrix> {
     let hidden = second_moment.nrows();
-    let selected = Matrix::from_fn(kept.len(), kept.len(), |i, j| {
-        second_moment[(kept[i], kept[j])]
-    });
-    if kept.len() == hidden || trace(&selected) <= 0.0 {
+    let energy: f64 = kept.iter().map(|i| second_moment[(*i, *i)]).sum();
+    if kept.len() == hidden || energy <= 0.0 {
         return Ok(Matrix::from_fn(down.nrows(), kept.len(), |o, i| {
             down[(o, kept[i])]
         }));
     }
-    let rows = Matrix::from_fn(kept.len(), hidden, |i, j| second_moment[(kept[i], j)]);
-    let right = rows * down.transpose();
-    let solution =
-        cholesky("second moment of kept features", selected.as_ref())?.solve(right.as_ref())?;
-    Ok(solution.transpose().to_owned())
+    // Columns, which lie together, for the rows of a symmetric matrix: C S, then Sᵀ C S of it.
+    let columns = Matrix::from_fn(hidden, kept.len(), |i, j| second_moment[(i, kept[j])]);
+    drop(second_moment);
+    let right = columns.transpose() * down.transpose();
+    let selected = Matrix::from_fn(kept.len(), kept.len(), |i, j| columns[(kept[i], j)]);
+    drop(columns);
+    let solved = Cholesky::of("second moment of kept features", selected)?.solve(right.as_ref())?;
+    Ok(solved.transpose().to_owned())
 }
 
 fn trace(matrix: &Matrix) -> f64 {
@@ -81,14 +85,14 @@ mod tests {
         let ridge = 0.3;
         let lambda = ridge * trace(&c) / 6.0;
         let shifted = Matrix::from_fn(6, 6, |i, j| c[(i, j)] + if i == j { lambda } else { 0.0 });
-        let solved = cholesky("c", shifted.as_ref())
+        let solved = Cholesky::of("c", shifted)
             .unwrap()
             .solve(c.as_ref())
             .unwrap();
         let scores: Vec<f64> = (0..6).map(|i| solved[(i, i)]).collect();
         for count in 1..=6 {
             assert_eq!(
-                by_leverage(&c, ridge, count).unwrap(),
+                by_leverage(c.clone(), ridge, count).unwrap(),
                 largest(&scores, count)
             );
         }
@@ -99,7 +103,7 @@ mod tests {
         let c = second_moment(40, 10, 2);
         let down = random(4, 10, 3); // W_Dᵀ
         let kept = [0, 3, 4, 8];
-        let fitted = refitted(&down, &c, &kept).unwrap();
+        let fitted = refitted(&down, c.clone(), &kept).unwrap();
         let error = |fitted: &Matrix| {
             Matrix::from_fn(4, 10, |o, j| {
                 let stays = kept.iter().position(|i| *i == j);
@@ -124,7 +128,7 @@ mod tests {
         let c = second_moment(40, 9, 4);
         let down = random(3, 9, 5);
         let left = |c: &Matrix, kept: &[usize]| {
-            let fitted = refitted(&down, c, kept).unwrap();
+            let fitted = refitted(&down, c.clone(), kept).unwrap();
             let error = Matrix::from_fn(3, 9, |o, j| {
                 let stays = kept.iter().position(|i| *i == j);
                 down[(o, j)] - stays.map_or(0.0, |i| fitted[(o, i)])

@@ -46,9 +46,9 @@ fn close(found: &Matrix, expected: &Rows) {
 fn hidden_features_and_their_refit() {
     let fixture = fixture();
     let moment = matrix(&fixture.hidden_moment);
-    let kept = feedforward::by_leverage(&moment, fixture.ridge, fixture.kept.len()).unwrap();
+    let kept = feedforward::by_leverage(moment.clone(), fixture.ridge, fixture.kept.len()).unwrap();
     assert_eq!(kept, fixture.kept);
-    let found = feedforward::refitted(&matrix(&fixture.down), &moment, &kept).unwrap();
+    let found = feedforward::refitted(&matrix(&fixture.down), moment, &kept).unwrap();
     close(&found, &fixture.refit);
 }
 

@@ -310,12 +310,15 @@ fn narrow_hidden(
     ridge: f64,
     calibration: &Calibration,
 ) -> Result<()> {
-    let moments = calibration.tensor(&covariance(unit.hidden_site()))?;
-    let moments = matrix_from_tensor("second moment of hidden features", &moments)?;
+    // Wide as they are, each step makes its own: at no time is there a second one.
+    let moment = || {
+        let statistic = covariance(unit.hidden_site());
+        calibration.matrix("second moment of hidden features", &statistic)
+    };
+    let kept = feedforward::by_leverage(moment()?, ridge, features)?;
     let reader = format!("{}.weight", unit.reader());
     let down = matrix_from_tensor("feed-forward output", &edit.get(&reader)?)?;
-    let kept = feedforward::by_leverage(&moments, ridge, features)?;
-    let refitted = feedforward::refitted(&down, &moments, &kept)?;
+    let refitted = feedforward::refitted(&down, moment()?, &kept)?;
     unit.keep(edit, &kept)?;
     edit.put_matrix(reader, &refitted)
 }
@@ -386,9 +389,9 @@ fn narrow_values(
     move_value_bias(edit, index, spec)?;
     let value = matrix_from_tensor("values", &edit.get(&format!("{path}.value.weight"))?)?;
     let output = matrix_from_tensor("output", &edit.get(&format!("{path}.output.weight"))?)?;
-    let moments = calibration.tensor(&covariance(format!("{path}.in")))?;
-    let moments = matrix_from_tensor("second moment of attention's input", &moments)?;
-    let root = value_output::root(&moments)?;
+    let statistic = covariance(format!("{path}.in"));
+    let moment = calibration.matrix("second moment of attention's input", &statistic)?;
+    let root = value_output::root(&moment)?;
     let each = spec.heads / spec.groups().max(1);
     let width = output.nrows();
     let mut narrow_value = Matrix::zeros(spec.groups() * features, width);
