@@ -41,6 +41,23 @@ pub struct Mechanism {
 }
 
 impl Mechanism {
+    /// A mechanism with three projections, whose spec depends on the longest sequence.
+    pub const fn new(
+        name: &'static str,
+        causal: bool,
+        quadratic: bool,
+        spec: fn(usize) -> MechanismSpec,
+    ) -> Self {
+        Self {
+            name,
+            causal,
+            quadratic,
+            sharing: QueryKeySharing::None,
+            wavelets: false,
+            spec,
+        }
+    }
+
     /// Its spec for sequences of up to `length` tokens.
     pub fn spec(&self, length: usize) -> MechanismSpec {
         (self.spec)(length)
@@ -69,58 +86,42 @@ impl Mechanism {
     }
 }
 
-const fn entry(
-    name: &'static str,
-    causal: bool,
-    quadratic: bool,
-    spec: fn(usize) -> MechanismSpec,
-) -> Mechanism {
-    Mechanism {
-        name,
-        causal,
-        quadratic,
-        sharing: QueryKeySharing::None,
-        wavelets: false,
-        spec,
-    }
-}
-
 /// One whose queries are keys.
 const fn shared(name: &'static str, causal: bool, spec: fn(usize) -> MechanismSpec) -> Mechanism {
     Mechanism {
         sharing: QueryKeySharing::QueryKey,
-        ..entry(name, causal, false, spec)
+        ..Mechanism::new(name, causal, false, spec)
     }
 }
 
 static MECHANISMS: &[Mechanism] = &[
-    entry("softmax", false, true, |_| MechanismSpec::Softmax),
-    entry("softmax, causal", true, true, |_| MechanismSpec::Softmax),
-    entry("linformer, up to 128 slots", false, false, |length| {
+    Mechanism::new("softmax", false, true, |_| MechanismSpec::Softmax),
+    Mechanism::new("softmax, causal", true, true, |_| MechanismSpec::Softmax),
+    Mechanism::new("linformer, up to 128 slots", false, false, |length| {
         MechanismSpec::Linformer(LinformerSpec::new((length / 4).clamp(1, 128), length))
     }),
-    entry("lion, constant decay", false, false, |_| {
+    Mechanism::new("lion, constant decay", false, false, |_| {
         MechanismSpec::Lion(LionSpec {
             decay: LionDecay::Constant,
             ..LionSpec::default()
         })
     }),
-    entry("lion, selective decay, causal", true, false, |_| {
+    Mechanism::new("lion, selective decay, causal", true, false, |_| {
         MechanismSpec::Lion(LionSpec::default())
     }),
-    entry("fastmax of degree 1", true, false, |_| {
+    Mechanism::new("fastmax of degree 1", true, false, |_| {
         MechanismSpec::Fastmax(FastmaxSpec {
             degree: 1,
             ..FastmaxSpec::default()
         })
     }),
-    entry("fastmax of degree 2", true, false, |_| {
+    Mechanism::new("fastmax of degree 2", true, false, |_| {
         MechanismSpec::Fastmax(FastmaxSpec::default())
     }),
-    entry("kernelized, positive features", true, false, |_| {
+    Mechanism::new("kernelized, positive features", true, false, |_| {
         MechanismSpec::Kernelized(KernelizedSpec::default())
     }),
-    entry("sparse, strided by the root", true, false, |length| {
+    Mechanism::new("sparse, strided by the root", true, false, |length| {
         MechanismSpec::Sparse(SparseSpec {
             pattern: SparsePattern::Strided {
                 stride: length.isqrt(),
@@ -128,7 +129,7 @@ static MECHANISMS: &[Mechanism] = &[
             steps: Steps::Merged,
         })
     }),
-    entry("sparse, fixed by the root", true, false, |length| {
+    Mechanism::new("sparse, fixed by the root", true, false, |length| {
         MechanismSpec::Sparse(SparseSpec {
             pattern: SparsePattern::Fixed {
                 stride: length.isqrt(),
@@ -144,33 +145,33 @@ static MECHANISMS: &[Mechanism] = &[
             ..ReformerSpec::new(64)
         })
     }),
-    entry("combiner, segments of the root", true, false, |length| {
+    Mechanism::new("combiner, segments of the root", true, false, |length| {
         MechanismSpec::Combiner(CombinerSpec::new(CombinerForm::Fixed {
             segment: length.isqrt(),
         }))
     }),
     Mechanism {
         wavelets: true,
-        ..entry("wavelets, softmax in two bands", false, true, |_| {
+        ..Mechanism::new("wavelets, softmax in two bands", false, true, |_| {
             MechanismSpec::Softmax
         })
     },
-    entry("combiner, log-sparse", true, false, |_| {
+    Mechanism::new("combiner, log-sparse", true, false, |_| {
         MechanismSpec::Combiner(CombinerSpec::new(CombinerForm::LogSparse))
     }),
-    entry("doubly stochastic, sinkhorn", false, true, |_| {
+    Mechanism::new("doubly stochastic, sinkhorn", false, true, |_| {
         MechanismSpec::DoublyStochastic(DoublyStochasticSpec::default())
     }),
-    entry("topological, on a path", false, false, |length| {
+    Mechanism::new("topological, on a path", false, false, |length| {
         MechanismSpec::Topological(TopologicalSpec {
             unit: length as f64,
             ..TopologicalSpec::default()
         })
     }),
-    entry("subsampled, a quarter of the keys", false, true, |_| {
+    Mechanism::new("subsampled, a quarter of the keys", false, true, |_| {
         MechanismSpec::Subsampled(SubsampledSpec::default())
     }),
-    entry("subsampled, local, causal", true, true, |length| {
+    Mechanism::new("subsampled, local, causal", true, true, |length| {
         MechanismSpec::Subsampled(SubsampledSpec {
             selection: Selection::Local {
                 radius: length as f64 / 8.0,
@@ -191,10 +192,10 @@ static MECHANISMS: &[Mechanism] = &[
             ..EcoformerSpec::default()
         })
     }),
-    entry("mra, 4 blocks of 32 in a row", false, false, |_| {
+    Mechanism::new("mra, 4 blocks of 32 in a row", false, false, |_| {
         MechanismSpec::Mra(MraSpec::new(32, 4))
     }),
-    entry("mra, 4 blocks of 32 in a row, causal", true, false, |_| {
+    Mechanism::new("mra, 4 blocks of 32 in a row, causal", true, false, |_| {
         MechanismSpec::Mra(MraSpec::new(32, 4))
     }),
 ];

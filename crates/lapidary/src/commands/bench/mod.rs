@@ -77,27 +77,36 @@ pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
     ))
 }
 
-/// The decoder that the options describe.
-fn spec(arguments: &Bench) -> ModelSpec {
-    let block = BlockSpec {
-        repeat: arguments.blocks,
+/// A pre-norm block of tokens of `width` around such attention.
+fn block(width: usize, attention: MultiHeadSpec) -> BlockSpec {
+    BlockSpec {
+        repeat: 1,
         wiring: Wiring::PreNorm,
         norm: NormSpec::default(),
-        attention: MixerSpec::MultiHead(MultiHeadSpec {
-            causal: true,
-            ..MultiHeadSpec::new(arguments.heads)
-        }),
+        attention: MixerSpec::MultiHead(attention),
         cross_attention: None,
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
-            hidden: 4 * arguments.width,
+            hidden: 4 * width,
             activation: Default::default(),
             bias: true,
         })),
         dropout: 0.0,
+    }
+}
+
+/// The decoder that the options describe.
+fn spec(arguments: &Bench) -> ModelSpec {
+    let causal = MultiHeadSpec {
+        causal: true,
+        ..MultiHeadSpec::new(arguments.heads)
+    };
+    let block = BlockSpec {
+        repeat: arguments.blocks,
+        ..block(arguments.width, causal)
     };
     ModelSpec {
         width: arguments.width,
