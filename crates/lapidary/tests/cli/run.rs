@@ -367,6 +367,18 @@ fn times_every_mixer() {
 }
 
 #[test]
+fn times_long_sequences() {
+    // Behind FIRE's threshold, of several groups, with blocks of which only the mean is seen.
+    for name in ["fire, causal", "fit block", "vcc block"] {
+        let rest = ["--length", "1024", "--least", "1024", "--method", name];
+        let found = json(&[&MIXERS[..], &rest].concat());
+        let rows = found["rows"].as_array().unwrap();
+        assert_eq!(rows.len(), 1, "{name}");
+        assert_eq!(rows[0]["length"], 1024);
+    }
+}
+
+#[test]
 fn a_mixer_is_chosen_by_its_name_or_how_that_begins() {
     let chosen = |name: &str| -> Vec<String> {
         let rest = ["--length", "32", "--least", "32", "--method", name];

@@ -133,7 +133,7 @@ impl Candidate {
             Subject::Mechanism(mechanism) => by_mechanism(mechanism, sequences),
             Subject::Bands => {
                 let projected = sequences.projected(QueryKeySharing::None)?;
-                Ok(Box::new(move || {
+                Ok(Box::new(move || -> Result<Tensor> {
                     let [q, k, v] = projected.split()?;
                     Ok(attention_in_bands([&q, &k, &v])?)
                 }))
@@ -154,7 +154,7 @@ fn by_mechanism(mechanism: &Mechanism, sequences: &Sequences) -> Result<Pass> {
             causal: mechanism.causal,
             ..AttentionOptions::new(head_width)
         };
-        return Ok(Box::new(move || {
+        return Ok(Box::new(move || -> Result<Tensor> {
             let [q, k, v] = projected.split()?;
             Ok(attention(&q, &k, &v, &options)?)
         }));
@@ -170,7 +170,7 @@ fn by_mechanism(mechanism: &Mechanism, sequences: &Sequences) -> Result<Pass> {
     described.validate(&heads, "mechanism")?;
     let module = sequences.build(false, |parameters| described.build(&heads, parameters))?;
     let tokens = sequences.tokens()?;
-    Ok(Box::new(move || {
+    Ok(Box::new(move || -> Result<Tensor> {
         let [q, k, v] = projected.split()?;
         Ok(mixing_alone(module.as_ref(), [&q, &k], &tokens, None)?.mix(&v)?)
     }))
@@ -189,7 +189,7 @@ fn biased(spec: &PositionSpec, causal: bool, sequences: &Sequences) -> Result<Pa
         offset: 0,
         draw: None,
     };
-    Ok(Box::new(move || {
+    Ok(Box::new(move || -> Result<Tensor> {
         let [q, k, v] = projected.split()?;
         let options = AttentionOptions {
             causal,
@@ -206,7 +206,7 @@ fn projecting(spec: &MultiHeadSpec, sequences: &Sequences) -> Result<Pass> {
         MultiHeadAttention::new(spec, sequences.width, parameters.at("attention"))
     })?;
     let tokens = Signal::from(sequences.given(&sequences.tokens()?)?);
-    Ok(Box::new(move || {
+    Ok(Box::new(move || -> Result<Tensor> {
         let trace = Trace::new();
         let mixed = module.forward(&tokens, &Context::new(&trace), None)?;
         Ok(mixed.into_value())
@@ -241,7 +241,7 @@ fn block(
         Ok(([Arc::new(block)], organisation))
     })?;
     let tokens = Signal::from(sequences.given(&sequences.tokens()?)?);
-    Ok(Box::new(move || {
+    Ok(Box::new(move || -> Result<Tensor> {
         let trace = Trace::new();
         let (x, context) = (tokens.clone(), Context::new(&trace));
         let y = match &organisation {
