@@ -24,6 +24,8 @@ import subprocess
 import sys
 import time
 
+import torch
+
 from layers_in_pytorch import BIASES, OF_TOKENS
 from mixers_in_pytorch import HEADS, WIDTH, mechanisms
 
@@ -38,8 +40,6 @@ def names():
 
 def version(name, n):
     """What PyTorch runs, what it is given, and what it learns."""
-    import torch
-
     if name in OF_TOKENS:
         run = OF_TOKENS[name](n)
         return run, [torch.randn(1, n, HEADS * WIDTH)], list(run.parameters())
@@ -58,8 +58,6 @@ def peak():
 
 
 def child(name, n, repeat):
-    import torch
-
     torch.set_num_threads(2)
     # What would not fit fails by itself, not by the machine.
     resource.setrlimit(resource.RLIMIT_AS, (18 << 30, 18 << 30))
