@@ -67,6 +67,7 @@ mod streams;
 #[cfg(test)]
 mod test_data;
 mod tree_attention;
+mod wavelet;
 mod with_loss;
 
 pub use activation::Activation;
@@ -132,6 +133,7 @@ pub use streams::{
 pub use tree_attention::{
     TreeMask, TreePairs, TreePiece, TreeSide, tree_attention, tree_attention_operations,
 };
+pub use wavelet::{wavelet_analysis, wavelet_synthesis};
 pub use with_loss::with_loss;
 
 /// How a softmax over the last dimension is masked.

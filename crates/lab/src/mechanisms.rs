@@ -2,7 +2,9 @@
 
 use crate::Result;
 use crate::error::engine;
-use lapidary_kernels::{AttentionOptions, Tensor, attention};
+use lapidary_kernels::{
+    AttentionOptions, Tensor, merged_attention, wavelet_analysis, wavelet_synthesis,
+};
 use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::combiner::{CombinerForm, CombinerSpec};
 use lapidary_parts::attention::mechanism::doubly_stochastic::DoublyStochasticSpec;
@@ -19,10 +21,10 @@ use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec
 use lapidary_parts::attention::mechanism::topological::TopologicalSpec;
 use lapidary_parts::attention::mechanism::{self, MechanismPass};
 use lapidary_parts::attention::wavelet::filters::daubechies;
-use lapidary_parts::attention::wavelet::transform::{FilterBank, Halves};
+use lapidary_parts::attention::wavelet::transform::FilterBank;
 use lapidary_parts::attention::wavelet::{Boundary, Convolution, Family, WaveletSpec};
 use lapidary_parts::attention::{MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeySharing};
-use lapidary_signal::{Mixing, Signal, Trace};
+use lapidary_signal::{Mixing, Trace};
 
 /// One way to attend.
 #[derive(Clone, Copy, Debug)]
@@ -234,43 +236,31 @@ pub fn mixing_alone(
 pub fn attention_in_bands([q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
     const TAPS: usize = 8;
     let (batch, heads, length, width) = engine(q.dims4())?;
-    let channels = heads * width;
+    let (channels, half) = (heads * width, length / 2);
     let filter = engine(Tensor::from_vec(daubechies(TAPS), (TAPS, 1), q.device()))?;
     let filter = engine(engine(filter.to_dtype(q.dtype()))?.broadcast_as((TAPS, channels)))?;
     let filter = engine(filter.contiguous())?;
     let bank = FilterBank::new(filter, Boundary::Periodised, Convolution::Direct)?;
-    let halves = |x: &Tensor| -> Result<Halves> {
-        let x = engine(engine(x.transpose(2, 3))?.contiguous())?;
-        let x = engine(x.reshape((batch, channels, length)))?;
-        Ok(bank.analyse(&Signal::from(x))?)
+    let filters = bank.filters()?;
+    // Heads side by side, as a projection leaves them, and the bands as sequences of their own.
+    let bands = |x: &Tensor| -> Result<Tensor> {
+        let x = engine(engine(x.transpose(1, 2))?.contiguous())?;
+        let x = engine(x.reshape((batch, length, channels)))?;
+        let halves = wavelet_analysis(&x, &filters, half)?;
+        engine(halves.reshape((2 * batch, half, channels)))
     };
-    let (q, k, v) = (halves(q)?, halves(k)?, halves(v)?);
-    let band = |x: [&Signal; 3]| -> Result<Signal> {
-        let split = |x: &Signal| -> Result<Tensor> {
-            let x = engine(x.value().reshape((batch, heads, width, length / 2)))?;
-            engine(x.transpose(2, 3))
-        };
-        let [q, k, v] = x;
-        let y = attention(
-            &split(q)?,
-            &split(k)?,
-            &split(v)?,
-            &AttentionOptions::new(width),
-        )?;
-        let y = engine(engine(y.transpose(2, 3))?.contiguous())?;
-        Ok(Signal::from(engine(y.reshape((
-            batch,
-            channels,
-            length / 2,
-        )))?))
-    };
-    let mixed = Halves {
-        low: band([&q.low, &k.low, &v.low])?,
-        high: band([&q.high, &k.high, &v.high])?,
-    };
-    let y = bank.synthesise(&mixed, length)?.into_value();
-    let y = engine(y.reshape((batch, heads, width, length)))?;
-    engine(y.transpose(2, 3))
+    let mixed = merged_attention(
+        &bands(q)?,
+        &bands(k)?,
+        &bands(v)?,
+        heads,
+        heads,
+        &AttentionOptions::new(width),
+    )?;
+    let mixed = engine(mixed.reshape((2, batch, half, channels)))?;
+    let y = wavelet_synthesis(&mixed, &filters, length)?;
+    let y = engine(y.reshape((batch, length, heads, width)))?;
+    engine(y.transpose(1, 2))
 }
 
 /// All of them, softmax first.

@@ -47,6 +47,14 @@ impl FilterBank {
         })
     }
 
+    /// The low-pass filters and then the high-pass ones, `[2, taps, channels]`.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn filters(&self) -> Result<Tensor> {
+        tensor(Tensor::stack(&[&self.low, &self.high], 0))
+    }
+
     fn taps(&self) -> usize {
         self.low.dims().first().copied().unwrap_or(2)
     }
