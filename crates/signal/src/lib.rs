@@ -48,6 +48,7 @@ pub mod streams;
 #[cfg(test)]
 mod tests;
 mod trace;
+mod wavelet;
 
 pub use error::{Error, Result};
 pub use head_recurrence::HeadScan;

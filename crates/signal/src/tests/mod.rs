@@ -101,6 +101,8 @@ fn linear_operations() -> Vec<(&'static str, Operation)> {
     let mixing = numbers(&[BATCH, 2, TOKENS, TOKENS], 7.0);
     let kernel = numbers(&[TOKENS, 2], 8.0);
     let contracted = Signal::from(numbers(&[BATCH, TOKENS, WIDTH], 9.0));
+    let averages = numbers(&[2, 4, WIDTH], 10.0);
+    let details = averages.clone();
     let at = |x: &Signal, dim: usize, start: usize, length: usize| x.narrow(dim, start, length);
     vec![
         (
@@ -122,6 +124,17 @@ fn linear_operations() -> Vec<(&'static str, Operation)> {
         (
             "convolution",
             Box::new(move |x| x.depthwise_convolution(&kernel, None)),
+        ),
+        (
+            "wavelet analysis",
+            Box::new(move |x| at(x, 1, 0, 2)?.wavelet_analysis(&averages, 1)),
+        ),
+        (
+            "wavelet synthesis",
+            Box::new(move |x| {
+                let pair = Signal::concatenate(&[x.unsqueeze(0)?, x.unsqueeze(0)?], 0)?;
+                pair.wavelet_synthesis(&details, 2 * TOKENS)
+            }),
         ),
         ("contract", Box::new(move |x| x.contract(&contracted))),
         ("split heads", Box::new(heads)),

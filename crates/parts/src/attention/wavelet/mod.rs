@@ -382,14 +382,15 @@ impl Wavelet {
             });
         }
         let transform = self.transform(x)?;
-        let mut low = self.filled(x)?.transpose(1, 2)?.contiguous()?;
+        // Channels first in name only: who wants them so lays them out.
+        let mut low = self.filled(x)?.transpose(1, 2)?;
         let mut bands = Vec::with_capacity(self.spec.bands());
         for _ in 0..self.spec.levels {
             lengths.push(tensor(low.value().dim(2))?);
             let halves = match &transform {
                 Transform::Filters(bank) => bank.analyse(&low)?,
-                Transform::Lifting => lift(&low)?,
-                Transform::AdaptiveLifting(lifting) => lifting.lift(&low)?,
+                Transform::Lifting => lift(&low.contiguous()?)?,
+                Transform::AdaptiveLifting(lifting) => lifting.lift(&low.contiguous()?)?,
             };
             bands.push(halves.high);
             low = halves.low;
@@ -444,17 +445,17 @@ impl Wavelet {
             return Ok(first.clone());
         }
         let transform = self.transform(first)?;
-        let mut low = first.transpose(1, 2)?.contiguous()?;
+        let mut low = first.transpose(1, 2)?;
         let before = coefficients.lengths.iter().skip(1).rev();
         for (band, &length) in coefficients.bands.iter().skip(1).zip(before) {
             let halves = Halves {
                 low,
-                high: band.transpose(1, 2)?.contiguous()?,
+                high: band.transpose(1, 2)?,
             };
             low = match &transform {
                 Transform::Filters(bank) => bank.synthesise(&halves, length)?,
-                Transform::Lifting => unlift(&halves)?,
-                Transform::AdaptiveLifting(lifting) => lifting.unlift(&halves)?,
+                Transform::Lifting => unlift(&halves.contiguous()?)?,
+                Transform::AdaptiveLifting(lifting) => lifting.unlift(&halves.contiguous()?)?,
             };
         }
         let x = low.transpose(1, 2)?.contiguous()?;

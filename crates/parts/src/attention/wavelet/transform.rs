@@ -26,6 +26,16 @@ pub struct Halves {
     pub high: Signal,
 }
 
+impl Halves {
+    /// Both, laid out channel by channel.
+    pub(super) fn contiguous(&self) -> Result<Self> {
+        Ok(Self {
+            low: self.low.contiguous()?,
+            high: self.high.contiguous()?,
+        })
+    }
+}
+
 impl FilterBank {
     /// From `low` `[taps, channels]`, an even number of taps.
     ///
@@ -81,7 +91,32 @@ impl FilterBank {
                 x.select(2, &listed(places, x)?)?
             }
         };
-        let (even, odd) = apart(&x)?;
+        match self.convolution {
+            Convolution::Direct => self.analyse_by_taps(&x),
+            Convolution::Fourier => self.analyse_by_transforms(&x),
+        }
+    }
+
+    /// Tap by tap, channels side by side.
+    fn analyse_by_taps(&self, x: &Signal) -> Result<Halves> {
+        let tokens = x.transpose(1, 2)?.contiguous()?;
+        let (_, length, _) = tensor(tokens.value().dims3())?;
+        let count = match self.boundary {
+            Boundary::Periodised => length / 2,
+            Boundary::Reflect => (length / 2).saturating_sub(self.beyond()),
+        };
+        let halves = tokens.wavelet_analysis(&self.filters()?, count)?;
+        let half = |which: usize| -> Result<Signal> {
+            Ok(halves.narrow(0, which, 1)?.squeeze(0)?.transpose(1, 2)?)
+        };
+        Ok(Halves {
+            low: half(0)?,
+            high: half(1)?,
+        })
+    }
+
+    fn analyse_by_transforms(&self, x: &Signal) -> Result<Halves> {
+        let (even, odd) = apart(&x.contiguous()?)?;
         let (even, odd) = (self.reaching_behind(&even)?, self.reaching_behind(&odd)?);
         let half = |filter: &Tensor| -> Result<Signal> {
             let from_even = self.correlate(&even, &phase(filter, 0)?)?;
@@ -99,18 +134,38 @@ impl FilterBank {
     /// # Errors
     /// Those of the tensor engine.
     pub fn synthesise(&self, halves: &Halves, length: usize) -> Result<Signal> {
+        let x = match self.convolution {
+            Convolution::Direct => self.synthesise_by_taps(halves)?,
+            Convolution::Fourier => self.synthesise_by_transforms(&halves.contiguous()?)?,
+        };
+        let start = match self.boundary {
+            Boundary::Periodised => 0,
+            Boundary::Reflect => self.reach(),
+        };
+        Ok(x.narrow(2, start, length)?)
+    }
+
+    /// All numbers that the filters reach, `[batch, channels, length]`.
+    fn synthesise_by_taps(&self, halves: &Halves) -> Result<Signal> {
+        let (_, _, count) = tensor(halves.low.value().dims3())?;
+        let length = match self.boundary {
+            Boundary::Periodised => 2 * count,
+            Boundary::Reflect => 2 * (count + self.beyond()),
+        };
+        let side = |half: &Signal| -> Result<Signal> { Ok(half.transpose(1, 2)?.unsqueeze(0)?) };
+        let both = Signal::concatenate(&[side(&halves.low)?, side(&halves.high)?], 0)?;
+        let tokens = both.wavelet_synthesis(&self.filters()?, length)?;
+        Ok(tokens.transpose(1, 2)?)
+    }
+
+    fn synthesise_by_transforms(&self, halves: &Halves) -> Result<Signal> {
         let low = self.reaching_before(&halves.low)?;
         let high = self.reaching_before(&halves.high)?;
         let side = |which: usize| -> Result<Signal> {
             let from_low = self.spread(&low, &phase(&self.low, which)?)?;
             Ok(from_low.add(&self.spread(&high, &phase(&self.high, which)?)?)?)
         };
-        let x = woven(&side(0)?, &side(1)?)?;
-        let start = match self.boundary {
-            Boundary::Periodised => 0,
-            Boundary::Reflect => self.reach(),
-        };
-        Ok(x.narrow(2, start, length)?)
+        woven(&side(0)?, &side(1)?)
     }
 
     /// Places beyond an end of a half that a filter's every second tap reaches.
@@ -144,13 +199,13 @@ impl FilterBank {
     fn correlate(&self, x: &Signal, kernel: &Tensor) -> Result<Signal> {
         let (_, _, length) = tensor(x.value().dims3())?;
         let behind = self.beyond();
-        let y = self.convolve(x, kernel)?;
+        let y = x.fft_convolution(&flipped(kernel, 1)?)?;
         Ok(y.narrow(2, behind, length - behind)?)
     }
 
     /// `y_m = Σ_s k_s x_{m−s}`, of what [`FilterBank::reaching_before`] gives.
     fn spread(&self, x: &Signal, kernel: &Tensor) -> Result<Signal> {
-        let y = self.convolve(x, &flipped(kernel, 1)?)?;
+        let y = x.fft_convolution(kernel)?;
         match self.boundary {
             Boundary::Periodised => {
                 let (_, _, length) = tensor(x.value().dims3())?;
@@ -158,14 +213,6 @@ impl FilterBank {
                 Ok(y.narrow(2, before, length - before)?)
             }
             Boundary::Reflect => Ok(y),
-        }
-    }
-
-    /// `y_i = Σ_j k_j x_{i−(taps−1)+j}`.
-    fn convolve(&self, x: &Signal, kernel: &Tensor) -> Result<Signal> {
-        match self.convolution {
-            Convolution::Direct => Ok(x.depthwise_convolution(kernel, None)?),
-            Convolution::Fourier => Ok(x.fft_convolution(&flipped(kernel, 1)?)?),
         }
     }
 }

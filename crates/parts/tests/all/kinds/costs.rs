@@ -224,7 +224,7 @@ fn wavelet_formula(spec: &WaveletSpec) -> (usize, usize) {
                 * match spec.family {
                     Family::Lifting => 7 * half,
                     Family::AdaptiveLifting => 2 * ((half + taps - 1) * 2 * taps + 3 * half),
-                    _ => 4 * (half + taps / 2 - 1) * taps + 2 * half,
+                    _ => 4 * half * taps,
                 };
             bands.push(half);
             low = half;
