@@ -1,11 +1,12 @@
 //! One head of one sequence.
 
 use super::laid_out;
-use super::pairs::{Meeting, TreePairs, TreePiece};
+use super::pairs::{Meeting, TreePairs, TreePiece, TreeSide};
 use super::plan::Work;
 use super::sums;
 use crate::product::Matrix;
 use crate::simd::{self, Real};
+use std::ops::Range;
 
 /// What is given of one head.
 pub(super) struct Head<'a, T> {
@@ -39,17 +40,18 @@ impl<T: Real> Head<'_, T> {
                     let TreePiece::Cut([left, right]) = &pairs.pieces()[block.cut] else {
                         continue;
                     };
-                    if let Some(factored) = &block.factored {
-                        let tokens = [left, right].map(|side| &side.tokens[..]);
-                        let tokens = [0, 1].map(|side| &tokens[side][block.sides[side].clone()]);
-                        sums::forward(self, factored, tokens, y);
-                        continue;
-                    }
                     let [one, other] = &block.sides;
-                    let sides = [(left, one.clone()), (right, other.clone())];
-                    let [left, right] = sides;
-                    laid_out::forward(self, &Meeting::across(left.clone(), right.clone()), y);
-                    laid_out::forward(self, &Meeting::across(right, left), y);
+                    match &block.factored {
+                        Some(factored) => {
+                            let tokens = [&left.tokens[one.clone()], &right.tokens[other.clone()]];
+                            sums::forward(self, factored, tokens, y);
+                        }
+                        None => {
+                            for meeting in meetings((left, one), (right, other)) {
+                                laid_out::forward(self, &meeting, y);
+                            }
+                        }
+                    }
                 }
             }
         }
@@ -74,19 +76,18 @@ impl<T: Real> Head<'_, T> {
                     let TreePiece::Cut([left, right]) = &pairs.pieces()[block.cut] else {
                         continue;
                     };
-                    if let Some(factored) = &block.factored {
-                        let tokens = [left, right].map(|side| &side.tokens[..]);
-                        let tokens = [0, 1].map(|side| &tokens[side][block.sides[side].clone()]);
-                        sums::backward(self, factored, tokens, gradient, slopes);
-                        continue;
-                    }
                     let [one, other] = &block.sides;
-                    let sides = [(left, one.clone()), (right, other.clone())];
-                    let [left, right] = sides;
-                    let there = Meeting::across(left.clone(), right.clone());
-                    let back = Meeting::across(right, left);
-                    laid_out::backward(self, gradient, &there, slopes);
-                    laid_out::backward(self, gradient, &back, slopes);
+                    match &block.factored {
+                        Some(factored) => {
+                            let tokens = [&left.tokens[one.clone()], &right.tokens[other.clone()]];
+                            sums::backward(self, factored, tokens, gradient, slopes);
+                        }
+                        None => {
+                            for meeting in meetings((left, one), (right, other)) {
+                                laid_out::backward(self, gradient, &meeting, slopes);
+                            }
+                        }
+                    }
                 }
             }
         }
@@ -134,6 +135,16 @@ fn leaf(pairs: &TreePairs, at: usize) -> Option<Meeting<'_>> {
         TreePiece::Leaf { tokens, distances } => Some(Meeting::leaf(tokens, distances.as_deref())),
         TreePiece::Cut(_) => None,
     }
+}
+
+/// Parts of two sides, either meeting the other.
+fn meetings<'a>(
+    (left, one): (&'a TreeSide, &Range<usize>),
+    (right, other): (&'a TreeSide, &Range<usize>),
+) -> [Meeting<'a>; 2] {
+    let there = Meeting::across((left, one.clone()), (right, other.clone()));
+    let back = Meeting::across((right, other.clone()), (left, one.clone()));
+    [there, back]
 }
 
 /// Rows of some tokens, packed.

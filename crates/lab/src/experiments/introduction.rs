@@ -381,7 +381,7 @@ fn reading(setting: &Setting) -> Result<Reading> {
         let mut bigram = Bigram::new(vocabulary);
         bigram.read(&training);
         return Ok(Reading {
-            what: format!("the bytes of {}", file.display()),
+            what: "the bytes of Tiny Shakespeare".to_owned(),
             training: Box::new(TextTask::new(training, vocabulary)),
             held_out: Box::new(TextTask::new(held_out, vocabulary)),
             bigram,

@@ -101,36 +101,56 @@ fn at_least(number: f64) -> f16 {
 }
 
 impl Grid {
-    /// The integer whose number is nearest.
-    pub(crate) fn code(&self, weight: f64) -> u32 {
-        let scale = self.scale.to_f64();
-        let steps = match scale > 0.0 {
-            true => (weight - self.minimum.to_f64()) / scale,
-            false => 0.0,
-        };
-        (steps + self.offset()).round().clamp(0.0, self.kind.top()) as u32
-    }
-
-    /// The number of an integer.
-    pub(crate) fn number(&self, code: u32) -> f64 {
-        self.scale.to_f64() * (f64::from(code) - self.offset()) + self.minimum.to_f64()
-    }
-
-    /// The nearest number.
-    pub(crate) fn nearest(&self, weight: f64) -> f64 {
-        self.number(self.code(weight))
-    }
-
-    fn offset(&self) -> f64 {
-        match self.kind.symmetric {
-            true => f64::from(1u32 << (self.kind.bits - 1)),
-            false => 0.0,
+    /// Made once where many weights share a grid: what is in `f16` is slow to widen.
+    pub(crate) fn places(&self) -> Places {
+        Places {
+            scale: self.scale.to_f64(),
+            minimum: self.minimum.to_f64(),
+            offset: match self.kind.symmetric {
+                true => f64::from(1u32 << (self.kind.bits - 1)),
+                false => 0.0,
+            },
+            top: self.kind.top(),
         }
     }
 
     fn squared_error(&self, weights: &[f64]) -> f64 {
-        let error = |w: &f64| (w - self.nearest(*w)).powi(2);
+        let places = self.places();
+        let error = |w: &f64| (w - places.nearest(*w)).powi(2);
         weights.iter().map(error).sum()
+    }
+}
+
+/// A grid's numbers in `f64`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Places {
+    scale: f64,
+    minimum: f64,
+    offset: f64,
+    top: f64,
+}
+
+impl Places {
+    /// The integer whose number is nearest.
+    pub(crate) fn code(self, weight: f64) -> u32 {
+        let steps = match self.scale > 0.0 {
+            true => (weight - self.minimum) / self.scale,
+            false => 0.0,
+        };
+        // Halves away from zero, as `f64::round` has it, which is a call where no instruction is.
+        let place = (steps + self.offset).clamp(0.0, self.top);
+        let below = place as u32;
+        below + u32::from(place - f64::from(below) >= 0.5)
+    }
+
+    /// The number of an integer.
+    pub(crate) fn number(self, code: u32) -> f64 {
+        self.scale * (f64::from(code) - self.offset) + self.minimum
+    }
+
+    /// The nearest number.
+    pub(crate) fn nearest(self, weight: f64) -> f64 {
+        self.number(self.code(weight))
     }
 }
 
@@ -158,7 +178,7 @@ mod tests {
             let grid = kind.fit(&weights).unwrap();
             let allowed = 0.5 * grid.scale.to_f64() * (1.0 + 1e-9);
             for w in &weights {
-                prop_assert!((w - grid.nearest(*w)).abs() <= allowed);
+                prop_assert!((w - grid.places().nearest(*w)).abs() <= allowed);
             }
         }
 
@@ -169,8 +189,8 @@ mod tests {
         ) {
             let grid = kind.fit(&weights).unwrap();
             for w in &weights {
-                let code = grid.code(*w);
-                prop_assert_eq!(grid.code(grid.number(code)), code);
+                let code = grid.places().code(*w);
+                prop_assert_eq!(grid.places().code(grid.places().number(code)), code);
             }
         }
 
@@ -193,8 +213,24 @@ mod tests {
             bits in 2u32..=16,
         ) {
             let kind = GridKind { bits, symmetric: true, search: true };
-            prop_assert_eq!(kind.fit(&weights).unwrap().nearest(0.0), 0.0);
+            prop_assert_eq!(kind.fit(&weights).unwrap().places().nearest(0.0), 0.0);
         }
+    }
+
+    #[test]
+    fn places_are_rounded_as_numbers_are() {
+        let places = Places {
+            scale: 1.0,
+            minimum: 0.0,
+            offset: 0.0,
+            top: 15.0,
+        };
+        let halves = (-4..40).map(|i| 0.5 * f64::from(i));
+        for number in halves.chain([0.5f64.next_down(), 1.5f64.next_down(), 14.5f64.next_up()]) {
+            let expected = number.round().clamp(0.0, 15.0) as u32;
+            assert_eq!(places.code(number), expected, "{number}");
+        }
+        assert_eq!(places.code(f64::NAN), 0);
     }
 
     #[test]
@@ -206,7 +242,9 @@ mod tests {
             search: false,
         };
         let grid = kind.fit(&weights).unwrap();
-        let worst = weights.iter().map(|w| (w - grid.nearest(*w)).abs());
+        let worst = weights
+            .iter()
+            .map(|w| (w - grid.places().nearest(*w)).abs());
         assert!(worst.fold(0.0, f64::max) < 2e-5);
     }
 
@@ -219,6 +257,6 @@ mod tests {
         };
         assert!(kind.fit(&[1e9, 0.0]).is_err());
         assert!(kind.fit(&[f64::NAN, 0.0]).is_err());
-        assert_eq!(kind.fit(&[0.0; 4]).unwrap().nearest(0.0), 0.0);
+        assert_eq!(kind.fit(&[0.0; 4]).unwrap().places().nearest(0.0), 0.0);
     }
 }

@@ -2,6 +2,7 @@
 
 use half::f16;
 use lapidary_kernels::QuantisedMatrix;
+use rayon::prelude::*;
 
 use super::grid::{Grid, GridKind};
 use crate::Result;
@@ -28,19 +29,26 @@ impl Rounded {
         dims: [usize; 2],
         weights: &[f64],
     ) -> Result<Self> {
-        let mut rounded = Self {
+        let size = group.max(1);
+        let fitted = weights.par_chunks(size).map(|weights| kind.fit(weights));
+        let fitted: Vec<Result<Grid>> = fitted.collect();
+        // The first group that fits none is the one that is told, whoever came to it first.
+        let grids = fitted.into_iter().collect::<Result<Vec<Grid>>>()?;
+        let mut codes = vec![0; weights.len()];
+        let groups = codes.par_chunks_mut(size).zip(weights.par_chunks(size));
+        groups.zip(&grids).for_each(|((codes, weights), grid)| {
+            let places = grid.places();
+            for (code, weight) in codes.iter_mut().zip(weights) {
+                *code = places.code(*weight);
+            }
+        });
+        Ok(Self {
             kind,
             group,
             dims,
-            codes: Vec::with_capacity(weights.len()),
-            grids: Vec::with_capacity(weights.len() / group.max(1)),
-        };
-        for weights in weights.chunks(group.max(1)) {
-            let grid = kind.fit(weights)?;
-            rounded.codes.extend(weights.iter().map(|w| grid.code(*w)));
-            rounded.grids.push(grid);
-        }
-        Ok(rounded)
+            codes,
+            grids,
+        })
     }
 
     /// From integers and grids found otherwise.
@@ -64,7 +72,10 @@ impl Rounded {
     pub(crate) fn numbers(&self) -> Vec<f64> {
         let groups = self.codes.chunks(self.group.max(1)).zip(&self.grids);
         groups
-            .flat_map(|(codes, grid)| codes.iter().map(|code| grid.number(*code)))
+            .flat_map(|(codes, grid)| {
+                let places = grid.places();
+                codes.iter().map(move |code| places.number(*code))
+            })
             .collect()
     }
 

@@ -8,6 +8,7 @@
 
 use lapidary_factor::{Matrix, cholesky};
 use lapidary_kernels::{DType, Device, Tensor};
+use rayon::prelude::*;
 
 use super::grid::{Grid, GridKind};
 use super::rounded::Rounded;
@@ -61,25 +62,32 @@ pub(crate) fn round(
         let end = (start + block).min(input);
         // What is to be taken from the columns beyond, `[output, end − start]`.
         let mut errors = vec![0.0; output * (end - start)];
-        let rows = weights.chunks_exact_mut(input).enumerate();
-        for (row, weights) in rows {
-            let errors = &mut errors[row * (end - start)..(row + 1) * (end - start)];
+        let rows = weights.par_chunks_exact_mut(input);
+        let rows = rows.zip(errors.par_chunks_exact_mut(end - start));
+        let rows = rows.zip(codes.par_chunks_exact_mut(input));
+        let rows = rows.zip(grids.par_chunks_exact_mut(groups.max(1)));
+        let rows = rows.map(|(((weights, errors), codes), grids)| -> Result<()> {
             for first in (start..end).step_by(group) {
                 let columns = first..(first + group).min(end);
                 let grid = kind.fit(&weights[columns.clone()])?;
-                grids[row * groups + first / group] = Some(grid);
+                grids[first / group] = Some(grid);
+                let places = grid.places();
                 for q in columns {
-                    let code = grid.code(weights[q]);
-                    codes[row * input + q] = code;
+                    let code = places.code(weights[q]);
+                    codes[q] = code;
                     let u = &upper[q * input..(q + 1) * input];
-                    let error = (weights[q] - grid.number(code)) / u[q];
+                    let error = (weights[q] - places.number(code)) / u[q];
                     errors[q - start] = error;
                     for (w, u) in weights[q + 1..end].iter_mut().zip(&u[q + 1..end]) {
                         *w -= error * u;
                     }
                 }
             }
-        }
+            Ok(())
+        });
+        // The first row that fits no grid is the one that is told.
+        let done: Vec<Result<()>> = rows.collect();
+        done.into_iter().collect::<Result<()>>()?;
         if end < input {
             update(&mut weights, &errors, &upper, input, start..end)?;
         }

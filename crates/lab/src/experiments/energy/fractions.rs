@@ -149,7 +149,7 @@ fn texts(setting: &Setting, bytes: usize) -> Result<(String, String, String)> {
         return Ok((
             part(0, middle),
             part(middle, end),
-            file.display().to_string(),
+            "Tiny Shakespeare".to_owned(),
         ));
     }
     let side = |split: Split, bytes: usize| -> Result<String> {
