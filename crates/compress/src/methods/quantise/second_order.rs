@@ -208,7 +208,7 @@ mod tests {
                 if q % 32 == 0 {
                     grid = KIND.fit(&w[q..q + 32]).unwrap();
                 }
-                let number = grid.nearest(w[q]);
+                let number = grid.places().nearest(w[q]);
                 assert!((number - found[q]).abs() < 1e-9);
                 let error = (w[q] - number) / upper[q * input + q];
                 for j in q + 1..input {
