@@ -1,5 +1,7 @@
 //! The masked autoencoder: blocks that compress and make sparse, and as many that turn them around.
 
+mod probed;
+
 use super::audit::{Audit, averaged, sites};
 use super::{HEADS, Size};
 use crate::error::engine;
@@ -18,6 +20,7 @@ use lapidary_parts::norm::NormSpec;
 use lapidary_signal::Trace;
 use lapidary_train::masked_patches::{reconstruction_loss, visible};
 use lapidary_train::{Generator, generator};
+use probed::{LEARNED, Probed};
 use rand::RngExt;
 use std::collections::BTreeMap;
 
@@ -31,6 +34,7 @@ const BATCH: usize = 32;
 /// Measures what was learned.
 pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> {
     let (mut shares, mut audits, mut matches) = (Vec::new(), Vec::new(), Vec::new());
+    let mut probes = Vec::new();
     for seed in (setting.seed..).take(size.seeds as usize) {
         let training = Images::new(&digits(size.digits, seed))?;
         let held_out = Images::new(&digits(size.digits / 4, seed ^ 0xd161))?;
@@ -40,6 +44,8 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plo
         let (audit, ratios) = inside(&model, &held_out, seed)?;
         audits.push(audit);
         matches.push(ratios);
+        let untrained = Model::new(spec(size.width), &mut source(seed))?;
+        probes.push(Probed::of(&model, &untrained, &training, &held_out)?);
     }
     let audit = averaged(&audits);
     let [encoder, decoder] = audit.rates.split_at(DEPTH);
@@ -47,7 +53,7 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plo
         .map(|layer| mean(matches.iter().filter_map(|each| each.get(layer).copied())))
         .collect();
     let share = mean(shares);
-    let claims = vec![
+    let mut claims = vec![
         Claim::new(
             "masked autoencoder: hidden patches of digits are drawn with at most 0.6 times the error of \
              the mean patch",
@@ -79,6 +85,7 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plo
             after_training(setting.scale, ratios.iter().all(|ratio| *ratio > 0.0)),
         ),
     ];
+    claims.extend(probed::claims(setting, &probes, share <= LEARNED));
     let plot = Plot {
         title: "Coding rate in a masked autoencoder".to_owned(),
         x: format!("block, the last {DEPTH} those of the decoder"),
@@ -149,35 +156,46 @@ fn input() -> PatchInput {
 }
 
 /// Digits, black and white.
-struct Images(Vec<Vec<f32>>);
+struct Images {
+    pixels: Vec<Vec<f32>>,
+    /// Which digit each is.
+    labels: Vec<usize>,
+}
 
 impl Images {
     fn new(examples: &[Labelled]) -> Result<Self> {
         let lit = |token: &u32| if *token > 8 { 1.0 } else { 0.0 };
-        let images: Vec<Vec<f32>> = examples
-            .iter()
-            .map(|example| example.tokens.iter().map(lit).collect())
-            .collect();
-        match images.is_empty() {
-            true => Err(Error::Experiment("no digits to learn from".to_owned())),
-            false => Ok(Self(images)),
+        if examples.is_empty() {
+            return Err(Error::Experiment("no digits to learn from".to_owned()));
         }
+        let (pixels, labels) = examples
+            .iter()
+            .map(|example| {
+                let pixels: Vec<f32> = example.tokens.iter().map(lit).collect();
+                (pixels, example.label as usize)
+            })
+            .unzip();
+        Ok(Self { pixels, labels })
+    }
+
+    fn count(&self) -> usize {
+        self.pixels.len()
     }
 
     /// `[images, 1, height, width]`.
     fn tensor(&self, places: impl Iterator<Item = usize>) -> Result<Tensor> {
-        let chosen: Vec<&Vec<f32>> = places.filter_map(|place| self.0.get(place)).collect();
+        let chosen: Vec<&Vec<f32>> = places.filter_map(|place| self.pixels.get(place)).collect();
         let shape = (chosen.len(), 1, SIDE, SIDE);
         let pixels: Vec<f32> = chosen.into_iter().flatten().copied().collect();
         engine(Tensor::from_vec(pixels, shape, &Device::Cpu))
     }
 
     fn drawn(&self, generator: &mut Generator) -> Result<Tensor> {
-        self.tensor((0..BATCH).map(|_| generator.random_range(0..self.0.len())))
+        self.tensor((0..BATCH).map(|_| generator.random_range(0..self.count())))
     }
 
     fn all(&self) -> Result<Tensor> {
-        self.tensor(0..self.0.len())
+        self.tensor(0..self.count())
     }
 }
 
@@ -196,9 +214,13 @@ fn loss(model: &Model, images: &Tensor, keep: &Tensor, step: Option<u64>) -> Res
     Ok(reconstruction_loss(pixels.value(), &targets, keep, false)?)
 }
 
+/// The values that training begins with.
+fn source(seed: u64) -> Narrow {
+    Narrow(Initialiser::new(seed, DType::F32, Device::Cpu))
+}
+
 fn train(size: &Size, images: &Images, seed: u64) -> Result<Model> {
-    let mut source = Narrow(Initialiser::new(seed, DType::F32, Device::Cpu));
-    let model = Model::trainable(spec(size.width), &mut source)?;
+    let model = Model::trainable(spec(size.width), &mut source(seed))?;
     let mut draws = generator(seed);
     fit(&model, size.steps, 3e-3, |step| {
         let drawn = images.drawn(&mut draws)?;
@@ -210,7 +232,7 @@ fn train(size: &Size, images: &Images, seed: u64) -> Result<Model> {
 /// The error on hidden patches of held-out images, and that of the mean of all patches at their place.
 fn asked(model: &Model, training: &Images, held_out: &Images, seed: u64) -> Result<(f64, f64)> {
     let images = held_out.all()?;
-    let count = held_out.0.len();
+    let count = held_out.count();
     let keep = visible(
         count,
         input().patches(),
@@ -228,7 +250,7 @@ fn asked(model: &Model, training: &Images, held_out: &Images, seed: u64) -> Resu
 /// What lies in the blocks, and for each block of the encoder `10 lg(‖a‖² / ‖a − b‖²)` of what it reads and
 /// what the block opposite it in the decoder writes.
 fn inside(model: &Model, images: &Images, seed: u64) -> Result<(Audit, Vec<f64>)> {
-    let count = images.0.len().min(BATCH);
+    let count = images.count().min(BATCH);
     let images = images.tensor(0..count)?;
     let keep = visible(count, input().patches(), HIDDEN, &mut generator(seed))?;
     let trace: Trace = sites()?.capture("blocks.*.in")?;
