@@ -123,9 +123,9 @@ pub struct Cholesky {
 impl Cholesky {
     /// Of a symmetric positive semi-definite matrix, in its place.
     ///
-    /// A matrix that is singular to working precision gets the smallest of 1e-12, 1e-11, … 1e-5 times
+    /// A matrix that is singular to working precision gets the smallest of 1e-12, 1e-11, … 1e-4 times
     /// its mean diagonal added to the diagonal, and the result says how much. (What is summed in single
-    /// precision over fewer than ten thousand vectors can need the largest.)
+    /// precision over some thousand vectors can need 1e-6 and more.)
     ///
     /// # Errors
     /// For a matrix that is not symmetric, and for one that needs more.
@@ -144,7 +144,7 @@ impl Cholesky {
         let threads = faer::get_global_parallelism();
         let scratch = cholesky_in_place_scratch::<f64>(size, threads, Spec::default());
         let mut scratch = MemBuffer::new(scratch);
-        let attempts = std::iter::once(0.0).chain((-12..=-5).map(|power| 10f64.powi(power)));
+        let attempts = std::iter::once(0.0).chain((-12..=-4).map(|power| 10f64.powi(power)));
         for relative in attempts {
             let jitter = relative * mean_diagonal;
             if relative > 0.0 {
@@ -172,7 +172,7 @@ impl Cholesky {
             name,
             detail: format!(
                 "Cholesky fails even with {:e} added to its diagonal",
-                1e-5 * mean_diagonal
+                1e-4 * mean_diagonal
             ),
         })
     }

@@ -50,7 +50,7 @@ pub(crate) fn by_leverage(
 }
 
 /// `W_D'ᵀ` `[output, kept]` for `down` = `W_Dᵀ` `[output, hidden]`. Where the kept features depend
-/// on each other, the smallest ridge that makes the equations solvable is added, at most 1e-5 of
+/// on each other, the smallest ridge that makes the equations solvable is added, at most 1e-4 of
 /// their mean square.
 pub(crate) fn refitted(down: &Matrix, second_moment: Matrix, kept: &[usize]) -> Result<Matrix> {
     let hidden = second_moment.nrows();
