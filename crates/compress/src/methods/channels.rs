@@ -57,6 +57,11 @@ impl Unit {
         names.iter().map(path).collect()
     }
 
+    /// Path of the layer that writes what is gated, in a gated part.
+    pub(crate) fn content(&self) -> Option<String> {
+        self.gated.then(|| format!("{}.up", self.path))
+    }
+
     /// Path of the layer that reads the hidden features.
     pub(crate) fn reader(&self) -> String {
         format!("{}.down", self.path)

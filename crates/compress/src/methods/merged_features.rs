@@ -10,11 +10,21 @@
 //! W_up' = W_up T,  b' = b T          W_down' = T⁺ W_down
 //! ```
 //!
-//! in row vectors. `f(z T) T⁺ W_down` is `f(z) W_down` when features that are merged are given the same
-//! numbers, since `f` acts on each feature alone; the nearer they are, the nearer it is. So distances are
-//! those of what features are given, before `f`; in a gated part of gates and of contents, whose distances
-//! count alike and which are merged by the same map. In the residual stream a map counts by its column space
-//! alone; here by its entries.
+//! in row vectors. What is lost is what the layer after reads otherwise, so that distances are those of
+//! activations, after `f`: `‖h_i − h_j‖² = C_ii + C_jj − 2 C_ij` with `C` the second moment of the hidden
+//! site, or another of [`Transport::distance`]. `f` acts on each feature alone, and where it rises,
+//!
+//! ```text
+//! min_i f(z_i) ≤ f(Σ_i T_ik z_i) ≤ max_i f(z_i)
+//! ```
+//!
+//! over the features that are merged into `k`: each activation moves by no more than the distance to the
+//! farthest of those it is merged with, however far apart they are before `f`, and `f(z T) T⁺ W_down` is
+//! `f(z) W_down` where those have the same activations. A gated part's activation is a product, `f(g) u`, and
+//! products may be alike whose factors are not, which averages of factors are unlike. So there distances of
+//! contents `u` count as much as those of activations, which together say what gates let pass; both are
+//! merged by the same map. In the residual stream a map counts by its column space alone; here by its
+//! entries.
 
 use lapidary_factor::{Matrix, matrix_from_tensor, thin_svd};
 use lapidary_kernels::{DType, Tensor};
@@ -155,11 +165,9 @@ fn merge(
     features: usize,
 ) -> Result<String> {
     let transport = task.settings().slicing.transport;
-    let given = Stream::mean(&given(task, edit, index, unit, &transport)?)?;
-    let found = transport.plan(&given, features)?;
-    let map = Matrix::from_fn(unit.hidden, features, |i, k| {
-        features as f64 * found.plan[(i, k)]
-    });
+    let activations = activations(task, edit, index, unit, &transport)?;
+    let found = transport.plan(&activations, features)?;
+    let map = averages(&found.plan);
     for writer in unit.writers() {
         let name = format!("{writer}.weight");
         let weight = matrix_from_tensor("layer before hidden features", &edit.get(&name)?)?;
@@ -184,41 +192,55 @@ fn merge(
     ))
 }
 
-/// What the features are given before the activation, by each layer that writes them, once the blocks before
-/// are cut.
-fn given(
+/// `T = kept · P` for the plan `P` `[hidden, kept]`: its columns sum to 1.
+fn averages(plan: &Matrix) -> Matrix {
+    let kept = plan.ncols();
+    Matrix::from_fn(plan.nrows(), kept, |i, k| kept as f64 * plan[(i, k)])
+}
+
+/// The activations that the layer after reads, once the blocks before are cut; their distances in a gated part
+/// with those of contents.
+fn activations(
     task: &Task<'_>,
     edit: &Edit,
     index: usize,
     unit: &Unit,
     transport: &Transport,
-) -> Result<Vec<Stream>> {
+) -> Result<Stream> {
     let data = task.observed(DOTRESIZE_HIDDEN.name)?;
-    let layers = unit.writers().into_iter().map(|writer| {
-        let weight = edit.get(&format!("{writer}.weight"))?;
-        let transposed = engine(engine(weight.t())?.contiguous())?; // [width, hidden]
-        Ok((transposed, edit.find(&format!("{writer}.bias"))?))
-    });
-    let layers = layers.collect::<Result<Vec<_>>>()?;
-    let mut rows: Vec<Vec<Tensor>> = vec![Vec::new(); layers.len()];
-    let site = unit.input_site();
-    let sites = [site.clone()];
+    let content = match unit.content() {
+        None => None,
+        Some(writer) => {
+            let weight = edit.get(&format!("{writer}.weight"))?;
+            let transposed = engine(engine(weight.t())?.contiguous())?; // [width, hidden]
+            Some((transposed, edit.find(&format!("{writer}.bias"))?))
+        }
+    };
+    let (hidden, input) = (unit.hidden_site(), unit.input_site());
+    let sites = [hidden.clone(), input.clone()];
+    let (mut read, mut contents) = (Vec::new(), Vec::new());
     let so_far = edit.through(index)?;
     observe(&so_far, data, task.settings().batch, &sites, |seen| {
-        let x = engine(seen.rows(&site)?.to_dtype(DType::F64))?;
-        for (rows, (weight, bias)) in rows.iter_mut().zip(&layers) {
+        read.push(engine(seen.rows(&hidden)?.to_dtype(DType::F64))?);
+        if let Some((weight, bias)) = &content {
+            let x = engine(seen.rows(&input)?.to_dtype(DType::F64))?;
             let product = engine(x.matmul(weight))?;
-            rows.push(match bias {
+            contents.push(match bias {
                 Some(bias) => engine(product.broadcast_add(bias))?,
                 None => product,
             });
         }
         Ok(())
     })?;
-    let streams = rows.iter();
-    streams
-        .map(|rows| Stream::of(rows, Some(transport.distance)))
-        .collect()
+    let read = Stream::of(&read, Some(transport.distance))?;
+    if content.is_none() {
+        return Ok(read);
+    }
+    // Which features are kept goes by what is read alone: the content of a gate that is shut is not.
+    let contents = Stream::of(&contents, Some(transport.distance))?;
+    let covariance = read.covariance.clone();
+    let both = Stream::mean(&[read, contents])?;
+    Ok(Stream { covariance, ..both })
 }
 
 /// `T⁺` `[kept, hidden]` of `T` `[hidden, kept]`, its rank and its condition.
@@ -237,6 +259,35 @@ fn pseudo_inverse(map: &Matrix) -> Result<(Matrix, usize, f64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lapidary_kernels::Device;
+
+    #[test]
+    fn averages_meet_the_marginals_of_their_plan() {
+        let (tokens, hidden, kept) = (40, 7, 3);
+        let activations: Vec<f64> = (0..tokens * hidden)
+            .map(|at| ((at * at) as f64 * 0.37).sin().max(0.0))
+            .collect();
+        let rows = Tensor::from_vec(activations, (tokens, hidden), &Device::Cpu).unwrap();
+        let transport = Transport {
+            temperature: 0.5,
+            ..Transport::default()
+        };
+        let stream = Stream::of(&[rows], Some(transport.distance)).unwrap();
+        let found = transport.plan(&stream, kept).unwrap();
+        assert!(found.error < 1e-6, "{}", found.error);
+        let map = averages(&found.plan);
+        for k in 0..kept {
+            let sum: f64 = (0..hidden).map(|i| map[(i, k)]).sum();
+            assert!((sum - 1.0).abs() < 2e-6, "{sum}");
+        }
+        for i in 0..hidden {
+            let sum: f64 = (0..kept).map(|k| map[(i, k)]).sum();
+            assert!(
+                (sum * hidden as f64 / kept as f64 - 1.0).abs() < 2e-6,
+                "{sum}"
+            );
+        }
+    }
 
     #[test]
     fn the_inverse_undoes_what_the_map_does_and_knows_its_rank() {

@@ -114,6 +114,60 @@ fn features_that_are_given_the_same_are_merged_without_loss() {
     }
 }
 
+/// Two features that are never active are one to the layer after, whatever they are given.
+#[test]
+fn features_of_the_same_activations_are_merged_without_loss() {
+    let doubled = doubled(&model(DECODER, 2));
+    let apart = |bias: &Tensor| {
+        let mut biases = values(bias);
+        biases[HIDDEN - 2] = -60.0;
+        biases[HIDDEN - 1] = -90.0;
+        Tensor::from_vec(biases, HIDDEN, &Device::Cpu).unwrap()
+    };
+    let model = writers(&doubled).iter().fold(doubled, |model, path| {
+        altered(&model, &format!("{path}.bias"), apart)
+    });
+    let data = windows(8, 4);
+    for distances in [Distance::Absolute, Distance::Squared] {
+        let mut settings = at_temperature(1e-3);
+        settings.slicing.transport.distance = distances;
+        let merged = compress(NAME, &model, &data, &settings, |_| ());
+        close(&scores(&merged.model, &data), &scores(&model, &data), 1e-8);
+        let bias = values(&merged.model.parameters()["blocks.0.feedforward.up.bias"]);
+        let shut: Vec<&f64> = bias.iter().filter(|bias| **bias < -10.0).collect();
+        assert!(
+            matches!(shut.as_slice(), [both] if (**both + 75.0).abs() < 1e-6),
+            "{bias:?}"
+        );
+    }
+}
+
+/// The order of features is no matter: those that are kept stand longest first, whichever place they had.
+#[test]
+fn features_in_another_order_are_merged_into_the_same() {
+    let places: Vec<u32> = (0..HIDDEN as u32).map(|i| (7 * i + 3) % 24).collect();
+    let places = Tensor::from_vec(places, HIDDEN, &Device::Cpu).unwrap();
+    for spec in [DECODER, GATED] {
+        let (model, data) = (model(spec, 2), windows(8, 4));
+        let mut parameters = model.parameters().clone();
+        for (name, tensor) in &mut parameters {
+            let dimension = match name.as_str() {
+                name if name.ends_with("feedforward.down.weight") => 1,
+                name if name.contains("feedforward.") && !name.ends_with("down.bias") => 0,
+                _ => continue,
+            };
+            *tensor = tensor.index_select(&places, dimension).unwrap();
+        }
+        let permuted = Model::new(model.spec().clone(), &mut parameters).unwrap();
+        let settings = Settings::default();
+        let [own, other] =
+            [&model, &permuted].map(|model| compress(NAME, model, &data, &settings, |_| ()).model);
+        for (name, tensor) in own.parameters() {
+            close(&values(&other.parameters()[name]), &values(tensor), 1e-7);
+        }
+    }
+}
+
 /// What a merged feature is given is an average: of equal biases, the same bias.
 #[test]
 fn merged_features_are_averages() {
