@@ -263,6 +263,25 @@ fn several_cuts_do_not_overlap_and_runs_that_meet_become_one() {
     }
 }
 
+/// The blocks that do nothing are left where two runs of two would find no place beside them.
+#[test]
+fn as_many_cuts_are_found_as_there_is_room_for() {
+    let data = windows(30, 4);
+    let model = silenced(&silenced(&model(&blocks(5), 2), 2), 3);
+    let removed = |keep, cuts| {
+        let settings = Settings {
+            replace_me: ReplaceMe {
+                cuts,
+                ..ReplaceMe::default()
+            },
+            ..Settings::default()
+        };
+        gone(&compress("replaceme", &model, &data, keep, &settings))
+    };
+    assert_eq!(removed(0.6, 1), [2, 3]);
+    assert_eq!(removed(0.2, 2), [1, 2, 3, 4]);
+}
+
 #[test]
 fn descent_by_the_angle_turns_the_map_and_is_repeated_by_its_seed() {
     let (data, model) = (windows(30, 9), model(GATED, 8));

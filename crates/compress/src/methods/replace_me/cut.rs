@@ -1,11 +1,12 @@
 //! Which blocks go.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use lapidary_factor::{Matrix, matrix_from_tensor};
 use lapidary_model::Model;
 
+use super::spans::{Kind, cheapest};
 use crate::observe::observe;
 use crate::plan::{Change, ModulePlan, Plan};
 use crate::{CalibrationData, Error, Result};
@@ -99,8 +100,11 @@ fn angle(a: &Matrix, b: &Matrix, row: usize) -> f64 {
     2.0 * apart.sqrt().atan2(together.sqrt()) / std::f64::consts::PI
 }
 
-/// The runs that go, `removed` blocks in `cuts` of nearly equal length, each where the stream turns
-/// least among the places left; runs that meet become one. The first block always stays.
+/// The runs that go, `removed` blocks in `cuts` of nearly equal length, where the stream turns least
+/// over all of them together; runs that meet become one. The first block always stays.
+///
+/// The paper takes one run after the other, each where the stream turns least among the places left,
+/// which costs more where one stands in the way of two, and may leave no place for the last.
 pub(super) fn choose(
     model: &Model,
     data: &CalibrationData,
@@ -113,29 +117,33 @@ pub(super) fn choose(
         let expected = format!("between 1 and {removed}, the number of blocks that go");
         return Err(Error::invalid("number of cuts", cuts, expected));
     }
-    let length = |index: usize| removed / cuts + usize::from(index < removed % cuts);
-    let numbers: BTreeSet<usize> = (0..cuts).map(length).collect();
+    let (length, longer) = (removed / cuts, removed % cuts);
+    let sizes = [(length + 1, longer), (length, cuts - longer)];
+    let used = sizes.iter().filter(|(_, count)| *count > 0);
+    let numbers: BTreeSet<usize> = used.map(|(length, _)| *length).collect();
     let distances = all_distances(model, data, batch, &numbers)?;
-    let mut gone = BTreeSet::new();
-    for index in 0..cuts {
-        let n = length(index);
-        let place = numbers.iter().position(|number| *number == n);
-        let distances = place
-            .and_then(|place| distances.get(place))
-            .into_iter()
-            .flatten();
-        let free = |anchor: usize| (anchor + 1..=anchor + n).all(|block| !gone.contains(&block));
-        let best = distances
-            .enumerate()
-            .filter(|(anchor, _)| free(*anchor))
-            .min_by(|a, b| a.1.total_cmp(b.1));
-        let Some((anchor, _)) = best else {
-            let expected = format!("fewer: no {n} blocks in a row are left of {blocks}");
-            return Err(Error::invalid("number of cuts", cuts, expected));
-        };
-        gone.extend(anchor + 1..=anchor + n);
+    if distances.iter().flatten().any(|distance| distance.is_nan()) {
+        let what = "the angle by which the stream turns".to_owned();
+        return Err(Error::NotFinite { what });
     }
-    Ok(runs(&gone))
+    let distances: BTreeMap<usize, Vec<f64>> = numbers.into_iter().zip(distances).collect();
+    let kinds = sizes.map(|(length, count)| Kind {
+        length,
+        count,
+        costs: distances
+            .get(&length)
+            .map(Vec::as_slice)
+            .unwrap_or_default(),
+    });
+    let Some(chosen) = cheapest(blocks, &kinds) else {
+        let expected = format!("below {blocks}: the first block stays");
+        return Err(Error::invalid(
+            "number of blocks that go",
+            removed,
+            expected,
+        ));
+    };
+    Ok(runs(&chosen.into_iter().flatten().collect()))
 }
 
 /// Sets of blocks in a row.

@@ -12,7 +12,8 @@
 //! so that the result has the architecture it had, and no new parameter. `T` may be held to a form
 //! ([`MapForm`]), and to small or few entries. The cut is the run over
 //! which the stream turns least, by the mean angle `(1/π) arccos cos(X_l, X_{l+n})` at the last
-//! token of each sequence (at every token where tokens see later ones).
+//! token of each sequence (at every token where tokens see later ones); several cuts are those over
+//! which it turns least together.
 //!
 //! The map is merged into whatever writes last in block `l`: the down-projection of a
 //! feed-forward part, of each expert of a mixture (a router's weights are numbers, with which the
@@ -25,6 +26,7 @@ mod cut;
 mod form;
 mod merge;
 mod run;
+mod spans;
 
 use lapidary_factor::{AffineMap, Regression, matrix_from_tensor};
 use lapidary_kernels::Tensor;
