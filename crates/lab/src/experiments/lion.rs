@@ -5,12 +5,14 @@
 //! digits are 64 pixels without positions, where only the decay tells near from far, and a small
 //! encoder names hidden tokens.
 
-use super::masked::{self, text};
-use super::sequences::{Course, LEVELS, Measures, SIDE, crossover, digits, exponent, quickest};
-use super::sequences::{percent_right, train};
-use super::{after_training, difference, mean};
+use super::jobs::means_by_seed;
+use super::masked;
+use super::sequences::{Course, LEVELS, Measures, SIDE, crossover, digits, exponent, of};
+use super::sequences::{percent_right, quickest, train};
+use super::{after_training, difference};
 use crate::mechanisms::mixing_alone;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
+use lapidary_kernels::memory::most_held;
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{HeadSpec, Initialiser};
 use lapidary_parts::attention::MechanismSpec;
@@ -60,6 +62,10 @@ impl Way {
         }
     }
 
+    fn named(self) -> (&'static str, Self) {
+        (self.name(), self)
+    }
+
     fn mechanism(self) -> MechanismSpec {
         match self {
             Self::Softmax => MechanismSpec::Softmax,
@@ -80,6 +86,7 @@ struct Size {
     digits: usize,
     seeds: u64,
     steps: u64,
+    batch: usize,
     masked: masked::Course,
     longest: usize,
     longest_parallel: usize,
@@ -101,6 +108,7 @@ impl Size {
                 digits: 40,
                 seeds: 1,
                 steps: 2,
+                batch: 8,
                 masked: masked::Course {
                     steps: 1,
                     batch: 2,
@@ -113,8 +121,9 @@ impl Size {
             },
             Scale::Small => Self {
                 digits: 4000,
-                seeds: 2,
-                steps: 500,
+                seeds: 1,
+                steps: 800,
+                batch: 16,
                 masked,
                 longest: 16_384,
                 longest_parallel: 2048,
@@ -123,6 +132,7 @@ impl Size {
                 digits: 20_000,
                 seeds: 3,
                 steps: 4000,
+                batch: 32,
                 masked: masked::Course {
                     steps: 10_000,
                     batch: 16,
@@ -142,21 +152,23 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     claims.extend(on_digits(setting, &size)?);
     let (what, more) = on_hidden_tokens(setting, &size)?;
     claims.extend(more);
-    let (more, plot) = costs(&size)?;
-    claims.extend(more);
+    setting.tell(|| "costs by length".to_owned());
+    let costs = costs(&size)?;
+    claims.extend([of_operations(&costs), of_memory(&costs)]);
     Ok(Reproduction {
         setting: format!(
-            "printed digits as {} pixels without positions, {} steps of 32, {} seed(s); hidden \
+            "printed digits as {} pixels without positions, {} steps of {}, {} seed(s); hidden \
              tokens of {what}, {} steps of {} windows of {}",
             SIDE * SIDE,
             size.steps,
+            size.batch,
             size.seeds,
             size.masked.steps,
             size.masked.batch,
             size.masked.length
         ),
         claims,
-        plots: vec![plot],
+        plots: plots(&costs),
         ..Reproduction::default()
     })
 }
@@ -170,25 +182,20 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
         heads: 4,
         blocks: 2,
     };
-    let ways = [Way::Softmax, LIT, D, S, D_IMAGE, S_IMAGE];
-    let mut found: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    for seed in (setting.seed..).take(size.seeds as usize) {
-        let training = digits(size.digits, seed);
-        let held_out = digits(size.digits / 4, seed ^ 0xd161);
-        for way in ways {
-            let course = Course {
-                steps: size.steps,
-                batch: 32,
-                rate: 3e-3,
-                seed,
-            };
-            let spec = measures.spec(way.mechanism(), way == Way::Softmax);
-            let model = train(spec, &training, &course)?;
-            let right = percent_right(&model, &held_out)?;
-            found.entry(way.name()).or_default().push(right);
-        }
-    }
-    let right = |way: Way| mean(found.get(way.name()).cloned().unwrap_or_default());
+    // Two curves take longest and come first: the others share what is left of the time.
+    let ways = [D_IMAGE, S_IMAGE, D, S, LIT, Way::Softmax].map(Way::named);
+    let found = means_by_seed(setting, "digits", &ways, size.seeds, |way, seed| {
+        let course = Course {
+            steps: size.steps,
+            batch: size.batch,
+            rate: 3e-3,
+            seed,
+        };
+        let spec = measures.spec(way.mechanism(), *way == Way::Softmax);
+        let model = train(spec, &digits(size.digits, seed), &course)?;
+        percent_right(&model, &digits(size.digits / 4, seed ^ 0xd161))
+    })?;
+    let right = |way: Way| of(&found, way.name());
     let listed = |ways: &[Way]| {
         let each = ways
             .iter()
@@ -218,27 +225,29 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
 }
 
 fn on_hidden_tokens(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>)> {
-    let mut text = text(setting)?;
+    let masked::Text {
+        what, vocabulary, ..
+    } = masked::text(setting)?;
     let measures = Measures {
-        vocabulary: text.vocabulary + 1,
+        vocabulary: vocabulary + 1,
         length: size.masked.length,
         labels: 1,
         width: 48,
         heads: 4,
         blocks: 2,
     };
-    let mut right = BTreeMap::new();
     let ways = [Way::Softmax, LIT, D, S];
-    for way in ways {
-        let mut spec = measures.spec(way.mechanism(), way == Way::Softmax);
+    let named = ways.map(Way::named);
+    let right = means_by_seed(setting, "hidden tokens", &named, 1, |way, _| {
+        let mut spec = measures.spec(way.mechanism(), *way == Way::Softmax);
         spec.head = HeadSpec::LanguageModel {
             tied: true,
             bias: true,
             transform: None,
         };
-        right.insert(way.name(), text.accuracy(spec, &size.masked)?);
-    }
-    let of = |way: Way| right.get(way.name()).copied().unwrap_or(f64::NAN);
+        masked::text(setting)?.accuracy(spec, &size.masked)
+    })?;
+    let of = |way: Way| of(&right, way.name());
     let listed = ways.map(|way| format!("{} {:.1} %", way.name(), of(way)));
     let claim = Claim::new(
         "hidden tokens: LION-S names at least as many as LION-D, and that more than LION-LIT",
@@ -246,7 +255,7 @@ fn on_hidden_tokens(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim
         listed.join(", "),
         after_training(setting.scale, of(S) >= of(D) && of(D) > of(LIT)),
     );
-    Ok((text.what.clone(), vec![claim]))
+    Ok((what, vec![claim]))
 }
 
 const HEADS: Heads = Heads {
@@ -359,60 +368,156 @@ fn exact(seed: u64) -> Result<Vec<Claim>> {
     ])
 }
 
-fn costs(size: &Size) -> Result<(Vec<Claim>, Plot)> {
-    let (mut counted, mut timed) = (Vec::new(), Vec::new());
-    for (form, name) in FORMS {
+/// What one form costs: amounts by length.
+#[derive(Debug, Default)]
+struct Costs {
+    operations: Vec<(f64, f64)>,
+    milliseconds: Vec<(f64, f64)>,
+    /// MiB held at a time beyond queries, keys and values; nothing where they aren't counted.
+    held: Vec<(f64, f64)>,
+}
+
+/// What each of [`FORMS`] costs.
+fn costs(size: &Size) -> Result<[Costs; 3]> {
+    let mut all: [Costs; 3] = Default::default();
+    for ((form, _), costs) in FORMS.into_iter().zip(&mut all) {
         let longest = match form {
             LionForm::Parallel => size.longest_parallel,
             _ => size.longest,
         };
         let spec = with_form(LionDecay::Selective, form);
-        let (mut operations, mut seconds) = (Vec::new(), Vec::new());
         let lengths = std::iter::successors(Some(256usize), |length| Some(2 * length));
         for length in lengths.take_while(|length| *length <= longest) {
             let (mixing, v) = specimen(&spec, length, DType::F32, 1)?;
-            operations.push((length as f64, mixing.operations(16) as f64));
+            let at = length as f64;
+            costs.operations.push((at, mixing.operations(16) as f64));
+            let (mixed, held) = most_held(|| mixing.mix(&v));
+            mixed?;
+            let held = held.map(|bytes| (at, bytes as f64 / f64::from(1 << 20)));
+            costs.held.extend(held);
             let best = quickest(3, || mixing.mix(&v).map(|_| ()).map_err(Into::into))?;
-            seconds.push((length as f64, best * 1e3));
+            costs.milliseconds.push((at, best * 1e3));
         }
-        counted.push((name, exponent(&operations)));
-        timed.push(Series {
-            name: name.to_owned(),
-            points: seconds,
-        });
     }
-    let of = |form: &str| {
-        let found = counted.iter().find(|(name, _)| *name == form);
-        found.map_or(f64::NAN, |(_, exponent)| *exponent)
-    };
-    let near = |form: &str, claimed: f64| (of(form) - claimed).abs() < 0.1;
-    let holds = near("parallel", 2.0) && near("recurrent", 1.0) && near("chunks of 64", 1.0);
-    let meets = |ours: &str| {
-        let points = |name: &str| timed.iter().find(|series| series.name == name);
-        let pair = points(ours).zip(points("parallel"));
-        let at = pair.and_then(|(ours, other)| crossover(&ours.points, &other.points));
+    Ok(all)
+}
+
+fn of_operations(costs: &[Costs; 3]) -> Claim {
+    let exponents = costs.each_ref().map(|costs| exponent(&costs.operations));
+    let [parallel, recurrent, chunked] = exponents;
+    let near = |exponent: f64, claimed: f64| (exponent - claimed).abs() < 0.1;
+    let holds = near(parallel, 2.0) && near(recurrent, 1.0) && near(chunked, 1.0);
+    let [others, recurrence, chunks] = costs.each_ref().map(|costs| &costs.milliseconds);
+    let meets = |ours: &[(f64, f64)]| {
+        let at = crossover(ours, others);
         at.map_or("not in this range".to_owned(), |at| format!("{at}"))
     };
-    let claim = Claim::new(
+    Claim::new(
         "operations of the parallel form grow with the square of the length, those of the others \
          linearly",
         "quadratic and linear",
         format!(
-            "exponents {:.2}, {:.2} and {:.2}; on this machine chunks are quicker than the \
-             parallel form from {} tokens on, the recurrence from {}",
-            of("parallel"),
-            of("recurrent"),
-            of("chunks of 64"),
-            meets("chunks of 64"),
-            meets("recurrent")
+            "exponents {parallel:.2}, {recurrent:.2} and {chunked:.2}; on this machine chunks are \
+             quicker than the parallel form from {} tokens on, the recurrence from {}",
+            meets(chunks),
+            meets(recurrence)
         ),
         Verdict::of(holds),
-    );
-    let plot = Plot {
-        title: "Time of the forms, one head of 16 features".to_owned(),
-        x: "tokens".to_owned(),
-        y: "milliseconds".to_owned(),
-        series: timed,
+    )
+}
+
+fn of_memory(costs: &[Costs; 3]) -> Claim {
+    let exponents = costs.each_ref().map(|costs| exponent(&costs.held));
+    let [parallel, recurrent, chunked] = exponents;
+    let both = costs.iter().map(|costs| costs.held.last());
+    let longest = both.flatten().map(|(length, _)| *length);
+    // The longest that all forms have.
+    let longest = longest.fold(f64::INFINITY, f64::min);
+    let [laid_out, carried, by_chunks] = costs.each_ref().map(|costs| {
+        let found = costs.held.iter().find(|(length, _)| *length == longest);
+        found.map_or(f64::NAN, |(_, held)| *held)
+    });
+    let (measured, verdict) = match exponents.iter().any(|exponent| exponent.is_nan()) {
+        true => ("memory not counted".to_owned(), Verdict::NotMeasured),
+        false => (
+            format!(
+                "exponents {parallel:.2}, {recurrent:.2} and {chunked:.2}; with {longest} tokens \
+                 {laid_out:.2}, {carried:.2} and {by_chunks:.2} MiB"
+            ),
+            Verdict::of((parallel - 2.0).abs() < 0.1 && recurrent < 1.1 && chunked < 1.1),
+        ),
     };
-    Ok((vec![claim], plot))
+    Claim::new(
+        "memory of the parallel form grows with the square of the length, that of the recurrence \
+         and of chunks at most linearly",
+        "quadratic and linear",
+        measured,
+        verdict,
+    )
+    .noted(
+        "the most that one head of 16 features holds at a time to mix, beyond queries, keys, values \
+         and decays, in pieces of at least 1 KiB",
+    )
+}
+
+/// What all forms cost of one kind, by length.
+fn plot(costs: &[Costs; 3], [title, y]: [&str; 2], of: fn(&Costs) -> &[(f64, f64)]) -> Plot {
+    let series = FORMS.iter().zip(costs).map(|((_, name), costs)| Series {
+        name: (*name).to_owned(),
+        points: of(costs).to_vec(),
+    });
+    Plot {
+        title: format!("{title} of the forms, one head of 16 features"),
+        x: "tokens".to_owned(),
+        y: y.to_owned(),
+        series: series.collect(),
+    }
+}
+
+fn plots(costs: &[Costs; 3]) -> Vec<Plot> {
+    let mut plots = vec![plot(costs, ["Time", "milliseconds"], |costs| {
+        &costs.milliseconds
+    })];
+    if costs.iter().all(|costs| !costs.held.is_empty()) {
+        plots.push(plot(costs, ["Memory", "MiB"], |costs| &costs.held));
+    }
+    plots
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Forms that hold `length^exponent`.
+    fn held(exponents: [f64; 3]) -> [Costs; 3] {
+        exponents.map(|exponent| Costs {
+            held: [256.0, 512.0, 1024.0]
+                .map(|length: f64| (length, length.powf(exponent)))
+                .to_vec(),
+            ..Costs::default()
+        })
+    }
+
+    #[test]
+    fn memory_is_judged_by_its_exponents() {
+        let verdict = |exponents| of_memory(&held(exponents)).verdict;
+        assert_eq!(verdict([2.0, 1.0, 0.9]), Verdict::Holds);
+        assert_eq!(verdict([1.5, 1.0, 1.0]), Verdict::DoesNotHold);
+        assert_eq!(verdict([2.0, 1.2, 1.0]), Verdict::DoesNotHold);
+        assert_eq!(verdict([2.0, 1.0, 1.2]), Verdict::DoesNotHold);
+        let uncounted: [Costs; 3] = Default::default();
+        assert_eq!(of_memory(&uncounted).verdict, Verdict::NotMeasured);
+    }
+
+    /// All forms are told of at the longest length that each was run at.
+    #[test]
+    fn memory_is_told_where_all_forms_were_run() {
+        let mut costs = held([2.0, 1.0, 1.0]);
+        costs[0].held.pop();
+        let told = of_memory(&costs).measured;
+        assert!(
+            told.ends_with("with 512 tokens 262144.00, 512.00 and 512.00 MiB"),
+            "{told}"
+        );
+    }
 }

@@ -11,8 +11,8 @@ use super::decoder::{Recipe, train_by};
 use super::jobs::in_parallel;
 use super::masked;
 use super::sequences::{
-    Course, LEVELS, LIST_TOKENS, Measures, digits, list_operations, milliseconds_a_step,
-    percent_right, train,
+    Course, LEVELS, LIST_TOKENS, Measures, digits, lists_up_to, milliseconds_a_step, percent_right,
+    train,
 };
 use crate::mechanisms::{Mechanism, mechanisms};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
@@ -32,7 +32,12 @@ const LONGEST: usize = 128;
 /// How much is done.
 struct Size {
     examples: usize,
+    /// On digits and on the order of motifs.
     steps: u64,
+    /// On lists and recall, which small models guess from what occurs from early on.
+    steps_of_guesses: u64,
+    /// Tokens of a list.
+    longest_list: usize,
     batch: usize,
     text_steps: u64,
     text_batch: usize,
@@ -47,17 +52,21 @@ impl Size {
             Scale::Smoke => Self {
                 examples: 40,
                 steps: 1,
-                batch: 32,
+                steps_of_guesses: 1,
+                longest_list: 48,
+                batch: 8,
                 text_steps: 1,
-                text_batch: 8,
+                text_batch: 2,
                 text_batches: 1,
                 every: 3,
             },
             Scale::Small => Self {
                 examples: 4000,
-                steps: 500,
-                batch: 16,
-                text_steps: 500,
+                steps: 400,
+                steps_of_guesses: 200,
+                longest_list: 48,
+                batch: 8,
+                text_steps: 200,
                 text_batch: 4,
                 text_batches: 16,
                 every: 1,
@@ -65,6 +74,8 @@ impl Size {
             Scale::Full => Self {
                 examples: 40_000,
                 steps: 10_000,
+                steps_of_guesses: 10_000,
+                longest_list: 120,
                 batch: 32,
                 text_steps: 10_000,
                 text_batch: 8,
@@ -80,6 +91,7 @@ struct Task {
     name: &'static str,
     vocabulary: usize,
     labels: usize,
+    steps: u64,
     training: Vec<Labelled>,
     held_out: Vec<Labelled>,
 }
@@ -105,21 +117,23 @@ fn tasks(size: &Size, seed: u64) -> Vec<Task> {
             make(size.examples / 8, seed ^ 0x7e57),
         )
     };
-    let task = |name, vocabulary, labels, make: &dyn Fn(usize, u64) -> Vec<Labelled>| {
+    let task = |name, [vocabulary, labels], steps, make: &dyn Fn(usize, u64) -> Vec<Labelled>| {
         let (training, held_out) = halves(make);
         Task {
             name,
             vocabulary,
             labels,
+            steps,
             training,
             held_out,
         }
     };
+    let lists = |count, seed| lists_up_to(size.longest_list, count, seed);
     vec![
-        task("digits", LEVELS, 10, &digits),
-        task("lists", LIST_TOKENS, 10, &list_operations),
-        task("recall", 24, 8, &recall),
-        task("order", 16, 2, &order),
+        task("digits", [LEVELS, 10], size.steps, &digits),
+        task("lists", [LIST_TOKENS, 10], size.steps_of_guesses, &lists),
+        task("recall", [24, 8], size.steps_of_guesses, &recall),
+        task("order", [16, 2], size.steps, &order),
     ]
 }
 
@@ -212,10 +226,17 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         .collect();
     Ok(Reproduction {
         setting: format!(
-            "{BLOCKS} blocks of width {WIDTH} with {HEADS} heads and a table of positions; {} examples, {} \
-             steps of {}; {what}, {} steps of {} windows of {LONGEST}; one seed; time and memory of training on \
-             digits, the model itself left out",
-            size.examples, size.steps, size.batch, size.text_steps, size.text_batch
+            "{BLOCKS} blocks of width {WIDTH} with {HEADS} heads and a table of positions; {} examples in steps \
+             of {}, {} steps on digits and order, {} on recall and on lists of at most {} tokens; {what}, {} steps \
+             of {} windows of {LONGEST}; one seed; time and memory of training on digits, the model itself left \
+             out",
+            size.examples,
+            size.batch,
+            size.steps,
+            size.steps_of_guesses,
+            size.longest_list,
+            size.text_steps,
+            size.text_batch
         ),
         claims,
         plots: vec![Plot {
@@ -245,16 +266,16 @@ fn scores(
     in_parallel(setting, jobs, |(candidate, task)| match task {
         None => on_text(setting, size, candidate),
         Some(task) => {
-            let course = course(size, setting.seed);
+            let course = course(size, task, setting.seed);
             let model = train(task.spec(candidate), &task.training, &course)?;
             percent_right(&model, &task.held_out)
         }
     })
 }
 
-fn course(size: &Size, seed: u64) -> Course {
+fn course(size: &Size, task: &Task, seed: u64) -> Course {
     Course {
-        steps: size.steps,
+        steps: task.steps,
         batch: size.batch,
         rate: 3e-3,
         seed,
@@ -275,7 +296,7 @@ fn costs(
         let mut source = Narrow(Initialiser::new(setting.seed, DType::F32, Device::Cpu));
         let model = Model::trainable(task.spec(candidate), &mut source)?;
         parameters = model.parameter_count();
-        let course = course(size, setting.seed);
+        let course = course(size, task, setting.seed);
         let steps = || milliseconds_a_step(&model, &task.training, &course);
         let (taken, most) = memory::most_held(steps);
         (step, held) = (taken?, most);

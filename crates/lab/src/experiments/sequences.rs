@@ -79,12 +79,19 @@ const FIRST: u32 = 15;
 /// Bowman, ListOps, arXiv 1804.06028; with the sizes of Long Range Arena's generator made small:
 /// at most four arguments, four levels, 20 to 120 tokens).
 pub fn list_operations(count: usize, seed: u64) -> Vec<Labelled> {
+    lists_up_to(120, count, seed)
+}
+
+/// The same of 20 to `longest` tokens.
+pub fn lists_up_to(longest: usize, count: usize, seed: u64) -> Vec<Labelled> {
+    const SHORTEST: usize = 20;
+    let lengths = SHORTEST..=longest.max(SHORTEST);
     let mut generator = generator(seed);
     let mut examples = Vec::with_capacity(count);
     while examples.len() < count {
         let mut tokens = vec![FIRST];
         let label = expression(&mut generator, 4, &mut tokens);
-        if (20..=120).contains(&tokens.len()) {
+        if lengths.contains(&tokens.len()) {
             examples.push(Labelled { tokens, label });
         }
     }
@@ -387,10 +394,15 @@ mod tests {
                 _ => values.iter().sum::<u32>() % 10,
             }
         }
-        for example in list_operations(200, 3) {
-            let mut at = 1;
-            assert_eq!(value(&example.tokens, &mut at), example.label);
-            assert_eq!(at, example.tokens.len());
+        for longest in [20, 48, 120] {
+            let lists = lists_up_to(longest, 200, 3);
+            assert_eq!(lists.len(), 200);
+            for example in lists {
+                let mut at = 1;
+                assert_eq!(value(&example.tokens, &mut at), example.label);
+                assert_eq!(at, example.tokens.len());
+                assert!((20..=longest).contains(&at), "{at}");
+            }
         }
     }
 

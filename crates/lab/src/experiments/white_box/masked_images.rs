@@ -29,7 +29,8 @@ const DEPTH: usize = 4;
 const PATCH: usize = 2;
 /// Share of patches that are hidden.
 const HIDDEN: f64 = 0.75;
-const BATCH: usize = 32;
+/// Images of a step.
+pub(super) const BATCH: usize = 32;
 
 /// Measures what was learned.
 pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> {

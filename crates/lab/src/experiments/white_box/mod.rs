@@ -12,6 +12,7 @@ mod rate;
 
 use super::attending;
 use super::decoder::{Recipe, train_by};
+use super::jobs::{by_seed, in_parallel};
 use super::sequences::{Course, LEVELS, Measures, SIDE, digits, percent_right, train};
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Setting, Verdict};
@@ -31,6 +32,7 @@ const BLOCKS: usize = 4;
 struct Size {
     digits: usize,
     steps: u64,
+    batch: usize,
     seeds: u64,
     text: Recipe,
     text_steps: u64,
@@ -56,6 +58,7 @@ impl Size {
             Scale::Smoke => Self {
                 digits: 40,
                 steps: 2,
+                batch: 8,
                 seeds: 1,
                 text: Recipe {
                     batch: 1,
@@ -72,9 +75,10 @@ impl Size {
             Scale::Small => Self {
                 digits: 4000,
                 steps: 500,
+                batch: 16,
                 seeds: 1,
                 text,
-                text_steps: 700,
+                text_steps: 500,
                 text_batches: 20,
                 width: 64,
                 pictures: 400,
@@ -84,6 +88,7 @@ impl Size {
             Scale::Full => Self {
                 digits: 20_000,
                 steps: 5000,
+                batch: 32,
                 seeds: 3,
                 text: Recipe { batch: 32, ..text },
                 text_steps: 3000,
@@ -114,12 +119,15 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     Ok(Reproduction {
         setting: format!(
             "printed digits as {} pixels, {BLOCKS} blocks of width {} with {HEADS} heads, {} steps of \
-             32, {} seed(s), as images with three of four patches hidden too; {what}, {} steps of {} \
-             windows of {}; {} pictures of shapes without labels, {} steps",
+             {}, {} seed(s), as images with three of four patches hidden too, {} steps of {}; {what}, {} steps \
+             of {} windows of {}; {} pictures of shapes without labels, {} steps",
             SIDE * SIDE,
             size.width,
             size.steps,
+            size.batch,
             size.seeds,
+            size.steps,
+            masked_images::BATCH,
             size.text_steps,
             size.text.batch,
             size.text.length,
@@ -299,30 +307,36 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> 
         }));
     }
     let own = white_box(&usual, None);
-    let (mut right, mut audits, mut initial) = ([Vec::new(), Vec::new()], Vec::new(), Vec::new());
-    let mut parameters = [0; 2];
-    for seed in (setting.seed..).take(size.seeds as usize) {
-        let training = digits(size.digits, seed);
-        let held_out = digits(size.digits / 4, seed ^ 0xd161);
+    let asked = |seed: u64| digits(size.digits / 4, seed ^ 0xd161);
+    let ways = [("Transformer", usual), ("CRATE", own.clone())];
+    let found = by_seed(setting, "digits", &ways, size.seeds, |spec, seed| {
         let course = Course {
             steps: size.steps,
-            batch: 32,
+            batch: size.batch,
             rate: 3e-3,
             seed,
         };
+        let model = train(spec.clone(), &digits(size.digits, seed), &course)?;
+        Ok((percent_right(&model, &asked(seed))?, model))
+    })?;
+    let of = |name: &str| {
+        let models = found.iter().filter(move |(known, _)| *known == name);
+        models.flat_map(|(_, each)| each)
+    };
+    let [usual_right, own_right] =
+        ["Transformer", "CRATE"].map(|name| mean(of(name).map(|(right, _)| *right)));
+    let [usual_parameters, own_parameters] = ["Transformer", "CRATE"]
+        .map(|name| of(name).next().map_or(0, |(_, model)| in_blocks(model)));
+    let share = own_parameters as f64 / usual_parameters as f64;
+    let (mut audits, mut initial) = (Vec::new(), Vec::new());
+    for (seed, (_, model)) in (setting.seed..).zip(of("CRATE")) {
+        let held_out = asked(seed);
         let sequences: Vec<&[u32]> = held_out
             .iter()
             .take(32)
             .map(|e| e.tokens.as_slice())
             .collect();
-        for (index, spec) in [&usual, &own].into_iter().enumerate() {
-            let model = train(spec.clone(), &training, &course)?;
-            right[index].push(percent_right(&model, &held_out)?);
-            parameters[index] = in_blocks(&model);
-            if index == 1 {
-                audits.push(of_sequences(&model, &sequences)?);
-            }
-        }
+        audits.push(of_sequences(model, &sequences)?);
         let mut source = super::classifier::Narrow(Initialiser::new(
             seed,
             lapidary_kernels::DType::F32,
@@ -333,8 +347,6 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> 
             &sequences,
         )?);
     }
-    let [usual_right, own_right] = right.map(mean);
-    let share = parameters[1] as f64 / parameters[0] as f64;
     let (trained, untrained) = (averaged(&audits), averaged(&initial));
     let claims = vec![
         Claim::new(
@@ -425,22 +437,18 @@ fn on_text(setting: &Setting, size: &Size) -> Result<(String, Vec<Claim>)> {
         ..MultiHeadSpec::new(HEADS)
     };
     let gpt = attending::spec(256, size.width, size.text.length, &vec![attention; BLOCKS]);
-    let mut losses = Vec::new();
-    for spec in [
-        gpt.clone(),
-        white_box(&gpt, None),
-        white_box(&gpt, Some(4 * size.width)),
-    ] {
-        let model = train_by(
-            size.text,
-            spec,
-            Box::new(training.clone()),
-            size.text_steps,
-            setting.seed,
-        )?;
+    let jobs = [
+        ("Transformer", gpt.clone()),
+        ("square", white_box(&gpt, None)),
+        ("over-complete", white_box(&gpt, Some(4 * size.width))),
+    ];
+    let jobs = jobs.map(|(name, spec)| (format!("a decoder of text, {name}"), spec));
+    let losses = in_parallel(setting, jobs.into(), |spec| {
+        let task = Box::new(training.clone());
+        let model = train_by(size.text, spec, task, size.text_steps, setting.seed)?;
         let mut task = held_out.clone();
-        losses.push(attending::measure(&model, &mut task, size.text, size.text_batches)?.loss);
-    }
+        Ok(attending::measure(&model, &mut task, size.text, size.text_batches)?.loss)
+    })?;
     let [gpt, square, over] = losses.as_slice() else {
         return Ok(("no text".to_owned(), Vec::new()));
     };
