@@ -319,7 +319,7 @@ fn on_digits(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> 
         let model = train(spec.clone(), &digits(size.digits, seed), &course)?;
         Ok((percent_right(&model, &asked(seed))?, model))
     })?;
-    let of = |name: &str| {
+    let of = |name: &'static str| {
         let models = found.iter().filter(move |(known, _)| *known == name);
         models.flat_map(|(_, each)| each)
     };
