@@ -233,6 +233,8 @@ pub(crate) fn look_up(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
 pub(crate) struct PatchEmbedding {
     spec: PatchInput,
     projection: Linear,
+    /// Before and behind the projection.
+    around: [Norm; 2],
     class_tokens: Option<Tensor>,
     /// `[width]`.
     mask_token: Option<Tensor>,
@@ -243,14 +245,30 @@ pub(crate) struct PatchEmbedding {
 
 impl PatchEmbedding {
     fn new(spec: &PatchInput, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
-        let init = Init::Normal { deviation: 0.02 };
-        let projection = parameters.linear("patches", "pixels", spec.pixels(), width, spec.bias)?;
+        let pixels = spec.pixels();
+        let (site, around) = match &spec.around {
+            None => ("pixels", [Norm::None, Norm::None]),
+            Some(around) => (
+                "normed_pixels",
+                [
+                    Norm::new(&around.pixels, pixels, parameters.at("pixel_norm"))?,
+                    Norm::new(&around.patches, width, parameters.at("patch_norm"))?,
+                ],
+            ),
+        };
+        let projection = parameters.linear("patches", site, pixels, width, spec.bias)?;
+        let init = Init::Normal {
+            deviation: spec.deviation,
+        };
         let class_tokens = match spec.class_tokens {
             0 => None,
             count => Some(parameters.tensor("class_tokens", &[count, width], init)?),
         };
         let mask_token = match spec.mask_token {
-            true => Some(parameters.tensor("mask_token", &[width], init)?),
+            true => {
+                let small = Init::Normal { deviation: 0.02 };
+                Some(parameters.tensor("mask_token", &[width], small)?)
+            }
             false => None,
         };
         let positions = match spec.position {
@@ -268,6 +286,7 @@ impl PatchEmbedding {
         Ok(Self {
             spec: spec.clone(),
             projection,
+            around,
             class_tokens,
             mask_token,
             positions,
@@ -284,7 +303,16 @@ impl PatchEmbedding {
         let cut = Signal::from(self.spec.cut(pixels)?);
         let (batch, _, _) = engine(cut.value().dims3())?;
         let cut = cx.trace.site(format_args!("embeddings.pixels"), cut)?;
-        let mut x = cut.linear(&self.projection)?;
+        let [of_pixels, of_patches] = &self.around;
+        let cut = match self.spec.around {
+            None => cut,
+            Some(_) => {
+                let normed = of_pixels.forward(&cut)?;
+                cx.trace
+                    .site(format_args!("embeddings.normed_pixels"), normed)?
+            }
+        };
+        let mut x = of_patches.forward(&cut.linear(&self.projection)?)?;
         if let Some(visible) = visible {
             x = self.masked(&x, visible)?;
         }

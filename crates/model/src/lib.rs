@@ -43,7 +43,7 @@ pub use model::{Model, Output, Pass};
 pub use package::{OpenOptions, Origin, Package, SPEC_FILE, SavedAs, TowerModel};
 pub use source::Initialiser;
 pub use spec::{
-    AbsolutePosition, HeadSpec, HeadTransform, InputSpec, ModelSpec, PatchInput, PatchPosition,
-    Pool, Projected, TokenInput,
+    AbsolutePosition, HeadSpec, HeadTransform, InputSpec, ModelSpec, PatchInput, PatchNorms,
+    PatchPosition, Pool, Projected, TokenInput,
 };
 pub use tokenizer::Tokenizer;

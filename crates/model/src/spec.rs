@@ -230,15 +230,32 @@ pub struct PatchInput {
     /// Whether the patch map has a bias.
     #[serde(default = "yes")]
     pub bias: bool,
-    /// Norm of the embeddings.
+    /// Norms before and behind the patch map, `N₂(W N₁(p) + b)` of a patch `p`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub around: Option<PatchNorms>,
+    /// Norm of the embeddings, positions added.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub norm: Option<NormSpec>,
+    /// Standard deviation with which class tokens and learned positions begin.
+    #[serde(default = "small", skip_serializing_if = "is_small")]
+    pub deviation: f64,
     /// Positions added to the patches.
     #[serde(default, skip_serializing_if = "PatchPosition::is_default")]
     pub position: PatchPosition,
     /// Whether there is a learned token that stands for patches which a pass hides.
     #[serde(default, skip_serializing_if = "is_not")]
     pub mask_token: bool,
+}
+
+/// Norms around the map of patches (Yu et al., CRATE, arXiv 2306.01129, whose class token and positions begin with
+/// deviation 1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct PatchNorms {
+    /// Of a patch's pixels.
+    pub pixels: NormSpec,
+    /// Of what the map gives for a patch.
+    pub patches: NormSpec,
 }
 
 /// Positions added to patches and the tokens before them.
@@ -268,6 +285,18 @@ fn three() -> usize {
     3
 }
 
+fn small() -> f64 {
+    PatchInput::DEVIATION
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_small(deviation: &f64) -> bool {
+    *deviation == small()
+}
+
 fn one() -> usize {
     1
 }
@@ -277,6 +306,9 @@ fn yes() -> bool {
 }
 
 impl PatchInput {
+    /// Standard deviation that class tokens and learned positions begin with unless told otherwise.
+    pub const DEVIATION: f64 = 0.02;
+
     /// Number of patches.
     pub fn patches(&self) -> usize {
         let side = |pixels: usize| pixels / self.patch.max(1);
@@ -615,6 +647,14 @@ fn validate_patches(patches: &PatchInput, width: usize) -> Result<()> {
             patches.class_tokens,
             "at most 1024",
         ));
+    }
+    if let Some(around) = &patches.around {
+        around.pixels.validate("input.around.pixels")?;
+        around.patches.validate("input.around.patches")?;
+    }
+    if !(patches.deviation.is_finite() && patches.deviation >= 0.0) {
+        let expected = "a number of at least 0";
+        return Err(Error::spec("input.deviation", patches.deviation, expected));
     }
     validate_norm(&patches.norm, "input.norm")
 }

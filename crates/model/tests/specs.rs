@@ -9,7 +9,7 @@ use lapidary_kernels::memory::{Counting, largest_piece};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{
     AbsolutePosition, HeadSpec, HeadTransform, Input, InputSpec, Model, ModelSpec, Pass,
-    PatchInput, PatchPosition, Pool, Projected, TokenInput,
+    PatchInput, PatchNorms, PatchPosition, Pool, Projected, TokenInput,
 };
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::wavelet::{Base, Boundary, Family, WaveletSpec};
@@ -399,15 +399,17 @@ fn input() -> BoxedStrategy<InputSpec> {
                 })
             }
         ),
-        1 => (size(), size(), size(), size(), size(), norm(), any::<[bool; 2]>()).prop_map(
-            |(height, width, patch, channels, class_tokens, norm, [waves, mask_token])| {
+        1 => (size(), size(), size(), size(), size(), norm(), any::<[bool; 4]>()).prop_map(
+            |(height, width, patch, channels, class_tokens, norm, [waves, mask_token, around, wide])| {
                 InputSpec::Patches(PatchInput {
                     image: [height, width],
                     patch,
                     channels,
                     class_tokens,
                     bias: true,
+                    around: around.then(PatchNorms::default),
                     norm,
+                    deviation: if wide { 1.0 } else { PatchInput::DEVIATION },
                     position: match waves {
                         true => PatchPosition::SineCosine,
                         false => PatchPosition::Learned,

@@ -53,11 +53,15 @@ fn explain(question: &Question<'_>, targets: &[Target]) -> Result<Vec<Explanatio
 /// `z = x W − l W⁺ − h W⁻`, each pixel's part of it times `R / z`.
 ///
 /// # Errors
-/// When the model reads no patches, or fails.
+/// When the model reads no patches, or through norms around their map, or fails.
 pub fn full_lrp_pixels(question: &Question<'_>, target: Target) -> Result<Vec<f64>> {
     let InputSpec::Patches(spec) = &question.model.spec().input else {
         return Err(Error::invalid("input of the model", "tokens", "patches"));
     };
+    if spec.around.is_some() {
+        let expected = "absent: the rule of pixels is that of one linear map";
+        return Err(Error::invalid("input.around", "given", expected));
+    }
     let trace = Trace::new().capture("embeddings.pixels")?;
     let rules = RelevanceRules::deep_taylor();
     let forward = Forward::through(question, rules, None, trace)?;

@@ -9,8 +9,8 @@ use lapidary_kernels::{
     cross_entropy, global_gradient_norm, softmax,
 };
 use lapidary_model::{
-    AbsolutePosition, HeadSpec, Initialiser, Input, InputSpec, Model, ModelSpec, Pass, Pool,
-    TokenInput,
+    AbsolutePosition, HeadSpec, Initialiser, Input, InputSpec, Model, ModelSpec, Pass, PatchInput,
+    Pool, TokenInput,
 };
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
@@ -43,7 +43,7 @@ pub struct Masking {
 }
 
 /// Initial values of a narrow model: the deviation of weights is `1 / √input` instead of the 0.02
-/// that suits widths of hundreds.
+/// that suits widths of hundreds; embeddings that a spec lets begin otherwise begin as it says.
 pub struct Narrow(pub Initialiser);
 
 impl ParameterSource for Narrow {
@@ -54,6 +54,11 @@ impl ParameterSource for Narrow {
         init: Init,
     ) -> lapidary_parts::Result<Tensor> {
         let init = match (init, shape.last()) {
+            (Init::Normal { deviation }, _)
+                if name.starts_with("embeddings.") && deviation != PatchInput::DEVIATION =>
+            {
+                init
+            }
             (Init::Normal { .. }, Some(input)) => Init::Normal {
                 deviation: 1.0 / (*input as f64).sqrt(),
             },
@@ -301,4 +306,30 @@ pub fn mean_loss(model: &Model, examples: &[Labelled]) -> Result<f64> {
         sum += number(&loss(model, &sequences, labels)?)? * chunk.len() as f64;
     }
     Ok(sum / examples.len().max(1) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lapidary_kernels::DType;
+
+    /// Weights begin by their inputs, and a table of embeddings by what its spec asks for.
+    #[test]
+    fn what_a_spec_asks_for_is_left_as_it_is() {
+        let mut source = Narrow(Initialiser::new(1, DType::F32, Device::Cpu));
+        let mut deviation = |name: &str, deviation: f64| -> f64 {
+            let table = source.parameter(name, &[400, 64], Init::Normal { deviation });
+            let squares = table.unwrap().sqr().unwrap().mean_all().unwrap();
+            f64::from(squares.to_scalar::<f32>().unwrap()).sqrt()
+        };
+        let positions = "embeddings.positions.weight";
+        for (name, asked, expected) in [
+            (positions, 0.02, 0.125),
+            (positions, 1.0, 1.0),
+            ("blocks.0.attention_shortcut.weight", 1.0, 0.125),
+        ] {
+            let found = deviation(name, asked);
+            assert!((found / expected - 1.0).abs() < 0.05, "{name}: {found}");
+        }
+    }
 }

@@ -6,6 +6,7 @@ mod families;
 mod gguf;
 mod masked_autoencoder;
 mod organised;
+mod patch_norms;
 mod reversible;
 mod self_ensemble;
 mod shared;

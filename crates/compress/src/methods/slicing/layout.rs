@@ -176,11 +176,14 @@ impl Refusal<'_> {
     }
 
     fn input(&self, input: &InputSpec) -> Result<(Vec<&'static str>, Option<&'static str>)> {
-        let norm = match input {
-            InputSpec::Tokens(tokens) => tokens.norm,
-            InputSpec::Patches(patches) => patches.norm,
+        let norms = match input {
+            InputSpec::Tokens(tokens) => [tokens.norm, None],
+            InputSpec::Patches(patches) => {
+                [patches.norm, patches.around.map(|around| around.patches)]
+            }
         };
-        if norm.is_some_and(|norm| norm != NormSpec::None) {
+        let mut given = norms.into_iter().flatten();
+        if given.any(|norm| norm != NormSpec::None) {
             return Err(self.error(
                 "the norm of the embeddings",
                 "given",

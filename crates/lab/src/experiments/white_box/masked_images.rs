@@ -150,7 +150,9 @@ fn input() -> PatchInput {
         channels: 1,
         class_tokens: 1,
         bias: true,
+        around: None,
         norm: None,
+        deviation: PatchInput::DEVIATION,
         position: PatchPosition::SineCosine,
         mask_token: true,
     }

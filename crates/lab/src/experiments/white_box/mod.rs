@@ -18,7 +18,7 @@ use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Setting, Verdict};
 use audit::{Curve, averaged, of_sequences};
 use lapidary_factor::Matrix;
-use lapidary_model::{Initialiser, Model, ModelSpec};
+use lapidary_model::{Initialiser, InputSpec, Model, ModelSpec, PatchNorms};
 use lapidary_parts::attention::{MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeySharing};
 use lapidary_parts::block::Wiring;
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec, SparseCodeSpec};
@@ -268,9 +268,13 @@ fn steps(seed: u64) -> Result<[Claim; 2]> {
     ])
 }
 
-/// The same model with CRATE's blocks.
+/// The same model with CRATE's blocks, and of patches with CRATE's embedding too.
 fn white_box(spec: &ModelSpec, atoms: Option<usize>) -> ModelSpec {
     let mut spec = spec.clone();
+    if let InputSpec::Patches(patches) = &mut spec.input {
+        patches.around = Some(PatchNorms::default());
+        patches.deviation = 1.0;
+    }
     for block in &mut spec.blocks {
         block.wiring = Wiring::Replacing;
         block.feedforward = Some(FeedforwardSpec::SparseCode(SparseCodeSpec {

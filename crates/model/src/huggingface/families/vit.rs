@@ -87,7 +87,9 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
         channels: config.num_channels,
         class_tokens: config.prefix_tokens(),
         bias: true,
+        around: None,
         norm: None,
+        deviation: PatchInput::DEVIATION,
         position: Default::default(),
         mask_token: false,
     };
