@@ -73,20 +73,46 @@ impl DecodeState {
     }
 }
 
-/// Keys and values `[batch, length, groups · head_width]`, each appended to.
+/// Keys and values `[batch, length, groups · head_width]`, each appended to. Held once for as long as values are their
+/// keys, as where one projection gives both.
 #[derive(Debug)]
 pub struct KeyValueCache(Buffers);
 
 impl KeyValueCache {
-    /// A cache that holds `keys` and `values`.
+    /// A cache that holds `keys` and `values`: once where they are one tensor.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
     pub fn new(keys: &Tensor, values: &Tensor) -> Result<Self> {
-        Buffers::new(&[keys, values]).map(Self)
+        match keys.id() == values.id() {
+            true => Buffers::new(&[keys]),
+            false => Buffers::new(&[keys, values]),
+        }
+        .map(Self)
     }
 
     /// Appends and gives all keys and values so far.
+    ///
+    /// # Errors
+    /// When they are of other sequences or widths than those held.
     pub fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
+        if self.is_single() {
+            if keys.id() == values.id() {
+                self.0.append(&[keys])?;
+                let all = self.0.all(0)?;
+                return Ok((all.clone(), all));
+            }
+            // Values that somebody changed: from here on they are others than keys.
+            let earlier = self.0.all(0)?;
+            self.0 = Buffers::new(&[&earlier, &earlier])?;
+        }
         self.0.append(&[keys, values])?;
         Ok((self.0.all(0)?, self.0.all(1)?))
+    }
+
+    /// Whether one tensor is both.
+    pub fn is_single(&self) -> bool {
+        self.0.sorts() == 1
     }
 }
 
@@ -116,5 +142,56 @@ impl MixerState {
             Self::Cache(cache) => cache.append(keys, values),
             other => Err(Error::spec("decode state", other.name(), "keys and values")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lapidary_kernels::{DType, Device};
+
+    /// `[2, length, 3]`, numbers that rise from `first`.
+    fn rows(first: f64, length: usize) -> Tensor {
+        let numbers = (0..6 * length).map(|at| first + at as f64).collect();
+        Tensor::from_vec::<_, f64>(numbers, (2, length, 3), &Device::Cpu).unwrap()
+    }
+
+    fn same(a: &Tensor, b: &Tensor) -> bool {
+        let numbers = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        a.dims() == b.dims() && numbers(a) == numbers(b)
+    }
+
+    #[test]
+    fn values_that_are_keys_are_held_once() {
+        let (first, second) = (rows(0.0, 20), rows(200.0, 1));
+        let mut cache = KeyValueCache::new(&first, &first.clone()).unwrap();
+        assert!(cache.is_single());
+        let (keys, values) = cache.append(&second, &second).unwrap();
+        assert!(cache.is_single());
+        let expected = Tensor::cat(&[&first, &second], 1).unwrap();
+        assert!(same(&keys, &expected) && same(&values, &expected));
+        // The same numbers in another tensor are values of their own.
+        let copy = first.copy().unwrap();
+        assert!(!KeyValueCache::new(&first, &copy).unwrap().is_single());
+    }
+
+    #[test]
+    fn values_that_differ_later_are_held_from_then_on() {
+        let (first, key, value) = (rows(0.0, 3), rows(50.0, 1), rows(90.0, 1));
+        let mut cache = KeyValueCache::new(&first, &first).unwrap();
+        cache.append(&key, &value).unwrap();
+        assert!(!cache.is_single());
+        let last = Tensor::zeros((2, 1, 3), DType::F64, &Device::Cpu).unwrap();
+        let (keys, values) = cache.append(&last, &last).unwrap();
+        assert!(same(
+            &keys,
+            &Tensor::cat(&[&first, &key, &last], 1).unwrap()
+        ));
+        assert!(same(
+            &values,
+            &Tensor::cat(&[&first, &value, &last], 1).unwrap()
+        ));
+        let wider = Tensor::zeros((2, 1, 4), DType::F64, &Device::Cpu).unwrap();
+        assert!(cache.append(&wider, &wider).is_err());
     }
 }

@@ -35,6 +35,11 @@ impl Buffers {
         })
     }
 
+    /// Sorts of rows.
+    pub fn sorts(&self) -> usize {
+        self.sorts.len()
+    }
+
     /// Columns held.
     pub fn len(&self) -> usize {
         self.length

@@ -284,6 +284,44 @@ fn shared_projections_are_one_layer() {
             "cached",
         );
     }
+    // Keys are values: half of what others hold.
+    let MixerState::Cache(cache) = state else {
+        panic!("{state:?}");
+    };
+    assert!(cache.is_single());
+}
+
+/// Turned by their positions, keys are no values any more, and both are held.
+#[test]
+fn turned_keys_are_held_beside_their_values() {
+    let spec = MultiHeadSpec {
+        sharing: QueryKeySharing::All,
+        causal: true,
+        position: toml::from_str("kind = 'rotary'").unwrap(),
+        ..MultiHeadSpec::new(1)
+    };
+    let map = common::draw(5, |p| MultiHeadAttention::new(&spec, WIDTH, p));
+    let attention = build(&map, |p| MultiHeadAttention::new(&spec, WIDTH, p)).unwrap();
+    let trace = Trace::new();
+    let x = random(&[1, 5, WIDTH], 14);
+    let whole = attention
+        .forward(&Signal::from(x.clone()), &Context::new(&trace), None)
+        .unwrap();
+    let mut state = MixerState::Empty;
+    for (offset, length) in [(0, 3), (3, 1), (4, 1)] {
+        let cx = Context {
+            offset,
+            ..Context::new(&trace)
+        };
+        let tokens = Signal::from(x.narrow(1, offset, length).unwrap());
+        let y = attention.forward(&tokens, &cx, Some(&mut state)).unwrap();
+        let expected = whole.value().narrow(1, offset, length).unwrap();
+        assert_near(y.value(), &expected, 1e-12, "cached");
+    }
+    let MixerState::Cache(cache) = state else {
+        panic!("{state:?}");
+    };
+    assert!(!cache.is_single());
 }
 
 /// Takes down how parameters start.
