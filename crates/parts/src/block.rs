@@ -280,7 +280,14 @@ impl Block {
             None => None,
             Some(feedforward) => Some((
                 Around::new(spec, width, "feedforward", &mut parameters)?,
-                Feedforward::new(feedforward, width, parameters.at("feedforward"))?,
+                match spec.wiring {
+                    Wiring::Replacing | Wiring::Reversed => {
+                        Feedforward::replacing(feedforward, width, parameters.at("feedforward"))?
+                    }
+                    Wiring::PreNorm | Wiring::PostNorm | Wiring::Parallel => {
+                        Feedforward::new(feedforward, width, parameters.at("feedforward"))?
+                    }
+                },
             )),
         };
         // It starts as a map that keeps lengths on average.

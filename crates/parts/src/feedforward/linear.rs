@@ -7,7 +7,7 @@
 //! Beside the residual, in a block without a mixer and with norm `none`, `W = A − I` makes the
 //! block the map `A`. Cost per token: `2 width²`. Parameters: `width²`, and `width` for the bias.
 
-use crate::parameters::Parameters;
+use crate::parameters::{Init, Parameters};
 use crate::{Context, Result};
 use lapidary_signal::{Linear, Signal};
 use schemars::JsonSchema;
@@ -39,6 +39,26 @@ impl LinearMap {
         Ok(Self {
             path: parameters.path().to_owned(),
             map: parameters.linear("map", "in", width, width, spec.bias)?,
+        })
+    }
+
+    /// As [`LinearMap::new`], where what it gives takes the place of the stream: the weights begin between
+    /// `±√(6 / width)`, Kaiming's bounds, so that it gives as much as it reads (Yu et al., CRATE-MAE, arXiv 2311.13110,
+    /// whose decoder has such maps where its encoder has dictionaries).
+    pub fn replacing(
+        spec: &LinearSpec,
+        width: usize,
+        mut parameters: Parameters<'_>,
+    ) -> Result<Self> {
+        let most = (6.0 / width.max(1) as f64).sqrt();
+        let weight = Init::Uniform {
+            low: -most,
+            high: most,
+        };
+        let bias = spec.bias.then_some(Init::Zeros);
+        Ok(Self {
+            path: parameters.path().to_owned(),
+            map: parameters.linear_starting("map", "in", [width, width], weight, bias)?,
         })
     }
 

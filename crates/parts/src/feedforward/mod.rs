@@ -101,6 +101,20 @@ impl Feedforward {
         })
     }
 
+    /// As [`Feedforward::new`], for a block in which what the part gives takes the place of the stream.
+    pub fn replacing(
+        spec: &FeedforwardSpec,
+        width: usize,
+        parameters: Parameters<'_>,
+    ) -> Result<Self> {
+        match spec {
+            FeedforwardSpec::Linear(spec) => {
+                LinearMap::replacing(spec, width, parameters).map(Self::Linear)
+            }
+            other => Self::new(other, width, parameters),
+        }
+    }
+
     /// Transforms each token of `x` `[batch, length, width]`.
     pub fn forward(&self, x: &Signal, cx: &Context<'_>) -> Result<Signal> {
         match self {

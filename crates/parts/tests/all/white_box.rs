@@ -355,3 +355,61 @@ fn dictionaries_start_as_the_published_ones() {
         assert_eq!(starts.0, [("dictionary".to_owned(), expected)]);
     }
 }
+
+/// What a reversed block's map gives takes the place of the stream: it begins as wide as a dictionary does. Beside a
+/// residual it begins small.
+#[test]
+fn a_map_that_replaces_begins_as_wide_as_a_dictionary() {
+    let most = (6.0 / WIDTH as f64).sqrt();
+    let wide = Init::Uniform {
+        low: -most,
+        high: most,
+    };
+    let small = Init::Normal { deviation: 0.02 };
+    for (wiring, expected) in [("reversed", wide), ("pre-norm", small)] {
+        let spec: BlockSpec = toml::from_str(&format!(
+            "wiring = '{wiring}'
+            attention = {{ kind = 'multi-head', heads = 2, sharing = 'all', bias = false }}
+            feedforward = {{ kind = 'linear' }}"
+        ))
+        .unwrap();
+        let mut starts = Starts(Vec::new());
+        let (ranks, mut linears) = (BTreeMap::new(), Vec::new());
+        let parameters = Parameters::new(&mut starts, &ranks, &mut linears);
+        Block::new(&spec, WIDTH, parameters).unwrap();
+        let of = |name: &str| {
+            let named = starts.0.iter().find(|(known, _)| known == name);
+            named.map(|(_, init)| *init)
+        };
+        assert_eq!(of("feedforward.map.weight"), Some(expected), "{wiring}");
+        assert_eq!(of("feedforward.map.bias"), Some(Init::Zeros), "{wiring}");
+    }
+}
+
+/// The code of an over-complete dictionary, which the part reads back, has no negative entry.
+#[test]
+fn codes_of_many_atoms_are_nowhere_negative() {
+    const ATOMS: usize = 4 * WIDTH;
+    let d = random(&[WIDTH, ATOMS], 15);
+    let map = Map::from([("dictionary".to_owned(), d.clone())]);
+    let over = SparseCodeSpec {
+        atoms: Some(ATOMS),
+        ..spec(0.1, 0.1)
+    };
+    let part = build(&map, |p| SparseCode::new(&over, WIDTH, p)).unwrap();
+    let trace = Trace::new().capture("code").unwrap();
+    let x = Signal::from(random(&[2, 7, WIDTH], 16));
+    let out = part.forward(&x, &Context::new(&trace)).unwrap();
+    let code = trace.signal("code").unwrap().value().clone();
+    let entries = values(&code);
+    assert!(entries.iter().all(|entry| *entry >= 0.0));
+    assert!(entries.contains(&0.0) && entries.iter().any(|entry| *entry > 0.0));
+    let read = code.reshape((14, ATOMS)).unwrap();
+    let read = read.matmul(&d.t().unwrap()).unwrap();
+    assert_near(
+        out.value(),
+        &read.reshape((2, 7, WIDTH)).unwrap(),
+        1e-12,
+        "D a",
+    );
+}

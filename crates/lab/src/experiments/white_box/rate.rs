@@ -187,6 +187,59 @@ mod tests {
         assert!((wide - long).abs() < 1e-10);
     }
 
+    #[test]
+    fn bases_together_are_an_orthonormal_one() {
+        let bases = subspaces(12, 3, &mut generator(4));
+        let mut sum = Matrix::zeros(12, 12);
+        for (k, basis) in bases.iter().enumerate() {
+            sum += basis * basis.transpose();
+            for (j, other) in bases.iter().enumerate() {
+                let gram = basis.transpose() * other;
+                let expected = |a, b| f64::from(u8::from(k == j && a == b));
+                let near = |a, b| (gram[(a, b)] - expected(a, b)).abs() < 1e-12;
+                assert!((0..4).all(|a| (0..4).all(|b| near(a, b))), "{k} {j}");
+            }
+        }
+        for i in 0..12 {
+            for j in 0..12 {
+                let expected = f64::from(u8::from(i == j));
+                assert!((sum[(i, j)] - expected).abs() < 1e-12);
+            }
+        }
+    }
+
+    /// Down its exact gradient by `κ`, or by attention's step `(1 − κ s) Z + κ s · s MSSA(Z)` with `s = p/(N ε²)`.
+    #[test]
+    fn small_steps_lower_the_rate() {
+        let mut random = generator(5);
+        let bases = subspaces(64, 4, &mut random);
+        let z = mixture(&bases, 32, 0.3, &mut random);
+        for precision in [0.5, 1.0] {
+            let before = rate(&z, &bases, precision).unwrap();
+            let scale = 16.0 / (128.0 * precision * precision);
+            let gradient = rate_gradient(&z, &bases, precision).unwrap();
+            let attended = attend(&z, &bases, softmax);
+            for step in [1e-3, 1e-2, 1e-1] {
+                let moved = |of: &dyn Fn(usize, usize) -> f64| {
+                    let z = Matrix::from_fn(64, 128, of);
+                    rate(&z, &bases, precision).unwrap() - before
+                };
+                let down = moved(&|i, j| z[(i, j)] - step * gradient[(i, j)]);
+                assert!(down < 0.0, "{precision} {step}: {down}");
+                // To first order the rate falls by κ ‖∇‖².
+                if step < 1e-2 {
+                    let norm = lapidary_factor::frobenius_norm(gradient.as_ref());
+                    let expected = -step * norm * norm;
+                    assert!((down / expected - 1.0).abs() < 0.01, "{down} {expected}");
+                }
+                let by = step * scale;
+                let attention =
+                    moved(&|i, j| (1.0 - by) * z[(i, j)] + by * scale * attended[(i, j)]);
+                assert!(attention < 0.0, "{precision} {step}: {attention}");
+            }
+        }
+    }
+
     /// The first-order approximation of the inverse errs by the square of what is inverted.
     #[test]
     fn the_first_order_approximation_errs_by_the_square() {
