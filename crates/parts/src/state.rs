@@ -84,11 +84,11 @@ impl KeyValueCache {
     /// # Errors
     /// Those of the tensor engine.
     pub fn new(keys: &Tensor, values: &Tensor) -> Result<Self> {
-        match keys.id() == values.id() {
-            true => Buffers::new(&[keys]),
-            false => Buffers::new(&[keys, values]),
-        }
-        .map(Self)
+        let buffers = match keys.id() == values.id() {
+            true => Buffers::new(&[keys])?,
+            false => Buffers::new(&[keys, values])?,
+        };
+        Ok(Self(buffers))
     }
 
     /// Appends and gives all keys and values so far.

@@ -66,7 +66,7 @@ impl ParameterSource for Scattered {
 
 type Rows = Vec<Vec<f64>>;
 
-fn normed(rows: &Rows, weight: &[f64], bias: &[f64]) -> Rows {
+fn normed(rows: &[Vec<f64>], weight: &[f64], bias: &[f64]) -> Rows {
     let each = rows.iter().map(|row| {
         let count = row.len() as f64;
         let mean = row.iter().sum::<f64>() / count;

@@ -285,7 +285,7 @@ fn shared_projections_are_one_layer() {
         );
     }
     // Keys are values: half of what others hold.
-    let MixerState::Cache(cache) = state else {
+    let MixerState::Cache(cache) = &state else {
         panic!("{state:?}");
     };
     assert!(cache.is_single());
@@ -300,9 +300,33 @@ fn turned_keys_are_held_beside_their_values() {
         position: toml::from_str("kind = 'rotary'").unwrap(),
         ..MultiHeadSpec::new(1)
     };
-    let map = common::draw(5, |p| MultiHeadAttention::new(&spec, WIDTH, p));
-    let attention = build(&map, |p| MultiHeadAttention::new(&spec, WIDTH, p)).unwrap();
-    let trace = Trace::new();
+    let state = decoded(&spec, Trace::new());
+    let MixerState::Cache(cache) = &state else {
+        panic!("{state:?}");
+    };
+    assert!(!cache.is_single());
+}
+
+/// Values that somebody changes at their site are others than keys, and remembered as such.
+#[test]
+fn changed_values_are_held_beside_their_keys() {
+    let spec = MultiHeadSpec {
+        sharing: QueryKeySharing::All,
+        causal: true,
+        ..MultiHeadSpec::new(2)
+    };
+    let twice = Trace::new().replace("*value", |_, value| value.scale(2.0));
+    let state = decoded(&spec, twice.unwrap());
+    let MixerState::Cache(cache) = &state else {
+        panic!("{state:?}");
+    };
+    assert!(!cache.is_single());
+}
+
+/// What is remembered of a sequence that is read in parts, which gives what the whole gives.
+fn decoded(spec: &MultiHeadSpec, trace: Trace) -> MixerState {
+    let map = common::draw(5, |p| MultiHeadAttention::new(spec, WIDTH, p));
+    let attention = build(&map, |p| MultiHeadAttention::new(spec, WIDTH, p)).unwrap();
     let x = random(&[1, 5, WIDTH], 14);
     let whole = attention
         .forward(&Signal::from(x.clone()), &Context::new(&trace), None)
@@ -318,10 +342,7 @@ fn turned_keys_are_held_beside_their_values() {
         let expected = whole.value().narrow(1, offset, length).unwrap();
         assert_near(y.value(), &expected, 1e-12, "cached");
     }
-    let MixerState::Cache(cache) = state else {
-        panic!("{state:?}");
-    };
-    assert!(!cache.is_single());
+    state
 }
 
 /// Takes down how parameters start.
@@ -397,10 +418,10 @@ fn codes_of_many_atoms_are_nowhere_negative() {
         ..spec(0.1, 0.1)
     };
     let part = build(&map, |p| SparseCode::new(&over, WIDTH, p)).unwrap();
-    let trace = Trace::new().capture("code").unwrap();
+    let trace = Trace::new().capture(".code").unwrap();
     let x = Signal::from(random(&[2, 7, WIDTH], 16));
     let out = part.forward(&x, &Context::new(&trace)).unwrap();
-    let code = trace.signal("code").unwrap().value().clone();
+    let code = trace.signal(".code").unwrap().value().clone();
     let entries = values(&code);
     assert!(entries.iter().all(|entry| *entry >= 0.0));
     assert!(entries.contains(&0.0) && entries.iter().any(|entry| *entry > 0.0));

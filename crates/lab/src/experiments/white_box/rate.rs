@@ -195,8 +195,8 @@ mod tests {
             sum += basis * basis.transpose();
             for (j, other) in bases.iter().enumerate() {
                 let gram = basis.transpose() * other;
-                let expected = |a, b| f64::from(u8::from(k == j && a == b));
-                let near = |a, b| (gram[(a, b)] - expected(a, b)).abs() < 1e-12;
+                let expected = |a: usize, b: usize| f64::from(u8::from(k == j && a == b));
+                let near = |a: usize, b: usize| (gram[(a, b)] - expected(a, b)).abs() < 1e-12;
                 assert!((0..4).all(|a| (0..4).all(|b| near(a, b))), "{k} {j}");
             }
         }
