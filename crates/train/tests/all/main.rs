@@ -9,3 +9,4 @@ mod mechanisms_recomputed;
 mod self_distillation;
 mod state;
 mod tasks;
+mod white_box;
