@@ -33,6 +33,10 @@ pub(crate) fn validate(spec: &ModelSpec) -> Result<()> {
                 expected,
             ));
         }
+        if patches.resized {
+            let expected = "false where attention is over a grid, which is that of one size";
+            return Err(Error::spec("input.resized", true, expected));
+        }
         if *columns != row {
             return Err(Error::spec(
                 format!("blocks.{index}.attention.mechanism.columns"),
@@ -67,6 +71,12 @@ mod tests {
             error.to_string()
         };
         assert!(said(1, 6).starts_with("input.class_tokens is 1, but must be 0"));
+        let mut resized = spec(0, 6);
+        if let InputSpec::Patches(patches) = &mut resized.input {
+            patches.resized = true;
+        }
+        let refused = resized.validate().unwrap_err().to_string();
+        assert!(refused.starts_with("input.resized is true, but must be false"));
         assert_eq!(
             said(0, 4),
             "blocks.0.attention.mechanism.columns is 4, but must be 6, the patches in a row of the image"

@@ -1,6 +1,7 @@
 //! From token ids or pixels to the first hidden vectors.
 
 use crate::position::Positions;
+use crate::resized::resized;
 use crate::spec::{InputSpec, PatchInput, PatchPosition, Projected, TokenInput};
 use lapidary_kernels::Tensor;
 use lapidary_parts::norm::Norm;
@@ -326,6 +327,9 @@ impl PatchEmbedding {
             Some(learned) => learned.clone(),
             None => waves(&self.spec, x.value())?,
         };
+        let [height, width] = self.spec.image.map(|side| side / self.spec.patch.max(1));
+        let before = self.spec.class_tokens;
+        let positions = resized(&positions, before, [height, width], self.spec.grid(pixels)?)?;
         self.norm.forward(&x.add_constant(&positions)?)
     }
 
@@ -350,9 +354,11 @@ impl PatchEmbedding {
     }
 }
 
-/// [`PatchPosition::SineCosine`] `[tokens, width]`, of the kind of `like` `[batch, tokens, width]`.
+/// [`PatchPosition::SineCosine`] `[tokens, width]` of images of the spec's size, of the kind of `like`
+/// `[.., width]`.
 fn waves(spec: &PatchInput, like: &Tensor) -> Result<Tensor> {
-    let (_, tokens, width) = engine(like.dims3())?;
+    let width = like.dims().last().copied().unwrap_or(0);
+    let tokens = spec.class_tokens + spec.patches();
     let columns = (spec.image[1] / spec.patch).max(1);
     let quarter = width / 4;
     let mut table = vec![0f32; spec.class_tokens * width];

@@ -27,6 +27,7 @@ mod model;
 mod package;
 mod position;
 mod replace;
+mod resized;
 mod size;
 mod source;
 mod spec;

@@ -245,6 +245,10 @@ pub struct PatchInput {
     /// Whether there is a learned token that stands for patches which a pass hides.
     #[serde(default, skip_serializing_if = "is_not")]
     pub mask_token: bool,
+    /// Whether images of other sizes are read too, of any number of whole patches: their positions lie between those of
+    /// `image` (Caron et al., DINO, arXiv 2104.14294).
+    #[serde(default, skip_serializing_if = "is_not")]
+    pub resized: bool,
 }
 
 /// Norms around the map of patches (Yu et al., CRATE, arXiv 2306.01129, whose class token and positions begin with
@@ -322,22 +326,43 @@ impl PatchInput {
             .saturating_mul(self.channels)
     }
 
+    /// Rows and columns of patches of images `[batch, channels, height, width]`.
+    ///
+    /// # Errors
+    /// For images of another size, unless they may be [`resized`](Self::resized); for other channels, and parts of
+    /// patches.
+    pub fn grid(&self, images: &Tensor) -> Result<[usize; 2]> {
+        let [height, width] = self.image;
+        let (channels, patch) = (self.channels, self.patch.max(1));
+        let whole = |side: usize| side > 0 && side.is_multiple_of(patch);
+        match *images.dims() {
+            [_, c, h, w]
+                if c == channels
+                    && ([h, w] == self.image || (self.resized && whole(h) && whole(w))) =>
+            {
+                Ok([h / patch, w / patch])
+            }
+            ref found => {
+                let expected = match self.resized {
+                    false => format!("[batch, {channels}, {height}, {width}]"),
+                    true => format!(
+                        "[batch, {channels}, height, width], of whole patches of {patch} by {patch}"
+                    ),
+                };
+                Err(Error::spec("pixel_values shape", found, expected))
+            }
+        }
+    }
+
     /// Images `[batch, channels, height, width]` as patches `[batch, patches, pixels]`, row by row, the
     /// numbers of each in the order of a convolution: channels, rows, columns.
     ///
     /// # Errors
-    /// For images of another size.
+    /// As [`PatchInput::grid`].
     pub fn cut(&self, images: &Tensor) -> Result<Tensor> {
-        let [height, width] = self.image;
+        let [rows, columns] = self.grid(images)?;
         let (channels, patch) = (self.channels, self.patch);
-        let batch = match images.dims() {
-            [batch, c, h, w] if [*c, *h, *w] == [channels, height, width] => *batch,
-            found => {
-                let expected = format!("[batch, {channels}, {height}, {width}]");
-                return Err(Error::spec("pixel_values shape", found, expected));
-            }
-        };
-        let (rows, columns) = (height / patch, width / patch);
+        let batch = images.dims().first().copied().unwrap_or(0);
         // [batch, channels, rows, patch, columns, patch] -> [batch, rows, columns, channels, patch, patch]
         let cut = engine(images.reshape(vec![batch, channels, rows, patch, columns, patch]))?;
         let cut = engine(cut.permute(vec![0, 2, 4, 1, 3, 5]))?;

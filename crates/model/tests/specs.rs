@@ -399,8 +399,8 @@ fn input() -> BoxedStrategy<InputSpec> {
                 })
             }
         ),
-        1 => (size(), size(), size(), size(), size(), norm(), any::<[bool; 4]>()).prop_map(
-            |(height, width, patch, channels, class_tokens, norm, [waves, mask_token, around, wide])| {
+        1 => (size(), size(), size(), size(), size(), norm(), any::<[bool; 5]>()).prop_map(
+            |(height, width, patch, channels, class_tokens, norm, [waves, mask_token, around, wide, resized])| {
                 InputSpec::Patches(PatchInput {
                     image: [height, width],
                     patch,
@@ -415,6 +415,7 @@ fn input() -> BoxedStrategy<InputSpec> {
                         false => PatchPosition::Learned,
                     },
                     mask_token,
+                    resized,
                 })
             }
         ),

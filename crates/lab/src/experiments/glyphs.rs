@@ -207,6 +207,7 @@ fn spec(course: &Course) -> ModelSpec {
             deviation: PatchInput::DEVIATION,
             position: Default::default(),
             mask_token: false,
+            resized: false,
         }),
         blocks: vec![BlockSpec {
             repeat: course.blocks,

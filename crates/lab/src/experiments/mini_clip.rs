@@ -109,6 +109,7 @@ impl Course {
                 deviation: PatchInput::DEVIATION,
                 position: Default::default(),
                 mask_token: false,
+                resized: false,
             }),
             blocks: vec![self.block(self.blocks, false)],
             final_norm: None,

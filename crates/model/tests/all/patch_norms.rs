@@ -182,3 +182,50 @@ fn what_is_usual_need_not_be_said() {
     assert!(!written.contains("around") && !written.contains("deviation"));
     assert_eq!(toml::from_str::<ModelSpec>(&written).unwrap(), usual);
 }
+
+/// An image of another size has as many tokens as patches, and positions that are as near as patches lie; only where the
+/// spec lets it.
+#[test]
+fn images_of_other_sizes_are_read_where_the_spec_lets_them() {
+    let pixels = |height: usize, width: usize| {
+        let count = 3 * height * width;
+        let numbers = (0..count).map(|at| (at as f64 * 0.3).cos()).collect();
+        let shape = (1, 3, height, width);
+        Input::Pixels(Tensor::from_vec::<_, f64>(numbers, shape, &Device::Cpu).unwrap())
+    };
+    let mut wide = spec(8, 2, 1, 6, 2);
+    let InputSpec::Patches(patches) = &mut wide.input else {
+        unreachable!("the spec reads patches")
+    };
+    patches.resized = true;
+    let strict = Model::initialised(spec(8, 2, 1, 6, 2), 3, DType::F64, &Device::Cpu).unwrap();
+    let model = Model::initialised(wide, 3, DType::F64, &Device::Cpu).unwrap();
+    let embedded = |model: &Model, height, width| -> Result<Rows, String> {
+        let trace = Trace::new().capture("embeddings").unwrap();
+        let pass = Pass {
+            trace: Some(&trace),
+            ..Pass::default()
+        };
+        let output = model.forward(&pixels(height, width), pass);
+        output.map_err(|error| error.to_string())?;
+        let all: Vec<Rows> = trace
+            .signal("embeddings")
+            .unwrap()
+            .value()
+            .to_vec3()
+            .unwrap();
+        Ok(all[0].clone())
+    };
+    // Of its own size it is the same model.
+    assert_eq!(embedded(&model, 6, 6), embedded(&strict, 6, 6));
+    let found = embedded(&model, 2, 4).unwrap();
+    assert_eq!(found.len(), 1 + 2);
+    // The class token stands where it stood.
+    assert_eq!(found[0], embedded(&model, 6, 6).unwrap()[0]);
+    assert_eq!(
+        embedded(&strict, 2, 4).unwrap_err(),
+        "pixel_values shape is [1, 3, 2, 4], but must be [batch, 3, 6, 6]"
+    );
+    let said = embedded(&model, 2, 3).unwrap_err();
+    assert!(said.ends_with("of whole patches of 2 by 2"), "{said}");
+}

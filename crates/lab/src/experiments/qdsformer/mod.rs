@@ -284,6 +284,7 @@ fn vit(size: Size, operator: Operator, channels: usize, class_tokens: usize) -> 
             deviation: PatchInput::DEVIATION,
             position: Default::default(),
             mask_token: false,
+            resized: false,
         }),
         blocks: vec![BlockSpec {
             repeat: 2,

@@ -177,6 +177,7 @@ fn usual(width: usize) -> ModelSpec {
             deviation: PatchInput::DEVIATION,
             position: Default::default(),
             mask_token: false,
+            resized: true,
         }),
         blocks: vec![BlockSpec {
             repeat: BLOCKS,

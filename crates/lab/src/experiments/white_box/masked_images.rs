@@ -155,6 +155,7 @@ fn input() -> PatchInput {
         deviation: PatchInput::DEVIATION,
         position: PatchPosition::SineCosine,
         mask_token: true,
+        resized: false,
     }
 }
 

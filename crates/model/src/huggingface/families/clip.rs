@@ -158,6 +158,7 @@ fn vision(config: &ClipVisionConfig, projection: usize) -> Result<Tower> {
             deviation: PatchInput::DEVIATION,
             position: Default::default(),
             mask_token: false,
+            resized: false,
         }),
         blocks: vec![block(
             config.num_hidden_layers,

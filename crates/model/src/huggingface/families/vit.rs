@@ -92,6 +92,7 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
         deviation: PatchInput::DEVIATION,
         position: Default::default(),
         mask_token: false,
+        resized: false,
     };
     let table = names(config, &kind, &input);
     let spec = ModelSpec {
