@@ -611,6 +611,20 @@ impl TrainSpec {
             let expected = "pooled, without labels, with self_distillation";
             return wrong("model.head", "another".into(), expected);
         }
+        if let Some(size) = own.crops.local_size {
+            let fits = size.iter().zip(input.image).all(|(side, whole)| {
+                (1..=whole).contains(side) && side.is_multiple_of(input.patch.max(1))
+            });
+            if !fits {
+                let expected = "whole patches, and no larger than the model's images";
+                let name = "self_distillation.crops.local_size";
+                return wrong(name, format!("{size:?}"), expected);
+            }
+            if size != input.image && !input.resized {
+                let expected = "true with small views of a size of their own";
+                return wrong("model.input.resized", "false".into(), expected);
+            }
+        }
         let pixels = input.image.iter().fold(input.channels, |product, side| {
             product.saturating_mul(*side)
         });

@@ -1,6 +1,8 @@
 //! Several views of each image: two that show much of it, for teacher and student, and some that show
 //! little, for the student alone.
 
+use std::ops::Range;
+
 use lapidary_kernels::{Device, Tensor};
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
@@ -28,6 +30,10 @@ pub struct CropSpec {
     pub local: [f64; 2],
     /// How many small ones there are.
     pub locals: usize,
+    /// Height and width of the small ones, in pixels, for a model that reads images of several sizes
+    /// (`input.resized`); those of the model's images when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub local_size: Option<[usize; 2]>,
     /// Probability with which a view is turned over, left to right.
     pub mirrored: f64,
     /// How far contrast is from 1 and brightness from 0 at most, each view by itself.
@@ -40,6 +46,7 @@ impl Default for CropSpec {
             global: [0.4, 1.0],
             local: [0.05, 0.4],
             locals: 6,
+            local_size: None,
             mirrored: 0.5,
             jitter: 0.4,
         }
@@ -88,13 +95,31 @@ impl CropSpec {
         GLOBAL + self.locals
     }
 
-    /// Every view of each image at one `size` `[height, width]`: `[views, images, channels, height, width]`,
-    /// the large ones first.
+    /// Every view of each image, those of one size together, `[views, images, channels, height, width]`: the large
+    /// ones first, at `size` `[height, width]`, and the small ones with them unless they have a
+    /// [size of their own](Self::local_size).
     ///
     /// # Errors
     /// When the images have different channels, or there is none.
     pub fn views(
         &self,
+        images: &[&Image],
+        size: [usize; 2],
+        generator: &mut Generator,
+    ) -> Result<Vec<Tensor>> {
+        match self.local_size.filter(|local| *local != size) {
+            Some(local) if self.locals > 0 => Ok(vec![
+                self.some(0..GLOBAL, images, size, generator)?,
+                self.some(GLOBAL..self.count(), images, local, generator)?,
+            ]),
+            _ => Ok(vec![self.some(0..self.count(), images, size, generator)?]),
+        }
+    }
+
+    /// Some of the views, all at one size.
+    fn some(
+        &self,
+        views: Range<usize>,
         images: &[&Image],
         size: [usize; 2],
         generator: &mut Generator,
@@ -107,9 +132,9 @@ impl CropSpec {
                 detail: "one at least is needed, and all with as many channels".to_owned(),
             });
         }
-        let mut pixels =
-            Vec::with_capacity(self.count() * images.len() * channels * height * width);
-        for view in 0..self.count() {
+        let count = views.len();
+        let mut pixels = Vec::with_capacity(count * images.len() * channels * height * width);
+        for view in views {
             let shares = match view < GLOBAL {
                 true => self.global,
                 false => self.local,
@@ -118,7 +143,7 @@ impl CropSpec {
                 pixels.extend(self.view(image, shares, size, generator));
             }
         }
-        let shape = vec![self.count(), images.len(), channels, height, width];
+        let shape = vec![count, images.len(), channels, height, width];
         engine(Tensor::from_vec(pixels, shape, &Device::Cpu))
     }
 
@@ -178,6 +203,41 @@ mod tests {
         views.flatten_all().unwrap().to_vec1().unwrap()
     }
 
+    /// Views that are all of one size.
+    fn only(spec: &CropSpec, images: &[&Image], size: [usize; 2], seed: u64) -> Tensor {
+        let mut views = spec.views(images, size, &mut generator(seed)).unwrap();
+        assert_eq!(views.len(), 1);
+        views.remove(0)
+    }
+
+    /// Small views of a size of their own show what they would show at the other: level ones the same level.
+    #[test]
+    fn small_views_may_be_small_images() {
+        let image = image(3);
+        let spec = |local_size| CropSpec {
+            locals: 3,
+            local_size,
+            ..CropSpec::default()
+        };
+        let apart = spec(Some([2, 4]));
+        let views = apart.views(&[&image; 5], [6, 8], &mut generator(2));
+        let views = views.unwrap();
+        let shapes: Vec<&[usize]> = views.iter().map(Tensor::dims).collect();
+        assert_eq!(shapes, [&[GLOBAL, 5, 3, 6, 8], &[3, 5, 3, 2, 4]]);
+        // The large ones are what they are beside small ones of their size.
+        let together = only(&spec(None), &[&image; 5], [6, 8], 2);
+        let large = together.narrow(0, 0, GLOBAL).unwrap();
+        assert_eq!(numbers(&views[0]), numbers(&large));
+        // Said twice, it is said once.
+        let same = only(&spec(Some([6, 8])), &[&image; 5], [6, 8], 2);
+        assert_eq!(numbers(&same), numbers(&together));
+        let none = CropSpec {
+            locals: 0,
+            ..spec(Some([2, 4]))
+        };
+        assert_eq!(only(&none, &[&image], [6, 8], 2).dims()[0], GLOBAL);
+    }
+
     #[test]
     fn windows_lie_inside_and_show_the_share_that_is_asked_for() {
         let image = image(0);
@@ -204,7 +264,7 @@ mod tests {
         let level = |number: f32| Image::new([3, 6, 8], vec![number; 3 * 6 * 8]).unwrap();
         let images = [level(1.0), level(-2.0)];
         let all: Vec<&Image> = images.iter().collect();
-        let views = spec.views(&all, [4, 4], &mut generator(1)).unwrap();
+        let views = only(&spec, &all, [4, 4], 1);
         assert_eq!(views.dims(), [3, 2, 3, 4, 4]);
         for (place, view) in numbers(&views).chunks(3 * 4 * 4).enumerate() {
             let expected = [1.0, -2.0][place % 2];
@@ -217,7 +277,7 @@ mod tests {
         let image = image(0);
         let of = |seed| {
             let spec = CropSpec::default();
-            numbers(&spec.views(&[&image], [6, 8], &mut generator(seed)).unwrap())
+            numbers(&only(&spec, &[&image], [6, 8], seed))
         };
         assert_eq!(of(1), of(1));
         assert_ne!(of(1), of(2));
@@ -231,7 +291,7 @@ mod tests {
             jitter: 0.25,
             ..CropSpec::default()
         };
-        let views = spec.views(&[&level], [4, 4], &mut generator(9)).unwrap();
+        let views = only(&spec, &[&level], [4, 4], 9);
         let numbers = numbers(&views);
         let mut levels = Vec::new();
         for view in numbers.chunks(16) {
@@ -253,7 +313,7 @@ mod tests {
                 jitter: 0.0,
                 ..CropSpec::default()
             };
-            let views = spec.views(&[&ramp], [1, 8], &mut generator(5)).unwrap();
+            let views = only(&spec, &[&ramp], [1, 8], 5);
             for view in numbers(&views).chunks(8) {
                 assert_eq!(view[7] > view[0], rises);
             }

@@ -169,16 +169,19 @@ impl Distiller {
             .views(&chosen, self.size, &mut self.generator)?;
         let temperatures = self.own.temperatures_at(self.step);
         let (model, projection) = self.teacher()?;
-        let global = engine(views.narrow(0, 0, GLOBAL))?;
+        let global = large(&views)?;
         let told = logits(&model, &projection, &global, Pass::default())?.detach();
         let probabilities = teacher_probabilities(&told, &self.centre, temperatures.teacher)?;
-        let pass = Pass {
-            dropout_seed: Some(seed),
-            draw: Some(seed),
-            step: Some(self.step),
-            ..Pass::default()
-        };
-        let said = logits(&self.student, &self.projection, &views, pass)?;
+        let said = self.said(&views, |size| {
+            // Views of another size draw for themselves.
+            let seed = seed.wrapping_add(size);
+            Pass {
+                dropout_seed: Some(seed),
+                draw: Some(seed),
+                step: Some(self.step),
+                ..Pass::default()
+            }
+        })?;
         let loss = distillation_loss(&said, &probabilities, temperatures.student)?;
         let value = number(&loss)?;
         if !value.is_finite() {
@@ -205,8 +208,29 @@ impl Distiller {
             loss: value,
             gradient_norm: norm,
             rate,
-            tokens: (self.own.crops.count() * self.spec.batch * self.spec.model.length()) as u64,
+            tokens: (self.spec.batch * self.tokens_of_views()) as u64,
         })
+    }
+
+    /// Tokens of all views of an image.
+    fn tokens_of_views(&self) -> usize {
+        let whole = self.spec.model.length();
+        let local = match (&self.spec.model.input, self.own.crops.local_size) {
+            (InputSpec::Patches(input), Some(size)) => {
+                let [rows, columns] = size.map(|side| side / input.patch.max(1));
+                rows * columns + input.class_tokens
+            }
+            _ => whole,
+        };
+        GLOBAL * whole + self.own.crops.locals * local
+    }
+
+    /// The student's logits `[views, images, outputs]` of views of one or two sizes, each in the pass that it gets.
+    fn said(&self, views: &[Tensor], pass: impl Fn(u64) -> Pass<'static>) -> Result<Tensor> {
+        let each = (0..).zip(views);
+        let each =
+            each.map(|(size, views)| logits(&self.student, &self.projection, views, pass(size)));
+        engine(Tensor::cat(&each.collect::<Result<Vec<_>>>()?, 0))
     }
 
     /// The mean loss on validation images, always in the same views, and what the teacher says of them.
@@ -218,9 +242,9 @@ impl Distiller {
         let (mut sum, mut seen, mut all) = (0.0, 0, Vec::new());
         self.told(|views, told| {
             let probabilities = teacher_probabilities(told, &self.centre, temperatures.teacher)?;
-            let said = logits(&self.student, &self.projection, views, Pass::default())?;
+            let said = self.said(views, |_| Pass::default())?;
             let loss = distillation_loss(&said, &probabilities, temperatures.student)?;
-            let images = engine(views.dim(1))?;
+            let images = engine(said.dim(1))?;
             sum += number(&loss.detach())? * images as f64;
             seen += images;
             all.push(probabilities);
@@ -249,16 +273,16 @@ impl Distiller {
         self.spread_of(&all)
     }
 
-    /// Hands over, batch by batch, views of validation images `[views, images, channels, height, width]` and the
-    /// teacher's logits of the large ones, `[views, images, outputs]`.
-    fn told(&self, mut each: impl FnMut(&Tensor, &Tensor) -> Result<()>) -> Result<()> {
+    /// Hands over, batch by batch, views of validation images, those of one size together
+    /// `[views, images, channels, height, width]`, and the teacher's logits of the large ones, `[views, images, outputs]`.
+    fn told(&self, mut each: impl FnMut(&[Tensor], &Tensor) -> Result<()>) -> Result<()> {
         let mut generator = generator(self.spec.seed ^ VALIDATION_SEED);
         let (model, projection) = self.teacher()?;
         let batches = self.images.validation.chunks(self.spec.batch);
         for images in batches.take(self.spec.validation.batches) {
             let images: Vec<&Image> = images.iter().collect();
             let views = self.own.crops.views(&images, self.size, &mut generator)?;
-            let global = engine(views.narrow(0, 0, GLOBAL))?;
+            let global = large(&views)?;
             let told = logits(&model, &projection, &global, Pass::default())?;
             each(&views, &told)?;
         }
@@ -375,6 +399,15 @@ fn sizes(spec: &TrainSpec, own: &SelfDistillationSpec) -> ProjectionSizes {
         bottleneck: own.bottleneck,
         outputs: own.outputs,
     }
+}
+
+/// The views that teacher and student both see, of those that begin with them.
+fn large(views: &[Tensor]) -> Result<Tensor> {
+    let first = views.first().ok_or_else(|| Error::Tensor {
+        name: "views".to_owned(),
+        detail: "one at least is needed".to_owned(),
+    })?;
+    engine(first.narrow(0, 0, GLOBAL))
 }
 
 /// Logits `[views, images, outputs]` of views `[views, images, channels, height, width]`.

@@ -16,9 +16,9 @@
 //! - [`Projection`]: from features to logits.
 //! - [`distillation_loss`], [`teacher_probabilities`], [`moved_centre`], [`Spread`].
 //!
-//! Every view is brought to the size of the model's images, where the published program shows small views as
-//! small images between whose positions it interpolates. Of its changes of colour there are contrast and
-//! brightness alone.
+//! Every view is brought to the size of the model's images, or small ones to a smaller size of their own
+//! ([`CropSpec::local_size`]) for a model that interpolates between its positions, as the published program does. Of its
+//! changes of colour there are contrast and brightness alone.
 
 mod crops;
 mod distiller;

@@ -215,6 +215,46 @@ fn teachers_are_compared_at_one_temperature() {
     assert!(said.contains("teacher_temperature is 0"), "{said}");
 }
 
+/// Small views as small images: fewer tokens are read, the run goes on where it stopped, and a model that does not read
+/// them, or no whole patches, are refused.
+#[test]
+fn small_views_are_small_images() {
+    let with = |local: Value, resized: bool| -> TrainSpec {
+        let mut settings = settings();
+        settings["self_distillation"]["crops"] = json!({ "locals": 3, "local_size": local });
+        settings["model"]["input"]["resized"] = json!(resized);
+        serde_json::from_value(settings).unwrap()
+    };
+    let small = || with(json!([4, 4]), true);
+    let mut whole = distiller(small());
+    let step = whole.step().unwrap();
+    // Of four images: two views of four patches, three of one, and a class token in each.
+    assert_eq!(step.tokens, 4 * (2 * 5 + 3 * 2));
+    assert!(step.loss.is_finite());
+    let state = whole.state().unwrap();
+    let mut resumed = distiller(small());
+    resumed.resume(&state).unwrap();
+    assert_eq!(whole.step().unwrap(), resumed.step().unwrap());
+    assert_eq!(whole.validate().unwrap(), resumed.validate().unwrap());
+    // At the size of the model's images nothing changes.
+    let mut same = distiller(with(json!([8, 8]), false));
+    let mut unsaid = distiller(with(Value::Null, false));
+    assert_eq!(same.step().unwrap(), unsaid.step().unwrap());
+
+    let said = |spec: TrainSpec| spec.validate().unwrap_err().to_string();
+    assert_eq!(
+        said(with(json!([4, 4]), false)),
+        "model.input.resized is false, but must be true with small views of a size of their own"
+    );
+    for local in [json!([4, 6]), json!([16, 8]), json!([0, 4])] {
+        let said = said(with(local, true));
+        assert!(
+            said.starts_with("self_distillation.crops.local_size is ["),
+            "{said}"
+        );
+    }
+}
+
 #[test]
 fn a_resumed_run_goes_on_bit_for_bit() {
     let mut whole = distiller(spec(&[("frozen_steps", json!(1))]));
