@@ -115,7 +115,8 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plo
     let found = All(found);
     let note = format!(
         "{} pictures of {SIDE} by {SIDE} pixels with one shape before a texture, patches of {PATCH} by {PATCH}, {} \
-         steps of {BATCH} pictures in {} views, small ones half as high and wide; heads and features are the teacher's; pictures that are asked about have \
+         steps of {BATCH} pictures in {} views, small ones half as high and wide; heads and features are the teacher's; \
+         pictures that are asked about have \
          colours, places and textures together that no other has",
         size.pictures,
         size.distillation_steps,
