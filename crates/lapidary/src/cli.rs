@@ -282,6 +282,8 @@ pub enum Analysis {
     Channels(crate::commands::inspect::channels::Channels),
     /// How a text's tokens gather from layer to layer
     Clusters(crate::commands::inspect::clusters::Clusters),
+    /// What tokens have in common at a site, as the maps of a few components
+    Components(crate::commands::inspect::components::Components),
     /// How much of what texts make of feed-forward weights lies along directions of little curvature,
     /// and what taking those out costs each text
     Curvature(crate::commands::inspect::curvature::Curvature),

@@ -8,6 +8,7 @@ pub mod autoencoder;
 pub mod channels;
 pub mod circuit;
 pub mod clustering;
+pub mod components;
 pub mod energy;
 pub mod geometry;
 pub mod linearity;

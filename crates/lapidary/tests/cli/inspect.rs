@@ -20,6 +20,34 @@ fn attention_is_inspected() {
 }
 
 #[test]
+fn components_of_tokens_are_shown() {
+    let arguments = [
+        "inspect",
+        "components",
+        "embedded",
+        "--text",
+        "the farmer sings",
+        "--json",
+    ];
+    let found = json(&arguments);
+    let rows = found["tables"][0]["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 3);
+    let map = &found["maps"][0];
+    assert_eq!(map["rows"].as_array().unwrap().len(), 3);
+    let tokens = map["columns"].as_array().unwrap().len();
+    let values = map["values"].as_array().unwrap();
+    assert!(
+        values
+            .iter()
+            .all(|row| row.as_array().unwrap().len() == tokens)
+    );
+    for (more, code) in [(["--components", "0"], 2), (["--site", "nowhere"], 1)] {
+        let arguments = arguments.iter().chain(&more).copied().collect::<Vec<_>>();
+        lapidary(&arguments).assert().code(code);
+    }
+}
+
+#[test]
 fn inspects_the_geometry_of_hidden_states() {
     let document = json(&[
         "inspect",

@@ -7,6 +7,7 @@ pub mod circuit;
 pub mod clip;
 pub mod clusters;
 pub mod collapse;
+pub mod components;
 pub mod curvature;
 pub mod energy;
 pub mod entropy;
@@ -29,6 +30,7 @@ pub fn run(arguments: &Inspect, global: &Global) -> Result<()> {
         Analysis::Geometry(arguments) => geometry::run(arguments, global)?,
         Analysis::Channels(arguments) => channels::run(arguments, global)?,
         Analysis::Clusters(arguments) => clusters::run(arguments, global)?,
+        Analysis::Components(arguments) => components::run(arguments, global)?,
         Analysis::Curvature(arguments) => curvature::run(arguments, global)?,
         Analysis::Energy(arguments) => energy::run(arguments, global)?,
         Analysis::Entropy(arguments) => entropy::run(arguments, global)?,
