@@ -216,10 +216,15 @@ fn a_reversed_block_takes_a_step_back() {
     let order = Tensor::new(&[2u32, 0, 1, 5, 3, 4], &Device::Cpu).unwrap();
     let dictionary = Tensor::eye(WIDTH, DType::F64, &Device::Cpu).unwrap();
     let dictionary = dictionary.index_select(&order, 0).unwrap();
-    let query = random(&[WIDTH, WIDTH], 11);
     let x = (random(&[1, 5, WIDTH], 12).abs().unwrap() + 1.0).unwrap();
-    let error = |scale: f64| {
-        let output = (random(&[WIDTH, WIDTH], 13) * scale).unwrap();
+    // What attention reads by, and what it writes by: drawn, and tied as in the derivation.
+    let drawn = [11, 13].map(|seed| random(&[WIDTH, WIDTH], seed));
+    let tied = [
+        orthogonal(),
+        orthogonal().t().unwrap().contiguous().unwrap(),
+    ];
+    let error = |[query, output]: &[Tensor; 2], scale: f64| {
+        let output = (output * scale).unwrap();
         let attention = [
             ("attention.query.weight".to_owned(), query.clone()),
             ("attention.output.weight".to_owned(), output),
@@ -236,9 +241,57 @@ fn a_reversed_block_takes_a_step_back() {
         let squares = (y.value() - &x).unwrap().sqr().unwrap();
         values(&squares).iter().sum::<f64>().sqrt()
     };
-    let slope = (error(0.02) / error(0.01)).log2();
-    assert!((slope - 2.0).abs() < 0.1, "{slope}");
-    assert!(error(0.0) < 1e-12);
+    for weights in [drawn, tied] {
+        let slope = (error(&weights, 0.02) / error(&weights, 0.01)).log2();
+        assert!((slope - 2.0).abs() < 0.1, "{slope}");
+        assert!(error(&weights, 0.0) < 1e-12);
+    }
+}
+
+/// Written by the bases that it is read by, attention is the derived step, `Σ_k U_k (U_kᵀ Z) softmax((U_kᵀ Z)ᵀ (U_kᵀ Z))`.
+#[test]
+fn tied_projections_make_the_derived_step() {
+    const HEADS: usize = 2;
+    const EACH: usize = WIDTH / HEADS;
+    let spec = MultiHeadSpec {
+        sharing: QueryKeySharing::All,
+        bias: false,
+        scale: Some(1.0),
+        ..MultiHeadSpec::new(HEADS)
+    };
+    // Rows are the bases of both heads.
+    let bases = orthogonal();
+    let map = Map::from([
+        ("query.weight".to_owned(), bases.clone()),
+        (
+            "output.weight".to_owned(),
+            bases.t().unwrap().contiguous().unwrap(),
+        ),
+    ]);
+    let attention = build(&map, |p| MultiHeadAttention::new(&spec, WIDTH, p)).unwrap();
+    let y = random(&[1, 5, WIDTH], 17);
+    let trace = Trace::new();
+    let found = attention
+        .forward(&Signal::from(y.clone()), &Context::new(&trace), None)
+        .unwrap();
+    let rows = y.squeeze(0).unwrap();
+    let mut expected = rows.zeros_like().unwrap();
+    for head in 0..HEADS {
+        let basis = bases.narrow(0, head * EACH, EACH).unwrap();
+        let w = rows.matmul(&basis.t().unwrap()).unwrap();
+        let weights = w.matmul(&w.t().unwrap()).unwrap().exp().unwrap();
+        let weights = weights
+            .broadcast_div(&weights.sum_keepdim(1).unwrap())
+            .unwrap();
+        let part = weights.matmul(&w).unwrap().matmul(&basis).unwrap();
+        expected = (expected + part).unwrap();
+    }
+    assert_near(
+        found.value(),
+        &expected.unsqueeze(0).unwrap(),
+        1e-12,
+        "derived",
+    );
 }
 
 /// The layers of one head each are listed once, and keys are what queries are.
