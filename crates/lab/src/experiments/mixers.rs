@@ -34,7 +34,7 @@ struct Size {
     examples: usize,
     /// On digits and on the order of motifs.
     steps: u64,
-    /// On lists and recall, which small models guess from what occurs from early on.
+    /// On lists and recall, where small models soon guess from what occurs and stay with that.
     steps_of_guesses: u64,
     /// Tokens of a list.
     longest_list: usize,
@@ -117,8 +117,8 @@ fn tasks(size: &Size, seed: u64) -> Vec<Task> {
             make(size.examples / 8, seed ^ 0x7e57),
         )
     };
-    let task = |name, [vocabulary, labels], steps, make: &dyn Fn(usize, u64) -> Vec<Labelled>| {
-        let (training, held_out) = halves(make);
+    let task = |name, sizes: [usize; 2], steps, make: &dyn Fn(usize, u64) -> Vec<Labelled>| {
+        let ([vocabulary, labels], (training, held_out)) = (sizes, halves(make));
         Task {
             name,
             vocabulary,
