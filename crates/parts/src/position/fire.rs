@@ -13,9 +13,13 @@
 //! only, so that earlier rows stay when tokens are added. The last bias of `f` shifts all scores of a
 //! row alike, which softmax does not see.
 //!
-//! Rows before `L` have as many different values as there are distances: the network runs once for
-//! each distance there, and once for every query and key beyond; where layers share it (FIRE-S), for
-//! the first of them only. Parameters:
+//! Rows before `L` have as many different values as there are distances: where all are before it, the
+//! network runs once for each distance. Beyond, `f` is taken as the straight pieces that a function of
+//! one number with hidden units `max(x, 0)` consists of
+//! ([`functional_bias`](lapidary_kernels::functional_bias)): a query and a key cost one multiplication
+//! for each head, whatever the width of the network, and hidden units are laid out for none. Only with
+//! `cos x`, and for positions that are drawn, does the network run for every query and key there. Where
+//! layers share it (FIRE-S), it is run for the first of them only. Parameters:
 //! `2 + 2 hidden + (layers − 1) (hidden² + hidden) + (hidden + 1) heads`.
 //!
 //! Bidirectional attention is an extension of ours: `|i − j|` relative to `max(i, j)`, with outputs of
@@ -26,7 +30,7 @@ use super::{RotarySpec, Span};
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
-use lapidary_kernels::{Activation, Tensor, linear, linear_activation};
+use lapidary_kernels::{Activation, BiasSpan, Tensor, functional_bias, linear, linear_activation};
 use rand::SeedableRng;
 use rand::seq::index::sample;
 use rand_chacha::ChaCha8Rng;
@@ -189,7 +193,7 @@ impl Fire {
     }
 
     /// The bias `[1, heads, query, key]`. Of causal attention, what belongs to later keys, which are
-    /// masked, is that of distance 0.
+    /// masked, means nothing.
     pub(super) fn bias(&self, span: Span) -> Result<Tensor> {
         let end = span.keys.max(span.offset + span.queries);
         if let (Some(positions), Some(seed)) = (self.spec.randomised, span.draw)
@@ -202,25 +206,59 @@ impl Fire {
             true => self.steady()?.saturating_sub(span.offset).min(span.queries),
             false => 0,
         };
+        if steady == span.queries && self.causal {
+            return self.before_length(span);
+        }
+        if self.spec.activation == FireActivation::Relu {
+            return self.in_pieces(span);
+        }
         let rest = Span {
             queries: span.queries - steady,
             offset: span.offset + steady,
             ..span
         };
         let positions: Vec<u32> = (0..end as u32).collect();
-        if rest.queries == span.queries {
-            return self.of_pairs(&positions, span);
+        let beyond = self.of_pairs(&positions, rest)?;
+        if steady == 0 {
+            return Ok(beyond);
         }
-        let count = span.offset + steady;
-        let relative = self.relative(&self.numbers((0..count).map(|d| d as f64))?, None)?;
+        let before = self.before_length(Span {
+            queries: steady,
+            ..span
+        })?;
+        tensor(Tensor::cat(&[before, beyond], 2))
+    }
+
+    /// The bias of queries that are all before `L`.
+    fn before_length(&self, span: Span) -> Result<Tensor> {
+        let count = span.offset + span.queries;
+        let by_distance = self.by_distance(count)?;
         // Later keys are masked, whatever they read.
-        let by_distance = self.network(&relative)?;
-        let by_distance = tensor(by_distance.pad_with_same(0, 0, end.saturating_sub(count)))?;
-        let first = spread(&by_distance, [steady, span.keys, span.offset])?;
-        if rest.queries == 0 {
-            return Ok(first);
-        }
-        tensor(Tensor::cat(&[first, self.of_pairs(&positions, rest)?], 2))
+        let later = span.keys.saturating_sub(count);
+        let by_distance = tensor(by_distance.pad_with_same(0, 0, later))?;
+        spread(&by_distance, [span.queries, span.keys, span.offset])
+    }
+
+    /// The bias of each distance below `count`, which is not beyond `L`: `[count, outputs]`.
+    fn by_distance(&self, count: usize) -> Result<Tensor> {
+        let distances = self.numbers((0..count).map(|d| d as f64))?;
+        self.network(&self.relative(&distances, None)?)
+    }
+
+    /// The bias of queries on both sides of `L`, of a network that consists of straight pieces.
+    fn in_pieces(&self, span: Span) -> Result<Tensor> {
+        let span = BiasSpan {
+            queries: span.queries,
+            keys: span.keys,
+            offset: span.offset,
+            causal: self.causal,
+        };
+        let count = span.keys.max(span.offset + span.queries);
+        let positions = self.numbers((0..count).map(|position| position as f64))?;
+        let distances = tensor(self.transformed(&positions)?.squeeze(1))?;
+        let whole = tensor(self.farthest(Some(&positions))?.squeeze(1))?;
+        let bias = functional_bias(&distances, &tensor(whole.recip())?, &self.layers, span)?;
+        tensor(bias.unsqueeze(0))
     }
 
     /// The first position that is not before `L`.
@@ -256,15 +294,20 @@ impl Fire {
         }
     }
 
-    /// `ψ(distance) / ψ(max(L, position))`, for distances and positions `[count, 1]`; positions before
-    /// `L` when absent.
-    fn relative(&self, distances: &Tensor, positions: Option<&Tensor>) -> Result<Tensor> {
+    /// `ψ(max(L, position))` of positions `[count, 1]`; of those before `L`, one number, when absent.
+    fn farthest(&self, positions: Option<&Tensor>) -> Result<Tensor> {
         let threshold = tensor(self.threshold()?.unsqueeze(0))?;
         let farthest = match positions {
             None => threshold,
             Some(positions) => tensor(positions.broadcast_maximum(&threshold))?,
         };
-        let whole = tensor(self.transformed(&farthest)? + EPSILON)?;
+        tensor(self.transformed(&farthest)? + EPSILON)
+    }
+
+    /// `ψ(distance) / ψ(max(L, position))`, for distances and positions `[count, 1]`; positions before
+    /// `L` when absent.
+    fn relative(&self, distances: &Tensor, positions: Option<&Tensor>) -> Result<Tensor> {
+        let whole = self.farthest(positions)?;
         tensor(self.transformed(distances)?.broadcast_div(&whole))
     }
 
