@@ -16,6 +16,7 @@ mod tiles;
 pub use attended::Attended;
 pub use blocks::{BlockAttention, BlockPart, Listed};
 pub use part::{AttentionPart, PartOptions, attention_part};
+pub(crate) use tiles::weights_and_slopes;
 
 use crate::host::{self, Host, by_dtype, fused};
 use crate::simd::Real;

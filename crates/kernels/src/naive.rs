@@ -13,6 +13,7 @@ use crate::{
 mod attention;
 mod codes;
 mod functional_bias;
+mod resolution;
 mod wavelet;
 
 pub use attention::{
@@ -23,6 +24,7 @@ pub use attention::{
 pub(crate) use attention::{block_rows, merged_rows};
 pub use codes::{hash_arguments, hashed_codes, hashed_features, passing_signs};
 pub use functional_bias::functional_bias;
+pub(crate) use resolution::resolution_attention;
 pub use wavelet::{wavelet_analysis, wavelet_synthesis};
 
 const MASKED: f64 = f64::NEG_INFINITY;

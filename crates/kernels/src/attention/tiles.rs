@@ -582,7 +582,7 @@ pub(super) fn backward<T: Real>(
 
 /// Scores become weights `P = e^{S-L}`, and `∂P` becomes `∂S = P ∘ (∂P - δ)`.
 #[inline(always)]
-pub(super) fn weights_and_slopes<T: Real>(
+pub(crate) fn weights_and_slopes<T: Real>(
     weights: &mut [T],
     slopes: &mut [T],
     columns: usize,

@@ -289,6 +289,22 @@ impl<'a, T: Real> Repeated<'a, T> {
     /// Columns that a part of the operand best begins at a multiple of.
     pub(crate) const COLUMNS: usize = blocked::PANEL_COLUMNS;
 
+    /// `result (+)= scale · a b` for the given rows and columns of the operand `b`, on this thread; rows of `result`
+    /// start `row_stride` apart.
+    pub(crate) fn multiply(
+        &self,
+        result: &mut [T],
+        row_stride: usize,
+        into: Into,
+        scale: T,
+        a: Matrix<T>,
+        part: (Range<usize>, Range<usize>),
+    ) {
+        assert!(extent(a.rows, part.1.len(), row_stride, 1) <= result.len());
+        // SAFETY: the result is borrowed exclusively and large enough.
+        unsafe { self.multiply_at((result.as_mut_ptr(), row_stride), into, scale, a, part) }
+    }
+
     /// [`multiply_at`] of `a` and the given rows and columns of the operand, on this thread.
     ///
     /// # Safety

@@ -4,24 +4,9 @@ use super::BlockAttention;
 use super::pieces::{Part, Piece};
 use super::rows::{Inputs, KEYS, QUERIES, key_tiles, multiply, tiles};
 use crate::host::{self, Shared};
+use crate::online_softmax::{State, online};
 use crate::product::{Into, Matrix, Repeated};
 use crate::simd::{self, Real};
-
-/// The largest score so far, and the sum of exponentials relative to it.
-#[derive(Clone, Copy)]
-struct State<T> {
-    maximum: T,
-    total: T,
-}
-
-impl<T: Real> State<T> {
-    fn nothing() -> Self {
-        Self {
-            maximum: T::NEG_INFINITY,
-            total: T::zero(),
-        }
-    }
-}
 
 /// Outputs so far, not yet divided by their sums.
 struct Results<'a, T> {
@@ -191,24 +176,6 @@ fn many<T: Real>(
             },
         );
     }
-}
-
-/// Turns scores into weights relative to the running maximum, and says by how much the earlier part of the
-/// output shrinks.
-#[inline(always)]
-fn online<T: Real>(scores: &mut [T], state: &mut State<T>) -> T {
-    let maximum = state.maximum.larger(simd::maximum(scores));
-    if maximum == T::NEG_INFINITY {
-        state.total += simd::without_hidden(scores);
-        return T::one();
-    }
-    let factor = match maximum > state.maximum && state.total > T::zero() {
-        true => (state.maximum - maximum).exp(),
-        false => T::one(),
-    };
-    state.maximum = maximum;
-    state.total = state.total * factor + simd::exponentiate(scores, maximum);
-    factor
 }
 
 /// A piece of so few queries that keys and values are read where they lie.

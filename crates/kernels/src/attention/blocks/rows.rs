@@ -169,7 +169,5 @@ pub(super) fn multiply<T: Real>(
     part: (Range<usize>, Range<usize>),
 ) {
     let columns = part.1.len();
-    assert!(a.rows * columns <= to.len());
-    // SAFETY: the result is borrowed exclusively and large enough.
-    unsafe { b.multiply_at((to.as_mut_ptr(), columns), into, scale, a, part) }
+    b.multiply(to, columns, into, scale, a, part);
 }

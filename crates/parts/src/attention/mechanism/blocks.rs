@@ -51,8 +51,6 @@ pub(super) struct Bias<'a> {
     pub(super) of_key: Option<&'a dyn Fn(At) -> f64>,
     /// Added to the score of a query and a key; `-∞` hides it.
     pub(super) of_pair: Option<&'a dyn Fn(At, At) -> f64>,
-    /// The positions of keys that a query does not see.
-    pub(super) hidden: Option<&'a dyn Fn(At) -> &'a [usize]>,
 }
 
 /// Blocks of queries and the keys that they meet. A query is in one of them at most.
@@ -108,18 +106,11 @@ impl Blocks {
             }
         }
         let (queries, keys) = (&*queries, &*keys);
-        let (mut pair_bias, mut hidden) = (Vec::new(), Vec::new());
-        let biased = bias.of_pair.is_some() || bias.hidden.is_some();
-        for [of, over] in each(&self.ends).filter(|_| biased) {
-            for (query, place) in queries[of.clone()].iter().zip(of.start as u32..) {
-                if let Some(bias) = bias.of_pair {
+        let mut pair_bias = Vec::new();
+        if let Some(bias) = bias.of_pair {
+            for [of, over] in each(&self.ends) {
+                for query in &queries[of] {
                     pair_bias.extend(keys[over.clone()].iter().map(|key| bias(*query, *key)));
-                }
-                if let Some(of) = bias.hidden {
-                    hidden.extend(places(of(*query), &keys[over.clone()]).map(|key| {
-                        let key = over.start + key;
-                        [place, key as u32]
-                    }));
                 }
             }
         }
@@ -137,7 +128,7 @@ impl Blocks {
             own: rule.own,
             key_bias: key_bias.into_iter().flatten().collect(),
             pair_bias,
-            hidden,
+            hidden: Vec::new(),
         }
     }
 }
@@ -147,15 +138,6 @@ fn each(ends: &[[usize; 2]]) -> impl Iterator<Item = [Range<usize>; 2]> + '_ {
     let starts = std::iter::once(&[0; 2]).chain(ends);
     let both = starts.zip(ends);
     both.map(|(start, end)| [start[0]..end[0], start[1]..end[1]])
-}
-
-/// Where keys stand at rising positions, among keys in their order.
-fn places<'a>(positions: &'a [usize], keys: &'a [At]) -> impl Iterator<Item = usize> + 'a {
-    positions.iter().flat_map(move |position| {
-        let first = keys.partition_point(|key| key.position < *position);
-        let end = keys.partition_point(|key| key.position <= *position);
-        first..end
-    })
 }
 
 /// Queries, keys, and the blocks in which they meet under one softmax.

@@ -13,8 +13,8 @@
 //! the largest of its row, give way to their parts of the next scale. With `scales = [32, 1]` that is
 //! MRA-2; `sparse` leaves out what was not refined (MRA-2-s), and a token whose row has no refined block
 //! gets nothing. `diagonal` and `first` name blocks of the largest scale that are refined before all others. No
-//! gradient passes through the choice. What a token gets at different scales is merged by the log-sums
-//! (`blocks.rs`), so that no logit is too large.
+//! gradient passes through the choice. What a token gets at different scales is one softmax
+//! ([`ResolutionAttention`]), so that no logit is too large; while decoding it is merged by the log-sums (`blocks.rs`).
 //!
 //! On an image blocks of the largest scale are tiles. Blocks are of real tokens, numbered from 0: pads are
 //! not there.
@@ -28,31 +28,27 @@
 //! `2 head_width + 2 value_width + 5`; means and merging. No parameters.
 
 mod layout;
-mod plan;
 mod step;
 
 pub use step::RefinedMemory;
 
-use super::blocks::{Bias, Blocks, Meetings, Rule, merge, operations};
-use super::sequences::{At, Sequences};
+use super::sequences::Sequences;
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Memory, Resumed};
 use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
 use crate::state::MixerState;
 use crate::{Error, Result};
-use lapidary_kernels::{BlockPart, Tensor};
+use lapidary_kernels::{ResolutionAttention, ResolutionOptions, Tensor};
 use lapidary_signal::Mixing;
 use layout::Layout;
-use plan::{Plan, Refined, Scaled};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 const MAX_SIZE: usize = 1 << 16;
 const MAX_SCALES: usize = 16;
 const MAX_PER_ROW: usize = 1 << 20;
 const MAX_COLUMNS: usize = 1 << 16;
-/// Added to the logit of a block that is refined first.
-const PRIOR: f64 = 5e3;
 
 /// Attention in blocks of several sizes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -176,8 +172,15 @@ impl Describe for MraSpec {
     fn build(&self, heads: &Heads, _: Parameters<'_>) -> Result<Box<dyn Mechanism>> {
         Ok(Box::new(Mra {
             spec: self.clone(),
-            causal: heads.causal,
-            scale: heads.scale,
+            options: ResolutionOptions {
+                sizes: self.scales.clone(),
+                per_row: self.per_row.clone(),
+                sparse: self.sparse,
+                causal: heads.causal,
+                diagonal: self.diagonal,
+                first: self.first,
+                scale: heads.scale,
+            },
         }))
     }
 }
@@ -186,8 +189,7 @@ impl Describe for MraSpec {
 #[derive(Debug)]
 struct Mra {
     spec: MraSpec,
-    causal: bool,
-    scale: f64,
+    options: ResolutionOptions,
 }
 
 impl Mechanism for Mra {
@@ -237,192 +239,26 @@ impl Mechanism for Mra {
 impl Mra {
     /// Attention of all tokens.
     fn among(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Resolutions> {
-        let width = tensor(q.dim(3))?;
         let layout = Layout::new(&self.spec, &Sequences::new(q, k, pass)?)?;
-        let scales = &self.spec.scales;
         let (q, k) = (layout.lay(q)?, layout.lay(k)?);
-        let keys = layout.means(&k, scales)?;
-        let queries = match self.causal {
-            false => layout.means(&q, scales)?,
-            true => scales
-                .iter()
-                .map(|&size| layout.firsts(&q, size))
-                .collect::<lapidary_kernels::Result<Vec<_>>>()?,
-        };
-        let scaled = Scaled {
-            q: &queries,
-            k: &keys,
-            scale: self.scale,
-        };
-        let plan = Plan::new(&self.spec, self.causal, &layout, &scaled)?;
-        let mut parts = Vec::new();
-        for (level, &size) in scales.iter().enumerate() {
-            if self.spec.sparse && level + 1 < scales.len() {
-                continue;
-            }
-            let refined = plan.levels.get(level);
-            let (Some(q), Some(k)) = (queries.get(level), keys.get(level)) else {
-                continue;
-            };
-            let all = match level
-                .checked_sub(1)
-                .and_then(|above| plan.levels.get(above))
-            {
-                None => vec![self.whole(&layout, size)],
-                Some(above) => {
-                    let coarse = scales.get(level - 1).copied().unwrap_or(size);
-                    let at_once = self.spec.per_row.get(level - 1).copied().unwrap_or(1);
-                    self.inside(&layout, above, [coarse, size], at_once.max(1))
-                }
-            };
-            let all = all.into_iter();
-            let all = all.map(|blocks| self.listed(&layout, (size, blocks), refined));
-            let meetings = Meetings::new(all.collect(), (q, k), self.scale)?;
-            parts.extend(meetings.map(|meetings| Scale {
-                size,
-                level,
-                meetings,
-            }));
-        }
-        // Means of queries and keys, and looking at blocks.
-        let averaged = if self.causal { 1 } else { 2 };
-        let before = averaged * summed(&layout, scales) * width + 2 * width * plan.considered;
+        let attention = ResolutionAttention::new([&q, &k], &layout.lengths, self.options.clone())?;
         Ok(Resolutions {
-            head_width: width,
-            scales: scales.clone(),
+            q,
+            k,
             layout,
-            parts,
-            before: before as u64,
+            attention: Arc::new(attention),
         })
     }
-
-    /// All blocks of the largest scale.
-    fn whole(&self, layout: &Layout, size: usize) -> Blocks {
-        let mut blocks = Blocks::default();
-        for of in 0..layout.count() {
-            let all = layout.blocks(of, size);
-            let at = |position: usize| At {
-                row: layout.row(of, position, size),
-                position,
-            };
-            // In causal attention no row has anything of its own block or later ones at this scale.
-            let keys = if self.causal {
-                all.saturating_sub(1)
-            } else {
-                all
-            };
-            blocks.push((0..all).map(at), (0..keys).map(at));
-        }
-        blocks
-    }
-
-    /// What refined blocks of one scale are made of at the next: `at_once` of a row in the first of some
-    /// parts, and twice as many as before in each further one, so that rows with many do not make those
-    /// with few as long.
-    fn inside(
-        &self,
-        layout: &Layout,
-        refined: &Refined,
-        [coarse, size]: [usize; 2],
-        at_once: usize,
-    ) -> Vec<Blocks> {
-        let each = coarse / size;
-        let mut parts: Vec<Blocks> = Vec::new();
-        for (&(of, x), keys) in &refined.by_row {
-            let all = layout.blocks(of, size);
-            let at = |position: usize| At {
-                row: layout.row(of, position, size),
-                position,
-            };
-            let within = |block: usize| block * each..all.min((block + 1) * each);
-            let (mut rest, mut count, mut part) = (keys.as_slice(), at_once, 0);
-            while !rest.is_empty() {
-                let (here, further) = rest.split_at(count.min(rest.len()));
-                if parts.len() == part {
-                    parts.push(Blocks::default());
-                }
-                if let Some(blocks) = parts.get_mut(part) {
-                    let keys = here.iter().flat_map(|&block| within(block));
-                    blocks.push(within(x).map(at), keys.map(at));
-                }
-                (rest, count, part) = (further, 2 * count, part + 1);
-            }
-        }
-        parts
-    }
-
-    /// Blocks of one scale, those left out that are refined further.
-    fn listed(
-        &self,
-        layout: &Layout,
-        (size, blocks): (usize, Blocks),
-        refined: Option<&Refined>,
-    ) -> BlockPart {
-        let each = layout.slots / size;
-        let count =
-            |key: At| -> f64 { (layout.tokens(key.row / each, key.position, size) as f64).ln() };
-        let none: &[usize] = &[];
-        let further = |query: At| {
-            let row = (query.row / each, query.position);
-            let keys = refined.and_then(|refined| refined.by_row.get(&row));
-            keys.map_or(none, Vec::as_slice)
-        };
-        let bias = match size {
-            1 => Bias::default(),
-            _ => Bias {
-                of_key: Some(&count),
-                hidden: Some(&further),
-                ..Bias::default()
-            },
-        };
-        let rule = Rule {
-            causal: self.causal,
-            // In causal attention a larger block has nothing of its own.
-            own: match self.causal && size > 1 {
-                true => f64::NEG_INFINITY,
-                false => 0.0,
-            },
-            ..Rule::default()
-        };
-        blocks.listed(rule, bias)
-    }
-}
-
-/// Tokens and blocks that are added up to make the means of all scales.
-fn summed(layout: &Layout, scales: &[usize]) -> usize {
-    let mut finer = 1;
-    let mut all = 0;
-    for &size in scales.iter().rev().filter(|size| **size > 1) {
-        all += layout.count() * layout.slots / finer;
-        finer = size;
-    }
-    all
-}
-
-/// Some of the blocks of one scale.
-#[derive(Debug)]
-struct Scale {
-    size: usize,
-    /// Which of the scales it is.
-    level: usize,
-    meetings: Meetings,
 }
 
 /// One softmax over blocks of several scales.
 #[derive(Debug)]
 struct Resolutions {
-    head_width: usize,
-    scales: Vec<usize>,
+    /// Queries and keys in their places, `[batch, heads, token, head_width]`.
+    q: Tensor,
+    k: Tensor,
     layout: Layout,
-    parts: Vec<Scale>,
-    before: u64,
-}
-
-impl Resolutions {
-    /// Rows of all slots.
-    fn rows(&self) -> usize {
-        self.layout.count() * self.layout.slots
-    }
+    attention: Arc<ResolutionAttention>,
 }
 
 impl Mixing for Resolutions {
@@ -431,20 +267,12 @@ impl Mixing for Resolutions {
     }
 
     fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let laid = self.layout.lay(values)?;
-        let means = self.layout.means(&laid, &self.scales)?;
-        let mut parts = Vec::with_capacity(self.parts.len());
-        for scale in &self.parts {
-            let values = means.get(scale.level).unwrap_or(&laid);
-            // What blocks got, for each of their tokens.
-            parts.push(scale.meetings.attended(values)?.repeated(scale.size));
-        }
-        self.layout.unlay(&merge(&parts, self.rows(), &laid)?)
+        let values = self.layout.lay(values)?;
+        let mixed = self.attention.output([&self.q, &self.k, &values])?;
+        self.layout.unlay(&mixed)
     }
 
     fn operations(&self, width: usize) -> u64 {
-        let parts = self.parts.iter().map(|scale| &scale.meetings);
-        let means = summed(&self.layout, &self.scales) * width;
-        self.before + means as u64 + operations(parts, self.rows(), [self.head_width, width])
+        self.attention.operations(width)
     }
 }

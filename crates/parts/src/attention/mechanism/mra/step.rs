@@ -2,10 +2,9 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use super::plan::{Candidate, Table, best_of_rows, dot};
-use super::{Meetings, Mra, Rule};
+use super::Mra;
 use crate::Result;
-use crate::attention::mechanism::blocks::{Bias, Blocks};
+use crate::attention::mechanism::blocks::{Bias, Blocks, Meetings, Rule};
 use crate::attention::mechanism::met::Met;
 use crate::attention::mechanism::sequences::{At, Sequence, Sequences};
 use crate::attention::mechanism::spans::{
@@ -13,7 +12,7 @@ use crate::attention::mechanism::spans::{
 };
 use crate::attention::mechanism::{MechanismPass, Resumed};
 use crate::error::tensor;
-use lapidary_kernels::{Tensor, embedding};
+use lapidary_kernels::{DType, Tensor, embedding, largest_of};
 
 /// Means of blocks that are over, keys and values, and which blocks the open rows refine.
 #[derive(Debug)]
@@ -53,8 +52,43 @@ impl Rules for Mra {
     }
 
     fn scale(&self) -> f64 {
-        self.scale
+        self.options.scale
     }
+}
+
+/// The rows of a tensor on the host.
+struct Table {
+    values: Vec<f64>,
+    width: usize,
+}
+
+impl Table {
+    fn new(x: &Tensor) -> Result<Self> {
+        let flat = tensor(tensor(x.detach().to_dtype(DType::F64))?.flatten_all())?;
+        Ok(Self {
+            values: tensor(flat.to_vec1())?,
+            width: tensor(x.dim(1))?,
+        })
+    }
+
+    fn row(&self, row: usize) -> &[f64] {
+        self.values
+            .get(row * self.width..(row + 1) * self.width)
+            .unwrap_or_default()
+    }
+}
+
+/// The product of two rows, summed up in several lanes at once.
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    const LANES: usize = 8;
+    let (a, b) = (a.chunks(LANES), b.chunks(LANES));
+    let mut sums = [0.0; LANES];
+    for (a, b) in a.zip(b) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    sums.iter().sum()
 }
 
 /// Who meets what at one scale.
@@ -174,23 +208,24 @@ impl Mra {
         let keys = means.recall_summaries(0, &picked)?;
         let keys = Table::new(&tensor(keys.get(sequence.index))?)?;
         let mut place = 0;
-        let candidates = blocks.iter().zip(columns).map(|(&key, column)| {
+        let values = blocks.iter().zip(columns).map(|(&key, column)| {
             let mut value = f64::NEG_INFINITY;
             if column.is_some() {
-                value = self.scale * dot(query.row(0), keys.row(place));
+                value = self.options.scale * dot(query.row(0), keys.row(place));
                 place += 1;
             }
-            if level == 0 {
-                value += self.spec.prior(row, key);
-            }
-            Candidate {
-                query: row,
-                key,
-                value,
+            match (key == row, level) {
+                (true, _) => f64::INFINITY,
+                (false, 0) => value + self.options.prior(row, key),
+                (false, _) => value,
             }
         });
-        let chosen = best_of_rows(candidates.collect(), self.count(level));
-        Ok(chosen.into_iter().map(|(_, key)| key).collect())
+        let values: Vec<f64> = values.collect();
+        let best = largest_of(&values, self.count(level));
+        Ok(best
+            .into_iter()
+            .filter_map(|at| blocks.get(at).copied())
+            .collect())
     }
 
     fn count(&self, level: usize) -> usize {
@@ -295,7 +330,7 @@ impl Mra {
         let width = tensor(q.dim(3))?;
         let tokens = tensor(means.recall(0, columns)?.reshape(((), width)))?;
         let both = [&tokens, &tokens];
-        let made = Summaries::new(&making, both, &Pooled::largest(both), self.scale)?;
+        let made = Summaries::new(&making, both, &Pooled::largest(both), self.options.scale)?;
         let keys = match &made {
             None => tokens,
             Some(made) => tensor(Tensor::cat(&[&tokens, &made.keys], 0))?,
@@ -319,7 +354,11 @@ impl Mra {
                 ..Rule::default()
             };
             let part = blocks.listed(rule, bias);
-            meetings.extend(Meetings::new(vec![part], (&queries, &keys), self.scale)?);
+            meetings.extend(Meetings::new(
+                vec![part],
+                (&queries, &keys),
+                self.options.scale,
+            )?);
         }
         let values = means.recall(1, columns)?;
         let values = tensor(values.reshape((batch, heads, columns.len(), ())))?;
