@@ -28,7 +28,7 @@ use crate::product::Matrix;
 use crate::simd::Real;
 use crate::stack::Stack;
 use crate::{D, DType, Device, Error, Result, Tensor, naive};
-use candle_core::{CpuStorage, CustomOp3, Layout, Shape};
+use candle_core::{CpuStorage, CustomOp3, Layout, Shape, WithDType};
 use choice::Chosen;
 use level::Level;
 use rayon::prelude::*;
