@@ -17,6 +17,7 @@ mod add;
 mod appended_rows;
 mod attention;
 mod autoencoder;
+mod beside_feature;
 mod beside_ones;
 mod by_hand;
 mod by_head;
@@ -67,10 +68,12 @@ mod sort;
 mod sparse;
 mod stack;
 mod streams;
+mod summed_rows;
 #[cfg(test)]
 mod test_data;
 mod tree_attention;
 mod wavelet;
+mod weighted_change;
 mod with_loss;
 
 pub use activation::Activation;
@@ -81,6 +84,7 @@ pub use attention::{
     attention_part, merged_attention,
 };
 pub use autoencoder::{AutoencoderGradients, AutoencoderWeights, autoencoder_gradients};
+pub use beside_feature::beside_feature;
 pub use beside_ones::beside_ones;
 pub use by_hand::{ByHand, by_hand};
 pub use candle_core::backprop::GradStore;
@@ -135,10 +139,12 @@ pub use streams::{
     StreamAffine, StreamBuffer, StreamShare, stream_affine, stream_dot, stream_mix, stream_mix_own,
     stream_squares, stream_sum,
 };
+pub use summed_rows::{RowSums, RowTerm, summed_rows};
 pub use tree_attention::{
     TreeMask, TreePairs, TreePiece, TreeSide, tree_attention, tree_attention_operations,
 };
 pub use wavelet::{wavelet_analysis, wavelet_synthesis};
+pub use weighted_change::weighted_change;
 pub use with_loss::with_loss;
 
 /// How a softmax over the last dimension is masked.

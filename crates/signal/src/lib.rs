@@ -42,6 +42,7 @@ mod operations;
 mod recurrence;
 pub mod relevance;
 pub mod rounding;
+mod rows;
 mod shape;
 mod signal;
 pub mod streams;

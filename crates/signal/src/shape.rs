@@ -40,7 +40,7 @@ impl Signal {
     }
 
     /// As [`Signal::moved`], for elements that are weighted or added up on the way.
-    fn summed(
+    pub(crate) fn summed(
         &self,
         flops_per_element: u64,
         map: &dyn Fn(&Tensor, usize) -> Result<Tensor>,

@@ -40,6 +40,11 @@ fn elementwise_operations_count_by_convention() {
             8 * elements,
             Box::new(move |x| x.layer_norm(Some(&gamma), None, 1e-5)),
         ),
+        (
+            // Five terms.
+            2 * 5 * WIDTH as u64,
+            Box::new(|x| Signal::summed_rows(&[&token_rows(x)?], row_sums(1))),
+        ),
         (0, Box::new(|x| x.transpose(0, 1)?.contiguous())),
         (
             0,

@@ -12,7 +12,8 @@ mod trace;
 
 use crate::{Linear, Matrix, Signal, Weight};
 use lapidary_kernels::{
-    Activation, AttentionOptions, DType, Device, RotaryPairs, Tensor, check::difference,
+    Activation, AttentionOptions, DType, Device, RotaryPairs, RowSums, RowTerm, Tensor,
+    check::difference, naive,
 };
 
 /// Irregular numbers, another sequence for each `phase`.
@@ -88,6 +89,25 @@ fn merged_attention_of(x: &Signal, groups: usize) -> crate::Result<Signal> {
         .linear_output(&layer(WIDTH, WIDTH, true, 4.0))
 }
 
+/// A row alone, none, a mean of two, and the same row once more, of so many sources by turns.
+fn row_sums(sources: usize) -> RowSums {
+    let term = |index: usize, row, weight| RowTerm {
+        source: index % sources,
+        row,
+        weight,
+    };
+    let mut sums = RowSums::new();
+    sums.push([term(0, 4, 1.0)]);
+    sums.push([]);
+    sums.push([term(1, 0, 0.5), term(0, 3, 0.5), term(1, 2, -1.0)]);
+    sums.push([term(1, 4, 2.0)]);
+    sums
+}
+
+fn token_rows(x: &Signal) -> crate::Result<Signal> {
+    x.reshape(&[BATCH * TOKENS, WIDTH])
+}
+
 /// Maps that are linear without a constant, so that they act on each stream as on a value.
 fn linear_operations() -> Vec<(&'static str, Operation)> {
     let u32s = |v: &[u32]| Tensor::new(v, &Device::Cpu).unwrap();
@@ -158,6 +178,17 @@ fn linear_operations() -> Vec<(&'static str, Operation)> {
         ("narrow heads", Box::new(move |x| heads(x)?.narrow(1, 1, 1))),
         ("select", Box::new(move |x| x.select(1, &picked))),
         ("place", Box::new(move |x| x.place(1, &placed, 5))),
+        (
+            "sums of rows",
+            Box::new(|x| Signal::summed_rows(&[&token_rows(x)?], row_sums(1))),
+        ),
+        (
+            "sums of rows of two",
+            Box::new(|x| {
+                let rows = token_rows(x)?;
+                Signal::summed_rows(&[&rows, &rows.scale(0.5)?], row_sums(2))
+            }),
+        ),
         ("unsqueeze", Box::new(|x| x.unsqueeze(1))),
         ("squeeze", Box::new(move |x| at(x, 1, 0, 1)?.squeeze(1))),
         (
@@ -257,6 +288,13 @@ fn other_operations() -> Vec<(&'static str, Operation)> {
             Box::new(move |x| x.depthwise_convolution(&kernel, Some(&conv_bias))),
         ),
         (
+            "sums of rows and a constant's",
+            Box::new(move |x| {
+                let rows = Signal::from(numbers(&[5, WIDTH], 11.0));
+                Signal::summed_rows(&[&token_rows(x)?, &rows], row_sums(2))
+            }),
+        ),
+        (
             "concatenate a constant",
             Box::new(move |x| Signal::concatenate(&[Signal::from(constant.clone()), x.clone()], 1)),
         ),
@@ -273,6 +311,13 @@ fn other_operations() -> Vec<(&'static str, Operation)> {
 
 #[test]
 fn operations_of_one_pass_give_what_their_parts_give() {
+    let rows = token_rows(&Signal::from(input())).unwrap();
+    let two = [&rows, &rows.scale(0.5).unwrap()];
+    let together = Signal::summed_rows(&two, row_sums(2)).unwrap();
+    let naive = naive::summed_rows(&two.map(Signal::value), &row_sums(2)).unwrap();
+    assert_close(together.value(), &naive, 1e-12, "sums of rows");
+    let none = Signal::summed_rows(&two, RowSums::new()).unwrap();
+    assert_eq!(none.dims(), [0, WIDTH]);
     for groups in [1, 2] {
         let split = attention_of(&Signal::from(input()), groups).unwrap();
         let merged = merged_attention_of(&Signal::from(input()), groups).unwrap();
