@@ -5,8 +5,8 @@ use super::MultiHeadAttention;
 use super::by_place::ByPlace;
 use crate::error::tensor;
 use crate::{Context, Error, Result};
-use lapidary_kernels::{AttentionOptions, Tensor};
-use lapidary_signal::Signal;
+use lapidary_kernels::{AttentionOptions, Tensor, beside_feature};
+use lapidary_signal::{Lens, Signal};
 
 impl MultiHeadAttention {
     /// How much attention each of `keys` `[batch, key, width]` gets from `queries`
@@ -101,6 +101,9 @@ impl MultiHeadAttention {
 /// One more feature for each head of `x` `[batch, length, heads · width]`, the number of its token in
 /// `feature` `[batch, length]`.
 fn widened(x: &Signal, heads: usize, feature: &Tensor) -> Result<Signal> {
+    if let Lens::Plain = x.lens() {
+        return Ok(Signal::from(beside_feature(x.value(), feature, heads)?));
+    }
     let (batch, length, width) = tensor(x.value().dims3())?;
     let width = width / heads.max(1);
     let each = tensor(feature.reshape((batch, length, 1, 1)))?;

@@ -1,9 +1,9 @@
 //! Which tokens are VIPs, and the order in which they come first.
 
 use super::VccSpec;
+use super::store::means_and_rows;
 use crate::error::tensor;
 use crate::organisation::Read;
-use crate::organisation::fold::lengthened;
 use crate::{Error, Result};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_signal::Signal;
@@ -38,10 +38,12 @@ pub struct Order {
     vips: usize,
     blocks: usize,
     size: usize,
-    /// Row of each place among `batch · (length + 1)`, the last of each sequence being zeros.
-    into: Tensor,
-    /// Row of each token among `batch · (vips + blocks · size)`.
-    back: Tensor,
+    /// The token in each VIP slot, and at each place of the blocks where there is one, among
+    /// `batch · length`.
+    vip_rows: Vec<u32>,
+    block_rows: Vec<Option<u32>>,
+    /// The place of each token among the `vips + blocks · size` of its sequence.
+    back: Vec<usize>,
     /// `[batch, vips]`.
     vip_mask: Tensor,
     /// The share of each slot in choosing blocks, `[batch, vips]`.
@@ -70,48 +72,47 @@ impl Order {
             None => vec![vec![1; length]; batch],
         };
         let important = important(spec, read, &kept)?;
-        let (mut into, mut back) = (Vec::new(), Vec::new());
+        let (mut vip_rows, mut block_rows, mut back) = (Vec::new(), Vec::new(), Vec::new());
         let (mut vip_mask, mut shares, mut real) = (Vec::new(), Vec::new(), Vec::new());
         let (mut vip_positions, mut block_positions) = (Vec::new(), Vec::new());
         for (sequence, (kept, important)) in kept.iter().zip(&important).enumerate() {
             let mut order: Vec<usize> = (0..length).collect();
             order.sort_by_key(|token| !important.get(*token).copied().unwrap_or(false));
-            let mut back_here = vec![0u32; length];
+            let mut back_here = vec![0; length];
             for (place, token) in order.iter().enumerate() {
                 if let Some(slot) = back_here.get_mut(*token) {
-                    *slot = (sequence * places + place) as u32;
+                    *slot = place;
                 }
             }
             back.extend(back_here);
             order.resize(places, length);
-            into.extend(
-                order
-                    .iter()
-                    .map(|token| (sequence * (length + 1) + token) as u32),
-            );
             let is_real = |token: &usize| kept.get(*token).copied().unwrap_or(0);
             let (first, others) = order.split_at(vips);
             let chosen = |token: &usize| important.get(*token).copied().unwrap_or(false);
             let count = first.iter().filter(|token| chosen(token)).count().max(1);
             let share = |token: &usize| f64::from(u8::from(chosen(token))) / count as f64;
+            let row = |token: &usize| (sequence * length + token) as u32;
+            vip_rows.extend(first.iter().map(row));
+            block_rows.extend(
+                others
+                    .iter()
+                    .map(|token| (*token < length).then(|| row(token))),
+            );
             vip_mask.extend(first.iter().map(is_real));
             shares.extend(first.iter().map(share));
             real.extend(others.iter().map(is_real));
             vip_positions.extend(first.iter().map(|token| *token as u32));
             block_positions.extend(others.iter().map(|token| *token as u32));
         }
-        let listed = |rows: Vec<u32>| {
-            let count = rows.len();
-            tensor(Tensor::from_vec(rows, count, device))
-        };
         Ok(Self {
             batch,
             length,
             vips,
             blocks,
             size,
-            into: listed(into)?,
-            back: listed(back)?,
+            vip_rows,
+            block_rows,
+            back,
             vip_mask: tensor(Tensor::from_vec(vip_mask, (batch, vips), device))?,
             shares,
             real,
@@ -146,34 +147,27 @@ impl Order {
         [&self.vip_positions, &self.block_positions]
     }
 
-    /// `x` `[batch, length, width]` as VIPs `[batch, vips, width]` and blocks
-    /// `[batch, blocks · size, width]`.
-    pub(super) fn apply(&self, x: &Signal) -> Result<(Signal, Signal)> {
-        let (batch, length, width) = tensor(x.value().dims3())?;
-        let places = self.vips + self.blocks * self.size;
-        let rows = lengthened(x, length + 1)?.reshape(&[batch * (length + 1), width])?;
-        let rows = rows
-            .select(0, &self.into)?
-            .reshape(&[batch, places, width])?;
-        Ok((
-            rows.narrow(1, 0, self.vips)?,
-            rows.narrow(1, self.vips, places - self.vips)?,
-        ))
+    /// The tokens in the VIP slots, as rows of `batch · length`.
+    pub(super) fn vip_rows(&self) -> &[u32] {
+        &self.vip_rows
     }
 
-    /// The VIPs of `x` alone.
+    /// The tokens at the places of the blocks, as rows of `batch · length`; none behind the last token.
+    pub(super) fn block_rows(&self) -> &[Option<u32>] {
+        &self.block_rows
+    }
+
+    /// The place of each token of a sequence, VIP slots first, sequence by sequence.
+    pub(super) fn back(&self) -> impl Iterator<Item = &[usize]> {
+        self.back.chunks(self.length.max(1))
+    }
+
+    /// The VIPs of `x` `[batch, length, width]` alone, `[batch, vips, width]`.
     pub(super) fn vips_of(&self, x: &Signal) -> Result<Signal> {
-        Ok(self.apply(x)?.0)
-    }
-
-    /// The way back of [`Order::apply`].
-    pub(super) fn undo(&self, vips: &Signal, blocks: &Signal) -> Result<Signal> {
-        let rows = Signal::concatenate(&[vips.clone(), blocks.clone()], 1)?;
-        let (batch, places, width) = tensor(rows.value().dims3())?;
-        let rows = rows.reshape(&[batch * places, width])?;
-        Ok(rows
-            .select(0, &self.back)?
-            .reshape(&[batch, self.length, width])?)
+        let (batch, length, width) = tensor(x.value().dims3())?;
+        let rows = x.reshape(&[batch * length, width])?;
+        let vips = means_and_rows(&rows, [], self.vip_rows.iter().copied())?;
+        Ok(vips.reshape(&[batch, self.vips, width])?)
     }
 }
 

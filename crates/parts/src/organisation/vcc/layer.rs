@@ -3,32 +3,30 @@
 use super::VccSpec;
 use super::importance::Order;
 use super::selection::{Chosen, choose};
-use super::store::DifferenceStore;
+use super::store::{TokenStore, means_and_rows};
 use crate::block::Block;
 use crate::error::tensor;
 use crate::organisation::Run;
 use crate::{Context, Result};
-use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_signal::Signal;
+use lapidary_kernels::{DType, Device, Tensor, weighted_change};
+use lapidary_signal::{Lens, Signal};
 use std::sync::Arc;
 
 /// VIP tokens, means of blocks, and how far the tokens of a block are from its mean.
 #[derive(Debug)]
 pub(super) struct Compressed<'a> {
     order: &'a Order,
-    /// `[batch, vips, width]`.
-    vips: Signal,
-    /// `[batch, blocks, width]`.
-    means: Signal,
-    differences: DifferenceStore,
+    /// The store's last means are those of the blocks of all sequences and behind them their VIPs,
+    /// `[batch · (blocks + vips), width]`.
+    store: TokenStore,
+    /// The VIPs' rows of what the store was given last, sequence by sequence.
+    vip_rows: Vec<u32>,
     fixed: Arc<Fixed>,
 }
 
 /// What layers do not change.
 #[derive(Debug)]
 struct Fixed {
-    /// `1 / count` at each real token of a block and 0 at pads, `[batch · blocks, size, 1]`.
-    averaging: Tensor,
     /// Real tokens of each block, `[batch, blocks]` flat.
     counts: Vec<usize>,
     /// Whether a block has any, `[batch, blocks]`.
@@ -43,106 +41,112 @@ impl Fixed {
     fn new(order: &Order, dtype: DType, device: &Device) -> Result<Self> {
         let [batch, vips, blocks, size] = order.sizes();
         let [_, positions] = order.positions();
-        let (mut averaging, mut counts) = (Vec::new(), Vec::new());
-        let (mut keep, mut means) = (Vec::new(), Vec::new());
+        let (mut counts, mut keep, mut means) = (Vec::new(), Vec::new(), Vec::new());
         for (real, positions) in order.real().chunks(size).zip(positions.chunks(size)) {
             let count = real.iter().filter(|kept| **kept != 0).count();
-            let each = 1.0 / count.max(1) as f64;
-            averaging.extend(
-                real.iter()
-                    .map(|kept| each * f64::from(u8::from(*kept != 0))),
-            );
             let of_real = positions.iter().zip(real).filter(|(_, kept)| **kept != 0);
             let sum: u64 = of_real.map(|(position, _)| u64::from(*position)).sum();
             means.push((sum as f64 / count.max(1) as f64).round() as u32);
             keep.push(u8::from(count > 0));
             counts.push(count);
         }
-        let numbers = |values: Vec<f64>, shape: &[usize]| {
-            tensor(tensor(Tensor::from_vec(values, shape, device))?.to_dtype(dtype))
-        };
+        let shares = tensor(Tensor::from_slice(order.shares(), (batch, vips), device))?;
         Ok(Self {
-            averaging: numbers(averaging, &[batch * blocks, size, 1])?,
             counts,
             keep: tensor(Tensor::from_vec(keep, (batch, blocks), device))?,
             positions: means,
-            shares: numbers(order.shares().to_vec(), &[batch, vips])?,
+            shares: tensor(shares.to_dtype(dtype))?,
         })
     }
 }
 
-/// Means `[rows, width]` of `x` `[rows, size, width]` and the differences from them,
-/// `[rows, size · width]`.
-fn coarsen(x: &Signal, averaging: &Tensor) -> Result<(Signal, Signal)> {
-    let (rows, size, width) = tensor(x.value().dims3())?;
-    let means = x.weighted_sum(averaging, 1)?;
-    let spread = means.unsqueeze(1)?.broadcast(&[rows, size, width])?;
-    let differences = spread.add(&x.scale(-1.0)?)?;
-    Ok((means, differences.reshape(&[rows, size * width])?))
-}
-
-/// Tokens `[rows, size, width]` of blocks with these means `[rows, width]` and differences.
-fn refine(means: &Signal, differences: &Signal, size: usize) -> Result<Signal> {
-    let (rows, width) = tensor(means.value().dims2())?;
-    let spread = means.unsqueeze(1)?.broadcast(&[rows, size, width])?;
-    let differences = differences.reshape(&[rows, size, width])?;
-    Ok(spread.add(&differences.scale(-1.0)?)?)
+/// The rows of a block's real tokens.
+fn real_rows(rows: impl Iterator<Item = Option<u32>>, real: &[u8]) -> Vec<u32> {
+    let kept = rows.zip(real).filter(|(_, kept)| **kept != 0);
+    kept.filter_map(|(row, _)| row).collect()
 }
 
 impl<'a> Compressed<'a> {
     /// Compresses `x` `[batch, length, width]`.
     pub(super) fn new(x: &Signal, order: &'a Order) -> Result<Self> {
-        let [batch, _, blocks, size] = order.sizes();
-        let width = x.dims().last().copied().unwrap_or(0);
-        let (vips, tokens) = order.apply(x)?;
+        let (batch, length, width) = tensor(x.value().dims3())?;
+        let [_, _, _, size] = order.sizes();
         let fixed = Arc::new(Fixed::new(order, x.dtype(), x.device())?);
-        let tokens = tokens.reshape(&[batch * blocks, size, width])?;
-        let (means, differences) = coarsen(&tokens, &fixed.averaging)?;
+        let tokens = x.reshape(&[batch * length, width])?;
+        let rows = order.block_rows();
+        let blocks = rows.chunks(size).zip(order.real().chunks(size));
+        let lists = blocks.map(|(rows, real)| real_rows(rows.iter().copied(), real));
+        let vip_rows = order.vip_rows().to_vec();
+        let means = means_and_rows(&tokens, lists, vip_rows.iter().copied())?;
         Ok(Self {
             order,
-            vips,
-            means: means.reshape(&[batch, blocks, width])?,
-            differences: DifferenceStore::new(differences)?,
+            store: TokenStore::new(tokens, means, rows.to_vec(), size)?,
+            vip_rows,
             fixed,
         })
     }
 
-    pub(super) fn vips(&self) -> &Signal {
-        &self.vips
+    /// The means of blocks `[batch, blocks, width]`.
+    fn means(&self) -> Result<Signal> {
+        let [batch, _, blocks, _] = self.order.sizes();
+        let all = self.store.means()?;
+        let (_, width) = tensor(all.value().dims2())?;
+        let means = all.narrow(0, 0, batch * blocks)?;
+        Ok(means.reshape(&[batch, blocks, width])?)
+    }
+
+    /// `[batch, vips, width]`.
+    pub(super) fn vips(&self) -> Result<Signal> {
+        let [batch, vips, blocks, _] = self.order.sizes();
+        let all = self.store.means()?;
+        let (_, width) = tensor(all.value().dims2())?;
+        let behind = all.narrow(0, batch * blocks, batch * vips)?;
+        Ok(behind.reshape(&[batch, vips, width])?)
+    }
+
+    /// The row of a VIP in what was written last.
+    fn vip_row(&self, sequence: usize, slot: usize) -> u32 {
+        let [_, vips, ..] = self.order.sizes();
+        let row = self.vip_rows.get(sequence * vips + slot);
+        row.copied().unwrap_or(0)
     }
 
     /// All tokens at their places, `[batch, length, width]`.
     pub(super) fn expanded(&self) -> Result<Signal> {
-        let [batch, _, blocks, size] = self.order.sizes();
-        let width = self.vips.dims().last().copied().unwrap_or(0);
-        let means = self.means.reshape(&[batch * blocks, width])?;
-        let all: Vec<usize> = (0..batch * blocks).collect();
-        let tokens = refine(&means, &self.differences.read(&all)?, size)?;
-        let tokens = tokens.reshape(&[batch, blocks * size, width])?;
-        self.order.undo(&self.vips, &tokens)
+        let [batch, vips, blocks, size] = self.order.sizes();
+        let mut reading = self.store.reading();
+        for (sequence, places) in self.order.back().enumerate() {
+            for place in places {
+                match place.checked_sub(vips) {
+                    None => reading.row(self.vip_row(sequence, *place)),
+                    Some(place) => reading.token(sequence * blocks + place / size, place % size)?,
+                }
+            }
+        }
+        let tokens = reading.done()?;
+        let (rows, width) = tensor(tokens.value().dims2())?;
+        Ok(tokens.reshape(&[batch, rows / batch.max(1), width])?)
     }
 
     /// The form behind one block of the model.
     pub(super) fn through(
-        self,
+        mut self,
         block: &Arc<Block>,
         run: &Run<'_>,
         spec: &VccSpec,
         cx: &Context<'_>,
     ) -> Result<Self> {
-        let [batch, vips, blocks, size] = self.order.sizes();
-        let width = self.vips.dims().last().copied().unwrap_or(0);
+        let [batch, _, blocks, _] = self.order.sizes();
         let fine_count = spec.fine.min(blocks);
-        let coarse_count = blocks - fine_count;
         let fixed = self.fixed.clone();
-        let chosen = match coarse_count {
+        let chosen = match blocks - fine_count {
             // There is nothing to choose.
-            0 => Chosen::all(&fixed.keep, self.means.dtype())?,
+            0 => Chosen::all(&fixed.keep, self.store.means()?.dtype())?,
             _ => choose(
                 block,
                 spec,
-                (&self.vips, &fixed.shares),
-                (&self.means, &fixed.keep),
+                (&self.vips()?, &fixed.shares),
+                (&self.means()?, &fixed.keep),
                 cx,
             )?,
         };
@@ -151,24 +155,8 @@ impl<'a> Compressed<'a> {
             Signal::from(chosen.importance),
         )?;
         let short = Short::new(&chosen.ranking, fine_count, self.order, &fixed)?;
-
-        // U = [fine tokens; coarse means; VIPs].
-        let means = self.means.reshape(&[batch * blocks, width])?;
-        let device = self.vips.device().clone();
-        let rows = |blocks: &[usize]| -> Result<Tensor> {
-            let rows: Vec<u32> = blocks.iter().map(|block| *block as u32).collect();
-            tensor(Tensor::from_vec(rows, blocks.len(), &device))
-        };
-        let fine_means = means.select(0, &rows(&short.fine)?)?;
-        let fine = refine(&fine_means, &self.differences.read(&short.fine)?, size)?;
-        let fine = fine.reshape(&[batch, fine_count * size, width])?;
-        let mut parts = vec![fine];
-        if coarse_count > 0 {
-            let coarse = means.select(0, &rows(&short.coarse)?)?;
-            parts.push(coarse.reshape(&[batch, coarse_count, width])?);
-        }
-        parts.push(self.vips.clone());
-        let tokens = Signal::concatenate(&parts, 1)?;
+        let tokens = self.refined(&short)?;
+        let device = tokens.device().clone();
 
         let weights = short.weights(importance.value(), &device)?;
         let counts = match spec.scale_correction {
@@ -176,17 +164,9 @@ impl<'a> Compressed<'a> {
             false => tensor(weights.zeros_like())?,
         };
         let bias = tensor(tensor(weights.log())? + counts)?;
-        let listed = |values: &[u32]| {
-            let shape = (batch, values.len() / batch.max(1));
-            tensor(Tensor::from_vec(values.to_vec(), shape, &device))
-        };
-        let places = listed(&short.positions)?;
-        let length = short.keep.len() / batch.max(1);
-        let keep = tensor(Tensor::from_vec(
-            short.keep.clone(),
-            (batch, length),
-            &device,
-        ))?;
+        let shape = (batch, short.length);
+        let places = tensor(Tensor::from_slice(&short.positions, shape, &device))?;
+        let keep = tensor(Tensor::from_slice(&short.keep, shape, &device))?;
         let inside = Context {
             key_padding: Some(&keep),
             key_bias: Some(&bias),
@@ -195,41 +175,85 @@ impl<'a> Compressed<'a> {
         };
         let written = run(block, tokens.clone(), &inside)?;
         // out = w (h + F(x + h)) + x. As w is 1 that is what the block gives, with one more gradient.
-        let change = tensor(written.value() - tokens.value())?.detach();
-        let gain = tensor(tensor(weights - 1.0)?.unsqueeze(2))?;
-        let written = written.add_constant(&tensor(change.broadcast_mul(&gain))?)?;
+        let gain = tensor(weights - 1.0)?;
+        let written = match written.lens() {
+            Lens::Plain => {
+                let value = weighted_change(written.value(), tokens.value(), &gain)?;
+                Signal::from(value)
+            }
+            _ => {
+                let change = tensor(written.value() - tokens.value())?.detach();
+                let gain = tensor(gain.unsqueeze(2))?;
+                written.add_constant(&tensor(change.broadcast_mul(&gain))?)?
+            }
+        };
+        self.write(&written, &short)?;
+        Ok(self)
+    }
 
-        // Fine blocks are averaged anew; coarse means replace the old ones.
-        let fine = written.narrow(1, 0, fine_count * size)?;
-        let fine = fine.reshape(&[batch * fine_count, size, width])?;
-        let averaging = tensor(fixed.averaging.index_select(&rows(&short.fine)?, 0))?;
-        let (fine_means, differences) = coarsen(&fine, &averaging)?;
-        let mut means = vec![fine_means.reshape(&[batch, fine_count, width])?];
-        if coarse_count > 0 {
-            means.push(written.narrow(1, fine_count * size, coarse_count)?);
+    /// `U = [fine tokens; coarse means; VIPs]` of each sequence, `[batch, tokens, width]`.
+    fn refined(&self, short: &Short) -> Result<Signal> {
+        let [batch, vips, _, size] = self.order.sizes();
+        let mut reading = self.store.reading();
+        for sequence in 0..batch {
+            for (block, _) in short.fine_of(sequence) {
+                for token in 0..size {
+                    reading.token(*block, token)?;
+                }
+            }
+            for (block, _) in short.coarse_of(sequence) {
+                reading.mean(*block)?;
+            }
+            for slot in 0..vips {
+                reading.row(self.vip_row(sequence, slot));
+            }
         }
-        let means = Signal::concatenate(&means, 1)?.reshape(&[batch * blocks, width])?;
-        let means = means.select(0, &rows(&short.back)?)?;
-        let mut store = self.differences;
-        store.write(&short.fine, differences)?;
-        Ok(Self {
-            order: self.order,
-            vips: written.narrow(1, length - vips, vips)?,
-            means: means.reshape(&[batch, blocks, width])?,
-            differences: store,
-            fixed,
-        })
+        let tokens = reading.done()?;
+        let (_, width) = tensor(tokens.value().dims2())?;
+        Ok(tokens.reshape(&[batch, short.length, width])?)
+    }
+
+    /// Takes over what a block made of the short sequences: fine blocks are averaged anew, and coarse means
+    /// replace the old ones.
+    fn write(&mut self, written: &Signal, short: &Short) -> Result<()> {
+        let [batch, vips, blocks, size] = self.order.sizes();
+        let (_, length, width) = tensor(written.value().dims3())?;
+        let written = written.reshape(&[batch * length, width])?;
+        let mut lists = vec![Vec::new(); batch * blocks];
+        for (block, first) in &short.fine {
+            let real = self.order.real().get(block * size..(block + 1) * size);
+            let rows = (*first..).map(Some);
+            if let Some(list) = lists.get_mut(*block) {
+                *list = real_rows(rows, real.unwrap_or(&[]));
+            }
+        }
+        for (block, row) in &short.coarse {
+            if let Some(list) = lists.get_mut(*block) {
+                *list = vec![*row];
+            }
+        }
+        let last = |sequence: usize| ((sequence + 1) * length - vips) as u32;
+        self.vip_rows = (0..batch)
+            .flat_map(|sequence| (last(sequence)..).take(vips))
+            .collect();
+        let means = means_and_rows(&written, lists, self.vip_rows.iter().copied())?;
+        self.store
+            .write((written, means), &short.fine, &short.coarse)
     }
 }
 
 /// The short sequences of a batch that a block of the model sees.
 #[derive(Debug)]
 struct Short {
-    /// Fine and coarse blocks of all sequences, as rows of `batch · blocks`.
-    fine: Vec<usize>,
-    coarse: Vec<usize>,
-    /// For each block where it lies among fine and coarse means, as rows of `batch · blocks`.
-    back: Vec<usize>,
+    /// Tokens of each.
+    length: usize,
+    /// Fine blocks of all sequences, as rows of `batch · blocks`, each with the row of its first token among
+    /// `batch · length`.
+    fine: Vec<(usize, u32)>,
+    /// Coarse ones, each with the row of its mean.
+    coarse: Vec<(usize, u32)>,
+    /// Fine and coarse blocks of a sequence.
+    each: [usize; 2],
     /// For each token of the short sequences: whether it is real, how many it stands for, its
     /// position, its block as a row and how its weight depends on that block's importance.
     keep: Vec<u8>,
@@ -247,10 +271,14 @@ impl Short {
         fixed: &Fixed,
     ) -> Result<Self> {
         let [_, vips, blocks, size] = order.sizes();
+        let fine_count = fine_count.min(blocks);
+        let coarse_count = blocks - fine_count;
+        let length = fine_count * size + coarse_count + vips;
         let mut short = Self {
+            length,
             fine: Vec::new(),
             coarse: Vec::new(),
-            back: vec![0; ranking.len() * blocks],
+            each: [fine_count, coarse_count],
             keep: Vec::new(),
             counts: Vec::new(),
             positions: Vec::new(),
@@ -269,12 +297,9 @@ impl Short {
                 blocks
             };
             let (fine, coarse) = (sorted(fine), sorted(coarse));
-            for (place, row) in fine.iter().chain(&coarse).enumerate() {
-                if let Some(back) = short.back.get_mut(*row) {
-                    *back = first + place;
-                }
-            }
-            for &row in &fine {
+            let at = sequence * length;
+            for (index, &row) in fine.iter().enumerate() {
+                short.fine.push((row, (at + index * size) as u32));
                 let tokens = row * size..(row + 1) * size;
                 short
                     .keep
@@ -284,7 +309,9 @@ impl Short {
                     short.stands_for(1, row, 1.0);
                 }
             }
-            for &row in &coarse {
+            for (index, &row) in coarse.iter().enumerate() {
+                let place = at + fine_count * size + index;
+                short.coarse.push((row, place as u32));
                 let count = fixed.counts.get(row).copied().unwrap_or(0);
                 short.keep.push(u8::from(count > 0));
                 short.positions.extend(fixed.positions.get(row));
@@ -300,10 +327,20 @@ impl Short {
             for _ in 0..vips {
                 short.stands_for(1, first, 0.0);
             }
-            short.fine.extend(fine);
-            short.coarse.extend(coarse);
         }
         Ok(short)
+    }
+
+    fn fine_of(&self, sequence: usize) -> &[(usize, u32)] {
+        let [count, _] = self.each;
+        let own = sequence * count..(sequence + 1) * count;
+        self.fine.get(own).unwrap_or(&[])
+    }
+
+    fn coarse_of(&self, sequence: usize) -> &[(usize, u32)] {
+        let [_, count] = self.each;
+        let own = sequence * count..(sequence + 1) * count;
+        self.coarse.get(own).unwrap_or(&[])
     }
 
     fn stands_for(&mut self, count: usize, row: usize, sign: f64) {

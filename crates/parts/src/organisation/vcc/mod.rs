@@ -14,8 +14,8 @@
 //!
 //! A mean that moves by `Δ` moves every token of its block by `Δ`, so nothing is lost: in the end all
 //! blocks are expanded and every token goes back to its place. A mean counts in a softmax as often as
-//! it has tokens (*scale correction*). Only the differences of blocks that were refined are written
-//! anew ([`store`]).
+//! it has tokens (*scale correction*). Only the differences of blocks that were refined are new: they are
+//! kept as tokens and the mean that they had, and nothing is copied ([`store`]).
 //!
 //! Which blocks are fine is learned by weights that are 1 and have the gradient of
 //! `π = score / Σ score`: `w = 1 + π_b − sg(π_b)` for the tokens of a fine block, `1 + (1 − π_b) −
@@ -282,7 +282,7 @@ impl Vcc {
         }
         if self.spec.output == VccOutput::Vips {
             let vips = match compressed {
-                Some(form) => form.vips().clone(),
+                Some(form) => form.vips()?,
                 None => order.vips_of(&x)?,
             };
             return Ok(Organised {

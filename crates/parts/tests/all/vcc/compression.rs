@@ -204,36 +204,64 @@ fn attention_counts_tokens_and_knows_mean_positions() {
 
 #[test]
 fn the_store_writes_what_changed_and_nothing_else() {
-    let rows = |start: usize, count: usize| {
-        let each = (start..start + count).flat_map(|row| [row as f64, 0.5]);
-        let flat: Vec<f64> = each.collect();
-        Signal::from(Tensor::from_vec(flat, (count, 2), &Device::Cpu).unwrap())
+    const SIZE: usize = 2;
+    // Blocks of two tokens.
+    let flat = |rows: &[[f64; 2]]| {
+        let shape = (rows.len(), 2);
+        Signal::from(Tensor::from_vec(rows.concat(), shape, &Device::Cpu).unwrap())
     };
-    let mut store = DifferenceStore::new(rows(0, 6)).unwrap();
-    let mut expected: Vec<f64> = (0..6).map(f64::from).collect();
     let mut generator = ChaCha8Rng::seed_from_u64(4);
-    for step in 1..30 {
+    let mut drawn = || generator.random_range(-1.0..1.0);
+    // What each token is, and the mean of each block.
+    let mut tokens: Vec<[f64; 2]> = (0..6 * SIZE).map(|_| [drawn(), drawn()]).collect();
+    let mean = |tokens: &[[f64; 2]], block: usize| {
+        let [a, b] = [tokens[block * SIZE], tokens[block * SIZE + 1]];
+        [0, 1].map(|f| (a[f] + b[f]) / 2.0)
+    };
+    let means = |tokens: &[[f64; 2]]| -> Vec<[f64; 2]> {
+        (0..6).map(|block| mean(tokens, block)).collect()
+    };
+    let rows: Vec<Option<u32>> = (0..6 * SIZE as u32).map(Some).collect();
+    let mut store = TokenStore::new(flat(&tokens), flat(&means(&tokens)), rows, SIZE).unwrap();
+    let mut generator = ChaCha8Rng::seed_from_u64(5);
+    for _ in 1..30 {
         let mut blocks: Vec<usize> = (0..6).collect();
         blocks.shuffle(&mut generator);
-        blocks.truncate(2);
-        let fresh = 100 * step;
-        store.write(&blocks, rows(fresh, 2)).unwrap();
-        for (block, value) in blocks.iter().zip(fresh..) {
-            expected[*block] = value as f64;
+        let (fine, coarse) = blocks.split_at(2);
+        // Two blocks' tokens, and behind them where the means of the others move to.
+        let (mut written, mut places, mut moved) = (Vec::new(), Vec::new(), Vec::new());
+        for &block in fine {
+            places.push((block, written.len() as u32));
+            for token in 0..SIZE {
+                tokens[block * SIZE + token] = [drawn(), drawn()];
+                written.push(tokens[block * SIZE + token]);
+            }
         }
+        for &block in coarse {
+            moved.push((block, written.len() as u32));
+            let (before, after) = (mean(&tokens, block), [drawn(), drawn()]);
+            for token in &mut tokens[block * SIZE..(block + 1) * SIZE] {
+                *token = [0, 1].map(|f| token[f] + after[f] - before[f]);
+            }
+            written.push(after);
+        }
+        let given = (flat(&written), flat(&means(&tokens)));
+        store.write(given, &places, &moved).unwrap();
         let order = [4usize, 1, 1, 0, 5, 3, 2];
-        let found = store
-            .read(&order)
-            .unwrap()
-            .into_value()
-            .to_vec2::<f64>()
-            .unwrap();
-        for (row, block) in found.iter().zip(order) {
-            assert_eq!(row[0], expected[block]);
+        let found = store.read(&order).unwrap().into_value();
+        let found = found.to_vec2::<f64>().unwrap();
+        let expected = order
+            .iter()
+            .flat_map(|block| &tokens[block * SIZE..(block + 1) * SIZE]);
+        for (row, (found, expected)) in found.iter().zip(expected).enumerate() {
+            for (found, expected) in found.iter().zip(expected) {
+                assert!((found - expected).abs() < 1e-9, "row {row}");
+            }
         }
     }
     // Pieces that nothing is read from any more are let go: at most the first and one per block.
-    assert!(store.rows() <= 6 + 2 * 6, "{}", store.rows());
+    assert!(store.rows() <= 12 + 6 * 8, "{}", store.rows());
     assert!(store.read(&[6]).is_err());
-    assert!(store.write(&[7], rows(0, 1)).is_err());
+    let piece = || (flat(&[[0.0; 2]; 2]), flat(&[[0.0; 2]; 6]));
+    assert!(store.write(piece(), &[(7, 0)], &[]).is_err());
 }

@@ -18,7 +18,7 @@ use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{Block, BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
 use lapidary_parts::norm::NormSpec;
-use lapidary_parts::organisation::vcc::store::DifferenceStore;
+use lapidary_parts::organisation::vcc::store::TokenStore;
 use lapidary_parts::organisation::vcc::{Importance, Selection, VccOutput, VccSpec};
 use lapidary_parts::organisation::{Organisation, OrganisationSpec, Organised, Read, Surroundings};
 use lapidary_parts::parameters::Parameters;
