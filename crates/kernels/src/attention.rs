@@ -6,14 +6,17 @@
 //! `m' = max(m, max S)`, `l' = l e^{m-m'} + Σ e^{S-m'}`, `O' = O e^{m-m'} + e^{S-m'} V`.
 //! Backward: with the saved `L = m + ln l` the weights are computed again per tile,
 //! `P = e^{S-L}`, and with `δ = Σ ∂O ∘ O` per query
-//! `∂V += Pᵀ ∂O`, `∂S = P ∘ (∂O Vᵀ - δ)`, `∂Q += scale ∂S K`, `∂K += scale ∂Sᵀ Q`, `∂bias += ∂S`.
+//! `∂V += Pᵀ ∂O`, `∂S = P ∘ (∂O Vᵀ - δ)`, `∂Q += scale ∂S K`, `∂K += scale ∂Sᵀ Q`, `∂bias += ∂S`, the
+//! diagonals of `∂S` summed where the bias is one of distances.
 
 mod attended;
+mod bias;
 mod blocks;
 mod part;
 mod tiles;
 
 pub use attended::Attended;
+pub use bias::ScoreBias;
 pub use blocks::{BlockAttention, BlockPart, Listed};
 pub use part::{AttentionPart, PartOptions, attention_part};
 pub(crate) use tiles::weights_and_slopes;
@@ -21,6 +24,7 @@ pub(crate) use tiles::weights_and_slopes;
 use crate::host::{self, Host, by_dtype, fused};
 use crate::simd::Real;
 use crate::{AttentionOptions, DType, Error, Result, Tensor, naive};
+use bias::BiasRows;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, WithDType};
 use std::sync::OnceLock;
 use tiles::{Heads, Problem};
@@ -31,7 +35,7 @@ type Candle<T> = candle_core::Result<T>;
 /// `[batch, heads, query, width]`, `k` `[batch, groups, key, width]` and `v`
 /// `[batch, groups, key, value_width]`; see [`AttentionOptions`] for masks and bias.
 ///
-/// Memory grows with `query + key`, not with their product, unless a bias of that size is given.
+/// Memory grows with `query + key`, not with their product, unless a bias of pairs is given.
 /// The result is a view of a `[batch, query, heads, value_width]` tensor, so that merging the
 /// heads again (transpose, reshape) copies nothing.
 ///
@@ -122,7 +126,7 @@ pub fn merged_attention(
 
 fn applies(inputs: &[&Tensor], options: &AttentionOptions) -> bool {
     let mut all = inputs.to_vec();
-    all.extend(&options.bias);
+    all.extend(options.bias.as_ref().map(ScoreBias::tensor));
     fused(&all)
         && options
             .key_padding
@@ -139,7 +143,7 @@ fn run(
     options: &AttentionOptions,
 ) -> Result<Tensor> {
     let log_sums = OnceLock::new();
-    match &options.bias {
+    match options.bias.as_ref().map(ScoreBias::tensor) {
         Some(bias) if bias.track_op() => {
             // An operation has at most three arguments: queries, keys and values travel as one.
             let packed = Tensor::cat(&[q.flatten_all()?, k.flatten_all()?, v.flatten_all()?], 0)?;
@@ -150,7 +154,7 @@ fn run(
             v,
             Attention {
                 problem,
-                bias: bias.clone(),
+                bias: bias.cloned(),
                 log_sums,
             },
         )?),
@@ -196,7 +200,7 @@ fn forward_tiles<T: Real>(
     let bias_host = bias.map(Host::new);
     let bias = bias_host
         .as_ref()
-        .map(|host| Heads::bias(p, host.storage()?, host.layout))
+        .map(|host| BiasRows::new(p, host.storage()?, host.layout))
         .transpose()?;
     Ok(tiles::forward::<T>(
         p,
@@ -218,7 +222,7 @@ fn backward_tiles<T: Real>(
     let bias_host = bias.map(Host::new);
     let bias = bias_host
         .as_ref()
-        .map(|host| Heads::bias(p, host.storage()?, host.layout))
+        .map(|host| BiasRows::new(p, host.storage()?, host.layout))
         .transpose()?;
     let gradients = tiles::backward::<T>(
         p,
@@ -310,7 +314,7 @@ impl CustomOp2 for PackedAttention {
         by_dtype!(host::dtype(packed), T => {
             let flat = host::ordered::<T>(packed, layout)?;
             let [q, k, v] = Heads::unpack(p, &flat);
-            let bias = Heads::bias(p, bias, bias_layout)?;
+            let bias = BiasRows::new(p, bias, bias_layout)?;
             let (output, log_sums) = tiles::forward::<T>(p, &q, &k, &v, Some(&bias));
             let _ = self.log_sums.set(host::tensor(log_sums, &p.query_dims())?);
             Ok((T::to_cpu_storage_owned(output), Shape::from(&p.output_dims()[..])))
@@ -329,24 +333,16 @@ impl CustomOp2 for PackedAttention {
         by_dtype!(packed.dtype(), T => {
             let flat = packed_host.ordered::<T>()?;
             let [q, k, v] = Heads::unpack(p, &flat);
-            let bias_view = Heads::bias(p, bias_host.storage()?, bias_host.layout)?;
+            let bias_rows = BiasRows::new(p, bias_host.storage()?, bias_host.layout)?;
             let kept = kept(&self.log_sums, output, gradient)?;
             let saved = saved::<T>(&kept)?;
             let gradients = tiles::backward::<T>(
-                p, &q, &k, &v, Some(&bias_view), &saved, true,
+                p, &q, &k, &v, Some(&bias_rows), &saved, true,
             );
             let mut flat = gradients.q;
             flat.extend_from_slice(&gradients.k);
             flat.extend_from_slice(&gradients.v);
-            let mut d_bias = host::tensor(
-                gradients.bias,
-                &[p.batch, p.heads, p.queries, p.keys],
-            )?;
-            for (dim, &size) in bias.dims().iter().enumerate() {
-                if size == 1 {
-                    d_bias = d_bias.sum_keepdim(dim)?;
-                }
-            }
+            let d_bias = bias::gradient(p, bias, gradients.bias)?;
             Ok((Some(host::tensor(flat, packed.dims())?), Some(d_bias)))
         })
     }
@@ -364,18 +360,7 @@ impl Problem {
             ));
         }
         if let Some(bias) = &options.bias {
-            let full = [batch, heads, queries, keys];
-            let fits = bias.rank() == 4
-                && bias
-                    .dims()
-                    .iter()
-                    .zip(full)
-                    .enumerate()
-                    .all(|(dim, (&has, full))| has == full || (dim < 2 && has == 1));
-            if !fits {
-                let expected = format!("[{batch} or 1, {heads} or 1, {queries}, {keys}]");
-                return Err(Error::argument("attention", "bias", bias.dims(), expected));
-            }
+            bias.check([batch, heads, queries, keys])?;
         }
         let key_padding = match &options.key_padding {
             Some(keep) if keep.dims() != [batch, keys] || keep.dtype() != DType::U8 => {

@@ -80,7 +80,7 @@ pub use activation::Activation;
 pub use add::add;
 pub use appended_rows::appended_rows;
 pub use attention::{
-    Attended, AttentionPart, BlockAttention, BlockPart, Listed, PartOptions, attention,
+    Attended, AttentionPart, BlockAttention, BlockPart, Listed, PartOptions, ScoreBias, attention,
     attention_part, merged_attention,
 };
 pub use autoencoder::{AutoencoderGradients, AutoencoderWeights, autoencoder_gradients};
@@ -174,8 +174,8 @@ pub struct AttentionOptions {
     pub query_offset: usize,
     /// `[batch, key]` in `u8`, 1 = keep. A query that keeps no key gets zeros.
     pub key_padding: Option<Tensor>,
-    /// `[batch | 1, heads | 1, query, key]`, added to the scaled scores; differentiated.
-    pub bias: Option<Tensor>,
+    /// Added to the scaled scores; differentiated.
+    pub bias: Option<ScoreBias>,
 }
 
 impl AttentionOptions {

@@ -23,8 +23,8 @@ use std::sync::Arc;
 use crate::error::tensor;
 use crate::{Error, Lens, Linear, Result, Signal};
 use lapidary_kernels::{
-    Activation, AttentionOptions, D, Tensor, activate, add, layer_norm, merged_attention, naive,
-    rms_norm, stream_mix,
+    Activation, AttentionOptions, D, ScoreBias, Tensor, activate, add, layer_norm,
+    merged_attention, naive, rms_norm, stream_mix,
 };
 
 /// What becomes of the weights of attention.
@@ -243,7 +243,11 @@ fn repeated(options: &AttentionOptions, sources: usize) -> Result<AttentionOptio
     };
     Ok(AttentionOptions {
         key_padding: options.key_padding.as_ref().map(repeat).transpose()?,
-        bias: options.bias.as_ref().map(repeat).transpose()?,
+        bias: match &options.bias {
+            Some(ScoreBias::Pairs(bias)) => Some(ScoreBias::Pairs(repeat(bias)?)),
+            // The same for all sequences.
+            by_distance => by_distance.clone(),
+        },
         ..options.clone()
     })
 }

@@ -122,7 +122,8 @@ pub(crate) fn scores(
     let products = round(tensor(tensor(q.contiguous())?.matmul(&transposed))?)?;
     let mut scores = round(tensor(products * options.scale)?)?;
     if let Some(bias) = &options.bias {
-        scores = round(tensor(scores.broadcast_add(bias))?)?;
+        let bias = bias.laid_out(tensor(q.dim(2))?, tensor(k.dim(2))?)?;
+        scores = round(tensor(scores.broadcast_add(&bias))?)?;
     }
     let hidden = Tensor::full(f64::NEG_INFINITY, scores.shape(), scores.device());
     let hidden = tensor(tensor(hidden)?.to_dtype(scores.dtype()))?;

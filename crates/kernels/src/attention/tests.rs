@@ -5,7 +5,12 @@ use crate::{Device, Var};
 use proptest::prelude::*;
 
 /// Every mask for `queries` by `keys`, with a name.
-fn masks(batch: usize, queries: usize, keys: usize, width: usize) -> Vec<AttentionOptions> {
+pub(super) fn masks(
+    batch: usize,
+    queries: usize,
+    keys: usize,
+    width: usize,
+) -> Vec<AttentionOptions> {
     let plain = AttentionOptions::new(width);
     let keep: Vec<u8> = (0..batch * keys).map(|i| (i % 5 != 1) as u8).collect();
     let padding = Tensor::from_vec(keep, (batch, keys), &Device::Cpu).unwrap();
@@ -142,7 +147,7 @@ fn bias_is_added_and_differentiated() {
             let k = arange(&[2, 2, 6, 3], 2.0, dtype);
             let v = arange(&[2, 2, 6, 2], 3.0, dtype);
             let options = AttentionOptions {
-                bias: Some(arange(&bias_dims, 4.0, dtype)),
+                bias: Some(ScoreBias::Pairs(arange(&bias_dims, 4.0, dtype))),
                 causal: true,
                 query_offset: 2,
                 ..AttentionOptions::new(3)
@@ -152,7 +157,7 @@ fn bias_is_added_and_differentiated() {
         });
         let f = |a: &[Tensor]| {
             let options = AttentionOptions {
-                bias: Some(a[3].clone()),
+                bias: Some(ScoreBias::Pairs(a[3].clone())),
                 causal: true,
                 query_offset: 2,
                 ..AttentionOptions::new(3)
@@ -290,7 +295,7 @@ fn wrong_shapes_are_named() {
         .to_string();
     assert!(message.contains("divisor of 3 heads"), "{message}");
     let options = AttentionOptions {
-        bias: Some(arange(&[1, 3, 4, 3], 1.0, dtype)),
+        bias: Some(ScoreBias::Pairs(arange(&[1, 3, 4, 3], 1.0, dtype))),
         ..AttentionOptions::new(5)
     };
     let message = attention(&q, &q, &q, &options).unwrap_err().to_string();

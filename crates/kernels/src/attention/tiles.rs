@@ -1,5 +1,6 @@
 //! The tiled forward and backward passes of attention.
 
+use super::bias::BiasRows;
 use crate::host::{self, Shared};
 use crate::product::{Into, Matrix, Repeated};
 use crate::simd::{self, Real};
@@ -10,9 +11,9 @@ use std::ops::Range;
 type Candle<T> = candle_core::Result<T>;
 
 /// Queries of a tile.
-const QUERIES: usize = 64;
+pub(super) const QUERIES: usize = 64;
 /// Keys of a tile.
-const KEYS: usize = 3 * Repeated::<f32>::COLUMNS;
+pub(super) const KEYS: usize = 3 * Repeated::<f32>::COLUMNS;
 
 /// Sizes and masks of one attention.
 pub(super) struct Problem {
@@ -141,12 +142,6 @@ impl<'a, T: Real> Heads<'a, T> {
         })
     }
 
-    /// The bias, broadcast over batch and heads.
-    pub(super) fn bias(p: &Problem, storage: &'a CpuStorage, layout: &Layout) -> Candle<Self> {
-        let full = layout.broadcast_as((p.batch, p.heads, p.queries, p.keys))?;
-        Self::new(storage, &full, p.heads)
-    }
-
     /// Queries, keys and values that lie one after the other.
     pub(super) fn unpack(p: &Problem, flat: &'a [T]) -> [Self; 3] {
         let q = p.batch * p.heads * p.queries * p.width;
@@ -163,7 +158,13 @@ impl<'a, T: Real> Heads<'a, T> {
         ]
     }
 
-    fn rows(&self, batch: usize, head: usize, rows: &Range<usize>, width: usize) -> Matrix<'_, T> {
+    pub(super) fn rows(
+        &self,
+        batch: usize,
+        head: usize,
+        rows: &Range<usize>,
+        width: usize,
+    ) -> Matrix<'_, T> {
         let start = self.offset
             + batch * self.strides[0]
             + head * self.strides[1]
@@ -265,24 +266,16 @@ fn score_tile<T: Real>(
     (queries, keys): (&Range<usize>, &Range<usize>),
     q: Matrix<T>,
     operands: &Operands<T>,
-    bias: Option<&Heads<T>>,
+    bias: Option<&BiasRows<T>>,
 ) {
     let columns = keys.len();
     let part = (0..p.width, operands.place(keys));
     replace(tile, columns, T::of(p.scale), q, &operands.k, part);
+    if let Some(bias) = bias {
+        bias.add_to(tile, (batch, head), (queries, keys));
+    }
     let keep = p.keeps(batch);
     for (row, i) in tile.chunks_exact_mut(columns).zip(queries.clone()) {
-        if let Some(bias) = bias {
-            let values = bias.rows(batch, head, &(i..i + 1), p.keys).data;
-            simd::vectorised(
-                #[inline(always)]
-                || {
-                    for (score, &b) in row.iter_mut().zip(&values[keys.clone()]) {
-                        *score += b;
-                    }
-                },
-            );
-        }
         let visible = p.visible(i);
         let first = visible.start.clamp(keys.start, keys.end) - keys.start;
         let end = visible.end.clamp(keys.start, keys.end) - keys.start;
@@ -307,7 +300,7 @@ pub(super) fn forward<T: Real>(
     q: &Heads<T>,
     k: &Heads<T>,
     v: &Heads<T>,
-    bias: Option<&Heads<T>>,
+    bias: Option<&BiasRows<T>>,
 ) -> (Vec<T>, Vec<T>) {
     let mut output = vec![T::zero(); p.output_dims().iter().product()];
     let mut log_sums = vec![T::NEG_INFINITY; p.query_dims().iter().product()];
@@ -434,8 +427,8 @@ pub(super) struct Saved<'a, T: Clone> {
     pub(super) log_sums_gradient: Cow<'a, [T]>,
 }
 
-/// Gradients, packed in the order of the arguments; `bias` is `[batch, heads, query, key]`, or
-/// empty.
+/// Gradients, packed in the order of the arguments; `bias` is that of each batch and head
+/// ([`BiasRows::gradient_size`]), or empty.
 pub(super) struct Gradients<T> {
     pub(super) q: Vec<T>,
     pub(super) k: Vec<T>,
@@ -448,20 +441,18 @@ pub(super) fn backward<T: Real>(
     q: &Heads<T>,
     k: &Heads<T>,
     v: &Heads<T>,
-    bias: Option<&Heads<T>>,
+    bias: Option<&BiasRows<T>>,
     saved: &Saved<T>,
     bias_gradient: bool,
 ) -> Gradients<T> {
+    let learned = bias.filter(|_| bias_gradient);
+    let bias_size = learned.map_or(0, |bias| bias.gradient_size(p));
     let zeros = |heads, length, width| vec![T::zero(); p.batch * heads * length * width];
     let mut gradients = Gradients {
         q: zeros(p.heads, p.queries, p.width),
         k: zeros(p.groups, p.keys, p.width),
         v: zeros(p.groups, p.keys, p.value_width),
-        bias: if bias_gradient {
-            zeros(p.heads, p.queries, p.keys)
-        } else {
-            Vec::new()
-        },
+        bias: zeros(p.heads, bias_size, 1),
     };
     let q_strides = packed_strides(p.heads, p.queries, p.width, p.merged);
     let k_strides = packed_strides(p.groups, p.keys, p.width, p.merged);
@@ -536,13 +527,11 @@ pub(super) fn backward<T: Real>(
                             #[inline(always)]
                             || weights_and_slopes(weights, slopes, columns, log_sums, &deltas),
                         );
-                        if bias_gradient {
-                            for (row, i) in slopes.chunks_exact(columns).zip(queries.clone()) {
-                                let at = ((batch * p.heads + head) * p.queries + i) * p.keys;
-                                // SAFETY: as above.
-                                unsafe { d_bias.part(at + keys.start, columns) }
-                                    .copy_from_slice(row);
-                            }
+                        if let Some(bias) = learned {
+                            let start = (batch * p.heads + head) * bias_size;
+                            // SAFETY: as above.
+                            let of_head = unsafe { d_bias.part(start, bias_size) };
+                            bias.add_gradient(p, of_head, slopes, (&queries, &keys));
                         }
                         let weights = Matrix::packed(weights, queries.len(), columns);
                         let slopes = Matrix::packed(slopes, queries.len(), columns);

@@ -23,7 +23,7 @@ pub fn attention_softmax(scores: &Tensor, options: &AttentionOptions) -> Result<
 fn masked_scores(scores: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let (batch, _, queries, keys) = scores.dims4()?;
     let mut scores = match &options.bias {
-        Some(bias) => scores.broadcast_add(bias)?,
+        Some(bias) => scores.broadcast_add(&bias.laid_out(queries, keys)?)?,
         None => scores.clone(),
     };
     let offset = options.query_offset;

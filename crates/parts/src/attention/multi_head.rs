@@ -26,7 +26,7 @@ use crate::parameters::Parameters;
 use crate::position::{Position, PositionSpec, Span};
 use crate::state::MixerState;
 use crate::{Context, Error, Result};
-use lapidary_kernels::{AttentionOptions, Tensor, naive};
+use lapidary_kernels::{AttentionOptions, ScoreBias, Tensor, naive};
 use lapidary_signal::{Lens, Linear, Mixing, Signal};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -497,7 +497,7 @@ impl MultiHeadAttention {
             query_offset: cx.offset,
             key_padding: key_padding.cloned(),
             bias: match cx.places {
-                Some(places) => self.position.bias_between(places)?,
+                Some(places) => self.position.bias_between(places)?.map(ScoreBias::Pairs),
                 None => self.bias(&q, &k, cx)?,
             },
         };
@@ -510,7 +510,7 @@ impl MultiHeadAttention {
     }
 
     /// What positions add to the scores of queries and keys, heads side by side.
-    fn bias(&self, q: &Signal, k: &Signal, cx: &Context<'_>) -> Result<Option<Tensor>> {
+    fn bias(&self, q: &Signal, k: &Signal, cx: &Context<'_>) -> Result<Option<ScoreBias>> {
         let span = Span {
             queries: q.dims()[1],
             keys: k.dims()[1],

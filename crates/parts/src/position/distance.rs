@@ -8,9 +8,10 @@
 //! * Sandwich (Chi et al., 2023, arXiv 2212.10356): `Σ_k cos(|i − j| / 10000^(2 k / width))`, `k` from 1
 //!   to `width / 2`: the product of two sinusoidal embeddings. No parameters.
 
+use super::Span;
 use crate::Result;
 use crate::error::tensor;
-use lapidary_kernels::{Activation, DType, Device, Tensor, activate};
+use lapidary_kernels::{Activation, DType, Device, ScoreBias, Tensor, activate};
 
 /// Slopes of ALiBi: the powers of `2^(−8/n)` for the largest power of two `n ≤ heads`, then
 /// every other one of the series for `2 n`.
@@ -108,20 +109,27 @@ pub(super) fn column(
     tensor(tensor(Tensor::from_vec(values, (count, 1), device))?.to_dtype(dtype))
 }
 
-/// The bias `[1, heads, query, key]` whose entries are rows of `by_distance` `[count, heads]`: that of
-/// `|i − j|` for the query at `offset + i`.
-pub(super) fn spread(by_distance: &Tensor, [queries, keys, offset]: [usize; 3]) -> Result<Tensor> {
-    let (_, heads) = tensor(by_distance.dims2())?;
-    let indices: Vec<u32> = (offset..offset + queries)
-        .flat_map(|i| (0..keys).map(move |j| i.abs_diff(j) as u32))
-        .collect();
-    let indices = tensor(Tensor::from_vec(
-        indices,
-        queries * keys,
-        by_distance.device(),
-    ))?;
-    let rows = tensor(tensor(by_distance.contiguous())?.index_select(&indices, 0))?;
-    tensor(tensor(rows.t())?.reshape((1, heads, queries, keys)))
+/// The distances `key − query` that a [`ScoreBias::ByDistance`] of `span` has entries for, in their order:
+/// from that of the first key from the last query to that of the last key from the first query.
+pub(super) fn distances(span: Span) -> impl Iterator<Item = i64> {
+    let first = 1 - (span.offset + span.queries) as i64;
+    let count = (span.queries + span.keys).saturating_sub(1);
+    (first..).take(count)
+}
+
+/// The bias that is the same in both directions: that of `|i − j|` is a row of `by_distance`
+/// `[count, heads]`.
+pub(super) fn both_ways(by_distance: &Tensor, span: Span) -> Result<ScoreBias> {
+    let rows = distances(span).map(|distance| distance.unsigned_abs() as u32);
+    rows_of(by_distance, rows.collect())
+}
+
+/// The bias whose entries are these rows of `table` `[count, heads]`.
+pub(super) fn rows_of(table: &Tensor, rows: Vec<u32>) -> Result<ScoreBias> {
+    let count = rows.len();
+    let rows = tensor(Tensor::from_vec(rows, count, table.device()))?;
+    let entries = tensor(tensor(table.contiguous())?.index_select(&rows, 0))?;
+    Ok(ScoreBias::ByDistance(tensor(entries.t())?))
 }
 
 #[cfg(test)]

@@ -25,12 +25,14 @@
 //! Bidirectional attention is an extension of ours: `|i − j|` relative to `max(i, j)`, with outputs of
 //! its own for keys that come later.
 
-use super::distance::{column, spread};
+use super::distance::{both_ways, column};
 use super::{RotarySpec, Span};
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
-use lapidary_kernels::{Activation, BiasSpan, Tensor, functional_bias, linear, linear_activation};
+use lapidary_kernels::{
+    Activation, BiasSpan, ScoreBias, Tensor, functional_bias, linear, linear_activation,
+};
 use rand::SeedableRng;
 use rand::seq::index::sample;
 use rand_chacha::ChaCha8Rng;
@@ -192,14 +194,15 @@ impl Fire {
         self.causal
     }
 
-    /// The bias `[1, heads, query, key]`. Of causal attention, what belongs to later keys, which are
-    /// masked, means nothing.
-    pub(super) fn bias(&self, span: Span) -> Result<Tensor> {
+    /// The bias of every head, by distance where all queries stand before `L`. Of causal attention, what
+    /// belongs to later keys, which are masked, means nothing.
+    pub(super) fn bias(&self, span: Span) -> Result<ScoreBias> {
         let end = span.keys.max(span.offset + span.queries);
         if let (Some(positions), Some(seed)) = (self.spec.randomised, span.draw)
             && positions >= end
         {
-            return self.of_pairs(&drawn_positions(positions, end, seed), span);
+            let drawn = drawn_positions(positions, end, seed);
+            return self.of_pairs(&drawn, span).map(ScoreBias::Pairs);
         }
         // Up to L the denominator is one number, and each distance has one bias.
         let steady = match self.causal {
@@ -210,7 +213,7 @@ impl Fire {
             return self.before_length(span);
         }
         if self.spec.activation == FireActivation::Relu {
-            return self.in_pieces(span);
+            return self.in_pieces(span).map(ScoreBias::Pairs);
         }
         let rest = Span {
             queries: span.queries - steady,
@@ -220,23 +223,25 @@ impl Fire {
         let positions: Vec<u32> = (0..end as u32).collect();
         let beyond = self.of_pairs(&positions, rest)?;
         if steady == 0 {
-            return Ok(beyond);
+            return Ok(ScoreBias::Pairs(beyond));
         }
         let before = self.before_length(Span {
             queries: steady,
             ..span
         })?;
-        tensor(Tensor::cat(&[before, beyond], 2))
+        let before = before.laid_out(steady, span.keys)?;
+        let all = tensor(Tensor::cat(&[before, beyond], 2))?;
+        Ok(ScoreBias::Pairs(all))
     }
 
     /// The bias of queries that are all before `L`.
-    fn before_length(&self, span: Span) -> Result<Tensor> {
+    fn before_length(&self, span: Span) -> Result<ScoreBias> {
         let count = span.offset + span.queries;
         let by_distance = self.by_distance(count)?;
         // Later keys are masked, whatever they read.
         let later = span.keys.saturating_sub(count);
         let by_distance = tensor(by_distance.pad_with_same(0, 0, later))?;
-        spread(&by_distance, [span.queries, span.keys, span.offset])
+        both_ways(&by_distance, span)
     }
 
     /// The bias of each distance below `count`, which is not beyond `L`: `[count, outputs]`.

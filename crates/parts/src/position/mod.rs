@@ -2,8 +2,10 @@
 //! distance (ALiBi, T5's buckets, Kerple, Sandwich) or by distance relative to the query's position
 //! ([`fire`]).
 //!
-//! Biases are `[1, heads, query, key]` and held whole. Positions that are added to the embeddings
-//! (learned, sinusoidal) belong to the model's input.
+//! Biases by distance are held as such, a number for each head and distance, and never laid out for the
+//! pairs of queries and keys where attention is fused ([`ScoreBias::ByDistance`]); FIRE's beyond its length
+//! are laid out. Positions that are added to the embeddings (learned, sinusoidal) belong to the model's
+//! input.
 
 mod distance;
 pub mod fire;
@@ -18,9 +20,11 @@ use crate::dropout::seed_of_site;
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
-use distance::{Kerple, alibi_slopes, bucket, column, kerple, sandwich, spread};
+use distance::{
+    Kerple, alibi_slopes, both_ways, bucket, column, distances, kerple, rows_of, sandwich,
+};
 use fire::Fire;
-use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_kernels::{DType, Device, ScoreBias, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -265,60 +269,42 @@ impl Position {
         }
     }
 
-    /// The additive bias `[1, heads, query, key]`, for kinds that have one.
+    /// The additive bias of every head, for kinds that have one.
     ///
     /// # Errors
     /// Those of the tensor engine.
-    pub fn bias(&self, span: Span, dtype: DType, device: &Device) -> Result<Option<Tensor>> {
-        let Span {
-            queries,
-            keys,
-            offset,
-            ..
-        } = span;
-        let distances = keys.max(offset + queries);
-        match self {
-            Self::None | Self::Rotary(_) => Ok(None),
+    pub fn bias(&self, span: Span, dtype: DType, device: &Device) -> Result<Option<ScoreBias>> {
+        let count = span.keys.max(span.offset + span.queries);
+        let bias = match self {
+            Self::None | Self::Rotary(_) => return Ok(None),
             Self::Kerple(KerpleBias { form, coefficients }) => {
-                let by_distance = kerple(*form, coefficients, distances)?;
-                Ok(Some(spread(&by_distance, [queries, keys, offset])?))
+                both_ways(&kerple(*form, coefficients, count)?, span)?
             }
             Self::Sandwich { width, heads } => {
-                let one = column(sandwich(*width, distances).into_iter(), dtype, device)?;
-                let all = tensor(one.broadcast_as((distances, *heads)))?;
-                Ok(Some(spread(&all, [queries, keys, offset])?))
+                let one = column(sandwich(*width, count).into_iter(), dtype, device)?;
+                both_ways(&tensor(one.broadcast_as((count, *heads)))?, span)?
             }
-            Self::Fire(fire, _) => Ok(Some(fire.bias(span)?)),
+            Self::Fire(fire, _) => fire.bias(span)?,
             Self::Alibi(slopes) => {
-                let mut bias = Vec::with_capacity(slopes.len() * queries * keys);
-                for slope in slopes {
-                    for i in 0..queries {
-                        bias.extend((0..keys).map(|j| -slope * (i + offset).abs_diff(j) as f64));
-                    }
-                }
-                let bias = tensor(Tensor::from_vec(
-                    bias,
-                    (1, slopes.len(), queries, keys),
-                    device,
-                ))?;
-                Ok(Some(tensor(bias.to_dtype(dtype))?))
+                let of_head =
+                    |&slope: &f64| distances(span).map(move |apart| -slope * apart.abs() as f64);
+                let entries: Vec<f64> = slopes.iter().flat_map(of_head).collect();
+                let shape = (slopes.len(), distances(span).count());
+                let entries = tensor(Tensor::from_vec(entries, shape, device))?;
+                ScoreBias::ByDistance(tensor(entries.to_dtype(dtype))?)
             }
             Self::RelativeBuckets {
                 table,
                 max_distance,
                 causal,
             } => {
-                let (buckets, heads) = tensor(table.dims2())?;
-                let indices: Vec<u32> = (0..queries)
-                    .flat_map(|i| (0..keys).map(move |j| j as i64 - (i + offset) as i64))
-                    .map(|distance| bucket(distance, buckets, *max_distance, *causal) as u32)
-                    .collect();
-                let indices = tensor(Tensor::from_vec(indices, queries * keys, device))?;
-                let bias = tensor(table.index_select(&indices, 0))?;
-                let bias = tensor(tensor(bias.t())?.reshape((1, heads, queries, keys)))?;
-                Ok(Some(bias))
+                let buckets = tensor(table.dim(0))?;
+                let rows = distances(span)
+                    .map(|apart| bucket(apart, buckets, *max_distance, *causal) as u32);
+                rows_of(table, rows.collect())?
             }
-        }
+        };
+        Ok(Some(bias))
     }
 
     /// [`Position::bias`] of a layer at `path` in a pass with such a `draw`: what layers share is
@@ -332,7 +318,7 @@ impl Position {
         path: &str,
         shared: Option<&SharedBiases>,
         (dtype, device): (DType, &Device),
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Option<ScoreBias>> {
         let at = |site: &str| Span {
             draw: span.draw.map(|seed| seed_of_site(seed, site)),
             ..span

@@ -3,7 +3,7 @@
 use super::Span;
 use super::fire::{Fire, FireSpec};
 use crate::Result;
-use lapidary_kernels::Tensor;
+use lapidary_kernels::ScoreBias;
 use std::sync::{Mutex, PoisonError};
 
 /// What one pass has computed of FIRE's shared network so far. Layers that share it ask for the same
@@ -18,8 +18,7 @@ struct Computed {
     spec: FireSpec,
     causal: bool,
     span: Span,
-    /// `[1, heads, query, key]`.
-    bias: Tensor,
+    bias: ScoreBias,
 }
 
 impl SharedBiases {
@@ -28,8 +27,8 @@ impl SharedBiases {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// The bias `[1, heads, query, key]` of a network that is shared.
-    pub(super) fn of(&self, fire: &Fire, span: Span) -> Result<Tensor> {
+    /// The bias of a network that is shared.
+    pub(super) fn of(&self, fire: &Fire, span: Span) -> Result<ScoreBias> {
         let mut computed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (spec, causal) = (fire.spec(), fire.is_causal());
         let mut known = computed.iter();

@@ -218,6 +218,7 @@ fn alibi_equals_transformers() {
             .bias(span(7, 7, 0), DType::F64, &Device::Cpu)
             .unwrap()
             .unwrap();
+        let bias = bias.laid_out(7, 7).unwrap();
         let theirs = values(&case[&format!("alibi.{heads}")]);
         for (index, ours) in values(&bias).into_iter().enumerate() {
             let (head, query, key) = (index / 49, index / 7 % 7, index % 7);
@@ -244,7 +245,8 @@ fn relative_buckets_equal_transformers() {
             let position = position(&spec, 1, causal, &map);
             let ours = |queries, keys, offset| -> Tensor {
                 let bias = position.bias(span(queries, keys, offset), DType::F64, &Device::Cpu);
-                bias.unwrap().unwrap().flatten_all().unwrap()
+                let bias = bias.unwrap().unwrap().laid_out(queries, keys);
+                bias.unwrap().flatten_all().unwrap()
             };
             // A query at 600 sees the keys at distances −600 ..= 600.
             let expected = &case[&format!("buckets.{direction}.{buckets}.{max_distance}")];

@@ -20,7 +20,8 @@ fn drawn(spec: &PositionSpec, heads: usize, causal: bool) -> Map {
 
 fn bias(position: &Position, span: Span) -> Tensor {
     let found = position.bias(span, DType::F64, &Device::Cpu).unwrap();
-    found.unwrap()
+    let found = found.unwrap();
+    found.laid_out(span.queries, span.keys).unwrap()
 }
 
 /// Entries of keys that are not later than their query; the others are masked and mean nothing.
@@ -364,7 +365,7 @@ fn layers_that_share_a_network_draw_the_same_positions() {
     let on = (DType::F64, &Device::Cpu);
     let of = |path: &str, kept: Option<&SharedBiases>| {
         let found = at.bias_in_pass(drawing, path, kept, on).unwrap();
-        found.unwrap()
+        found.unwrap().laid_out(12, 12).unwrap()
     };
     let kept = SharedBiases::default();
     let first = of("blocks.0.attention", Some(&kept));

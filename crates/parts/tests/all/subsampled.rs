@@ -6,7 +6,7 @@ use crate::common::attention::{Given, HEADS, Subject, WIDTH, mask, spec};
 use crate::common::{
     assert_near, build, contracted, difference, draw, gradient_error, is_finite, random, values,
 };
-use lapidary_kernels::{DType, Device, Tensor, Var};
+use lapidary_kernels::{DType, Device, ScoreBias, Tensor, Var};
 use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::fastmax::FastmaxSpec;
 use lapidary_parts::attention::mechanism::linformer::LinformerSpec;
@@ -48,7 +48,7 @@ struct How<'a> {
     seed: u64,
     path: &'a str,
     keep: Option<&'a Tensor>,
-    bias: Option<&'a Tensor>,
+    bias: Option<&'a ScoreBias>,
     window: Option<usize>,
     annealing: f64,
 }
@@ -144,22 +144,29 @@ fn ways() -> Vec<(&'static str, SubsampledSpec, bool)> {
 #[test]
 fn what_is_gathered_is_attention_with_all_else_hidden() {
     let plain = drawn(2, LENGTH);
-    let bias = random(&[1, HEADS, LENGTH, LENGTH], 8);
+    let by_pairs = random(&[1, HEADS, LENGTH, LENGTH], 8);
+    let by_distance = random(&[HEADS, 2 * LENGTH - 1], 9);
+    type Form = (fn(Tensor) -> ScoreBias, Tensor);
+    let forms: [Option<Form>; 3] = [
+        None,
+        Some((ScoreBias::Pairs, by_pairs)),
+        Some((ScoreBias::ByDistance, by_distance)),
+    ];
     for (name, spec, causal) in ways() {
-        for (biased, window) in [
-            (false, None),
-            (true, None),
-            (false, Some(5)),
-            (true, Some(5)),
-        ] {
+        for (form, window) in forms
+            .iter()
+            .flat_map(|form| [(form, None), (form, Some(5))])
+        {
             let variables = plain.each_ref().map(|x| Var::from_tensor(x).unwrap());
             let [q, k, v] = variables.each_ref().map(Var::as_tensor);
-            let bias = Var::from_tensor(&bias).unwrap();
+            let numbers = form.as_ref().map(|(_, x)| Var::from_tensor(x).unwrap());
+            let bias = form.as_ref().zip(numbers.as_ref());
+            let bias = bias.map(|((form, _), numbers)| form(numbers.as_tensor().clone()));
             let how = How {
                 causal,
                 seed: 5,
                 path: "attention",
-                bias: biased.then(|| bias.as_tensor()),
+                bias: bias.as_ref(),
                 window,
                 ..How::default()
             };
@@ -174,18 +181,15 @@ fn what_is_gathered_is_attention_with_all_else_hidden() {
                 }
             }
             let mut added = hidden(&laid, &[2, HEADS, LENGTH, LENGTH]);
-            if biased {
-                added = added.broadcast_add(bias.as_tensor()).unwrap();
+            if let Some(bias) = &bias {
+                let bias = bias.laid_out(LENGTH, LENGTH).unwrap();
+                added = added.broadcast_add(&bias).unwrap();
             }
             let expected = masked(q, k, v, &added);
             let found = mixing.mix(v).unwrap();
             assert_near(&found, &expected, 1e-12, name);
             let [found, expected] = [found, expected].map(|y| contracted(&y).backward().unwrap());
-            let mut all: Vec<&Var> = variables.iter().collect();
-            if biased {
-                all.push(&bias);
-            }
-            for variable in all {
+            for variable in variables.iter().chain(&numbers) {
                 let of = |store: &lapidary_kernels::GradStore| {
                     store.get(variable.as_tensor()).unwrap().clone()
                 };

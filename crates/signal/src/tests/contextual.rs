@@ -395,14 +395,19 @@ fn split_attention_masks_each_source_as_the_batch_is_masked() {
     let mut options = AttentionOptions::new(2);
     let keep = Tensor::new(&[[1u8, 1, 0], [1, 1, 1]], &Device::Cpu).unwrap();
     options.key_padding = Some(keep);
-    options.bias = Some(numbers(&[BATCH, 2, TOKENS, TOKENS], 17.0));
     let x = start(parts(), split());
-    let found = x.attend_merged(&x, &x, 2, 2, &options).unwrap();
-    for source in 0..SOURCES {
-        let alone = Signal::from(parts().get(source).unwrap());
-        let alone = alone.attend_merged(&alone, &alone, 2, 2, &options).unwrap();
-        let relevant = found.relevant().unwrap().get(source).unwrap();
-        assert_close(&relevant, alone.value(), 1e-12, "masked");
+    for bias in [
+        ScoreBias::Pairs(numbers(&[BATCH, 2, TOKENS, TOKENS], 17.0)),
+        ScoreBias::ByDistance(numbers(&[2, 2 * TOKENS - 1], 17.0)),
+    ] {
+        options.bias = Some(bias);
+        let found = x.attend_merged(&x, &x, 2, 2, &options).unwrap();
+        for source in 0..SOURCES {
+            let alone = Signal::from(parts().get(source).unwrap());
+            let alone = alone.attend_merged(&alone, &alone, 2, 2, &options).unwrap();
+            let relevant = found.relevant().unwrap().get(source).unwrap();
+            assert_close(&relevant, alone.value(), 1e-12, "masked");
+        }
     }
 }
 

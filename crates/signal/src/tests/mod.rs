@@ -12,7 +12,7 @@ mod trace;
 
 use crate::{Linear, Matrix, Signal, Weight};
 use lapidary_kernels::{
-    Activation, AttentionOptions, DType, Device, RotaryPairs, RowSums, RowTerm, Tensor,
+    Activation, AttentionOptions, DType, Device, RotaryPairs, RowSums, RowTerm, ScoreBias, Tensor,
     check::difference, naive,
 };
 

@@ -49,6 +49,7 @@ pub(super) fn of(model: &Model, length: usize) -> Result<Vec<Curve>> {
         let Some(bias) = position.bias(last, model.dtype(), &Device::Cpu)? else {
             continue;
         };
+        let bias = bias.laid_out(1, length)?;
         for head in 0..heads {
             let mut by_distance = numbers(&engine(bias.narrow(1, head, 1))?)?;
             // The last key is the query's own.

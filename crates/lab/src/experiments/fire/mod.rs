@@ -165,7 +165,7 @@ fn bias(spec: &PositionSpec, given: &mut Given, length: usize) -> Result<Vec<f64
         draw: None,
     };
     match position.bias(span, DType::F64, &Device::Cpu)? {
-        Some(bias) => numbers(&bias),
+        Some(bias) => numbers(&bias.laid_out(length, length)?),
         None => Ok(Vec::new()),
     }
 }

@@ -43,7 +43,7 @@ use doubly_stochastic::DoublyStochasticSpec;
 use ecoformer::EcoformerSpec;
 use fastmax::FastmaxSpec;
 use kernelized::KernelizedSpec;
-use lapidary_kernels::{DType, Tensor};
+use lapidary_kernels::{DType, ScoreBias, Tensor};
 use lapidary_signal::Mixing;
 use linformer::LinformerSpec;
 use lion::LionSpec;
@@ -270,8 +270,8 @@ impl MechanismPass<'_> {
 pub struct Scores {
     /// A token sees keys less than this many positions away.
     pub window: Option<usize>,
-    /// Added to the scores, `[batch or 1, heads or 1, query, key]`; differentiated.
-    pub bias: Option<Tensor>,
+    /// Added to the scores; differentiated.
+    pub bias: Option<ScoreBias>,
 }
 
 /// What a mechanism remembers of earlier tokens while decoding.

@@ -2,7 +2,7 @@
 
 use super::{D, N, columns, identity, matrix, plus, times, tokens, tokens_of, zeros};
 use crate::common::{Map, assert_near, build, draw, random, tensor};
-use lapidary_kernels::{AttentionOptions, Tensor};
+use lapidary_kernels::{AttentionOptions, ScoreBias, Tensor};
 use lapidary_parts::Context;
 use lapidary_parts::attention::{MultiHeadAttention, MultiHeadSpec};
 use lapidary_parts::position::PositionSpec;
@@ -73,7 +73,7 @@ fn attention_along_edges_is_a_graph_network() {
         .map(|i| if edge(i % N, i / N) { 0.0 } else { -1e9 })
         .collect();
     let options = AttentionOptions {
-        bias: Some(tensor(bias, &[1, 1, N, N])),
+        bias: Some(ScoreBias::Pairs(tensor(bias, &[1, 1, N, N]))),
         ..AttentionOptions::new(D)
     };
     let one_head = |t: Tensor| Signal::from(t.unsqueeze(1).unwrap());

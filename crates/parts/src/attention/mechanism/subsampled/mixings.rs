@@ -4,7 +4,7 @@ use super::super::blocks::{self, Meetings, Rule, rows};
 use super::super::sequences::{At, Sequences};
 use crate::Result;
 use crate::error::tensor;
-use lapidary_kernels::{SoftmaxMask, Tensor, embedding, matmul, softmax};
+use lapidary_kernels::{ScoreBias, SoftmaxMask, Tensor, embedding, matmul, softmax};
 use lapidary_signal::Mixing;
 
 /// A score that is as good as none, and yet a number.
@@ -108,7 +108,7 @@ impl LaidOut {
         rule: Rule,
         (q, k): (&Tensor, &Tensor),
         scale: f64,
-        bias: &Tensor,
+        bias: &ScoreBias,
         own: Option<OwnKeys>,
     ) -> Result<Self> {
         let [_, heads, queries, keys] = sequences.sizes;
@@ -117,12 +117,26 @@ impl LaidOut {
             lengths.max().unwrap_or_default()
         });
         let count = windows.len();
-        let (bias_batch, bias_heads, ..) = tensor(bias.dims4())?;
+        let (bias_batch, bias_heads, of_head) = match bias {
+            ScoreBias::Pairs(bias) => {
+                let (batch, heads, ..) = tensor(bias.dims4())?;
+                (batch, heads, queries * keys)
+            }
+            ScoreBias::ByDistance(table) => {
+                let (heads, distances) = tensor(table.dims2())?;
+                (1, heads, distances)
+            }
+        };
         // Where the bias of a query and a key stands.
         let place = |query: At, key: At| {
             let (batch, head) = (query.row / queries / heads, query.row / queries % heads);
             let index = batch % bias_batch * bias_heads + head % bias_heads;
-            ((index * queries + query.row % queries) * keys + key.row % keys) as u32
+            let (i, j) = (query.row % queries, key.row % keys);
+            let within = match bias {
+                ScoreBias::Pairs(_) => i * keys + j,
+                ScoreBias::ByDistance(_) => queries - 1 - i + j,
+            };
+            (index * of_head + within) as u32
         };
         let all: usize = sequences.sizes[..3].iter().product();
         let (mut query_rows, mut key_rows) = (Vec::new(), Vec::new());
@@ -168,7 +182,7 @@ impl LaidOut {
         let q = tensor(embedding(&q_rows, &query_rows)?.reshape((count, most_queries, width)))?;
         let k = tensor(embedding(&k_rows, &key_rows)?.reshape((count, most_keys, width)))?;
         let products = matmul(&q, &tensor(k.t())?)?;
-        let table = tensor(tensor(bias.contiguous())?.reshape(((), 1)))?;
+        let table = tensor(tensor(bias.tensor().contiguous())?.reshape(((), 1)))?;
         let shape = (count, most_queries, most_keys);
         let bias = tensor(embedding(&table, &ids(places)?)?.reshape(shape))?;
         let hidden = tensor(tensor(Tensor::from_vec(hidden, shape, device))?.to_dtype(q.dtype()))?;
