@@ -17,7 +17,7 @@ mod tiles;
 
 pub use attended::Attended;
 pub use bias::ScoreBias;
-pub use blocks::{BlockAttention, BlockPart, Listed};
+pub use blocks::{BlockAttention, BlockPart, Listed, SummaryAttention};
 pub use part::{AttentionPart, PartOptions, attention_part};
 pub(crate) use tiles::weights_and_slopes;
 

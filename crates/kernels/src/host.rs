@@ -129,6 +129,27 @@ pub(crate) fn share(count: usize, work_per_item: usize, body: impl Fn(Range<usiz
     split(0..count, tasks, &body);
 }
 
+/// [`share`] of items that differ: `ends` says what work there is up to the end of each, and ranges are of about
+/// as much work.
+pub(crate) fn share_by_work(ends: &[usize], body: impl Fn(Range<usize>) + Sync) {
+    let threads = rayon::current_num_threads();
+    let (count, total) = (ends.len(), ends.last().copied().unwrap_or(0));
+    let tasks = (total / WORK_PER_TASK).min(4 * threads).min(count);
+    if tasks <= 1 || threads == 1 {
+        if count > 0 {
+            body(0..count);
+        }
+        return;
+    }
+    let bound = |task: usize| match task == tasks {
+        true => count,
+        false => ends.partition_point(|end| *end <= total / tasks * task),
+    };
+    split(0..tasks, tasks, &|range| {
+        body(bound(range.start)..bound(range.end));
+    });
+}
+
 fn split(range: Range<usize>, tasks: usize, body: &(impl Fn(Range<usize>) + Sync)) {
     if tasks <= 1 {
         return body(range);
@@ -194,6 +215,30 @@ pub(crate) fn for_rows<T: Real>(
     let rows = output.len() / width;
     let shared = Shared::new(output);
     share(rows, width * work_per_element, |range| {
+        vectorised_rows(
+            range,
+            #[inline(always)]
+            |row| {
+                // SAFETY: rows are disjoint and each belongs to one range.
+                body(row, unsafe { shared.part(row * width, width) })
+            },
+        )
+    });
+}
+
+/// [`for_rows`] for rows that differ in work, as [`share_by_work`] has it.
+pub(crate) fn for_rows_by_work<T: Real>(
+    output: &mut [T],
+    width: usize,
+    ends: &[usize],
+    body: impl Fn(usize, &mut [T]) + Sync,
+) {
+    if width == 0 || output.is_empty() {
+        return;
+    }
+    assert_eq!(ends.len(), output.len() / width);
+    let shared = Shared::new(output);
+    share_by_work(ends, |range| {
         vectorised_rows(
             range,
             #[inline(always)]

@@ -80,8 +80,8 @@ pub use activation::Activation;
 pub use add::add;
 pub use appended_rows::appended_rows;
 pub use attention::{
-    Attended, AttentionPart, BlockAttention, BlockPart, Listed, PartOptions, ScoreBias, attention,
-    attention_part, merged_attention,
+    Attended, AttentionPart, BlockAttention, BlockPart, Listed, PartOptions, ScoreBias,
+    SummaryAttention, attention, attention_part, merged_attention,
 };
 pub use autoencoder::{AutoencoderGradients, AutoencoderWeights, autoencoder_gradients};
 pub use beside_feature::beside_feature;

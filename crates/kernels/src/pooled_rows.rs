@@ -41,52 +41,80 @@ pub fn pooled_rows(
     ends: Vec<usize>,
     pooling: RowPooling,
 ) -> Result<Tensor> {
-    let (count, width) = rows_and_width(x.dims());
-    let refused = |argument, found: &dyn std::fmt::Debug, expected: String| {
-        Err(Error::argument("pooled rows", argument, found, expected))
-    };
+    let (count, _) = rows_and_width(x.dims());
     if x.rank() == 0 {
-        return refused("x", &x.dims(), "[.., width]".to_owned());
+        let expected = "[.., width]";
+        return Err(Error::argument("pooled rows", "x", x.dims(), expected));
     }
-    // Nothing is the largest of no rows.
-    let least = usize::from(pooling == RowPooling::Maximum);
-    let starts = std::iter::once(0).chain(ends.iter().copied());
-    let rising = starts
-        .zip(&ends)
-        .all(|(start, end)| end.checked_sub(start).is_some_and(|rows| rows >= least));
-    if !rising || ends.last().copied().unwrap_or(0) != rows.len() {
-        let expected = match least {
-            1 => format!("above 0, rising, the last {}", rows.len()),
-            _ => format!("not falling, the last {}", rows.len()),
-        };
-        return refused("ends", &ends, expected);
-    }
-    if let Some(row) = rows.iter().find(|row| **row as usize >= count) {
-        return refused("rows", row, format!("below {count}"));
-    }
-    let lists = Lists {
-        rows,
-        ends,
-        pooling,
-    };
-    match fused(&[x]) {
-        true => Ok(x.apply_op1(lists)?),
-        false => naive::pooled_rows(
-            &x.reshape((count, width))?,
-            &lists.rows,
-            &lists.ends,
-            pooling,
-        ),
-    }
+    Lists::new(rows, ends, pooling, count)?.of(x)
 }
 
-struct Lists {
+/// Rows of each list, one list behind the other.
+#[derive(Clone, Debug)]
+pub(crate) struct Lists {
     rows: Vec<u32>,
     ends: Vec<usize>,
     pooling: RowPooling,
 }
 
 impl Lists {
+    /// Lists among so many rows.
+    pub(crate) fn new(
+        rows: Vec<u32>,
+        ends: Vec<usize>,
+        pooling: RowPooling,
+        count: usize,
+    ) -> Result<Self> {
+        let refused = |argument, found: &dyn std::fmt::Debug, expected: String| {
+            Err(Error::argument("pooled rows", argument, found, expected))
+        };
+        // Nothing is the largest of no rows.
+        let least = usize::from(pooling == RowPooling::Maximum);
+        let starts = std::iter::once(0).chain(ends.iter().copied());
+        let rising = starts
+            .zip(&ends)
+            .all(|(start, end)| end.checked_sub(start).is_some_and(|rows| rows >= least));
+        if !rising || ends.last().copied().unwrap_or(0) != rows.len() {
+            let expected = match least {
+                1 => format!("above 0, rising, the last {}", rows.len()),
+                _ => format!("not falling, the last {}", rows.len()),
+            };
+            return refused("ends", &ends, expected);
+        }
+        if let Some(row) = rows.iter().find(|row| **row as usize >= count) {
+            return refused("rows", row, format!("below {count}"));
+        }
+        Ok(Self {
+            rows,
+            ends,
+            pooling,
+        })
+    }
+
+    /// All rows.
+    pub(crate) fn rows(&self) -> &[u32] {
+        &self.rows
+    }
+
+    /// Where those of each list end.
+    pub(crate) fn ends(&self) -> &[usize] {
+        &self.ends
+    }
+
+    /// What becomes of rows of `x` that are known to be there.
+    pub(crate) fn of(self, x: &Tensor) -> Result<Tensor> {
+        let (count, width) = rows_and_width(x.dims());
+        match fused(&[x]) {
+            true => Ok(x.apply_op1(self)?),
+            false => naive::pooled_rows(
+                &x.reshape((count, width))?,
+                &self.rows,
+                &self.ends,
+                self.pooling,
+            ),
+        }
+    }
+
     fn list(&self, list: usize) -> &[u32] {
         let start = list.checked_sub(1).map_or(0, |before| self.ends[before]);
         &self.rows[start..self.ends[list]]
@@ -100,13 +128,15 @@ impl Lists {
         }
     }
 
-    fn forward<T: Real>(&self, x: &Rows<T>, width: usize) -> Vec<T> {
+    /// `y`, packed.
+    pub(crate) fn forward<T: Real>(&self, x: &Rows<T>, width: usize) -> Vec<T> {
         let mut y = host::unwritten::<T>(self.ends.len() * width);
-        let each = self.rows.len() / self.ends.len().max(1);
-        host::for_rows(
+        // Lists may be of very different lengths.
+        let work: Vec<usize> = self.ends.iter().map(|end| end * width).collect();
+        host::for_rows_by_work(
             &mut y,
             width,
-            each.max(1),
+            &work,
             #[inline(always)]
             |list, y| {
                 let row = |row: u32| x.row(row as usize);
@@ -135,17 +165,18 @@ impl Lists {
         y
     }
 
-    fn backward<T: Real>(
+    /// The gradient of all rows, packed, added to `dx`.
+    pub(crate) fn backward<T: Real>(
         &self,
-        (x, count): (&Rows<T>, usize),
+        x: &Rows<T>,
         [y, gradient]: [&[T]; 2],
         width: usize,
+        mut dx: Vec<T>,
     ) -> Vec<T> {
         // Columns that fill a line of the cache; threads have columns of their own, since lists may have
         // rows in common.
         const COLUMNS: usize = 16;
         let all = self.pooling != RowPooling::Maximum;
-        let mut dx = vec![T::zero(); count];
         let shared = Shared::new(&mut dx);
         let work = self.rows.len() * COLUMNS;
         host::share(width.div_ceil(COLUMNS), work, |range| {
@@ -195,7 +226,8 @@ impl CustomOp1 for Lists {
         by_dtype!(x.dtype(), T => {
             let rows = Rows::<T>::new(hosts[0].storage()?, hosts[0].layout)?;
             let [y, gradient] = [hosts[1].ordered::<T>()?, hosts[2].ordered::<T>()?];
-            let dx = self.backward((&rows, x.elem_count()), [&y, &gradient], width);
+            let start = vec![T::default(); x.elem_count()];
+            let dx = self.backward(&rows, [&y, &gradient], width, start);
             host::tensor(dx, x.dims()).map(Some)
         })
     }

@@ -17,8 +17,11 @@ mod forward;
 mod groups;
 mod pieces;
 mod rows;
+mod summarised;
 #[cfg(test)]
 mod tests;
+
+pub use summarised::SummaryAttention;
 
 use crate::host::{self, Host, by_dtype, fused, rows_and_width};
 use crate::simd::Real;
@@ -164,8 +167,12 @@ impl BlockAttention {
     }
 
     /// Fails where tensors do not fit each other or the blocks; the width of values.
-    fn check(&self, [q, k, v]: [&Tensor; 3]) -> Result<usize> {
-        let [queries, keys] = self.rows;
+    fn check(&self, inputs: [&Tensor; 3]) -> Result<usize> {
+        self.check_rows(inputs, self.rows)
+    }
+
+    /// The same for so many rows of queries and of keys.
+    fn check_rows(&self, [q, k, v]: [&Tensor; 3], [queries, keys]: [usize; 2]) -> Result<usize> {
         let width = q.dims().last().copied().unwrap_or(0);
         let argument = |name, tensor: &Tensor, expected: String| {
             Error::argument("attention in blocks", name, tensor.dims(), expected)
@@ -239,7 +246,11 @@ impl Operation {
             width: x.v.width,
             sums: self.sums,
         };
-        let [dq, dk, dv] = backward::backward(&self.of, &x, &saved);
+        let [queries, keys] = self.of.rows;
+        let [width, value_width] = x.widths();
+        let start = [[queries, width], [keys, width], [keys, value_width]];
+        let start = start.map(|[rows, width]| vec![T::zero(); rows * width]);
+        let [dq, dk, dv] = backward::backward(&self.of, &x, &saved, start);
         let [q, k, v] = inputs;
         Ok([
             Some(host::tensor(dq, q.dims())?),

@@ -413,11 +413,12 @@ fn scores_are_as_many_as_the_formulas_say() {
     let expected = n * m * (m + 1) / 2 + m * n * (n - 1) / 2 + (length - m);
     assert_eq!(causal, expected as u64);
     assert!(causal <= (length * (n + m + 1)) as u64);
-    // Itself and at most log₂ spans; each level is summed up from at most every token.
+    // Itself and at most log₂ spans, in one part; each level but that of single tokens is summed up from at
+    // most every token.
     let logarithm = length.ilog2() as usize;
-    let sparse = pairs(CombinerForm::LogSparse, true, length, 2);
+    let sparse = pairs(CombinerForm::LogSparse, true, length, 0);
     let met: u32 = (0..length).map(|i| 1 + i.count_ones()).sum();
-    let summed = logarithm * length / 2;
+    let summed = (logarithm - 1) * length / 2;
     assert_eq!(sparse, u64::from(met) + summed as u64);
     assert!(u64::from(met) <= (length * (logarithm + 1)) as u64);
     // Row and column; other columns above, of which the prefixes are summed up.

@@ -22,18 +22,16 @@ struct Pass<'a, T: Clone> {
     dv: Shared<'a, T>,
 }
 
-/// Gradients of queries, keys and values.
+/// Gradients of queries, keys and values, added to those that are there.
 pub(super) fn backward<T: Real>(
     of: &BlockAttention,
     x: &Inputs<T>,
     saved: &Saved<T>,
+    [mut dq, mut dk, mut dv]: [Vec<T>; 3],
 ) -> [Vec<T>; 3] {
-    let [queries, keys] = of.rows;
+    let [queries, _] = of.rows;
     let deltas = deltas(saved, queries);
     let [width, value_width] = x.widths();
-    let mut dq = vec![T::zero(); queries * width];
-    let mut dk = vec![T::zero(); keys * width];
-    let mut dv = vec![T::zero(); keys * value_width];
     let pass = Pass {
         x,
         saved,

@@ -14,10 +14,12 @@ pub(super) const QUERIES: usize = 32;
 /// Keys of a tile.
 pub(super) const KEYS: usize = 3 * Repeated::<f32>::COLUMNS;
 
-/// Rows of a tensor, where they lie.
+/// Rows of a tensor, where they lie, and perhaps others behind them.
 pub(super) struct Table<'a, T: Clone> {
     data: Cow<'a, [T]>,
     starts: Vec<usize>,
+    /// Rows of their own, packed.
+    behind: &'a [T],
     pub(super) width: usize,
 }
 
@@ -45,31 +47,61 @@ impl<'a, T: Real> Table<'a, T> {
         Ok(Self {
             data,
             starts,
+            behind: &[],
             width,
         })
+    }
+
+    /// Rows one behind the other.
+    pub(super) fn packed(rows: &'a [T], width: usize) -> Self {
+        Self {
+            data: Cow::Borrowed(&[]),
+            starts: Vec::new(),
+            behind: rows,
+            width,
+        }
+    }
+
+    /// The same with packed rows behind them.
+    pub(super) fn with(self, behind: &'a [T]) -> Self {
+        Self { behind, ..self }
+    }
+
+    /// What a row lies in, and where.
+    #[inline(always)]
+    fn place(&self, row: u32) -> (bool, usize) {
+        match self.starts.get(row as usize) {
+            Some(start) => (true, *start),
+            None => (false, (row as usize - self.starts.len()) * self.width),
+        }
+    }
+
+    fn rows(&self, own: bool) -> &[T] {
+        if own { &self.data } else { self.behind }
     }
 
     /// One row.
     #[inline(always)]
     pub(super) fn row(&self, row: u32) -> &[T] {
-        &self.data[self.starts[row as usize]..][..self.width]
+        let (own, start) = self.place(row);
+        &self.rows(own)[start..][..self.width]
     }
 
     /// Listed rows as a matrix: where they lie if they are as far from each other, otherwise copied.
     pub(super) fn gathered<'b>(&'b self, rows: &[u32], copy: &'b mut Vec<T>) -> Matrix<'b, T> {
-        let start = |row: &u32| self.starts[*row as usize];
-        let first = rows.first().map_or(0, start);
+        let place = |row: &u32| self.place(*row);
+        let (own, first) = rows.first().map_or((true, 0), place);
         let step = rows
             .get(1)
-            .map_or(self.width, |second| start(second).saturating_sub(first));
-        let mut expected = (0..).map(|at| first + at * step);
+            .map_or(self.width, |second| place(second).1.saturating_sub(first));
+        let mut expected = (0..).map(|at| (own, first + at * step));
         if step >= self.width
             && rows
                 .iter()
                 .zip(&mut expected)
-                .all(|(row, at)| start(row) == at)
+                .all(|(row, at)| place(row) == at)
         {
-            return Matrix::spaced(&self.data[first..], rows.len(), self.width, step);
+            return Matrix::spaced(&self.rows(own)[first..], rows.len(), self.width, step);
         }
         copy.clear();
         for &row in rows {

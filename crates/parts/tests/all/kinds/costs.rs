@@ -400,9 +400,9 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
                     (9 + 6 + 4) * pair + merging(2)
                 }
                 CombinerForm::Fixed { segment: 2 } => (12 + 12 + 6) * pair + merging(2),
-                // 1 + the ones among the binary digits of 0 … 5; spans 0, 2, 4 of one token, 0 of
-                // two, 0 of four.
-                CombinerForm::LogSparse => (6 + 7 + (3 + 2 + 4)) * pair + merging(2),
+                // 1 + the ones among the binary digits of 0 … 5; span 0 of two tokens, 0 of four. Those of one
+                // token are that token.
+                CombinerForm::LogSparse => (6 + 7 + (2 + 4)) * pair,
                 // Columns of 1 + 2 + 3, rows of 1 before; the other column above, and its first two
                 // beginnings; one side of each earlier row, the other being empty, and both ends
                 // of one token of the two rows that have a later one.

@@ -35,15 +35,17 @@ impl Division {
 }
 
 impl CombinerForm {
-    /// Sorts of spans, where the longest sequence has so many tokens.
-    pub(super) fn sorts(self, causal: bool, longest: usize) -> Vec<Sort> {
+    /// Sorts of spans, where the longest sequence has so many tokens; those of one token are among them where
+    /// they are `single`, otherwise they are met as that token.
+    pub(super) fn sorts(self, causal: bool, longest: usize, single: bool) -> Vec<Sort> {
         match self {
             Self::Fixed { segment } => vec![Sort::Segments {
                 size: segment,
                 open: !causal,
             }],
             Self::LogSparse => {
-                let levels = (0..usize::BITS).take_while(|level| 1usize << level <= longest);
+                let levels = least_level(single)..usize::BITS;
+                let levels = levels.take_while(|level| 1usize << level <= longest);
                 // What is behind a token is before it from the other end.
                 let ends: &[bool] = if causal { &[false] } else { &[false, true] };
                 levels
@@ -63,6 +65,11 @@ impl CombinerForm {
     }
 }
 
+/// The least level of spans that have summaries.
+fn least_level(single: bool) -> u32 {
+    u32::from(!single)
+}
+
 /// What the divisions of a pass are made from.
 pub(super) struct Tokens<'a> {
     pub(super) sequences: &'a Sequences<'a>,
@@ -71,6 +78,8 @@ pub(super) struct Tokens<'a> {
     pub(super) causal: bool,
     /// Whether anybody asks how many tokens a span has.
     pub(super) counted: bool,
+    /// Whether a span of one token is more than that token.
+    pub(super) single: bool,
 }
 
 impl Tokens<'_> {
@@ -154,47 +163,55 @@ impl Tokens<'_> {
         Ok(division)
     }
 
+    /// Each token with itself and its spans in one list.
     fn log_sparse(&self) -> Result<Division> {
-        let mut own = Blocks::default();
-        for sequence in self.sequences.iter() {
-            for i in sequence.queries() {
-                own.push([sequence.query(i)], [sequence.key(i)]);
-            }
-        }
-        let mut division = Division::default();
-        division.direct.push((own, ALL));
         let ends: &[bool] = if self.causal {
             &[false]
         } else {
             &[false, true]
         };
-        for &mirrored in ends {
-            let blocks = self.doubling(mirrored, &mut division)?;
-            division.spans.push((blocks, ALL));
+        let (mut blocks, mut division) = (Blocks::default(), Division::default());
+        let mut met = Vec::new();
+        for sequence in self.sequences.iter() {
+            for i in sequence.queries() {
+                met.push(anywhere(sequence.key(i)));
+                for &mirrored in ends {
+                    self.doubling((&sequence, i), mirrored, (&mut met, &mut division))?;
+                }
+                blocks.push([sequence.query(i)], met.drain(..));
+            }
         }
+        division.spans.push((blocks, ALL));
         Ok(division)
     }
 
-    /// Spans of `1, 2, 4, …` tokens before each token, counted from the end where `mirrored`.
-    fn doubling(&self, mirrored: bool, division: &mut Division) -> Result<Blocks> {
+    /// Spans of `1, 2, 4, …` tokens before a token, counted from the end where `mirrored`.
+    fn doubling(
+        &self,
+        (sequence, i): (&Sequence<'_>, usize),
+        mirrored: bool,
+        (met, division): (&mut Vec<At>, &mut Division),
+    ) -> Result<()> {
         let ends = if self.causal { 1 } else { 2 };
-        let mut blocks = Blocks::default();
-        for sequence in self.sequences.iter() {
-            for i in sequence.queries() {
-                let token = if mirrored { sequence.len() - 1 - i } else { i };
-                let levels = (0..usize::BITS).take_while(|level| token >> level > 0);
-                let met = levels
-                    .filter(|level| (token >> level) % 2 == 1)
-                    .map(|level| {
-                        // One of an even number, which stands before the token's own.
-                        let span = Span::run(((token >> level) - 1) << level, 1 << level);
-                        let sort = level as usize * ends + usize::from(mirrored);
-                        self.span((sort, &sequence), (span, 0), division)
-                    });
-                blocks.push([sequence.query(i)], met.collect::<Result<Vec<_>>>()?);
-            }
+        let counted = |i: usize| match mirrored {
+            true => sequence.len() - 1 - i,
+            false => i,
+        };
+        let (token, least) = (counted(i), least_level(self.single));
+        let levels = (0..usize::BITS).take_while(|level| token >> level > 0);
+        for level in levels.filter(|level| (token >> level) % 2 == 1) {
+            // One of an even number, which stands before the token's own.
+            let start = ((token >> level) - 1) << level;
+            met.push(match level.checked_sub(least) {
+                None => anywhere(sequence.key(counted(start))),
+                Some(level_of_sort) => {
+                    let sort = level_of_sort as usize * ends + usize::from(mirrored);
+                    let span = (Span::run(start, 1 << level), 0);
+                    self.span((sort, sequence), span, division)?
+                }
+            });
         }
-        Ok(blocks)
+        Ok(())
     }
 
     /// Own row and column, and `[vertical, horizontal]` spans.
@@ -299,6 +316,11 @@ impl Tokens<'_> {
         division.spans.push((earlier, CAUSAL));
         Ok(division)
     }
+}
+
+/// A key where no rule asks for its position.
+fn anywhere(key: At) -> At {
+    At { position: 0, ..key }
 }
 
 fn keys<'a>(

@@ -14,7 +14,8 @@
 //!
 //! * *fixed*: own segment directly; every other segment a span;
 //! * *log-sparse*: itself directly; spans of `2^ℓ` tokens, those that stand before it where
-//!   `⌊i / 2^ℓ⌋` is odd, which tile everything before it; both sides alike without causality;
+//!   `⌊i / 2^ℓ⌋` is odd, which tile everything before it; both sides alike without causality; a span of one
+//!   token is that token, unless a layer makes something else of it;
 //! * *vertical*: own column above and own row directly; what every other column has above the row
 //!   a span;
 //! * *horizontal*: the same directly; of each earlier row what is to the left a span, and to the
@@ -72,14 +73,16 @@ pub use spec::{CombinerForm, CombinerSpec, Summary};
 use super::blocks::{Bias, Meetings, Rule};
 use super::met::Met;
 use super::sequences::{At, Sequences};
-use super::spans::{Ended, Making, Pooled, Rules, Sort, Span, SpanMemory, Summaries, Summarised};
+use super::spans::{
+    Ended, Joined, Making, Pooled, Rules, Sort, Span, SpanMemory, Summaries, Summarised,
+};
 use super::{Mechanism, MechanismPass, Memory, Resumed};
 use crate::error::tensor;
 use crate::state::MixerState;
 use crate::{Error, Result};
 use clustering::{Clustering, Found};
 use divisions::{Division, Tokens};
-use lapidary_kernels::{Tensor, appended_rows, with_loss};
+use lapidary_kernels::{BlockPart, Tensor, appended_rows, with_loss};
 use lapidary_signal::Mixing;
 use layer::Layer;
 use std::collections::HashMap;
@@ -127,7 +130,24 @@ impl Mechanism for Combiner {
         }
         let found = self.found(q, k, pass)?;
         let q = self.pulled(q, k, found.as_ref(), pass)?;
-        Ok(Box::new(self.whole(&q, k, found.as_ref(), pass)?))
+        let sequences = Sequences::new(&q, k, pass)?;
+        let plan = self.plan(&sequences, &[], found.as_ref())?;
+        let lists = match (plan.making.as_slice(), plan.divisions.as_slice()) {
+            ([one], [_]) if self.layer.is_none() => one.whole(),
+            _ => None,
+        };
+        let Some(lists) = lists else {
+            return Ok(Box::new(self.mixing_by(
+                plan,
+                sequences.sizes,
+                [&q, &q, k],
+            )?));
+        };
+        let parts = plan.divisions.into_iter();
+        let parts = parts.flat_map(|division| self.parts(division)).collect();
+        let of = (self.scale, plan.before);
+        let joined = Joined::new(sequences.sizes, (&q, k), lists, parts, of)?;
+        Ok(Box::new(joined))
     }
 
     fn memory(&self) -> Memory {
@@ -182,7 +202,8 @@ impl Mechanism for Combiner {
 
 impl Rules for Combiner {
     fn sorts(&self, longest: usize) -> Vec<Sort> {
-        self.spec.form.sorts(self.causal, longest)
+        let single = self.layer.is_some();
+        self.spec.form.sorts(self.causal, longest, single)
     }
 
     fn keeps_token(&self, token: usize, next: usize) -> bool {
@@ -320,6 +341,7 @@ impl Combiner {
             ended: &ended,
             causal: self.causal,
             counted: self.spec.log_count,
+            single: self.layer.is_some(),
         };
         let mut divisions = tokens.divisions(self.spec.form)?;
         let met = divisions.iter().flat_map(Division::keys);
@@ -412,21 +434,7 @@ impl Combiner {
         };
         let mut divisions = Vec::with_capacity(plan.divisions.len());
         for division in plan.divisions {
-            let counts = division.counts.into_iter();
-            let counts: HashMap<usize, usize> = counts.map(|(at, count)| (at.row, count)).collect();
-            let counted = |span: At| {
-                let count = counts.get(&span.row).copied().unwrap_or(1);
-                (count as f64).ln()
-            };
-            let bias = Bias {
-                of_key: self.spec.log_count.then_some(&counted),
-                ..Bias::default()
-            };
-            let direct = division.direct.into_iter();
-            let direct = direct.map(|(blocks, rule)| blocks.listed(rule, Bias::default()));
-            let spans = division.spans.into_iter();
-            let spans = spans.map(|(blocks, rule)| blocks.listed(rule, bias));
-            let parts = direct.chain(spans).collect();
+            let parts = self.parts(division);
             let meetings = Meetings::new(parts, (q, &keys), self.scale)?;
             divisions.push(meetings.into_iter().collect());
         }
@@ -437,5 +445,24 @@ impl Combiner {
             divisions,
             before: plan.before,
         })
+    }
+
+    /// What a kernel reads of a division, tokens before spans.
+    fn parts(&self, division: Division) -> Vec<BlockPart> {
+        let counts = division.counts.into_iter();
+        let counts: HashMap<usize, usize> = counts.map(|(at, count)| (at.row, count)).collect();
+        let counted = |span: At| {
+            let count = counts.get(&span.row).copied().unwrap_or(1);
+            (count as f64).ln()
+        };
+        let bias = Bias {
+            of_key: self.spec.log_count.then_some(&counted),
+            ..Bias::default()
+        };
+        let direct = division.direct.into_iter();
+        let direct = direct.map(|(blocks, rule)| blocks.listed(rule, Bias::default()));
+        let spans = division.spans.into_iter();
+        let spans = spans.map(|(blocks, rule)| blocks.listed(rule, bias));
+        direct.chain(spans).collect()
     }
 }

@@ -76,6 +76,19 @@ impl Making {
         }
     }
 
+    /// Rows of all lists, and where each ends among them, where whole lists are summed up.
+    pub(in super::super) fn whole(&self) -> Option<(Vec<u32>, Vec<usize>)> {
+        if self.way != Way::Whole {
+            return None;
+        }
+        let rows = self.keys().map(|key| key.row as u32).collect();
+        let ends = self.lists.iter().scan(0, |end, (list, _)| {
+            *end += list.len();
+            Some(*end)
+        });
+        Some((rows, ends.collect()))
+    }
+
     /// The tokens of all lists.
     pub(in super::super) fn keys(&self) -> impl Iterator<Item = &At> {
         self.lists.iter().flat_map(|(list, _)| list)
@@ -149,10 +162,7 @@ impl<'a> Ended<'a> {
 
     /// Those of the summaries that are `met`, rows of keys among these, and what the number of each is when
     /// no others are made.
-    pub(in super::super) fn making(
-        &self,
-        met: impl Iterator<Item = usize>,
-    ) -> (Vec<Making>, Ranks) {
+    pub(in super::super) fn making(self, met: impl Iterator<Item = usize>) -> (Vec<Making>, Ranks) {
         let mut used = vec![false; self.rows];
         for row in met.filter_map(|row| row.checked_sub(self.keys)) {
             if let Some(used) = used.get_mut(row) {
@@ -160,15 +170,15 @@ impl<'a> Ended<'a> {
             }
         }
         let mut all: Vec<Making> = Vec::new();
-        for group in &self.groups {
+        for group in self.groups {
             let mut lists = Vec::new();
-            for (number, list) in group.lists.iter().enumerate() {
+            for (number, list) in group.lists.into_iter().enumerate() {
                 let start = group.before + number * group.each;
                 let here = used.get(start..start + group.each).unwrap_or_default();
                 let ends = here.iter().enumerate().filter(|(_, used)| **used);
                 let ends: Vec<usize> = ends.map(|(end, _)| end).collect();
                 if !ends.is_empty() {
-                    lists.push((list.clone(), ends));
+                    lists.push((list, ends));
                 }
             }
             let way = group.sort.way();

@@ -15,7 +15,7 @@ mod summaries;
 pub(super) use ended::{Ended, Making};
 pub(super) use memory::Rules;
 pub use memory::SpanMemory;
-pub(super) use mixing::Summarised;
+pub(super) use mixing::{Joined, Summarised};
 pub(super) use pooling::Pooled;
 pub use pooling::Pooling;
 pub(super) use span::{Sort, Span};
