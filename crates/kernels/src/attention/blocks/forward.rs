@@ -69,12 +69,12 @@ pub(super) fn forward<T: Real>(of: &BlockAttention, x: &Inputs<T>, sums: bool) -
     };
     for part in &of.parts {
         let pieces = part.pieces();
-        host::share(pieces.len(), part.work(width + value_width), |range| {
+        host::share_by_work(&part.work_ends(width + value_width), |range| {
             let mut room = Room::new();
-            for piece in &pieces[range] {
-                match piece.is_small() {
-                    true => few(part, piece, x, &results, &mut room),
-                    false => many(part, piece, x, &results, &mut room),
+            for run in pieces[range].chunk_by(Piece::shares_keys) {
+                match run {
+                    [piece] if piece.is_small() => few(part, piece, x, &results, &mut room),
+                    run => many(part, run, x, &results, &mut room),
                 }
             }
         });
@@ -104,16 +104,20 @@ impl<T> Room<T> {
     }
 }
 
-/// A piece with keys and values laid out for all its queries.
+/// Pieces of the same keys, which are laid out with their values once.
 fn many<T: Real>(
     part: &Part,
-    piece: &Piece,
+    pieces: &[Piece],
     x: &Inputs<T>,
     results: &Results<T>,
     room: &mut Room<T>,
 ) {
+    let Some(first) = pieces.first() else {
+        return;
+    };
     let [width, value_width] = x.widths();
-    let (count, key_rows) = (piece.queries.len(), part.key_rows(&piece.keys));
+    // All have enough queries for panels, so that it does not matter how many a thread has.
+    let (count, key_rows) = (first.queries.len(), part.key_rows(&first.keys));
     let k = x.k.gathered(key_rows, &mut room.keys);
     let v = x.v.gathered(key_rows, &mut room.values);
     let (k, v) = (
@@ -121,7 +125,10 @@ fn many<T: Real>(
         Repeated::new(v, count),
     );
     room.scores.resize(QUERIES * KEYS, T::zero());
-    for queries in tiles(piece.queries.clone(), QUERIES) {
+    let each = pieces
+        .iter()
+        .flat_map(|piece| tiles(piece.queries.clone(), QUERIES).map(move |tile| (piece, tile)));
+    for (piece, queries) in each {
         let rows = part.query_rows(&queries);
         let q = x.q.gathered(rows, &mut room.queries);
         room.output.clear();

@@ -36,6 +36,11 @@ impl Piece {
         self.queries.len() < FEW
     }
 
+    /// Whether the keys of another that follows are laid out as its own are.
+    pub(super) fn shares_keys(&self, next: &Self) -> bool {
+        self.keys == next.keys && !self.is_small() && !next.is_small()
+    }
+
     /// Where some of its keys are among all of them.
     pub(super) fn place(&self, keys: &Range<usize>) -> Range<usize> {
         keys.start - self.keys.start..keys.end - self.keys.start
@@ -164,6 +169,15 @@ impl Part {
     pub(super) fn work(&self, widths: usize) -> usize {
         let pairs: usize = self.pieces.iter().map(Piece::pairs).sum();
         (pairs / self.pieces.len().max(1) * widths / 8).max(1)
+    }
+
+    /// Multiplications of all pieces up to the end of each, about.
+    pub(super) fn work_ends(&self, widths: usize) -> Vec<usize> {
+        let work = self.pieces.iter().scan(0, |end, piece| {
+            *end += (piece.pairs() * widths / 8).max(1);
+            Some(*end)
+        });
+        work.collect()
     }
 
     /// The first and the last position that a query at `position` sees.

@@ -227,6 +227,21 @@ fn results_do_not_depend_on_threads() {
     }
 }
 
+/// Pieces of one block, whose keys are laid out once, are blocks that have the same keys each.
+#[test]
+fn pieces_of_the_same_keys_are_blocks_of_their_own() {
+    let keys = || run([3, 5, 60], [0, 1]);
+    let whole = part(&[[run([0, 1, 330], [0, 1]), keys()]]);
+    let thirds = [0, 110, 220].map(|start| [run([start, 1, 110], [start, 1]), keys()]);
+    for dtype in [DType::F32, DType::F64] {
+        let [q, k, v] = inputs(ROWS, [24, 40], dtype);
+        let [whole, thirds] = [whole.clone(), part(&thirds)]
+            .map(|part| attention(vec![part], ROWS).rows([&q, &k, &v]).unwrap());
+        let error = difference(&whole, &thirds).unwrap();
+        assert!(error < 1e-6, "{dtype:?}: {error}");
+    }
+}
+
 #[test]
 fn a_query_without_keys_gets_nothing() {
     let blocks = [[run([1, 1, 2], [5, 1]), run([0, 1, 3], [6, 1])]];
