@@ -108,7 +108,7 @@ pub use linear_attention::{
 };
 pub use linear_by_feature::{linear_attention_by_feature, operations_by_feature};
 pub use linear_means::{
-    ExponentialMeans, causal_exponential_means, causal_linear_means, linear_means,
+    ExponentialMeans, causal_exponential_means, causal_linear_means, code_means, linear_means,
 };
 pub use local_filter::local_filter;
 pub use matmul::matmul;

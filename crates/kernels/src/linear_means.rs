@@ -15,12 +15,14 @@
 //!
 //! of which all but `∂q` read `Σ_i q_i ∂n_iᵀ` and `Σ_i h_i q_i`.
 
+mod codes;
 mod exponential;
 mod past;
 #[cfg(test)]
 mod tests;
 mod whole;
 
+pub use codes::code_means;
 pub use exponential::{ExponentialMeans, causal_exponential_means};
 
 use crate::host::{self, Host, by_dtype, fused};
@@ -145,11 +147,16 @@ impl<'a, T: Real> Sides<'a, T> {
     /// One over a sum of weights.
     #[inline(always)]
     fn reciprocal(&self, weights: T) -> T {
-        let total = weights + self.epsilon;
-        match total == T::zero() {
-            true => T::one(),
-            false => T::one() / total,
-        }
+        reciprocal(weights + self.epsilon)
+    }
+}
+
+/// One over a total, which counts as 1 where it is 0.
+#[inline(always)]
+fn reciprocal<T: Real>(total: T) -> T {
+    match total == T::zero() {
+        true => T::one(),
+        false => T::one() / total,
     }
 }
 

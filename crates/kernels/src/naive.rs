@@ -22,7 +22,7 @@ pub use attention::{
     linear_means, polynomial_attention, sinkhorn_attention, tree_attention,
 };
 pub(crate) use attention::{block_rows, merged_rows};
-pub use codes::{hash_arguments, hashed_codes, hashed_features, passing_signs};
+pub use codes::{code_means, hash_arguments, hashed_codes, hashed_features, passing_signs};
 pub use functional_bias::functional_bias;
 pub(crate) use resolution::resolution_attention;
 pub use wavelet::{wavelet_analysis, wavelet_synthesis};

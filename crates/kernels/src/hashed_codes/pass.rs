@@ -263,11 +263,16 @@ impl<'a, T: Real> Pass<'a, T> {
         let kernels = Matrix::packed(kernels, count, anchors);
         let arguments = &mut scratch.arguments[..count * bits];
         product(arguments, 1.0, kernels, (&operands.hashes, bits));
-        for argument in arguments.chunks_exact_mut(bits) {
-            for (argument, threshold) in argument.iter_mut().zip(&head.thresholds) {
-                *argument -= *threshold;
-            }
-        }
+        simd::vectorised(
+            #[inline(always)]
+            || {
+                for argument in arguments.chunks_exact_mut(bits) {
+                    for (argument, threshold) in argument.iter_mut().zip(&head.thresholds) {
+                        *argument -= *threshold;
+                    }
+                }
+            },
+        );
     }
 
     /// Codes `[batch, heads, length, bits]`, or features `[2, batch, heads, length, bits + 1]`.
@@ -291,12 +296,16 @@ impl<'a, T: Real> Pass<'a, T> {
                     let start = (plane * tokens_in_all + first) * columns;
                     shared.part(start, tokens.len() * columns)
                 };
-                let codes = scratch.arguments.chunks_exact(bits);
-                let rows = codes.zip(part(0).chunks_exact_mut(columns));
                 let Some(offset) = self.offset else {
-                    rows.for_each(|(argument, code)| signs(argument, code, T::one()));
+                    let (arguments, codes) = (&scratch.arguments, part(0));
+                    simd::vectorised(
+                        #[inline(always)]
+                        || signs(&arguments[..codes.len()], codes, T::one()),
+                    );
                     continue;
                 };
+                let codes = scratch.arguments.chunks_exact(bits);
+                let rows = codes.zip(part(0).chunks_exact_mut(columns));
                 let rows = rows.zip(part(1).chunks_exact_mut(columns)).zip(tokens);
                 for (((argument, query), key), token) in rows {
                     let kept = self.kept(pair, token);
@@ -329,6 +338,7 @@ pub(super) fn floored<T: Real>(length: T) -> T {
 }
 
 /// `scale` where an argument is not below 0, `−scale` elsewhere.
+#[inline(always)]
 fn signs<T: Real>(arguments: &[T], code: &mut [T], scale: T) {
     for (code, argument) in code.iter_mut().zip(arguments) {
         *code = if *argument >= T::zero() {

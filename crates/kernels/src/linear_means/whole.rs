@@ -9,11 +9,11 @@ use std::ops::Range;
 /// Rows whose sums one task makes, however many threads there are.
 const PART: usize = 1024;
 /// Rows that are read while they lie in the cache.
-const BLOCK: usize = 64;
+pub(super) const BLOCK: usize = 64;
 
 /// Sums of `size` numbers over the rows of each pair, `[pairs, size]`: `body` adds those of some rows of a
 /// pair, and what it made of each part is added up in order.
-fn summed<T: Real>(
+pub(super) fn summed<T: Real>(
     (pairs, rows): (usize, usize),
     size: usize,
     work_per_row: usize,
@@ -46,7 +46,7 @@ fn summed<T: Real>(
 }
 
 /// Calls `body` on blocks of the rows of all pairs.
-fn in_blocks(
+pub(super) fn in_blocks(
     (pairs, rows): (usize, usize),
     work_per_row: usize,
     body: impl Fn(usize, Range<usize>) + Sync,
@@ -109,13 +109,13 @@ impl<T: Real> Context<T> {
 }
 
 /// `result += a b`, packed.
-fn add_product<T: Real>(result: &mut [T], a: Matrix<T>, b: Matrix<T>) {
+pub(super) fn add_product<T: Real>(result: &mut [T], a: Matrix<T>, b: Matrix<T>) {
     let columns = b.columns;
     multiply(result, columns, Into::Add, T::one(), a, b, Threads::One);
 }
 
 /// `result = a b`, packed.
-fn product<T: Real>(result: &mut [T], a: Matrix<T>, b: Matrix<T>) {
+pub(super) fn product<T: Real>(result: &mut [T], a: Matrix<T>, b: Matrix<T>) {
     let columns = b.columns;
     multiply(result, columns, Into::Replace, T::one(), a, b, Threads::One);
 }

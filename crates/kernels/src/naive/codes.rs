@@ -62,13 +62,28 @@ pub fn hashed_features(
     hash: &CodeHash,
     offset: f64,
 ) -> Result<[Tensor; 2]> {
-    let codes = hashed_codes(x, kept, hash)?;
+    features(&hashed_codes(x, kept, hash)?, kept, offset)
+}
+
+/// `[b, offset]` and `[b, 1]`, the second times `kept`.
+fn features(codes: &Tensor, kept: Option<&Tensor>, offset: f64) -> Result<[Tensor; 2]> {
     let one = codes.narrow(3, 0, 1)?.ones_like()?;
-    let queries = Tensor::cat(&[&codes, &(&one * offset)?], 3)?;
-    let keys = Tensor::cat(&[&codes, &one], 3)?;
+    let queries = Tensor::cat(&[codes, &(&one * offset)?], 3)?;
+    let keys = Tensor::cat(&[codes, &one], 3)?;
     let keys = match kept {
         Some(kept) => keys.broadcast_mul(&kept.detach())?,
         None => keys,
     };
     Ok([queries, keys])
+}
+
+/// [`crate::code_means`].
+pub fn code_means(
+    codes: &Tensor,
+    v: &Tensor,
+    kept: Option<&Tensor>,
+    offset: f64,
+) -> Result<Tensor> {
+    let [queries, keys] = features(codes, kept, offset)?;
+    super::linear_means(&queries, &keys, v, 0.0, false)
 }

@@ -45,7 +45,9 @@ use crate::parameters::{Init, Parameters};
 use crate::state::MixerState;
 use crate::{Error, Result};
 use codes::MAX_BITS;
-use lapidary_kernels::{CodeHash, Device, Tensor, hashed_codes, hashed_features, matmul, naive};
+use lapidary_kernels::{
+    CodeHash, DType, Device, Tensor, code_means, hashed_codes, hashed_features, matmul, naive,
+};
 use lapidary_signal::Mixing;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -216,6 +218,17 @@ pub fn sign(x: &Tensor) -> Result<Tensor> {
     tensor(naive::passing_signs(x))
 }
 
+/// What is known of a pass before its codes are.
+#[derive(Debug)]
+struct Pass {
+    /// `[batch, heads, queries, keys]`.
+    sizes: [usize; 4],
+    /// `[batch, 1, length, 1]`, where there are pads.
+    kept: Option<Tensor>,
+    /// Operations that codes take.
+    before: u64,
+}
+
 /// The module.
 #[derive(Debug)]
 struct Ecoformer {
@@ -225,13 +238,8 @@ struct Ecoformer {
 }
 
 impl Ecoformer {
-    /// `b · b + β + 1` for each query and key is the product of `[b, β + 1]` and `[b, 1]`.
-    fn sums(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        pass: &MechanismPass<'_>,
-    ) -> Result<Normalised<Features>> {
+    /// What a pass says before its codes are known.
+    fn known(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Pass> {
         let (batch, heads, queries, width) = tensor(q.dims4())?;
         let keys = tensor(k.dim(2))?;
         if queries != keys {
@@ -241,12 +249,25 @@ impl Ecoformer {
                 format!("{keys}, as keys, which ecoformer's queries are"),
             ));
         }
-        let kept = kept(pass, keys, q.dtype())?;
-        let hash = &self.hashing.0;
-        let both = hashed_features(q, kept.as_ref(), hash, self.offset());
-        let [features_of_queries, features_of_keys] = tensor(both)?;
         let EcoformerSpec { bits, anchors, .. } = self.spec;
         let each = 3 * width + anchors * (2 * width + 6) + 2 * anchors * bits;
+        Ok(Pass {
+            sizes: [batch, heads, queries, keys],
+            kept: kept(pass, keys, q.dtype())?,
+            before: (batch * heads * queries * each) as u64,
+        })
+    }
+
+    /// `b · b + β + 1` for each query and key is the product of `[b, β + 1]` and `[b, 1]`.
+    fn sums(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Normalised<Features>> {
+        let Pass { kept, before, .. } = self.known(q, k, pass)?;
+        let both = hashed_features(q, kept.as_ref(), &self.hashing.0, self.offset());
+        let [features_of_queries, features_of_keys] = tensor(both)?;
         let features = Features {
             q: features_of_queries,
             k: features_of_keys,
@@ -254,8 +275,17 @@ impl Ecoformer {
             log_decay: None,
             chunk: CHUNK,
         };
-        let before = (batch * heads * queries * each) as u64;
         Ok(Normalised::new(features, 0.0, before))
+    }
+
+    /// Codes alone, which all queries and keys share.
+    fn coded(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Coded> {
+        let pass = self.known(q, k, pass)?;
+        Ok(Coded {
+            codes: self.hashing.codes(q, pass.kept.as_ref())?,
+            bits: self.spec.bits,
+            pass,
+        })
     }
 
     /// `β + 1`.
@@ -266,6 +296,9 @@ impl Ecoformer {
 
 impl Mechanism for Ecoformer {
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
+        if !self.causal && !self.spec.released {
+            return Ok(Box::new(self.coded(q, k, pass)?));
+        }
         let sums = self.sums(q, k, pass)?;
         Ok(match self.spec.released {
             true => Box::new(Released {
@@ -298,7 +331,44 @@ impl Mechanism for Ecoformer {
     }
 }
 
-/// Sums over codes, divided by the sum of weights.
+/// Means over all keys, whose codes are those of the queries.
+#[derive(Debug)]
+struct Coded {
+    /// `[batch, heads, length, bits]`.
+    codes: Tensor,
+    bits: usize,
+    pass: Pass,
+}
+
+impl Mixing for Coded {
+    fn sizes(&self) -> [usize; 4] {
+        self.pass.sizes
+    }
+
+    fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        let offset = self.bits as f64 + 1.0;
+        code_means(&self.codes, values, self.pass.kept.as_ref(), offset)
+    }
+
+    fn operations(&self, width: usize) -> u64 {
+        let [batch, heads, queries, keys] = self.pass.sizes;
+        let sums = 2 * (queries + keys) * (self.bits + 1) * (width + 1);
+        self.pass.before + (batch * heads * (sums + queries * (width + 1))) as u64
+    }
+
+    /// By counting bits, where no gradient asks for products.
+    fn weights(&self, like: &Tensor) -> lapidary_kernels::Result<Tensor> {
+        let [batch, heads, _, keys] = self.pass.sizes;
+        let shape = (batch, heads, keys, 1);
+        let there = match &self.pass.kept {
+            Some(kept) => kept.broadcast_as(shape)?,
+            None => Tensor::ones(shape, self.codes.dtype(), self.codes.device())?,
+        };
+        counted(self, [&self.codes, &there], false, like)
+    }
+}
+
+/// Sums over codes that are not later, divided by the sum of weights.
 #[derive(Debug)]
 struct Hashed {
     bits: usize,
@@ -322,51 +392,61 @@ impl Mixing for Hashed {
     fn weights(&self, like: &Tensor) -> lapidary_kernels::Result<Tensor> {
         let features = &self.sums.sums;
         let codes = features.q.narrow(3, 0, self.bits)?;
-        let packed = match codes.track_op() {
-            true => None,
-            false => PackedCodes::new(&codes).ok(),
-        };
-        let Some(packed) = packed else {
-            let [batch, heads, _, keys] = self.sizes();
-            let units = Tensor::eye(keys, like.dtype(), like.device())?;
-            let units = units.broadcast_as((batch, heads, keys, keys))?;
-            return self.mix(&units.contiguous()?);
-        };
-        let [batch, heads, queries, keys] = self.sizes();
         // The constant feature of a key is whether it is one.
-        let there = features.k.narrow(3, self.bits, 1)?.flatten_all()?;
-        let there = there.to_dtype(lapidary_kernels::DType::F64)?;
-        let there = there.to_vec1::<f64>()?;
-        let offset = self.bits as i64 + 1;
-        let mut weights = Vec::with_capacity(batch * heads * queries * keys);
-        let each = packed
-            .words()
-            .chunks(keys.max(1))
-            .zip(there.chunks(keys.max(1)));
-        for (codes, there) in each {
-            for (i, &query) in codes.iter().enumerate() {
-                let of = codes
-                    .iter()
-                    .zip(there)
-                    .enumerate()
-                    .map(|(j, (&key, &there))| {
-                        let seen = there > 0.0 && (!features.causal || j <= i);
-                        match seen {
-                            true => (packed.product(query, key) + offset) as f64,
-                            false => 0.0,
-                        }
-                    });
-                let row = weights.len();
-                weights.extend(of);
-                let total: f64 = weights.iter().skip(row).sum();
-                for weight in weights.iter_mut().skip(row) {
-                    *weight /= total.max(1.0);
-                }
+        let there = features.k.narrow(3, self.bits, 1)?;
+        counted(self, [&codes, &there], features.causal, like)
+    }
+}
+
+/// The weights of `mixing` by its codes `[batch, heads, length, bits]`, of tokens that are `there`
+/// `[batch, heads, length, 1]`, by counting bits, where no gradient asks for products.
+fn counted(
+    mixing: &dyn Mixing,
+    [codes, there]: [&Tensor; 2],
+    causal: bool,
+    like: &Tensor,
+) -> lapidary_kernels::Result<Tensor> {
+    let [batch, heads, queries, keys] = mixing.sizes();
+    let packed = match codes.track_op() {
+        true => None,
+        false => PackedCodes::new(codes).ok(),
+    };
+    let Some(packed) = packed else {
+        let units = Tensor::eye(keys, like.dtype(), like.device())?;
+        let units = units.broadcast_as((batch, heads, keys, keys))?;
+        return mixing.mix(&units.contiguous()?);
+    };
+    let there = there.to_dtype(DType::F64)?.flatten_all()?;
+    let there = there.to_vec1::<f64>()?;
+    let offset = codes.dim(3)? as i64 + 1;
+    let mut weights = Vec::with_capacity(batch * heads * queries * keys);
+    let each = packed
+        .words()
+        .chunks(keys.max(1))
+        .zip(there.chunks(keys.max(1)));
+    for (codes, there) in each {
+        for (i, &query) in codes.iter().enumerate() {
+            let of = codes
+                .iter()
+                .zip(there)
+                .enumerate()
+                .map(|(j, (&key, &there))| {
+                    let seen = there > 0.0 && (!causal || j <= i);
+                    match seen {
+                        true => (packed.product(query, key) + offset) as f64,
+                        false => 0.0,
+                    }
+                });
+            let row = weights.len();
+            weights.extend(of);
+            let total: f64 = weights.iter().skip(row).sum();
+            for weight in weights.iter_mut().skip(row) {
+                *weight /= total.max(1.0);
             }
         }
-        let weights = Tensor::from_vec(weights, (batch, heads, queries, keys), &Device::Cpu)?;
-        Ok(weights.to_dtype(like.dtype())?.to_device(like.device())?)
     }
+    let weights = Tensor::from_vec(weights, (batch, heads, queries, keys), &Device::Cpu)?;
+    Ok(weights.to_dtype(like.dtype())?.to_device(like.device())?)
 }
 
 /// `(b_i · Σ_j b_jᵀ v_j + (β + 1) v_i) / (b_i · Σ_j b_j + n (β + 1))`.
