@@ -4,8 +4,8 @@
 //! something to be compared with, and so that a reader sees each formula once, bare.
 
 use crate::{
-    Activation, AutoencoderGradients, AutoencoderWeights, CrossEntropyOptions, D, DType, Error,
-    Result, RotaryPairs, RowPooling, RowSums, SoftmaxMask, Tensor, Var,
+    Activation, AutoencoderGradients, AutoencoderWeights, CrossEntropyOptions, D, DType,
+    DropoutMask, Error, Result, RotaryPairs, RowPooling, RowSums, SoftmaxMask, Tensor, Var,
     inverse::CAUTION,
     mixture::{Mixture, VectorNorm},
 };
@@ -104,6 +104,13 @@ pub fn pooled_rows(
         start = end;
     }
     Ok(Tensor::cat(&pooled, 0)?)
+}
+
+/// `x` with each element multiplied by what a mask says of its place.
+pub fn dropout(x: &Tensor, mask: &DropoutMask) -> Result<Tensor> {
+    let mask: Vec<f64> = (0..x.elem_count()).map(|place| mask.at(place)).collect();
+    let mask = Tensor::from_vec(mask, x.shape(), x.device())?;
+    Ok((x * mask.to_dtype(x.dtype())?)?)
 }
 
 /// `y + w (y − x)` for each row of `after` and `before` `[.., width]`, the change a constant.
