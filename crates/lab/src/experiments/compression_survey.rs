@@ -7,6 +7,7 @@
 use super::compression_vision::{self, Seen};
 use super::jobs::over_seeds;
 use super::narrowing::{Bench, Size};
+use super::texts::Sides;
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_compress::{
@@ -74,16 +75,17 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         Scale::Smoke => 4,
         _ => 100,
     };
+    let text = Sides::of(setting)?;
     let runs = over_seeds(setting, size.seeds, |seed| {
-        one_seed(setting.scale, steps, seed)
+        one_seed(&text.for_seed(seed)?, setting.scale, steps, seed)
     })?;
     Ok(Reproduction {
         setting: format!(
-            "generated language; gated decoder of {} blocks, width {}, {} steps of 16; a quarter \
+            "{}; gated decoder of {} blocks, width {}, {} steps of 16; a quarter \
              taken away by each method that takes, groups of 32; distillation of {steps} steps \
              after a quarter of the blocks, or of the residual stream; a vision Transformer of 4 blocks, width 64, on images of \
              generated glyphs; seeds: {}",
-            size.blocks, size.width, size.steps, size.seeds,
+            text.what, size.blocks, size.width, size.steps, size.seeds,
         ),
         claims: claims(setting, &runs),
         plots: vec![plot(&runs)],
@@ -99,8 +101,8 @@ fn stage(method: &str) -> Stage {
     }
 }
 
-fn one_seed(scale: Scale, steps: u64, seed: u64) -> Result<Run> {
-    let bench = Bench::train(&size(scale), seed)?;
+fn one_seed(text: &Sides, scale: Scale, steps: u64, seed: u64) -> Result<Run> {
+    let bench = Bench::train(text, &size(scale), seed)?;
     let settings = Settings::default();
     let loss = |model: &Model| -> Result<f64> { Ok(bench.perplexity(model)?.ln()) };
     let table = interactions(

@@ -62,11 +62,6 @@ impl Size {
         }
     }
 
-    /// In words, on the generated language.
-    pub fn describe(self) -> String {
-        self.describe_on("the generated language")
-    }
-
     /// In words, on some text.
     pub fn describe_on(self, text: &str) -> String {
         format!(
@@ -99,10 +94,11 @@ pub struct Subject {
 }
 
 impl Subject {
-    /// Trains a decoder of a size.
-    pub fn trained(size: Size, seed: u64) -> Result<Self> {
-        let model = decoder::train_on_language(size.width, size.blocks, size.steps, seed)?;
-        Self::of(model, size, seed)
+    /// Trains a decoder of a size on a text.
+    pub fn trained(text: Sides, size: Size, seed: u64) -> Result<Self> {
+        let spec = decoder::spec(text.training.vocabulary(), size.width, size.blocks);
+        let model = decoder::train(spec, text.training.task(), size.steps, seed)?;
+        Self::reading(model, text, size, seed)
     }
 
     /// A model of the language with text for it.

@@ -6,6 +6,7 @@
 
 use super::jobs::over_seeds;
 use super::narrow::{Setup, Size, left};
+use super::texts::Sides;
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Series, Setting, Verdict};
 use lapidary_compress::Settings;
@@ -56,13 +57,22 @@ const HIDDEN: [&str; 3] = ["dotresize-hidden", "channel-magnitude", "modegpt"];
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
-    let runs = over_seeds(setting, size.seeds, |seed| one_seed(&size, seed))?;
+    let text = Sides::of(setting)?;
+    let runs = over_seeds(setting, size.seeds, |seed| {
+        one_seed(&text.for_seed(seed)?, &size, seed)
+    })?;
     Ok(Reproduction {
         setting: format!(
-            "generated language; RMS norm decoder of {} blocks, width {}, rotary positions, {} \
+            "{}; RMS norm decoder of {} blocks, width {}, rotary positions, {} \
              steps of 16; {} calibration texts, {} held-out texts of 64 tokens, seeds: {}; \
              distances Σ|x − y| with median 1, temperature 0.1",
-            size.blocks, size.width, size.steps, size.calibration, size.tests, size.seeds,
+            text.what,
+            size.blocks,
+            size.width,
+            size.steps,
+            size.calibration,
+            size.tests,
+            size.seeds,
         ),
         claims: claims(setting, &runs),
         plots: vec![plot(&runs)],
@@ -70,8 +80,8 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     })
 }
 
-fn one_seed(size: &Size, seed: u64) -> Result<Run> {
-    let setup = Setup::new(size, seed)?;
+fn one_seed(text: &Sides, size: &Size, seed: u64) -> Result<Run> {
+    let setup = Setup::new(text, size, seed)?;
     let magnitude = Selector::Magnitude;
     let random = Selector::Random(seed);
     let pruned = |selector| Coordinates { selector };

@@ -5,6 +5,7 @@
 //! fitted sees the same windows as often.
 
 use super::depth::{Size, Subject};
+use super::texts::Sides;
 use super::{after_training, mean};
 use crate::error::engine;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
@@ -154,15 +155,17 @@ struct Exact {
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
     let removed = size.blocks / 4;
-    let trials = (0..seeds(setting.scale))
-        .map(|seed| trial(size, removed, setting.scale, setting.seed + seed))
+    let text = Sides::of(setting)?;
+    let trials = (setting.seed..)
+        .take(seeds(setting.scale) as usize)
+        .map(|seed| trial(text.for_seed(seed)?, size, removed, setting.scale, seed))
         .collect::<Result<Vec<_>>>()?;
     let settings = fuse(setting.scale);
     Ok(Reproduction {
         setting: format!(
             "{}; {} seeds; {removed} of {} blocks go; {} passes in batches of {BATCH}, gates at \
              rate {}, corrections at {}, rank {} or less, groups of {}",
-            size.describe(),
+            size.describe_on(&text.what),
             trials.len(),
             size.blocks,
             settings.epochs,
@@ -220,8 +223,8 @@ impl Trial {
     }
 }
 
-fn trial(size: Size, removed: usize, scale: Scale, seed: u64) -> Result<Trial> {
-    let subject = Subject::trained(size, seed)?;
+fn trial(text: Sides, size: Size, removed: usize, scale: Scale, seed: u64) -> Result<Trial> {
+    let subject = Subject::trained(text, size, seed)?;
     let mut points = Vec::new();
     for way in Way::ALL {
         let settings = way.settings(scale, seed);

@@ -5,6 +5,7 @@
 //! 15.69 at 20 % fewer weights.
 
 use super::narrowing::{Bench, Size};
+use super::texts::Sides;
 use super::{after_training, mean};
 use crate::error::engine;
 use crate::{Claim, Error, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
@@ -136,8 +137,13 @@ const QUARTER: usize = 2;
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = size(setting.scale);
-    let runs = (0..size.seeds)
-        .map(|seed| one_seed(&size, tuning(setting.scale), setting.seed + seed))
+    let text = Sides::of(setting)?;
+    let runs = (setting.seed..)
+        .take(size.seeds as usize)
+        .map(|seed| {
+            let text = text.for_seed(seed)?;
+            one_seed(&text, &size, tuning(setting.scale), seed)
+        })
         .collect::<Result<Vec<_>>>()?;
     let at = |variant: usize, share: usize| {
         let of = |run: &Run| run.found.get(variant).and_then(|f| f.get(share)).copied();
@@ -281,9 +287,9 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     };
     Ok(Reproduction {
         setting: format!(
-            "generated language; decoder of {} blocks, width {}, rotary, grouped heads, gated; {} \
+            "{}; decoder of {} blocks, width {}, rotary, grouped heads, gated; {} \
              steps; {} calibration windows of 64; seeds: {}",
-            size.blocks, size.width, size.steps, size.calibration, size.seeds
+            text.what, size.blocks, size.width, size.steps, size.calibration, size.seeds
         ),
         claims,
         plots: vec![
@@ -318,8 +324,8 @@ fn tuning(scale: Scale) -> u64 {
     }
 }
 
-fn one_seed(size: &Size, tuning: u64, seed: u64) -> Result<Run> {
-    let bench = Bench::train(size, seed)?;
+fn one_seed(text: &Sides, size: &Size, tuning: u64, seed: u64) -> Result<Run> {
+    let bench = Bench::train(text, size, seed)?;
     let mut found = Vec::new();
     for (method, settings) in variants() {
         let mut of_shares = Vec::new();

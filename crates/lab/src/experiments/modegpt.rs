@@ -2,9 +2,10 @@
 //! decoder with rotary positions and grouped heads.
 //!
 //! The paper compresses Llama-2-7B; perplexity on WikiText-2 rises from 5.12 to 6.16 at 20 % fewer
-//! weights. Here the decoder is small and its language generated.
+//! weights. Here the decoder is small, and so is its text.
 
 use super::narrowing::{Bench, Size};
+use super::texts::Sides;
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_compress::{Budget, Calibration, CalibrationOptions, Change, Method, ModegptSettings};
@@ -65,8 +66,10 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         Scale::Smoke => &[SHARE],
         _ => &[0.5, 0.6, SHARE, 0.8, 0.9],
     };
-    let runs = (0..size.seeds)
-        .map(|seed| one_seed(&size, shares, setting.seed + seed))
+    let text = Sides::of(setting)?;
+    let runs = (setting.seed..)
+        .take(size.seeds as usize)
+        .map(|seed| one_seed(&text.for_seed(seed)?, &size, shares, seed))
         .collect::<Result<Vec<_>>>()?;
     let at = |method: &str, share: f64| {
         let points = runs.iter().flat_map(|run| &run.points);
@@ -142,9 +145,9 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     ];
     Ok(Reproduction {
         setting: format!(
-            "generated language; decoder of {} blocks, width {}, rotary, grouped heads, gated; {} \
+            "{}; decoder of {} blocks, width {}, rotary, grouped heads, gated; {} \
              steps; {} calibration windows; seeds: {}",
-            size.blocks, size.width, size.steps, size.calibration, size.seeds
+            text.what, size.blocks, size.width, size.steps, size.calibration, size.seeds
         ),
         claims,
         plots: vec![Plot {
@@ -157,8 +160,8 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     })
 }
 
-fn one_seed(size: &Size, shares: &[f64], seed: u64) -> Result<Run> {
-    let bench = Bench::train(size, seed)?;
+fn one_seed(text: &Sides, size: &Size, shares: &[f64], seed: u64) -> Result<Run> {
+    let bench = Bench::train(text, size, seed)?;
     let defaults = Settings::default();
     let mut points = Vec::new();
     for method in METHODS {

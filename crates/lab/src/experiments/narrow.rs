@@ -2,6 +2,7 @@
 //! narrower residual streams share.
 
 use super::decoder::{self, Positions};
+use super::texts::Sides;
 use crate::error::engine;
 use crate::{Error, Result, Scale};
 use lapidary_compress::quality::{Window, perplexity, sliding_windows};
@@ -12,8 +13,6 @@ use lapidary_compress::{
 use lapidary_kernels::{D, Device, Tensor};
 use lapidary_model::{Input, Model, Pass};
 use lapidary_parts::norm::NormSpec;
-use lapidary_train::data::LanguageTask;
-use lapidary_train::language::{Corpus, Split};
 
 /// Sequences in a forward pass.
 pub const BATCH: usize = 16;
@@ -85,30 +84,27 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Trains the decoder.
-    pub fn new(size: &Size, seed: u64) -> Result<Self> {
-        let training = decoder::corpus(Split::Training, seed)?;
-        let vocabulary = training.language().vocabulary().size();
+    /// Trains the decoder on a text.
+    pub fn new(text: &Sides, size: &Size, seed: u64) -> Result<Self> {
+        let vocabulary = text.training.vocabulary();
         let mut spec = Positions::Rotary.spec(vocabulary, size.width, size.blocks);
         let norm = NormSpec::Rms { epsilon: 1e-6 };
         spec.final_norm = Some(norm);
         for block in &mut spec.blocks {
             block.norm = norm;
         }
-        let texts = |corpus: &Corpus, count: u64| -> Result<Vec<Vec<u32>>> {
-            (0..count)
-                .map(|index| Ok(corpus.window(index, decoder::LENGTH)?))
-                .collect()
-        };
-        let calibration = CalibrationData::windows(texts(&training, size.calibration)?)?;
-        let held_out = texts(&decoder::corpus(Split::HeldOut, seed)?, size.tests)?;
+        let calibration = CalibrationData::windows(text.training.fixed_windows(size.calibration)?)?;
+        let held_out = text.held_out.fixed_windows(size.tests)?;
         let mut windows = Vec::new();
-        for text in &held_out {
-            windows.extend(sliding_windows(text, decoder::LENGTH, decoder::LENGTH / 2)?);
+        for tokens in &held_out {
+            windows.extend(sliding_windows(
+                tokens,
+                decoder::LENGTH,
+                decoder::LENGTH / 2,
+            )?);
         }
-        let task = Box::new(LanguageTask::new(training));
         Ok(Self {
-            model: decoder::train(spec, task, size.steps, seed)?,
+            model: decoder::train(spec, text.training.task(), size.steps, seed)?,
             calibration,
             tests: CalibrationData::windows(held_out)?,
             windows,

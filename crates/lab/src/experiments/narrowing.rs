@@ -1,6 +1,7 @@
 //! A trained decoder and held-out text, which reproductions of structured compression share.
 
 use super::decoder;
+use super::texts::Sides;
 use crate::Result;
 use lapidary_compress::quality::{Window, perplexity, sliding_windows};
 use lapidary_compress::{
@@ -12,8 +13,6 @@ use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::MixerSpec;
 use lapidary_parts::feedforward::{FeedforwardSpec, GatedSpec};
 use lapidary_parts::norm::NormSpec;
-use lapidary_train::data::LanguageTask;
-use lapidary_train::language::Split;
 
 /// How large the decoder is and what it is measured on.
 #[derive(Clone, Copy, Debug)]
@@ -63,22 +62,13 @@ fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
 }
 
 impl Bench {
-    /// Trains the decoder of a seed on the generated language.
-    pub fn train(size: &Size, seed: u64) -> Result<Self> {
-        let corpus = decoder::corpus(Split::Training, seed)?;
-        let spec = spec(
-            corpus.language().vocabulary().size(),
-            size.width,
-            size.blocks,
-        );
-        let sample = (0..size.calibration)
-            .map(|index| Ok(corpus.window(index, decoder::LENGTH)?))
-            .collect::<Result<Vec<Vec<u32>>>>()?;
-        let model = decoder::train(spec, Box::new(LanguageTask::new(corpus)), size.steps, seed)?;
-        let other = decoder::corpus(Split::HeldOut, seed)?;
+    /// Trains the decoder of a seed on a text.
+    pub fn train(text: &Sides, size: &Size, seed: u64) -> Result<Self> {
+        let spec = spec(text.training.vocabulary(), size.width, size.blocks);
+        let sample = text.training.fixed_windows(size.calibration)?;
+        let model = decoder::train(spec, text.training.task(), size.steps, seed)?;
         let mut held_out = Vec::new();
-        for index in 0..size.tests {
-            let tokens = other.window(index, decoder::LENGTH)?;
+        for tokens in text.held_out.fixed_windows(size.tests)? {
             let (length, stride) = (decoder::LENGTH, decoder::LENGTH / 2);
             held_out.extend(sliding_windows(&tokens, length, stride)?);
         }

@@ -1,7 +1,7 @@
 //! ReplaceMe beside plain deletion of the same blocks.
 //!
-//! The paper cuts a quarter of Llama-2-7B and asks questions. Here a small decoder learns the
-//! generated language; runs of blocks go, and what the maps bring back is measured in perplexity
+//! The paper cuts a quarter of Llama-2-7B and asks questions. Here a small decoder learns a
+//! text; runs of blocks go, and what the maps bring back is measured in perplexity
 //! on held-out text and in answers that stay the same. Beside the maps that can be merged stands an
 //! affine one of the whole stream, which needs a block of its own.
 
@@ -11,6 +11,7 @@ use self::tokens::{Fit, by_tokens};
 
 use super::after_training;
 use super::depth::{BATCH, Size, Subject};
+use super::texts::Sides;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_compress::{
     Budget, Change, Compressed, CosineDescent, DescentSolver, MapForm, Method, ReplaceMe, Settings,
@@ -182,7 +183,7 @@ struct Point {
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
     setting.tell(|| "a decoder to be cut".to_owned());
-    let subject = Subject::trained(size, setting.seed)?;
+    let subject = Subject::trained(Sides::of(setting)?, size, setting.seed)?;
     let whole = subject.loss(&subject.model)?;
     let most = (size.blocks / 2).min(4);
     let mut points = Vec::new();
@@ -203,7 +204,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     Ok(Reproduction {
         setting: format!(
             "{}; whole model at perplexity {:.3}; cosine by {} passes at rate 1e-3",
-            size.describe(),
+            size.describe_on(&subject.text.what),
             whole.exp(),
             passes(setting.scale)
         ),

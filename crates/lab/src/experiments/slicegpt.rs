@@ -6,6 +6,7 @@
 
 use super::jobs::over_seeds;
 use super::narrow::{BATCH, Setup, Size, left};
+use super::texts::Sides;
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_compress::dimension::{AccuracyLaw, Law, MapChange, Scores, map_changes, scores};
@@ -51,12 +52,16 @@ struct Run {
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
-    let runs = over_seeds(setting, size.seeds, |seed| one_seed(&size, seed))?;
+    let text = Sides::of(setting)?;
+    let runs = over_seeds(setting, size.seeds, |seed| {
+        one_seed(&text.for_seed(seed)?, &size, seed)
+    })?;
     Ok(Reproduction {
         setting: format!(
-            "generated language; RMS norm decoder of {} blocks, width {}, rotary positions, {} \
+            "{}; RMS norm decoder of {} blocks, width {}, rotary positions, {} \
              steps of 16; {} calibration texts, {} held-out texts of 64 tokens, seeds: {}; \
              perplexity of the whole model {:.2}",
+            text.what,
             size.blocks,
             size.width,
             size.steps,
@@ -71,8 +76,8 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     })
 }
 
-fn one_seed(size: &Size, seed: u64) -> Result<Run> {
-    let setup = Setup::new(size, seed)?;
+fn one_seed(text: &Sides, size: &Size, seed: u64) -> Result<Run> {
+    let setup = Setup::new(text, size, seed)?;
     let whole = setup.perplexity(&setup.model)?;
     let same = setup.cut(size.width, false, &Principal)?.model;
     let random = Random::new(seed);

@@ -27,6 +27,14 @@ impl Text {
         }
     }
 
+    /// Sentences of another language as this text is written: in words, or letter by letter in bytes.
+    pub fn likewise(&self, corpus: Corpus) -> Self {
+        match self {
+            Self::Language(_) => Self::Language(Box::new(corpus)),
+            Self::Bytes(_) => Self::Bytes(spelled(&corpus)),
+        }
+    }
+
     /// What trains on it.
     pub fn task(&self) -> Box<dyn Task> {
         match self {
@@ -56,6 +64,22 @@ impl Text {
         };
         (0..count).map(window).collect()
     }
+}
+
+/// Bytes that a text in bytes has of another language.
+const SPELLED: usize = 1 << 17;
+
+/// The bytes of sentences, each on a line.
+fn spelled(corpus: &Corpus) -> Vec<u32> {
+    let mut bytes = Vec::with_capacity(SPELLED);
+    for sentence in corpus.sentences(0) {
+        bytes.extend(sentence.text().bytes().map(u32::from));
+        bytes.push(u32::from(b'\n'));
+        if bytes.len() >= SPELLED {
+            break;
+        }
+    }
+    bytes
 }
 
 /// A side to train on and one that is held out.

@@ -30,7 +30,10 @@ pub(super) fn run(subject: &Subject, size: Size, seed: u64) -> Result<Vec<Domain
     let settings = settings(neighbours);
     let texts = [
         ("its own text", subject.data.clone()),
-        ("facts of another language alone", facts(size, seed)?),
+        (
+            "facts of another language alone",
+            facts(subject, size, seed)?,
+        ),
         ("words drawn evenly", noise(subject, size, seed)?),
     ];
     let mut domains = Vec::new();
@@ -53,7 +56,7 @@ pub(super) fn run(subject: &Subject, size: Size, seed: u64) -> Result<Vec<Domain
     Ok(domains)
 }
 
-fn facts(size: Size, seed: u64) -> Result<CalibrationData> {
+fn facts(subject: &Subject, size: Size, seed: u64) -> Result<CalibrationData> {
     let facts = Mixture {
         number_agreement: 0.0,
         reflexive_agreement: 0.0,
@@ -64,8 +67,8 @@ fn facts(size: Size, seed: u64) -> Result<CalibrationData> {
     };
     let other = seed.wrapping_add(1);
     let corpus = Corpus::new(Language::new(other), Split::Training, facts, other)?;
-    let windows = (0..size.calibration).map(|index| Ok(corpus.window(index, LENGTH)?));
-    let windows = windows.collect::<Result<Vec<_>>>()?;
+    let text = subject.text.training.likewise(corpus);
+    let windows = text.fixed_windows(size.calibration)?;
     Ok(CalibrationData::windows(windows)?)
 }
 

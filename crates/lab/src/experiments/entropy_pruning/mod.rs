@@ -1,6 +1,6 @@
 //! Attention and blocks left out by entropy, beside angles, chance and a greedy search.
 //!
-//! The paper prunes Llama-3.1-8B. Here a small decoder of the generated language loses attention,
+//! The paper prunes Llama-3.1-8B. Here a small decoder of a text loses attention,
 //! or whole blocks, by three estimators of entropy, by the angle, from the end, by chance, and by the
 //! search that measures perplexity again after each removal. What is left also writes, and entropy is
 //! also measured on other text.
@@ -9,6 +9,7 @@ mod domains;
 mod ways;
 
 use super::depth::{Size, Subject};
+use super::texts::Sides;
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use domains::Domain;
@@ -29,7 +30,7 @@ const ESTIMATORS: [(&str, Estimator); 3] = [
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
     setting.tell(|| "a decoder to be cut".to_owned());
-    let subject = Subject::trained(size, setting.seed)?;
+    let subject = Subject::trained(Sides::of(setting)?, size, setting.seed)?;
     let whole = subject.loss(&subject.model)?;
     let profiles = ESTIMATORS
         .iter()
@@ -59,7 +60,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
         setting: format!(
             "{}; whole model at {whole:.4} nats; the first {FIRST} blocks and the last never go, but by \
              \"{}\"; {} random choices among the others",
-            size.describe(),
+            size.describe_on(&subject.text.what),
             ways::ANY_ANGLE,
             size.draws
         ),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::experiments::decoder::{self, Recipe};
 use crate::experiments::depth::{BATCH, Size, Subject};
-use crate::experiments::texts::{Sides, Text};
+use crate::experiments::texts::Sides;
 use crate::experiments::{after_training, mean};
 use crate::{Claim, Plot, Result, Scale, Series};
 use lapidary_explain::analyses::linearity::linearity;
@@ -13,8 +13,6 @@ use lapidary_train::language::{Corpus, Language, Mixture, Split};
 
 /// Parts of a training behind which the score is measured, beside its end.
 const PARTS: [f64; 6] = [0.02, 0.05, 0.1, 0.2, 0.4, 0.7];
-/// Bytes of facts that a model of bytes is trained further on.
-const SPELLED: usize = 1 << 17;
 
 /// Mean scores over blocks, held out, behind a step.
 #[derive(Clone, Copy, Debug)]
@@ -91,10 +89,7 @@ pub(super) fn tuned(
     };
     let other = seed.wrapping_add(1);
     let corpus = Corpus::new(Language::new(other), Split::Training, facts, other)?;
-    let text = match &subject.text.training {
-        Text::Language(_) => Text::Language(Box::new(corpus)),
-        Text::Bytes(_) => Text::Bytes(spelled(&corpus)),
-    };
+    let text = subject.text.training.likewise(corpus);
     let model = &subject.model;
     let recipe = Recipe {
         peak: 1e-3,
@@ -113,19 +108,6 @@ pub(super) fn tuned(
     let tuned = decoder::train_from(&mut source, recipe, spec, task, steps, other, watch)?;
     points.push(Point::of(steps, &tuned, windows)?);
     Ok(points)
-}
-
-/// The bytes of sentences, each on a line.
-fn spelled(corpus: &Corpus) -> Vec<u32> {
-    let mut bytes = Vec::with_capacity(SPELLED);
-    for sentence in corpus.sentences(0) {
-        bytes.extend(sentence.text().bytes().map(u32::from));
-        bytes.push(u32::from(b'\n'));
-        if bytes.len() >= SPELLED {
-            break;
-        }
-    }
-    bytes
 }
 
 fn ends(points: &[Point]) -> [f64; 2] {

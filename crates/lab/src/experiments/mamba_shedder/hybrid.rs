@@ -3,6 +3,7 @@
 use super::speed::{Speed, of_hybrid, speeds};
 use super::{BATCH, Recurrence, Work, block, stack, trained};
 use crate::experiments::depth::{Size, Subject, draws};
+use crate::experiments::texts::Sides;
 use crate::experiments::{after_training, mean};
 use crate::{Claim, Result, Scale, Verdict};
 use lapidary_compress::{Granularities, Search, Shed};
@@ -61,8 +62,8 @@ fn is_attention(index: usize) -> bool {
 
 /// Trains a hybrid and sheds it: a third as many parts as there are blocks, two groups of features,
 /// and as many scans as parts.
-pub(super) fn run(work: &Work, seed: u64) -> Result<Hybrid> {
-    let subject = trained(work.size, seed, spec)?;
+pub(super) fn run(text: Sides, work: &Work, seed: u64) -> Result<Hybrid> {
+    let subject = trained(text, work.size, seed, spec)?;
     let granularities = Granularities {
         parts: work.size.blocks / 3,
         widths: 2,

@@ -2,7 +2,7 @@
 //!
 //! The paper sheds blocks of published Mamba-1 models, scans of Mamba-2 ones, and parts, widths and
 //! scans of hybrids. Here small stacks of both mixers, and one of Mamba-2 with attention and
-//! feed-forward parts in it, learn the generated language; how fast they are whole and shed is timed. A
+//! feed-forward parts in it, learn a text; how fast they are whole and shed is timed. A
 //! stack that learned to recall shows what a convolution alone cannot do.
 
 mod hybrid;
@@ -12,6 +12,7 @@ mod speed;
 use self::speed::{Speeds, Timing, speeds};
 use super::decoder::{self, Recipe};
 use super::depth::{BATCH, Size, Subject, draws};
+use super::texts::Sides;
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_compress::{Search, Shed};
@@ -20,8 +21,6 @@ use lapidary_parts::attention::MixerSpec;
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::norm::NormSpec;
 use lapidary_parts::recurrent::{Mamba2Spec, MambaSpec};
-use lapidary_train::data::LanguageTask;
-use lapidary_train::language::Split;
 use std::collections::BTreeSet;
 
 /// Numbers that a channel remembers.
@@ -122,13 +121,17 @@ fn stack(vocabulary: usize, size: Size, recurrence: Recurrence) -> ModelSpec {
     spec
 }
 
-/// A model that learned the language.
-fn trained(size: Size, seed: u64, spec: impl FnOnce(usize, Size) -> ModelSpec) -> Result<Subject> {
-    let corpus = decoder::corpus(Split::Training, seed)?;
-    let spec = spec(corpus.language().vocabulary().size(), size);
-    let task = Box::new(LanguageTask::new(corpus));
+/// A model that learned a text.
+fn trained(
+    text: Sides,
+    size: Size,
+    seed: u64,
+    spec: impl FnOnce(usize, Size) -> ModelSpec,
+) -> Result<Subject> {
+    let spec = spec(text.training.vocabulary(), size);
+    let task = text.training.task();
     let model = decoder::train_by(Recipe::default(), spec, task, size.steps, seed)?;
-    Subject::of(model, size, seed)
+    Subject::reading(model, text, size, seed)
 }
 
 /// What is shed of a stack.
@@ -219,11 +222,11 @@ struct Stack {
 }
 
 impl Stack {
-    fn run(recurrence: Recurrence, work: &Work, setting: &Setting) -> Result<Self> {
+    fn run(recurrence: Recurrence, text: &Sides, work: &Work, setting: &Setting) -> Result<Self> {
         let name = recurrence.name();
         setting.tell(|| format!("a stack of {name} to be cut"));
         let spec = |vocabulary, size| stack(vocabulary, size, recurrence);
-        let subject = trained(work.size, setting.seed, spec)?;
+        let subject = trained(text.clone(), work.size, setting.seed, spec)?;
         setting.tell(|| format!("{name} without blocks and without scans"));
         let blocks = curves(&subject, work, Kind::Block, setting.seed)?;
         let scans = curves(&subject, work, Kind::Scan, setting.seed)?;
@@ -309,10 +312,11 @@ impl Stack {
 /// Runs the experiment.
 pub fn run(setting: &Setting) -> Result<Reproduction> {
     let work = Work::of(setting.scale);
-    let mamba = Stack::run(Recurrence::Mamba, &work, setting)?;
-    let heads = Stack::run(Recurrence::Mamba2, &work, setting)?;
+    let text = Sides::of(setting)?;
+    let mamba = Stack::run(Recurrence::Mamba, &text, &work, setting)?;
+    let heads = Stack::run(Recurrence::Mamba2, &text, &work, setting)?;
     setting.tell(|| "a hybrid at three granularities".to_owned());
-    let hybrid = hybrid::run(&work, setting.seed)?;
+    let hybrid = hybrid::run(text.clone(), &work, setting.seed)?;
     setting.tell(|| "recall without scans".to_owned());
     let recall = recall::without_scans(&work, setting.seed)?;
     let mut claims = claims(setting.scale, &mamba, &heads, recall);
@@ -322,11 +326,12 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     Ok(Reproduction {
         setting: format!(
             "{} blocks of Mamba-1 alone (state {STATE}) and of Mamba-2 alone (state {STATE_OF_HEADS}, \
-             heads of {HEAD_WIDTH}), and a hybrid of as many; width {}, on the generated language, {} \
+             heads of {HEAD_WIDTH}), and a hybrid of as many; width {}, on {}, {} \
              steps of {} windows of {}; {} windows to search on, {} held out to measure on; {} random \
              choices; whole models at {:.4}, {:.4} and {:.4} nats",
             work.size.blocks,
             work.size.width,
+            text.what,
             work.size.steps,
             decoder::BATCH,
             decoder::LENGTH,

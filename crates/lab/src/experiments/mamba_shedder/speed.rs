@@ -200,14 +200,17 @@ mod tests {
     use super::*;
     use crate::Verdict;
     use crate::experiments::depth::Size;
+    use crate::experiments::texts::Sides;
 
     #[test]
     fn every_model_has_its_speed() {
         let size = Size::of(Scale::Smoke);
-        let subject = super::super::trained(Size { steps: 1, ..size }, 3, |vocabulary, size| {
-            super::super::stack(vocabulary, size, Recurrence::Mamba2)
-        })
-        .unwrap();
+        let text = Sides::language(3).unwrap();
+        let subject =
+            super::super::trained(text, Size { steps: 1, ..size }, 3, |vocabulary, size| {
+                super::super::stack(vocabulary, size, Recurrence::Mamba2)
+            })
+            .unwrap();
         let timing = Timing {
             decoded: 2,
             rounds: 1,

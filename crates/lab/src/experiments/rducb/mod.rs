@@ -10,6 +10,7 @@ mod functions;
 mod ranks;
 mod theory;
 
+use super::texts::Sides;
 use super::{after_training, mean};
 use crate::{Claim, Plot, Reproduction, Result, Scale, Setting, Verdict};
 use functions::{Trial, Way};
@@ -65,7 +66,8 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     setting.tell(|| "functions to be searched".to_owned());
     let trials = functions::run(&size, setting.seed)?;
     setting.tell(|| "ranks of a model's layers".to_owned());
-    let ranks = ranks::run(setting.scale, setting.seed)?;
+    let text = Sides::of(setting)?;
+    let ranks = ranks::run(text.clone(), setting.scale, setting.seed)?;
     let trade = theory::trade_off(setting.seed)?;
     let mut plots: Vec<Plot> = trials.iter().map(Trial::plot).collect();
     plots.extend(theory::plots(&trade));
@@ -80,7 +82,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             size.places,
             size.evaluations,
             size.seeds,
-            ranks::describe(setting.scale),
+            ranks::describe(setting.scale, &text.what),
         ),
         claims: claims(setting.scale, &size, &trials, &ranks, &trade)?,
         plots,

@@ -5,6 +5,7 @@ use lapidary_compress::automatic::{Automatic, AutomaticSettings};
 use lapidary_compress::quality::{Window, perplexity};
 
 use crate::experiments::depth::{self, BATCH, Subject};
+use crate::experiments::texts::Sides;
 use crate::{Error, Plot, Result, Scale, Series};
 
 /// Share of the weights of matrices in blocks that may be left: tables of embeddings stay.
@@ -66,16 +67,16 @@ fn evaluations(scale: Scale) -> usize {
     }
 }
 
-pub(super) fn describe(scale: Scale) -> String {
+pub(super) fn describe(scale: Scale, text: &str) -> String {
     format!(
         "{}; ranks at {KEPT} of the weights in blocks, compared on half of the held-out windows and \
          measured on the others",
-        size(scale).describe()
+        size(scale).describe_on(text)
     )
 }
 
-pub(super) fn run(scale: Scale, seed: u64) -> Result<Vec<Allocation>> {
-    let subject = Subject::trained(size(scale), seed)?;
+pub(super) fn run(text: Sides, scale: Scale, seed: u64) -> Result<Vec<Allocation>> {
+    let subject = Subject::trained(text, size(scale), seed)?;
     let (compared, tests) = subject.tests.split_at(subject.tests.len() / 2);
     ["whitened", "fwsvd"]
         .into_iter()
