@@ -5,7 +5,7 @@ use crate::common;
 use crate::common::{
     Map, assert_near, build, difference, draw, gradient_error, position, span, tensor, values,
 };
-use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_kernels::{DType, Device, ScoreBias, Tensor};
 use lapidary_parts::Context;
 use lapidary_parts::attention::{MultiHeadAttention, MultiHeadSpec};
 use lapidary_parts::position::fire::{FireActivation, FireTransform};
@@ -153,17 +153,46 @@ fn the_way_by_distances_is_the_way_by_pairs() {
     }
 }
 
-#[test]
-fn rows_do_not_change_when_tokens_are_added() {
-    for spec in [
-        fire(FireSpec {
-            initial_length: 9,
-            ..FireSpec::default()
-        }),
+/// Kinds whose bias is one of the distance alone.
+fn by_distance() -> [PositionSpec; 5] {
+    [
+        PositionSpec::Alibi,
+        PositionSpec::RelativeBuckets {
+            buckets: 8,
+            max_distance: 20,
+        },
         PositionSpec::KerpleLogarithmic,
         PositionSpec::KerplePower,
         PositionSpec::Sandwich { width: 6 },
-    ] {
+    ]
+}
+
+#[test]
+fn biases_by_distance_are_not_laid_out() {
+    let before_its_length = fire(FireSpec::default());
+    for spec in by_distance().into_iter().chain([before_its_length]) {
+        let at = position(&spec, 2, true, &drawn(&spec, 2, true));
+        for (queries, keys, offset) in [(1, 1, 0), (9, 9, 0), (1, 9, 8), (4, 9, 5)] {
+            let found = at.bias(span(queries, keys, offset), DType::F64, &Device::Cpu);
+            match found.unwrap() {
+                Some(ScoreBias::ByDistance(table)) => {
+                    assert_eq!(table.dims(), [2, queries + keys - 1]);
+                }
+                other => panic!("{}: {other:?}", spec.kind()),
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_do_not_change_when_tokens_are_added() {
+    for spec in [fire(FireSpec {
+        initial_length: 9,
+        ..FireSpec::default()
+    })]
+    .into_iter()
+    .chain(by_distance())
+    {
         let at = position(&spec, 2, true, &drawn(&spec, 2, true));
         let whole = bias(&at, span(LENGTH, LENGTH, 0));
         for length in [1, 8, 9, 10, 25] {
