@@ -13,7 +13,8 @@
 //! `2 n width · (head_width + value_width) · (heads + groups)` with as many keys as queries, and
 //! `p · heads · (2 head_width + 2 value_width + 5)` for scores, softmax and mixing; a decoding
 //! step pays for its own row. Memory of the state: `groups · (head_width + value_width)` numbers
-//! per token, `heads · head_width` where values are keys. Parameters: `width · (head_width + value_width) · (heads + groups)` and the biases.
+//! per token, `heads · head_width` where values are keys. Parameters:
+//! `width · (head_width + value_width) · (heads + groups)` and the biases.
 
 mod by_place;
 mod scores;
