@@ -61,6 +61,7 @@ mod resolution_attention;
 mod rotary;
 mod rows;
 mod second_moment;
+mod sequence_projection;
 mod silu_directions;
 mod simd;
 mod sinkhorn_attention;
@@ -132,6 +133,7 @@ pub use resolution_attention::{ResolutionAttention, ResolutionOptions, largest_o
 pub use rotary::{merged_rotary, rotary};
 pub use rows::{reject_rows, unit_rows};
 pub use second_moment::SecondMoment;
+pub use sequence_projection::sequence_projection;
 pub use silu_directions::silu_directions;
 pub use sinkhorn_attention::{SinkhornOptions, sinkhorn_attention};
 pub use softmax::{log_softmax, softmax};

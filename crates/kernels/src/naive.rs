@@ -60,6 +60,18 @@ pub fn silu_directions(x: &Tensor) -> Result<Tensor> {
     Ok(shifted.broadcast_div(&shifted.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?)?)
 }
 
+/// `E κ x` of each head, pads multiplied by 0.
+pub fn sequence_projection(x: &Tensor, matrix: &Tensor, kept: Option<&Tensor>) -> Result<Tensor> {
+    let real = match kept {
+        None => x.contiguous()?,
+        Some(kept) => {
+            let kept = kept.unsqueeze(1)?.unsqueeze(3)?.to_dtype(x.dtype())?;
+            x.broadcast_mul(&kept)?
+        }
+    };
+    Ok(matrix.contiguous()?.unsqueeze(0)?.broadcast_matmul(&real)?)
+}
+
 /// [`crate::newton_inverse`], with the gradient of an exact inverse.
 pub fn newton_inverse(a: &Tensor, epsilon: f64, steps: usize) -> Result<Tensor> {
     let held = a.detach();

@@ -56,7 +56,7 @@ impl<'a, T> Matrix<'a, T> {
         }
     }
 
-    fn part_of_columns(self, range: &Range<usize>) -> Self {
+    pub(crate) fn part_of_columns(self, range: &Range<usize>) -> Self {
         let start = range.start * self.column_stride;
         Self {
             data: self.data.get(start..).unwrap_or(&[]),

@@ -346,12 +346,11 @@ impl Mechanism for Linformer {
                 ),
             ));
         }
-        let keep = pass.kept(k.dtype())?;
         let met = self.runs.iter().map(|run| {
             Ok(Met {
                 run: run.clone(),
                 q: run.of(q)?,
-                keys: run.keys.project(&run.of(k)?, keep.as_ref())?,
+                keys: run.keys.project(&run.of(k)?, pass.keep)?,
             })
         });
         let slots = Slots {
@@ -359,7 +358,7 @@ impl Mechanism for Linformer {
             head_width: tensor(q.dim(3))?,
             met: met.collect::<Result<_>>()?,
             most: self.spec.slots,
-            keep,
+            keep: pass.keep.cloned(),
             scale: self.scale,
         };
         slots.show(pass)?;
@@ -384,6 +383,7 @@ struct Slots {
     met: Vec<Met>,
     /// Slots of the head that has the most.
     most: usize,
+    /// `[batch, key]` in `u8`.
     keep: Option<Tensor>,
     scale: f64,
 }

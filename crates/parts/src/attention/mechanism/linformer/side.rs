@@ -1,6 +1,6 @@
 //! Projections along the sequence.
 
-use lapidary_kernels::{Tensor, matmul};
+use lapidary_kernels::{Tensor, sequence_projection};
 
 /// Below any key that is there, and finite in half precision.
 const FAR_BELOW: f64 = -6e4;
@@ -31,20 +31,22 @@ pub(super) fn neighbours(longest: usize, slots: usize) -> usize {
 }
 
 impl Side {
-    /// `E x` for `x` `[batch, heads, key, width]`, pads zeroed first: `[batch, heads, slot, width]`.
+    /// `E x` for `x` `[batch, heads, key, width]`, where the keys that `keep` `[batch, key]` in `u8` does not have
+    /// count as zeros: `[batch, heads, slot, width]`.
     pub(super) fn project(
         &self,
         x: &Tensor,
         keep: Option<&Tensor>,
     ) -> lapidary_kernels::Result<Tensor> {
-        let real = match keep {
-            Some(keep) => x.broadcast_mul(keep)?,
-            None => x.clone(),
+        let there = |keep: &Tensor| keep.unsqueeze(1)?.unsqueeze(3)?.to_dtype(x.dtype());
+        let real = || match keep {
+            Some(keep) => x.broadcast_mul(&there(keep)?),
+            None => Ok(x.clone()),
         };
         match &self.along {
-            Along::Matrix(matrix) => self.by_matrix(matrix, &real),
+            Along::Matrix(matrix) => sequence_projection(x, &columns(matrix, x.dim(2)?)?, keep),
             Along::Windows(weights) => {
-                let windows = self.windows(&real)?;
+                let windows = self.windows(&real()?)?;
                 let slots = match weights {
                     None => windows.mean(3)?,
                     Some(weights) => {
@@ -57,30 +59,16 @@ impl Side {
             }
             Along::Largest => {
                 let there = match keep {
-                    Some(keep) => keep.clone(),
-                    None => real.narrow(1, 0, 1)?.narrow(3, 0, 1)?.ones_like()?,
+                    Some(keep) => there(keep)?,
+                    None => x.narrow(1, 0, 1)?.narrow(3, 0, 1)?.ones_like()?,
                 };
                 let there = self.windows(&there)?;
                 let away = there.affine(-FAR_BELOW, FAR_BELOW)?;
-                let largest = self.windows(&real)?.broadcast_add(&away)?.max(3)?;
+                let largest = self.windows(&real()?)?.broadcast_add(&away)?.max(3)?;
                 // A window of pads alone has the key 0.
                 self.behind_used(&largest.broadcast_mul(&there.max(3)?)?)
             }
         }
-    }
-
-    fn by_matrix(&self, matrix: &Tensor, x: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let (batch, heads, keys, width) = x.dims4()?;
-        let matrix = columns(matrix, keys)?;
-        if matrix.dim(0)? > 1 {
-            return matmul(&matrix.unsqueeze(0)?, x);
-        }
-        // One matrix for all heads is one product for each sequence.
-        let merged = x.transpose(1, 2)?.contiguous()?;
-        let merged = merged.reshape((batch, keys, heads * width))?;
-        let slots = matmul(&matrix, &merged)?;
-        let slots = slots.reshape((batch, self.slots, heads, width))?;
-        Ok(slots.transpose(1, 2)?.contiguous()?)
     }
 
     /// `[batch, heads, windows, neighbours, width]`. Neighbours beyond the input are zeros, as its
