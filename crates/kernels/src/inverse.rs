@@ -10,7 +10,7 @@
 //! inverse. All steps of a matrix are taken while it lies in the cache, without a tensor between them.
 
 use crate::host::{self, Host, Shared, by_dtype, fused};
-use crate::product::{Into, Matrix, Threads, multiply};
+use crate::product::{Into, Matrix, Repeated, Threads, multiply};
 use crate::simd::Real;
 use crate::{Error, Result, Tensor, naive};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape};
@@ -102,16 +102,16 @@ impl Newton {
             for (y, a) in y.iter_mut().zip(&raised) {
                 *y = alpha * *a;
             }
-            let raised = Matrix::packed(&raised, size, size);
+            // The same in every step.
+            let raised = Repeated::new(Matrix::packed(&raised, size, size), size);
             let [mut before, mut half] = [(); 2].map(|()| host::unwritten::<T>(square));
             for _ in 0..self.steps {
-                before.copy_from_slice(y);
-                let old = Matrix::packed(&before, size, size);
-                product(&mut half, Into::Replace, T::one(), old, raised);
-                for y in y.iter_mut() {
-                    let once = *y;
-                    *y += once;
+                for (before, y) in before.iter_mut().zip(y.iter_mut()) {
+                    *before = *y;
+                    *y += *before;
                 }
+                let old = Matrix::packed(&before, size, size);
+                raised.multiply_whole(&mut half, Into::Replace, T::one(), old);
                 let half = Matrix::packed(&half, size, size);
                 product(y, Into::Add, -T::one(), half, old);
             }

@@ -190,11 +190,15 @@ impl Lists {
                         let share = self.share::<T>(list);
                         for &row in self.list(list) {
                             let start = row as usize * width + columns.start;
-                            let x = &x.row(row as usize)[columns.clone()];
                             // SAFETY: ranges of columns are disjoint.
                             let dx = unsafe { shared.part(start, columns.len()) };
+                            if all {
+                                simd::add_scaled(dx, gradient, share);
+                                continue;
+                            }
+                            let x = &x.row(row as usize)[columns.clone()];
                             for (((dx, &x), &y), &d) in dx.iter_mut().zip(x).zip(y).zip(gradient) {
-                                *dx += if all | (x == y) { share * d } else { T::zero() };
+                                *dx += if x == y { d } else { T::zero() };
                             }
                         }
                     }

@@ -2,7 +2,7 @@
 
 use super::{Factored, Head, Sizes, Slopes};
 use crate::host;
-use crate::product::{Into, Matrix, Threads, multiply};
+use crate::product::{Into, Matrix, Repeated, Threads, multiply};
 use crate::simd::{self, Real};
 use std::ops::Range;
 
@@ -42,9 +42,11 @@ impl<'a, T: Real> Head<'a, T> {
         let mut centre = vec![T::zero(); width];
         for at in 0..count {
             for (sum, x) in centre.iter_mut().zip(row(at)) {
-                *sum += x / T::of(count as f64);
+                *sum += x;
             }
         }
+        let share = T::of(1.0 / count.max(1) as f64);
+        centre.iter_mut().for_each(|sum| *sum *= share);
         let mut landmarks = Vec::with_capacity(count * width);
         for at in 0..count {
             landmarks.extend(row(at).zip(&centre).map(|(x, c)| x - *c));
@@ -94,19 +96,24 @@ impl<'a, T: Real> Head<'a, T> {
         let width = self.sizes.width;
         let q = self.q.part_of_rows(range);
         let into = &mut into[..range.len() * width];
-        for (row, to) in into.chunks_exact_mut(width.max(1)).enumerate() {
-            let start = row * q.row_stride;
-            if q.column_stride == 1 {
-                let from = &q.data[start..start + width];
-                for ((to, x), c) in to.iter_mut().zip(from).zip(&self.centre) {
-                    *to = *x - *c;
+        simd::vectorised(
+            #[inline(always)]
+            || {
+                for (row, to) in into.chunks_exact_mut(width.max(1)).enumerate() {
+                    let start = row * q.row_stride;
+                    if q.column_stride == 1 {
+                        let from = &q.data[start..start + width];
+                        for ((to, x), c) in to.iter_mut().zip(from).zip(&self.centre) {
+                            *to = *x - *c;
+                        }
+                    } else {
+                        for (column, (to, c)) in to.iter_mut().zip(&self.centre).enumerate() {
+                            *to = q.data[start + column * q.column_stride] - *c;
+                        }
+                    }
                 }
-            } else {
-                for (column, (to, c)) in to.iter_mut().zip(&self.centre).enumerate() {
-                    *to = q.data[start + column * q.column_stride] - *c;
-                }
-            }
-        }
+            },
+        );
         into
     }
 
@@ -120,12 +127,13 @@ impl<'a, T: Real> Head<'a, T> {
         } = self.sizes;
         let mut kernel = host::unwritten::<T>(length * count);
         let mut rows = host::unwritten::<T>(BLOCK * width);
+        // Every block meets all landmarks.
+        let landmarks = Repeated::new(self.landmarks().transposed(), length);
         for range in self.blocks() {
             let q = self.centred(&range, &mut rows);
             let tile = &mut kernel[range.start * count..range.end * count];
             let a = Matrix::packed(q, range.len(), width);
-            let b = self.landmarks().transposed();
-            multiply(tile, count, Into::Replace, T::of(2.0), a, b, Threads::One);
+            landmarks.multiply_whole(tile, Into::Replace, T::of(2.0), a);
             simd::vectorised(
                 #[inline(always)]
                 || {
@@ -188,6 +196,9 @@ impl<'a, T: Real> Head<'a, T> {
         let of_collected = made(self.middle.transposed(), self.small(&of_spread));
         product(slopes.v, Into::Replace, kernel, self.small(&of_collected));
 
+        let [of_y, of_v] =
+            [&spread, &of_collected].map(|of| Repeated::new(self.small(of).transposed(), length));
+        let landmarks = Repeated::new(self.landmarks(), length);
         let mut tile = host::unwritten::<T>(BLOCK * count);
         let mut rows = host::unwritten::<T>(BLOCK * width);
         let mut of_landmarks = vec![T::zero(); count * width];
@@ -196,9 +207,9 @@ impl<'a, T: Real> Head<'a, T> {
         for range in self.blocks() {
             let tile = &mut tile[..range.len() * count];
             let g = gradient.part_of_rows(&range);
-            product(tile, Into::Replace, g, self.small(&spread).transposed());
+            of_y.multiply_whole(tile, Into::Replace, T::one(), g);
             let v = self.v.part_of_rows(&range);
-            product(tile, Into::Add, v, self.small(&of_collected).transposed());
+            of_v.multiply_whole(tile, Into::Add, T::one(), v);
             let mut of_rows = [T::zero(); BLOCK];
             let kernel = &values[range.start * count..range.end * count];
             simd::vectorised(
@@ -218,7 +229,7 @@ impl<'a, T: Real> Head<'a, T> {
             let weights = Matrix::packed(tile, range.len(), count);
             let q = self.centred(&range, &mut rows);
             let of_q = &mut slopes.q[range.start * width..range.end * width];
-            product(of_q, Into::Replace, weights, self.landmarks());
+            landmarks.multiply_whole(of_q, Into::Replace, T::one(), weights);
             let packed = Matrix::packed(q, range.len(), width);
             product(&mut of_landmarks, Into::Add, weights.transposed(), packed);
             simd::vectorised(

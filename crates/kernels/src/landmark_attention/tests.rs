@@ -3,6 +3,7 @@
 use super::*;
 use crate::check::{difference, gradient_error};
 use crate::test_data::{arange, compare};
+use crate::{GradStore, Var};
 
 /// Queries and values that lie heads side by side, landmarks and a middle.
 fn given(length: usize, count: usize, dtype: DType) -> [Tensor; 4] {
@@ -54,6 +55,39 @@ fn gradients_equal_finite_differences() {
     }
 }
 
+/// Gradients of what is given, for irregular ones of the result.
+fn gradients(function: impl Fn(&[Tensor]) -> Result<Tensor>, given: &[Tensor; 4]) -> [Tensor; 4] {
+    let variables = given.each_ref().map(|x| Var::from_tensor(x).unwrap());
+    let inputs: Vec<Tensor> = variables.iter().map(|x| x.as_tensor().clone()).collect();
+    let y = function(&inputs).unwrap();
+    let slopes = arange(y.dims(), 5.0, y.dtype());
+    let sum = (y * slopes).unwrap().sum_all().unwrap();
+    let all: GradStore = sum.backward().unwrap();
+    variables.each_ref().map(|x| all.get(x).unwrap().clone())
+}
+
+/// With as many landmarks as are worth panels, and blocks of queries that are whole or cut short.
+#[test]
+fn gradients_equal_those_of_the_kernel_laid_out() {
+    for length in [1, 64, 150] {
+        for kept in [None, Some(kept(length))] {
+            let kept = kept.as_ref();
+            for index in 0..4 {
+                compare(1e-3, |dtype| {
+                    let given = given(length, 33, dtype);
+                    let ours =
+                        |x: &[Tensor]| landmark_attention(&x[0], &x[1], &x[2], &x[3], 0.3, kept);
+                    let plain = |x: &[Tensor]| {
+                        naive::landmark_attention(&x[0], &x[1], &x[2], &x[3], 0.3, kept)
+                    };
+                    let [ours, plain] = [gradients(ours, &given), gradients(plain, &given)];
+                    (ours[index].clone(), plain[index].clone())
+                });
+            }
+        }
+    }
+}
+
 /// What all points have in common is taken away before anything is squared.
 #[test]
 fn points_far_away_lose_nothing() {
@@ -73,18 +107,23 @@ fn points_far_away_lose_nothing() {
 
 #[test]
 fn does_not_depend_on_the_number_of_threads() {
-    let [q, l, m, v] = given(300, 16, DType::F32);
-    let with = |threads: usize| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-        let run = || landmark_attention(&q, &l, &m, &v, 0.3, None).unwrap();
-        pool.build().unwrap().install(run)
-    };
-    let one = with(1);
-    assert!(
-        [2, 5]
-            .iter()
-            .all(|&n| difference(&with(n), &one).unwrap() == 0.0)
-    );
+    for dtype in [DType::F32, DType::F64] {
+        let given = given(300, 16, dtype);
+        let attend = |x: &[Tensor]| landmark_attention(&x[0], &x[1], &x[2], &x[3], 0.3, None);
+        let with = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            let run = || (attend(&given).unwrap(), gradients(attend, &given));
+            pool.build().unwrap().install(run)
+        };
+        let (one, slopes) = with(1);
+        for threads in [2, 5] {
+            let (found, other) = with(threads);
+            assert_eq!(difference(&found, &one).unwrap(), 0.0);
+            for (found, expected) in other.iter().zip(&slopes) {
+                assert_eq!(difference(found, expected).unwrap(), 0.0);
+            }
+        }
+    }
 }
 
 #[test]

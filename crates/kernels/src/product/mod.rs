@@ -305,6 +305,15 @@ impl<'a, T: Real> Repeated<'a, T> {
         unsafe { self.multiply_at((result.as_mut_ptr(), row_stride), into, scale, a, part) }
     }
 
+    /// [`multiply`] of `a` and the operand, on this thread, into rows that lie one after the other.
+    pub(crate) fn multiply_whole(&self, result: &mut [T], into: Into, scale: T, a: Matrix<T>) {
+        let Matrix { rows, columns, .. } = self.matrix;
+        assert_eq!(result.len(), a.rows * columns);
+        let to = (result.as_mut_ptr(), columns);
+        // SAFETY: the result is borrowed exclusively and as large as the product.
+        unsafe { self.multiply_at(to, into, scale, a, (0..rows, 0..columns)) }
+    }
+
     /// [`multiply_at`] of `a` and the given rows and columns of the operand, on this thread.
     ///
     /// # Safety

@@ -201,7 +201,7 @@ impl Pooling {
                 of.collect::<Vec<_>>()
             })
         };
-        let groups = |of: Vec<Option<usize>>, count| Groups { of, length, count };
+        let groups = |of: Vec<Option<usize>>, count| Groups::new(&of, length, count);
         match self {
             Self::Mean { ratio } => {
                 let groups = groups(owners(*ratio).collect(), grid.windows(*ratio));
@@ -245,26 +245,25 @@ impl Pooling {
     }
 }
 
-/// Which of `count` groups each token of each sequence is in, `[batch, length]`.
+/// The tokens of each of `count` groups of each sequence.
 struct Groups {
-    of: Vec<Option<usize>>,
-    length: usize,
+    members: Vec<Vec<usize>>,
     count: usize,
 }
 
 impl Groups {
-    /// The tokens of each group of each sequence.
-    fn members(&self) -> Vec<Vec<usize>> {
-        let mut members = vec![Vec::new(); self.of.len() / self.length.max(1) * self.count];
-        for (at, group) in self.of.iter().enumerate() {
-            let (sequence, token) = (at / self.length, at % self.length);
+    /// Of the group that each token of each sequence is in, `[batch, length]`.
+    fn new(of: &[Option<usize>], length: usize, count: usize) -> Self {
+        let mut members = vec![Vec::new(); of.len() / length.max(1) * count];
+        for (at, group) in of.iter().enumerate() {
+            let (sequence, token) = (at / length, at % length);
             if let Some(group) = group
-                && let Some(members) = members.get_mut(sequence * self.count + group)
+                && let Some(members) = members.get_mut(sequence * count + group)
             {
                 members.push(token);
             }
         }
-        members
+        Self { members, count }
     }
 
     /// The mean of each group, `[batch, heads, group, width]`, of `q` `[batch, heads, length, width]`; zeros for
@@ -272,7 +271,7 @@ impl Groups {
     fn means(&self, q: &Tensor) -> Result<Tensor> {
         let (batch, heads, length, width) = tensor(q.dims4())?;
         let (mut rows, mut ends) = (Vec::new(), Vec::new());
-        for (sequence, members) in self.members().chunks(self.count.max(1)).enumerate() {
+        for (sequence, members) in self.members.chunks(self.count.max(1)).enumerate() {
             for head in 0..heads {
                 let first = (sequence * heads + head) * length;
                 for members in members {
@@ -287,7 +286,7 @@ impl Groups {
 
     /// 1 for groups that have a token, `[batch, 1, group, 1]`; nothing where all of them do.
     fn used(&self, like_this: &Tensor) -> Result<Option<Tensor>> {
-        let used = self.members().into_iter().map(|group| !group.is_empty());
+        let used = self.members.iter().map(|group| !group.is_empty());
         let used: Vec<f64> = used.map(|used| f64::from(u8::from(used))).collect();
         if !used.contains(&0.0) {
             return Ok(None);
