@@ -373,3 +373,7 @@ impl Short {
         tensor(tensor(Tensor::from_vec(logarithms, shape, device))?.to_dtype(dtype))
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::panic, clippy::unwrap_used)]
+mod tests;
