@@ -3,7 +3,7 @@
 use super::{MASKED, keep_to_bias, quotients, repeat_groups, softmax};
 use crate::{
     Attended, AttentionOptions, AttentionPart, BlockPart, D, Direction, ExponentialMeans,
-    PartOptions, Result, SinkhornOptions, SoftmaxMask, Tensor, TreeMask,
+    PartOptions, Result, ScoreBias, SinkhornOptions, SoftmaxMask, Tensor, TreeMask,
 };
 
 /// The attention weights `softmax(scale · Q Kᵀ + bias)`, `[batch, heads, query, key]`.
@@ -135,7 +135,7 @@ fn laid_out_blocks(
     let bias = Tensor::from_vec(bias, (blocks.len(), 1, queries, keys), q.device())?;
     let options = PartOptions::new(AttentionOptions {
         scale,
-        bias: Some(bias.to_dtype(q.dtype())?),
+        bias: Some(ScoreBias::Pairs(bias.to_dtype(q.dtype())?)),
         ..AttentionOptions::new(1)
     });
     let part = attention_part(
