@@ -145,6 +145,24 @@ fn a_shared_bias_is_held_once() {
     assert!(own - shared > 4 * bias, "{own} {shared}, a bias has {bias}");
 }
 
+/// Beyond the length up to which it is a function of the distance.
+#[test]
+fn a_bias_of_a_network_lays_out_no_hidden_units() {
+    let _alone = alone();
+    let length = 256;
+    let of = |hidden| {
+        let attention = format!(
+            "{CAUSAL}, position = {{ kind = 'fire', hidden = {hidden}, initial_length = 16 }}"
+        );
+        let model = model(2, length, ["", &attention, "hidden = 16"]);
+        most(|| step(&model, length, false))
+    };
+    // Sixteen times as many do not take what two of them would for each query and key.
+    let (narrow, wide) = (of(4), of(64));
+    let two = 2 * 4 * length * length;
+    assert!(wide < narrow + two, "{wide} {narrow}, two units have {two}");
+}
+
 #[test]
 fn compressed_blocks_that_are_recomputed_are_not_held() {
     let _alone = alone();

@@ -376,3 +376,6 @@ fn drawn_positions(limit: usize, count: usize, seed: u64) -> Vec<u32> {
     positions.sort_unstable();
     positions
 }
+
+#[cfg(test)]
+mod tests;
