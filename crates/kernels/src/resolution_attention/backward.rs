@@ -8,7 +8,7 @@
 //! ```
 
 use super::ResolutionOptions;
-use super::averaged::Averaged;
+use super::averaged::{Averaged, row};
 use super::choice::Chosen;
 use super::level::{KEYS, Level, Piece, ROWS};
 use crate::attention::weights_and_slopes;
@@ -39,10 +39,14 @@ impl<T: Real> Asked<T> {
     fn new(saved: &Saved<'_, T>, length: usize) -> Self {
         let g = &saved.gradient;
         let mut gradients = Vec::with_capacity(length * g.columns);
-        for row in 0..length {
-            let from = row * g.row_stride;
-            let numbers = 0..g.columns;
-            gradients.extend(numbers.map(|column| g.data[from + column * g.column_stride]));
+        for at in 0..length {
+            if g.column_stride == 1 {
+                gradients.extend_from_slice(row(g, at));
+            } else {
+                let from = at * g.row_stride;
+                let numbers = 0..g.columns;
+                gradients.extend(numbers.map(|column| g.data[from + column * g.column_stride]));
+            }
         }
         let mut deltas = vec![T::zero(); length];
         simd::vectorised(
