@@ -226,7 +226,7 @@ fn source(seed: u64) -> Narrow {
 fn train(size: &Size, images: &Images, seed: u64) -> Result<Model> {
     let model = Model::trainable(spec(size.width), &mut source(seed))?;
     let mut draws = generator(seed);
-    fit(&model, size.steps, 3e-3, |step| {
+    fit(&model, size.masked_steps, 3e-3, |step| {
         let drawn = images.drawn(&mut draws)?;
         let keep = visible(BATCH, input().patches(), HIDDEN, &mut draws)?;
         loss(&model, &drawn, &keep, Some(step))
