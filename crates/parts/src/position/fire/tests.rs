@@ -51,6 +51,12 @@ fn span([queries, keys, offset]: [usize; 3]) -> Span {
     }
 }
 
+/// The bias of every query and key, `[1, heads, query, key]`.
+fn laid_out(fire: &Fire, span: Span) -> Tensor {
+    let bias = fire.bias(span).unwrap();
+    bias.laid_out(span.queries, span.keys).unwrap()
+}
+
 /// The bias of the keys that are seen, and its gradients with respect to all parameters.
 fn with_gradients(bias: &Tensor, causal: bool, span: Span, variables: &[Var]) -> Vec<Tensor> {
     let weights: Vec<f64> = (0..bias.elem_count())
@@ -95,7 +101,7 @@ fn is_the_network_run_for_every_pair() {
             for sizes in [[1, 1, 0], [20, 20, 0], [1, 12, 11], [4, 18, 14], [3, 20, 4]] {
                 let span = span(sizes);
                 let all: Vec<u32> = (0..20).collect();
-                let ours = fire.bias(span).unwrap();
+                let ours = laid_out(&fire, span);
                 let plain = fire.of_pairs(&all, span).unwrap();
                 let [ours, plain] =
                     [ours, plain].map(|bias| with_gradients(&bias, causal, span, &variables));
@@ -118,12 +124,12 @@ fn decoding_gives_the_rows_of_the_whole() {
         ..FireSpec::default()
     };
     let (fire, _) = drawn(&spec, true);
-    let whole = fire.bias(span([30, 30, 0])).unwrap();
+    let whole = laid_out(&fire, span([30, 30, 0]));
     for position in [10, 20, 29] {
         let keys = position + 1;
         let row = whole.narrow(2, position, 1).unwrap();
         let row = row.narrow(3, 0, keys).unwrap();
-        let alone = fire.bias(span([1, keys, position])).unwrap();
+        let alone = laid_out(&fire, span([1, keys, position]));
         assert_eq!(difference(&alone, &row).unwrap(), 0.0);
     }
 }
@@ -144,7 +150,7 @@ fn single_precision_is_near() {
         ..fire
     };
     let span = span([3, 1500, 1497]);
-    let [double, single] = [&fire, &near].map(|fire| fire.bias(span).unwrap());
+    let [double, single] = [&fire, &near].map(|fire| laid_out(fire, span));
     assert_eq!(single.dtype(), DType::F32);
     let scale = difference(&double, &double.zeros_like().unwrap()).unwrap();
     assert!(difference(&single, &double).unwrap() < 1e-5 * scale.max(1.0));
