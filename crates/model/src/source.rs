@@ -6,6 +6,7 @@ use std::hash::Hasher;
 use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::Result;
 use lapidary_parts::parameters::{Init, ParameterSource};
+use lapidary_signal::DroppedPart;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -139,6 +140,10 @@ impl ParameterSource for Recorder<'_> {
         let tensor = self.source.packed(name, shape, dtype)?;
         self.parameters.insert(name.to_owned(), tensor.clone());
         Ok(tensor)
+    }
+
+    fn dropped(&mut self, stored: &str, path: &str) -> Result<Option<DroppedPart>> {
+        self.source.dropped(stored, path)
     }
 
     /// That of the first parameter, which is a table or a filter of the input.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::{Error, Result};
 use lapidary_kernels::{DType, QuantisedMatrix, Tensor};
-use lapidary_signal::{KeptColumns, Linear, Matrix, Weight};
+use lapidary_signal::{DroppedPart, KeptColumns, Linear, Matrix, Weight};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +64,15 @@ pub trait ParameterSource {
                  one and has no initial value"
             ),
         })
+    }
+
+    /// The part with dropout of the linear layer at `path`, whose parameters are those at `stored`; none, but
+    /// where a model is made for a step of training.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    fn dropped(&mut self, _stored: &str, _path: &str) -> Result<Option<DroppedPart>> {
+        Ok(None)
     }
 
     /// The type of the parameters, which quantised matrices have once they are written out.
@@ -353,6 +362,7 @@ impl<'a> Parameters<'a> {
             Some(init) => Some(here.tensor("bias", &[output], init)?),
             None => None,
         };
+        let dropped = self.source.dropped(&path, &self.join(name))?;
         if first {
             self.linears.push(LinearInfo {
                 path,
@@ -363,6 +373,10 @@ impl<'a> Parameters<'a> {
                 bias: bias.is_some(),
             });
         }
-        Ok(Linear::from_weight(matrix, offset)?)
+        let layer = Linear::from_weight(matrix, offset)?;
+        Ok(match dropped {
+            Some(part) => layer.with_dropped(part)?,
+            None => layer,
+        })
     }
 }

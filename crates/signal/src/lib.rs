@@ -53,7 +53,7 @@ mod wavelet;
 
 pub use error::{Error, Result};
 pub use head_recurrence::HeadScan;
-pub use linear::{KeptColumns, Linear, Matrix, Weight};
+pub use linear::{DroppedPart, KeptColumns, Linear, Matrix, Weight};
 pub use mixing::Mixing;
 pub use recurrence::SelectiveScan;
 pub use signal::{Lens, Signal};

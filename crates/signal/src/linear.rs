@@ -2,7 +2,7 @@
 
 use crate::{Error, Result};
 use lapidary_kernels::{
-    Activation, DType, QuantisedMatrix, Tensor, activate, linear, linear_activation,
+    Activation, DType, QuantisedMatrix, Tensor, activate, dropout, linear, linear_activation,
     quantised_linear,
 };
 
@@ -177,6 +177,29 @@ impl Weight {
     pub fn dense(weight: Tensor) -> Self {
         Self::Whole(Matrix::Dense(weight))
     }
+
+    /// `f(x Wᵀ + b)`.
+    fn apply(&self, x: &Tensor, bias: Option<&Tensor>, f: Activation) -> Result<Tensor> {
+        match self {
+            Self::Whole(matrix) => matrix.apply(x, bias, f),
+            Self::LowRank { down, up } => {
+                let inner = down.apply(x, None, Activation::Identity)?;
+                up.apply(&inner, bias, f)
+            }
+        }
+    }
+}
+
+/// A part of a layer's matrix that sees the input with dropout (as adapters do: Hu et al. 2021, LoRA,
+/// arXiv 2106.09685).
+#[derive(Clone, Debug)]
+pub struct DroppedPart {
+    /// The part `D` `[output, input]`, which the layer's matrix contains.
+    pub weight: Weight,
+    /// With which an element of the input is zero.
+    pub probability: f64,
+    /// The mask is a function of it and of the place of the element in the input.
+    pub seed: u64,
 }
 
 /// `y = x Wᵀ + b`, with `W` one matrix or a product of two thin factors.
@@ -184,6 +207,7 @@ impl Weight {
 pub struct Linear {
     weight: Weight,
     bias: Option<Tensor>,
+    dropped: Option<Box<DroppedPart>>,
     /// Widths of the output and the input.
     dims: [usize; 2],
     multiplications: usize,
@@ -224,9 +248,51 @@ impl Linear {
         Ok(Self {
             weight,
             bias,
+            dropped: None,
             dims,
             multiplications,
         })
+    }
+
+    /// The layer with dropout of the inputs of a part `D` of its matrix, for training:
+    /// `y = x Wᵀ + (x ⊙ (m − 1)) Dᵀ + b`, so that `W − D` sees the input and `D` what the mask `m` leaves.
+    ///
+    /// # Errors
+    /// When the part's shape is another, or the probability is not at least 0 and below 1.
+    pub fn with_dropped(self, part: DroppedPart) -> Result<Self> {
+        let dims = match &part.weight {
+            Weight::Whole(matrix) => matrix.dims()?,
+            Weight::LowRank { down, up } => {
+                let ([rank, input], [output, up_rank]) = (down.dims()?, up.dims()?);
+                if rank != up_rank {
+                    let expected = format!("{rank}, as in the first");
+                    return Err(Error::invalid(
+                        "rank of the second factor",
+                        up_rank,
+                        expected,
+                    ));
+                }
+                [output, input]
+            }
+        };
+        if dims != self.dims {
+            let expected = format!("{:?}, the matrix's", self.dims);
+            return Err(Error::invalid(
+                "shape of a part with dropout",
+                dims,
+                expected,
+            ));
+        }
+        if !(0.0..1.0).contains(&part.probability) {
+            let expected = "at least 0 and below 1";
+            return Err(Error::invalid(
+                "dropout of a part",
+                part.probability,
+                expected,
+            ));
+        }
+        let dropped = (part.probability > 0.0).then(|| Box::new(part));
+        Ok(Self { dropped, ..self })
     }
 
     /// The matrix.
@@ -271,12 +337,24 @@ impl Linear {
 
     /// Applies the layer, and an activation to what it gives.
     pub fn apply_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        self.apply_with(x, self.bias.as_ref(), activation)
+        let bias = self.bias.as_ref();
+        let Some(part) = &self.dropped else {
+            return self.weight.apply(x, bias, activation);
+        };
+        let y = self.weight.apply(x, bias, Activation::Identity)?;
+        let left = dropout(x, part.probability, part.seed)?;
+        let change = crate::error::tensor(left - x)?;
+        let change = part.weight.apply(&change, None, Activation::Identity)?;
+        let y = crate::error::tensor(y + change)?;
+        Ok(match activation {
+            Activation::Identity => y,
+            _ => activate(&y, activation)?,
+        })
     }
 
     /// Applies the matrix alone.
     pub fn apply_without_bias(&self, x: &Tensor) -> Result<Tensor> {
-        self.apply_with(x, None, Activation::Identity)
+        self.weight.apply(x, None, Activation::Identity)
     }
 
     /// Applies the transposed matrix to `f` `[.., output]`: `f W`.
@@ -290,19 +368,71 @@ impl Linear {
             Weight::LowRank { down, up } => one(&one(f, up)?, down),
         }
     }
+}
 
-    fn apply_with(
-        &self,
-        x: &Tensor,
-        bias: Option<&Tensor>,
-        activation: Activation,
-    ) -> Result<Tensor> {
-        match &self.weight {
-            Weight::Whole(matrix) => matrix.apply(x, bias, activation),
-            Weight::LowRank { down, up } => {
-                let inner = down.apply(x, None, Activation::Identity)?;
-                up.apply(&inner, bias, activation)
-            }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tests::{assert_close, numbers};
+    use lapidary_kernels::check::gradient_error;
+
+    fn part(weight: Weight, probability: f64, seed: u64) -> DroppedPart {
+        DroppedPart {
+            weight,
+            probability,
+            seed,
         }
+    }
+
+    #[test]
+    fn a_part_alone_sees_what_dropout_leaves() {
+        let (x, own) = (numbers(&[2, 3, 4], 0.0), numbers(&[5, 4], 1.0));
+        let (down, up) = (numbers(&[2, 4], 2.0), numbers(&[5, 2], 3.0));
+        let (bias, product) = (numbers(&[5], 4.0), up.matmul(&down).unwrap());
+        let whole = (&own + &product).unwrap();
+        let layer = || Linear::new(whole.clone(), Some(bias.clone())).unwrap();
+        let factors = Weight::LowRank {
+            down: Matrix::Dense(down),
+            up: Matrix::Dense(up),
+        };
+        let left = dropout(&x, 0.4, 9).unwrap();
+        let expected = linear(&x, &own, Some(&bias)).unwrap();
+        let expected = (expected + linear(&left, &product, None).unwrap()).unwrap();
+        for weight in [factors.clone(), Weight::dense(product.clone())] {
+            let dropped = layer().with_dropped(part(weight, 0.4, 9)).unwrap();
+            assert_close(&dropped.apply(&x).unwrap(), &expected, 1e-12, "sum");
+            let found = dropped.apply_activated(&x, Activation::Gelu).unwrap();
+            let expected = activate(&expected, Activation::Gelu).unwrap();
+            assert_close(&found, &expected, 1e-12, "activated");
+        }
+        let none = layer().with_dropped(part(factors.clone(), 0.0, 9)).unwrap();
+        assert_close(
+            &none.apply(&x).unwrap(),
+            &layer().apply(&x).unwrap(),
+            0.0,
+            "no rate",
+        );
+        assert!(layer().with_dropped(part(factors, 1.0, 9)).is_err());
+        let wide = Weight::dense(numbers(&[5, 3], 1.0));
+        assert!(layer().with_dropped(part(wide, 0.4, 9)).is_err());
+    }
+
+    #[test]
+    fn gradients_of_input_and_part_equal_finite_differences() {
+        let inputs = [&[3, 4][..], &[5, 4], &[2, 4], &[5, 2]].map(|dims| numbers(dims, 1.0));
+        let f = |inputs: &[Tensor]| {
+            let [x, own, down, up] = inputs else {
+                return Ok(inputs[0].clone());
+            };
+            let whole = (own + up.matmul(down)?)?;
+            let weight = Weight::LowRank {
+                down: Matrix::Dense(down.clone()),
+                up: Matrix::Dense(up.clone()),
+            };
+            let layer = Linear::new(whole, None).unwrap();
+            let layer = layer.with_dropped(part(weight, 0.4, 9)).unwrap();
+            Ok(layer.apply(x).unwrap())
+        };
+        assert!(gradient_error(f, &inputs).unwrap() < 1e-8);
     }
 }

@@ -8,9 +8,10 @@
 //! ```
 //!
 //! `B` is zero at first, so that nothing has changed then; `m` is 0 with the probability of dropout and
-//! `1 / (1 − p)` otherwise, drawn for the inputs of each layer at each step, the same for all tokens of the
-//! step. What comes out are the matrices `W'`: no adapter is left in the model, and whatever has none is
-//! what it was, bit for bit. Where `W` is exactly zero and zeros are kept, `W'` is.
+//! `1 / (1 − p)` otherwise, drawn for each element of a layer's input by the seed, the step and the layer, so
+//! that it is the same where a part is recomputed. It enters as `x W'ᵀ + α/rank (x ⊙ (m − 1)) Aᵀ Bᵀ`. What
+//! comes out are the matrices `W'`: no adapter is left in the model, and whatever has none is what it was,
+//! bit for bit. Where `W` is exactly zero and zeros are kept, `W'` is.
 //!
 //! A layer that is factorised at `k` already is trained as its product and factored again by SVD at
 //! `k + rank`, which holds the sum of both without loss (LoRAP: Li et al. 2024, arXiv 2404.09695); where a
@@ -20,6 +21,8 @@ use std::collections::BTreeMap;
 
 use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_model::{Model, ModelSpec};
+use lapidary_parts::parameters::{Init, ParameterSource};
+use lapidary_signal::{DroppedPart, Matrix, Weight};
 use lapidary_train::{Generator, Masks, generator};
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
@@ -38,7 +41,7 @@ pub struct AdapterSettings {
     pub rank: usize,
     /// `α`: the product is multiplied by `α / rank`.
     pub alpha: f64,
-    /// The probability that an input of an adapter is zero at a step.
+    /// The probability that an element of an adapter's input is zero at a step.
     pub dropout: f64,
     /// Globs over the paths of linear layers; those of all blocks by default.
     pub layers: Vec<String>,
@@ -190,29 +193,44 @@ impl Adapters {
         }
     }
 
-    /// The model with its adapters, through which gradients reach them; with the dropout of `step`, or
-    /// without any.
-    pub(super) fn model(&self, step: Option<u64>) -> Result<Model> {
-        let dropout = self.settings.dropout;
-        let mut random = step
-            .filter(|_| dropout > 0.0)
-            .map(|step| stream(self.seed, step));
-        let mut parameters = self.frozen.clone();
+    /// The model's, layers with adapters being matrices.
+    pub(super) fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The model's parameters with its adapters, through which gradients reach them; with the dropout of
+    /// `step`, or without any.
+    pub(super) fn step(&self, step: Option<u64>) -> Result<Step> {
+        let probability = self.settings.dropout;
+        let step = step.filter(|_| probability > 0.0);
+        let mut made = Step {
+            parameters: self.frozen.clone(),
+            adapters: BTreeMap::new(),
+            probability,
+            seed: step.map_or(0, |step| stream(self.seed, step).random()),
+        };
         for one in &self.adapted {
             let [down, up] = one.values(|name| {
                 let variable = self.variables.get(name);
                 variable.map(|variable| variable.as_tensor().clone())
             })?;
-            let down = match &mut random {
-                Some(random) => dropped(&down, dropout, random)?,
-                None => down,
-            };
             let change = self.change(one, &down, &up)?;
-            if let Some(weight) = parameters.get_mut(&one.weight) {
+            if step.is_some() {
+                let masked = self.masks.tensors().contains_key(&one.weight);
+                let adapter = match masked {
+                    true => Weight::dense(change.clone()),
+                    false => Weight::LowRank {
+                        down: Matrix::Dense(down),
+                        up: Matrix::Dense(engine(up.affine(self.scale(), 0.0))?),
+                    },
+                };
+                made.adapters.insert(one.layer.path.clone(), adapter);
+            }
+            if let Some(weight) = made.parameters.get_mut(&one.weight) {
                 *weight = engine(&*weight + change)?;
             }
         }
-        Ok(Model::new(self.spec.clone(), &mut parameters)?)
+        Ok(made)
     }
 
     /// `original` with adapters of these values taken in, each matrix rounded once to its type.
@@ -264,10 +282,71 @@ impl Adapters {
 
     /// `α/rank B A` `[output, input]`, zero where the layer's zeros are kept.
     fn change(&self, one: &Adapted, down: &Tensor, up: &Tensor) -> Result<Tensor> {
-        let scale = self.settings.alpha / self.settings.rank as f64;
-        let change = engine(engine(up.matmul(down))?.affine(scale, 0.0))?;
+        let change = engine(engine(up.matmul(down))?.affine(self.scale(), 0.0))?;
         Ok(self.masks.masked(&one.weight, &change)?)
     }
+
+    fn scale(&self) -> f64 {
+        self.settings.alpha / self.settings.rank as f64
+    }
+}
+
+/// What a model is made of for a step: parameters, and the adapters in them whose inputs are dropped.
+pub(super) struct Step {
+    pub(super) parameters: BTreeMap<String, Tensor>,
+    /// By the path of the layer.
+    adapters: BTreeMap<String, Weight>,
+    probability: f64,
+    seed: u64,
+}
+
+impl Step {
+    /// Parameters without adapters.
+    pub(super) fn of(parameters: BTreeMap<String, Tensor>) -> Self {
+        Self {
+            parameters,
+            adapters: BTreeMap::new(),
+            probability: 0.0,
+            seed: 0,
+        }
+    }
+}
+
+impl ParameterSource for Step {
+    fn parameter(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        init: Init,
+    ) -> lapidary_parts::Result<Tensor> {
+        self.parameters.parameter(name, shape, init)
+    }
+
+    fn packed(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        dtype: DType,
+    ) -> lapidary_parts::Result<Tensor> {
+        self.parameters.packed(name, shape, dtype)
+    }
+
+    /// Layers that share an adapter draw masks of their own.
+    fn dropped(&mut self, stored: &str, path: &str) -> lapidary_parts::Result<Option<DroppedPart>> {
+        Ok(self.adapters.get(stored).map(|weight| DroppedPart {
+            weight: weight.clone(),
+            probability: self.probability,
+            seed: seed_of(self.seed, path),
+        }))
+    }
+}
+
+/// FNV-1a, the same whichever compiler built the program.
+fn seed_of(seed: u64, path: &str) -> u64 {
+    let bytes = seed.to_le_bytes().into_iter().chain(path.bytes());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// The chosen linear layers, by path.
@@ -311,21 +390,6 @@ fn starting(layer: &Layer, rank: usize, like: &Tensor, random: &mut Generator) -
         like.device(),
     ))?;
     Ok([engine(Var::from_tensor(&down))?, up])
-}
-
-/// `A` with some of its columns zero and the others longer by as much.
-fn dropped(down: &Tensor, probability: f64, random: &mut Generator) -> Result<Tensor> {
-    let (_, input) = engine(down.dims2())?;
-    let kept = 1.0 / (1.0 - probability);
-    let mask: Vec<f64> = (0..input)
-        .map(|_| match random.random_bool(probability) {
-            true => 0.0,
-            false => kept,
-        })
-        .collect();
-    let mask = engine(Tensor::from_vec(mask, (1, input), &Device::Cpu))?;
-    let mask = engine(engine(mask.to_dtype(down.dtype()))?.to_device(down.device()))?;
-    engine(down.broadcast_mul(&mask))
 }
 
 /// The matrix that two factors stand for, in their type.
@@ -377,6 +441,12 @@ mod tests {
         }
     }
 
+    fn made(adapters: &Adapters) -> Model {
+        let mut step = adapters.step(None).unwrap();
+        assert!(step.adapters.is_empty(), "no dropout without a step");
+        Model::new(adapters.spec().clone(), &mut step).unwrap()
+    }
+
     fn drawn(shape: (usize, usize), seed: u64) -> Tensor {
         let mut random = generator(seed);
         let values: Vec<f64> = (0..shape.0 * shape.1)
@@ -399,7 +469,7 @@ mod tests {
         let mask = Tensor::from_vec(masked, (12, 8), &Device::Cpu).unwrap();
         let masks = Masks::new([(WEIGHT.to_owned(), mask)].into()).unwrap();
         let adapters = Adapters::new(&model, &settings(3), &masks, 1).unwrap();
-        let start = adapters.model(None).unwrap();
+        let start = made(&adapters);
         let own = rows(&model.parameters()[WEIGHT]);
         assert_eq!(rows(&start.parameters()[WEIGHT]), own);
 
@@ -412,7 +482,7 @@ mod tests {
         };
         let values = BTreeMap::from([set("down", &down), set("up", &up)]);
         let (a, b) = (rows(&down), rows(&up));
-        let trained = adapters.model(None).unwrap();
+        let trained = made(&adapters);
         let taken_in = adapters.taken_in(&values, &model).unwrap();
         for found in [&trained, &taken_in] {
             for (o, row) in rows(&found.parameters()[WEIGHT]).iter().enumerate() {
@@ -440,32 +510,69 @@ mod tests {
         let masks = Masks::new([(WEIGHT.to_owned(), mask)].into()).unwrap();
         let adapters = Adapters::new(&model, &settings(2), &masks, 1).unwrap();
         let change = |inputs: &[Tensor]| {
-            let dropped = dropped(&inputs[0], 0.3, &mut stream(4, 1)).unwrap();
             let one = &adapters.adapted[0];
-            Ok(adapters.change(one, &dropped, &inputs[1]).unwrap())
+            Ok(adapters.change(one, &inputs[0], &inputs[1]).unwrap())
         };
         let error = gradient_error(change, &[drawn((2, 8), 5), drawn((12, 2), 6)]).unwrap();
         assert!(error < 1e-8, "{error}");
     }
 
     #[test]
-    fn dropout_is_a_function_of_seed_and_step_and_keeps_the_mean() {
-        let down = Tensor::ones((2, 4000), DType::F64, &Device::Cpu).unwrap();
-        let at =
-            |seed: u64, step: u64| rows(&dropped(&down, 0.25, &mut stream(seed, step)).unwrap());
-        assert_eq!(at(1, 2), at(1, 2));
-        assert_ne!(at(1, 2), at(1, 3));
-        assert_ne!(at(1, 2), at(2, 2));
-        let found = at(1, 2);
-        assert_eq!(found[0], found[1], "columns go as a whole");
-        let kept = found[0].iter().filter(|value| **value > 0.0).count();
-        // Six standard deviations of 4000 draws are 0.041.
-        assert!((kept as f64 / 4000.0 - 0.75).abs() < 0.041, "{kept}");
-        assert!(
-            found[0]
-                .iter()
-                .all(|v| *v == 0.0 || (v - 4.0 / 3.0).abs() < 1e-15)
-        );
+    fn dropout_is_a_function_of_seed_step_and_layer_and_the_adapters_alone() {
+        let path = "blocks.0.feedforward.up";
+        let masked: Vec<u8> = (0..12 * 8).map(|at| u8::from(at % 5 != 0)).collect();
+        let mask = Tensor::from_vec(masked, (12, 8), &Device::Cpu).unwrap();
+        let masks = Masks::new([(WEIGHT.to_owned(), mask)].into()).unwrap();
+        for masks in [Masks::default(), masks] {
+            let at = |seed: u64, dropout: f64| {
+                let told = AdapterSettings {
+                    dropout,
+                    ..settings(3)
+                };
+                let adapters = Adapters::new(&model(1), &told, &masks, seed).unwrap();
+                for (name, variable) in adapters.variables() {
+                    let shape = variable.dims2().unwrap();
+                    variable.set(&drawn(shape, name.len() as u64)).unwrap();
+                }
+                adapters
+            };
+            let part = |adapters: &Adapters, step: u64, path: &str| {
+                let mut made = adapters.step(Some(step)).unwrap();
+                made.dropped("blocks.0.feedforward.up", path).unwrap()
+            };
+            let adapters = at(1, 0.25);
+            let found = part(&adapters, 2, path).unwrap();
+            assert_eq!(found.probability, 0.25);
+            // What is dropped is what the weight contains of the adapter.
+            let made = adapters.step(Some(2)).unwrap();
+            let change = (&made.parameters[WEIGHT] - &adapters.frozen[WEIGHT]).unwrap();
+            let product = match &found.weight {
+                Weight::Whole(matrix) => matrix.dense().unwrap(),
+                Weight::LowRank { down, up } => {
+                    assert!(masks.is_empty());
+                    up.dense().unwrap().matmul(&down.dense().unwrap()).unwrap()
+                }
+            };
+            for (a, b) in rows(&product).concat().iter().zip(rows(&change).concat()) {
+                assert!((a - b).abs() < 1e-14);
+            }
+            let seed =
+                |adapters: &Adapters, step, path: &str| part(adapters, step, path).unwrap().seed;
+            assert_eq!(seed(&adapters, 2, path), seed(&at(1, 0.25), 2, path));
+            let others = [
+                seed(&adapters, 3, path),
+                seed(&at(2, 0.25), 2, path),
+                seed(&adapters, 2, "blocks.1.feedforward.up"),
+            ];
+            assert!(others.iter().all(|other| *other != found.seed));
+            let mut step = adapters.step(Some(2)).unwrap();
+            assert!(
+                step.dropped("blocks.0.feedforward.down", path)
+                    .unwrap()
+                    .is_none()
+            );
+            assert!(part(&at(1, 0.0), 2, path).is_none(), "without a rate");
+        }
     }
 
     #[test]

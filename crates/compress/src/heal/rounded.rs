@@ -10,6 +10,9 @@
 //! with `sg` what no gradient passes (Bengio et al. 2013, arXiv 1308.3432; Jacob et al. 2017, arXiv
 //! 1712.05877). Grids are those of the weights at each step.
 
+use std::collections::BTreeMap;
+
+use lapidary_kernels::Tensor;
 use lapidary_model::Model;
 
 use crate::error::engine;
@@ -39,12 +42,11 @@ impl SeenRounded {
         })
     }
 
-    /// `student` with rounded weights, through which gradients reach its own.
+    /// Rounds weights among `parameters`, so that gradients reach what they were.
     ///
     /// # Errors
     /// When a group fits no grid.
-    pub(super) fn model(&self, student: &Model) -> Result<Model> {
-        let mut parameters = student.parameters().clone();
+    pub(super) fn round(&self, parameters: &mut BTreeMap<String, Tensor>) -> Result<()> {
         for name in &self.names {
             if let Some(weight) = parameters.get_mut(name) {
                 let own = weight.detach();
@@ -52,6 +54,6 @@ impl SeenRounded {
                 *weight = engine(&*weight + moved)?;
             }
         }
-        Ok(Model::new(student.spec().clone(), &mut parameters)?)
+        Ok(())
     }
 }

@@ -7,7 +7,7 @@ use lapidary_kernels::{Tensor, Var};
 use lapidary_model::Model;
 use lapidary_train::Masks;
 
-use super::adapters::{AdapterReport, Adapters};
+use super::adapters::{AdapterReport, Adapters, Step};
 use super::rounded::SeenRounded;
 use super::{HealSettings, trained};
 use crate::error::engine;
@@ -94,14 +94,16 @@ impl Student {
 
     /// The model that a pass sees: of a training step, or, for none, of a validation.
     pub(super) fn acting(&self, step: Option<u64>) -> Result<Acting<'_>> {
-        let model = match &self.trained {
-            Trained::Whole(model) => Acting::Itself(model),
-            Trained::Adapters(adapters) => Acting::Made(Box::new(adapters.model(step)?)),
+        let (spec, mut made) = match &self.trained {
+            Trained::Whole(model) if self.seen.is_none() => return Ok(Acting::Itself(model)),
+            Trained::Whole(model) => (model.spec(), Step::of(model.parameters().clone())),
+            Trained::Adapters(adapters) => (adapters.spec(), adapters.step(step)?),
         };
-        match &self.seen {
-            None => Ok(model),
-            Some(seen) => Ok(Acting::Made(Box::new(seen.model(&model)?))),
+        if let Some(seen) = &self.seen {
+            seen.round(&mut made.parameters)?;
         }
+        let model = Model::new(spec.clone(), &mut made)?;
+        Ok(Acting::Made(Box::new(model)))
     }
 
     /// The model with these values of what was trained, in the types of `original`; `original` where

@@ -17,7 +17,7 @@ use lapidary_kernels::{
 };
 
 /// Irregular numbers, another sequence for each `phase`.
-fn numbers(dims: &[usize], phase: f64) -> Tensor {
+pub(crate) fn numbers(dims: &[usize], phase: f64) -> Tensor {
     let count: usize = dims.iter().product();
     let values: Vec<f64> = (0..count)
         .map(|i| (i as f64 * 1.37 + phase * 0.61 + (i as f64 * 0.11).cos()).sin())
@@ -30,7 +30,7 @@ fn values(t: &Tensor) -> Vec<f64> {
     flat.to_vec1::<f64>().unwrap()
 }
 
-fn assert_close(a: &Tensor, b: &Tensor, tolerance: f64, what: &str) {
+pub(crate) fn assert_close(a: &Tensor, b: &Tensor, tolerance: f64, what: &str) {
     assert_eq!(a.dims(), b.dims(), "{what}");
     let error = difference(a, b).unwrap();
     assert!(error <= tolerance, "{what}: {error}");
