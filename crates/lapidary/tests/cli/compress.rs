@@ -415,4 +415,23 @@ fn a_comparison_says_what_each_method_needs_and_holds() {
     );
     let columns = found["tables"][0]["columns"].as_array().unwrap();
     assert_eq!(columns.len(), 13);
+    // Rounding has no share; the others begin with the whole model.
+    let plots = found["plots"].as_array().unwrap();
+    let by_ratio = plots.iter().find(|plot| plot["x"] == "share removed");
+    let series = by_ratio.unwrap()["series"].as_array().unwrap();
+    let names: Vec<&str> = series
+        .iter()
+        .filter_map(|one| one["name"].as_str())
+        .collect();
+    assert_eq!(names, ["svd", "first-order"]);
+    let whole = found["original"]["perplexity"]["value"].as_f64().unwrap();
+    for one in series {
+        let points = one["points"].as_array().unwrap();
+        assert_eq!((points.len(), &points[1][0]), (2, &serde_json::json!(0.3)));
+        let first = points[0][1].as_f64().unwrap();
+        assert!(
+            points[0][0] == 0.0 && (first - whole.ln()).abs() < 1e-12,
+            "{first}"
+        );
+    }
 }

@@ -277,19 +277,21 @@ fn shown(
         title: format!("Compression of {model}"),
         notes,
         tables: vec![table],
-        plots: plots(rows),
+        plots: plots(original, rows),
         ..Report::default()
     }
 }
 
-/// Quality against size, and against measured speed.
-fn plots(rows: &[Row]) -> Vec<Plot> {
+/// Quality against size, against measured speed, and against the share removed, from the whole model on.
+fn plots(original: &Measured, rows: &[Row]) -> Vec<Plot> {
+    let nats = |measured: &Measured| measured.perplexity.map(|found| found.value.ln());
     let quality = |row: &Row| {
-        let perplexity = row.measured.perplexity.map(|found| found.value.ln());
-        perplexity
+        nats(&row.measured)
             .or(row.divergence)
             .or(row.cosine.map(|cosine| 1.0 - cosine))
     };
+    // The original is at no distance from itself.
+    let whole = nats(original).unwrap_or(0.0);
     let line = |x: &dyn Fn(&Row) -> Option<f64>| -> Vec<Series> {
         let mut series: Vec<Series> = Vec::new();
         for row in rows {
@@ -315,6 +317,10 @@ fn plots(rows: &[Row]) -> Vec<Plot> {
         y: "nats per token (or distance, of models that predict none)".to_owned(),
         series,
     };
+    let mut by_ratio = line(&|row| (row.ratio > 0.0).then_some(row.ratio));
+    for series in &mut by_ratio {
+        series.points.insert(0, (0.0, whole));
+    }
     let all = [
         plot(
             "Quality against size",
@@ -326,6 +332,7 @@ fn plots(rows: &[Row]) -> Vec<Plot> {
             "tokens per second, reading",
             line(&|row| row.measured.prefill),
         ),
+        plot("Quality against ratio", "share removed", by_ratio),
     ];
     all.into_iter()
         .filter(|plot| !plot.series.is_empty())
