@@ -230,6 +230,28 @@ fn with_all_keys_kept_it_is_dense_attention() {
     }
 }
 
+/// However narrow or low it is, and with a last row that is short.
+#[test]
+fn with_all_keys_kept_an_image_is_one_window() {
+    let x = random(&[2, LENGTH, WIDTH], 4);
+    let dense = Subject::new(spec(MechanismSpec::Softmax, false), 6);
+    let expected = dense.output(&x, Given::default());
+    for columns in [1, 2, 3, 5, 12, 40] {
+        let image = Selection::Local {
+            radius: 3.0,
+            columns: Some(columns),
+        };
+        let all = MechanismSpec::Subsampled(subsampled(1.0, image));
+        let all = Subject::new(spec(all, false), 6);
+        let given = Given {
+            draw: Some(1),
+            ..Given::default()
+        };
+        let what = format!("{columns} columns");
+        assert_near(&all.output(&x, given), &expected, 1e-12, &what);
+    }
+}
+
 #[test]
 fn a_pass_without_draws_is_softmax_bit_for_bit_and_checkpoints_interchange() {
     let x = random(&[2, LENGTH, WIDTH], 4);
@@ -360,6 +382,25 @@ fn windows_of_an_image_are_rectangles() {
         let (line, column) = (row % 16 / 4 / 2, row % 4 / 2);
         let corner = line * 8 + column * 2;
         assert_eq!(*keys, [corner, corner + 1, corner + 4, corner + 5]);
+    }
+}
+
+/// Of two columns a window of twelve keys takes six rows.
+#[test]
+fn windows_of_a_narrow_image_are_as_much_higher() {
+    let [q, k, v] = drawn(1, 48);
+    let image = Selection::Local {
+        radius: 0.0,
+        columns: Some(2),
+    };
+    let how = How {
+        path: "attention",
+        ..How::default()
+    };
+    let laid = weights(mixing(&subsampled(0.25, image), [&q, &k], how).as_ref(), &v);
+    for (row, keys) in met(&laid, 48).into_iter().enumerate() {
+        let first = row % 48 / 12 * 12;
+        assert!(keys.into_iter().eq(first..first + 12), "row {row}");
     }
 }
 

@@ -71,8 +71,10 @@ pub(super) fn image_windows(
             order[cell] = before[from];
         }
     }
+    // As near to a square as the image is wide and high: what it lacks in one, a window has in the other.
     let high = ((kept as f64).sqrt().round() as usize).clamp(1, lines.max(1));
-    let wide = kept.div_ceil(high);
+    let wide = kept.div_ceil(high).clamp(1, columns);
+    let high = high.max(kept.div_ceil(wide));
     let mut windows = Vec::new();
     for down in cut(lines, high) {
         for across in cut(columns, wide) {
