@@ -22,10 +22,10 @@
 //! layers share it (FIRE-S), it is run for the first of them only. Parameters:
 //! `2 + 2 hidden + (layers − 1) (hidden² + hidden) + (hidden + 1) heads`.
 //!
-//! Bidirectional attention is an extension of ours: `|i − j|` relative to `max(i, j)`, with outputs of
+//! Bidirectional attention is an extension of ours: `|i − j|` relative to `max(L, i, j)`, with outputs of
 //! its own for keys that come later.
 
-use super::distance::{both_ways, column};
+use super::distance::{both_ways, column, distances, rows_of};
 use super::{RotarySpec, Span};
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
@@ -194,8 +194,8 @@ impl Fire {
         self.causal
     }
 
-    /// The bias of every head, by distance where all queries stand before `L`. Of causal attention, what
-    /// belongs to later keys, which are masked, means nothing.
+    /// The bias of every head, by distance where all queries, and in bidirectional attention all keys, stand
+    /// before `L`. Of causal attention, what belongs to later keys, which are masked, means nothing.
     pub(super) fn bias(&self, span: Span) -> Result<ScoreBias> {
         let end = span.keys.max(span.offset + span.queries);
         if let (Some(positions), Some(seed)) = (self.spec.randomised, span.draw)
@@ -205,16 +205,21 @@ impl Fire {
             return self.of_pairs(&drawn, span).map(ScoreBias::Pairs);
         }
         // Up to L the denominator is one number, and each distance has one bias.
-        let steady = match self.causal {
-            true => self.steady()?.saturating_sub(span.offset).min(span.queries),
-            false => 0,
+        let before = self.steady()?;
+        let last = match self.causal {
+            true => span.offset + span.queries,
+            false => end,
         };
-        if steady == span.queries && self.causal {
+        if last <= before {
             return self.before_length(span);
         }
         if self.spec.activation == FireActivation::Relu {
             return self.in_pieces(span).map(ScoreBias::Pairs);
         }
+        let steady = match self.causal {
+            true => before.saturating_sub(span.offset).min(span.queries),
+            false => 0,
+        };
         let rest = Span {
             queries: span.queries - steady,
             offset: span.offset + steady,
@@ -234,8 +239,20 @@ impl Fire {
         Ok(ScoreBias::Pairs(all))
     }
 
-    /// The bias of queries that are all before `L`.
+    /// The bias of queries that are all before `L`, as in bidirectional attention all keys are.
     fn before_length(&self, span: Span) -> Result<ScoreBias> {
+        if !self.causal {
+            let count = span.keys.max(span.offset + span.queries);
+            let by_distance = self.by_distance(count)?;
+            // Rows for keys that come later behind those for the others.
+            let outputs = |first: usize| tensor(by_distance.narrow(1, first, self.heads));
+            let both = tensor(Tensor::cat(&[outputs(0)?, outputs(self.heads)?], 0))?;
+            let row = |distance: i64| {
+                let later = if distance > 0 { count } else { 0 };
+                later as u32 + distance.unsigned_abs() as u32
+            };
+            return rows_of(&both, distances(span).map(row).collect());
+        }
         let count = span.offset + span.queries;
         let by_distance = self.by_distance(count)?;
         // Later keys are masked, whatever they read.

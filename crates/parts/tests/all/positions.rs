@@ -169,16 +169,26 @@ fn by_distance() -> [PositionSpec; 5] {
 
 #[test]
 fn biases_by_distance_are_not_laid_out() {
-    let before_its_length = fire(FireSpec::default());
+    let before_its_length = fire(FireSpec {
+        initial_length: 9,
+        ..FireSpec::default()
+    });
     for spec in by_distance().into_iter().chain([before_its_length]) {
-        let at = position(&spec, 2, true, &drawn(&spec, 2, true));
-        for (queries, keys, offset) in [(1, 1, 0), (9, 9, 0), (1, 9, 8), (4, 9, 5)] {
-            let found = at.bias(span(queries, keys, offset), DType::F64, &Device::Cpu);
-            match found.unwrap() {
-                Some(ScoreBias::ByDistance(table)) => {
-                    assert_eq!(table.dims(), [2, queries + keys - 1]);
+        for causal in [true, false] {
+            // `l` as it begins.
+            let mut map = drawn(&spec, 2, causal);
+            if let Some(length) = map.get_mut("length") {
+                *length = tensor(vec![1.0], &[1]);
+            }
+            let at = position(&spec, 2, causal, &map);
+            for (queries, keys, offset) in [(1, 1, 0), (9, 9, 0), (1, 9, 8), (4, 9, 5), (3, 9, 2)] {
+                let found = at.bias(span(queries, keys, offset), DType::F64, &Device::Cpu);
+                match found.unwrap() {
+                    Some(ScoreBias::ByDistance(table)) => {
+                        assert_eq!(table.dims(), [2, queries + keys - 1]);
+                    }
+                    other => panic!("{}: {other:?}", spec.kind()),
                 }
-                other => panic!("{}: {other:?}", spec.kind()),
             }
         }
     }
