@@ -179,6 +179,13 @@ impl Describe for ReformerSpec {
                 return Err(Error::spec(at("buckets"), digit, expected));
             }
         }
+        // A bucket is held as one number.
+        let mut digits = self.buckets.iter();
+        let all = digits.try_fold(1u32, |all, &digit| all.checked_mul(digit as u32));
+        if all.is_none() {
+            let expected = format!("digits whose product is at most {}", u32::MAX);
+            return Err(Error::spec(at("buckets"), &self.buckets, expected));
+        }
         Ok(())
     }
 

@@ -174,6 +174,13 @@ fn impossible_reformer_attention_is_refused() {
             })),
             "number of b.attention.mechanism.buckets is 5, but must be between 0 and 4",
         ),
+        (
+            with_heads(reformer(ReformerSpec {
+                buckets: vec![4096, 4096, 256],
+                ..ReformerSpec::new(4)
+            })),
+            "b.attention.mechanism.buckets is [4096, 4096, 256], but must be digits whose product is at most 4294967295",
+        ),
     ]);
 }
 
