@@ -344,12 +344,11 @@ fn masks_of_bands_are_of_coefficients_with_a_real_token() {
             .collect();
         let real = tokens(length).narrow(0, 0, 1).unwrap();
         let mask = Tensor::from_vec(keep, (1, length), &Device::Cpu).unwrap();
-        // A mixer that gives masked coefficients' neighbours nothing: compare what is touched with what
-        // is not zero.
+        // Keys that are masked have no weight: those are the coefficients that pads, being zero, leave zero.
         let zeroed = real
             .broadcast_mul(&mask.to_dtype(DType::F64).unwrap().unsqueeze(2).unwrap())
             .unwrap();
-        let trace = Trace::new().capture("bands.*.in").unwrap();
+        let trace = Trace::new().capture("bands.*.{in,weights}").unwrap();
         let cx = Context {
             key_padding: Some(&mask),
             ..Context::new(&trace)
@@ -362,6 +361,15 @@ fn masks_of_bands_are_of_coefficients_with_a_real_token() {
         for (band, found) in subject.coefficients(&zeroed).iter().enumerate() {
             let seen = trace.signal(&format!("bands.{band}.in")).unwrap();
             assert_near(seen.value(), found, 1e-14, "pads are zeroed first");
+            let weights = trace.signal(&format!("bands.{band}.weights")).unwrap();
+            let weights = values(weights.value());
+            let coefficients = values(found);
+            let count = coefficients.len() / WIDTH;
+            for (key, coefficient) in coefficients.chunks(WIDTH).enumerate() {
+                let is_read = weights.iter().skip(key).step_by(count).any(|w| *w > 0.0);
+                let is_made = coefficient.iter().any(|x| *x != 0.0);
+                assert_eq!(is_read, is_made, "{family:?} {boundary:?} {band}, {key}");
+            }
         }
     }
 }
@@ -418,6 +426,13 @@ fn what_does_not_fit_is_refused() {
             spec.levels = 2;
         },
         "attention.levels is 2",
+    );
+    refused(
+        &|spec| {
+            spec.family = Family::Fourier;
+            spec.band_mask = true;
+        },
+        "attention.band_mask is true",
     );
     assert!(!MixerSpec::Wavelet(spec(Family::Fixed, 1, 8)).is_causal());
     // Nor is it decoded with.

@@ -218,9 +218,13 @@ impl WaveletSpec {
             let expected = "periodised: there are no filters to meet a boundary";
             return Err(Error::spec(at("boundary"), self.boundary, expected));
         }
-        if self.family == Family::Fourier && (self.levels != 1 || self.band_mask) {
-            let expected = "1, and no band_mask: a Fourier transform has no levels";
+        if self.family == Family::Fourier && self.levels != 1 {
+            let expected = "1: a Fourier transform has no levels";
             return Err(Error::spec(at("levels"), self.levels, expected));
+        }
+        if self.family == Family::Fourier && self.band_mask {
+            let expected = "false: every coefficient of a Fourier transform has real tokens in it";
+            return Err(Error::spec(at("band_mask"), true, expected));
         }
         Ok(())
     }
@@ -551,10 +555,27 @@ impl Wavelet {
                 [low.collect(), high.collect()]
             }
             Source::AdaptiveLifting(_) => {
-                let (before, behind) = ((taps - 1) / 2, taps - 1 - (taps - 1) / 2);
-                let high = |k: i64| any(2 * (k - before), 2 * (k + behind).max(k) + 1);
-                let low = |k: i64| any(2 * (k - 2 * before), 2 * (k + 2 * behind) + 1);
-                [(0..half).map(low).collect(), (0..half).map(high).collect()]
+                let before = (taps - 1) / 2;
+                // What is made of its own place and of the others' about it.
+                let lifted = |own: &[u8], others: &[u8]| -> Vec<u8> {
+                    let about = |k: i64| {
+                        let mut near = k - before..k - before + taps;
+                        near.any(|place| {
+                            let place = place.rem_euclid(others.len().max(1) as i64);
+                            others.get(place as usize).is_some_and(|real| *real != 0)
+                        })
+                    };
+                    let each = own.iter().zip(0..);
+                    each.map(|(own, k)| u8::from(*own != 0 || about(k)))
+                        .collect()
+                };
+                let places = |first: usize| -> Vec<u8> {
+                    let places = real.iter().skip(first).step_by(2);
+                    places.copied().collect()
+                };
+                let even = places(0);
+                let high = lifted(&places(1), &even);
+                [lifted(&even, &high), high]
             }
             _ if self.spec.boundary == Boundary::Reflect => {
                 let reach = (2 * taps - 3) / 2;
