@@ -1,8 +1,8 @@
 //! The biases that the heads of a trained decoder have learned, by distance.
 
-use super::super::{after_training, mean, numbers};
+use super::super::{mean, numbers};
 use crate::error::engine;
-use crate::{Claim, Plot, Result, Scale, Series};
+use crate::{Claim, Plot, Result, Series, Verdict};
 use lapidary_kernels::Device;
 use lapidary_model::Model;
 use lapidary_parts::attention::MixerSpec;
@@ -66,17 +66,28 @@ pub(super) fn of(model: &Model, length: usize) -> Result<Vec<Curve>> {
     Ok(found)
 }
 
-/// That heads of both kinds occur.
-pub(super) fn claim(scale: Scale, curves: &[Curve], what: &str) -> Claim {
+/// How many heads prefer what is near, and how many what is far.
+fn kinds(curves: &[Curve]) -> [usize; 2] {
     let near = curves.iter().filter(|curve| curve.rise() < 0.0).count();
     let far = curves.iter().filter(|curve| curve.rise() > 0.0).count();
+    [near, far]
+}
+
+/// Whether heads of both kinds occur.
+pub(super) fn both_kinds(curves: &[Curve]) -> bool {
+    kinds(curves).iter().all(|count| *count > 0)
+}
+
+/// That heads of both kinds occur.
+pub(super) fn claim(curves: &[Curve], what: &str, verdict: Verdict) -> Claim {
+    let [near, far] = kinds(curves);
     Claim::new(
         &format!("on {what}, some heads learn to prefer what is near and some what is far"),
         "both kinds of heads occur",
         format!(
             "the bias of the farther half of distances is lower in {near} heads and higher in {far}"
         ),
-        after_training(scale, near > 0 && far > 0),
+        verdict,
     )
 }
 
