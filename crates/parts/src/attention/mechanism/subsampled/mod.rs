@@ -30,7 +30,8 @@
 //! keys outside `S` are as padding to it: a regulariser that saves nothing; the first token then is in
 //! every `S`.
 //!
-//! Cost: `keep` times that of dense attention in a pass that draws, projections left out; with own keys
+//! Cost: `keep` times that of dense attention in a pass that draws, projections left out, where windows
+//! divide the length, and less than twice that where they don't; with own keys
 //! `2 head_width + 4 value_width + 8` more for each query. No parameters.
 
 mod mixings;

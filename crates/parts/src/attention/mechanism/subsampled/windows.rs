@@ -12,7 +12,7 @@ fn shuffled(length: usize, radius: f64, generator: &mut ChaCha8Rng) -> Vec<usize
     keys.into_iter().map(|(_, j)| j).collect()
 }
 
-/// `length` places cut into windows of `size` or slightly more.
+/// `length` places cut into windows of `size` or more, less than twice as many.
 fn cut(length: usize, size: usize) -> Vec<std::ops::Range<usize>> {
     let count = (length / size.max(1)).max(1);
     let bound = |window: usize| window * length / count;
