@@ -168,22 +168,28 @@ fn means_of_windows_are_attention_over_pooled_keys_and_values() {
     assert_near(&found, &expected, 1e-12, "convolution");
 }
 
-/// Projecting tokens before their features, `(E X) W`, or after them, `E (X W)`, is the same where
-/// `W` has no bias; with one, a compressed row has the bias times the sum of the row of `E`.
+/// Projecting tokens before their features, `(E X) W`, is what projecting them after does, `E (X W)`, but for
+/// the bias of `W`: a slot has it times the sum of its row of `E`.
 #[test]
-fn projecting_before_the_features_is_projecting_after_them() {
-    let x = random(&[KEYS, 6], 5);
-    let w = random(&[6, WIDTH], 6);
-    let bias = random(&[1, WIDTH], 7);
-    let e = random(&[3, KEYS], 8);
-    let after = e.matmul(&x.matmul(&w).unwrap()).unwrap();
-    let before = e.matmul(&x).unwrap().matmul(&w).unwrap();
-    assert_near(&before, &after, 1e-12, "no bias");
-    let after = e
-        .matmul(&x.matmul(&w).unwrap().broadcast_add(&bias).unwrap())
-        .unwrap();
-    let sums = e.sum_keepdim(1).unwrap().matmul(&bias).unwrap();
-    assert_near(&(before + sums).unwrap(), &after, 1e-12, "bias");
+fn projecting_after_the_features_is_projecting_before_them() {
+    let spec = spec(3, KEYS, Sharing::Headwise);
+    let map = parameters(&spec);
+    let q = random(&[BATCH, HEADS, 5, WIDTH], 1);
+    let x = random(&[BATCH, 1, KEYS, 6], 5);
+    let [(k, key_slots), (v, value_slots)] = [("keys", 6), ("values", 8)].map(|(name, seed)| {
+        let w = random(&[HEADS, 6, WIDTH], seed);
+        let bias = random(&[HEADS, 1, WIDTH], seed + 1);
+        let after = x.broadcast_matmul(&w).unwrap();
+        let after = after.broadcast_add(&bias).unwrap();
+        let before = map[name].broadcast_matmul(&x).unwrap();
+        let before = before.broadcast_matmul(&w).unwrap();
+        let sums = map[name].sum_keepdim(2).unwrap();
+        let biases = sums.broadcast_mul(&bias).unwrap();
+        (after, before.broadcast_add(&biases).unwrap())
+    });
+    let found = mixed(&spec, &map, [&q, &k, &v], None);
+    let expected = attention(&q, &key_slots, &value_slots);
+    assert_near(&found, &expected, 1e-12, "before");
 }
 
 #[test]
@@ -447,8 +453,6 @@ fn inputs_beyond_the_longest_are_refused_by_name() {
     assert!(said.contains("is 9, but must be at most 8"), "{said}");
 }
 
-/// Operations grow with the length, where dense attention's grow with its square; slots may outnumber
-/// the tokens.
 #[test]
 fn a_longer_input_meets_columns_in_between() {
     let (slots, longest, keys) = (3, 5, 9);
@@ -492,6 +496,8 @@ fn a_longer_input_meets_columns_in_between() {
     assert_near(&found, &expected, 0.0, "short");
 }
 
+/// Operations grow with the length, where dense attention's grow with its square; slots may outnumber
+/// the tokens.
 #[test]
 fn operations_are_linear_in_the_length() {
     let at = |length: usize, slots: usize| -> f64 {
