@@ -31,7 +31,7 @@
 //! every `S`.
 //!
 //! Cost: `keep` times that of dense attention in a pass that draws, projections left out, where windows
-//! divide the length, and less than twice that where they don't; with own keys
+//! divide the length, and less than twice that where they don't (on an image in either direction); with own keys
 //! `2 head_width + 4 value_width + 8` more for each query. No parameters.
 
 mod mixings;
