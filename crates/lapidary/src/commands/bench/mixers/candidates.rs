@@ -12,10 +12,10 @@ use lapidary_parts::position::{FireSpec, PositionSpec};
 
 /// The longest sequences of what sees every pair of tokens.
 const PAIRS: usize = 16_384;
-/// Of what lays out a number for every pair and head.
-const LAID_OUT: usize = 8192;
-/// Of what lays out the hidden units of a network for every pair.
-const NETWORK: usize = 4096;
+/// Of biases by distance.
+const BY_DISTANCE: usize = 8192;
+/// Of what lays out a number for every pair and head, as FIRE does beyond its length.
+const LAID_OUT: usize = 4096;
 /// The tokens of the largest circuit, which has ten qubits.
 const CIRCUIT: usize = 1024;
 
@@ -104,19 +104,19 @@ fn biased() -> Vec<Candidate> {
     vec![
         row(
             "fire, causal",
-            NETWORK,
+            LAID_OUT,
             PositionSpec::Fire(FireSpec::default()),
         ),
-        row("alibi, causal", LAID_OUT, PositionSpec::Alibi),
-        row("relative buckets, causal", LAID_OUT, buckets),
+        row("alibi, causal", BY_DISTANCE, PositionSpec::Alibi),
+        row("relative buckets, causal", BY_DISTANCE, buckets),
         row(
             "kerple, logarithmic, causal",
-            LAID_OUT,
+            BY_DISTANCE,
             PositionSpec::KerpleLogarithmic,
         ),
         row(
             "sandwich, causal",
-            LAID_OUT,
+            BY_DISTANCE,
             PositionSpec::Sandwich { width: 128 },
         ),
     ]
