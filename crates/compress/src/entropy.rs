@@ -27,7 +27,7 @@ pub enum Estimator {
     /// By the distance `ρ` to the k-th neighbour (Kozachenko & Leonenko 1987):
     /// `H = d E[ln ρ] + ln V_d + ln n − ln k`, `V_d` the volume of the unit ball.
     Neighbours {
-        /// `k`.
+        /// `k`; of fewer tokens all others.
         count: usize,
     },
     /// By a histogram of each feature between its own least and largest value, summed over
@@ -50,7 +50,7 @@ pub enum Estimator {
 pub struct EntropyChoice {
     /// How entropy is estimated.
     pub estimator: Estimator,
-    /// Most tokens of a batch that are compared; more are thinned evenly.
+    /// Most tokens of a batch that are compared, two at least; more are thinned evenly.
     pub tokens: usize,
     /// Blocks at the start that are never removed.
     pub first: usize,
@@ -122,16 +122,16 @@ fn buckets(rows: &Matrix, bins: usize) -> Result<f64> {
         if largest <= least {
             return 0.0;
         }
-        let mut counts = vec![0usize; bins];
-        for value in values.iter() {
-            let place = ((value - least) / (largest - least) * bins as f64) as usize;
-            if let Some(count) = counts.get_mut(place.min(bins - 1)) {
-                *count += 1;
-            }
-        }
-        let shares = counts
+        let place = |value: &f64| ((value - least) / (largest - least) * bins as f64) as usize;
+        let mut places: Vec<usize> = values
             .iter()
-            .map(|count| *count as f64 / rows.nrows() as f64);
+            .map(|value| place(value).min(bins - 1))
+            .collect();
+        // Bars as runs of equal places: empty ones take no room, however many were asked for.
+        places.sort_unstable();
+        let shares = places
+            .chunk_by(|a, b| a == b)
+            .map(|bar| bar.len() as f64 / rows.nrows() as f64);
         shares.map(|p| -p * p.max(LEAST).ln()).sum()
     };
     Ok((0..rows.ncols()).map(of).sum())
@@ -156,12 +156,15 @@ fn renyi(rows: &Matrix, order: f64) -> Result<f64> {
     let middle = squares.len() / 2;
     let (_, median, _) = squares.select_nth_unstable_by(middle, f64::total_cmp);
     let width = median.max(LEAST * LEAST);
-    // K_ij^{α−1} with K = exp(−‖x_i − x_j‖² / 2σ²); the diagonal is 1.
+    // K_ij^{α−1} with K = exp(−‖x_i − x_j‖² / 2σ²); the diagonal is 1. Below an order of 1 the powers
+    // of far pairs overflow, so that all are taken over the largest.
+    let logarithm = |square: &f64| -(order - 1.0) * square / (2.0 * width);
+    let largest = squares.iter().map(logarithm).fold(0.0, f64::max);
     let powers = squares
         .iter()
-        .map(|square| (-(order - 1.0) * square / (2.0 * width)).exp());
-    let mean = (n as f64 + 2.0 * powers.sum::<f64>()) / (n * n) as f64;
-    Ok(mean.max(f64::MIN_POSITIVE).ln() / (1.0 - order))
+        .map(|square| (logarithm(square) - largest).exp());
+    let mean = (n as f64 * (-largest).exp() + 2.0 * powers.sum::<f64>()) / (n * n) as f64;
+    Ok((largest + mean.ln()) / (1.0 - order))
 }
 
 /// Features of mean 0 and variance 1; constant ones of 0.
@@ -280,7 +283,8 @@ impl EntropyProfile {
         ordered(blocks.filter_map(|(block, score)| score.map(|score| (block, score))))
     }
 
-    /// The first block behind which entropy only grew: the place of the least entropy.
+    /// How many blocks lie before the least entropy, of equal ones the fewest. Behind it entropy is
+    /// nowhere less, though a single block may lower it.
     pub fn stage(&self) -> usize {
         let least = self
             .stream
@@ -404,9 +408,12 @@ mod tests {
         let found = estimator.entropy(&rows).unwrap();
         let most = 2.0 * 10f64.ln();
         assert!(found <= most && found > 0.999 * most, "{found} {most}");
-        let rows = normal(500, 2, 4);
-        // Powers of two move no value across the edge of a bucket by rounding.
-        let moved = Matrix::from_fn(500, 2, |i, j| rows[(i, j)] * [4.0, 0.5][j]);
+        let drawn = normal(500, 2, 4);
+        // Of multiples of 2⁻²⁰ neither powers of two nor shifts move any across the edge of a bucket by
+        // rounding.
+        let unit = 2f64.powi(20);
+        let rows = Matrix::from_fn(500, 2, |i, j| (drawn[(i, j)] * unit).round() / unit);
+        let moved = Matrix::from_fn(500, 2, |i, j| rows[(i, j)] * [4.0, 0.5][j] + [8.0, -3.0][j]);
         let (a, b) = (
             estimator.entropy(&rows).unwrap(),
             estimator.entropy(&moved).unwrap(),
@@ -436,6 +443,22 @@ mod tests {
                 "{estimator:?}"
             );
         }
+    }
+
+    #[test]
+    fn bars_that_are_empty_take_no_room() {
+        // As many as there are numbers tell all 500 values of a feature apart.
+        let estimator = Estimator::Buckets { bins: usize::MAX };
+        let found = estimator.entropy(&normal(500, 2, 4)).unwrap();
+        assert!((found - 2.0 * 500f64.ln()).abs() < 1e-9, "{found}");
+    }
+
+    #[test]
+    fn an_order_below_one_bears_a_token_that_is_far_from_all_others() {
+        // The median distance is none, beside which that of one token has no power in `f64`.
+        let rows = Matrix::from_fn(40, 3, |i, _| if i == 0 { 1.0 } else { 0.0 });
+        let found = Estimator::Renyi { order: 0.5 }.entropy(&rows).unwrap();
+        assert!(found.is_finite() && found > 0.0, "{found}");
     }
 
     #[test]
