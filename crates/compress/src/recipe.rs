@@ -129,7 +129,8 @@ impl Recipe {
     /// ([`Recipe::reordered`]).
     ///
     /// # Errors
-    /// When a method does not exist, or there are neither one nor as many ratios as cutting methods.
+    /// When a method does not exist, there are neither one nor as many ratios as cutting methods, or the
+    /// one is none that several can share.
     pub fn as_given(methods: &str, ratios: &str) -> Result<Self> {
         let methods = methods
             .split('+')
@@ -144,6 +145,11 @@ impl Recipe {
             .collect::<Result<Vec<_>>>()?;
         let cutting = methods.iter().filter(|method| !method.rounds()).count();
         let ratios = match found.as_slice() {
+            // Its root would be told in its place, or no number.
+            [one] if cutting > 1 && !(*one > 0.0 && *one < 1.0) => {
+                let expected = "above 0 and below 1: the share of weights to remove together";
+                return Err(Error::invalid("ratio", one, expected));
+            }
             [one] => vec![1.0 - (1.0 - one).powf(1.0 / cutting.max(1) as f64); cutting],
             several => several.to_vec(),
         };
@@ -253,4 +259,22 @@ impl Recipe {
 fn model_before<'a>(stage: usize, original: &'a Model, done: &'a [Done]) -> &'a Model {
     let before = stage.checked_sub(1).and_then(|at| done.get(at));
     before.map_or(original, |done| &done.compressed.model)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ratio_that_several_share_is_told_as_it_was_given() {
+        for ratio in ["1.5", "-0.2", "NaN", "1", "0"] {
+            let error = Recipe::of("svd+magnitude", ratio).unwrap_err().to_string();
+            let start = format!("ratio is {ratio}, but must be above 0 and below 1");
+            assert!(error.starts_with(&start), "{error}");
+        }
+        let recipe = Recipe::of("svd+magnitude", "0.36").unwrap();
+        for stage in recipe.stages {
+            assert!((stage.ratio.unwrap() - 0.2).abs() < 1e-12);
+        }
+    }
 }
