@@ -187,6 +187,13 @@ fn movement_keeps_patterns_and_refuses_what_means_nothing() {
             },
             "rate of movement",
         ),
+        (
+            MovementSettings {
+                weight_decay: -0.1,
+                ..few_steps()
+            },
+            "decay of the weights that movement keeps is -0.1",
+        ),
     ] {
         let error = cut_by(&original, &data, "movement", 0.5, &told(movement, None)).err();
         let error = error.unwrap().to_string();

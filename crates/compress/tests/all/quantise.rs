@@ -247,6 +247,25 @@ fn what_is_rounded_is_not_cut_any_more() {
     assert!(gptq.requirements(&model, &settings).is_err());
 }
 
+#[test]
+fn a_damping_that_takes_away_is_refused_where_it_counts() {
+    let model = model(GATED, 4);
+    for damping in [-0.5, f64::NAN, f64::INFINITY] {
+        let settings = Settings {
+            quantise: QuantiseSettings {
+                damping,
+                ..QuantiseSettings::default()
+            },
+            ..Settings::default()
+        };
+        let told = |name: &str| Method::find(name).unwrap().requirements(&model, &settings);
+        let error = told("gptq").unwrap_err().to_string();
+        let expected = format!("damping of gptq is {damping}, but must be at least 0");
+        assert_eq!(error, expected);
+        assert!(told("awq").is_ok() && told("int4").is_ok());
+    }
+}
+
 /// A plan is a file, in which anything may stand.
 #[test]
 fn plans_that_ask_for_what_cannot_be_stored_are_refused() {

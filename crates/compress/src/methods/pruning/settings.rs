@@ -123,6 +123,10 @@ impl MovementSettings {
         if !(self.rate > 0.0 && self.rate.is_finite()) {
             return Err(Error::invalid("rate of movement", self.rate, "above 0"));
         }
+        if !(self.weight_decay >= 0.0 && self.weight_decay.is_finite()) {
+            let what = "decay of the weights that movement keeps";
+            return Err(Error::invalid(what, self.weight_decay, "at least 0"));
+        }
         Ok(())
     }
 }

@@ -192,6 +192,14 @@ impl Rounding {
                 "4 or 8",
             ));
         }
+        let damping = settings.quantise.damping;
+        if self.guide == Guide::SecondOrder && !(damping.is_finite() && damping >= 0.0) {
+            return Err(Error::invalid(
+                format!("damping of {}", self.name),
+                damping,
+                "at least 0",
+            ));
+        }
         let outliers = kept::threshold(&settings.quantise)?;
         let layers = self.layers(model, settings)?;
         let sites = layers.into_iter().map(|layer| layer.input_site);
