@@ -1,5 +1,7 @@
 //! What was observed.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::warp::{gaussian, standardised};
@@ -49,6 +51,12 @@ impl History {
     /// Whether something was observed at a point.
     pub fn contains(&self, point: &[usize]) -> bool {
         self.points.iter().any(|other| other == point)
+    }
+
+    /// Whether something was observed at every point of a domain. Points may have been observed twice.
+    pub(crate) fn exhausts(&self, domain: &Domain) -> bool {
+        let size = domain.size();
+        self.len() >= size && self.points.iter().collect::<BTreeSet<_>>().len() >= size
     }
 
     /// The values in a scale.

@@ -112,7 +112,7 @@ impl State {
     /// The next point that needs no process.
     pub(crate) fn first_points(&self, generator: &mut ChaCha8Rng) -> Result<Option<Point>> {
         let step = self.history.len();
-        if step >= self.domain.size() {
+        if self.history.exhausts(&self.domain) {
             return Err(Error::Exhausted {
                 points: self.domain.size(),
             });

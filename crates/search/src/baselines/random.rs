@@ -26,8 +26,8 @@ impl RandomSearch {
 
 impl Optimiser for RandomSearch {
     fn suggest(&mut self) -> Result<Point> {
-        let points = self.domain.size();
-        if self.history.len() >= points {
+        if self.history.exhausts(&self.domain) {
+            let points = self.domain.size();
             return Err(Error::Exhausted { points });
         }
         let mut generator = ChaCha8Rng::seed_from_u64(self.seed);

@@ -156,6 +156,29 @@ fn a_small_domain_is_searched_to_its_last_point() {
 }
 
 #[test]
+fn points_that_are_observed_twice_leave_the_others_to_be_found() {
+    let domain = Domain::new(vec![vec![0.0, 1.0, 2.0]]).unwrap();
+    let settings = RducbSettings {
+        initial: 1,
+        ..RducbSettings::default()
+    };
+    let searches: [Box<dyn Optimiser>; 2] = [
+        Box::new(RandomSearch::new(domain.clone(), 1)),
+        Box::new(Rducb::new(domain, settings, 1).unwrap()),
+    ];
+    for mut search in searches {
+        // Four observations of a domain of three points.
+        for place in [0, 1, 0, 1] {
+            search.observe(vec![place], 1.0).unwrap();
+        }
+        assert_eq!(search.suggest().unwrap(), [2]);
+        search.observe(vec![2], 0.5).unwrap();
+        let error = search.suggest().unwrap_err().to_string();
+        assert!(error.contains("all 3 points"), "{error}");
+    }
+}
+
+#[test]
 fn many_variables_are_feasible() {
     let function = TestFunction::StyblinskiTang { dimensions: 250 };
     let domain = function.domain(150).unwrap();
