@@ -108,18 +108,18 @@ impl Curves {
     }
 
     /// The share from which on the loss is more than 5 % above `dense`, between the measured ones by a
-    /// straight line.
-    pub(super) fn hurt(&self, method: &str, way: Way, dense: f64) -> f64 {
+    /// straight line; where it is so at none, the last share and `false`.
+    pub(super) fn hurt(&self, method: &str, way: Way, dense: f64) -> (f64, bool) {
         let limit = HURT * dense;
         let mut last = (0.0, dense);
         for (share, loss) in self.curve(method, way) {
             if loss > limit {
                 let part = (limit - last.1) / (loss - last.1);
-                return last.0 + part * (share - last.0);
+                return (last.0 + part * (share - last.0), true);
             }
             last = (share, loss);
         }
-        last.0
+        (last.0, false)
     }
 
     /// Bytes and losses of every method without training.
@@ -452,4 +452,34 @@ fn bytes(model: &Model) -> Result<usize> {
         saved += sizes.dense - sizes.dense.min(sizes.bitmap).min(sizes.csr);
     }
     Ok(all - saved)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_no_share_hurts_the_last_one_is_told_as_not_hurt() {
+        let point = |way: Way, share: f64, loss: f64| Point {
+            method: "magnitude",
+            way,
+            share,
+            loss,
+            bytes: 0.0,
+            operations: 0.0,
+        };
+        let curves = Curves {
+            points: vec![
+                point(Way::Plain, 0.5, 1.0),
+                point(Way::Plain, 0.9, 1.1),
+                point(Way::Healed, 0.5, 1.0),
+                point(Way::Healed, 0.9, 1.04),
+            ],
+            ..Curves::default()
+        };
+        let (share, hurt) = curves.hurt("magnitude", Way::Plain, 1.0);
+        // A rise of 5 % is half of the way from 50 % to 90 %.
+        assert!(hurt && (share - 0.7).abs() < 1e-9, "{share}");
+        assert_eq!(curves.hurt("magnitude", Way::Healed, 1.0), (0.9, false));
+    }
 }

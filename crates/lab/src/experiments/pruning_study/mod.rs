@@ -189,22 +189,28 @@ fn healing_moves_the_point(scale: Scale, curves: &Curves) -> Claim {
     let before = point(Way::Plain, curves.dense());
     let after = point(Way::Healed, curves.control());
     let own = point(Way::Healed, curves.dense());
+    let told = |(share, hurt): (f64, bool)| {
+        let beyond = if hurt { "" } else { "beyond " };
+        format!("{beyond}{:.0} %", 100.0 * share)
+    };
+    let within =
+        |(share, hurt): (f64, bool), low: f64, high: f64| hurt && (low..=high).contains(&share);
     Claim::new(
         "training afterwards moves the share at which the loss has risen by 5 % from 30–50 % to 70–80 %",
         "from about 30–50 % to about 70–80 % (estimate)",
         format!(
-            "magnitude: from {:.0} % to {:.0} %, against a dense model trained on for as long",
-            100.0 * before,
-            100.0 * after
+            "magnitude: from {} to {}, against a dense model trained on for as long",
+            told(before),
+            told(after)
         ),
         after_training(
             scale,
-            (0.3..=0.5).contains(&before) && (0.7..=0.8).contains(&after),
+            within(before, 0.3, 0.5) && within(after, 0.7, 0.8),
         ),
     )
     .noted(format!(
-        "against the dense model before its further steps {:.0} %",
-        100.0 * own
+        "against the dense model before its further steps {}",
+        told(own)
     ))
 }
 
