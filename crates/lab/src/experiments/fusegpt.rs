@@ -407,7 +407,7 @@ fn claims(scale: Scale, trials: &[Trial]) -> Vec<Claim> {
         .noted("all at 25 %"),
         Claim::new(
             "the fused group comes nearer to what it gave than that of LoRA alone",
-            "the loss that both are tuned by",
+            "none: both are tuned by a divergence, here the squared error is compared",
             listed(
                 &[Way::Fuse, Way::Lora, Way::FastLora, Way::FuseSquares],
                 &missed,
