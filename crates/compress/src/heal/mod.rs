@@ -122,6 +122,9 @@ impl HealSettings {
         if !(self.rate > 0.0 && self.rate.is_finite()) {
             return wrong("rate", self.rate.to_string(), "above 0");
         }
+        if !(self.weight_decay >= 0.0 && self.weight_decay.is_finite()) {
+            return wrong("decay", self.weight_decay.to_string(), "at least 0");
+        }
         if self.batch == 0 {
             return wrong("batch", "0".to_owned(), "at least 1");
         }

@@ -393,6 +393,13 @@ fn settings_that_mean_nothing_are_refused_in_words() {
         ),
         (
             HealSettings {
+                weight_decay: -0.1,
+                ..steps(1)
+            },
+            "decay of healing is -0.1",
+        ),
+        (
+            HealSettings {
                 batch: 0,
                 ..steps(1)
             },
