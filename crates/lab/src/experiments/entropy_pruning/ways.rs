@@ -94,6 +94,12 @@ fn candidates(size: Size) -> Vec<usize> {
     (FIRST..size.blocks.saturating_sub(LAST)).collect()
 }
 
+/// How many of those that may go do at most: one stays, since without a choice every way is the same.
+fn most(size: Size, wanted: usize) -> usize {
+    let spare = candidates(size).len().saturating_sub(1);
+    wanted.min(spare.max(1))
+}
+
 /// One kind of piece that goes, and what measures what is left.
 struct Cutting<'a> {
     subject: &'a Subject,
@@ -229,7 +235,7 @@ pub(super) fn attention(subject: &Subject, writer: &Writer, size: Size, seed: u6
         size,
         method: "entropy-attention",
         path: attention_path,
-        most: candidates(size).len().min(MOST_ATTENTION),
+        most: most(size, MOST_ATTENTION),
     };
     let mixers: Vec<Shed> = candidates(size).into_iter().map(Shed::Mixer).collect();
     let search = Search::run(&subject.model, &subject.data, BATCH, &mixers, cutting.most)?;
@@ -248,7 +254,7 @@ pub(super) fn blocks(subject: &Subject, writer: &Writer, size: Size, seed: u64) 
         size,
         method: "entropy-blocks",
         path: |block| format!("blocks.{block}"),
-        most: candidates(size).len().min(MOST_BLOCKS),
+        most: most(size, MOST_BLOCKS),
     };
     let greedy = greedy_blocks(&cutting)?;
     cutting.ways("entropy-blocks", "block-influence", &greedy, seed)
@@ -300,6 +306,18 @@ pub(super) fn zeroed(subject: &Subject, size: Size) -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Scale;
+
+    #[test]
+    fn what_goes_leaves_a_choice() {
+        for size in [Scale::Small, Scale::Full].map(Size::of) {
+            for wanted in [MOST_ATTENTION, MOST_BLOCKS] {
+                let choices = 1..candidates(size).len();
+                assert!(choices.contains(&most(size, wanted)), "{choices:?}");
+            }
+        }
+        assert_eq!(most(Size::of(Scale::Smoke), MOST_ATTENTION), 1);
+    }
 
     #[test]
     fn runs_count_from_their_second_time_on() {
