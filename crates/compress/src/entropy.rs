@@ -11,7 +11,7 @@ use lapidary_factor::{Matrix, matrix_from_tensor, nearest_distances};
 use lapidary_model::Model;
 
 use crate::error::engine;
-use crate::methods::attention_cosine::has_attention;
+use crate::methods::attention_cosine::{attention_added, has_attention};
 use crate::observe::observe;
 use crate::{CalibrationData, Error, Result};
 use serde::{Deserialize, Serialize};
@@ -228,7 +228,7 @@ impl EntropyProfile {
         for (index, block) in specs.iter().enumerate() {
             sites.extend(["in", "out"].map(|site| format!("blocks.{index}.{site}")));
             if has_attention(block) {
-                sites.push(format!("blocks.{index}.attention.out"));
+                sites.push(attention_added(index, block));
             }
         }
         let mut stream = vec![0.0; blocks + 1];
@@ -243,15 +243,15 @@ impl EntropyProfile {
                 choice.estimator.entropy(&thinned(rows, choice.tokens))
             };
             batches += 1;
-            for index in 0..blocks {
+            for (index, block) in specs.iter().enumerate() {
                 let before = seen.rows(&format!("blocks.{index}.in"))?;
                 let here = entropy(before)?;
                 if let Some(sum) = stream.get_mut(index) {
                     *sum += here;
                 }
                 if let Some(Some(sum)) = attention.get_mut(index) {
-                    let written = seen.rows(&format!("blocks.{index}.attention.out"))?;
-                    *sum += entropy(&engine(before + written)?)? - here;
+                    let added = seen.rows(&attention_added(index, block))?;
+                    *sum += entropy(&engine(before + added)?)? - here;
                 }
             }
             if let (Some(index), Some(sum)) = (blocks.checked_sub(1), stream.last_mut()) {

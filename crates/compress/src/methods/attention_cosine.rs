@@ -50,6 +50,16 @@ pub(crate) fn has_attention(block: &BlockSpec) -> bool {
     matches!(block.attention, MixerSpec::MultiHead(_)) && block.feedforward.is_some()
 }
 
+/// The site of what the attention of `block` adds to the stream: what it writes, behind the block's
+/// scale of features where it has one.
+pub(crate) fn attention_added(index: usize, block: &BlockSpec) -> String {
+    let site = match block.layer_scale {
+        Some(_) => "scaled",
+        None => "out",
+    };
+    format!("blocks.{index}.attention.{site}")
+}
+
 /// The blocks whose attention can go.
 ///
 /// # Errors
@@ -84,19 +94,18 @@ pub(crate) fn turns(
     batch: usize,
     blocks: &[usize],
 ) -> Result<Vec<f64>> {
-    let sites: Vec<String> = blocks
+    let specs = model.spec().expanded_blocks();
+    let sites: Vec<[String; 2]> = blocks
         .iter()
-        .flat_map(|index| ["in", "attention.out"].map(|site| format!("blocks.{index}.{site}")))
+        .filter_map(|index| Some((index, specs.get(*index)?)))
+        .map(|(index, block)| [format!("blocks.{index}.in"), attention_added(*index, block)])
         .collect();
     let (mut sums, mut rows) = (vec![0.0; blocks.len()], 0);
-    observe(model, data, batch, &sites, |seen| {
-        for (index, sum) in blocks.iter().zip(&mut sums) {
-            let exact = |site: &str| -> Result<_> {
-                let rows = seen.rows(&format!("blocks.{index}.{site}"))?;
-                engine(rows.to_dtype(DType::F64))
-            };
-            let before = exact("in")?;
-            let behind = engine(&before + exact("attention.out")?)?;
+    observe(model, data, batch, &sites.concat(), |seen| {
+        for ([entering, added], sum) in sites.iter().zip(&mut sums) {
+            let exact = |site: &str| -> Result<_> { engine(seen.rows(site)?.to_dtype(DType::F64)) };
+            let before = exact(entering)?;
+            let behind = engine(&before + exact(added)?)?;
             let dot = |x: &Tensor, y: &Tensor| engine(engine(x * y)?.sum(D::Minus1));
             let squares = engine(dot(&before, &before)? * dot(&behind, &behind)?)?;
             let lengths = engine(engine(squares.sqrt())?.maximum(SHORTEST))?;

@@ -69,6 +69,25 @@ fn what_writes_nothing_adds_no_entropy_and_goes_first() {
     }
 }
 
+/// A scale of features behind attention is a part of what attention adds.
+#[test]
+fn what_a_scale_silences_adds_no_entropy_and_goes_first() {
+    let data = windows(12, 3);
+    for spec in [DECODER, GATED] {
+        let scaled = spec.replace("repeat = 2", "repeat = 4\nlayer_scale = 0.5");
+        let silent = zeroed(&model(&scaled, 3), "blocks.1.attention_scale");
+        for estimator in ESTIMATORS {
+            let choice = settings(estimator, 0, 0).entropy;
+            let profile = EntropyProfile::measure(&silent, &data, 4, &choice).unwrap();
+            assert_eq!(profile.attention[1], Some(0.0), "{estimator:?}");
+            assert_ne!(profile.attention[2], Some(0.0), "{estimator:?}");
+        }
+        let settings = Settings::default();
+        let compressed = cut_by(&silent, &data, "attention-cosine", 0.75, &settings).unwrap();
+        assert_eq!(removed(&compressed), ["blocks.1.attention"]);
+    }
+}
+
 #[test]
 fn without_attention_is_with_an_output_of_zero_and_caches_nothing() {
     let data = windows(12, 4);
