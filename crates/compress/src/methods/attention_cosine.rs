@@ -18,7 +18,7 @@ use lapidary_parts::block::BlockSpec;
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
-use crate::methods::block_influence::{least, removable};
+use crate::methods::block_influence::{in_one_basis, least, removable};
 use crate::observe::observe;
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
@@ -66,6 +66,7 @@ pub(crate) fn attention_added(index: usize, block: &BlockSpec) -> String {
 /// When there are none, or the model is none whose parts are additions to one stream.
 pub(crate) fn attentions(model: &Model, method: &str) -> Result<Vec<usize>> {
     removable(model, method)?;
+    in_one_basis(model, method)?;
     let blocks = model.spec().expanded_blocks();
     let blocks: Vec<usize> = blocks
         .iter()

@@ -34,6 +34,7 @@ pub(crate) const BLOCK_INFLUENCE: Method = Method {
 
 fn requirements(model: &Model, _: &Settings) -> Result<Requirements> {
     removable(model, BLOCK_INFLUENCE.name)?;
+    in_one_basis(model, BLOCK_INFLUENCE.name)?;
     let blocks = model.spec().expanded_blocks().len();
     Ok(Requirements {
         statistics: (0..blocks).map(similarity).collect(),
@@ -88,6 +89,20 @@ pub(crate) fn removable(model: &Model, method: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Refuses models whose residual passes shortcuts: what a block turns by its shortcut is not told from
+/// what it adds, and would go with it.
+pub(crate) fn in_one_basis(model: &Model, method: &str) -> Result<()> {
+    let blocks = model.spec().expanded_blocks();
+    match blocks.iter().position(|block| block.shortcuts) {
+        None => Ok(()),
+        Some(index) => Err(Error::invalid(
+            format!("block {index}"),
+            "one with shortcuts",
+            format!("one without for {method}: leave out first what is to go, then cut the stream"),
+        )),
+    }
 }
 
 /// How many blocks a budget takes out: the nearest number to its share.

@@ -12,7 +12,9 @@ use lapidary_model::Model;
 use crate::entropy::EntropyProfile;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::attention_cosine::{attention_plan, attentions, removed_of, without_attention};
-use crate::methods::block_influence::{least, plan_of, removable, removed_blocks, without_blocks};
+use crate::methods::block_influence::{
+    in_one_basis, least, plan_of, removable, removed_blocks, without_blocks,
+};
 use crate::plan::{Budget, Change, Plan};
 use crate::{Error, Requirements, Result};
 
@@ -42,6 +44,7 @@ pub(crate) const ENTROPY_BLOCKS: Method = Method {
     observes: true,
     requirements: |model: &Model, _: &Settings| {
         removable(model, ENTROPY_BLOCKS.name)?;
+        in_one_basis(model, ENTROPY_BLOCKS.name)?;
         Ok(Requirements::default())
     },
     plan: plan_blocks,

@@ -26,7 +26,7 @@ use crate::edit::Edit;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::block_influence::{
-    block_weights, least, plan_of, removable, removed_blocks, without_blocks,
+    block_weights, in_one_basis, least, plan_of, removable, removed_blocks, without_blocks,
 };
 use crate::observe::observe;
 use crate::plan::{Budget, Change, Plan};
@@ -68,6 +68,7 @@ pub(crate) const DELETE_LINEAR: Method = Method {
     observes: true,
     requirements: |model: &Model, _: &Settings| {
         removable(model, DELETE_LINEAR.name)?;
+        in_one_basis(model, DELETE_LINEAR.name)?;
         Ok(Requirements::default())
     },
     plan: |task, budget| {

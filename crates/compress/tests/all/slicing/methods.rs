@@ -43,6 +43,28 @@ fn parameters_are_known_beforehand() {
     }
 }
 
+/// What a shortcut turns is not told from what a part adds, and would go with its block.
+#[test]
+fn blocks_with_shortcuts_are_not_chosen_by_their_turns() {
+    let (model, data) = (model(DECODER, 15), windows(8, 15));
+    let sliced = |name: &str| cut_by(&model, &data, name, 0.5, &settings()).unwrap().model;
+    let (turned, shared) = (sliced("slicegpt"), sliced("slicegpt-shared"));
+    for name in [
+        "attention-cosine",
+        "block-influence",
+        "delete-linear",
+        "entropy-attention",
+        "entropy-blocks",
+    ] {
+        let (method, usual) = (Method::find(name).unwrap(), Settings::default());
+        let error = method.requirements(&turned, &usual).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("one with shortcuts"), "{name}: {error}");
+        assert!(error.contains(&format!("without for {name}")), "{error}");
+        assert!(method.requirements(&shared, &usual).is_ok(), "{name}");
+    }
+}
+
 #[test]
 fn methods_keep_books_and_what_they_make_loads_again() {
     for name in METHODS {
