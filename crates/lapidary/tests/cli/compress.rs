@@ -287,6 +287,11 @@ fn inspects_linearity_and_cuts_depth() {
         "16",
         "--json",
     ]);
+    let note = entropy["notes"][0].as_str().unwrap();
+    assert!(
+        note.contains("keep the first 2 blocks, the last 1"),
+        "{note}"
+    );
     let tables = entropy["tables"].as_array().unwrap();
     assert_eq!(tables.len(), 3);
     for table in tables {

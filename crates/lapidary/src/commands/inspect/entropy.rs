@@ -64,12 +64,16 @@ pub fn run(arguments: &Entropy, global: &Global) -> Result<Report> {
     let count = windows.len();
     let data = CalibrationData::windows(windows)?;
     let batch = SAMPLE.div_ceil(window);
+    let kept = EntropyChoice::default();
     let mut report = Report {
         title: "Entropy of the residual stream".to_owned(),
         notes: vec![format!(
             "{count} windows of {window} tokens, {} tokens at a time; entropies in nats; rank 0 is what adds \
-             least and would go first",
-            batch * window
+             least and would go first, but that the methods keep the first {} blocks, the last {} and those before the \
+             least entropy unless they are told otherwise",
+            batch * window,
+            kept.first,
+            kept.last
         )],
         ..Report::default()
     };
