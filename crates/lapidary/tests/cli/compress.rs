@@ -129,6 +129,14 @@ fn pairs_of_methods_are_measured_in_both_orders() {
     let mut one = lapidary(&["compress", "embedded", "--interactions", "svd"]);
     let said = String::from_utf8(one.assert().failure().get_output().stderr.clone()).unwrap();
     assert!(said.contains("must name two at least"), "{said}");
+    // What is missing, and for which of them.
+    let model = family("llama");
+    for (methods, missing) in [
+        ("svd,magnitude", "--interactions needs --calibrate FILE"),
+        ("svd,whitened", "method whitened needs --calibrate FILE"),
+    ] {
+        refused(&["compress", &model, "--interactions", methods], &[missing]);
+    }
 }
 
 #[test]

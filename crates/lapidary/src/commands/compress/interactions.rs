@@ -53,8 +53,17 @@ pub(super) fn run(
         .collect();
     let package = loading::package(&arguments.model, global)?;
     let model = package.single_model()?;
-    let data = data::calibration(&package, model, methods.first().copied(), arguments, global)?;
+    let needs = |method: &&&Method| {
+        let requirements = method.requirements(model, settings);
+        method.observes || requirements.is_ok_and(|needed| !needed.is_empty())
+    };
+    let needed_by = methods.iter().find(needs).copied();
+    let data = data::calibration(&package, model, needed_by, arguments, global)?;
     let windows = windows(&package, model, data.as_ref(), arguments)?;
+    ensure!(
+        data.is_some() || !windows.is_empty(),
+        "--interactions needs --calibrate FILE, or of a language model --evaluate FILE: what losses are measured on"
+    );
     // Of models that predict no text, how far they are from the original.
     type Loss<'a> = &'a dyn Fn(&Model) -> Result<f64>;
     let (loss_name, loss): (_, Loss<'_>) = match windows.is_empty() {
