@@ -87,13 +87,21 @@ impl DenoiserSpec {
         };
         self.network.validate(&model, "network")?;
         let latent_width = self.network.latent_width(self.width);
-        if self.network.latents == 0 || latent_width < 16 || !latent_width.is_multiple_of(8) {
-            let expected =
-                "a multiple of 8 from 16 on, with latents: the time's waves have a quarter of it";
+        if self.network.latents == 0 {
+            let expected = "at least 1, and global layers in the layout: they hear of the time";
+            return Err(Error::spec("network.latents", 0, expected));
+        }
+        if latent_width < 16 || !latent_width.is_multiple_of(8) {
+            let expected = "a multiple of 8 from 16 on: the time's waves have a quarter of it";
             return Err(Error::spec("network.width", latent_width, expected));
         }
-        if self.network.condition > 0 || self.network.output != FitOutput::Tokens {
-            let expected = "tokens, and no conditions within the groups";
+        if self.network.condition > 0 {
+            let expected = "0 in a denoiser, whose latents read the conditions";
+            let found = self.network.condition;
+            return Err(Error::spec("network.condition", found, expected));
+        }
+        if self.network.output != FitOutput::Tokens {
+            let expected = "tokens in a denoiser";
             return Err(Error::spec("network.output", self.network.output, expected));
         }
         if FitSpec::is_causal(&blocks) {
@@ -214,7 +222,7 @@ impl Denoiser {
     /// # Errors
     /// When shapes do not fit.
     pub fn forward(&self, noisy: Noisy<'_>, cx: &Context<'_>) -> Result<(Signal, Signal)> {
-        let (batch, _, channels) = tensor(noisy.patches.value().dims3())?;
+        let (batch, length, channels) = tensor(noisy.patches.value().dims3())?;
         if channels != self.spec.channels {
             let expected = self.spec.channels.to_string();
             return Err(Error::spec("channels of the patches", channels, expected));
@@ -238,7 +246,15 @@ impl Denoiser {
                 let expected = "absent in a denoiser without self_conditioning";
                 return Err(Error::spec("latents of the step before", "given", expected));
             }
-            (_, None) => None,
+            // What a first step starts from is what half of the examples were trained with: N₀(MLP(0)) has biases.
+            (Some(previous), None) => {
+                let count = length.div_ceil(self.spec.network.group) * self.spec.network.latents;
+                let shape = (batch, count, self.latent_width);
+                let (dtype, device) = (noisy.patches.dtype(), noisy.patches.device());
+                let zeros = Signal::from(tensor(Tensor::zeros(shape, dtype, device))?);
+                Some(previous.forward(&zeros, cx)?)
+            }
+            (None, None) => None,
         };
         let beside = Beside {
             start: start.as_ref(),

@@ -73,6 +73,22 @@ fn self_conditioning_starts_as_nothing() {
     assert_eq!(values(&latents), values(&latents_again));
 }
 
+/// Half of the training starts from zeros; a first step that is told of no latents does as well.
+#[test]
+fn a_step_without_latents_before_it_starts_from_zeros() {
+    let spec = denoiser(true);
+    let map = draw(4, |p| Denoiser::new(&spec, p));
+    let given = noisy();
+    let zeros = Signal::from(random(&[BATCH, 4, 16], 9).zeros_like().unwrap());
+    let [x, latents] = denoise(&spec, &map, &given, None);
+    let [x_of_zeros, latents_of_zeros] = denoise(&spec, &map, &given, Some(&zeros));
+    assert_eq!(values(&x), values(&x_of_zeros));
+    assert_eq!(values(&latents), values(&latents_of_zeros));
+    // Which is not to start from nothing: the map of zeros has biases.
+    let [without, _] = denoise(&denoiser(false), &map, &given, None);
+    assert!(difference(&x, &without) > 1e-4);
+}
+
 #[test]
 fn latents_hear_of_time_and_conditions() {
     let spec = denoiser(false);
@@ -164,7 +180,18 @@ fn denoisers_that_do_not_fit_are_refused() {
     };
     refused(&|spec| spec.channels = 0, "channels is 0");
     refused(&|spec| spec.network.width = Some(12), "network.width is 12");
-    refused(&|spec| spec.network.condition = 1, "network.output is");
+    refused(&|spec| spec.network.condition = 1, "network.condition is 1");
+    refused(
+        &|spec| spec.network.output = FitOutput::Latents,
+        "network.output is",
+    );
+    refused(
+        &|denoiser| {
+            denoiser.network = spec("(1)", 2, false);
+            denoiser.blocks[0].repeat = 1;
+        },
+        "network.latents is 0",
+    );
     refused(&|spec| spec.blocks[0].repeat = 3, "network.layout is");
     let spec = denoiser(false);
     let map = draw(4, |p| Denoiser::new(&spec, p));
