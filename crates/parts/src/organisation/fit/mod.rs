@@ -253,10 +253,21 @@ impl FitSpec {
                 let expected = "a block: the layout has global layers";
                 return Err(Error::spec(at("block"), "absent", expected));
             }
-            if self.block.is_some() || self.latents > 0 {
-                let found = (self.latents, self.block.is_some());
-                let expected = "no latents and no block: the layout has no global layers";
-                return Err(Error::spec(at("latents"), found.0, expected));
+            let without = "the layout has no global layers";
+            if self.latents > 0 {
+                return Err(Error::spec(
+                    at("latents"),
+                    self.latents,
+                    format!("0: {without}"),
+                ));
+            }
+            let given = [
+                ("block", self.block.is_some()),
+                ("read_feedforward", self.read_feedforward.is_some()),
+                ("exchange_heads", self.exchange_heads.is_some()),
+            ];
+            if let Some((name, _)) = given.iter().find(|(_, given)| *given) {
+                return Err(Error::spec(at(name), "given", format!("absent: {without}")));
             }
             return Ok(());
         };

@@ -89,6 +89,30 @@ fn what_does_not_fit_is_refused() {
         },
         "organisation.block.repeat is 2",
     );
+    // Without global layers there is nothing that latents are for.
+    let locals = |spec: &mut FitSpec| {
+        spec.layout = "(2)".to_owned();
+        spec.latents = 0;
+    };
+    refused(
+        &|spec, _| {
+            locals(spec);
+            spec.latents = 2;
+        },
+        "organisation.latents is 2, but must be 0",
+    );
+    refused(
+        &|spec, _| locals(spec),
+        "organisation.block is \"given\", but must be absent",
+    );
+    refused(
+        &|spec, _| {
+            locals(spec);
+            spec.block = None;
+            spec.exchange_heads = Some(2);
+        },
+        "organisation.exchange_heads is \"given\", but must be absent",
+    );
     let long = Subject::new(spec("(1)1(1)", 3, false), false);
     let x = Signal::from(tokens(13));
     let said = long.signal(&long.map, x, Given::default(), &Trace::new());
