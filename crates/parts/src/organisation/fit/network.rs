@@ -307,7 +307,7 @@ impl Fit {
             return tensor(learned.narrow(0, 0, count));
         }
         if self.spec.positions == GroupPositions::Sinusoidal {
-            return tables::line(count, self.width, dtype, device);
+            return tables::line(0..count, self.width, dtype, device);
         }
         let sides = match self.spec.tiles {
             Some(tiles) => [tiles.height, tiles.width],
@@ -342,10 +342,10 @@ impl Fit {
         device: &Device,
     ) -> Result<Signal> {
         let table = match &self.latents {
-            Some(learned) => learned.clone(),
-            None => tables::line(first + count, self.latent_width, dtype, device)?,
+            Some(learned) => tensor(learned.narrow(0, first, count))?,
+            // Decoding asks for one group's at a time: those before it are not laid out again.
+            None => tables::line(first..first + count, self.latent_width, dtype, device)?,
         };
-        let table = tensor(table.narrow(0, first, count))?;
         let shape = (batch, count, self.latent_width);
         let start = tensor(table.broadcast_as(shape))?;
         Ok(Signal::from(tensor(start.contiguous())?))

@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::error::tensor;
 use lapidary_kernels::{DType, Device, Tensor};
+use std::ops::Range;
 
 /// `sin(t θ_i), cos(t θ_i)` side by side for each of `places`, `θ_i = 10000^(−2i / width)`:
 /// `[places, width]`, the sines first.
@@ -25,9 +26,14 @@ fn table(rows: Vec<Vec<f64>>, width: usize, dtype: DType, device: &Device) -> Re
     tensor(tensor(Tensor::from_vec(flat, (count, width), device))?.to_dtype(dtype))
 }
 
-/// Waves of `count` places along a line, `[count, width]`.
-pub(super) fn line(count: usize, width: usize, dtype: DType, device: &Device) -> Result<Tensor> {
-    let places: Vec<f64> = (0..count).map(|place| place as f64).collect();
+/// Waves of some `places` along a line, `[places, width]`.
+pub(super) fn line(
+    places: Range<usize>,
+    width: usize,
+    dtype: DType,
+    device: &Device,
+) -> Result<Tensor> {
+    let places: Vec<f64> = places.map(|place| place as f64).collect();
     table(waves(&places, width), width, dtype, device)
 }
 
