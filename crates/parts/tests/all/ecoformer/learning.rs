@@ -251,3 +251,23 @@ fn fitting_starts_again_from_where_it_was_and_leaves_pads_out() {
     let none = mask(&[&[0; 12], &[1; 12]]);
     assert!(ecoformer.fit(&queries, Some(&none), &fit).is_err());
 }
+
+#[test]
+fn what_cannot_be_fitted_is_refused() {
+    let queries = clustered(2, 6, 4);
+    let refused = |ecoformer: &EcoformerSpec, keep: Option<&Tensor>, expected: &str| {
+        let said = ecoformer.fit(&queries, keep, &Fit::default()).unwrap_err();
+        assert!(said.to_string().starts_with(expected), "{said}");
+    };
+    let of = |bits, anchors| EcoformerSpec {
+        bits,
+        anchors,
+        ..plain()
+    };
+    refused(&of(0, 5), None, "bits is 0, but must be between 1 and 64");
+    refused(&of(65, 5), None, "bits is 65");
+    refused(&of(7, 0), None, "anchors is 0");
+    // A mask of the first sequence alone says nothing of the second.
+    let keep = mask(&[&[1; 6]]);
+    refused(&plain(), Some(&keep), "shape of keep is [1, 6]");
+}

@@ -15,9 +15,10 @@
 //! Hashes may start where bits without signs are best ([`Initial::Eigenvectors`]), and all bits may be sought
 //! together, from the start or behind the others ([`Search`]).
 
+use super::codes::MAX_BITS;
 use super::eigenvectors::leading;
 use super::{Bandwidth, EcoformerSpec, joint};
-use crate::error::tensor;
+use crate::error::{bounded, tensor};
 use crate::{Error, Result};
 use lapidary_kernels::{DType, Device, Tensor};
 use rand::seq::SliceRandom;
@@ -340,10 +341,16 @@ impl EcoformerSpec {
     /// Takes `length²` products for each head of each sequence, and memory linear in the length.
     ///
     /// # Errors
-    /// When there is no token, or `start` has another size.
+    /// When there is no token, bits or anchors are none or too many, or `keep` or `start` has another size.
     pub fn fit(&self, queries: &Tensor, keep: Option<&Tensor>, fit: &Fit) -> Result<Fitted> {
         let (batch, heads, length, width) = tensor(queries.dims4())?;
         let (anchors, bits) = (self.anchors, self.bits);
+        bounded("bits", bits, 1..=MAX_BITS)?;
+        bounded("anchors", anchors, 1..=super::MAX_ANCHORS)?;
+        if let Some(keep) = keep.filter(|keep| keep.dims() != [batch, length]) {
+            let expected = format!("{:?}, as the queries", [batch, length]);
+            return Err(Error::spec("shape of keep", keep.dims(), expected));
+        }
         let mut random = ChaCha8Rng::seed_from_u64(fit.seed);
         let start = self.start(heads, fit, &mut random)?;
         let keep = match keep {
