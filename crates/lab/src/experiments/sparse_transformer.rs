@@ -1,8 +1,10 @@
 //! Sparse Transformer: two steps that reach everything, what they cost, an initialisation that
-//! depth does not change, and text by dense, fixed and strided attention.
+//! depth does not change, and text and pictures by dense, fixed and strided attention.
 //!
 //! The paper trains 30 layers on enwik8 and 128 on CIFAR-10. Here small decoders read the bytes of
-//! a short text, where there is one.
+//! a short text, where there is one, and printed digits.
+
+mod pictures;
 
 use super::attending;
 use super::decoder::{self, Recipe};
@@ -196,11 +198,17 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     claims.extend(start(size, setting)?);
     claims.extend(cost(size, setting)?);
     claims.extend(text(size, setting)?);
+    claims.extend(pictures::pictures(size, setting)?);
     Ok(Reproduction {
         setting: format!(
             "decoders of {} blocks, width {}, {} steps of 8 windows of {} bytes of tiny Shakespeare, \
-             stride {}, both steps merged; one seed",
-            size.blocks, size.width, size.steps, size.length, size.stride
+             stride {}, both steps merged; as many steps of {} digits of 8 × 8 pixels, stride 8; one seed",
+            size.blocks,
+            size.width,
+            size.steps,
+            size.length,
+            size.stride,
+            pictures::BATCH
         ),
         claims,
         ..Reproduction::default()
