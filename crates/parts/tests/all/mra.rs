@@ -7,7 +7,7 @@ mod causal;
 use crate::common::attention::{
     Given, HEAD_WIDTH, HEADS, Run, Subject, WIDTH, dot, growth, mask, softmax, spec,
 };
-use crate::common::{contracted, gradient_error, is_finite, random, values};
+use crate::common::{contracted, gradient_error, is_finite, random};
 use lapidary_kernels::Tensor;
 use lapidary_parts::attention::mechanism::MechanismSpec;
 use lapidary_parts::attention::mechanism::mra::{MraSpec, Tiles};
@@ -368,31 +368,22 @@ fn scores_are_those_of_blocks_and_of_what_is_refined() {
         let (blocks, m) = ((n / b) * (n / b), per_row * n / b);
         let mra = |sparse| MraSpec {
             sparse,
-            // One part for all rows, so that nothing is merged.
-            diagonal: 2 * per_row as usize - 1,
             ..MraSpec::new(b as usize, per_row as usize)
         };
         let heads = HEADS as u64;
-        let means = n * 3 * d;
+        let (scores, means) = (m * b * b, n * 3 * d);
         let sparse = subject(&mra(true), false).mixing_operations(n as usize);
-        if per_row == 1 {
-            let scores = m * b * b;
-            assert_eq!(
-                sparse,
-                heads * (blocks * 2 * d + means + scores * (4 * d + 5))
-            );
-            let full = subject(&mra(false), false).mixing_operations(n as usize);
-            let merging = 2 * n * (2 * d + 4);
-            let pairs = scores + blocks - m;
-            assert_eq!(
-                full,
-                heads * (blocks * 2 * d + means + pairs * (4 * d + 5) + merging)
-            );
-        } else {
-            // Rows may have more than others, which takes parts that are merged.
-            let least = heads * (blocks * 2 * d + means + m * b * b * (4 * d + 5));
-            assert!(sparse >= least && sparse < least + heads * 4 * n * (2 * d + 4));
-        }
+        assert_eq!(
+            sparse,
+            heads * (blocks * 2 * d + means + scores * (4 * d + 5))
+        );
+        let full = subject(&mra(false), false).mixing_operations(n as usize);
+        let merging = 2 * n * (2 * d + 4);
+        let pairs = scores + blocks - m;
+        assert_eq!(
+            full,
+            heads * (blocks * 2 * d + means + pairs * (4 * d + 5) + merging)
+        );
     }
 }
 
@@ -414,5 +405,10 @@ fn a_row_that_takes_all_is_divided() {
         ..MraSpec::new(4, 2)
     };
     check(&mra, &sharper(&mra, false, 3.0), &x, None, false);
-    assert!(!values(&x).is_empty());
+    // 32 of 256 blocks are refined, 16 of them in the first row: single entries of these and no others.
+    let (n, d) = (64, HEAD_WIDTH as u64);
+    let pairs = 32 * 16 + 256 - 32;
+    let each = 256 * 2 * d + n * 3 * d + pairs * (4 * d + 5) + 2 * n * (2 * d + 4);
+    let found = subject(&mra, false).mixing_operations(64);
+    assert_eq!(found, HEADS as u64 * each);
 }

@@ -52,8 +52,20 @@ fn pads_are_never_preferred_and_contribute_nothing() {
         keep: Some(&keep),
         ..Given::default()
     };
-    let (y, _) = subject.pass(&left, given, "blocks.0.importance");
-    assert!(values(&y).iter().all(|v| v.is_finite()));
+    let plain = subject.plain(&subject.map, &x, None);
+    let whole = |output| Subject {
+        spec: VccSpec {
+            fine: 9,
+            output,
+            ..spec(4)
+        },
+        blocks: subject.blocks.clone(),
+        map: subject.map.clone(),
+    };
+    let (y, _) = whole(VccOutput::Tokens).pass(&left, given, "none");
+    assert_near(&rows(&y, 10, LENGTH), &plain, 1e-12, "pads to the left");
+    let (vips, _) = whole(VccOutput::Vips).pass(&left, given, "none");
+    assert_near(&vips, &rows(&plain, 0, 2), 1e-12, "VIPs behind pads");
 }
 
 #[test]
