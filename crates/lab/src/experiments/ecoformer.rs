@@ -301,6 +301,8 @@ fn with_hashes(size: &Size, dense: &Model, iterations: usize, course: &Course) -
         .collect();
     let ecoformer = EcoformerSpec::default();
     let fit = Fit {
+        // Ten and ten would be a third of the 64 tokens.
+        top: 5,
         iterations,
         seed: course.seed,
         ..Fit::default()
