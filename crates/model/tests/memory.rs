@@ -182,6 +182,21 @@ fn compressed_blocks_that_are_recomputed_are_not_held() {
     assert!(recomputed < stored / 2, "{recomputed} of {stored}");
 }
 
+/// Of many blocks a pass that recomputes them holds the inputs, and the inside of one at a time.
+#[test]
+fn recomputed_sparse_blocks_are_not_held() {
+    let _alone = alone();
+    let (length, blocks) = (512, 24);
+    let pattern = "{ kind = 'strided', stride = 16 }";
+    let sparse = format!("{CAUSAL}, mechanism = {{ kind = 'sparse', pattern = {pattern} }}");
+    let of = |recompute| {
+        let model = model(blocks, length, ["", &sparse, "hidden = 512"]);
+        most(|| step(&model, length, recompute))
+    };
+    let (stored, recomputed) = (of(false), of(true));
+    assert!(3 * recomputed <= stored, "{recomputed} of {stored}");
+}
+
 #[test]
 fn a_gguf_file_is_written_a_tensor_at_a_time() {
     let _alone = alone();
