@@ -240,7 +240,13 @@ impl Denoiser {
             .site(format_args!("patches"), noisy.patches.clone())?;
         let x = self.stem_norm.forward(&patches.linear(&self.stem)?)?;
         let context = self.context(noisy, cx)?;
+        let count = length.div_ceil(self.spec.network.group) * self.spec.network.latents;
+        let shape = [batch, count, self.latent_width];
         let start = match (&self.previous, noisy.latents) {
+            (Some(_), Some(latents)) if latents.dims() != shape => {
+                let (name, expected) = ("shape of the latents of the step before", shape);
+                return Err(Error::spec(name, latents.dims(), format!("{expected:?}")));
+            }
             (Some(previous), Some(latents)) => Some(previous.forward(latents, cx)?),
             (None, Some(_)) => {
                 let expected = "absent in a denoiser without self_conditioning";
@@ -248,11 +254,9 @@ impl Denoiser {
             }
             // What a first step starts from is what half of the examples were trained with: N₀(MLP(0)) has biases.
             (Some(previous), None) => {
-                let count = length.div_ceil(self.spec.network.group) * self.spec.network.latents;
-                let shape = (batch, count, self.latent_width);
                 let (dtype, device) = (noisy.patches.dtype(), noisy.patches.device());
-                let zeros = Signal::from(tensor(Tensor::zeros(shape, dtype, device))?);
-                Some(previous.forward(&zeros, cx)?)
+                let zeros = tensor(Tensor::zeros(shape.as_slice(), dtype, device))?;
+                Some(previous.forward(&Signal::from(zeros), cx)?)
             }
             (None, None) => None,
         };

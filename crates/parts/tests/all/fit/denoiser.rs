@@ -87,6 +87,21 @@ fn a_step_without_latents_before_it_starts_from_zeros() {
     // Which is not to start from nothing: the map of zeros has biases.
     let [without, _] = denoise(&denoiser(false), &map, &given, None);
     assert!(difference(&x, &without) > 1e-4);
+    // Those of fewer groups are refused.
+    let module = build(&map, |p| Denoiser::new(&spec, p)).unwrap();
+    let [patches, time, conditions] = given;
+    let (patches, conditions) = (Signal::from(patches), Signal::from(conditions));
+    let few = Signal::from(random(&[BATCH, 2, 16], 9));
+    let noisy = Noisy {
+        patches: &patches,
+        time: &time,
+        conditions: Some(&conditions),
+        latents: Some(&few),
+    };
+    let trace = Trace::new();
+    let said = module.forward(noisy, &Context::new(&trace)).unwrap_err();
+    let expected = "shape of the latents of the step before is [2, 2, 16], but must be [2, 4, 16]";
+    assert_eq!(said.to_string(), expected);
 }
 
 #[test]
