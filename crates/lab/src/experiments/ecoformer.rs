@@ -15,8 +15,9 @@ use lapidary_kernels::Tensor;
 use lapidary_model::{Input, Model, ModelSpec, Pass};
 use lapidary_parts::attention::mechanism::Heads;
 use lapidary_parts::attention::mechanism::ecoformer::{EcoformerSpec, Fit, PackedCodes, Tally};
-use lapidary_parts::attention::{MechanismSpec, MixerSpec, QueryKeySharing};
+use lapidary_parts::attention::{MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeySharing};
 use lapidary_parts::parameters::Parameters;
+use lapidary_parts::position::PositionSpec;
 use lapidary_signal::Trace;
 use std::collections::BTreeMap;
 
@@ -78,7 +79,7 @@ impl Size {
 /// rotates them.
 ///
 /// # Errors
-/// When attention has keys of its own.
+/// When attention has keys of its own, or turns or normalises queries.
 pub fn hashed(
     model: &Model,
     ecoformer: &EcoformerSpec,
@@ -96,6 +97,7 @@ pub fn hashed(
             continue;
         };
         let path = format!("blocks.{block}.attention");
+        as_projected(attention, &path)?;
         let queries = queries(&so_far, (&input, &padding), &path, attention.heads)?;
         let fitted = ecoformer.fit(&queries, Some(&padding), fit)?;
         for (name, value) in fitted.parameters {
@@ -105,6 +107,21 @@ pub fn hashed(
         attention.mechanism = MechanismSpec::Ecoformer(ecoformer.clone());
     }
     Ok(Model::new(spec, &mut parameters)?)
+}
+
+/// Refuses attention whose queries meet otherwise than they are projected, which hashes would be learned for.
+fn as_projected(attention: &MultiHeadSpec, path: &str) -> Result<()> {
+    let refuse = |name: &str, found: &str, expected: &str| -> Result<()> {
+        let field = format!("{path}.{name}");
+        Err(lapidary_parts::Error::spec(field, found, expected).into())
+    };
+    if attention.position != PositionSpec::None {
+        return refuse("position.kind", attention.position.kind(), "none");
+    }
+    match attention.query_key_norm {
+        Some(_) => refuse("query_key_norm", "given", "absent"),
+        None => Ok(()),
+    }
 }
 
 /// Queries of the attention at `path`, `[batch, heads, length, head_width]`.
@@ -467,6 +484,24 @@ fn energy(ecoformer: &EcoformerSpec) -> ([f64; 2], Plot) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lapidary_kernels::{DType, Device};
+
+    /// Their codes would be of queries that attention never compares.
+    #[test]
+    fn queries_that_are_turned_are_refused() {
+        let mut turned = spec(1);
+        for block in &mut turned.blocks {
+            if let MixerSpec::MultiHead(attention) = &mut block.attention {
+                attention.position = PositionSpec::Rotary(Default::default());
+            }
+        }
+        let model = Model::initialised(turned, 1, DType::F32, &Device::Cpu).unwrap();
+        let tokens = [1u32; LENGTH];
+        let ecoformer = EcoformerSpec::default();
+        let said = hashed(&model, &ecoformer, &[&tokens[..]], &Fit::default()).unwrap_err();
+        let expected = "blocks.0.attention.position.kind is \"rotary\", but must be none";
+        assert_eq!(said.to_string(), expected);
+    }
 
     #[test]
     fn ranks_are_shared_by_equals_and_the_correlation_is_of_order_alone() {
