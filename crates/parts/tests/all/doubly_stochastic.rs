@@ -308,6 +308,22 @@ fn the_projection_is_the_nearest_doubly_stochastic_matrix() {
     assert!(birkhoff_projection(&tensor(vec![f64::NAN], &[1, 1])).is_err());
 }
 
+/// Entries far below zero are taken back over many rounds in which nothing else moves.
+#[test]
+fn the_projection_of_large_entries_is_doubly_stochastic_too() {
+    for large in [1e2, 1e4, 1e6] {
+        let mut matrix = vec![0.0; 9];
+        matrix[8] = -large;
+        let nearest = birkhoff_projection(&tensor(matrix, &[3, 3])).unwrap();
+        let expected = vec![0.25, 0.25, 0.5, 0.25, 0.25, 0.5, 0.5, 0.5, 0.0];
+        assert_near(&nearest, &tensor(expected, &[3, 3]), 1e-9, "one corner");
+        let rows = (random(&[1, 1, TOKENS, TOKENS], 3) * large).unwrap();
+        let nearest = birkhoff_projection(&rows.reshape((TOKENS, TOKENS)).unwrap()).unwrap();
+        let nearest = nearest.reshape((1, 1, TOKENS, TOKENS)).unwrap();
+        assert_doubly_stochastic(&nearest, 1e-9);
+    }
+}
+
 #[test]
 fn means_over_tokens_pass_through_what_is_doubly_stochastic() {
     let scores = scores(7);

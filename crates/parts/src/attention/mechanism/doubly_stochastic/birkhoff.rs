@@ -6,8 +6,10 @@ use lapidary_kernels::{DType, Tensor};
 
 /// Rounds that a projection takes at the most.
 const ROUNDS: usize = 100_000;
-/// A round that moves no entry by more is the last.
+/// A round that moves no entry by more leaves them where they are.
 const STILL: f64 = 1e-13;
+/// How far sums of rows and columns may be from one at the end.
+const OFF: f64 = 1e-10;
 
 /// What a normaliser did to a matrix of scores.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,11 +58,14 @@ pub fn birkhoff_projection(matrix: &Tensor) -> Result<Tensor> {
     tensor(Tensor::from_vec(projected, (size, size), matrix.device()))
 }
 
+/// A round without a move is the last one only where rows and columns sum to one. Otherwise negative entries are
+/// still being taken back, by the same amount in each round, and those up to the first that is back are one step.
 fn project(matrix: &[f64], size: usize) -> Vec<f64> {
     let count = size as f64;
     let mut found = matrix.to_vec();
-    // What the last step away from negative entries took off.
+    // What the last step away from negative entries took off, and by how much a round changed it.
     let mut taken = vec![0.0; found.len()];
+    let mut back = vec![0.0; found.len()];
     for _ in 0..ROUNDS {
         let mut rows = vec![-1.0; size];
         let mut columns = vec![-1.0; size];
@@ -69,19 +74,39 @@ fn project(matrix: &[f64], size: usize) -> Vec<f64> {
             columns[at % size] += entry;
         }
         let all: f64 = rows.iter().sum();
+        let sums = rows.iter().chain(&columns);
+        let off = sums.fold(0.0, |most: f64, sum| most.max(sum.abs()));
         let mut moved: f64 = 0.0;
-        for (at, (entry, taken)) in found.iter_mut().zip(&mut taken).enumerate() {
+        let each = found.iter_mut().zip(&mut taken).zip(&mut back);
+        for (at, ((entry, taken), back)) in each.enumerate() {
             // P − (r 1ᵀ + 1 cᵀ) / T + (1ᵀ r) / T²
             let sums =
                 *entry - (rows[at / size] + columns[at % size]) / count + all / (count * count);
             let with = sums + *taken;
             let next = with.max(0.0);
+            *back = with - next - *taken;
             *taken = with - next;
             moved = moved.max((next - *entry).abs());
             *entry = next;
         }
-        if moved < STILL {
+        if moved >= STILL {
+            continue;
+        }
+        if off < OFF {
             break;
+        }
+        let coming = taken.iter().zip(&back);
+        let coming = coming.filter(|(taken, back)| **taken < 0.0 && **back > 0.0);
+        let rounds = coming.map(|(taken, back)| -taken / back);
+        let rounds = rounds.fold(f64::INFINITY, f64::min).floor();
+        if rounds.is_finite() {
+            for (taken, back) in taken
+                .iter_mut()
+                .zip(&back)
+                .filter(|(taken, _)| **taken < 0.0)
+            {
+                *taken = (*taken + rounds * back).min(0.0);
+            }
         }
     }
     found
