@@ -545,6 +545,39 @@ fn stabilised_exponentials_do_not_vanish() {
     assert!(largest > 0.99 && largest <= 1.0);
 }
 
+/// The exponents of long keys are far below those of short ones, which count for nothing where they are pads.
+#[test]
+fn pads_are_no_measure_for_long_keys() {
+    let spec = spec(
+        SpectrumSpec::Gaussian,
+        ReadOut::Positive { stabilise: true },
+    );
+    // Squared lengths of hundreds of thousands.
+    let base = Tensor::full(400.0, (1, 2, 6, 4), &Device::Cpu).unwrap();
+    let long = |seed: u64| ((random(&[1, 2, 6, 4], seed) * 0.01).unwrap() + &base).unwrap();
+    let short = |x: &Tensor| x.narrow(2, 0, 4).unwrap().contiguous().unwrap();
+    let q = long(1);
+    let k = Tensor::cat(&[&short(&long(2)), &random(&[1, 2, 2, 4], 3)], 2).unwrap();
+    let v = random(&[1, 2, 6, 3], 4);
+    let keep = Tensor::from_vec(vec![1u8, 1, 1, 1, 0, 0], (1, 6), &Device::Cpu).unwrap();
+    let heads = heads(2, 4, false);
+    let module = build(&Map::new(), |p| spec.build(&heads, p)).unwrap();
+    let trace = Trace::new();
+    let context = Context::new(&trace);
+    let pass = MechanismPass {
+        path: "m",
+        tokens: &q,
+        keep: Some(&keep),
+        offset: 0,
+        context: &context,
+    };
+    let padded = module.mixing(&q, &k, &pass).unwrap().mix(&v).unwrap();
+    let alone = mixing(&spec, &Map::new(), &short(&q), &short(&k));
+    let alone = alone.mix(&short(&v)).unwrap();
+    assert!(values(&alone).iter().any(|entry| entry.abs() > 1e-3));
+    assert_near(&short(&padded), &alone, 1e-8, "long keys");
+}
+
 #[test]
 fn work_grows_linearly() {
     for spec in every() {

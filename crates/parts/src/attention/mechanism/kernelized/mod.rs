@@ -48,6 +48,8 @@ use spectrum::Spectrum;
 const MAX_COUNT: usize = 1 << 16;
 /// Added to the sum of weights.
 const EPSILON: f64 = 1e-6;
+/// How far the exponents of pads are moved away from those of real keys.
+const AWAY: f64 = 1e30;
 /// Positions that meet directly under a causal mask.
 const CHUNK: usize = 64;
 
@@ -272,8 +274,8 @@ impl FeatureMap {
                     |x: &Tensor| -> Result<Tensor> { self.exponents(x, &self.project(x, seed)?) };
                 let (q, mut k) = (exponents(q)?, exponents(k)?);
                 if let Some(kept) = kept {
-                    // Far below any exponent, and finite.
-                    let away = tensor(tensor(kept - 1.0)? * 1e4)?;
+                    // Far below any exponent, however long keys are, and finite.
+                    let away = tensor(tensor(kept - 1.0)? * AWAY)?;
                     k = tensor(k.broadcast_add(&away))?;
                 }
                 let of_each = tensor(q.max_keepdim(3))?;
