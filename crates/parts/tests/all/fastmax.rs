@@ -9,7 +9,7 @@ use lapidary_parts::attention::mechanism::{Describe, Mechanism, MechanismPass, R
 use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
 use lapidary_parts::state::MixerState;
 use lapidary_parts::{Context, Error};
-use lapidary_signal::{Mixing, Trace};
+use lapidary_signal::{Mixing, Signal, Trace};
 
 const MAX: Normalisation = Normalisation::Max { limit: 0.8 };
 
@@ -277,6 +277,47 @@ fn pads_count_in_neither_sum() {
             .unwrap();
         assert_near(&found, &alone, 1e-10, &format!("{spec:?}"));
     });
+}
+
+/// Queries of another sequence than the keys are measured by their own, whatever is said of the keys there.
+#[test]
+fn the_longest_query_is_a_real_one_of_its_own_sequence() {
+    let (k, v) = (random(&[1, 2, 6, 4], 2), random(&[1, 2, 6, 3], 3));
+    let first = |x: &Tensor, count: usize| x.narrow(2, 0, count).unwrap().contiguous().unwrap();
+    let of_keys = Tensor::from_vec(vec![1u8, 1, 1, 1, 0, 0], (1, 6), &Device::Cpu).unwrap();
+    let memory = Signal::from(random(&[1, 6, 8], 4));
+    let trace = Trace::new();
+    let spec = spec(2, MAX);
+    for length in [5, 6] {
+        // The longest comes last, as a real token or as a pad.
+        let q = random(&[1, 2, length, 4], 1);
+        let last = (q.narrow(2, length - 1, 1).unwrap() * 9.0).unwrap();
+        let q = Tensor::cat(&[&first(&q, length - 1), &last], 2).unwrap();
+        for real in [length, length - 1] {
+            let own: Vec<u8> = (0..length).map(|at| u8::from(at < real)).collect();
+            let own = Tensor::from_vec(own, (1, length), &Device::Cpu).unwrap();
+            let context = Context {
+                key_padding: (real < length).then_some(&own),
+                memory: Some((&memory, Some(&of_keys))),
+                ..Context::new(&trace)
+            };
+            let pass = MechanismPass {
+                path: "m",
+                tokens: &q,
+                keep: Some(&of_keys),
+                offset: 0,
+                context: &context,
+            };
+            let mixing = module(&spec, false, 4).mixing(&q, &k, &pass).unwrap();
+            let found = first(&mixing.mix(&v).unwrap(), real);
+            let expected = brute_force(
+                &spec,
+                false,
+                [&first(&q, real), &first(&k, 4), &first(&v, 4)],
+            );
+            assert_near(&found, &expected, 1e-10, &format!("{real} of {length}"));
+        }
+    }
 }
 
 #[test]

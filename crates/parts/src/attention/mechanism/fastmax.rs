@@ -341,13 +341,15 @@ impl Fastmax {
         pass: &MechanismPass<'_>,
     ) -> Result<Normalised<Polynomial>> {
         let kept = kept(pass, tensor(k.dim(2))?, k.dtype())?;
-        // Queries lie where keys lie, unless they are of another sequence.
-        let here = kept.as_ref().filter(|_| q.dims() == k.dims());
+        let own = match self.spec.normalisation {
+            Normalisation::Max { .. } => real_queries([q, k], kept.as_ref(), pass)?,
+            Normalisation::Token | Normalisation::None => None,
+        };
         let scale = match self.spec.normalisation {
             Normalisation::None => self.heads.scale,
             Normalisation::Token | Normalisation::Max { .. } => 1.0,
         };
-        let q = self.normalise(q, here, scale / self.spec.temperature)?;
+        let q = self.normalise(q, own.as_ref(), scale / self.spec.temperature)?;
         let k = self.normalise(k, kept.as_ref(), 1.0)?;
         let before = match self.spec.normalisation {
             Normalisation::None => q.elem_count(),
@@ -377,6 +379,26 @@ impl Fastmax {
         };
         Ok(Normalised::new(polynomial, 0.0, (before + learned) as u64))
     }
+}
+
+/// Which queries are real, `[batch, 1, query, 1]`: by the mask of the tokens of the pass, which is not that of the
+/// keys where these are a memory's, or by that of keys of the same tokens.
+fn real_queries(
+    [q, k]: [&Tensor; 2],
+    kept: Option<&Tensor>,
+    pass: &MechanismPass<'_>,
+) -> Result<Option<Tensor>> {
+    let (batch, _, queries, _) = tensor(q.dims4())?;
+    let own = pass.context.key_padding;
+    if let Some(own) = own.filter(|own| own.dims() == [batch, queries]) {
+        let own = tensor(own.reshape((batch, 1, queries, 1)))?;
+        return Ok(Some(tensor(own.to_dtype(q.dtype()))?));
+    }
+    let of_memory = pass.context.memory.and_then(|(_, padding)| padding);
+    let is_memory = of_memory
+        .zip(pass.keep)
+        .is_some_and(|(memory, keep)| memory.id() == keep.id());
+    Ok(kept.filter(|_| !is_memory && q.dims() == k.dims()).cloned())
 }
 
 fn multiplied(x: Tensor, factor: f64) -> Result<Tensor> {

@@ -57,6 +57,10 @@ impl Exchange {
     ) -> Result<Signal> {
         let queries = self.norm.forward(x)?;
         let memory = self.memory_norm.forward(memory)?;
+        let cx = &Context {
+            memory: Some((&memory, memory_padding)),
+            ..*cx
+        };
         let read = self
             .attention
             .cross(&queries, &memory, memory_padding, cx)?;

@@ -261,10 +261,15 @@ impl Fit {
             let (Some(latent), Some(read)) = (z.take(), reads.next()) else {
                 continue;
             };
-            let latent = read.forward(&self.grouped(&latent)?, &x, keep, &local)?;
+            // What is said of tokens is not said of latents.
+            let of_latents = Context {
+                key_padding: None,
+                ..local
+            };
+            let latent = read.forward(&self.grouped(&latent)?, &x, keep, &of_latents)?;
             let mut latent = unfold(&latent, sizes.batch, sizes.groups * self.spec.latents)?;
             if let (Some(context), Some(exchange)) = (beside.context, contexts.next()) {
-                latent = exchange.forward(&latent, context, None, &local)?;
+                latent = exchange.forward(&latent, context, None, &of_latents)?;
             }
             for block in global_blocks.by_ref().take(stage.global) {
                 latent = run(block, latent, &global)?;
