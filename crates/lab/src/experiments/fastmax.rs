@@ -240,6 +240,10 @@ impl ParameterSource for Large {
     }
 }
 
+/// Percent between two accuracies that are not the same by chance: about a standard error of the difference on the
+/// digits held out at small scale.
+const APART: f64 = 2.0;
+
 fn with_large_weights(setting: &Setting, size: &Size) -> Result<Claim> {
     let (count, steps) = size.digits;
     let training = digits(count, setting.seed);
@@ -265,7 +269,7 @@ fn with_large_weights(setting: &Setting, size: &Size) -> Result<Claim> {
     })?;
     let worse = |none: &str, token: &str| {
         let none = of(&found, none);
-        none.is_nan() || none < of(&found, token)
+        none.is_nan() || none <= of(&found, token) - APART
     };
     let worse =
         worse("none, degree 1", "token, degree 1") && worse("none, degree 2", "token, degree 2");
@@ -274,7 +278,7 @@ fn with_large_weights(setting: &Setting, size: &Size) -> Result<Claim> {
         .map(|(name, right)| format!("{name}: {right:.1} %"));
     Ok(Claim::new(
         "with queries and keys eight times as long at the start, attention without normalisation \
-         diverges or is worse",
+         diverges or is worse by 2 points at least, in both degrees",
         "normalisation is needed",
         each.collect::<Vec<_>>().join("; "),
         after_training(setting.scale, worse),
