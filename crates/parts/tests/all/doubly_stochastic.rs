@@ -388,6 +388,27 @@ fn longer_sequences_than_a_circuit_has_tokens_are_refused() {
 }
 
 #[test]
+fn operators_alone_are_refused_as_those_of_attention() {
+    for (operator, expected) in [
+        (
+            Operator::Circuit(CircuitSpec::new(TOKENS, 2)),
+            "operator.tokens is 8, but must be between 2 and 4",
+        ),
+        (
+            Operator::Circuit(CircuitSpec::new(TOKENS, 200)),
+            "operator.qubits is 200, but must be between 1 and 10",
+        ),
+        (
+            sinkhorn(2),
+            "operator.iterations is 2, but must be an odd number, so that rows are normalised last",
+        ),
+    ] {
+        let refused = operator.apply(&scores(1), 1.0, None, None).unwrap_err();
+        assert_eq!(refused.to_string(), expected);
+    }
+}
+
+#[test]
 fn work_grows_as_it_is_said_to() {
     let work = |operator: &Operator, n: usize| -> f64 {
         let heads = Heads {

@@ -256,7 +256,7 @@ impl Operator {
     /// `theta` are the factors of a circuit's angles `[angles]`; as drawn when absent.
     ///
     /// # Errors
-    /// For more tokens than a circuit has.
+    /// For an operator that attention would refuse too, and for more tokens than a circuit has.
     pub fn apply(
         &self,
         scores: &Tensor,
@@ -264,6 +264,7 @@ impl Operator {
         real: Option<&Tensor>,
         theta: Option<&Tensor>,
     ) -> Result<Tensor> {
+        self.validate("operator")?;
         let scored = Scored {
             real: real.cloned(),
         };
