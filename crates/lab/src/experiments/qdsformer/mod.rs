@@ -6,6 +6,7 @@
 //! stripes of two rows, and the compositional task has glyphs for clothes.
 
 mod examples;
+mod trained;
 
 use super::classifier::{Narrow, fit};
 use super::glyphs::Alphabet;
@@ -119,6 +120,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
     let size = Size::of(setting.scale);
     setting.tell(|| "distances from the polytope, and what is told apart".to_owned());
     let mut claims = distances(setting, size)?;
+    claims.push(trained::distances(setting, size)?);
     claims.extend(injectivity(setting, size)?);
     let (more, plot) = on_digits(setting, size)?;
     claims.extend(more);
