@@ -18,10 +18,11 @@
 //! latter, since its state was made with them. A draw is a function of seeds, the step of training and
 //! the module's path, so that a block that is recomputed sees the one it saw.
 //!
-//! Cost for each head and component: `2 m head_width` for each query and key, then
-//! `2 features · value_width` for either, with `features` `m`, or `2 m + 1` for cosines and sines;
-//! under a causal mask also the products of each chunk of 64 positions with itself. There positive features, but
-//! FastFood's, are made a chunk at a time, again in the backward pass, and never held.
+//! Cost for each head and component: `2 m head_width` for each query and key, by FastFood
+//! `head_width (2 log₂ head_width + 4)`, then `2 features · value_width` for either, with `features` `m`, or
+//! `2 m + 1` for cosines and sines; under a causal mask also the products of each chunk of 64 positions with
+//! itself. There positive features, but FastFood's, are made a chunk at a time, again in the backward pass, and
+//! never held.
 
 mod fastfood;
 mod spectrum;
