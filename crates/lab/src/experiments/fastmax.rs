@@ -13,15 +13,18 @@ use super::sequences::{
 };
 use super::{after_training, difference, mean, number};
 use crate::error::engine;
+use crate::mechanisms::mixing_alone;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_kernels::{
     AttentionOptions, DType, Device, PolynomialAttention, Tensor, attention, naive,
 };
 use lapidary_model::{Initialiser, InputSpec, Pass};
 use lapidary_parts::attention::mechanism::fastmax::{FastmaxSpec, Normalisation};
-use lapidary_parts::attention::{MechanismSpec, MixerSpec};
-use lapidary_parts::parameters::{Init, ParameterSource};
+use lapidary_parts::attention::mechanism::{Describe, Heads};
+use lapidary_parts::attention::{MechanismSpec, MixerSpec, QueryKeySharing};
+use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
 use lapidary_train::{batch_loss, generator};
+use std::collections::BTreeMap;
 
 /// How much is done.
 struct Size {
@@ -286,25 +289,37 @@ fn with_large_weights(setting: &Setting, size: &Size) -> Result<Claim> {
 }
 
 fn in_time(size: &Size) -> Result<(Claim, Plot)> {
-    let polynomial = PolynomialAttention::new([1.0, 1.0, 0.5], false);
+    const WIDTH: usize = 16;
+    let heads = Heads {
+        width: WIDTH,
+        heads: 1,
+        head_width: WIDTH,
+        causal: false,
+        scale: 1.0 / (WIDTH as f64).sqrt(),
+        sharing: QueryKeySharing::None,
+    };
+    let mut source = Initialiser::new(1, DType::F32, Device::Cpu);
+    let (ranks, mut linears) = (BTreeMap::new(), Vec::new());
+    let parameters = Parameters::new(&mut source, &ranks, &mut linears);
+    let module = FastmaxSpec::default().build(&heads, parameters)?;
     let (mut ours, mut other, mut counted) = (Vec::new(), Vec::new(), Vec::new());
     let lengths = std::iter::successors(Some(256usize), |length| Some(2 * length));
     for length in lengths.take_while(|length| *length <= size.longest) {
-        let of = |name: &str| draw(name, &[1, 1, length, 16], DType::F32);
+        let of = |name: &str| draw(name, &[1, 1, length, WIDTH], DType::F32);
         let (q, k, v) = (of("q")?, of("k")?, of("v")?);
-        let ones = engine(Tensor::ones((1, 1, length, 1), DType::F32, &Device::Cpu))?;
-        let with_ones = engine(Tensor::cat(&[&v, &ones], 3))?;
+        let tokens = engine(q.squeeze(1))?;
+        // With what is done to queries and keys first, and the division.
+        let mixing = || mixing_alone(module.as_ref(), [&q, &k], &tokens, None);
         let per_token = |seconds: f64| (length as f64, seconds * 1e6 / length as f64);
         ours.push(per_token(quickest(3, || {
-            polynomial.sums(&q, &k, &with_ones)?;
+            mixing()?.mix(&v)?;
             Ok(())
         })?));
         other.push(per_token(quickest(3, || {
-            attention(&q, &k, &v, &AttentionOptions::new(16))?;
+            attention(&q, &k, &v, &AttentionOptions::new(WIDTH))?;
             Ok(())
         })?));
-        let operations = polynomial.operations(length, length, 16, 17);
-        counted.push((length as f64, operations as f64));
+        counted.push((length as f64, mixing()?.operations(WIDTH) as f64));
     }
     let meets = match crossover(&ours, &other) {
         Some(length) => format!("{length}"),
