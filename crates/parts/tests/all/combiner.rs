@@ -428,6 +428,12 @@ fn scores_are_as_many_as_the_formulas_say() {
     let summed = m * (n - 1) * n / 2;
     assert_eq!(vertical, (direct + spans + summed) as u64);
     assert!(direct + spans <= length * (n + 2 * m));
+    // The same directly; both sides of each earlier row, of which there is one in the columns at the edges.
+    let horizontal = pairs(CombinerForm::Horizontal { columns: m }, true, length, 3);
+    let spans = (m - 1) * n * (n - 1);
+    let summed = (n - 1) * m * (m - 1);
+    assert_eq!(horizontal, (direct + spans + summed) as u64);
+    assert!(direct + spans <= length * (2 * n + m));
 }
 
 #[test]
