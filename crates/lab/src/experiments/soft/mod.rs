@@ -443,7 +443,8 @@ fn on_images(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
                 soft.right, bare.right, dense.right
             ),
             after_learning(setting.scale, learned, soft.right >= dense.right - 1.0),
-        ),
+        )
+        .noted("SOFT has its filter of 5 by 5 tokens beside the kernel, softmax has none"),
         Claim::new(
             "and holds at least 1.5 times less at once",
             "memory linear in the length",
