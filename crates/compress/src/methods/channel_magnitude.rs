@@ -28,10 +28,14 @@ pub(crate) const CHANNEL_MAGNITUDE: Method = Method {
 
 fn requirements(model: &Model, _: &Settings) -> Result<Requirements> {
     let blocks = model.spec().expanded_blocks();
-    if blocks.iter().all(|block| block.feedforward.is_none()) {
+    let mut hidden = blocks
+        .iter()
+        .enumerate()
+        .map(|(index, block)| channels::hidden(index, block));
+    if hidden.all(|hidden| hidden.is_none()) {
         return Err(Error::invalid(
             "the model",
-            "one without feed-forward parts",
+            "one without hidden features in feed-forward parts",
             "one with them for channel-magnitude; svd and the other factorisations take these",
         ));
     }
@@ -45,7 +49,7 @@ fn plan(task: &Task<'_>, budget: &Budget) -> Result<Plan> {
     let width = task.model.spec().width;
     let blocks = task.model.spec().expanded_blocks();
     let modules = blocks.iter().enumerate().filter_map(|(index, block)| {
-        let hidden = block.feedforward.as_ref()?.hidden();
+        let hidden = channels::hidden(index, block)?;
         let features = ((share * hidden as f64).round() as usize).clamp(1, hidden);
         Some(ModulePlan {
             path: channels::feedforward(index),

@@ -86,6 +86,14 @@ pub(crate) fn attention(index: usize) -> String {
     format!("blocks.{index}.attention")
 }
 
+/// Hidden features that can be taken out of a block's feed-forward part: nothing where there is no part, and
+/// where it has none of its own, as one linear map has none.
+pub(crate) fn hidden(index: usize, block: &BlockSpec) -> Option<usize> {
+    let units = Unit::of(index, block);
+    let hidden = units.first().map(|unit| unit.hidden);
+    hidden.filter(|hidden| *hidden > 0)
+}
+
 /// Writes a block's new number of hidden features into its spec.
 pub(crate) fn set_hidden(edit: &mut Edit, index: usize, features: usize) -> Result<()> {
     match &mut edit.block(index)?.feedforward {

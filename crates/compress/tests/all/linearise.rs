@@ -154,3 +154,37 @@ fn a_run_of_linear_blocks_is_one_map() {
     let error = method.apply(&task, &empty).unwrap_err().to_string();
     assert!(error.contains("for 0 blocks"), "{error}");
 }
+
+#[test]
+fn what_takes_hidden_features_out_leaves_parts_without_any() {
+    let (start, head) = (
+        GATED.find("[[blocks]]").unwrap(),
+        GATED.find("[head]").unwrap(),
+    );
+    let block = GATED[start..head].replace("repeat = 2", "repeat = 1");
+    let linear = block.replace("{ kind = \"gated\", hidden = 24 }", "{ kind = \"linear\" }");
+    assert_ne!(block, linear);
+    let spec = format!("{}{block}{linear}{}", &GATED[..start], &GATED[head..]);
+    let (model, data) = (model(&spec, 8), windows(12, 6));
+    let mut settings = Settings::default();
+    settings.modegpt.smoothing = f64::INFINITY;
+    for method in ["channel-magnitude", "modegpt", "lorap"] {
+        let found = common::cut_by(&model, &data, method, 0.6, &settings).unwrap();
+        let blocks = found.model.spec().expanded_blocks();
+        let hidden = |index: usize| blocks[index].feedforward.as_ref().unwrap().hidden();
+        assert!((1..24).contains(&hidden(0)), "{method}: {}", hidden(0));
+        let map = "blocks.1.feedforward.map.weight";
+        assert_eq!(
+            common::values(&found.model.parameters()[map]),
+            common::values(&model.parameters()[map]),
+            "{method}"
+        );
+    }
+    let method = Method::find("channel-magnitude").unwrap();
+    let maps = format!("{}{linear}{}", &GATED[..start], &GATED[head..]);
+    let error = method
+        .requirements(&common::model(&maps, 1), &Settings::default())
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("without hidden features"), "{error}");
+}

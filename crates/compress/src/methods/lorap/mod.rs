@@ -226,7 +226,7 @@ fn planned_feedforward(
     keep: f64,
     settings: &LorapSettings,
 ) -> Result<Option<ModulePlan>> {
-    let Some(hidden) = block.feedforward.as_ref().map(|part| part.hidden()) else {
+    let Some(hidden) = channels::hidden(index, block) else {
         return Ok(None);
     };
     let removed = ranks::removed(hidden, keep, settings.spared);

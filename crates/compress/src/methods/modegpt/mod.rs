@@ -213,7 +213,7 @@ fn planned_feedforward(
     block: &BlockSpec,
     share: f64,
 ) -> Option<ModulePlan> {
-    let hidden = block.feedforward.as_ref()?.hidden();
+    let hidden = channels::hidden(index, block)?;
     // A share that is a whole number of features but for rounding is that number.
     let features = ((share * hidden as f64 - 1e-9).ceil() as usize).clamp(1, hidden);
     let width = model.spec().width;
