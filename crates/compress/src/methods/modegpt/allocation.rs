@@ -40,44 +40,30 @@ pub(crate) fn losses(influences: &[f64], mean: f64, smoothing: f64, cap: f64) ->
         ));
     }
     let total = mean * influences.len() as f64;
-    // Shares do not change when all influences do; the least has the largest exponential.
-    let least = influences.iter().copied().fold(f64::INFINITY, f64::min);
-    let exponentials: Vec<f64> = influences
-        .iter()
-        .map(|s| (-(s - least) / smoothing).exp())
-        .collect();
-    let sum: f64 = exponentials.iter().sum();
-    let uncapped = exponentials.iter().map(|e| total * e / sum).collect();
-    Ok(capped(uncapped, cap))
-}
-
-/// No loss above `cap`, the same sum. Each round caps one more at least.
-fn capped(mut losses: Vec<f64>, cap: f64) -> Vec<f64> {
-    let mut full = vec![false; losses.len()];
-    loop {
-        let mut excess = 0.0;
-        for (loss, full) in losses.iter_mut().zip(&mut full) {
-            if *loss > cap && !*full {
-                excess += *loss - cap;
-                *loss = cap;
-                *full = true;
-            }
+    let mut losses = vec![cap; influences.len()];
+    let mut open: Vec<usize> = (0..influences.len()).collect();
+    // Each round caps one more at least.
+    while !open.is_empty() {
+        let left = total - cap * (influences.len() - open.len()) as f64;
+        // Shares do not change when all influences do; the least has the largest exponential. It is the least of
+        // those that are not capped, beside which at a small `ε` the others' may come to nothing.
+        let own = open.iter().filter_map(|block| influences.get(*block));
+        let least = own.copied().fold(f64::INFINITY, f64::min);
+        let exponential = |block: usize| {
+            let influence = influences.get(block).copied().unwrap_or(least);
+            (-(influence - least) / smoothing).exp()
+        };
+        let sum: f64 = open.iter().map(|block| exponential(*block)).sum();
+        for block in &open {
+            losses[*block] = (left * exponential(*block) / sum).clamp(0.0, cap);
         }
-        let open: f64 = losses
-            .iter()
-            .zip(&full)
-            .filter(|(_, full)| !**full)
-            .map(|(loss, _)| loss)
-            .sum();
-        if excess <= 0.0 || open <= 0.0 {
-            return losses;
-        }
-        for (loss, full) in losses.iter_mut().zip(&full) {
-            if !full {
-                *loss += excess * *loss / open;
-            }
+        let before = open.len();
+        open.retain(|block| losses[*block] < cap);
+        if open.len() == before {
+            break;
         }
     }
+    Ok(losses)
 }
 
 #[cfg(test)]
@@ -103,6 +89,15 @@ mod tests {
         let tight = losses(&INFLUENCES, 0.5, 0.02, 0.8).unwrap();
         assert!((tight[1] - 0.8).abs() < 1e-12 && (tight[2] - 0.8).abs() < 1e-12);
         assert!(tight[0] < tight[4] && tight[4] < tight[3], "{tight:?}");
+    }
+
+    #[test]
+    fn what_blocks_at_the_cap_are_spared_is_not_lost_where_exponentials_are_nothing() {
+        // e^(−0.3 / 1e-4) is zero in floating point: all but the least would lose nothing.
+        let found = losses(&[0.0, 0.3, 0.4, 0.9], 0.5, 1e-4, 0.8).unwrap();
+        for (found, expected) in found.iter().zip([0.8, 0.8, 0.4, 0.0]) {
+            assert!((found - expected).abs() < 1e-12, "{found}");
+        }
     }
 
     #[test]
