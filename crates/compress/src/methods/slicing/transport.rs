@@ -25,7 +25,7 @@ use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// A column of a map counts as a combination of those before it when what is left of it is below
-/// this share of the longest.
+/// this share of the longest column.
 const DEPENDENT: f64 = 1e-9;
 
 /// How far two features are from each other, over tokens.
@@ -94,16 +94,16 @@ pub fn orthonormal(map: &Matrix) -> (Matrix, usize, f64) {
     let (rows, columns) = (map.nrows(), map.ncols());
     let first = qr(map.as_ref());
     let diagonal: Vec<f64> = (0..rows.min(columns)).map(|k| first.r[(k, k)]).collect();
-    let longest = diagonal.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
-    let kept: Vec<usize> = (0..diagonal.len())
-        .filter(|&k| diagonal[k].abs() > DEPENDENT * longest)
-        .collect();
-    let lengths = kept.iter().map(|&k| diagonal[k].abs());
-    let condition = lengths.clone().fold(0.0, f64::max) / lengths.fold(f64::INFINITY, f64::min);
-    if kept.len() == columns {
+    let longest = (0..columns).fold(0.0, |m: f64, k| m.max(map.col(k).norm_l2()));
+    let least = DEPENDENT * longest;
+    let full = diagonal.iter().filter(|v| v.abs() > least).count() == columns;
+    if full {
         let signed = |i: usize, k: usize| first.q[(i, k)] * diagonal[k].signum();
+        let condition = condition(diagonal.iter().map(|v| v.abs()));
         return (Matrix::from_fn(rows, columns, signed), columns, condition);
     }
+    let (kept, lengths) = independent(map, least);
+    let condition = condition(lengths.iter().copied());
     // Householder's Q is orthogonal whatever follows the columns that are kept.
     let rank = kept.len();
     let completed = Matrix::from_fn(rows, rows.max(rank), |i, k| match kept.get(k) {
@@ -114,6 +114,40 @@ pub fn orthonormal(map: &Matrix) -> (Matrix, usize, f64) {
     let width = columns.min(rows);
     let basis = Matrix::from_fn(rows, width, |i, k| completed[(i, k)]);
     (basis, rank, condition)
+}
+
+/// The largest length over the smallest.
+fn condition(lengths: impl Iterator<Item = f64> + Clone) -> f64 {
+    lengths.clone().fold(0.0, f64::max) / lengths.fold(f64::INFINITY, f64::min)
+}
+
+/// The columns that are no combinations of those before them, and how long is what is left of each beside
+/// those: more than `least`.
+///
+/// The triangle of Householder's QR does not say which these are: where nothing is left of a column, any direction
+/// stands in its place, and it may be all that is left of a later one.
+fn independent(map: &Matrix, least: f64) -> (Vec<usize>, Vec<f64>) {
+    let (mut kept, mut lengths) = (Vec::new(), Vec::new());
+    let mut basis: Vec<Vec<f64>> = Vec::new();
+    for k in 0..map.ncols() {
+        let mut left: Vec<f64> = (0..map.nrows()).map(|i| map[(i, k)]).collect();
+        // Twice, since what rounding leaves the first time may be all there is.
+        for _ in 0..2 {
+            for direction in &basis {
+                let along: f64 = left.iter().zip(direction).map(|(x, d)| x * d).sum();
+                for (x, d) in left.iter_mut().zip(direction) {
+                    *x -= along * d;
+                }
+            }
+        }
+        let length = left.iter().map(|x| x * x).sum::<f64>().sqrt();
+        if length > least {
+            kept.push(k);
+            lengths.push(length);
+            basis.push(left.into_iter().map(|x| x / length).collect());
+        }
+    }
+    (kept, lengths)
 }
 
 /// Merging by optimal transport.

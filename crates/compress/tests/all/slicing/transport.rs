@@ -99,6 +99,25 @@ fn a_map_that_lacks_rank_is_completed() {
     assert!(left.norm_max() < 1e-9);
 }
 
+#[test]
+fn a_column_after_a_copy_is_not_taken_for_one() {
+    // Nothing at all is left of the second column, and Householder's reflection puts the direction of the third in
+    // its place. The first columns of the basis are what belongs to the map.
+    let columns = [0, 0, 1, 7];
+    let map = Matrix::from_fn(9, 4, |i, k| f64::from(u8::from(columns[k] == i)));
+    let (basis, rank, condition) = orthonormal(&map);
+    assert_eq!((rank, basis.ncols()), (3, 4));
+    assert!((condition - 1.0).abs() < 1e-12);
+    for feature in [0, 1, 7] {
+        let held: f64 = (0..3).map(|k| basis[(feature, k)].powi(2)).sum();
+        assert!((held - 1.0).abs() < 1e-12, "{feature}: {held}");
+    }
+    let product = basis.transpose() * &basis;
+    assert!((product - Matrix::identity(4, 4)).norm_max() < 1e-12);
+    let nothing = Matrix::from_fn(4, 2, |_, _| 0.0);
+    assert_eq!(orthonormal(&nothing).1, 0);
+}
+
 /// The permutation of least cost, by trying all.
 fn assignment(cost: &Matrix, taken: &mut Vec<usize>) -> (f64, Vec<usize>) {
     let row = taken.len();
