@@ -8,7 +8,7 @@
 //! ```
 //!
 //! and where `k_vo ≥ d / 2`, which saves nothing, value and output stay whole and `k_qk = ⌊(1 − p) d⌋
-//! − ⌊d / 2⌋`. Matrices of other shapes are given the same by weights: `W_v + W_o` get `a / (1 + a)` of
+//! − ⌊d / 2⌋`; a ratio below 1 may do so to query and key, and then the others get that rank. Matrices of other shapes are given the same by weights: `W_v + W_o` get `a / (1 + a)` of
 //! the budget, in proportion to their sizes, and a rank costs `input + output`.
 
 use std::ops::Range;
@@ -33,7 +33,7 @@ pub(crate) fn ranks(shapes: [Shape; 4], keep: f64, a: f64) -> [Option<usize>; 4]
     let [qk, vo] = match shapes.iter().all(|shape| *shape == (width, width)) {
         true => {
             let (qk, vo) = square(width, keep, a);
-            [[Some(qk); 2], [vo; 2]]
+            [[qk; 2], [vo; 2]]
         }
         false => by_weights(shapes, keep, a),
     };
@@ -49,15 +49,20 @@ pub(crate) fn ranks(shapes: [Shape; 4], keep: f64, a: f64) -> [Option<usize>; 4]
     ]
 }
 
-/// `k_qk`, and `k_vo` unless it reaches half of the width.
-fn square(width: usize, keep: f64, a: f64) -> (usize, Option<usize>) {
+/// `k_qk` and `k_vo`, unless one reaches half of the width: what it cannot use is the other's.
+fn square(width: usize, keep: f64, a: f64) -> (Option<usize>, Option<usize>) {
     let whole = width as f64;
     let mean = floor(keep * whole / 2.0) as f64;
     let values = floor(2.0 * a / (1.0 + a) * mean);
+    let scores = floor(2.0 / (1.0 + a) * mean);
+    let rest = floor(keep * whole).saturating_sub(width / 2);
     if values as f64 >= whole / 2.0 {
-        return (floor(keep * whole).saturating_sub(width / 2), None);
+        return (Some(rest), None);
     }
-    (floor(2.0 / (1.0 + a) * mean), Some(values))
+    if scores as f64 >= whole / 2.0 {
+        return (None, Some(rest));
+    }
+    (Some(scores), Some(values))
 }
 
 fn by_weights(shapes: [Shape; 4], keep: f64, a: f64) -> [[Option<usize>; 2]; 2] {
@@ -118,20 +123,23 @@ mod tests {
     fn the_budget_is_met_within_rounding_and_the_cap_is_where_it_should_be() {
         for width in [7, 16, 192, 4096] {
             for percent in (5..100).step_by(5) {
-                for a in [1.0, 2.0, 3.0, 7.0] {
+                for a in [0.25, 0.5, 1.0, 2.0, 3.0, 7.0] {
                     let keep = f64::from(percent) / 100.0;
                     let whole = width as f64;
                     let (qk, vo) = super::square(width, keep, a);
                     let mean = floor(keep * whole / 2.0) as f64;
                     let values = floor(2.0 * a / (1.0 + a) * mean);
                     assert_eq!(vo.is_none(), values as f64 >= whole / 2.0);
-                    let used = match vo {
-                        Some(vo) => 4 * width * (qk + vo),
-                        None => 4 * width * qk + 2 * width * width,
-                    } as f64;
+                    let scores = floor(2.0 / (1.0 + a) * mean);
+                    assert_eq!(qk.is_none(), scores as f64 >= whole / 2.0);
+                    let weights = |rank: Option<usize>| match rank {
+                        Some(rank) => 4 * width * rank,
+                        None => 2 * width * width,
+                    };
+                    let used = (weights(qk) + weights(vo)) as f64;
                     let budget = keep * 4.0 * whole * whole;
                     // Three floors of at most one rank each, and half a rank of an odd width.
-                    let odd = if width % 2 == 1 && vo.is_none() {
+                    let odd = if width % 2 == 1 && (vo.is_none() || qk.is_none()) {
                         2.0 * whole
                     } else {
                         0.0
