@@ -26,7 +26,7 @@ const METHODS: [Factorisation; 5] = [
     Factorisation::GeneralisedFisher,
     Factorisation::Whitened,
 ];
-/// The share of weights kept at which claims are read.
+/// The share of weights kept at which claims are read, or nearest to which.
 const MIDDLE: f64 = 0.5;
 
 struct Size {
@@ -53,7 +53,7 @@ impl Size {
             fine_tuning: 300,
             calibration: 1000,
             tests: 2000,
-            shares: &[0.3, 0.4, 0.5, 0.6, 0.7],
+            shares: &[0.1, 0.2, 0.3, 0.4, MIDDLE, 0.6, 0.7],
             language: Some((2000, 128)),
         };
         match scale {
@@ -76,7 +76,7 @@ impl Size {
                 fine_tuning: 60,
                 calibration: 200,
                 tests: 800,
-                shares: &[0.3, MIDDLE, 0.7],
+                shares: &[0.1, 0.3, MIDDLE, 0.7],
                 language: Some((500, 64)),
                 ..full
             },
@@ -400,20 +400,33 @@ fn claims(scale: Scale, runs: &[Run], language: Option<&[(&'static str, f64)]>) 
     claims
 }
 
-/// FWSVD's share of what plain SVD loses.
+/// FWSVD's share of what plain SVD loses, where that loses something: accuracy saturates, and a share at which nothing
+/// is lost says nothing of what is recovered.
 fn recovery(scale: Scale, runs: &[Run], whole: f64) -> Claim {
-    let accuracy = |method| at(runs, method, MIDDLE, |point| point.compressed);
+    // Less than this is lost to chance.
+    const LEAST: f64 = 0.02;
+    let left = |method, share| at(runs, method, share, |point| point.compressed);
+    let shares = runs.iter().flat_map(|run| &run.points).map(|p| p.share);
+    let telling = shares.filter(|share| whole - left(Factorisation::Svd, *share) >= LEAST);
+    let apart = |share: &f64| (share - MIDDLE).abs();
+    let nearest = telling.min_by(|a, b| apart(a).total_cmp(&apart(b)));
+    let share = nearest.unwrap_or(MIDDLE);
+    let accuracy = |method| left(method, share);
     let each: Vec<String> = METHODS
         .iter()
         .map(|method| format!("{method} {:.1}", 100.0 * accuracy(*method)))
         .collect();
     let lost = whole - accuracy(Factorisation::Svd);
     let recovered = (accuracy(Factorisation::Fwsvd) - accuracy(Factorisation::Svd)) / lost;
-    let claim = "at half of the weights and without fine-tuning, FWSVD recovers at least 50 % \
-                 of the accuracy that plain SVD loses";
-    let measured = format!("whole {:.1} %; {}", 100.0 * whole, each.join(", "));
-    // Less than this is lost to chance.
-    if lost < 0.02 {
+    let claim = "at the share of weights nearest to a half at which plain SVD loses at least two points \
+                 without fine-tuning, FWSVD recovers at least 50 % of the accuracy that it loses";
+    let measured = format!(
+        "at {:.0} % kept: whole {:.1} %; {}",
+        100.0 * share,
+        100.0 * whole,
+        each.join(", ")
+    );
+    if nearest.is_none() {
         return Claim::new(
             claim,
             "most of the gap (BERT-base, GLUE)",
@@ -421,7 +434,7 @@ fn recovery(scale: Scale, runs: &[Run], whole: f64) -> Claim {
             Verdict::NotMeasured,
         )
         .noted(format!(
-            "plain SVD loses {:.1} points: nothing to recover",
+            "plain SVD loses {:.1} points, and nowhere two: nothing to recover",
             100.0 * lost
         ));
     }

@@ -116,7 +116,7 @@ struct Run {
     kept: f64,
     /// Perplexity by variant, then by share.
     found: Vec<Vec<f64>>,
-    /// Energy at each eighth of the width: query and key, value and output, feed-forward.
+    /// Energy in each eighth of the singular values: query and key, value and output, feed-forward.
     energy: [Vec<f64>; 3],
     /// By share, what adapters made of LoRAP's model.
     tuned: Vec<Tuned>,
@@ -131,7 +131,7 @@ struct Tuned {
 
 /// Matrices whose spectra are compared.
 const PARTS: [&str; 3] = ["query and key", "value and output", "feed-forward"];
-/// Eighths of the width at which claims about spectra are read: a quarter.
+/// Eighths of the singular values at which claims about spectra are read: a quarter.
 const QUARTER: usize = 2;
 
 /// Runs the experiment.
@@ -252,14 +252,15 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
              output",
             "observed on LLaMA-7B",
             format!(
-                "share of squared singular values at a quarter of the width: query and key {:.3}, \
+                "share of squared singular values in the largest quarter of them: query and key {:.3}, \
                  value and output {:.3}, feed-forward {:.3}",
                 energy(0),
                 energy(1),
                 energy(2)
             ),
             energy(0) > energy(1) && energy(1) > energy(2),
-        ),
+        )
+        .noted("a quarter of each matrix's own: grouped keys and values have half as many as the width"),
         claim(
             "taking out the channels of least importance instead of sparing them raises perplexity at \
              every seed",
@@ -301,7 +302,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             },
             Plot {
                 title: "Squared singular values that the largest hold".to_owned(),
-                x: "share of the width".to_owned(),
+                x: "share of the singular values".to_owned(),
                 y: "share".to_owned(),
                 series: PARTS.into_iter().enumerate().map(curve).collect(),
             },
@@ -312,7 +313,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
 
 /// Features of an adapter.
 const RANK: usize = 8;
-/// Parts of the width that spectra are summed over.
+/// Parts of a spectrum that its sum is read at.
 const EIGHTHS: usize = 8;
 
 /// Steps that adapters are trained for.
@@ -383,7 +384,8 @@ fn tuned(bench: &Bench, share: f64, steps: u64, seed: u64) -> Result<Tuned> {
     })
 }
 
-/// The mean share of squared singular values that the largest hold, of each eighth of the width.
+/// The mean share of squared singular values that the largest hold, as many as eighths of a matrix's own: a matrix
+/// that is half as wide has half as many to begin with.
 fn energy(model: &Model, parts: &[&str]) -> Result<Vec<f64>> {
     let mut shares = vec![Vec::new(); EIGHTHS];
     for linear in model.linears() {
@@ -398,7 +400,7 @@ fn energy(model: &Model, parts: &[&str]) -> Result<Vec<f64>> {
             .map_err(|error| Error::from(lapidary_compress::Error::from(error)))?;
         let squares = || svd.singular_values().iter().map(|s| s * s);
         for (eighths, shares) in (1..).zip(&mut shares) {
-            let rank = model.spec().width * eighths / EIGHTHS;
+            let rank = svd.singular_values().len() * eighths / EIGHTHS;
             shares.push(squares().take(rank).sum::<f64>() / squares().sum::<f64>());
         }
     }
