@@ -203,7 +203,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             listed(0),
             best(0),
         )
-        .noted("context 64, no fine-tuning; by magnitude only feed-forward parts lose weights"),
+        .noted("context 64, no fine-tuning; by magnitude only feed-forward parts lose weights, as many in all"),
         claim(
             "at half of the weights, LoRAP leaves the lowest perplexity of its variants and baselines",
             "56.96, LLM-Pruner 112.44 (LLaMA-7B, context 128)",
@@ -328,11 +328,18 @@ fn tuning(scale: Scale) -> u64 {
 fn one_seed(text: &Sides, size: &Size, tuning: u64, seed: u64) -> Result<Run> {
     let bench = Bench::train(text, size, seed)?;
     let mut found = Vec::new();
+    let mut left = Vec::new(); // parameters of LoRAP's models
     for (method, settings) in variants() {
         let mut of_shares = Vec::new();
-        for share in SHARES {
-            let compressed = bench.compress(method, share, &settings)?;
-            of_shares.push(bench.perplexity(&compressed.model)?);
+        for (index, share) in SHARES.into_iter().enumerate() {
+            let model = match (method, left.get(index)) {
+                ("channel-magnitude", Some(left)) => bench.with_parameters(method, *left)?,
+                _ => bench.compress(method, share, &settings)?.model,
+            };
+            if left.len() == index {
+                left.push(model.parameter_count());
+            }
+            of_shares.push(bench.perplexity(&model)?);
         }
         found.push(of_shares);
     }

@@ -4,6 +4,7 @@ use super::decoder;
 use super::texts::Sides;
 use crate::Result;
 use lapidary_compress::quality::{Window, perplexity, sliding_windows};
+use lapidary_compress::slicing::parameters_after;
 use lapidary_compress::{
     Budget, Calibration, CalibrationData, CalibrationOptions, Compressed, Method, Requirements,
     Settings, Task,
@@ -97,6 +98,33 @@ impl Bench {
         };
         let plan = method.plan(&task, &Budget::Keep(share))?;
         Ok(method.apply(&task, &plan)?)
+    }
+
+    /// What a method leaves of the decoder when that is to have `left` parameters, as near as its steps allow,
+    /// wherever it takes the others from.
+    pub fn with_parameters(&self, method: &str, left: usize) -> Result<Model> {
+        let mut settings = Settings::default();
+        let spec = self.model.spec();
+        let inside = match method {
+            "slicegpt" => {
+                settings.slicing.multiple = 1;
+                let mut width = spec.width;
+                while width > 1 && parameters_after(spec, width, false)? > left as u64 {
+                    width -= 1;
+                }
+                let share = width as f64 / spec.width as f64;
+                return Ok(self.compress(method, share, &settings)?.model);
+            }
+            "channel-magnitude" => ".feedforward.",
+            _ => "blocks.",
+        };
+        // What it can take from: all that goes has to come from there.
+        let layers = self.model.linears().iter();
+        let layers = layers.filter(|layer| layer.path.contains(inside));
+        let weights: usize = layers.map(|layer| layer.input * layer.output).sum();
+        let gone = self.model.parameter_count().saturating_sub(left);
+        let share = 1.0 - gone as f64 / weights.max(1) as f64;
+        Ok(self.compress(method, share, &settings)?.model)
     }
 
     fn calibrate(&self, requirements: &Requirements) -> Result<Option<Calibration>> {
