@@ -1,7 +1,7 @@
 //! LoRAP with factors by the variance of outputs, beside those by inputs and by weights alone.
 #![allow(clippy::result_large_err, clippy::unwrap_used)]
 
-use crate::common::{DECODER, GATED, close, distance, model, scores, values, windows};
+use crate::common::{DECODER, GATED, altered, close, distance, model, scores, values, windows};
 use crate::lorap::{compress, settings};
 use lapidary_compress::{
     CalibrationData, Change, Content, LorapDecomposition, LorapSettings, Plan, Settings,
@@ -146,6 +146,35 @@ fn all_directions_of_outputs_lose_nothing() {
                 assert!(note.contains("hold 100.00 % of the squared"), "{note}");
             }
         }
+    }
+}
+
+#[test]
+fn inputs_that_hardly_vary_beside_their_mean_are_factorised_all_the_same() {
+    let data = windows(20, 4);
+    let path = "blocks.1.attention";
+    let scaled = |model: &Model, name: &str, by: f64| {
+        // The first half of the features of values, `[features, width]` and `[features]`.
+        altered(model, &format!("{path}.value.{name}"), |whole| {
+            let (first, second) = (
+                whole.narrow(0, 0, 8).unwrap(),
+                whole.narrow(0, 8, 8).unwrap(),
+            );
+            Tensor::cat(&[&first.affine(by, 0.0).unwrap(), &second], 0).unwrap()
+        })
+    };
+    let whole = model(DECODER, 3);
+    // What is mixed is the bias alone, for all tokens.
+    let constant = altered(&whole, &format!("{path}.value.weight"), |weight| {
+        weight.zeros_like().unwrap()
+    });
+    // Half of it is, and so large that rounding of its square is beside the other half's variance.
+    let large = scaled(&scaled(&whole, "weight", 0.0), "bias", 3e6);
+    for (model, rank) in [(constant, 1), (large, 12)] {
+        let settings = one_shot(LorapDecomposition::Features);
+        let output = format!("{path}.output");
+        let cut = compress(&model, &data, &settings, 0.5, only(&output, rank)).unwrap();
+        close(&scores(&cut.model, &data), &scores(&model, &data), 1e-5);
     }
 }
 

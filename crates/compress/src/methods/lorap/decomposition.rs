@@ -1,7 +1,7 @@
 //! How a matrix of attention becomes two.
 
-use lapidary_factor::{Metric, WeightedSvd};
-use lapidary_kernels::{DType, Tensor};
+use lapidary_factor::{Matrix, Metric, WeightedSvd, matrix_to_tensor, symmetric_eigen};
+use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_parts::attention::MixerSpec;
 use serde::{Deserialize, Serialize};
 
@@ -9,6 +9,9 @@ use crate::edit::{Edit, block_of};
 use crate::error::engine;
 use crate::requirements::Statistic;
 use crate::{Calibration, Error, Result};
+
+/// A variance of at most this share of the mean square is the rounding of sums in single precision.
+const CONSTANT: f64 = 1e-6;
 
 /// What a factorisation of attention's matrices makes small.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,13 +72,10 @@ pub(super) fn factorise(
                 false => WeightedSvd::new(&weight, &Metric::InputSquares(&squares)),
             }
         }
-        LorapDecomposition::Features => {
-            let covariance = centred(calibration, &site())?;
-            match largest(&covariance)? > 0.0 {
-                true => WeightedSvd::new(&weight, &Metric::Covariance(&covariance)),
-                false => WeightedSvd::new(&weight, &Metric::Plain),
-            }
-        }
+        LorapDecomposition::Features => match centred(calibration, path, site)? {
+            Some(covariance) => WeightedSvd::new(&weight, &Metric::Covariance(&covariance)),
+            None => WeightedSvd::new(&weight, &Metric::Plain),
+        },
     };
     let layer = |reason| Error::Layer {
         layer: path.to_owned(),
@@ -108,18 +108,31 @@ pub(super) fn factorise(
     ))
 }
 
-/// `E[x xᵀ] − x̄ x̄ᵀ` of what is read at a site.
-fn centred(calibration: &Calibration, site: &str) -> Result<Tensor> {
-    let site = || site.to_owned();
-    let second = calibration.tensor(&Statistic::Covariance { site: site() })?;
-    let mean = calibration.tensor(&Statistic::InputMeans { site: site() })?;
-    let column = engine(mean.unsqueeze(1))?;
-    let row = engine(mean.unsqueeze(0))?;
-    engine(second - engine(column.matmul(&row))?)
-}
-
-fn largest(matrix: &Tensor) -> Result<f64> {
-    engine(engine(engine(matrix.abs())?.max_all())?.to_scalar::<f64>())
+/// `E[x xᵀ] − x̄ x̄ᵀ` of what is read at a site; nothing where all of it is constant but for rounding.
+///
+/// The difference of two sums that are nearly the same has negative eigenvalues where a mean is large beside what
+/// varies. They are rounding, and count as zero.
+fn centred(
+    calibration: &Calibration,
+    path: &str,
+    site: impl Fn() -> String,
+) -> Result<Option<Tensor>> {
+    let second = Statistic::Covariance { site: site() };
+    let second = calibration.matrix("second moment of inputs", &second)?;
+    let mean = calibration.vector(&Statistic::InputMeans { site: site() })?;
+    let size = second.nrows();
+    let covariance = Matrix::from_fn(size, size, |i, j| second[(i, j)] - mean[i] * mean[j]);
+    if (0..size).all(|i| covariance[(i, i)] <= CONSTANT * second[(i, i)]) {
+        return Ok(None);
+    }
+    let eigen = symmetric_eigen("covariance of inputs", covariance.as_ref());
+    let eigen = eigen.map_err(|reason| Error::Layer {
+        layer: path.to_owned(),
+        reason,
+    })?;
+    let positive = eigen.map(|value| value.max(0.0));
+    let positive = matrix_to_tensor(positive.as_ref(), DType::F64, &Device::Cpu)?;
+    Ok(Some(positive))
 }
 
 /// Adds to a matrix's bias, which is made where there is none; queries, keys and values have one each or
