@@ -35,8 +35,8 @@ pub(crate) fn losses(influences: &[f64], mean: f64, smoothing: f64, cap: f64) ->
     if mean > cap + 1e-12 {
         return Err(Error::invalid(
             "share of weights to keep",
-            1.0 - mean,
-            format!("at least {}, as no block loses more than {cap}", 1.0 - cap),
+            rest(mean),
+            format!("at least {}, as no block loses more than {cap}", rest(cap)),
         ));
     }
     let total = mean * influences.len() as f64;
@@ -64,6 +64,12 @@ pub(crate) fn losses(influences: &[f64], mean: f64, smoothing: f64, cap: f64) ->
         }
     }
     Ok(losses)
+}
+
+/// `1 − share`, as a reader would write it: 0.2 and not 0.19999999999999996.
+fn rest(share: f64) -> f64 {
+    const PLACES: f64 = 1e9;
+    ((1.0 - share) * PLACES).round() / PLACES
 }
 
 #[cfg(test)]
@@ -142,7 +148,10 @@ mod tests {
     #[test]
     fn what_cannot_be_met_is_refused() {
         let error = losses(&INFLUENCES, 0.9, 0.1, 0.8).unwrap_err().to_string();
-        assert!(error.contains("at least 0.19999"), "{error}");
+        assert!(
+            error.contains("0.1") && error.contains("at least 0.2,"),
+            "{error}"
+        );
         assert!(losses(&INFLUENCES, 0.2, 0.0, 0.8).is_err());
         assert!(losses(&INFLUENCES, 0.2, 0.1, 1.0).is_err());
     }

@@ -20,7 +20,8 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Sums in `f64` over `rows`, `[tokens, width]` batch by batch.
+    /// Sums over `rows`, `[tokens, width]` batch by batch: long ones in `f64`, and those of single precision in
+    /// short ones first, as [`SecondMoment`] does.
     pub(crate) fn of(rows: &[Tensor], distance: Option<Distance>) -> Result<Self> {
         let Some(first) = rows.first() else {
             return Err(Error::invalid("tokens to look at", 0, "at least 1"));

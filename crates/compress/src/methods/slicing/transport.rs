@@ -41,7 +41,8 @@ pub enum Distance {
 }
 
 /// Distances between all features, `[width, width]`, divided by the median of those between
-/// different ones. `rows` are `[tokens, width]` batch by batch, summed in `f64`; `second` is `Σ xᵀx`.
+/// different ones. `rows` are `[tokens, width]` batch by batch, their absolute differences summed in `f64`; `second`
+/// is `Σ xᵀx`, which the other distances come from.
 pub(super) fn distances(rows: &[Tensor], second: &Matrix, distance: Distance) -> Result<Matrix> {
     let width = second.nrows();
     let length = |i: usize| second[(i, i)].max(0.0);
