@@ -371,6 +371,37 @@ fn merged_and_factorised_anew_at_a_larger_rank_nothing_more_is_lost() {
 }
 
 #[test]
+fn without_attention_any_mixer_will_do() {
+    let multi_head = "{ kind = \"multi-head\", heads = 4, groups = 2, causal = true, bias = false, \
+                      position = { kind = \"rotary\" } }";
+    let spec = GATED.replace(multi_head, "{ kind = \"mamba\" }");
+    assert_ne!(spec, GATED);
+    let (recurrent, data) = (model(&spec, 1), windows(10, 4));
+    for one_shot in [false, true] {
+        let told = |attention: bool| {
+            settings(LorapSettings {
+                attention,
+                one_shot,
+                ..LorapSettings::default()
+            })
+        };
+        let error = compress(&recurrent, &data, &told(true), 0.5, |_| {});
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("mamba"), "{error}");
+        let cut = compress(&recurrent, &data, &told(false), 0.5, |_| {}).unwrap();
+        for (before, after) in recurrent
+            .spec()
+            .expanded_blocks()
+            .iter()
+            .zip(cut.model.spec().expanded_blocks())
+        {
+            assert_eq!(before.attention, after.attention);
+            assert_eq!(after.feedforward.unwrap().hidden(), 12);
+        }
+    }
+}
+
+#[test]
 fn ranks_of_nothing_other_mixers_and_missing_data_are_refused() {
     let (gated, data) = (model(GATED, 1), windows(10, 4));
     let error = compress(&gated, &data, &Settings::default(), 0.05, |_| {});

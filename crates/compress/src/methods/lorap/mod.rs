@@ -104,8 +104,10 @@ impl LorapSettings {
 fn requirements(model: &Model, settings: &Settings) -> Result<Requirements> {
     settings.lorap.check()?;
     let blocks = model.spec().expanded_blocks();
-    for (index, block) in blocks.iter().enumerate() {
-        attention(index, block)?;
+    if settings.lorap.attention {
+        for (index, block) in blocks.iter().enumerate() {
+            attention(index, block)?;
+        }
     }
     if !settings.lorap.one_shot {
         return Ok(Requirements::default());
@@ -117,14 +119,16 @@ fn requirements(model: &Model, settings: &Settings) -> Result<Requirements> {
 }
 
 /// What is to be known of everything that a block's layers read: mean squares in the feed-forward part,
-/// what the decomposition asks for in attention.
+/// what the decomposition asks for in attention, where it can be factorised.
 fn block_requirements(index: usize, block: &BlockSpec, settings: &LorapSettings) -> Requirements {
     let units = Unit::of(index, block).into_iter();
     let sites = units.flat_map(|unit| [unit.input_site(), unit.hidden_site()]);
     let mut statistics: BTreeSet<Statistic> = sites.map(squares).collect();
-    let path = channels::attention(index);
-    for site in [format!("{path}.in"), format!("{path}.mixed")] {
-        statistics.extend(settings.decomposition.statistics(&site));
+    if attention(index, block).is_ok() {
+        let path = channels::attention(index);
+        for site in [format!("{path}.in"), format!("{path}.mixed")] {
+            statistics.extend(settings.decomposition.statistics(&site));
+        }
     }
     Requirements { statistics }
 }
