@@ -263,11 +263,19 @@ impl SiteSums {
 }
 
 fn unwritten(site: &str) -> Error {
-    Error::invalid(
-        format!("site {site}"),
-        "written by no module",
-        "one that the model writes: choose other layers, or a method that needs no activations",
-    )
+    let (found, expected) = match site.contains(".experts.") {
+        // An expert writes where tokens go to it, which few texts may not do.
+        true => (
+            "of an expert that no token went to",
+            "one that some token goes to: calibrate on more text, choose other layers, or a method that needs no \
+             activations",
+        ),
+        false => (
+            "written by no module",
+            "one that the model writes: choose other layers, or a method that needs no activations",
+        ),
+    };
+    Error::invalid(format!("site {site}"), found, expected)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -469,6 +469,22 @@ fn nothing_is_left_of_nothing_and_other_models_are_refused() {
 }
 
 #[test]
+fn an_expert_that_no_token_goes_to_is_named() {
+    // Of equal probabilities the first two are chosen.
+    let router = "blocks.0.feedforward.router.weight";
+    let idle = altered(&model(MIXTURE, 1), router, |w| w.zeros_like().unwrap());
+    let method = Method::find("modegpt").unwrap();
+    let requirements = method.requirements(&idle, &Settings::default()).unwrap();
+    let options = CalibrationOptions::default();
+    let found = Calibration::collect(&idle, &windows(4, 4), &requirements, options);
+    let error = found.err().unwrap().to_string();
+    assert!(
+        error.contains("experts.2") && error.contains("more text"),
+        "{error}"
+    );
+}
+
+#[test]
 fn the_least_features_by_weight_go_and_nothing_else_changes() {
     let method = Method::find("channel-magnitude").unwrap();
     for spec in [DECODER, GATED, MIXTURE] {
