@@ -245,6 +245,9 @@ pub struct Scores {
     pub entropy: f64,
     /// The mean cosine with the scores of the whole model, means taken out.
     pub cosine: f64,
+    /// `E ln p' / E ln p` for tokens as the whole model predicts them: what the law takes for `1 / (1 − s)`,
+    /// and at least 1.
+    pub log_ratio: f64,
 }
 
 /// The scores of `model` on `data`, beside those of `whole`.
@@ -255,7 +258,7 @@ pub fn scores(
     batch: usize,
 ) -> Result<Scores> {
     let mut sums = Scores::default();
-    let mut predictions = 0;
+    let (mut predictions, mut whole_log, mut log_sum) = (0, 0.0, 0.0);
     for batch in data.batches(batch, &model.device()) {
         let batch = batch?;
         let logits = |model: &Model| -> Result<Tensor> {
@@ -267,6 +270,10 @@ pub fn scores(
         let log = log_softmax(&ours, &SoftmaxMask::default())?;
         let entropies = engine(engine(engine(log.exp())? * &log)?.sum(D::Minus1))?;
         sums.entropy -= total(&entropies)?;
+        let whole_scores = log_softmax(&theirs, &SoftmaxMask::default())?;
+        let expected = |log: &Tensor| total(&engine(engine(whole_scores.exp())? * log)?);
+        whole_log += expected(&whole_scores)?;
+        log_sum += expected(&log)?;
         let (theirs, ours) = (centred(&theirs)?, centred(&ours)?);
         let length = |x: &Tensor| engine(engine(engine(x.sqr())?.sum(D::Minus1))?.sqrt());
         let (a, b) = (length(&theirs)?, length(&ours)?);
@@ -280,6 +287,7 @@ pub fn scores(
         length: sums.length / count,
         entropy: sums.entropy / count,
         cosine: sums.cosine / count,
+        log_ratio: log_sum / whole_log,
     })
 }
 

@@ -63,6 +63,9 @@ fn another_basis_keeps_the_norms_of_maps_and_the_scores() {
     assert!((whole.cosine - 1.0).abs() < 1e-9 && (turned.cosine - 1.0).abs() < 1e-9);
     assert!((whole.length - turned.length).abs() < 1e-9 * whole.length);
     assert!((whole.entropy - turned.entropy).abs() < 1e-9);
+    assert!((whole.log_ratio - 1.0).abs() < 1e-12 && (turned.log_ratio - 1.0).abs() < 1e-9);
     let narrow = scores(&model, &half, &data, 8).unwrap();
+    // Tokens as the whole model predicts them are less likely in the eyes of any other.
+    assert!(narrow.log_ratio > 1.0 + 1e-6, "{}", narrow.log_ratio);
     assert!(narrow.cosine < 0.999 && narrow.entropy > 0.0 && narrow.entropy < 20f64.ln());
 }

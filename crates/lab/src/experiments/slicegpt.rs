@@ -235,12 +235,15 @@ fn claims(setting: &Setting, runs: &[Run]) -> Result<Vec<Claim>> {
          least 0.9",
         "qualitative",
         format!(
-            "length {:.2} to {:.2}, cosine {cosine:.3}, entropy {:.2} to {:.2} nats; maps keep {:.0} \
-             % of their Frobenius norm and {:.0} % of their largest singular value",
+            "length {:.2} to {:.2}, cosine {cosine:.3}, entropy {:.2} to {:.2} nats, log-probabilities {:.3} \
+             times what they were (the law: {:.3}); maps keep {:.0} % of their Frobenius norm and {:.0} % of \
+             their largest singular value",
             lengths.0,
             lengths.1,
             before(|s| s.entropy),
             after(|s| s.entropy),
+            after(|s| s.log_ratio),
+            1.0 / (1.0 - MIDDLE),
             100.0 * average(&|run| run.maps.frobenius),
             100.0 * average(&|run| run.maps.spectral),
         ),
