@@ -8,8 +8,9 @@
 //! ```
 //!
 //! and where `k_vo ≥ d / 2`, which saves nothing, value and output stay whole and `k_qk = ⌊(1 − p) d⌋
-//! − ⌊d / 2⌋`; a ratio below 1 may do so to query and key, and then the others get that rank. Matrices of other shapes are given the same by weights: `W_v + W_o` get `a / (1 + a)` of
-//! the budget, in proportion to their sizes, and a rank costs `input + output`.
+//! − ⌊d / 2⌋`; with a ratio below 1 query and key may, and the others get that rank. Matrices of other
+//! shapes are given the same by weights: `W_v + W_o` get `a / (1 + a)` of the budget, in proportion to
+//! their sizes, and a rank costs `input + output`.
 
 use std::ops::Range;
 
