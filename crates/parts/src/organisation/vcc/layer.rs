@@ -375,5 +375,4 @@ impl Short {
 }
 
 #[cfg(test)]
-#[allow(clippy::panic, clippy::unwrap_used)]
 mod tests;
