@@ -65,7 +65,7 @@ impl Size {
                 steps: 400,
                 steps_of_guesses: 200,
                 longest_list: 48,
-                batch: 8,
+                batch: 16,
                 text_steps: 200,
                 text_batch: 4,
                 text_batches: 16,

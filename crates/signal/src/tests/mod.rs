@@ -104,6 +104,9 @@ fn row_sums(sources: usize) -> RowSums {
     sums
 }
 
+/// Rows of a signal and of a constant are added up.
+const CONSTANT_ROWS: &str = "sums of rows and a constant's";
+
 fn token_rows(x: &Signal) -> crate::Result<Signal> {
     x.reshape(&[BATCH * TOKENS, WIDTH])
 }
@@ -288,10 +291,20 @@ fn other_operations() -> Vec<(&'static str, Operation)> {
             Box::new(move |x| x.depthwise_convolution(&kernel, Some(&conv_bias))),
         ),
         (
-            "sums of rows and a constant's",
+            CONSTANT_ROWS,
             Box::new(move |x| {
                 let rows = Signal::from(numbers(&[5, WIDTH], 11.0));
-                Signal::summed_rows(&[&token_rows(x)?, &rows], row_sums(2))
+                let term = |source, row, weight| RowTerm {
+                    source,
+                    row,
+                    weight,
+                };
+                // Each beside a row of the signal: a constant where no stream is has no one that it belongs to.
+                let mut sums = RowSums::new();
+                for row in 0..5 {
+                    sums.push([term(0, row, 0.5), term(1, row, -1.0)]);
+                }
+                Signal::summed_rows(&[&token_rows(x)?, &rows], sums)
             }),
         ),
         (

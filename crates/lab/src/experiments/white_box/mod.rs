@@ -77,8 +77,8 @@ impl Size {
             },
             Scale::Small => Self {
                 digits: 4000,
-                steps: 500,
-                batch: 16,
+                steps: 1000,
+                batch: 32,
                 masked_steps: 2000,
                 seeds: 1,
                 text,
