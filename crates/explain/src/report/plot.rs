@@ -38,6 +38,23 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(190, 45, 60),
 ];
 
+/// Width and height of a figure.
+const SIZE: (u32, u32) = (760, 460);
+/// More lines than this have their names beside the figure.
+const INSIDE: usize = 10;
+/// Width of the names beside it, and height of each.
+const BESIDE: u32 = 210;
+const NAME: u32 = 16;
+
+/// The colour of a line among `count`.
+fn colour(index: usize, count: usize) -> RGBAColor {
+    match COLOURS.get(index) {
+        Some(colour) if count <= INSIDE => colour.to_rgba(),
+        // Far from those before it on the circle.
+        _ => HSLColor((index * 137 % 360) as f64 / 360.0, 0.65, 0.42).to_rgba(),
+    }
+}
+
 impl Plot {
     /// The figure as an SVG document.
     pub fn to_svg(&self) -> Result<String> {
@@ -53,8 +70,15 @@ impl Plot {
         fn said<E: std::fmt::Display>(error: E) -> String {
             error.to_string()
         }
-        let area = SVGBackend::with_string(svg, (760, 460)).into_drawing_area();
-        area.fill(&WHITE).map_err(said)?;
+        let count = self.series.len();
+        let aside = count > INSIDE;
+        let (width, height) = match aside {
+            true => (SIZE.0 + BESIDE, SIZE.1.max(NAME * (count as u32 + 3))),
+            false => SIZE,
+        };
+        let whole = SVGBackend::with_string(svg, (width, height)).into_drawing_area();
+        whole.fill(&WHITE).map_err(said)?;
+        let (area, beside) = whole.split_horizontally(SIZE.0);
         let range = |values: &mut dyn Iterator<Item = f64>| {
             let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
             for value in values.filter(|value| value.is_finite()) {
@@ -92,7 +116,8 @@ impl Plot {
             .light_line_style(WHITE)
             .draw()
             .map_err(said)?;
-        for (series, colour) in self.series.iter().zip(COLOURS.iter().cycle()) {
+        for (index, series) in self.series.iter().enumerate() {
+            let colour = colour(index, count);
             let finite = series
                 .points
                 .iter()
@@ -102,21 +127,32 @@ impl Plot {
                 .draw_series(LineSeries::new(finite.clone(), colour.stroke_width(2)))
                 .map_err(said)?
                 .label(&series.name)
-                .legend(|(x, y)| {
+                .legend(move |(x, y)| {
                     PathElement::new(vec![(x, y), (x + 18, y)], colour.stroke_width(2))
                 });
             chart
                 .draw_series(finite.map(|point| Circle::new(point, 3, colour.filled())))
                 .map_err(said)?;
         }
-        chart
-            .configure_series_labels()
-            .position(legend)
-            .background_style(WHITE.mix(0.85))
-            .border_style(BLACK.mix(0.3))
-            .draw()
-            .map_err(said)?;
-        area.present().map_err(said)
+        if !aside {
+            chart
+                .configure_series_labels()
+                .position(legend)
+                .background_style(WHITE.mix(0.85))
+                .border_style(BLACK.mix(0.3))
+                .draw()
+                .map_err(said)?;
+            return whole.present().map_err(said);
+        }
+        for (index, series) in self.series.iter().enumerate() {
+            let y = (NAME as usize * (index + 2)) as i32;
+            let line =
+                PathElement::new(vec![(4, y), (22, y)], colour(index, count).stroke_width(2));
+            beside.draw(&line).map_err(said)?;
+            let name = Text::new(series.name.as_str(), (28, y - 6), ("sans-serif", 12));
+            beside.draw(&name).map_err(said)?;
+        }
+        whole.present().map_err(said)
     }
 }
 
@@ -171,5 +207,36 @@ mod tests {
             }],
         };
         assert!(level.to_svg().unwrap().contains("one"));
+    }
+
+    /// Names that would hide the lines stand beside them, and no two lines are of one colour.
+    #[test]
+    fn many_lines_have_their_names_beside_the_figure() {
+        let plot = |count: usize| Plot {
+            title: "many".into(),
+            x: "x".into(),
+            y: "y".into(),
+            series: (0..count)
+                .map(|index| Series {
+                    name: format!("line {index}"),
+                    points: vec![(0.0, index as f64), (1.0, 2.0 * index as f64)],
+                })
+                .collect(),
+        };
+        let few = plot(INSIDE).to_svg().unwrap();
+        assert!(
+            few.starts_with("<svg width=\"760\" height=\"460\""),
+            "{few}"
+        );
+        let many = plot(39).to_svg().unwrap();
+        assert!(
+            many.starts_with("<svg width=\"970\" height=\"672\""),
+            "{many}"
+        );
+        assert!((0..39).all(|index| many.contains(&format!("line {index}\n"))));
+        let colours: std::collections::BTreeSet<String> = (0..39)
+            .map(|index| format!("{:?}", colour(index, 39)))
+            .collect();
+        assert_eq!(colours.len(), 39);
     }
 }
