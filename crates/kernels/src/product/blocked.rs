@@ -16,6 +16,8 @@ const DEPTH: usize = 384;
 const COLUMNS: usize = 384;
 /// Rows of the tiles for the last rows of a result, when no more are left.
 const LAST_ROWS: usize = 4;
+/// Tiles of rows of a transposed `A` that are copied together.
+const TILES_TOGETHER: usize = 4;
 /// Rows and columns that a thread's share of a result is best a multiple of.
 pub(super) const TILE_ROWS: usize = 8;
 pub(super) const PANEL_COLUMNS: usize = 48;
@@ -264,35 +266,32 @@ impl Task<'_> {
         let a = &self.a;
         let Block { depth, columns, .. } = block;
         let apart = a.column_stride != 1;
-        let mut packed_a = crate::host::unwritten::<f32>(if apart { ROWS * depth } else { 0 });
+        let together = ROWS * TILES_TOGETHER;
+        let mut packed_a = crate::host::unwritten::<f32>(match apart {
+            true => depth * together.min(a.rows.next_multiple_of(ROWS)),
+            false => 0,
+        });
         for i in (0..a.rows).step_by(ROWS) {
             let rows = ROWS.min(a.rows - i);
-            // SAFETY: rows past the last are read as the last; within `a` as `run` checked.
-            let (starts, step) = unsafe {
-                // Without an inner dimension nothing lies there, and nothing is read.
+            let (starts, step) = if apart {
+                let within = i % together;
+                if within == 0 {
+                    let rows = i..a.rows.min(i + together);
+                    pack_rows::<ROWS>(a, rows, p..p + depth, &mut packed_a);
+                }
+                let start = packed_a[within * depth..].as_ptr();
+                (
+                    std::array::from_fn::<_, ROWS, _>(|row| start.wrapping_add(row)),
+                    ROWS,
+                )
+            } else {
+                // Rows past the last are read as the last. Without an inner dimension nothing lies
+                // there, and nothing is read.
                 let at = |row: usize| {
                     let place = (i + row.min(rows - 1)) * a.row_stride + p * a.column_stride;
                     a.data.as_ptr().wrapping_add(place)
                 };
-                if apart {
-                    for (q, to) in packed_a.chunks_exact_mut(ROWS).enumerate() {
-                        if a.row_stride == 1 && rows == ROWS {
-                            let from = at(0).add(q * a.column_stride).cast::<[f32; ROWS]>();
-                            to.copy_from_slice(&from.read_unaligned());
-                        } else {
-                            for (row, to) in to.iter_mut().enumerate() {
-                                *to = *at(row).add(q * a.column_stride);
-                            }
-                        }
-                    }
-                    let start = packed_a.as_ptr();
-                    (
-                        std::array::from_fn::<_, ROWS, _>(|row| start.wrapping_add(row)),
-                        ROWS,
-                    )
-                } else {
-                    (std::array::from_fn::<_, ROWS, _>(at), 1)
-                }
+                (std::array::from_fn::<_, ROWS, _>(at), 1)
             };
             for j in (0..columns).step_by(block.width) {
                 let width = block.width.min(columns - j);
@@ -427,6 +426,44 @@ fn dot<S: Simd>(simd: S, x: &[f32], y: &[f32]) -> f32 {
         rest += x * y;
     }
     simd.reduce_sum_f32s(sum) + rest
+}
+
+/// Copies `rows` and columns `depth` of `a` into tiles `[depth, ROWS]`, one behind the other: numbers of a
+/// column that lie in one line of memory are read together, however far the next column is. Rows that
+/// the last tile lacks are zeros.
+#[inline(always)]
+fn pack_rows<const ROWS: usize>(
+    a: &Matrix<'_, f32>,
+    rows: Range<usize>,
+    depth: Range<usize>,
+    to: &mut [f32],
+) {
+    let each = ROWS * depth.len();
+    let to = &mut to[..each * rows.len().div_ceil(ROWS)];
+    if a.row_stride == 1 && rows.len() == ROWS * TILES_TOGETHER {
+        for (q, column) in depth.enumerate() {
+            let from = &a.data[rows.start + column * a.column_stride..][..ROWS * TILES_TOGETHER];
+            for tile in 0..TILES_TOGETHER {
+                // SAFETY: `from` has a tile's rows so often, and `to` a column of each of its tiles.
+                unsafe {
+                    let from = from.as_ptr().add(tile * ROWS).cast::<[f32; ROWS]>();
+                    let to = to.as_mut_ptr().add(tile * each + q * ROWS);
+                    to.cast::<[f32; ROWS]>().write_unaligned(from.read_unaligned());
+                }
+            }
+        }
+        return;
+    }
+    for (first, tile) in rows.clone().step_by(ROWS).zip(to.chunks_exact_mut(each.max(1))) {
+        for (column, to) in depth.clone().zip(tile.chunks_exact_mut(ROWS)) {
+            for (row, to) in to.iter_mut().enumerate() {
+                *to = match first + row < rows.end {
+                    true => a.data[(first + row) * a.row_stride + column * a.column_stride],
+                    false => 0.0,
+                };
+            }
+        }
+    }
 }
 
 /// Copies rows `depth` and `columns` of `b` into a panel `[depth, width]`, its width rounded up to
