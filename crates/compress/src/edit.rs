@@ -79,6 +79,20 @@ impl Edit {
         self.put(name, &tensor)
     }
 
+    /// Rounds every parameter of the module at `path` to `dtype`, however wide the others still are: what is
+    /// finished need not wait in double precision.
+    pub(crate) fn round(&mut self, path: &str, dtype: DType) -> Result<()> {
+        for (name, tensor) in &mut self.parameters {
+            if name
+                .strip_prefix(path)
+                .is_some_and(|rest| rest.starts_with('.'))
+            {
+                *tensor = engine(tensor.to_dtype(dtype))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Takes blocks out and numbers the others anew.
     pub(crate) fn remove_blocks(&mut self, removed: &BTreeSet<usize>) -> Result<()> {
         let blocks = self.spec.blocks.len();

@@ -6,21 +6,24 @@ use crate::{DType, Device, Error, Result, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Vectors that are read at a time.
+/// Vectors that are turned to double precision at a time.
 const CHUNK: usize = 1024;
 
 /// Vectors whose products are summed in single precision before they join the sum in double: few, so
 /// that the short sum rounds hardly more than each product does.
-const SHORT: usize = 256;
+const SHORT: usize = 384;
+
+/// Vectors that a tile goes through at a time in single precision: many, since its sums in double come from memory.
+const LONG: usize = 12 * SHORT;
 
 /// Columns of a panel, and rows of its tiles: a tile's sums stay in a processor's own cache.
 const PANEL: usize = 256;
-const TILE: usize = 128;
+const TILE: usize = 256;
 
 /// `Σ x xᵀ` `[width, width]` of vectors that come a batch at a time.
 ///
 /// The sum is symmetric, so that little more than half of it is computed and held, in double precision.
-/// Vectors in single precision are multiplied in single precision, 256 of them at a time, which takes half
+/// Vectors in single precision are multiplied in single precision, 384 of them at a time, which takes half
 /// the time: each entry is then off by some 1e-7 of its features' mean squares, less the more vectors there are. Not the first ones, as many as there
 /// are numbers in each: as long as the sum is singular, rounding would give it negative eigenvalues.
 ///
@@ -79,13 +82,13 @@ impl SecondMoment {
             DType::F64 => count,
             _ => self.width.saturating_sub(self.count).min(count),
         };
-        for range in chunks(0..double) {
+        for range in chunks(0..double, CHUNK) {
             let chunk = x.narrow(0, range.start, range.len())?;
             let chunk = chunk.to_dtype(DType::F64)?;
             let read = Host::new(&chunk);
             self.add_chunk(&read.ordered::<f64>()?, add_in_double);
         }
-        for range in chunks(double..count) {
+        for range in chunks(double..count, LONG) {
             let chunk = x.narrow(0, range.start, range.len())?;
             let chunk = chunk.to_dtype(DType::F32)?;
             let read = Host::new(&chunk);
@@ -190,10 +193,10 @@ fn tiles(width: usize, mut sums: &mut [f64]) -> Vec<Tile<'_>> {
     found
 }
 
-/// Parts of a range, of [`CHUNK`] at most.
-fn chunks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let firsts = range.clone().step_by(CHUNK);
-    firsts.map(move |first| first..(first + CHUNK).min(range.end))
+/// Parts of a range, of `size` at most.
+fn chunks(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+    let firsts = range.clone().step_by(size);
+    firsts.map(move |first| first..(first + size).min(range.end))
 }
 
 /// `sums += leftᵀ right`.

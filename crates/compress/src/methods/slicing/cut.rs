@@ -59,12 +59,14 @@ fn rescaled(norm: NormSpec, ratio: f64) -> NormSpec {
     }
 }
 
-/// Gives a folded model these bases. `original` is the spec before it was folded.
+/// Gives a folded model these bases, and each part `dtype` as soon as it has them. `original` is the spec before it was
+/// folded.
 pub(super) fn cut(
     mut edit: Edit,
     original: &ModelSpec,
     layout: &Layout,
     bases: &Bases,
+    dtype: DType,
 ) -> Result<Edit> {
     let basis = |site: usize| -> Result<Tensor> {
         let basis = bases.at(site)?;
@@ -88,6 +90,9 @@ pub(super) fn cut(
             write_in(&mut edit, writer, &to)?;
         }
         regain(&mut edit, &part.norm, original.width, width)?;
+        for layer in part.readers.iter().chain(&part.writers) {
+            edit.round(layer, dtype)?;
+        }
     }
     let last = basis(layout.last())?;
     for reader in &layout.head {

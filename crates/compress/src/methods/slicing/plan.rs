@@ -417,7 +417,7 @@ pub fn slice(
         (true, Some(basis)) => Bases::Shared(basis.clone()),
         _ => Bases::PerSite(bases.clone()),
     };
-    let narrow = cut(edit, spec, &layout, &used)?.finish()?;
+    let narrow = cut(edit, spec, &layout, &used, model.dtype())?.finish()?;
     Ok(Sliced {
         model: in_type(&narrow, model.dtype())?,
         bases,
