@@ -448,13 +448,18 @@ fn pack_rows<const ROWS: usize>(
                 unsafe {
                     let from = from.as_ptr().add(tile * ROWS).cast::<[f32; ROWS]>();
                     let to = to.as_mut_ptr().add(tile * each + q * ROWS);
-                    to.cast::<[f32; ROWS]>().write_unaligned(from.read_unaligned());
+                    to.cast::<[f32; ROWS]>()
+                        .write_unaligned(from.read_unaligned());
                 }
             }
         }
         return;
     }
-    for (first, tile) in rows.clone().step_by(ROWS).zip(to.chunks_exact_mut(each.max(1))) {
+    for (first, tile) in rows
+        .clone()
+        .step_by(ROWS)
+        .zip(to.chunks_exact_mut(each.max(1)))
+    {
         for (column, to) in depth.clone().zip(tile.chunks_exact_mut(ROWS)) {
             for (row, to) in to.iter_mut().enumerate() {
                 *to = match first + row < rows.end {

@@ -31,7 +31,9 @@ use self::stack::{Stack, alike, group};
 use self::tune::{Distances, Group, tune};
 pub use self::weights::Gate;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
-use crate::methods::block_influence::{block_weights, plan_of, removed_blocks, without_blocks};
+use crate::methods::block_influence::{
+    block_weights, in_one_basis, plan_of, removed_blocks, without_blocks,
+};
 use crate::methods::linearise::one_stream;
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, LayerErrors, ModuleReport};
@@ -73,7 +75,7 @@ pub(crate) const MACRO_INFLUENCE: Method = Method {
     effect: Effect::Depth,
     observes: true,
     requirements: |model: &Model, _: &Settings| {
-        one_stream(model, MACRO_INFLUENCE.name)?;
+        deletable(model, MACRO_INFLUENCE.name)?;
         Ok(Requirements::default())
     },
     plan: delete,
@@ -153,8 +155,16 @@ impl FuseSettings {
     }
 }
 
-fn fusible(model: &Model, name: &str) -> Result<Requirements> {
+/// Without a block its shortcut is gone too, so that influence is mostly that of the basis which every
+/// later block misses.
+fn deletable(model: &Model, name: &str) -> Result<()> {
     one_stream(model, name)?;
+    in_one_basis(model, name)
+}
+
+/// Entries of two blocks' matrices correspond only where both read and write the same features.
+fn fusible(model: &Model, name: &str) -> Result<Requirements> {
+    deletable(model, name)?;
     alike(model, name)?;
     Ok(Requirements::default())
 }
@@ -170,7 +180,7 @@ fn least_influence(stack: &Stack, data: &CalibrationData, batch: usize) -> Resul
 /// The plan of plain deletion.
 fn delete(task: &Task<'_>, budget: &Budget) -> Result<Plan> {
     let name = MACRO_INFLUENCE.name;
-    one_stream(task.model, name)?;
+    deletable(task.model, name)?;
     let count = removed_blocks(task.model, name, budget)?;
     let mut gone = BTreeSet::new();
     if count > 0 {
