@@ -112,7 +112,7 @@ pub(super) fn jobs<'a>(setting: &Setting, size: &'a Size) -> Vec<(String, Job<'a
 }
 
 /// Measures what was learned.
-pub(super) fn told(
+pub(super) fn claimed(
     setting: &Setting,
     size: &Size,
     found: Vec<(&'static str, Found)>,

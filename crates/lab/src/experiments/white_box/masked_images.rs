@@ -72,7 +72,7 @@ fn found(size: &Size, seed: u64) -> Result<Found> {
 }
 
 /// Measures what was learned.
-pub(super) fn told(setting: &Setting, found: Vec<Found>) -> (Vec<Claim>, Vec<Plot>) {
+pub(super) fn claimed(setting: &Setting, found: Vec<Found>) -> (Vec<Claim>, Vec<Plot>) {
     let (mut shares, mut audits, mut matches) = (Vec::new(), Vec::new(), Vec::new());
     let mut probes = Vec::new();
     for found in found {

@@ -145,14 +145,14 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
             Trained::Teacher(name, found) => teachers.push((name, *found)),
         }
     }
-    let (more, mut plots) = digits::told(setting, &size, &classifiers)?;
+    let (more, mut plots) = digits::claimed(setting, &size, &classifiers)?;
     claims.extend(more);
-    let (what, more) = text::told(setting, &losses);
+    let (what, more) = text::claimed(setting, &losses);
     claims.extend(more);
-    let (more, drawn) = masked_images::told(setting, autoencoders);
+    let (more, drawn) = masked_images::claimed(setting, autoencoders);
     claims.extend(more);
     plots.extend(drawn);
-    let (more, drawn) = distilled::told(setting, &size, teachers);
+    let (more, drawn) = distilled::claimed(setting, &size, teachers);
     claims.extend(more);
     plots.extend(drawn);
     Ok(Reproduction {

@@ -43,7 +43,7 @@ pub(super) fn jobs<'a>(setting: &Setting, size: &'a Size) -> Result<Vec<(String,
 }
 
 /// What they read, and what is claimed of the losses of all that were trained.
-pub(super) fn told(setting: &Setting, losses: &[f64]) -> (String, Vec<Claim>) {
+pub(super) fn claimed(setting: &Setting, losses: &[f64]) -> (String, Vec<Claim>) {
     let [gpt, square, over] = losses else {
         let missing = |claim: &str| {
             Claim::new(
