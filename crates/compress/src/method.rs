@@ -4,7 +4,7 @@ use lapidary_model::Model;
 
 use crate::activations::ActivationSettings;
 use crate::entropy::EntropyChoice;
-use crate::methods::fuse::FuseSettings;
+use crate::methods::fuse::{self, FuseSettings};
 use crate::methods::quantise::ROUNDING;
 use crate::methods::replace_me::ReplaceMe;
 use crate::methods::slicing::SliceSettings;
@@ -257,6 +257,21 @@ impl Method {
         }
         self.check(task)?;
         (self.apply)(task, plan)
+    }
+
+    /// Plans for a budget and carries the plan out: what [`Method::plan`] and [`Method::apply`] give one after the
+    /// other, at less cost where a method trains to plan.
+    ///
+    /// # Errors
+    /// Those of both.
+    pub fn cut(&self, task: &Task<'_>, budget: &Budget) -> Result<(Plan, Compressed)> {
+        self.check(task)?;
+        if let Some(found) = fuse::cut(self.name, task, budget)? {
+            return Ok(found);
+        }
+        let plan = (self.plan)(task, budget)?;
+        let compressed = (self.apply)(task, &plan)?;
+        Ok((plan, compressed))
     }
 
     /// Every method cuts a matrix by what one place of the model shows it, and needs its numbers.

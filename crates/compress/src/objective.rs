@@ -6,6 +6,7 @@ use lapidary_kernels::{D, DType, SoftmaxMask, Tensor, gather, log_softmax};
 use lapidary_model::{HeadSpec, Model, Output};
 use serde::{Deserialize, Serialize};
 
+use crate::calibration::forward;
 use crate::data::{Batch, Content, Example, Target};
 use crate::error::engine;
 use crate::{CalibrationData, Error, Result};
@@ -95,6 +96,18 @@ impl Objective {
                  otherwise",
             )),
         }
+    }
+
+    /// The mean loss of all examples.
+    pub(crate) fn mean(self, model: &Model, data: &CalibrationData, batch: usize) -> Result<f64> {
+        let mut total = 0.0;
+        for batch in data.batches(batch, &model.device()) {
+            let batch = batch?;
+            let losses = self.losses(&forward(model, &batch, None)?, &batch)?;
+            let sum = engine(engine(losses.detach().to_dtype(DType::F64))?.sum_all())?;
+            total += engine(sum.to_scalar::<f64>())?;
+        }
+        Ok(total / data.len() as f64)
     }
 
     /// The loss of each example, `[batch]`.

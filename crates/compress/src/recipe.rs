@@ -238,8 +238,7 @@ impl Recipe {
                 data,
                 settings: Some(settings),
             };
-            let plan = method.plan(&task, &budget)?;
-            let compressed = method.apply(&task, &plan)?;
+            let (plan, compressed) = method.cut(&task, &budget)?;
             let seconds = Seconds {
                 calibration: calibrated,
                 cut: started.elapsed().as_secs_f64() - calibrated,

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{AutomaticSettings, Mix};
 use crate::edit::block_of;
-use crate::method::{Method, Settings, Task};
+use crate::method::{Method, Schedule, Settings, Task};
 use crate::methods::block_influence::block_weights;
 use crate::methods::channels::Unit;
 use crate::plan::{Budget, Change, ModulePlan, Plan};
@@ -104,10 +104,19 @@ pub(super) fn applicable(
     names: &[String],
     settings: &Settings,
 ) -> Result<Applicable> {
-    let (mut methods, mut left_out) = (Vec::new(), Vec::new());
+    let mut methods: Vec<&'static Method> = Vec::new();
+    let mut left_out = Vec::new();
     for name in names {
         let method = Method::find(name)?;
+        // One that is named twice has one plan.
+        if methods.iter().any(|known| known.name == method.name) {
+            continue;
+        }
         match method.requirements(model, settings) {
+            Ok(_) if method.schedule == Schedule::Training => {
+                let reason = "it trains while it cuts, and modules of a mix are cut apart";
+                left_out.push((name.clone(), reason.to_owned()));
+            }
             Ok(_) => methods.push(method),
             Err(error) => left_out.push((name.clone(), error.to_string())),
         }
@@ -181,18 +190,22 @@ impl Candidates {
 
     /// Refuses a budget that some choice of methods could not meet.
     fn check(&self) -> Result<()> {
-        if self.places.is_empty() && self.depth.is_none() {
+        if self.places.is_empty() {
             let reasons = self.left_out.iter();
             let reasons: Vec<String> = reasons
                 .map(|(method, reason)| format!("{method}: {reason}"))
                 .collect();
+            let found = match &self.depth {
+                Some((name, _)) => format!("{name} alone, which leaves out whole blocks"),
+                None => "none that can be mixed for this model".to_owned(),
+            };
             return Err(Error::invalid(
                 "methods to mix",
-                format!(
-                    "none that can be mixed for this model ({})",
-                    reasons.join("; ")
-                ),
-                "with at least one that factorises or narrows modules, or leaves out blocks",
+                match reasons.is_empty() {
+                    true => found,
+                    false => format!("{found} ({})", reasons.join("; ")),
+                },
+                "with at least one that factorises or narrows modules, by which a budget is met",
             ));
         }
         let saved = |place: &Place| {
@@ -365,7 +378,7 @@ fn removals(task: &Task<'_>, method: &Method, most: usize) -> Vec<Plan> {
 /// What a method can make of each group, from its plans at rising shares.
 fn of_method(task: &Task<'_>, method: &'static Method) -> Result<Vec<((usize, Group), Way)>> {
     let mut steps: BTreeMap<(usize, Group), Vec<Step>> = BTreeMap::new();
-    let mut failure = None;
+    let (mut failure, mut changed) = (None, false);
     for share in 1..=SHARES {
         let keep = share as f64 / SHARES as f64;
         let plan = match method.plan(task, &Budget::Keep(keep)) {
@@ -375,6 +388,8 @@ fn of_method(task: &Task<'_>, method: &'static Method) -> Result<Vec<((usize, Gr
                 continue;
             }
         };
+        let leaves = |planned: &ModulePlan| matches!(planned.change, Change::Leave { .. });
+        changed |= !plan.modules.iter().all(leaves);
         let mut here: BTreeMap<(usize, Group), Step> = BTreeMap::new();
         for planned in plan.modules {
             let (Some(place), Some(saved)) =
@@ -409,8 +424,9 @@ fn of_method(task: &Task<'_>, method: &'static Method) -> Result<Vec<((usize, Gr
         .collect();
     match (ways.is_empty(), failure) {
         (false, _) => Ok(ways),
-        (true, Some(error)) => Err(error),
-        (true, None) => Err(Error::invalid(
+        // What it changes is no reason where a plan changed nothing.
+        (true, Some(error)) if !changed => Err(error),
+        (true, _) => Err(Error::invalid(
             format!("what {} changes", method.name),
             "neither the rank of a matrix nor the width of a feed-forward part of a block",
             "one of these, or whole blocks, for a mix",

@@ -53,7 +53,7 @@ pub struct AutomaticSettings {
     /// Parameters that may be left of the whole model.
     pub parameters: usize,
     /// Names of the methods to mix: of those that leave out blocks at most one. Those that the
-    /// model does not allow are left out.
+    /// model does not allow are left out, and those that train.
     pub methods: Vec<String>,
     /// Mixes that are tried, the uniform ones included.
     pub evaluations: usize,
@@ -224,7 +224,7 @@ impl<'a> Automatic<'a> {
         self.score
     }
 
-    /// Methods that the model does not allow, and why.
+    /// Methods that are left out, and why.
     pub fn left_out(&self) -> &[(String, String)] {
         &self.candidates.left_out
     }

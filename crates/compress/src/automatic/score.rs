@@ -1,11 +1,8 @@
 //! What a mix is worth.
 
-use lapidary_kernels::DType;
 use lapidary_model::Model;
 use serde::{Deserialize, Serialize};
 
-use crate::calibration::forward;
-use crate::error::engine;
 use crate::quality::{agreement, likeness};
 use crate::{CalibrationData, Objective, Result};
 
@@ -56,25 +53,9 @@ impl Score {
         batch: usize,
     ) -> Result<f64> {
         match self {
-            Self::Loss(objective) => mean_loss(mix, objective, data, batch),
+            Self::Loss(objective) => objective.mean(mix, data, batch),
             Self::Divergence => Ok(agreement(original, mix, data, batch)?.divergence),
             Self::Cosine => Ok(1.0 - likeness(original, mix, data, batch)?.cosine),
         }
     }
-}
-
-fn mean_loss(
-    model: &Model,
-    objective: Objective,
-    data: &CalibrationData,
-    batch: usize,
-) -> Result<f64> {
-    let mut total = 0.0;
-    for batch in data.batches(batch, &model.device()) {
-        let batch = batch?;
-        let losses = objective.losses(&forward(model, &batch, None)?, &batch)?;
-        let sum = engine(engine(losses.detach().to_dtype(DType::F64))?.sum_all())?;
-        total += engine(sum.to_scalar::<f64>())?;
-    }
-    Ok(total / data.len() as f64)
 }

@@ -122,8 +122,7 @@ fn pruned(model: &Model, told: &PruneAndHeal<'_>, keep: f64) -> Result<Compresse
         data: Some(told.calibration),
         settings: Some(told.settings),
     };
-    let plan = told.method.plan(&task, &Budget::Keep(keep))?;
-    told.method.apply(&task, &plan)
+    Ok(told.method.cut(&task, &Budget::Keep(keep))?.1)
 }
 
 /// The weights of `early` with the zeros of the pruned model.

@@ -312,13 +312,42 @@ fn what_cannot_be_searched_is_refused_with_the_reason() {
         settings(&model, 0.7, &["block-influence", "entropy-blocks"]),
         "at most one",
     );
-    refused(settings(&model, 0.7, &["slicegpt"]), "slicegpt");
     refused(settings(&model, 0.7, &[]), "at least one");
+    refused(
+        settings(&model, 0.7, &["block-influence"]),
+        "methods to mix is block-influence alone, which leaves out whole blocks, but must be with at least one",
+    );
+    for name in ["fusegpt", "fuse-lora", "movement"] {
+        refused(settings(&model, 0.7, &[name]), "it trains while it cuts");
+    }
+    // A width of 0 is refused, and the others are not mixed: why is told of what can be planned.
+    refused(
+        settings(&model, 0.7, &["slicegpt"]),
+        "what slicegpt changes is neither the rank",
+    );
     let none = AutomaticSettings {
         evaluations: 0,
         ..settings(&model, 0.7, &["svd"])
     };
     refused(none, "at least 1");
+}
+
+#[test]
+fn a_method_that_is_named_twice_is_one() {
+    let model = decoder();
+    let (data, held_out) = (windows(8, 1), windows(4, 2));
+    let twice = [
+        "block-influence",
+        "activation",
+        "block-influence",
+        "activation-weighted",
+    ];
+    let new = |methods: &[&str]| {
+        Automatic::new(&model, &data, &held_out, settings(&model, 0.7, methods)).unwrap()
+    };
+    let (once, twice) = (new(&twice[..2]), new(&twice));
+    assert_eq!(once.state().search.domain(), twice.state().search.domain());
+    assert_eq!(once.baselines(), twice.baselines());
 }
 
 #[test]

@@ -327,6 +327,36 @@ fn the_same_seed_gives_the_same_model() {
     assert!(distance(&run(1), &run(2)) > 0.0);
 }
 
+/// Planned and carried out at one time, each group is tuned once, and the result is that of the plan carried out
+/// behind it.
+#[test]
+fn a_cut_is_its_plan_carried_out() {
+    let data = windows(8, 21);
+    let model = model(&with_blocks(DECODER, 6), 17);
+    for method in ["fusegpt", "fuse-lora"] {
+        for rescore_fused in [true, false] {
+            let fuse = FuseSettings {
+                group: 3,
+                rescore_fused,
+                ..quick()
+            };
+            let (planned, plan) = compress(method, &model, &data, 0.5, fuse).unwrap();
+            assert_eq!(removed(&plan).len(), 3);
+            let settings = settings(fuse);
+            let task = task(&model, &data, &settings);
+            let found = Method::find(method).unwrap();
+            let (same, cut) = found.cut(&task, &Budget::Keep(0.5)).unwrap();
+            assert_eq!(same, plan);
+            assert_eq!(misses(&cut), misses(&planned));
+            assert_eq!(cut.model.spec(), planned.model.spec());
+            for (name, tensor) in planned.model.parameters() {
+                let other = &cut.model.parameters()[name];
+                assert_eq!(values(tensor), values(other), "{method} {name}");
+            }
+        }
+    }
+}
+
 /// A plan is carried out in its order, as it says, and refused where it makes no sense.
 #[test]
 fn plans_are_obeyed() {

@@ -1,11 +1,14 @@
 //! Pruning by what training moves, zeros that change places, and the work that zeros save.
 #![allow(clippy::panic, clippy::result_large_err, clippy::unwrap_used)]
 
-use crate::common::{DECODER, all, cut_by, model, text, values, weights, windows, zeros};
+use crate::common::{
+    DECODER, ENCODER, all, cut_by, labelled, model, scores, text, values, weights, windows, zeros,
+};
 use lapidary_compress::quality::{Window, block_errors, perplexity};
 use lapidary_compress::{
-    Fingerprint, HealData, HealSettings, Method, MovementSettings, Pattern, PruneAndHeal,
-    PruneSettings, Scope, Selection, Settings, Size, Work, heal, prune_and_heal,
+    CalibrationData, Fingerprint, HealData, HealSettings, Method, MovementSettings, Pattern,
+    PruneAndHeal, PruneSettings, Scope, Selection, Settings, Size, Target, Work, heal,
+    prune_and_heal,
 };
 use lapidary_model::Model;
 
@@ -175,6 +178,13 @@ fn movement_keeps_patterns_and_refuses_what_means_nothing() {
         ),
         (
             MovementSettings {
+                held_out: 1,
+                ..few_steps()
+            },
+            "pruning.movement.held_out is 1",
+        ),
+        (
+            MovementSettings {
                 ramp: 0.0,
                 ..few_steps()
             },
@@ -199,6 +209,73 @@ fn movement_keeps_patterns_and_refuses_what_means_nothing() {
         let error = error.unwrap().to_string();
         assert!(error.contains(words), "{error}");
     }
+}
+
+/// Held-out examples that say the opposite of those trained on are best met by what was trained least: the model
+/// that has just got its last mask. Its zeros are those of the last step, since both trained alike.
+#[test]
+fn the_best_on_held_out_examples_comes_out() {
+    let original = model(ENCODER, 4);
+    let examples = labelled(12, 3, 4).examples().to_vec();
+    let contents = (0..12).map(|index| (index, examples[index - index % 3].clone()));
+    let (mut training, mut held_out) = (Vec::new(), Vec::new());
+    let mut mixed = Vec::new();
+    for (index, mut example) in contents {
+        let opposite = index % 3 == 1;
+        example.target = Target::Label(u32::from(opposite));
+        mixed.push(example.clone());
+        match opposite {
+            true => held_out.push(example),
+            false => training.push(example),
+        }
+    }
+    let [mixed, training, held_out] =
+        [mixed, training, held_out].map(|examples| CalibrationData::new(examples).unwrap());
+    let moved = |data: &CalibrationData, one_of: usize| {
+        let settings = MovementSettings {
+            steps: 20,
+            every: 2,
+            ramp: 0.3,
+            rate: 1e-2,
+            held_out: one_of,
+            ..MovementSettings::default()
+        };
+        cut_by(&original, data, "movement", 0.5, &told(settings, None))
+            .unwrap()
+            .model
+    };
+    let (last, best) = (moved(&training, 0), moved(&mixed, 3));
+    assert_eq!(masks(&last), masks(&best));
+    let loss = |model: &Model, label: usize| -> f64 {
+        let scores = scores(model, &held_out);
+        let losses = scores.chunks(3).map(|scores| {
+            let terms = scores.iter().map(|score| (score - scores[label]).exp());
+            terms.sum::<f64>().ln()
+        });
+        losses.sum()
+    };
+    let (first, behind) = (loss(&best, 1), loss(&last, 1));
+    assert!(first < behind, "{first} {behind}");
+    // Where they say the same, training does not make it worse, and the last is among what was measured.
+    let same = mixed.examples().iter().cloned().map(|mut example| {
+        example.target = Target::Label(0);
+        example
+    });
+    let same = CalibrationData::new(same.collect()).unwrap();
+    let best = moved(&same, 3);
+    assert_eq!(masks(&last), masks(&best));
+    assert!(loss(&best, 0) <= loss(&last, 0) + 1e-12);
+    let one = CalibrationData::new(training.examples()[..1].to_vec()).unwrap();
+    let settings = told(
+        MovementSettings {
+            held_out: 3,
+            ..few_steps()
+        },
+        None,
+    );
+    let error = cut_by(&original, &one, "movement", 0.5, &settings).err();
+    let error = error.unwrap().to_string();
+    assert!(error.contains("examples of movement is 1"), "{error}");
 }
 
 fn healing() -> HealSettings {

@@ -168,8 +168,7 @@ impl Subject {
             settings: Some(settings),
         };
         let keep = 1.0 - removed as f64 / candidates.max(1) as f64;
-        let plan = method.plan(&task, &Budget::Keep(keep))?;
-        Ok(method.apply(&task, &plan)?)
+        Ok(method.cut(&task, &Budget::Keep(keep))?.1)
     }
 
     /// A plan of a method that takes out nothing, to be written into.

@@ -31,7 +31,9 @@ use self::stack::{Stack, alike, group};
 use self::tune::{Distances, Group, tune};
 pub use self::weights::Gate;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
-use crate::methods::block_influence::{block_weights, plan_of, removed_blocks, without_blocks};
+use crate::methods::block_influence::{
+    block_weights, in_one_basis, plan_of, removed_blocks, without_blocks,
+};
 use crate::methods::linearise::one_stream;
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, LayerErrors, ModuleReport};
@@ -73,7 +75,7 @@ pub(crate) const MACRO_INFLUENCE: Method = Method {
     effect: Effect::Depth,
     observes: true,
     requirements: |model: &Model, _: &Settings| {
-        one_stream(model, MACRO_INFLUENCE.name)?;
+        deletable(model, MACRO_INFLUENCE.name)?;
         Ok(Requirements::default())
     },
     plan: delete,
@@ -153,8 +155,16 @@ impl FuseSettings {
     }
 }
 
-fn fusible(model: &Model, name: &str) -> Result<Requirements> {
+/// Without a block its shortcut is gone too, so that influence is mostly that of the basis which every
+/// later block misses.
+fn deletable(model: &Model, name: &str) -> Result<()> {
     one_stream(model, name)?;
+    in_one_basis(model, name)
+}
+
+/// Entries of two blocks' matrices correspond only where both read and write the same features.
+fn fusible(model: &Model, name: &str) -> Result<Requirements> {
+    deletable(model, name)?;
     alike(model, name)?;
     Ok(Requirements::default())
 }
@@ -170,7 +180,7 @@ fn least_influence(stack: &Stack, data: &CalibrationData, batch: usize) -> Resul
 /// The plan of plain deletion.
 fn delete(task: &Task<'_>, budget: &Budget) -> Result<Plan> {
     let name = MACRO_INFLUENCE.name;
-    one_stream(task.model, name)?;
+    deletable(task.model, name)?;
     let count = removed_blocks(task.model, name, budget)?;
     let mut gone = BTreeSet::new();
     if count > 0 {
@@ -188,8 +198,52 @@ fn delete(task: &Task<'_>, budget: &Budget) -> Result<Plan> {
     Ok(plan_of(name, task.model, &gone))
 }
 
+/// A plan, and the blocks as they were planned with.
+struct Planned {
+    plan: Plan,
+    stack: Stack,
+    /// Of each block that goes, where its group was tuned.
+    distances: Vec<Option<Distances>>,
+}
+
 /// A plan in the order in which it is carried out: a block that goes, then those that take it in.
 fn plan(name: &str, task: &Task<'_>, budget: &Budget, recycle: bool) -> Result<Plan> {
+    let rescore = task.settings().fuse.rescore_fused;
+    // Nothing is looked for behind the last block that goes.
+    let planned = planned(name, task, budget, recycle, |left| rescore && left > 0)?;
+    Ok(planned.plan)
+}
+
+/// Plans and carries the plan out at one time: a model that is fused to look for the next block is not fused
+/// again. `None` for what does not train to plan.
+pub(crate) fn cut(
+    name: &str,
+    task: &Task<'_>,
+    budget: &Budget,
+) -> Result<Option<(Plan, Compressed)>> {
+    let recycle = name == FUSEGPT.name;
+    let fuses = recycle || name == FUSE_LORA.name;
+    if !(fuses && task.settings().fuse.rescore_fused) {
+        return Ok(None);
+    }
+    let Planned {
+        plan,
+        stack,
+        distances,
+    } = planned(name, task, budget, recycle, |_| true)?;
+    let modules = reports(task.model, &plan, &distances);
+    let compressed = Compressed::new(name, task, stack.fold(task.model)?, modules)?;
+    Ok(Some((plan, compressed)))
+}
+
+/// Plans, and tunes the group around a block that goes where `tunes` says so of how many are still to go.
+fn planned(
+    name: &str,
+    task: &Task<'_>,
+    budget: &Budget,
+    recycle: bool,
+    tunes: impl Fn(usize) -> bool,
+) -> Result<Planned> {
     fusible(task.model, name)?;
     let settings = task.settings();
     settings.fuse.check()?;
@@ -202,7 +256,7 @@ fn plan(name: &str, task: &Task<'_>, budget: &Budget, recycle: bool) -> Result<P
         change,
     };
     let mut stack = Stack::of(task.model, settings.seed)?;
-    let mut modules = Vec::new();
+    let (mut modules, mut distances) = (Vec::new(), Vec::new());
     let mut touched = BTreeSet::new();
     for step in 0..count {
         let data = task.observed(name)?;
@@ -215,19 +269,16 @@ fn plan(name: &str, task: &Task<'_>, budget: &Budget, recycle: bool) -> Result<P
         let survivors = group.survivors.iter();
         modules.extend(survivors.map(|block| module(*block, Change::Fuse { from: gone })));
         touched.extend(group.blocks.iter().copied());
-        match settings.fuse.rescore_fused && step + 1 < count {
+        distances.push(match tunes(count - step - 1) {
             true => {
-                tune(
-                    &mut stack,
-                    &group,
-                    data,
-                    settings.batch,
-                    recycle,
-                    &settings.fuse,
-                )?;
+                let (batch, fuse) = (settings.batch, &settings.fuse);
+                Some(tune(&mut stack, &group, data, batch, recycle, fuse)?)
             }
-            false => stack.remove(gone),
-        }
+            false => {
+                stack.remove(gone);
+                None
+            }
+        });
     }
     let blocks = 0..task.model.spec().expanded_blocks().len();
     let others = blocks.filter(|block| !touched.contains(block));
@@ -235,9 +286,11 @@ fn plan(name: &str, task: &Task<'_>, budget: &Budget, recycle: bool) -> Result<P
         let reason = "it is in no group around a block that goes".to_owned();
         module(block, Change::Leave { reason })
     }));
-    Ok(Plan {
-        method: name.to_owned(),
-        modules,
+    let method = name.to_owned();
+    Ok(Planned {
+        plan: Plan { method, modules },
+        stack,
+        distances,
     })
 }
 

@@ -10,6 +10,9 @@
 //! that it had; while it is masked it is not trained and does not decay. The mask follows the cubic
 //! ramp over the first part of the steps and is fixed in the rest.
 //!
+//! What comes out is the model of the last step, or where some examples are held out the one of least loss on
+//! these from the last mask on, the schedule being the same: earlier models have fewer zeros.
+//!
 //! A weight that is zero to begin with stays zero.
 
 use std::collections::BTreeMap;
@@ -28,7 +31,7 @@ use crate::method::{Effect, Method, Schedule, Task};
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
 use crate::requirements::Requirements;
-use crate::{Error, Layer, Objective, Result};
+use crate::{CalibrationData, Error, Layer, Objective, Result};
 
 /// Movement in the list of methods.
 pub(crate) const MOVEMENT: Method = Method {
@@ -101,8 +104,13 @@ struct Learned {
 fn learn(task: &Task<'_>, wanted: &[(Layer, f64)]) -> Result<Learned> {
     let all = task.settings();
     let told = &all.pruning.movement;
-    let data = task.observed(MOVEMENT.name)?;
-    let objective = Objective::of(task.model, data)?;
+    let all_examples = task.observed(MOVEMENT.name)?;
+    let objective = Objective::of(task.model, all_examples)?;
+    let sides = sides(all_examples, told.held_out)?;
+    let (data, held_out) = match &sides {
+        Some((training, held_out)) => (training, Some(held_out)),
+        None => (all_examples, None),
+    };
     let student = Model::trainable(task.model.spec().clone(), &mut trained(task.model)?)?;
     let mut updates = Updates::new(
         &student,
@@ -127,6 +135,7 @@ fn learn(task: &Task<'_>, wanted: &[(Layer, f64)]) -> Result<Learned> {
     };
     let last = last_mask(told);
     let mut order = Order::new(data, all.seed);
+    let mut best: Option<(f64, BTreeMap<String, Tensor>)> = None;
     for step in 1..=told.steps {
         let examples = order.next(told.batch);
         let batch = Batch::new(&examples, &student.device())?;
@@ -151,15 +160,46 @@ fn learn(task: &Task<'_>, wanted: &[(Layer, f64)]) -> Result<Learned> {
             }
             updates.set_masks(masks(&moving)?)?;
         }
+        let measured = (step - last.min(step)).is_multiple_of(told.every) || step == told.steps;
+        if let Some(held_out) = held_out.filter(|_| measured && step >= last) {
+            let loss = objective.mean(&student, held_out, told.batch)?;
+            let better = |(least, _): &(f64, _)| loss.total_cmp(least).is_lt();
+            if best.as_ref().is_none_or(better) {
+                best = Some((loss, updates.parameters()?));
+            }
+        }
     }
     let least = moving
         .iter()
         .map(Moving::least)
         .fold(f64::INFINITY, f64::min);
     Ok(Learned {
-        parameters: updates.parameters()?,
+        parameters: match best {
+            Some((_, parameters)) => parameters,
+            None => updates.parameters()?,
+        },
         scores: moving.iter().map(|matrix| matrix.compared(least)).collect(),
     })
+}
+
+/// The examples that are trained on, and those that are held out, one of `one_of`; none of these where it is 0.
+fn sides(
+    data: &CalibrationData,
+    one_of: usize,
+) -> Result<Option<(CalibrationData, CalibrationData)>> {
+    if one_of == 0 {
+        return Ok(None);
+    }
+    if data.len() < 2 {
+        let expected = "at least 2, one of them to be held out, or pruning.movement.held_out 0";
+        return Err(Error::invalid("examples of movement", data.len(), expected));
+    }
+    let side = |wanted: bool| {
+        let examples = data.examples().iter().enumerate();
+        let here = examples.filter(|(index, _)| (index % one_of == 1) == wanted);
+        CalibrationData::new(here.map(|(_, example)| example.clone()).collect())
+    };
+    Ok(Some((side(false)?, side(true)?)))
 }
 
 /// The step behind which the mask is fixed.

@@ -90,6 +90,9 @@ pub struct MovementSettings {
     pub weight_decay: f64,
     /// Examples of a step.
     pub batch: usize,
+    /// Of so many examples one is not trained on, and from the last mask on the model is measured on those
+    /// every [`Self::every`] steps: the best is what comes out. 0 for none and the model of the last step.
+    pub held_out: usize,
 }
 
 impl Default for MovementSettings {
@@ -101,6 +104,7 @@ impl Default for MovementSettings {
             rate: 1e-4,
             weight_decay: 0.01,
             batch: 8,
+            held_out: 0,
         }
     }
 }
@@ -115,6 +119,10 @@ impl MovementSettings {
             if found == 0 {
                 return Err(Error::invalid(what, found, "at least 1"));
             }
+        }
+        if self.held_out == 1 {
+            let expected = "0 for none, or at least 2, so that some are trained on";
+            return Err(Error::invalid("pruning.movement.held_out", 1, expected));
         }
         if !(self.ramp > 0.0 && self.ramp <= 1.0) {
             let what = "share of the steps of movement in which zeros grow";

@@ -43,7 +43,7 @@ pub use self::run::{RunInput, run_regression};
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
-use crate::methods::block_influence::{block_weights, removable, removed_blocks};
+use crate::methods::block_influence::{block_weights, in_one_basis, removable, removed_blocks};
 use crate::observe::{Seen, observe};
 use crate::plan::{Budget, Change, Plan};
 use crate::report::{Compressed, LayerErrors, ModuleReport};
@@ -121,14 +121,21 @@ impl ReplaceMe {
     }
 }
 
+/// `Y` passes as it is what goes: with shortcuts in the run, `M T + Y` would be in the basis before it,
+/// and what it is compared with in the one behind it.
+fn replaceable(model: &Model, name: &str) -> Result<()> {
+    removable(model, name)?;
+    in_one_basis(model, name)
+}
+
 fn requirements(name: &str, model: &Model, settings: &Settings) -> Result<Requirements> {
     settings.replace_me.check()?;
-    removable(model, name)?;
+    replaceable(model, name)?;
     Ok(Requirements::default())
 }
 
 fn plan(name: &str, task: &Task<'_>, budget: &Budget) -> Result<Plan> {
-    removable(task.model, name)?;
+    replaceable(task.model, name)?;
     let removed = removed_blocks(task.model, name, budget)?;
     let settings = task.settings();
     let runs = match removed {

@@ -24,7 +24,8 @@ pub enum RunInput {
 /// [`Regression::squared_error`] of both compares, on this data or another.
 ///
 /// # Errors
-/// When there are no such blocks, or block `anchor` adds nothing to a stream (post-norm).
+/// When there are no such blocks, or block `anchor` adds nothing to a stream (post-norm), or one that
+/// passes shortcuts.
 pub fn run_regression(
     model: &Model,
     data: &CalibrationData,
@@ -32,7 +33,7 @@ pub fn run_regression(
     (anchor, blocks): (usize, usize),
     input: RunInput,
 ) -> Result<Regression> {
-    super::removable(model, super::REPLACE_ME.name)?;
+    super::replaceable(model, super::REPLACE_ME.name)?;
     let all = model.spec().expanded_blocks().len();
     if blocks == 0 || anchor.saturating_add(blocks) >= all {
         return Err(Error::invalid(

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use self::pieces::{Cut, channels_of, parts, scans, weights_of, weights_of_feature};
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::attention_cosine::removed_of;
-use crate::methods::block_influence::removable;
+use crate::methods::block_influence::{in_one_basis, removable};
 use crate::methods::channels::{feedforward, planned_features};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::quality::predicts;
@@ -119,7 +119,13 @@ fn requirements(
             ),
         ));
     }
-    if candidates(&model.spec().expanded_blocks(), settings)?.is_empty() {
+    let found = candidates(&model.spec().expanded_blocks(), settings)?;
+    // A feed-forward part's shortcut goes with it, and both with a block of which nothing is left.
+    let part = |piece: &Shed| matches!(piece, Shed::Mixer(_) | Shed::Feedforward(_));
+    if found.iter().any(part) {
+        in_one_basis(model, name)?;
+    }
+    if found.is_empty() {
         return Err(Error::invalid(
             format!("pieces that {name} can leave out"),
             0,

@@ -16,6 +16,7 @@
 
 use lapidary_factor::{Matrix, qr};
 use lapidary_kernels::{DType, Tensor};
+use rayon::prelude::*;
 
 use super::coordinates::Selector;
 use super::directions::{Choice, Directions, Stream};
@@ -74,9 +75,15 @@ fn absolute(rows: &[Tensor], width: usize) -> Result<Matrix> {
     for x in rows {
         let features = engine(engine(engine(x.to_dtype(DType::F64))?.t())?.contiguous())?;
         let features: Vec<Vec<f64>> = engine(features.to_vec2())?;
-        for (i, a) in features.iter().enumerate() {
-            for (j, b) in features.iter().enumerate().take(i) {
-                let sum: f64 = a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum();
+        // Each feature's distances from those before it, by one thread.
+        let apart = features.par_iter().enumerate().map(|(i, a)| -> Vec<f64> {
+            let before = features.iter().take(i);
+            let from = |b: &Vec<f64>| a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum::<f64>();
+            before.map(from).collect()
+        });
+        let apart: Vec<Vec<f64>> = apart.collect();
+        for (i, apart) in apart.iter().enumerate() {
+            for (j, sum) in apart.iter().enumerate() {
                 sums[(i, j)] += sum;
                 sums[(j, i)] += sum;
             }

@@ -1,7 +1,9 @@
 //! The methods: their plans, books and refusals.
 
 use super::{PARALLEL, PROJECTED, cut};
-use crate::common::{DECODER, ENCODER, GATED, cut_by, model, scores, task, windows};
+use crate::common::{
+    DECODER, ENCODER, GATED, close, cut_by, model, scores, silenced, task, windows,
+};
 use lapidary_compress::slicing::{Principal, SliceSettings, parameters_after, slice};
 use lapidary_compress::{Budget, Change, Method, Plan, Settings};
 use lapidary_kernels::DType;
@@ -49,20 +51,50 @@ fn blocks_with_shortcuts_are_not_chosen_by_their_turns() {
     let (model, data) = (model(DECODER, 15), windows(8, 15));
     let sliced = |name: &str| cut_by(&model, &data, name, 0.5, &settings()).unwrap().model;
     let (turned, shared) = (sliced("slicegpt"), sliced("slicegpt-shared"));
+    let usual = Settings::default();
     for name in [
         "attention-cosine",
         "block-influence",
         "delete-linear",
         "entropy-attention",
         "entropy-blocks",
+        "fuse-lora",
+        "fusegpt",
+        "macro-influence",
+        "mamba-shedder",
+        "replaceme",
+        "replaceme-cosine",
     ] {
-        let (method, usual) = (Method::find(name).unwrap(), Settings::default());
+        let method = Method::find(name).unwrap();
         let error = method.requirements(&turned, &usual).unwrap_err();
         let error = error.to_string();
         assert!(error.contains("one with shortcuts"), "{name}: {error}");
         assert!(error.contains(&format!("without for {name}")), "{error}");
         assert!(method.requirements(&shared, &usual).is_ok(), "{name}");
     }
+    // A feature of a feed-forward part goes and leaves the shortcut.
+    let width = Method::find("mamba-shedder-width").unwrap();
+    assert!(width.requirements(&turned, &usual).is_ok());
+}
+
+/// A map of the whole stream takes a block's shortcuts in: one whose parts write nothing is its shortcuts
+/// alone, and what stands in for it loses nothing.
+#[test]
+fn a_linear_map_takes_shortcuts_in() {
+    let (model, data) = (model(DECODER, 16), windows(60, 16));
+    let made = cut_by(&model, &data, "slicegpt", 0.5, &settings()).unwrap();
+    let turned = silenced(&made.model, 1);
+    let found = cut_by(&turned, &data, "linearise", 0.5, &Settings::default()).unwrap();
+    let modules = &found.report.modules;
+    assert_eq!(modules[1].change, Change::Linearise { blocks: 1 });
+    let blocks = found.model.spec().expanded_blocks();
+    assert_eq!((blocks[0].shortcuts, blocks[1].shortcuts), (true, false));
+    let other = windows(5, 17);
+    close(
+        &scores(&found.model, &other),
+        &scores(&turned, &other),
+        1e-7,
+    );
 }
 
 #[test]

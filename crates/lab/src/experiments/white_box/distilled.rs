@@ -4,11 +4,10 @@
 mod claims;
 
 use super::audit::{Audit, of_input};
-use super::{BLOCKS, HEADS, Size, white_box};
+use super::{BLOCKS, HEADS, Job, Size, Trained, white_box};
 use crate::error::engine;
 use crate::experiments::attributes::{self, Draw, Picture, SHAPE, Scene};
 use crate::experiments::classifier::Narrow;
-use crate::experiments::jobs::by_seed;
 use crate::experiments::probe::{Row, percent_by_neighbours, percent_by_ridge};
 use crate::experiments::{mean, mini_clip, numbers};
 use crate::{Claim, Error, Plot, Result, Setting};
@@ -48,7 +47,7 @@ const UNCENTRED: &str = "CRATE without a centre";
 const BLUNT: &str = "CRATE without sharpening";
 
 /// What is asked of a trained teacher.
-struct Found {
+pub(super) struct Found {
     /// After training and before.
     trained: Told,
     untrained: Told,
@@ -71,12 +70,12 @@ struct Told {
 }
 
 /// What was found in each way, by seed.
-struct All(Vec<(&'static str, Vec<Found>)>);
+struct All(Vec<(&'static str, Found)>);
 
 impl All {
     fn of(&self, name: &str) -> impl Iterator<Item = &Found> {
         let seeds = self.0.iter().filter(move |(known, _)| *known == name);
-        seeds.flat_map(|(_, each)| each)
+        seeds.map(|(_, found)| found)
     }
 
     fn mean(&self, name: &str, of: fn(&Found) -> f64) -> f64 {
@@ -84,34 +83,40 @@ impl All {
     }
 }
 
-/// Trains and asks.
-pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> {
+/// A training for each way and seed.
+pub(super) fn jobs<'a>(setting: &Setting, size: &'a Size) -> Vec<(String, Job<'a>)> {
+    let uncentred = SelfDistillationSpec {
+        // It stays where it begins, at zero.
+        centre_momentum: 1.0,
+        ..objective(size)
+    };
     let ways = [
-        (OWN, (true, objective(size))),
-        (USUAL, (false, objective(size))),
-        (
-            UNCENTRED,
-            (
-                true,
-                SelfDistillationSpec {
-                    // It stays where it begins, at zero.
-                    centre_momentum: 1.0,
-                    ..objective(size)
-                },
-            ),
-        ),
-        (BLUNT, (true, blunt(size))),
+        (OWN, true, objective(size)),
+        (USUAL, false, objective(size)),
+        (UNCENTRED, true, uncentred),
+        (BLUNT, true, blunt(size)),
     ];
-    let found = by_seed(
-        setting,
-        "self-distillation",
-        &ways,
-        size.seeds,
-        |way, seed| {
-            let (own, objective) = way;
-            distilled(size, *own, objective.clone(), seed)
-        },
-    )?;
+    let mut jobs = Vec::new();
+    for (name, own, objective) in ways {
+        for seed in (setting.seed..).take(size.seeds as usize) {
+            let objective = objective.clone();
+            let job = move || -> Result<Trained> {
+                let found = distilled(size, own, objective, seed)?;
+                Ok(Trained::Teacher(name, Box::new(found)))
+            };
+            let name = format!("self-distillation: {name}, seed {seed}");
+            jobs.push((name, Box::new(job) as Job<'a>));
+        }
+    }
+    jobs
+}
+
+/// Measures what was learned.
+pub(super) fn claimed(
+    setting: &Setting,
+    size: &Size,
+    found: Vec<(&'static str, Found)>,
+) -> (Vec<Claim>, Vec<Plot>) {
     let found = All(found);
     let note = format!(
         "{} pictures of {SIDE} by {SIDE} pixels with one shape before a texture, patches of {PATCH} by {PATCH}, {} \
@@ -129,7 +134,7 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plo
     all.extend(claims::of_features(setting, &found).map(|claim| claim.noted(note.clone())));
     let (more, plots) = claims::of_blocks(setting, &found);
     all.extend(more);
-    Ok((all, plots.into()))
+    (all, plots.into())
 }
 
 /// Pictures of a step.

@@ -3,7 +3,7 @@
 mod probed;
 
 use super::audit::{Audit, averaged, sites};
-use super::{HEADS, Size};
+use super::{HEADS, Job, Size, Trained};
 use crate::error::engine;
 use crate::experiments::classifier::{Labelled, Narrow, fit};
 use crate::experiments::sequences::{SIDE, digits};
@@ -32,21 +32,54 @@ const HIDDEN: f64 = 0.75;
 /// Images of a step.
 pub(super) const BATCH: usize = 32;
 
+/// What is asked of a trained autoencoder.
+pub(super) struct Found {
+    /// The error on hidden patches, over that of the mean patch.
+    share: f64,
+    audit: Audit,
+    /// What each block of the encoder reads beside what the block opposite it writes, in decibels.
+    matches: Vec<f64>,
+    probed: Probed,
+}
+
+/// A training for each seed.
+pub(super) fn jobs<'a>(setting: &Setting, size: &'a Size) -> Vec<(String, Job<'a>)> {
+    let seeds = (setting.seed..).take(size.seeds as usize);
+    seeds
+        .map(|seed| {
+            let job = move || -> Result<Trained> {
+                Ok(Trained::Autoencoder(Box::new(found(size, seed)?)))
+            };
+            let name = format!("a masked autoencoder, seed {seed}");
+            (name, Box::new(job) as Job<'a>)
+        })
+        .collect()
+}
+
+fn found(size: &Size, seed: u64) -> Result<Found> {
+    let training = Images::new(&digits(size.digits, seed))?;
+    let held_out = Images::new(&digits(size.digits / 4, seed ^ 0xd161))?;
+    let model = train(size, &training, seed)?;
+    let (loss, mean_patch) = asked(&model, &training, &held_out, seed)?;
+    let (audit, matches) = inside(&model, &held_out, seed)?;
+    let untrained = Model::new(spec(size.width), &mut source(seed))?;
+    Ok(Found {
+        share: loss / mean_patch,
+        audit,
+        matches,
+        probed: Probed::of(&model, &untrained, &training, &held_out)?,
+    })
+}
+
 /// Measures what was learned.
-pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plot>)> {
+pub(super) fn claimed(setting: &Setting, found: Vec<Found>) -> (Vec<Claim>, Vec<Plot>) {
     let (mut shares, mut audits, mut matches) = (Vec::new(), Vec::new(), Vec::new());
     let mut probes = Vec::new();
-    for seed in (setting.seed..).take(size.seeds as usize) {
-        let training = Images::new(&digits(size.digits, seed))?;
-        let held_out = Images::new(&digits(size.digits / 4, seed ^ 0xd161))?;
-        let model = train(size, &training, seed)?;
-        let (loss, mean_patch) = asked(&model, &training, &held_out, seed)?;
-        shares.push(loss / mean_patch);
-        let (audit, ratios) = inside(&model, &held_out, seed)?;
-        audits.push(audit);
-        matches.push(ratios);
-        let untrained = Model::new(spec(size.width), &mut source(seed))?;
-        probes.push(Probed::of(&model, &untrained, &training, &held_out)?);
+    for found in found {
+        shares.push(found.share);
+        audits.push(found.audit);
+        matches.push(found.matches);
+        probes.push(found.probed);
     }
     let audit = averaged(&audits);
     let [encoder, decoder] = audit.rates.split_at(DEPTH);
@@ -93,7 +126,7 @@ pub(super) fn run(setting: &Setting, size: &Size) -> Result<(Vec<Claim>, Vec<Plo
         y: "mean over heads".to_owned(),
         series: vec![audit.rates.series("trained")],
     };
-    Ok((claims, vec![plot]))
+    (claims, vec![plot])
 }
 
 /// Numbers in words.

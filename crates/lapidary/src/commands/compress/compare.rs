@@ -129,10 +129,8 @@ pub(super) fn run(
                 data: data.as_ref(),
                 settings: Some(settings),
             };
-            let (cut, memory) = most_held(|| -> Result<_> {
-                let plan = method.plan(&task, &Budget::Keep(1.0 - ratio))?;
-                Ok(method.apply(&task, &plan)?)
-            });
+            let (cut, memory) =
+                most_held(|| -> Result<_> { Ok(method.cut(&task, &Budget::Keep(1.0 - ratio))?.1) });
             let compressed = match cut {
                 Ok(compressed) => compressed,
                 Err(error) => {
