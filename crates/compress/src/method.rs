@@ -4,7 +4,7 @@ use lapidary_model::Model;
 
 use crate::activations::ActivationSettings;
 use crate::entropy::EntropyChoice;
-use crate::methods::fuse::{self, FuseSettings};
+use crate::methods::fuse::FuseSettings;
 use crate::methods::quantise::ROUNDING;
 use crate::methods::replace_me::ReplaceMe;
 use crate::methods::slicing::SliceSettings;
@@ -165,6 +165,9 @@ impl<'a> Task<'a> {
     }
 }
 
+/// Plans for a budget and carries the plan out.
+pub(crate) type Cut = fn(&Task<'_>, &Budget) -> Result<(Plan, Compressed)>;
+
 /// A way to make a model smaller.
 ///
 /// ```
@@ -190,6 +193,8 @@ pub struct Method {
     pub(crate) requirements: fn(&Model, &Settings) -> Result<Requirements>,
     pub(crate) plan: fn(&Task<'_>, &Budget) -> Result<Plan>,
     pub(crate) apply: fn(&Task<'_>, &Plan) -> Result<Compressed>,
+    /// Both at one time, where that spares what one of them would do again.
+    pub(crate) cut: Option<Cut>,
 }
 
 impl Method {
@@ -266,8 +271,8 @@ impl Method {
     /// Those of both.
     pub fn cut(&self, task: &Task<'_>, budget: &Budget) -> Result<(Plan, Compressed)> {
         self.check(task)?;
-        if let Some(found) = fuse::cut(self.name, task, budget)? {
-            return Ok(found);
+        if let Some(cut) = self.cut {
+            return cut(task, budget);
         }
         let plan = (self.plan)(task, budget)?;
         let compressed = (self.apply)(task, &plan)?;

@@ -300,6 +300,7 @@ macro_rules! methods {
                 Factorisation::$which.plan(task.model, &task.settings().selection, budget)
             },
             apply: |task, plan| Factorisation::$which.apply(task, plan),
+            cut: None,
         };)*
     };
 }

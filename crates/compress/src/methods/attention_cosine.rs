@@ -35,6 +35,7 @@ pub(crate) const ATTENTION_COSINE: Method = Method {
     requirements,
     plan,
     apply: |task, plan| without_attention(ATTENTION_COSINE.name, task, plan),
+    cut: None,
 };
 
 /// Below this length a vector turns nothing.

@@ -30,6 +30,7 @@ pub(crate) const BLOCK_INFLUENCE: Method = Method {
     requirements,
     plan,
     apply,
+    cut: None,
 };
 
 fn requirements(model: &Model, _: &Settings) -> Result<Requirements> {

@@ -24,6 +24,7 @@ pub(crate) const CHANNEL_MAGNITUDE: Method = Method {
     requirements,
     plan,
     apply,
+    cut: None,
 };
 
 fn requirements(model: &Model, _: &Settings) -> Result<Requirements> {

@@ -32,6 +32,7 @@ pub(crate) const ENTROPY_ATTENTION: Method = Method {
     },
     plan: plan_attention,
     apply: |task, plan| without_attention(ENTROPY_ATTENTION.name, task, plan),
+    cut: None,
 };
 
 /// Blocks by their entropy in the list of methods.
@@ -49,6 +50,7 @@ pub(crate) const ENTROPY_BLOCKS: Method = Method {
     },
     plan: plan_blocks,
     apply: |task, plan| without_blocks(ENTROPY_BLOCKS.name, task, plan),
+    cut: None,
 };
 
 fn plan_attention(task: &Task<'_>, budget: &Budget) -> Result<Plan> {

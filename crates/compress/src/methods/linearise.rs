@@ -56,6 +56,7 @@ pub(crate) const LINEARISE: Method = Method {
         Ok(plan)
     },
     apply: linearise,
+    cut: None,
 };
 
 /// Linear blocks left out, in the list of methods.
@@ -76,6 +77,7 @@ pub(crate) const DELETE_LINEAR: Method = Method {
         plan(DELETE_LINEAR.name, task, budget)
     },
     apply: |task, plan| without_blocks(DELETE_LINEAR.name, task, plan),
+    cut: None,
 };
 
 /// Blocks of any wiring read and write one stream, unless they read a memory too.

@@ -53,6 +53,7 @@ pub(crate) const DOTRESIZE_HIDDEN: Method = Method {
     requirements,
     plan,
     apply,
+    cut: None,
 };
 
 /// A singular value below this share of the largest is a direction that the map has not.

@@ -46,6 +46,7 @@ pub(crate) const CURVATURE: Method = Method {
     requirements,
     plan: |task, budget| plan(CURVATURE.name, task, budget),
     apply: |task, plan| apply(CURVATURE.name, task, plan, Keep::Staircase),
+    cut: None,
 };
 
 /// The edit by both sides alone.
@@ -59,6 +60,7 @@ pub(crate) const CURVATURE_RECTANGLE: Method = Method {
     requirements,
     plan: |task, budget| plan(CURVATURE_RECTANGLE.name, task, budget),
     apply: |task, plan| apply(CURVATURE_RECTANGLE.name, task, plan, Keep::Rectangle),
+    cut: None,
 };
 
 /// Which pairs of directions stay.

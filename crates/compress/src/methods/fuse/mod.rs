@@ -51,6 +51,7 @@ pub(crate) const FUSEGPT: Method = Method {
     requirements: |model: &Model, _: &Settings| fusible(model, FUSEGPT.name),
     plan: |task, budget| plan(FUSEGPT.name, task, budget, true),
     apply: |task, plan| apply(FUSEGPT.name, task, plan, true),
+    cut: Some(|task, budget| cut(FUSEGPT.name, task, budget, true)),
 };
 
 /// FuseGPT without what goes, in the list of methods.
@@ -64,6 +65,7 @@ pub(crate) const FUSE_LORA: Method = Method {
     requirements: |model: &Model, _: &Settings| fusible(model, FUSE_LORA.name),
     plan: |task, budget| plan(FUSE_LORA.name, task, budget, false),
     apply: |task, plan| apply(FUSE_LORA.name, task, plan, false),
+    cut: Some(|task, budget| cut(FUSE_LORA.name, task, budget, false)),
 };
 
 /// Deletion by macro influence in the list of methods.
@@ -80,6 +82,7 @@ pub(crate) const MACRO_INFLUENCE: Method = Method {
     },
     plan: delete,
     apply: |task, plan| without_blocks(MACRO_INFLUENCE.name, task, plan),
+    cut: None,
 };
 
 /// What a group of blocks is tuned towards.
@@ -215,16 +218,12 @@ fn plan(name: &str, task: &Task<'_>, budget: &Budget, recycle: bool) -> Result<P
 }
 
 /// Plans and carries the plan out at one time: a model that is fused to look for the next block is not fused
-/// again. `None` for what does not train to plan.
-pub(crate) fn cut(
-    name: &str,
-    task: &Task<'_>,
-    budget: &Budget,
-) -> Result<Option<(Plan, Compressed)>> {
-    let recycle = name == FUSEGPT.name;
-    let fuses = recycle || name == FUSE_LORA.name;
-    if !(fuses && task.settings().fuse.rescore_fused) {
-        return Ok(None);
+/// again.
+fn cut(name: &str, task: &Task<'_>, budget: &Budget, recycle: bool) -> Result<(Plan, Compressed)> {
+    if !task.settings().fuse.rescore_fused {
+        let plan = plan(name, task, budget, recycle)?;
+        let compressed = apply(name, task, &plan, recycle)?;
+        return Ok((plan, compressed));
     }
     let Planned {
         plan,
@@ -233,7 +232,7 @@ pub(crate) fn cut(
     } = planned(name, task, budget, recycle, |_| true)?;
     let modules = reports(task.model, &plan, &distances);
     let compressed = Compressed::new(name, task, stack.fold(task.model)?, modules)?;
-    Ok(Some((plan, compressed)))
+    Ok((plan, compressed))
 }
 
 /// Plans, and tunes the group around a block that goes where `tunes` says so of how many are still to go.

@@ -47,6 +47,7 @@ pub(crate) const LORAP: Method = Method {
     requirements,
     plan,
     apply,
+    cut: None,
 };
 
 const MATRICES: [&str; 4] = ["query", "key", "value", "output"];

@@ -54,6 +54,7 @@ pub(crate) const MODEGPT: Method = Method {
     requirements,
     plan,
     apply,
+    cut: None,
 };
 
 /// What [`Method`] `modegpt` can be told.

@@ -37,6 +37,7 @@ pub(crate) const PRUNE_HEADS: Method = Method {
     requirements,
     plan,
     apply,
+    cut: None,
 };
 
 /// Attention of one block.

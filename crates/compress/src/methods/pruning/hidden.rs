@@ -29,6 +29,7 @@ pub(crate) const CHANNEL_GRADIENT: Method = Method {
     requirements,
     plan,
     apply,
+    cut: None,
 };
 
 /// Every block with hidden features, and their units.

@@ -51,6 +51,7 @@ pub(crate) const MAGNITUDE: Method = Method {
     requirements: |model, settings| requirements(Criterion::Magnitude, model, settings),
     plan: |task, budget| plan(MAGNITUDE.name, Criterion::Magnitude, task, budget),
     apply: |task, plan| apply(MAGNITUDE.name, Criterion::Magnitude, task, plan),
+    cut: None,
 };
 
 /// Chance in the list of methods.
@@ -64,6 +65,7 @@ pub(crate) const RANDOM_WEIGHTS: Method = Method {
     requirements: |model, settings| requirements(Criterion::Random, model, settings),
     plan: |task, budget| plan(RANDOM_WEIGHTS.name, Criterion::Random, task, budget),
     apply: |task, plan| apply(RANDOM_WEIGHTS.name, Criterion::Random, task, plan),
+    cut: None,
 };
 
 /// First order in the list of methods.
@@ -77,6 +79,7 @@ pub(crate) const FIRST_ORDER: Method = Method {
     requirements: |model, settings| requirements(Criterion::FirstOrder, model, settings),
     plan: |task, budget| plan(FIRST_ORDER.name, Criterion::FirstOrder, task, budget),
     apply: |task, plan| apply(FIRST_ORDER.name, Criterion::FirstOrder, task, plan),
+    cut: None,
 };
 
 /// Activation-aware magnitude in the list of methods.
@@ -90,6 +93,7 @@ pub(crate) const WANDA: Method = Method {
     requirements: |model, settings| requirements(Criterion::ActivationAware, model, settings),
     plan: |task, budget| plan(WANDA.name, Criterion::ActivationAware, task, budget),
     apply: |task, plan| apply(WANDA.name, Criterion::ActivationAware, task, plan),
+    cut: None,
 };
 
 fn requirements(criterion: Criterion, model: &Model, settings: &Settings) -> Result<Requirements> {

@@ -48,6 +48,7 @@ pub(crate) const MOVEMENT: Method = Method {
     },
     plan,
     apply,
+    cut: None,
 };
 
 fn plan(task: &Task<'_>, budget: &Budget) -> Result<Plan> {

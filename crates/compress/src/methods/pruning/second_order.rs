@@ -42,6 +42,7 @@ pub(crate) const SECOND_ORDER: Method = Method {
     requirements,
     plan,
     apply,
+    cut: None,
 };
 
 fn requirements(model: &Model, settings: &Settings) -> Result<Requirements> {

@@ -80,6 +80,7 @@ pub(crate) const INT8: Method = Method {
     requirements: |model, settings| Rounding::INT8.requirements(model, settings),
     plan: |task, budget| Rounding::INT8.plan(task, budget),
     apply: |task, plan| Rounding::INT8.apply(task, plan),
+    cut: None,
 };
 
 /// Four bits, to nearest.
@@ -93,6 +94,7 @@ pub(crate) const INT4: Method = Method {
     requirements: |model, settings| Rounding::INT4.requirements(model, settings),
     plan: |task, budget| Rounding::INT4.plan(task, budget),
     apply: |task, plan| Rounding::INT4.apply(task, plan),
+    cut: None,
 };
 
 /// Activation-aware scales.
@@ -106,6 +108,7 @@ pub(crate) const AWQ: Method = Method {
     requirements: |model, settings| Rounding::AWQ.requirements(model, settings),
     plan: |task, budget| Rounding::AWQ.plan(task, budget),
     apply: |task, plan| Rounding::AWQ.apply(task, plan),
+    cut: None,
 };
 
 /// Second-order compensation.
@@ -119,6 +122,7 @@ pub(crate) const GPTQ: Method = Method {
     requirements: |model, settings| Rounding::GPTQ.requirements(model, settings),
     plan: |task, budget| Rounding::GPTQ.plan(task, budget),
     apply: |task, plan| Rounding::GPTQ.apply(task, plan),
+    cut: None,
 };
 
 /// The methods that change how weights are stored and not how many there are.

@@ -61,6 +61,7 @@ pub(crate) const REPLACE_ME: Method = Method {
     requirements: |model, settings| requirements(REPLACE_ME.name, model, settings),
     plan: |task, budget| plan(REPLACE_ME.name, task, budget),
     apply: |task, plan| least_squares(task, plan),
+    cut: None,
 };
 
 /// ReplaceMe by the angle in the list of methods.
@@ -74,6 +75,7 @@ pub(crate) const REPLACE_ME_COSINE: Method = Method {
     requirements: |model, settings| requirements(REPLACE_ME_COSINE.name, model, settings),
     plan: |task, budget| plan(REPLACE_ME_COSINE.name, task, budget),
     apply: |task, plan| by_angle(task, plan),
+    cut: None,
 };
 
 /// How a run of blocks is replaced.

@@ -47,6 +47,7 @@ pub(crate) const MAMBA_SHEDDER: Method = Method {
     requirements: |model, settings| requirements(MAMBA_SHEDDER.name, model, settings, whole_parts),
     plan: |task, budget| plan(MAMBA_SHEDDER.name, task, budget, whole_parts),
     apply: |task, plan| apply(MAMBA_SHEDDER.name, task, plan),
+    cut: None,
 };
 
 /// Shedding of scans in the list of methods.
@@ -62,6 +63,7 @@ pub(crate) const MAMBA_SHEDDER_SCAN: Method = Method {
     },
     plan: |task, budget| plan(MAMBA_SHEDDER_SCAN.name, task, budget, of_scans),
     apply: |task, plan| apply(MAMBA_SHEDDER_SCAN.name, task, plan),
+    cut: None,
 };
 
 /// Shedding of hidden features in the list of methods. Groups of them are pieces as parts and scans
@@ -76,6 +78,7 @@ pub(crate) const MAMBA_SHEDDER_WIDTH: Method = Method {
     requirements: |model, settings| requirements(MAMBA_SHEDDER_WIDTH.name, model, settings, groups),
     plan: |task, budget| plan(MAMBA_SHEDDER_WIDTH.name, task, budget, groups),
     apply: |task, plan| apply(MAMBA_SHEDDER_WIDTH.name, task, plan),
+    cut: None,
 };
 
 /// How feed-forward parts are narrowed by `mamba-shedder-width`.

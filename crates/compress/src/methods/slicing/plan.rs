@@ -102,6 +102,7 @@ pub(crate) const SLICEGPT: Method = Method {
     requirements: |model, _| requirements(&PER_SITE_PCA, model),
     plan: |task, budget| plan(&PER_SITE_PCA, task, budget),
     apply: |task, plan| apply(&PER_SITE_PCA, task, plan),
+    cut: None,
 };
 
 /// Principal directions of all sites together.
@@ -115,6 +116,7 @@ pub(crate) const SLICEGPT_SHARED: Method = Method {
     requirements: |model, _| requirements(&SHARED_PCA, model),
     plan: |task, budget| plan(&SHARED_PCA, task, budget),
     apply: |task, plan| apply(&SHARED_PCA, task, plan),
+    cut: None,
 };
 
 /// Merged features, site by site.
@@ -128,6 +130,7 @@ pub(crate) const DOTRESIZE: Method = Method {
     requirements: |model, _| requirements(&PER_SITE_TRANSPORT, model),
     plan: |task, budget| plan(&PER_SITE_TRANSPORT, task, budget),
     apply: |task, plan| apply(&PER_SITE_TRANSPORT, task, plan),
+    cut: None,
 };
 
 /// Merged features, the same at all sites.
@@ -141,6 +144,7 @@ pub(crate) const DOTRESIZE_SHARED: Method = Method {
     requirements: |model, _| requirements(&SHARED_TRANSPORT, model),
     plan: |task, budget| plan(&SHARED_TRANSPORT, task, budget),
     apply: |task, plan| apply(&SHARED_TRANSPORT, task, plan),
+    cut: None,
 };
 
 /// Features left out, the same at all sites.
@@ -154,6 +158,7 @@ pub(crate) const COORDINATE_MAGNITUDE: Method = Method {
     requirements: |model, _| requirements(&FEATURES, model),
     plan: |task, budget| plan(&FEATURES, task, budget),
     apply: |task, plan| apply(&FEATURES, task, plan),
+    cut: None,
 };
 
 fn requirements(kind: &Kind, model: &Model) -> Result<Requirements> {
