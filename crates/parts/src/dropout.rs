@@ -10,7 +10,10 @@ use rand_chacha::ChaCha8Rng;
 
 /// Zeroes each entry with `probability` and divides the rest by `1 − probability`; nothing when
 /// evaluating.
-pub(crate) fn dropout(
+///
+/// # Errors
+/// Those of the tensor engine.
+pub fn dropout(
     x: &Signal,
     probability: f64,
     site: std::fmt::Arguments<'_>,
