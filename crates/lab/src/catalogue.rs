@@ -92,6 +92,7 @@ fn mixer_block(attention: MixerSpec) -> BlockSpec {
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         feedforward: None,
         dropout: 0.0,

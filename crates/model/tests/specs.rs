@@ -355,6 +355,7 @@ fn block() -> BoxedStrategy<BlockSpec> {
                 shared: repeat.is_multiple_of(2),
                 layer_scale: None,
                 drop_path: 0.0,
+                dropout_by_feature: false,
                 shortcuts: false,
                 feedforward,
                 dropout,
