@@ -3,6 +3,7 @@
 mod circuits;
 mod combiner;
 mod combiner_centroids;
+mod combiner_dropout;
 mod combiner_learned;
 mod common;
 mod decoding;

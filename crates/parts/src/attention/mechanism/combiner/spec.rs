@@ -29,14 +29,18 @@ pub struct CombinerSpec {
     /// they stay where they are, to be found by [`CombinerSpec::fit`].
     #[serde(default, skip_serializing_if = "is_nothing")]
     pub pull: f64,
+    /// Probability with which the weight of a key that is met directly is dropped in training; weights of spans never
+    /// are.
+    #[serde(default, skip_serializing_if = "is_nothing")]
+    pub dropout: f64,
 }
 
 #[allow(
     clippy::trivially_copy_pass_by_ref,
     reason = "serde asks for a reference"
 )]
-fn is_nothing(pull: &f64) -> bool {
-    *pull == 0.0
+fn is_nothing(number: &f64) -> bool {
+    *number == 0.0
 }
 
 impl CombinerSpec {
@@ -47,6 +51,7 @@ impl CombinerSpec {
             log_count: false,
             summary: Summary::default(),
             pull: 0.0,
+            dropout: 0.0,
         }
     }
 }
@@ -142,6 +147,14 @@ impl Describe for CombinerSpec {
             let expected = "largest in row-major form, whose spans are summed up by their tokens";
             let field = format!("{field}.summary.kind");
             return Err(Error::spec(field, "deep-sets", expected));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            let expected = "at least 0 and below 1";
+            return Err(Error::spec(
+                format!("{field}.dropout"),
+                self.dropout,
+                expected,
+            ));
         }
         if !(self.pull.is_finite() && self.pull >= 0.0) {
             let expected = "a number of at least 0";
