@@ -632,6 +632,7 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: candidate.organisation,
+        initial: Default::default(),
     };
     let model = Model::initialised(spec, 0, DType::F32, &Device::Cpu)?;
     let short = metered(&model, length)?;

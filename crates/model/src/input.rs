@@ -119,7 +119,7 @@ pub(crate) struct TokenEmbedding {
 
 impl TokenEmbedding {
     fn new(spec: &TokenInput, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
-        let init = Init::Normal { deviation: 0.02 };
+        let init = Init::USUAL;
         let table_width = spec.embedding_width.unwrap_or(width);
         let tokens =
             parameters

@@ -148,6 +148,7 @@ impl Encoder {
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
             organisation: None,
+            initial: Default::default(),
         }
     }
 }

@@ -71,6 +71,7 @@ pub fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
         low_rank: BTreeMap::new(),
         quantised: BTreeMap::new(),
         organisation: None,
+        initial: Default::default(),
     }
 }
 

@@ -100,6 +100,7 @@ impl Specimen {
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
             organisation: None,
+            initial: Default::default(),
         };
         let mut source = Lively(Initialiser::new(seed, DType::F64, Device::Cpu));
         let model = Model::new(spec.clone(), &mut source)?;

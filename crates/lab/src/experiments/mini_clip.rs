@@ -124,6 +124,7 @@ impl Course {
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
             organisation: None,
+            initial: Default::default(),
         }
     }
 
@@ -156,6 +157,7 @@ impl Course {
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
             organisation: None,
+            initial: Default::default(),
         }
     }
 

@@ -324,6 +324,7 @@ fn vit(size: Size, operator: Operator, channels: usize, class_tokens: usize) -> 
         low_rank: BTreeMap::new(),
         quantised: BTreeMap::new(),
         organisation: None,
+        initial: Default::default(),
     }
 }
 

@@ -282,6 +282,7 @@ fn spec(world: &World, metric: Option<Metric>) -> ModelSpec {
         low_rank: BTreeMap::new(),
         quantised: BTreeMap::new(),
         organisation: None,
+        initial: Default::default(),
     }
 }
 

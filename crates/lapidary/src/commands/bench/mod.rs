@@ -134,6 +134,7 @@ fn spec(arguments: &Bench) -> ModelSpec {
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     }
 }
 

@@ -96,6 +96,7 @@ pub(super) fn tower(config: &AlbertConfig, architecture: &Architecture<'_>) -> R
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     Ok(Tower {
         name: "",

@@ -110,6 +110,7 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     Ok(Tower {
         name: "",

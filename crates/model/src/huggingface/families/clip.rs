@@ -113,6 +113,7 @@ fn text(config: &ClipTextConfig, projection: usize) -> Result<Tower> {
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     let mut table = NameTable::new(&[]);
     table.same(
@@ -180,6 +181,7 @@ fn vision(config: &ClipVisionConfig, projection: usize) -> Result<Tower> {
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     let mut table = NameTable::new(&[]);
     table.add(

@@ -88,6 +88,7 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     let prefix = if language_model { "transformer." } else { "" };
     let mut table = NameTable::new(&["transformer."]);

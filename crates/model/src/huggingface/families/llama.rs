@@ -120,6 +120,7 @@ pub(super) fn tower(config: &LlamaConfig, architecture: &Architecture<'_>) -> Re
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     let prefix = if language_model { "model." } else { "" };
     Ok(Tower {

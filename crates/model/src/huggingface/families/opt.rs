@@ -81,6 +81,7 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     let prefix = if language_model {
         "model.decoder."

@@ -77,6 +77,7 @@ impl Recurrent {
             low_rank: Default::default(),
             quantised: Default::default(),
             organisation: None,
+            initial: Default::default(),
         }
     }
 

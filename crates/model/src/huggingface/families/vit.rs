@@ -105,6 +105,7 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     Ok(Tower {
         name: "",
