@@ -160,12 +160,16 @@ fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(u
             spec.sharing != QueryKeySharing::All,
             linear(WIDTH, groups * value_width, spec.bias, keys),
         ),
-        linear(
-            heads * value_width,
-            WIDTH,
-            spec.output_bias.unwrap_or(spec.bias),
-            queries,
-        ),
+        match spec.output {
+            OutputProjection::Own => linear(
+                heads * value_width,
+                WIDTH,
+                spec.output_bias.unwrap_or(spec.bias),
+                queries,
+            ),
+            OutputProjection::Tied => (0, linear(heads * value_width, WIDTH, false, queries).1),
+            OutputProjection::Absent => (0, 0),
+        },
         mechanism_formula(spec, pairs, keys / BATCH),
     ];
     if let Some(QueryKeyNorm { norm, per_head }) = &spec.query_key_norm {

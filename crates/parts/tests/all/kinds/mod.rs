@@ -38,7 +38,7 @@ use lapidary_parts::attention::mechanism::topological::{
 };
 use lapidary_parts::attention::wavelet::{Family, WaveletSpec};
 use lapidary_parts::attention::{
-    MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeyNorm, QueryKeySharing,
+    MechanismSpec, MixerSpec, MultiHeadSpec, OutputProjection, QueryKeyNorm, QueryKeySharing,
 };
 use lapidary_parts::block::{Block, BlockSpec, Wiring};
 use lapidary_parts::feedforward::{

@@ -183,6 +183,22 @@ fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
             }),
         ),
         (
+            "an output tied to the queries, which are keys and values",
+            multi_head(MultiHeadSpec {
+                sharing: QueryKeySharing::All,
+                bias: false,
+                output: OutputProjection::Tied,
+                ..causal(PositionSpec::None)
+            }),
+        ),
+        (
+            "no output matrix",
+            multi_head(MultiHeadSpec {
+                output: OutputProjection::Absent,
+                ..causal(PositionSpec::None)
+            }),
+        ),
+        (
             "sparse codes in the place of the stream",
             BlockSpec {
                 feedforward: Some(FeedforwardSpec::SparseCode(SparseCodeSpec::default())),
