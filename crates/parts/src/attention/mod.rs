@@ -6,7 +6,7 @@ pub mod wavelet;
 
 pub use mechanism::MechanismSpec;
 pub use multi_head::{
-    MultiHeadAttention, MultiHeadSpec, OutputProjection, QueryKeyNorm, QueryKeySharing,
+    LocalFilter, MultiHeadAttention, MultiHeadSpec, OutputProjection, QueryKeyNorm, QueryKeySharing,
 };
 
 use crate::parameters::Parameters;

@@ -18,6 +18,7 @@
 //! queries has no parameters, and none at all costs nothing either.
 
 mod by_place;
+mod local;
 mod output;
 mod scores;
 
@@ -31,6 +32,8 @@ use crate::state::MixerState;
 use crate::{Context, Error, Result};
 use lapidary_kernels::{AttentionOptions, ScoreBias, Tensor, naive};
 use lapidary_signal::{Lens, Linear, Mixing, Signal};
+use local::Local;
+pub use local::LocalFilter;
 pub use output::OutputProjection;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -80,6 +83,9 @@ pub struct MultiHeadSpec {
     /// Which projections are one and the same.
     #[serde(default, skip_serializing_if = "QueryKeySharing::is_none")]
     pub sharing: QueryKeySharing,
+    /// A filter of each head over its values, whose result is added to what is mixed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local: Option<LocalFilter>,
     /// What maps the heads' values to the stream.
     #[serde(default, skip_serializing_if = "OutputProjection::is_own")]
     pub output: OutputProjection,
@@ -144,6 +150,7 @@ impl MultiHeadSpec {
             scale: None,
             dropout: 0.0,
             sharing: QueryKeySharing::None,
+            local: None,
             output: OutputProjection::Own,
             mechanism: MechanismSpec::Softmax,
         }
@@ -154,6 +161,7 @@ impl MultiHeadSpec {
     pub fn peculiarity(&self) -> Option<&'static str> {
         match (self.mechanism.spec(), self.sharing) {
             (Some(mechanism), _) => Some(mechanism.kind()),
+            _ if self.local.is_some() => Some("a filter beside the heads"),
             (None, QueryKeySharing::None) => match self.output {
                 OutputProjection::Own => None,
                 OutputProjection::Tied => Some("an output tied to the queries"),
@@ -237,6 +245,7 @@ impl MultiHeadSpec {
         }
         self.validate_sharing(width, field)?;
         self.validate_output(width, field)?;
+        self.validate_local(field)?;
         let scores = match (self.window, self.position.is_bias(), self.dropout > 0.0) {
             (Some(_), ..) => Some("a window"),
             (None, true, _) => Some("a bias added to scores"),
@@ -306,6 +315,9 @@ impl MultiHeadSpec {
         if !self.sharing.is_none() {
             return refuse("sharing", "given", "none");
         }
+        if self.local.is_some() {
+            return refuse("local", "given", "absent");
+        }
         if !self.output.is_own() {
             return refuse("output", self.output.name(), "own");
         }
@@ -331,6 +343,7 @@ pub struct MultiHeadAttention {
     key: Option<Linear>,
     /// Absent where queries are values.
     value: Option<Linear>,
+    local: Option<Local>,
     /// Absent where what the heads give is written as it is.
     output: Option<Linear>,
     query_norm: Option<Norm>,
@@ -418,6 +431,10 @@ impl MultiHeadAttention {
                 OutputProjection::Absent => None,
             },
             query,
+            local: match spec.local {
+                None => None,
+                Some(local) => Some(Local::new(local, heads, &mut parameters)?),
+            },
             query_norm: norm(parameters.at("query_norm"), heads)?,
             key_norm: norm(parameters.at("key_norm"), groups)?,
             position: Position::new(
@@ -527,6 +544,10 @@ impl MultiHeadAttention {
         let mixed = match cx.places.filter(|_| causal || self.spec.window.is_some()) {
             Some(places) => self.mix_by_place(&q, &k, &v, options, places, cx)?,
             None => self.mix(&q, &k, &v, &options, cx)?,
+        };
+        let mixed = match &self.local {
+            None => mixed,
+            Some(local) => local.beside(&mixed, &v, key_padding, &self.path, cx)?,
         };
         let mixed = site("mixed", mixed)?;
         Ok(site("out", self.written(mixed)?)?)

@@ -1,5 +1,6 @@
 //! Integration tests of the parts, in one program; the one that counts the bytes it allocates stands alone.
 
+mod beside_heads;
 mod circuits;
 mod combiner;
 mod combiner_centroids;

@@ -170,6 +170,12 @@ fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(u
             OutputProjection::Tied => (0, linear(heads * value_width, WIDTH, false, queries).1),
             OutputProjection::Absent => (0, 0),
         },
+        spec.local.map_or((0, 0), |local| {
+            let taps = local
+                .columns
+                .map_or(local.side, |_| local.side * local.side);
+            (heads * taps, queries * heads * (2 * taps + 1) * value_width)
+        }),
         mechanism_formula(spec, pairs, keys / BATCH),
     ];
     if let Some(QueryKeyNorm { norm, per_head }) = &spec.query_key_norm {

@@ -192,6 +192,16 @@ fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
             }),
         ),
         (
+            "a filter beside the heads",
+            multi_head(MultiHeadSpec {
+                local: Some(LocalFilter {
+                    side: 3,
+                    columns: None,
+                }),
+                ..MultiHeadSpec::new(2)
+            }),
+        ),
+        (
             "no output matrix",
             multi_head(MultiHeadSpec {
                 output: OutputProjection::Absent,

@@ -46,6 +46,37 @@ fn impossible_heads_are_refused() {
             "b.cross_attention.output is \"absent\", but must be own in cross-attention",
         ),
         (
+            with_heads(MultiHeadSpec {
+                local: Some(LocalFilter {
+                    side: 4,
+                    columns: None,
+                }),
+                ..MultiHeadSpec::new(2)
+            }),
+            "b.attention.local.side is 4, but must be odd and at most 63",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                local: Some(LocalFilter {
+                    side: 3,
+                    columns: Some(0),
+                }),
+                ..MultiHeadSpec::new(2)
+            }),
+            "b.attention.local.columns is 0, but must be between 1 and 65536",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                local: Some(LocalFilter {
+                    side: 3,
+                    columns: None,
+                }),
+                ..MultiHeadSpec::new(2)
+            }),
+            "b.attention.local is \"given\", but must be absent in causal attention: a filter sees later tokens too",
+        ),
+        (
             with_heads(MultiHeadSpec::new(0)),
             "b.attention.heads is 0, but must be between 1 and the width 8",
         ),
