@@ -447,6 +447,11 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
                     };
                     (2 * (width * width + width), each + sums)
                 }
+                // Both tokens of the two rows that later ones look at.
+                Summary::Projected => (
+                    2 * (width * width + width),
+                    4 * (4 * width * width + 11 * width),
+                ),
             };
             let centroids = match combiner.form {
                 CombinerForm::Routed { clusters } => clusters * width,

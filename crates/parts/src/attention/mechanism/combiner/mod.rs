@@ -34,19 +34,28 @@
 //! k_Ω = pool_{j ∈ Ω} relu(W_k k_j + b_k),   q_Ω = pool_{j ∈ Ω} relu(W_q q_j + b_q),   pool = max, mean, Σ
 //! ```
 //!
+//! And the key of a row, in row-major form, may be what a layer makes of the weighted keys `k̄` of its tokens and of the key
+//! `k_c` of the token that sums it up (`projected`), with a layer norm `N`:
+//!
+//! ```text
+//! k_Ω = W₂ N(k_c + W₁ k̄ + b₁) + b₂
+//! ```
+//!
 //! A span whose keys are all alike counts as one key, not as its number of tokens; `log_count`
 //! adds the logarithm of that number to its score.
 //!
 //! Dropout is of the weights of keys that are met directly, in training: each is zeroed, or divided by
 //! `1 − dropout`, once they are weights; those of spans are left as they are.
 //!
-//! Left out: keys of row-major spans that are projections of their values; see [`CombinerForm::RowMajor`].
+//! Left out: keys of row-major spans that are projections of their values, in whose place those of their keys are; see
+//! [`CombinerForm::RowMajor`].
 //!
 //! Cost: for each pair of a query and a key or summary, and of a summary and a token of its span,
 //! `2 head_width + 2 value_width + 5`; for `n` tokens about `n (m + n / m)` pairs of each sort, or
 //! `n log₂ n`; in `c` clusters of one size `n² / c` pairs of each sort, `n c` of queries and summaries, and
-//! `2 c head_width` for each query and key; a layer takes `2 head_width² + 2 head_width` for each. Parameters:
-//! none, or `2 (head_width² + head_width)` for each head with a layer, `c head_width` with clusters.
+//! `2 c head_width` for each query and key; a layer takes `2 head_width² + 2 head_width` for each, and a
+//! projected row `4 head_width² + 11 head_width`. Parameters:
+//! none, or `2 (head_width² + head_width)` for each head with a layer of either kind, `c head_width` with clusters.
 //!
 //! While decoding, a summary is made once, in the step that ends its span, and a step gathers those rows
 //! alone that its queries meet: `m + n / m` or `log₂ n` of them. Kept are
@@ -67,6 +76,7 @@
 mod clustering;
 mod divisions;
 mod layer;
+mod row_keys;
 mod spec;
 
 pub use super::spans::Pooling;
@@ -77,7 +87,7 @@ use super::blocks::{Bias, Meetings, Rule, dropped};
 use super::met::Met;
 use super::sequences::{At, Sequences};
 use super::spans::{
-    Ended, Joined, Making, Pooled, Rules, Sort, Span, SpanMemory, Summaries, Summarised,
+    Ended, Joined, Making, Pooled, RowKeys, Rules, Sort, Span, SpanMemory, Summaries, Summarised,
 };
 use super::{Mechanism, MechanismPass, Memory, Resumed};
 use crate::dropout::seed_of_site;
@@ -89,7 +99,9 @@ use divisions::{Division, Tokens};
 use lapidary_kernels::{BlockPart, DropoutMask, Tensor, appended_rows, with_loss};
 use lapidary_signal::Mixing;
 use layer::Layer;
+use row_keys::RowProjection;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 const CAUSAL: Rule = Rule {
     causal: true,
@@ -120,6 +132,8 @@ struct Combiner {
     clustering: Option<Clustering>,
     /// Where summaries pool what it makes of queries and keys.
     layer: Option<Layer>,
+    /// Where rows have keys that it makes.
+    row_keys: Option<Arc<RowProjection>>,
 }
 
 impl Mechanism for Combiner {
@@ -253,7 +267,13 @@ impl Rules for Combiner {
 
     fn pooled(&self, tokens: [&Tensor; 2], sequences: [usize; 2]) -> Result<Pooled> {
         match &self.layer {
-            None => Ok(Pooled::largest(tokens)),
+            None => Ok(Pooled {
+                row_keys: self.row_keys.clone().map(|keys| {
+                    let keys: Arc<dyn RowKeys> = keys;
+                    (keys, sequences)
+                }),
+                ..Pooled::largest(tokens)
+            }),
             Some(layer) => layer.pooled(tokens, sequences),
         }
     }
