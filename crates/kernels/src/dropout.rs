@@ -56,7 +56,8 @@ pub struct DropoutMask {
 const BITS: u32 = 53;
 
 impl DropoutMask {
-    fn new(probability: f64, seed: u64) -> Self {
+    /// Which drops each element with a `probability` of at least 0 and below 1.
+    pub fn new(probability: f64, seed: u64) -> Self {
         Self {
             kept: 1.0 / (1.0 - probability),
             below: (probability * (1u64 << BITS) as f64).round() as u64,
@@ -67,7 +68,7 @@ impl DropoutMask {
 
     /// What the element with this index, counted in order, is multiplied by.
     #[inline(always)]
-    pub(crate) fn at(&self, index: usize) -> f64 {
+    pub fn at(&self, index: usize) -> f64 {
         const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
         let counter = self.start.wrapping_add((index as u64).wrapping_mul(STEP));
         match scrambled(counter) >> (u64::BITS - BITS) < self.below {

@@ -92,6 +92,7 @@ fn mixer_block(attention: MixerSpec) -> BlockSpec {
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         feedforward: None,
         dropout: 0.0,
@@ -631,6 +632,7 @@ fn measure(candidate: Candidate, width: usize, length: usize) -> Result<Entry> {
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: candidate.organisation,
+        initial: Default::default(),
     };
     let model = Model::initialised(spec, 0, DType::F32, &Device::Cpu)?;
     let short = metered(&model, length)?;

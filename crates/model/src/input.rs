@@ -4,6 +4,7 @@ use crate::position::Positions;
 use crate::resized::resized;
 use crate::spec::{InputSpec, PatchInput, PatchPosition, Projected, TokenInput};
 use lapidary_kernels::Tensor;
+use lapidary_parts::dropout::dropout;
 use lapidary_parts::norm::Norm;
 use lapidary_parts::parameters::{Init, Parameters};
 use lapidary_parts::{Context, Error, Result};
@@ -118,7 +119,7 @@ pub(crate) struct TokenEmbedding {
 
 impl TokenEmbedding {
     fn new(spec: &TokenInput, width: usize, mut parameters: Parameters<'_>) -> Result<Self> {
-        let init = Init::Normal { deviation: 0.02 };
+        let init = Init::USUAL;
         let table_width = spec.embedding_width.unwrap_or(width);
         let tokens =
             parameters
@@ -207,13 +208,15 @@ impl TokenEmbedding {
             x = x.add_constant(&positions)?;
         }
         let x = self.norm.forward(&x)?;
-        match self.projection.as_ref().filter(|_| !early) {
-            None => Ok(x),
+        let x = match self.projection.as_ref().filter(|_| !early) {
+            None => x,
             Some(projection) => {
                 let x = cx.trace.site(format_args!("embeddings.sum"), x)?;
-                Ok(x.linear(projection)?)
+                x.linear(projection)?
             }
-        }
+        };
+        let site = format_args!("embeddings.dropout");
+        dropout(&x, self.spec.dropout, site, cx)
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::head::{Head, Scorer};
+use crate::initial::Beginning;
 use crate::input::{Embedding, Input};
 use crate::source::{Initialiser, Recorder};
 use crate::spec::{HeadSpec, ModelSpec};
@@ -114,7 +115,8 @@ impl Model {
 
     fn build(spec: ModelSpec, source: &mut dyn ParameterSource, trainable: bool) -> Result<Self> {
         spec.validate()?;
-        let mut recorder = Recorder::new(source, trainable);
+        let mut source = Beginning::new(source, &spec);
+        let mut recorder = Recorder::new(&mut source, trainable);
         let mut linears = Vec::new();
         let ranks = spec.low_rank.clone();
         let width = spec.width;

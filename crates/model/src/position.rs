@@ -23,8 +23,7 @@ impl Positions {
         mut parameters: Parameters<'_>,
     ) -> Result<Self> {
         let mut table = |name: &str, rows: usize, width: usize| {
-            let init = Init::Normal { deviation: 0.02 };
-            parameters.tensor(name, &[rows, width], init)
+            parameters.tensor(name, &[rows, width], Init::USUAL)
         };
         let tables = match spec {
             AbsolutePosition::None | AbsolutePosition::Sinusoidal => Vec::new(),

@@ -25,6 +25,7 @@
 use std::collections::BTreeMap;
 
 use crate::grids;
+use crate::initial::InitialValues;
 use crate::input::engine;
 use lapidary_kernels::Tensor;
 use lapidary_parts::activation::ActivationSpec;
@@ -70,6 +71,9 @@ pub struct ModelSpec {
     /// sequence when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub organisation: Option<OrganisationSpec>,
+    /// How parameters begin that are not read.
+    #[serde(default, skip_serializing_if = "InitialValues::is_of_parts")]
+    pub initial: InitialValues,
 }
 
 /// What a model reads.
@@ -558,6 +562,7 @@ impl ModelSpec {
         validate_norm(&self.final_norm, "final_norm")?;
         self.validate_organisation()?;
         self.validate_head()?;
+        self.initial.validate(self)?;
         self.validate_size()
     }
 

@@ -8,8 +8,8 @@ use std::alloc::System;
 use lapidary_kernels::memory::{Counting, largest_piece};
 use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{
-    AbsolutePosition, HeadSpec, HeadTransform, Input, InputSpec, Model, ModelSpec, Pass,
-    PatchInput, PatchNorms, PatchPosition, Pool, Projected, TokenInput,
+    AbsolutePosition, HeadSpec, HeadTransform, InitialValues, Input, InputSpec, Model, ModelSpec,
+    Pass, PatchInput, PatchNorms, PatchPosition, Pool, Projected, TokenInput,
 };
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::wavelet::{Base, Boundary, Family, WaveletSpec};
@@ -355,6 +355,7 @@ fn block() -> BoxedStrategy<BlockSpec> {
                 shared: repeat.is_multiple_of(2),
                 layer_scale: None,
                 drop_path: 0.0,
+                dropout_by_feature: false,
                 shortcuts: false,
                 feedforward,
                 dropout,
@@ -491,6 +492,13 @@ fn spec() -> impl Strategy<Value = ModelSpec> {
             |(width, input, blocks, final_norm, head, low_rank, organisation)| ModelSpec {
                 quantised: Default::default(),
                 organisation,
+                initial: match width {
+                    8 => InitialValues::DepthScaled {
+                        gain: 0.5,
+                        by_depth: false,
+                    },
+                    _ => InitialValues::OfParts,
+                },
                 width,
                 input,
                 blocks,
@@ -608,6 +616,22 @@ fn assert_refused(change: impl FnOnce(&mut ModelSpec), field: &str) {
         message.starts_with(field) && message.contains("must be"),
         "{message}"
     );
+}
+
+#[test]
+fn initial_values_that_mean_nothing_are_refused_by_name() {
+    for gain in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let by_depth = true;
+        let initial = InitialValues::DepthScaled { gain, by_depth };
+        assert_refused(|spec| spec.initial = initial, "initial.gain");
+    }
+    for wiring in [Wiring::Replacing, Wiring::Reversed] {
+        let change = |spec: &mut ModelSpec| {
+            spec.initial = InitialValues::depth_scaled();
+            spec.blocks[0].wiring = wiring;
+        };
+        assert_refused(change, "initial.by_depth");
+    }
 }
 
 #[test]

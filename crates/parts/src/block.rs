@@ -6,7 +6,7 @@
 //! Its cost is that of its parts and `2 width` operations per token for two residual sums.
 
 use crate::attention::{Mixer, MixerSpec, MultiHeadAttention, MultiHeadSpec};
-use crate::dropout::{drop_path, dropout};
+use crate::dropout::{drop_path, dropout, dropout_by_feature};
 use crate::error::bounded;
 use crate::feedforward::{Feedforward, FeedforwardSpec};
 use crate::norm::{Norm, NormSpec};
@@ -96,6 +96,11 @@ pub struct BlockSpec {
     /// Probability with which an entry of a part's output is dropped in training.
     #[serde(default)]
     pub dropout: f64,
+    /// Whether dropout leaves out whole features of a sequence, the same for all of its tokens, rather than entries
+    /// one by one: a mask of `width` numbers for a sequence, however long it is (Kitaev et al., Reformer, arXiv
+    /// 2001.04451, in the authors' program).
+    #[serde(default, skip_serializing_if = "is_not")]
+    pub dropout_by_feature: bool,
     /// Probability with which training leaves out what a part adds to a whole sequence (Huang et al.,
     /// Deep Networks with Stochastic Depth, 2016, arXiv 1603.09382). Each part of each block, and each
     /// sequence that the block sees, for itself; what is added otherwise is divided by the rest.
@@ -224,6 +229,7 @@ pub struct Block {
     path: String,
     wiring: Wiring,
     dropout: f64,
+    dropout_by_feature: bool,
     drop_path: f64,
     attention: Option<(Around, Mixer)>,
     cross_attention: Option<(Around, MultiHeadAttention)>,
@@ -309,6 +315,7 @@ impl Block {
             path: parameters.path().to_owned(),
             wiring: spec.wiring,
             dropout: spec.dropout,
+            dropout_by_feature: spec.dropout_by_feature,
             drop_path: spec.drop_path,
             attention,
             cross_attention,
@@ -468,7 +475,10 @@ impl Block {
             }
         };
         let site = format_args!("{}.{name}.dropout", self.path);
-        let y = dropout(&y, self.dropout, site, cx)?;
+        let y = match self.dropout_by_feature {
+            true => dropout_by_feature(&y, self.dropout, site, cx)?,
+            false => dropout(&y, self.dropout, site, cx)?,
+        };
         let site = format_args!("{}.{name}.drop_path", self.path);
         drop_path(&y, self.drop_path, site, cx)
     }

@@ -1,5 +1,5 @@
-//! Dropout whose mask is a function of seed and site: of entries (Srivastava et al., JMLR 15, 2014),
-//! and of what a part adds to a whole sequence (Huang et al., 2016, arXiv 1603.09382).
+//! Dropout whose mask is a function of seed and site: of entries (Srivastava et al., JMLR 15, 2014), of features
+//! of a whole sequence, and of what a part adds to one (Huang et al., 2016, arXiv 1603.09382).
 
 use crate::error::tensor;
 use crate::{Context, Result};
@@ -10,13 +10,28 @@ use rand_chacha::ChaCha8Rng;
 
 /// Zeroes each entry with `probability` and divides the rest by `1 − probability`; nothing when
 /// evaluating.
-pub(crate) fn dropout(
+///
+/// # Errors
+/// Those of the tensor engine.
+pub fn dropout(
     x: &Signal,
     probability: f64,
     site: std::fmt::Arguments<'_>,
     cx: &Context<'_>,
 ) -> Result<Signal> {
     dropped(x, x.dims(), probability, site, cx)
+}
+
+/// Zeroes each feature of each sequence of `x` `[batch, length, width]`, in all of its tokens alike, with
+/// `probability` and divides the rest by `1 − probability`; nothing when evaluating.
+pub(crate) fn dropout_by_feature(
+    x: &Signal,
+    probability: f64,
+    site: std::fmt::Arguments<'_>,
+    cx: &Context<'_>,
+) -> Result<Signal> {
+    let (batch, _, width) = tensor(x.value().dims3())?;
+    dropped(x, &[batch, 1, width], probability, site, cx)
 }
 
 /// Zeroes each row of `x` `[batch, length, width]` with `probability` and divides the rest by

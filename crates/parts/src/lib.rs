@@ -41,7 +41,7 @@ pub mod attention;
 pub mod block;
 mod context;
 pub mod decisions;
-mod dropout;
+pub mod dropout;
 mod error;
 pub mod feedforward;
 pub mod norm;

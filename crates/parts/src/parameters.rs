@@ -47,6 +47,11 @@ pub enum Init {
     },
 }
 
+impl Init {
+    /// How matrices and tables begin unless a part says otherwise.
+    pub const USUAL: Self = Self::Normal { deviation: 0.02 };
+}
+
 /// Gives parameters by name.
 pub trait ParameterSource {
     /// The parameter `name` of exactly `shape`; `init` is how it starts if the source makes it.
@@ -327,7 +332,7 @@ impl<'a> Parameters<'a> {
         output: usize,
         bias: bool,
     ) -> Result<Linear> {
-        let weight = Init::Normal { deviation: 0.02 };
+        let weight = Init::USUAL;
         let bias = bias.then_some(Init::Zeros);
         self.linear_starting(name, input_site, [output, input], weight, bias)
     }

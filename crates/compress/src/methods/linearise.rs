@@ -260,6 +260,7 @@ fn put_map(edit: &mut Edit, index: usize, map: &lapidary_factor::AffineMap) -> R
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Linear(LinearSpec { bias: true })),
         dropout: 0.0,

@@ -128,6 +128,7 @@ impl Encoder {
                 shared: false,
                 layer_scale: None,
                 drop_path: 0.0,
+                dropout_by_feature: false,
                 shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 4 * self.width,
@@ -147,6 +148,7 @@ impl Encoder {
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
             organisation: None,
+            initial: Default::default(),
         }
     }
 }

@@ -53,6 +53,7 @@ pub fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
             shared: false,
             layer_scale: None,
             drop_path: 0.0,
+            dropout_by_feature: false,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * width,
@@ -70,6 +71,7 @@ pub fn spec(vocabulary: usize, width: usize, blocks: usize) -> ModelSpec {
         low_rank: BTreeMap::new(),
         quantised: BTreeMap::new(),
         organisation: None,
+        initial: Default::default(),
     }
 }
 

@@ -218,6 +218,7 @@ fn spec(course: &Course) -> ModelSpec {
             shared: false,
             layer_scale: None,
             drop_path: 0.0,
+            dropout_by_feature: false,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * course.width,
@@ -237,6 +238,7 @@ fn spec(course: &Course) -> ModelSpec {
         low_rank: BTreeMap::new(),
         quantised: BTreeMap::new(),
         organisation: None,
+        initial: Default::default(),
     }
 }
 

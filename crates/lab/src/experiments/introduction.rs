@@ -86,6 +86,7 @@ impl Specimen {
                 shared: false,
                 layer_scale: None,
                 drop_path: 0.0,
+                dropout_by_feature: false,
                 shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 4 * WIDTH,
@@ -99,6 +100,7 @@ impl Specimen {
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
             organisation: None,
+            initial: Default::default(),
         };
         let mut source = Lively(Initialiser::new(seed, DType::F64, Device::Cpu));
         let model = Model::new(spec.clone(), &mut source)?;

@@ -84,6 +84,7 @@ impl Course {
             shared: false,
             layer_scale: None,
             drop_path: 0.0,
+            dropout_by_feature: false,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: self.expansion * self.width,
@@ -123,6 +124,7 @@ impl Course {
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
             organisation: None,
+            initial: Default::default(),
         }
     }
 
@@ -155,6 +157,7 @@ impl Course {
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
             organisation: None,
+            initial: Default::default(),
         }
     }
 

@@ -178,6 +178,7 @@ impl Measures {
                 shared: false,
                 layer_scale: None,
                 drop_path: 0.0,
+                dropout_by_feature: false,
                 shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 2 * self.width,
@@ -197,6 +198,7 @@ impl Measures {
             low_rank: BTreeMap::new(),
             quantised: BTreeMap::new(),
             organisation: None,
+            initial: Default::default(),
         }
     }
 }

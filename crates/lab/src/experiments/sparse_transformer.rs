@@ -13,10 +13,9 @@ use crate::catalogue::metered;
 use crate::error::engine;
 use crate::{Claim, Reproduction, Result, Scale, Setting, Verdict};
 use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_model::{HeadSpec, Initialiser, Input, Model, ModelSpec, Pass};
+use lapidary_model::{HeadSpec, InitialValues, Initialiser, Input, Model, ModelSpec, Pass};
 use lapidary_parts::attention::mechanism::MechanismSpec;
 use lapidary_parts::attention::mechanism::sparse::{SparsePattern, SparseSpec, Steps};
-use lapidary_parts::parameters::{Init, ParameterSource};
 use lapidary_signal::Trace;
 use std::time::Instant;
 
@@ -107,54 +106,20 @@ impl Way {
     }
 }
 
-/// The paper's initial values: deviations `0.125 / √inputs`, those of what writes to the residual
-/// divided by `√(2 · blocks)`, and an output of zeros. Unscaled, all have the deviation `1 / √inputs`,
-/// as is usual.
-struct DepthScaled {
-    inner: Initialiser,
-    blocks: usize,
-    scaled: bool,
-}
-
-impl ParameterSource for DepthScaled {
-    fn parameter(
-        &mut self,
-        name: &str,
-        shape: &[usize],
-        init: Init,
-    ) -> lapidary_parts::Result<Tensor> {
-        let writes =
-            name.ends_with("attention.output.weight") || name.ends_with("feedforward.down.weight");
-        let init = match (init, shape.last()) {
-            (Init::Normal { .. }, _) if name.starts_with("head.") => Init::Zeros,
-            (Init::Normal { .. }, Some(inputs)) => {
-                let scale = match (writes, self.scaled) {
-                    (true, true) => 1.0 / ((2 * self.blocks) as f64).sqrt(),
-                    (_, true) => 1.0,
-                    (_, false) => 8.0,
-                };
-                Init::Normal {
-                    deviation: scale * 0.125 / (*inputs as f64).sqrt(),
-                }
-            }
-            (init, _) => init,
-        };
-        self.inner.parameter(name, shape, init)
-    }
-}
-
-impl DepthScaled {
-    fn new(blocks: usize, scaled: bool, seed: u64) -> Self {
-        Self {
-            inner: Initialiser::new(seed, DType::F32, Device::Cpu),
-            blocks,
-            scaled,
-        }
+/// How a deep decoder begins: as the paper's do, or with matrices of deviation `1 / √inputs` throughout, as is usual,
+/// their output zeros too.
+fn beginning(scaled: bool) -> InitialValues {
+    match scaled {
+        true => InitialValues::depth_scaled(),
+        false => InitialValues::DepthScaled {
+            gain: 1.0,
+            by_depth: false,
+        },
     }
 }
 
 /// A deep decoder whose steps alternate by block, its output not tied to the embeddings.
-fn deep(blocks: usize, size: Size) -> ModelSpec {
+fn deep(blocks: usize, size: Size, initial: InitialValues) -> ModelSpec {
     let heads = (size.width / 16).max(1);
     let attentions: Vec<_> = (0..blocks)
         .map(|block| {
@@ -172,6 +137,7 @@ fn deep(blocks: usize, size: Size) -> ModelSpec {
         bias: false,
         transform: None,
     };
+    spec.initial = initial;
     spec
 }
 
@@ -218,7 +184,7 @@ pub fn run(setting: &Setting) -> Result<Reproduction> {
 /// The boolean product of what two blocks look at.
 fn reach(setting: &Setting) -> Result<Claim> {
     let (length, size) = (64, Size::of(Scale::Smoke));
-    let spec = deep(2, size);
+    let spec = deep(2, size, InitialValues::OfParts);
     let model = Model::initialised(spec, setting.seed, DType::F32, &Device::Cpu)?;
     let trace = Trace::new().capture("*.attention.weights")?;
     let pass = Pass {
@@ -264,8 +230,8 @@ fn start(size: Size, setting: &Setting) -> Result<Vec<Claim>> {
     let mut ratios = Vec::new();
     let mut worst: f64 = 0.0;
     for &blocks in depths {
-        let mut source = DepthScaled::new(blocks, true, setting.seed);
-        let model = Model::new(deep(blocks, size), &mut source)?;
+        let spec = deep(blocks, size, beginning(true));
+        let model = Model::initialised(spec, setting.seed, DType::F32, &Device::Cpu)?;
         let trace = Trace::new().capture("blocks.*.{in,out}")?;
         let pass = Pass {
             trace: Some(&trace),
@@ -326,12 +292,12 @@ fn start(size: Size, setting: &Setting) -> Result<Vec<Claim>> {
             };
             let mut ends = Vec::new();
             for scaled in [true, false] {
-                let mut source = DepthScaled::new(blocks, scaled, setting.seed);
+                let mut source = Initialiser::new(setting.seed, DType::F32, Device::Cpu);
                 let mut losses = Vec::new();
                 let done = decoder::train_from(
                     &mut source,
                     recipe,
-                    deep(blocks, size),
+                    deep(blocks, size, beginning(scaled)),
                     Box::new(training.clone()),
                     size.deep_steps,
                     setting.seed,

@@ -74,6 +74,8 @@ fn resolved(spec: &ModelSpec) -> ModelSpec {
     }
     ModelSpec {
         blocks,
+        // The parameters are there.
+        initial: Default::default(),
         ..spec.clone()
     }
 }

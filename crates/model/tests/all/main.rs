@@ -4,6 +4,8 @@ mod axial;
 mod documented;
 mod families;
 mod gguf;
+mod initial;
+mod input_dropout;
 mod masked_autoencoder;
 mod organised;
 mod patch_norms;

@@ -262,9 +262,11 @@ fn rotations_are_drawn_or_fixed_in_training() {
 fn gradients_are_those_of_remembered_streams() {
     let reformer = ", sharing = 'query-key', mechanism = { kind = 'reformer', chunk = 4, rounds = 2, \
                     buckets = [6] }";
-    for attention in ["", reformer] {
+    for (attention, by_feature) in [("", false), (reformer, false), (reformer, true)] {
         for (dtype, tolerance) in [(DType::F64, 1e-9), (DType::F32, 1e-4)] {
-            let model = model(spec(12, 16, attention), dtype);
+            let mut spec = spec(12, 16, attention);
+            spec.blocks[0].dropout_by_feature = by_feature;
+            let model = model(spec, dtype);
             let (stored, expected) = gradients(&model, 16, false);
             let (logits, found) = gradients(&model, 16, true);
             assert!(difference(&stored, &logits) < tolerance, "{attention}");

@@ -5,7 +5,9 @@ mod multi_head;
 pub mod wavelet;
 
 pub use mechanism::MechanismSpec;
-pub use multi_head::{MultiHeadAttention, MultiHeadSpec, QueryKeyNorm, QueryKeySharing};
+pub use multi_head::{
+    LocalFilter, MultiHeadAttention, MultiHeadSpec, OutputProjection, QueryKeyNorm, QueryKeySharing,
+};
 
 use crate::parameters::Parameters;
 use crate::recurrent::{Mamba, Mamba2, Mamba2Spec, MambaSpec};

@@ -14,9 +14,12 @@
 //! `p · heads · (2 head_width + 2 value_width + 5)` for scores, softmax and mixing; a decoding
 //! step pays for its own row. Memory of the state: `groups · (head_width + value_width)` numbers
 //! per token, `heads · head_width` where values are keys. Parameters:
-//! `width · (head_width + value_width) · (heads + groups)` and the biases.
+//! `width · (head_width + value_width) · (heads + groups)` and the biases. An output that is tied to the
+//! queries has no parameters, and none at all costs nothing either.
 
 mod by_place;
+mod local;
+mod output;
 mod scores;
 
 use super::mechanism::{self, Mechanism, MechanismPass, MechanismSpec, Memory, Resumed, Scores};
@@ -29,6 +32,9 @@ use crate::state::MixerState;
 use crate::{Context, Error, Result};
 use lapidary_kernels::{AttentionOptions, ScoreBias, Tensor, naive};
 use lapidary_signal::{Lens, Linear, Mixing, Signal};
+use local::Local;
+pub use local::LocalFilter;
+pub use output::OutputProjection;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -58,7 +64,8 @@ pub struct MultiHeadSpec {
     /// Whether the query, key and value projections have biases.
     #[serde(default = "yes")]
     pub bias: bool,
-    /// Whether the output projection has a bias; as the others when absent.
+    /// Whether the output projection has a bias; as the others when absent. One that has no matrix of its own has
+    /// none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_bias: Option<bool>,
     /// How scores know about positions.
@@ -76,6 +83,12 @@ pub struct MultiHeadSpec {
     /// Which projections are one and the same.
     #[serde(default, skip_serializing_if = "QueryKeySharing::is_none")]
     pub sharing: QueryKeySharing,
+    /// A filter of each head over its values, whose result is added to what is mixed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local: Option<LocalFilter>,
+    /// What maps the heads' values to the stream.
+    #[serde(default, skip_serializing_if = "OutputProjection::is_own")]
+    pub output: OutputProjection,
     /// How queries and keys become a mixing of the values.
     #[serde(default, skip_serializing_if = "MechanismSpec::is_softmax")]
     pub mechanism: MechanismSpec,
@@ -137,6 +150,8 @@ impl MultiHeadSpec {
             scale: None,
             dropout: 0.0,
             sharing: QueryKeySharing::None,
+            local: None,
+            output: OutputProjection::Own,
             mechanism: MechanismSpec::Softmax,
         }
     }
@@ -146,7 +161,12 @@ impl MultiHeadSpec {
     pub fn peculiarity(&self) -> Option<&'static str> {
         match (self.mechanism.spec(), self.sharing) {
             (Some(mechanism), _) => Some(mechanism.kind()),
-            (None, QueryKeySharing::None) => None,
+            _ if self.local.is_some() => Some("a filter beside the heads"),
+            (None, QueryKeySharing::None) => match self.output {
+                OutputProjection::Own => None,
+                OutputProjection::Tied => Some("an output tied to the queries"),
+                OutputProjection::Absent => Some("heads without an output matrix"),
+            },
             (None, QueryKeySharing::QueryKey) => Some("queries that are keys"),
             (None, QueryKeySharing::All) => Some("queries that are keys and values"),
         }
@@ -224,6 +244,8 @@ impl MultiHeadSpec {
             norm.validate(&at("query_key_norm.norm"))?;
         }
         self.validate_sharing(width, field)?;
+        self.validate_output(width, field)?;
+        self.validate_local(field)?;
         let scores = match (self.window, self.position.is_bias(), self.dropout > 0.0) {
             (Some(_), ..) => Some("a window"),
             (None, true, _) => Some("a bias added to scores"),
@@ -293,6 +315,12 @@ impl MultiHeadSpec {
         if !self.sharing.is_none() {
             return refuse("sharing", "given", "none");
         }
+        if self.local.is_some() {
+            return refuse("local", "given", "absent");
+        }
+        if !self.output.is_own() {
+            return refuse("output", self.output.name(), "own");
+        }
         mechanism::validate(
             &self.mechanism,
             &self.sizes(width),
@@ -315,7 +343,9 @@ pub struct MultiHeadAttention {
     key: Option<Linear>,
     /// Absent where queries are values.
     value: Option<Linear>,
-    output: Linear,
+    local: Option<Local>,
+    /// Absent where what the heads give is written as it is.
+    output: Option<Linear>,
     query_norm: Option<Norm>,
     key_norm: Option<Norm>,
     position: Position,
@@ -370,11 +400,11 @@ impl MultiHeadAttention {
                 }
             }
         };
+        let query = parameters.linear("query", "in", width, heads * head_width, spec.bias)?;
         Ok(Self {
             path: parameters.path().to_owned(),
             head_width,
             scale: spec.scale(width),
-            query: parameters.linear("query", "in", width, heads * head_width, spec.bias)?,
             key: match spec.sharing {
                 QueryKeySharing::None => {
                     let keys = groups * head_width;
@@ -389,13 +419,22 @@ impl MultiHeadAttention {
                 }
                 QueryKeySharing::All => None,
             },
-            output: parameters.linear(
-                "output",
-                "mixed",
-                heads * value_width,
-                width,
-                spec.output_bias.unwrap_or(spec.bias),
-            )?,
+            output: match spec.output {
+                OutputProjection::Own => Some(parameters.linear(
+                    "output",
+                    "mixed",
+                    heads * value_width,
+                    width,
+                    spec.output_bias.unwrap_or(spec.bias),
+                )?),
+                OutputProjection::Tied => Some(output::tied(&query, parameters.path())?),
+                OutputProjection::Absent => None,
+            },
+            query,
+            local: match spec.local {
+                None => None,
+                Some(local) => Some(Local::new(local, heads, &mut parameters)?),
+            },
             query_norm: norm(parameters.at("query_norm"), heads)?,
             key_norm: norm(parameters.at("key_norm"), groups)?,
             position: Position::new(
@@ -481,7 +520,7 @@ impl MultiHeadAttention {
         if let Some(mechanism) = mechanism.filter(|mechanism| !mechanism.is_softmax(cx)) {
             let mixed = self.through(mechanism, [x, &q, &k, &v], key_padding, cx, state)?;
             let mixed = site("mixed", mixed)?;
-            return Ok(site("out", mixed.linear_output(&self.output)?)?);
+            return Ok(site("out", self.written(mixed)?)?);
         }
         let (k, v) = match state {
             Some(state) => recall(state, k, v)?,
@@ -506,8 +545,12 @@ impl MultiHeadAttention {
             Some(places) => self.mix_by_place(&q, &k, &v, options, places, cx)?,
             None => self.mix(&q, &k, &v, &options, cx)?,
         };
+        let mixed = match &self.local {
+            None => mixed,
+            Some(local) => local.beside(&mixed, &v, key_padding, &self.path, cx)?,
+        };
         let mixed = site("mixed", mixed)?;
-        Ok(site("out", mixed.linear_output(&self.output)?)?)
+        Ok(site("out", self.written(mixed)?)?)
     }
 
     /// What positions add to the scores of queries and keys, heads side by side.

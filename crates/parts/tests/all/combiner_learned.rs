@@ -1,8 +1,10 @@
 //! What Combiner can learn: summaries by a layer, and divisions by what tokens say.
 #![allow(clippy::panic, clippy::unwrap_used, reason = "tests fail by panicking")]
 
-use crate::combiner::{Span, divisions, effective};
-use crate::common::attention::{Given, HEAD_WIDTH, HEADS, Run, Subject, WIDTH, dot, mask, spec};
+use crate::combiner::{Span, divisions, effective, scaled};
+use crate::common::attention::{
+    Given, HEAD_WIDTH, HEADS, Run, Subject, WIDTH, dot, mask, softmax, spec,
+};
 use crate::common::{assert_near, contracted, difference, gradient_error, random, tensor, values};
 use lapidary_kernels::Tensor;
 use lapidary_parts::attention::mechanism::MechanismSpec;
@@ -100,6 +102,67 @@ fn summaries_by_a_layer_equal_their_effective_matrix() {
                 run.check(2, expected, 1e-11, &what);
             }
         }
+    }
+}
+
+fn projected(columns: usize) -> CombinerSpec {
+    CombinerSpec {
+        summary: Summary::Projected,
+        ..CombinerSpec::new(CombinerForm::RowMajor { columns })
+    }
+}
+
+/// `W x + b` of a head, by the layer `side`.
+fn affine(subject: &Subject, side: &str, head: usize, x: &[f64]) -> Vec<f64> {
+    let weight = values(&subject.map[&format!("mechanism.summary.{side}.weight")]);
+    let bias = values(&subject.map[&format!("mechanism.summary.{side}.bias")]);
+    let rows = head * HEAD_WIDTH..(head + 1) * HEAD_WIDTH;
+    rows.map(|row| dot(&weight[row * HEAD_WIDTH..][..HEAD_WIDTH], x) + bias[row])
+        .collect()
+}
+
+/// `W₂ N(k_c + W₁ k̄ + b₁) + b₂`.
+#[test]
+fn projected_rows_equal_their_effective_matrix() {
+    for (length, columns) in [(1, 3), (9, 3), (13, 4), (6, 1)] {
+        let x = random(&[2, length, WIDTH], 1);
+        let subject = subject(projected(columns), true);
+        let run = subject.run(&x, Given::default());
+        let form = CombinerForm::RowMajor { columns };
+        let made = |b: usize, head: usize, (span, by): &Span| {
+            let by = by.unwrap();
+            let query = run.query(b, head, by);
+            let scores = span.iter().map(|&j| scaled(query, run.key(b, head, j)));
+            let weights = softmax(&scores.collect::<Vec<_>>());
+            let weighted: Vec<f64> = (0..HEAD_WIDTH)
+                .map(|f| {
+                    let each = span.iter().zip(&weights);
+                    each.map(|(&j, w)| w * run.key(b, head, j)[f]).sum()
+                })
+                .collect();
+            let moved = affine(&subject, "inner", head, &weighted);
+            let own = run.key(b, head, by);
+            let sum: Vec<f64> = own.iter().zip(&moved).map(|(a, b)| a + b).collect();
+            let mean = sum.iter().sum::<f64>() / HEAD_WIDTH as f64;
+            let variance = sum.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / HEAD_WIDTH as f64;
+            let normed: Vec<f64> = sum
+                .iter()
+                .map(|s| (s - mean) / (variance + 1e-5).sqrt())
+                .collect();
+            [query.to_vec(), affine(&subject, "outer", head, &normed)]
+        };
+        let expected = |b: usize, head: usize, i: usize| {
+            let divisions = divisions(form, true, length, i);
+            effective(&run, [b, head, i], &divisions, false, &|span: &Span| {
+                made(b, head, span)
+            })
+        };
+        run.check(
+            2,
+            expected,
+            1e-11,
+            &format!("rows of {columns} at {length}"),
+        );
     }
 }
 
@@ -208,6 +271,7 @@ fn learned() -> Vec<CombinerSpec> {
         .filter(|(_, causal)| *causal)
         .flat_map(|(form, _)| POOLINGS.map(|pooling| with_layer(form, pooling)))
         .collect();
+    all.extend([projected(3), projected(4)]);
     let routed = CombinerForm::Routed { clusters: 3 };
     all.push(CombinerSpec::new(routed));
     all.push(CombinerSpec {

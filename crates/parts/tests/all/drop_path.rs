@@ -1,4 +1,5 @@
-//! Stochastic depth: what a part adds is left out for whole sequences.
+//! Stochastic depth: what a part adds is left out for whole sequences. And dropout of features: entries are left out
+//! in all tokens of a sequence alike.
 #![allow(clippy::panic, clippy::unwrap_used)]
 
 use crate::common::{
@@ -108,4 +109,59 @@ fn probabilities_that_mean_nothing_are_refused() {
     }
     let plain = spec("");
     assert!(!toml::to_string(&plain).unwrap().contains("drop_path"));
+}
+
+#[test]
+fn features_are_dropped_in_all_tokens_of_a_sequence_alike() {
+    const DROPPED: f64 = 0.3;
+    const SEEDS: u64 = 100;
+    const LENGTH: usize = 5;
+    let block = spec(&format!("dropout = {DROPPED}\ndropout_by_feature = true"));
+    let map = drawn(&block);
+    let x = random(&[ROWS, LENGTH, WIDTH], 1);
+    let added = |dropout_seed: Option<u64>| -> Vec<Vec<Vec<f64>>> {
+        let added = (run(&block, &map, &x, dropout_seed) - &x).unwrap();
+        added.to_vec3().unwrap()
+    };
+    let whole = added(None);
+    let (mut left_out, mut alike) = (0, 0);
+    for seed in 0..SEEDS {
+        let found = added(Some(seed));
+        let mut masks = Vec::new();
+        for (found, whole) in found.iter().zip(&whole) {
+            let zeros: Vec<bool> = found[0].iter().map(|entry| entry.abs() < 1e-12).collect();
+            for (found, whole) in found.iter().zip(whole) {
+                for ((found, whole), zero) in found.iter().zip(whole).zip(&zeros) {
+                    let expected = match *zero {
+                        true => 0.0,
+                        false => whole / (1.0 - DROPPED),
+                    };
+                    assert!((found - expected).abs() < 1e-9, "{found} {expected}");
+                }
+            }
+            left_out += zeros.iter().filter(|zero| **zero).count();
+            masks.push(zeros);
+        }
+        alike += u64::from(masks.iter().all(|mask| *mask == masks[0]));
+    }
+    // Five deviations of a binomial count; sequences are independent of each other.
+    let count = (SEEDS as usize * ROWS * WIDTH) as f64;
+    let off = left_out as f64 - DROPPED * count;
+    let most = 5.0 * (count * DROPPED * (1.0 - DROPPED)).sqrt();
+    assert!(off.abs() < most, "{left_out} of {count}");
+    assert!(alike < SEEDS / 10, "{alike}");
+}
+
+#[test]
+fn gradients_with_features_dropped_equal_central_differences() {
+    let block = spec(
+        "dropout = 0.5\ndropout_by_feature = true\nfeedforward = { kind = 'dense', hidden = 6, \
+         activation = 'gelu' }",
+    );
+    let mut map = drawn(&block);
+    map.insert("x".to_owned(), random(&[ROWS, 3, WIDTH], 1));
+    let error = gradient_error(&map, 3, |map| {
+        contracted(&run(&block, map, &map["x"], Some(5)))
+    });
+    assert!(error < 1e-6, "{error}");
 }

@@ -41,6 +41,7 @@ fn block(hidden: usize, heads: usize, causal: bool) -> BlockSpec {
         norm: NormSpec::default(),
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         attention: MixerSpec::MultiHead(MultiHeadSpec {
             causal,
             ..MultiHeadSpec::new(heads)

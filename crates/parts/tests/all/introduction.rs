@@ -270,6 +270,7 @@ fn block_with(attention: MultiHeadSpec) -> BlockSpec {
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * D,

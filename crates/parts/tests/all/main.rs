@@ -1,8 +1,10 @@
 //! Integration tests of the parts, in one program; the one that counts the bytes it allocates stands alone.
 
+mod beside_heads;
 mod circuits;
 mod combiner;
 mod combiner_centroids;
+mod combiner_dropout;
 mod combiner_learned;
 mod common;
 mod decoding;

@@ -165,7 +165,13 @@ fn equals_softmax_over_the_pairs_that_meet() {
         let x = random(&[2, length, WIDTH], 1);
         for reformer in specs() {
             for (causal, draw) in [(true, None), (false, Some(3))] {
-                let run = subject(&reformer, causal).run(&x, Given { keep: None, draw });
+                let run = subject(&reformer, causal).run(
+                    &x,
+                    Given {
+                        draw,
+                        ..Given::default()
+                    },
+                );
                 let buckets = buckets(&reformer, &run, 2, draw);
                 let met = |b: usize, head: usize| meetings(&reformer, &buckets[b][head], length);
                 let met: Vec<Vec<_>> = (0..2)
@@ -316,7 +322,15 @@ fn the_first_token_attends_to_itself_alone() {
 fn draws_are_replayed() {
     let x = random(&[1, 24, WIDTH], 1);
     let subject = subject(&plain(4, 1), true);
-    let with = |draw| subject.output(&x, Given { keep: None, draw });
+    let with = |draw| {
+        subject.output(
+            &x,
+            Given {
+                draw,
+                ..Given::default()
+            },
+        )
+    };
     assert_eq!(difference(&with(Some(7)), &with(Some(7))), 0.0);
     assert_eq!(difference(&with(None), &with(None)), 0.0);
     assert!(difference(&with(Some(7)), &with(Some(8))) > 1e-6);
@@ -337,7 +351,13 @@ fn more_rounds_are_nearer_to_full_attention() {
         let subject = subject(&reformer, false);
         let each = (0..10).map(|draw| {
             let draw = Some(draw);
-            let y = subject.output(&x, Given { keep: None, draw });
+            let y = subject.output(
+                &x,
+                Given {
+                    draw,
+                    ..Given::default()
+                },
+            );
             let apart = values(&(y - &full).unwrap().sqr().unwrap());
             apart.iter().sum::<f64>() / apart.len() as f64
         });
@@ -356,7 +376,13 @@ fn pads_are_not_there() {
     for reformer in specs() {
         for (causal, draw) in [(true, None), (false, Some(2))] {
             let subject = subject(&reformer, causal);
-            let alone = subject.output(&x, Given { keep: None, draw });
+            let alone = subject.output(
+                &x,
+                Given {
+                    draw,
+                    ..Given::default()
+                },
+            );
             for (left, right) in [(0, 4), (4, 0), (1, 2)] {
                 let parts = [
                     junk.narrow(1, 0, left).unwrap(),

@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use crate::common;
 use crate::common::{Map, assert_near, build, random, tensor, values};
 use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_parts::attention::{MultiHeadAttention, MultiHeadSpec, QueryKeySharing};
+use lapidary_parts::attention::{
+    MultiHeadAttention, MultiHeadSpec, OutputProjection, QueryKeySharing,
+};
 use lapidary_parts::block::{Block, BlockSpec};
 use lapidary_parts::feedforward::{SparseCode, SparseCodeSpec};
 use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
@@ -132,13 +134,11 @@ fn without_projections_attention_is_that_of_the_gram_matrix() {
     let spec = MultiHeadSpec {
         sharing: QueryKeySharing::All,
         bias: false,
+        output: OutputProjection::Absent,
         ..MultiHeadSpec::new(1)
     };
     let eye = Tensor::eye(WIDTH, DType::F64, &Device::Cpu).unwrap();
-    let map = Map::from([
-        ("query.weight".to_owned(), eye.clone()),
-        ("output.weight".to_owned(), eye),
-    ]);
+    let map = Map::from([("query.weight".to_owned(), eye)]);
     let attention = build(&map, |p| MultiHeadAttention::new(&spec, WIDTH, p)).unwrap();
     let y = random(&[1, 5, WIDTH], 8);
     let trace = Trace::new();
@@ -256,18 +256,13 @@ fn tied_projections_make_the_derived_step() {
     let spec = MultiHeadSpec {
         sharing: QueryKeySharing::All,
         bias: false,
+        output: OutputProjection::Tied,
         scale: Some(1.0),
         ..MultiHeadSpec::new(HEADS)
     };
     // Rows are the bases of both heads.
     let bases = orthogonal();
-    let map = Map::from([
-        ("query.weight".to_owned(), bases.clone()),
-        (
-            "output.weight".to_owned(),
-            bases.t().unwrap().contiguous().unwrap(),
-        ),
-    ]);
+    let map = Map::from([("query.weight".to_owned(), bases.clone())]);
     let attention = build(&map, |p| MultiHeadAttention::new(&spec, WIDTH, p)).unwrap();
     let y = random(&[1, 5, WIDTH], 17);
     let trace = Trace::new();
@@ -292,6 +287,82 @@ fn tied_projections_make_the_derived_step() {
         1e-12,
         "derived",
     );
+}
+
+/// The attention of `spec` with parameters of its own, for `y` `[batch, length, WIDTH]`.
+fn attended(spec: &MultiHeadSpec, map: &Map, y: &Tensor) -> Tensor {
+    let attention = build(map, |p| MultiHeadAttention::new(spec, WIDTH, p)).unwrap();
+    let trace = Trace::new();
+    let y = attention.forward(&Signal::from(y.clone()), &Context::new(&trace), None);
+    y.unwrap().into_value()
+}
+
+/// Tied and absent outputs are those of matrices that say the same, and have no parameters.
+#[test]
+fn outputs_without_a_matrix_of_their_own() {
+    let y = random(&[2, 5, WIDTH], 18);
+    let own = MultiHeadSpec {
+        sharing: QueryKeySharing::All,
+        output_bias: Some(false),
+        ..MultiHeadSpec::new(2)
+    };
+    let with = |output| MultiHeadSpec {
+        output,
+        ..own.clone()
+    };
+    let names = |map: &Map| map.keys().cloned().collect::<Vec<_>>();
+    for output in [OutputProjection::Tied, OutputProjection::Absent] {
+        let spec = with(output);
+        let mut map = common::draw(6, |p| MultiHeadAttention::new(&spec, WIDTH, p));
+        assert_eq!(names(&map), ["query.bias", "query.weight"]);
+        let found = attended(&spec, &map, &y);
+        let written = match output {
+            OutputProjection::Tied => map["query.weight"].t().unwrap().contiguous().unwrap(),
+            _ => Tensor::eye(WIDTH, DType::F64, &Device::Cpu).unwrap(),
+        };
+        map.insert("output.weight".to_owned(), written);
+        assert_near(&found, &attended(&own, &map, &y), 1e-12, output.name());
+    }
+}
+
+/// The matrix gets a gradient from both of its places, factorised too.
+#[test]
+fn a_tied_matrix_learns_where_it_reads_and_where_it_writes() {
+    let spec = MultiHeadSpec {
+        sharing: QueryKeySharing::All,
+        bias: false,
+        output: OutputProjection::Tied,
+        ..MultiHeadSpec::new(2)
+    };
+    let y = random(&[1, 4, WIDTH], 19);
+    for rank in [None, Some(3)] {
+        let ranks: BTreeMap<String, usize> = rank
+            .map(|rank| ("query".to_owned(), rank))
+            .into_iter()
+            .collect();
+        let run = |map: &Map| {
+            let (mut map, mut linears) = (map.clone(), Vec::new());
+            let parameters = Parameters::new(&mut map, &ranks, &mut linears);
+            let attention = MultiHeadAttention::new(&spec, WIDTH, parameters).unwrap();
+            let trace = Trace::new();
+            let y = attention.forward(&Signal::from(y.clone()), &Context::new(&trace), None);
+            y.unwrap().into_value()
+        };
+        let map = match rank {
+            None => Map::from([("query.weight".to_owned(), random(&[WIDTH, WIDTH], 20))]),
+            Some(rank) => Map::from([
+                ("query.down".to_owned(), random(&[rank, WIDTH], 21)),
+                ("query.up".to_owned(), random(&[WIDTH, rank], 22)),
+            ]),
+        };
+        if rank.is_some() {
+            let product = map["query.up"].matmul(&map["query.down"]).unwrap();
+            let dense = Map::from([("query.weight".to_owned(), product)]);
+            assert_near(&run(&map), &attended(&spec, &dense, &y), 1e-12, "factors");
+        }
+        let error = common::gradient_error(&map, 4, |map| common::contracted(&run(map)));
+        assert!(error < 1e-6, "{rank:?}: {error:e}");
+    }
 }
 
 /// The layers of one head each are listed once, and keys are what queries are.

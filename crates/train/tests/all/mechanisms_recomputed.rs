@@ -99,6 +99,9 @@ fn steps_with_and_without_recomputation_are_the_same_bit_for_bit() {
         r#""mechanism": { "kind": "subsampled", "inner": { "kind": "fastmax" } }"#,
         r#""mechanism": { "kind": "combiner", "form": { "kind": "fixed", "segment": 5 } }"#,
         r#""mechanism": {
+            "kind": "combiner", "form": { "kind": "fixed", "segment": 5 }, "dropout": 0.3
+        }"#,
+        r#""mechanism": {
             "kind": "combiner", "form": { "kind": "routed", "clusters": 3 }, "pull": 0.1
         }"#,
         r#""sharing": "query-key",

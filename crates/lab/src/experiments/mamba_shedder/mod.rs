@@ -105,6 +105,7 @@ fn block(recurrence: Recurrence) -> BlockSpec {
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         feedforward: None,
         dropout: 0.0,

@@ -300,6 +300,7 @@ fn vit(size: Size, operator: Operator, channels: usize, class_tokens: usize) -> 
             shared: false,
             layer_scale: None,
             drop_path: 0.0,
+            dropout_by_feature: false,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: size.width,
@@ -323,6 +324,7 @@ fn vit(size: Size, operator: Operator, channels: usize, class_tokens: usize) -> 
         low_rank: BTreeMap::new(),
         quantised: BTreeMap::new(),
         organisation: None,
+        initial: Default::default(),
     }
 }
 

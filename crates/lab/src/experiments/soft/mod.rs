@@ -16,7 +16,7 @@ use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::Initialiser;
 use lapidary_parts::attention::mechanism::soft::{Landmarks, SoftSpec, regularised_inverse};
 use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism};
-use lapidary_parts::attention::{MechanismSpec, MultiHeadSpec, QueryKeySharing};
+use lapidary_parts::attention::{LocalFilter, MechanismSpec, MultiHeadSpec, QueryKeySharing};
 use lapidary_parts::parameters::{Init, ParameterSource, Parameters};
 use lapidary_signal::Mixing;
 use lapidary_train::generator;
@@ -355,21 +355,31 @@ fn images(count: usize, seed: u64) -> Images {
     }
 }
 
-/// The first stage's attention by name, for a grid of 16 columns.
+/// Height and width of the filter that each head of the first stage has beside its attention, whatever that is.
+const FILTER: usize = 5;
+
+/// The first stage's attention by name, for a grid of so many columns.
 fn ways(columns: usize) -> [(&'static str, MultiHeadSpec); 3] {
     let [count, _] = HEADS;
+    let softmax = MultiHeadSpec {
+        local: Some(LocalFilter {
+            side: FILTER,
+            columns: Some(columns),
+        }),
+        ..MultiHeadSpec::new(count)
+    };
     let soft = |normalised| MultiHeadSpec {
         sharing: QueryKeySharing::QueryKey,
         mechanism: MechanismSpec::Soft(SoftSpec {
             columns: Some(columns),
-            local: Some(5),
+            local: Some(FILTER),
             normalised,
             ..SoftSpec::new(Landmarks::Convolution { ratio: 4 })
         }),
         ..MultiHeadSpec::new(count)
     };
     [
-        ("softmax", MultiHeadSpec::new(count)),
+        ("softmax", softmax),
         ("normalised", soft(true)),
         ("as it comes", soft(false)),
     ]
@@ -444,7 +454,7 @@ fn on_images(setting: &Setting, size: &Size) -> Result<Vec<Claim>> {
             ),
             after_learning(setting.scale, learned, soft.right >= dense.right - 1.0),
         )
-        .noted("SOFT has its filter of 5 by 5 tokens beside the kernel, softmax has none"),
+        .noted("each has a filter of 5 by 5 tokens for each head beside it"),
         Claim::new(
             "and holds at least 1.5 times less at once",
             "memory linear in the length",

@@ -136,6 +136,7 @@ fn block(wiring: Wiring, attention: MultiHeadSpec, width: usize) -> BlockSpec {
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * width,

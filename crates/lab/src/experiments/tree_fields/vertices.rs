@@ -264,6 +264,7 @@ fn spec(world: &World, metric: Option<Metric>) -> ModelSpec {
             shared: false,
             layer_scale: None,
             drop_path: 0.0,
+            dropout_by_feature: false,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 2 * width,
@@ -281,6 +282,7 @@ fn spec(world: &World, metric: Option<Metric>) -> ModelSpec {
         low_rank: BTreeMap::new(),
         quantised: BTreeMap::new(),
         organisation: None,
+        initial: Default::default(),
     }
 }
 

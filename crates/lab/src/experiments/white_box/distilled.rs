@@ -195,6 +195,7 @@ fn usual(width: usize) -> ModelSpec {
             shared: false,
             layer_scale: None,
             drop_path: 0.0,
+            dropout_by_feature: false,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * width,
@@ -214,6 +215,7 @@ fn usual(width: usize) -> ModelSpec {
         low_rank: BTreeMap::new(),
         quantised: BTreeMap::new(),
         organisation: None,
+        initial: Default::default(),
     }
 }
 

@@ -151,6 +151,7 @@ fn spec(width: usize) -> ModelSpec {
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         feedforward: Some(feedforward),
         dropout: 0.0,
@@ -173,6 +174,7 @@ fn spec(width: usize) -> ModelSpec {
         low_rank: BTreeMap::new(),
         quantised: BTreeMap::new(),
         organisation: None,
+        initial: Default::default(),
     }
 }
 

@@ -88,6 +88,7 @@ fn block(width: usize, attention: MultiHeadSpec) -> BlockSpec {
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * width,
@@ -133,6 +134,7 @@ fn spec(arguments: &Bench) -> ModelSpec {
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     }
 }
 

@@ -41,6 +41,7 @@ pub(super) fn tower(config: &AlbertConfig, architecture: &Architecture<'_>) -> R
         shared: true,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         wiring: Wiring::PostNorm,
         norm,
@@ -95,6 +96,7 @@ pub(super) fn tower(config: &AlbertConfig, architecture: &Architecture<'_>) -> R
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     Ok(Tower {
         name: "",

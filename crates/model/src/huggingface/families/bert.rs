@@ -47,6 +47,7 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.intermediate_size,
@@ -109,6 +110,7 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     Ok(Tower {
         name: "",

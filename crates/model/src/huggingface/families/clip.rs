@@ -38,6 +38,7 @@ fn block(
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden,
@@ -112,6 +113,7 @@ fn text(config: &ClipTextConfig, projection: usize) -> Result<Tower> {
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     let mut table = NameTable::new(&[]);
     table.same(
@@ -179,6 +181,7 @@ fn vision(config: &ClipVisionConfig, projection: usize) -> Result<Tower> {
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     let mut table = NameTable::new(&[]);
     table.add(

@@ -47,6 +47,7 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
                 shared: false,
                 layer_scale: None,
                 drop_path: 0.0,
+                dropout_by_feature: false,
                 shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden,
@@ -87,6 +88,7 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     let prefix = if language_model { "transformer." } else { "" };
     let mut table = NameTable::new(&["transformer."]);

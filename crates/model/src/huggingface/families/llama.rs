@@ -87,6 +87,7 @@ pub(super) fn tower(config: &LlamaConfig, architecture: &Architecture<'_>) -> Re
                 shared: false,
                 layer_scale: None,
                 drop_path: 0.0,
+                dropout_by_feature: false,
                 shortcuts: false,
                 feedforward: Some(feedforward),
                 dropout: 0.0,
@@ -119,6 +120,7 @@ pub(super) fn tower(config: &LlamaConfig, architecture: &Architecture<'_>) -> Re
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     let prefix = if language_model { "model." } else { "" };
     Ok(Tower {

@@ -40,6 +40,7 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.ffn_dim,
@@ -80,6 +81,7 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     let prefix = if language_model {
         "model.decoder."

@@ -46,6 +46,7 @@ impl Recurrent {
             shared: false,
             layer_scale: None,
             drop_path: 0.0,
+            dropout_by_feature: false,
             shortcuts: false,
             feedforward: None,
             dropout: 0.0,
@@ -76,6 +77,7 @@ impl Recurrent {
             low_rank: Default::default(),
             quantised: Default::default(),
             organisation: None,
+            initial: Default::default(),
         }
     }
 

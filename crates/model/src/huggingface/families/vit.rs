@@ -49,6 +49,7 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.intermediate_size,
@@ -104,6 +105,7 @@ pub(super) fn tower(config: &VitConfig, architecture: &Architecture<'_>) -> Resu
         low_rank: Default::default(),
         quantised: Default::default(),
         organisation: None,
+        initial: Default::default(),
     };
     Ok(Tower {
         name: "",

@@ -18,7 +18,7 @@
 use super::sequences::At;
 use crate::Result;
 use crate::error::tensor;
-use lapidary_kernels::{Attended, BlockAttention, BlockPart, D, Listed, Tensor};
+use lapidary_kernels::{Attended, BlockAttention, BlockPart, D, DropoutMask, Listed, Tensor};
 use lapidary_signal::Mixing;
 use std::ops::Range;
 use std::sync::Arc;
@@ -140,6 +140,29 @@ fn each(ends: &[[usize; 2]]) -> impl Iterator<Item = [Range<usize>; 2]> + '_ {
     both.map(|(start, end)| [start[0]..end[0], start[1]..end[1]])
 }
 
+/// The same part with the logarithm of what a mask says of each pair added to its score, for keys among the first
+/// `rows`; others, which are summaries, are left as they are.
+pub(super) fn dropped(part: BlockPart, mask: &DropoutMask, rows: usize) -> BlockPart {
+    if part.keys.rows.iter().all(|&key| key as usize >= rows) {
+        return part;
+    }
+    let mut pair_bias = Vec::new();
+    for [of, over] in each(&part.ends) {
+        for &query in &part.queries.rows[of] {
+            let first = query as usize * rows;
+            let keys = part.keys.rows[over.clone()].iter();
+            pair_bias.extend(keys.map(|&key| match key as usize {
+                key if key < rows => mask.at(first + key).ln(),
+                _ => 0.0,
+            }));
+        }
+    }
+    for (to, own) in pair_bias.iter_mut().zip(&part.pair_bias) {
+        *to += own;
+    }
+    BlockPart { pair_bias, ..part }
+}
+
 /// Queries, keys, and the blocks in which they meet under one softmax.
 #[derive(Debug)]
 pub(super) struct Meetings {
@@ -179,6 +202,26 @@ impl Meetings {
     pub(super) fn attended(&self, values: &Tensor) -> lapidary_kernels::Result<Attended> {
         let queries = Arc::new((0..self.queries as u32).collect());
         Attended::new([&self.q, &self.k, values], &self.attention, queries)
+    }
+
+    /// What each query gets where these are `whole` with some pairs left out and the others' scores raised: weights
+    /// are shares of what all pairs of `whole` sum to, so that each is dropped or raised by itself.
+    pub(super) fn share_of(
+        &self,
+        whole: &Self,
+        values: &Tensor,
+    ) -> lapidary_kernels::Result<Tensor> {
+        let mut one = values.dims().to_vec();
+        if let Some(last) = one.last_mut() {
+            *last = 1;
+        }
+        // Whose log-sums alone are asked for.
+        let nothing = Tensor::zeros(one, values.dtype(), values.device())?;
+        let all = whole.attended(&nothing)?.log_sums()?;
+        let kept = self.attended(values)?;
+        // Finite, so that a query that meets nothing gets zeros.
+        let share = (kept.log_sums()? - all.maximum(-1e30)?)?.exp()?;
+        Ok(kept.output()?.broadcast_mul(&share.unsqueeze(1)?)?)
     }
 
     /// Pairs of a query and a key that it sees.

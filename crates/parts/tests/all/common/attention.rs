@@ -19,6 +19,7 @@ pub const HEAD_WIDTH: usize = WIDTH / HEADS;
 pub struct Given<'a> {
     pub keep: Option<&'a Tensor>,
     pub draw: Option<u64>,
+    pub dropout_seed: Option<u64>,
 }
 
 /// An attention whose parameters are drawn.
@@ -61,6 +62,7 @@ impl Subject {
         let cx = Context {
             key_padding: given.keep,
             draw: given.draw,
+            dropout_seed: given.dropout_seed,
             ..Context::new(&trace)
         };
         let y = self

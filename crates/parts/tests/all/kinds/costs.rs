@@ -160,12 +160,22 @@ fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(u
             spec.sharing != QueryKeySharing::All,
             linear(WIDTH, groups * value_width, spec.bias, keys),
         ),
-        linear(
-            heads * value_width,
-            WIDTH,
-            spec.output_bias.unwrap_or(spec.bias),
-            queries,
-        ),
+        match spec.output {
+            OutputProjection::Own => linear(
+                heads * value_width,
+                WIDTH,
+                spec.output_bias.unwrap_or(spec.bias),
+                queries,
+            ),
+            OutputProjection::Tied => (0, linear(heads * value_width, WIDTH, false, queries).1),
+            OutputProjection::Absent => (0, 0),
+        },
+        spec.local.map_or((0, 0), |local| {
+            let taps = local
+                .columns
+                .map_or(local.side, |_| local.side * local.side);
+            (heads * taps, queries * heads * (2 * taps + 1) * value_width)
+        }),
         mechanism_formula(spec, pairs, keys / BATCH),
     ];
     if let Some(QueryKeyNorm { norm, per_head }) = &spec.query_key_norm {
@@ -437,6 +447,11 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
                     };
                     (2 * (width * width + width), each + sums)
                 }
+                // Both tokens of the two rows that later ones look at.
+                Summary::Projected => (
+                    2 * (width * width + width),
+                    4 * (4 * width * width + 11 * width),
+                ),
             };
             let centroids = match combiner.form {
                 CombinerForm::Routed { clusters } => clusters * width,

@@ -38,7 +38,8 @@ use lapidary_parts::attention::mechanism::topological::{
 };
 use lapidary_parts::attention::wavelet::{Family, WaveletSpec};
 use lapidary_parts::attention::{
-    MechanismSpec, MixerSpec, MultiHeadSpec, QueryKeyNorm, QueryKeySharing,
+    LocalFilter, MechanismSpec, MixerSpec, MultiHeadSpec, OutputProjection, QueryKeyNorm,
+    QueryKeySharing,
 };
 use lapidary_parts::block::{Block, BlockSpec, Wiring};
 use lapidary_parts::feedforward::{
@@ -205,6 +206,7 @@ impl Case {
 
     fn is_softmax(&self) -> bool {
         match &self.spec.attention {
+            MixerSpec::MultiHead(heads) if heads.local.is_some() => false,
             MixerSpec::MultiHead(heads) => match &heads.mechanism {
                 // Dense where nothing is drawn.
                 MechanismSpec::Subsampled(spec) => spec.inner.is_softmax(),
@@ -222,6 +224,7 @@ impl Case {
             return false;
         };
         matches!(heads.position, PositionSpec::Fire(_))
+            || heads.local.is_some()
             || match &heads.mechanism {
                 MechanismSpec::Linformer(_) => true,
                 MechanismSpec::Lion(lion) => lion.class_token || lion.image.is_some(),

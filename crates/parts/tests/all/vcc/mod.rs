@@ -45,6 +45,7 @@ fn block(position: PositionSpec) -> BlockSpec {
         norm: NormSpec::default(),
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         attention: MixerSpec::MultiHead(MultiHeadSpec {
             position,
             ..MultiHeadSpec::new(2)

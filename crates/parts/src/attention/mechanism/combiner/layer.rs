@@ -6,7 +6,7 @@ use crate::attention::mechanism::Heads;
 use crate::attention::mechanism::spans::Pooled;
 use crate::error::tensor;
 use crate::parameters::{Init, Parameters};
-use lapidary_kernels::{D, Tensor, matmul};
+use lapidary_kernels::{D, Tensor, linear, matmul};
 
 /// `relu(W x + b)` of each head, for queries and for keys.
 #[derive(Debug)]
@@ -18,16 +18,16 @@ pub(super) struct Layer {
 
 /// `W` `[heads, head_width, head_width]` and `b` `[heads, 1, head_width]`.
 #[derive(Debug)]
-struct Affine {
+pub(super) struct Affine {
     weight: Tensor,
     bias: Tensor,
 }
 
 impl Affine {
-    fn new(heads: &Heads, mut parameters: Parameters<'_>) -> Result<Self> {
+    /// Weights begin with the variance `gain / head_width`.
+    pub(super) fn new(heads: &Heads, gain: f64, mut parameters: Parameters<'_>) -> Result<Self> {
         let (count, width) = (heads.heads, heads.head_width);
-        // Half of what comes out is cut off.
-        let deviation = (2.0 / width as f64).sqrt();
+        let deviation = (gain / width as f64).sqrt();
         Ok(Self {
             weight: parameters.tensor(
                 "weight",
@@ -36,6 +36,13 @@ impl Affine {
             )?,
             bias: parameters.tensor("bias", &[count, 1, width], Init::Zeros)?,
         })
+    }
+
+    /// Of rows `[rows, head_width]` of one head, nothing cut off.
+    pub(super) fn of_head(&self, x: &Tensor, head: usize) -> Result<Tensor> {
+        let weight = tensor(self.weight.get(head))?;
+        let bias = tensor(tensor(self.bias.get(head))?.squeeze(0))?;
+        Ok(linear(x, &weight, Some(&bias))?)
     }
 
     /// Of `batch · heads · tokens` rows `[.., head_width]`: `[rows, head_width]`.
@@ -58,8 +65,9 @@ impl Layer {
     ) -> Result<Self> {
         Ok(Self {
             pooling,
-            queries: Affine::new(heads, parameters.at("query"))?,
-            keys: Affine::new(heads, parameters.at("key"))?,
+            // Half of what comes out is cut off.
+            queries: Affine::new(heads, 2.0, parameters.at("query"))?,
+            keys: Affine::new(heads, 2.0, parameters.at("key"))?,
         })
     }
 
@@ -71,6 +79,7 @@ impl Layer {
             queries: self.queries.forward(q, sequences)?,
             keys: self.keys.forward(k, sequences)?,
             by: self.pooling,
+            row_keys: None,
             before: (entries * (2 * width + 2)) as u64,
         })
     }

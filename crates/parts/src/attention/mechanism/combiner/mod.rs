@@ -34,16 +34,28 @@
 //! k_Ω = pool_{j ∈ Ω} relu(W_k k_j + b_k),   q_Ω = pool_{j ∈ Ω} relu(W_q q_j + b_q),   pool = max, mean, Σ
 //! ```
 //!
+//! And the key of a row, in row-major form, may be what a layer makes of the weighted keys `k̄` of its tokens and of the key
+//! `k_c` of the token that sums it up (`projected`), with a layer norm `N`:
+//!
+//! ```text
+//! k_Ω = W₂ N(k_c + W₁ k̄ + b₁) + b₂
+//! ```
+//!
 //! A span whose keys are all alike counts as one key, not as its number of tokens; `log_count`
 //! adds the logarithm of that number to its score.
 //!
-//! Left out: keys of row-major spans that are projections of their values; see [`CombinerForm::RowMajor`].
+//! Dropout is of the weights of keys that are met directly, in training: each is zeroed, or divided by
+//! `1 − dropout`, once they are weights; those of spans are left as they are.
+//!
+//! Left out: keys of row-major spans that are projections of their values, in whose place those of their keys are; see
+//! [`CombinerForm::RowMajor`].
 //!
 //! Cost: for each pair of a query and a key or summary, and of a summary and a token of its span,
 //! `2 head_width + 2 value_width + 5`; for `n` tokens about `n (m + n / m)` pairs of each sort, or
 //! `n log₂ n`; in `c` clusters of one size `n² / c` pairs of each sort, `n c` of queries and summaries, and
-//! `2 c head_width` for each query and key; a layer takes `2 head_width² + 2 head_width` for each. Parameters:
-//! none, or `2 (head_width² + head_width)` for each head with a layer, `c head_width` with clusters.
+//! `2 c head_width` for each query and key; a layer takes `2 head_width² + 2 head_width` for each, and a
+//! projected row `4 head_width² + 11 head_width`. Parameters:
+//! none, or `2 (head_width² + head_width)` for each head with a layer of either kind, `c head_width` with clusters.
 //!
 //! While decoding, a summary is made once, in the step that ends its span, and a step gathers those rows
 //! alone that its queries meet: `m + n / m` or `log₂ n` of them. Kept are
@@ -64,28 +76,32 @@
 mod clustering;
 mod divisions;
 mod layer;
+mod row_keys;
 mod spec;
 
 pub use super::spans::Pooling;
 pub use clustering::{Fit, Fitted};
 pub use spec::{CombinerForm, CombinerSpec, Summary};
 
-use super::blocks::{Bias, Meetings, Rule};
+use super::blocks::{Bias, Meetings, Rule, dropped};
 use super::met::Met;
 use super::sequences::{At, Sequences};
 use super::spans::{
-    Ended, Joined, Making, Pooled, Rules, Sort, Span, SpanMemory, Summaries, Summarised,
+    Ended, Joined, Making, Pooled, RowKeys, Rules, Sort, Span, SpanMemory, Summaries, Summarised,
 };
 use super::{Mechanism, MechanismPass, Memory, Resumed};
+use crate::dropout::seed_of_site;
 use crate::error::tensor;
 use crate::state::MixerState;
 use crate::{Error, Result};
 use clustering::{Clustering, Found};
 use divisions::{Division, Tokens};
-use lapidary_kernels::{BlockPart, Tensor, appended_rows, with_loss};
+use lapidary_kernels::{BlockPart, DropoutMask, Tensor, appended_rows, with_loss};
 use lapidary_signal::Mixing;
 use layer::Layer;
+use row_keys::RowProjection;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 const CAUSAL: Rule = Rule {
     causal: true,
@@ -116,6 +132,8 @@ struct Combiner {
     clustering: Option<Clustering>,
     /// Where summaries pool what it makes of queries and keys.
     layer: Option<Layer>,
+    /// Where rows have keys that it makes.
+    row_keys: Option<Arc<RowProjection>>,
 }
 
 impl Mechanism for Combiner {
@@ -132,16 +150,15 @@ impl Mechanism for Combiner {
         let q = self.pulled(q, k, found.as_ref(), pass)?;
         let sequences = Sequences::new(&q, k, pass)?;
         let plan = self.plan(&sequences, &[], found.as_ref())?;
+        let mask = self.mask(pass);
         let lists = match (plan.making.as_slice(), plan.divisions.as_slice()) {
-            ([one], [_]) if self.layer.is_none() => one.whole(),
+            ([one], [_]) if self.layer.is_none() && mask.is_none() => one.whole(),
             _ => None,
         };
         let Some(lists) = lists else {
-            return Ok(Box::new(self.mixing_by(
-                plan,
-                sequences.sizes,
-                [&q, &q, k],
-            )?));
+            let sizes = sequences.sizes;
+            let mixing = self.mixing_by(plan, sizes, [&q, &q, k], mask.as_ref())?;
+            return Ok(Box::new(mixing));
         };
         let parts = plan.divisions.into_iter();
         let parts = parts.flat_map(|division| self.parts(division)).collect();
@@ -250,7 +267,13 @@ impl Rules for Combiner {
 
     fn pooled(&self, tokens: [&Tensor; 2], sequences: [usize; 2]) -> Result<Pooled> {
         match &self.layer {
-            None => Ok(Pooled::largest(tokens)),
+            None => Ok(Pooled {
+                row_keys: self.row_keys.clone().map(|keys| {
+                    let keys: Arc<dyn RowKeys> = keys;
+                    (keys, sequences)
+                }),
+                ..Pooled::largest(tokens)
+            }),
             Some(layer) => layer.pooled(tokens, sequences),
         }
     }
@@ -366,7 +389,15 @@ impl Combiner {
     ) -> Result<Summarised> {
         let sequences = Sequences::new(q, k, pass)?;
         let plan = self.plan(&sequences, &[], found)?;
-        self.mixing_by(plan, sequences.sizes, [q, q, k])
+        self.mixing_by(plan, sequences.sizes, [q, q, k], None)
+    }
+
+    /// Which weights of keys that are met directly are dropped in this pass.
+    fn mask(&self, pass: &MechanismPass<'_>) -> Option<DropoutMask> {
+        let probability = self.spec.dropout;
+        let seed = pass.context.dropout_seed.filter(|_| probability > 0.0)?;
+        let seed = seed_of_site(seed, &format!("{}.weights", pass.path));
+        Some(DropoutMask::new(probability, seed))
     }
 
     /// The step, once its summaries are in `memory`.
@@ -410,15 +441,18 @@ impl Combiner {
             false => apart(memory.recall_queries(columns)?)?,
         };
         let values = apart(memory.recall(1, columns)?)?;
-        Ok((self.mixing_by(plan, sizes, [q, &all, &keys])?, values))
+        let mixing = self.mixing_by(plan, sizes, [q, &all, &keys], None)?;
+        Ok((mixing, values))
     }
 
-    /// Attention of the queries `q`, the last of `all`, over `k` and summaries of these.
+    /// Attention of the queries `q`, the last of `all`, over `k` and summaries of these; with weights dropped where a
+    /// mask is given.
     fn mixing_by(
         &self,
         plan: Plan,
         sizes: [usize; 4],
         [q, all, k]: [&Tensor; 3],
+        mask: Option<&DropoutMask>,
     ) -> Result<Summarised> {
         let both = [all, k];
         let made = match plan.making.as_slice() {
@@ -432,9 +466,17 @@ impl Combiner {
             None => k.clone(),
             Some(made) => appended_rows(k, &made.keys)?,
         };
+        // Rows of tokens; those of summaries are behind them.
+        let rows = sizes[0] * sizes[1] * sizes[3];
         let mut divisions = Vec::with_capacity(plan.divisions.len());
+        let mut whole = Vec::new();
         for division in plan.divisions {
-            let parts = self.parts(division);
+            let mut parts = self.parts(division);
+            if let Some(mask) = mask {
+                whole.push(Meetings::new(parts.clone(), (q, &keys), self.scale)?);
+                let all = parts.into_iter();
+                parts = all.map(|part| dropped(part, mask, rows)).collect();
+            }
             let meetings = Meetings::new(parts, (q, &keys), self.scale)?;
             divisions.push(meetings.into_iter().collect());
         }
@@ -443,6 +485,7 @@ impl Combiner {
             head_width: tensor(q.dim(3))?,
             made,
             divisions,
+            whole,
             before: plan.before,
         })
     }

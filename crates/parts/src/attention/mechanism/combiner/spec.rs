@@ -2,6 +2,7 @@
 
 use super::clustering::Clustering;
 use super::layer::Layer;
+use super::row_keys::RowProjection;
 use super::{Combiner, Pooling};
 use crate::attention::mechanism::{Abilities, Describe, Heads, Mechanism};
 use crate::error::bounded;
@@ -9,6 +10,7 @@ use crate::parameters::Parameters;
 use crate::{Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 const MAX_SEGMENT: usize = 1 << 24;
 const MAX_CLUSTERS: usize = 1 << 16;
@@ -29,14 +31,18 @@ pub struct CombinerSpec {
     /// they stay where they are, to be found by [`CombinerSpec::fit`].
     #[serde(default, skip_serializing_if = "is_nothing")]
     pub pull: f64,
+    /// Probability with which the weight of a key that is met directly is dropped in training; weights of spans never
+    /// are.
+    #[serde(default, skip_serializing_if = "is_nothing")]
+    pub dropout: f64,
 }
 
 #[allow(
     clippy::trivially_copy_pass_by_ref,
     reason = "serde asks for a reference"
 )]
-fn is_nothing(pull: &f64) -> bool {
-    *pull == 0.0
+fn is_nothing(number: &f64) -> bool {
+    *number == 0.0
 }
 
 impl CombinerSpec {
@@ -47,6 +53,7 @@ impl CombinerSpec {
             log_count: false,
             summary: Summary::default(),
             pull: 0.0,
+            dropout: 0.0,
         }
     }
 }
@@ -64,6 +71,8 @@ pub enum Summary {
         #[serde(default)]
         pooling: Pooling,
     },
+    /// In row-major form: what a layer makes of the weighted keys of a row, beside the key of the token that sums it up.
+    Projected,
 }
 
 impl Summary {
@@ -99,8 +108,9 @@ pub enum CombinerForm {
     },
     /// Row; earlier rows. The key of an earlier row is its keys, weighted as its values are by the query in the same
     /// column. The paper leaves open what a row's key is; its program also projects it from what the row's attention
-    /// gives, values mixed. That is not done here: a weight would depend on values, and attention no longer be linear in
-    /// them, which every lens and every account of who is read from asks for.
+    /// gives, values mixed, with a residual and a norm. [`Summary::Projected`] does so with keys in the place of values:
+    /// otherwise a weight would depend on values, and attention no longer be linear in them, which every lens and every
+    /// account of who is read from asks for.
     RowMajor {
         /// Tokens of a row.
         columns: usize,
@@ -138,10 +148,32 @@ impl Describe for CombinerSpec {
 
     fn validate(&self, _: &Heads, field: &str) -> Result<()> {
         let by_rows = matches!(self.form, CombinerForm::RowMajor { .. });
-        if by_rows && self.summary != Summary::Largest {
-            let expected = "largest in row-major form, whose spans are summed up by their tokens";
-            let field = format!("{field}.summary.kind");
-            return Err(Error::spec(field, "deep-sets", expected));
+        let refuse = |found: &str, expected: &str| {
+            Err(Error::spec(
+                format!("{field}.summary.kind"),
+                found,
+                expected,
+            ))
+        };
+        match self.summary {
+            Summary::DeepSets { .. } if by_rows => {
+                let expected =
+                    "largest in row-major form, whose spans are summed up by their tokens";
+                return refuse("deep-sets", expected);
+            }
+            Summary::Projected if !by_rows => {
+                let expected = "largest or deep-sets in a form whose spans no token sums up";
+                return refuse("projected", expected);
+            }
+            Summary::Largest | Summary::DeepSets { .. } | Summary::Projected => {}
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            let expected = "at least 0 and below 1";
+            return Err(Error::spec(
+                format!("{field}.dropout"),
+                self.dropout,
+                expected,
+            ));
         }
         if !(self.pull.is_finite() && self.pull >= 0.0) {
             let expected = "a number of at least 0";
@@ -175,9 +207,16 @@ impl Describe for CombinerSpec {
                 _ => None,
             },
             layer: match self.summary {
-                Summary::Largest => None,
+                Summary::Largest | Summary::Projected => None,
                 Summary::DeepSets { pooling } => {
                     Some(Layer::new(pooling, heads, parameters.at("summary"))?)
+                }
+            },
+            row_keys: match self.summary {
+                Summary::Largest | Summary::DeepSets { .. } => None,
+                Summary::Projected => {
+                    let keys = RowProjection::new(heads, parameters.at("summary"))?;
+                    Some(Arc::new(keys))
                 }
             },
         }))

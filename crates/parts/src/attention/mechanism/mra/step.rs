@@ -367,6 +367,7 @@ impl Mra {
             head_width: width,
             made,
             divisions: vec![meetings],
+            whole: Vec::new(),
             before: 0,
         };
         Ok((mixing, values))

@@ -18,6 +18,8 @@ pub(in super::super) struct Summarised {
     pub(in super::super) made: Option<Summaries>,
     /// Where queries and keys meet in each division.
     pub(in super::super) divisions: Vec<Vec<Meetings>>,
+    /// Where weights are dropped, the same of each division with none of them dropped; empty otherwise.
+    pub(in super::super) whole: Vec<Option<Meetings>>,
     /// Operations of whatever stood before.
     pub(in super::super) before: u64,
 }
@@ -34,8 +36,11 @@ impl Mixing for Summarised {
             Some(made) => appended_rows(values, &made.values(values)?)?,
         };
         let mut sum: Option<Tensor> = None;
-        for division in &self.divisions {
-            let mixed = output(division, batch * heads * queries, &values)?;
+        for (at, division) in self.divisions.iter().enumerate() {
+            let mixed = match (division.as_slice(), self.whole.get(at)) {
+                ([kept], Some(Some(whole))) => kept.share_of(whole, &values)?,
+                _ => output(division, batch * heads * queries, &values)?,
+            };
             sum = Some(match sum {
                 None => mixed,
                 Some(sum) => (sum + mixed)?,
@@ -59,7 +64,11 @@ impl Mixing for Summarised {
             0 | 1 => 0,
             count => count * queries * width,
         };
-        self.before + made + attended.sum::<u64>() + averaged as u64
+        let shared = self.whole.iter().flatten().map(|whole| {
+            let shares = (queries * width) as u64;
+            shares + operations([whole], queries, [self.head_width, 1])
+        });
+        self.before + made + attended.sum::<u64>() + shared.sum::<u64>() + averaged as u64
     }
 }
 

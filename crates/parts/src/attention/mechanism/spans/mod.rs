@@ -16,7 +16,7 @@ pub(super) use ended::{Ended, Making};
 pub(super) use memory::Rules;
 pub use memory::SpanMemory;
 pub(super) use mixing::{Joined, Summarised};
-pub(super) use pooling::Pooled;
 pub use pooling::Pooling;
+pub(super) use pooling::{Pooled, RowKeys};
 pub(super) use span::{Sort, Span};
 pub(super) use summaries::Summaries;

@@ -6,6 +6,8 @@ use crate::error::tensor;
 use lapidary_kernels::{RowPooling, Tensor, cumulative_sum, pooled_rows};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::sync::Arc;
 
 /// How what is made of the tokens of a span becomes one, feature by feature.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -26,8 +28,24 @@ pub(in super::super) struct Pooled {
     pub(in super::super) queries: Tensor,
     pub(in super::super) keys: Tensor,
     pub(in super::super) by: Pooling,
+    /// What makes the keys of rows that their tokens sum up, of `[batch, heads]`; the weighted keys are these when
+    /// absent.
+    pub(in super::super) row_keys: Option<(Arc<dyn RowKeys>, [usize; 2])>,
     /// Operations that it took to make them.
     pub(in super::super) before: u64,
+}
+
+/// What makes the key of a row that a token sums up.
+pub(in super::super) trait RowKeys: fmt::Debug + Send + Sync {
+    /// Of the weighted keys of rows, and of the keys of the tokens that sum them up, both `[summaries, head_width]` and each
+    /// of such a head.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    fn keys(&self, weighted: &Tensor, own: &Tensor, head_of: &[usize]) -> Result<Tensor>;
+
+    /// Operations that one takes.
+    fn operations(&self, width: usize) -> u64;
 }
 
 impl Pooled {
@@ -37,6 +55,7 @@ impl Pooled {
             queries: queries.clone(),
             keys: keys.clone(),
             by: Pooling::Max,
+            row_keys: None,
             before: 0,
         }
     }

@@ -46,7 +46,20 @@ impl Summaries {
                 Way::Each | Way::Mean => {
                     let width = tensor(k.dim(D::Minus1))?;
                     before += operations([&part], 0, [width; 2]);
-                    part.output(k)?
+                    let weighted = part.output(k)?;
+                    match &pooled.row_keys {
+                        Some((row_keys, sequences)) if making.way == Way::Each => {
+                            let own = lists.summing_up();
+                            before += own.len() as u64 * row_keys.operations(width);
+                            let rows = k.elem_count() / width.max(1);
+                            let [batch, heads] = *sequences;
+                            let each = (rows / (batch * heads).max(1)).max(1);
+                            let head_of = own.iter().map(|row| *row as usize / each % heads);
+                            let head_of: Vec<usize> = head_of.collect();
+                            row_keys.keys(&weighted, &picked(k, own)?, &head_of)?
+                        }
+                        _ => weighted,
+                    }
                 }
             });
             parts.push(part);
@@ -130,20 +143,20 @@ impl<'a> Lists<'a> {
         let [q, _] = self.tokens;
         match self.making.way {
             Way::Whole | Way::Beginnings => self.pooled(&self.pooled.queries),
-            Way::Each => {
-                let each = self
-                    .making
-                    .lists
-                    .iter()
-                    .flat_map(|(list, ends)| ends.iter().filter_map(|end| list.get(*end)));
-                picked(q, each.map(|at| at.row as u32).collect())
-            }
+            Way::Each => picked(q, self.summing_up()),
             // Weighs all tokens alike.
             Way::Mean => {
                 let shape = (self.making.lists.len(), tensor(q.dim(D::Minus1))?);
                 tensor(Tensor::zeros(shape, q.dtype(), q.device()))
             }
         }
+    }
+
+    /// The row of the token that sums up each summary, where one of the list does.
+    fn summing_up(&self) -> Vec<u32> {
+        let lists = self.making.lists.iter();
+        let each = lists.flat_map(|(list, ends)| ends.iter().filter_map(|end| list.get(*end)));
+        each.map(|at| at.row as u32).collect()
     }
 
     /// Additions of queries and keys, where these are sums.

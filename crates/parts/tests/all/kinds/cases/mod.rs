@@ -19,6 +19,7 @@ pub(super) fn block(wiring: Wiring, norm: NormSpec, attention: MixerSpec) -> Blo
         shared: false,
         layer_scale: None,
         drop_path: 0.0,
+        dropout_by_feature: false,
         shortcuts: false,
         feedforward: None,
         dropout: 0.0,
@@ -178,6 +179,32 @@ fn mechanisms() -> Vec<(&'static str, BlockSpec)> {
                 sharing: QueryKeySharing::All,
                 bias: false,
                 output_bias: Some(true),
+                ..causal(PositionSpec::None)
+            }),
+        ),
+        (
+            "an output tied to the queries, which are keys and values",
+            multi_head(MultiHeadSpec {
+                sharing: QueryKeySharing::All,
+                bias: false,
+                output: OutputProjection::Tied,
+                ..causal(PositionSpec::None)
+            }),
+        ),
+        (
+            "a filter beside the heads",
+            multi_head(MultiHeadSpec {
+                local: Some(LocalFilter {
+                    side: 3,
+                    columns: None,
+                }),
+                ..MultiHeadSpec::new(2)
+            }),
+        ),
+        (
+            "no output matrix",
+            multi_head(MultiHeadSpec {
+                output: OutputProjection::Absent,
                 ..causal(PositionSpec::None)
             }),
         ),

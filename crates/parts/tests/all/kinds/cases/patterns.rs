@@ -105,6 +105,16 @@ pub(super) fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
             combiner(CombinerForm::RowMajor { columns: 2 }),
         ),
         (
+            "earlier rows by keys that a layer makes",
+            MultiHeadSpec {
+                causal: true,
+                ..through(MechanismSpec::Combiner(CombinerSpec {
+                    summary: Summary::Projected,
+                    ..CombinerSpec::new(CombinerForm::RowMajor { columns: 2 })
+                }))
+            },
+        ),
+        (
             "segments and what a layer makes of them",
             MultiHeadSpec {
                 causal: true,

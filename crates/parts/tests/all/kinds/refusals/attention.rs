@@ -14,6 +14,69 @@ fn impossible_heads_are_refused() {
             "b.attention.groups is 1, but must be 2, as queries that are keys too ask for",
         ),
         (
+            with_heads(MultiHeadSpec {
+                output: OutputProjection::Tied,
+                sharing: QueryKeySharing::QueryKey,
+                ..MultiHeadSpec::new(2)
+            }),
+            "b.attention.output is \"tied\", but must be own, or sharing = \"all\" beside it: values are written by the \
+             matrix of the queries",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                output: OutputProjection::Absent,
+                value_width: Some(3),
+                ..MultiHeadSpec::new(2)
+            }),
+            "b.attention.output is \"absent\", but must be own where heads give 6 features and tokens have 8, or as many",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                output: OutputProjection::Absent,
+                output_bias: Some(true),
+                ..MultiHeadSpec::new(2)
+            }),
+            "b.attention.output_bias is true, but must be false or absent where the output is absent",
+        ),
+        (
+            with_cross(MultiHeadSpec {
+                output: OutputProjection::Absent,
+                ..MultiHeadSpec::new(2)
+            }),
+            "b.cross_attention.output is \"absent\", but must be own in cross-attention",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                local: Some(LocalFilter {
+                    side: 4,
+                    columns: None,
+                }),
+                ..MultiHeadSpec::new(2)
+            }),
+            "b.attention.local.side is 4, but must be odd and at most 63",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                local: Some(LocalFilter {
+                    side: 3,
+                    columns: Some(0),
+                }),
+                ..MultiHeadSpec::new(2)
+            }),
+            "b.attention.local.columns is 0, but must be between 1 and 65536",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                local: Some(LocalFilter {
+                    side: 3,
+                    columns: None,
+                }),
+                ..MultiHeadSpec::new(2)
+            }),
+            "b.attention.local is \"given\", but must be absent in causal attention: a filter sees later tokens too",
+        ),
+        (
             with_heads(MultiHeadSpec::new(0)),
             "b.attention.heads is 0, but must be between 1 and the width 8",
         ),

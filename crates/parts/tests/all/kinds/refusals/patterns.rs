@@ -220,6 +220,17 @@ fn impossible_combiner_attention_is_refused() {
              whose spans are summed up by their tokens",
         ),
         (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                ..through(MechanismSpec::Combiner(CombinerSpec {
+                    summary: Summary::Projected,
+                    ..CombinerSpec::new(CombinerForm::Vertical { columns: 4 })
+                }))
+            }),
+            "b.attention.mechanism.summary.kind is \"projected\", but must be largest or deep-sets in a form whose spans \
+             no token sums up",
+        ),
+        (
             with_heads(combiner(CombinerForm::RowMajor { columns: 4 })),
             "b.attention.mechanism is \"combiner in bidirectional attention\", but must be another mechanism, or causal = true: combiner looks back only",
         ),
