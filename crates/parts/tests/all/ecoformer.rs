@@ -160,7 +160,7 @@ fn pads_have_no_weight_and_no_say_in_the_bandwidth() {
         let subject = subject(&ecoformer, causal);
         let given = Given {
             keep: Some(&bits),
-            draw: None,
+            ..Given::default()
         };
         let run = subject.run(&x, given);
         for head in 0..HEADS {
@@ -341,7 +341,15 @@ fn codes_are_the_same_in_training_and_after_a_round_trip() {
     // A pass that draws anew has nothing to draw here.
     let subject = subject(&plain(), false);
     let x = random(&[1, 6, WIDTH], 1);
-    let drawn = |draw| subject.output(&x, Given { keep: None, draw });
+    let drawn = |draw| {
+        subject.output(
+            &x,
+            Given {
+                draw,
+                ..Given::default()
+            },
+        )
+    };
     assert_near(&drawn(None), &drawn(Some(7)), 0.0, "draws");
 }
 

@@ -246,7 +246,7 @@ fn check(mra: &MraSpec, subject: &Subject, x: &Tensor, keep: Option<&[u8]>, caus
     let bits = keep.map(|keep| mask(&vec![keep; batch]));
     let given = Given {
         keep: bits.as_ref(),
-        draw: None,
+        ..Given::default()
     };
     let run = subject.run(x, given);
     let keep: Vec<bool> = match keep {

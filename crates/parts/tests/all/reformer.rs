@@ -397,6 +397,7 @@ fn pads_are_not_there() {
                 let given = Given {
                     keep: Some(&keep),
                     draw,
+                    ..Given::default()
                 };
                 let y = subject.output(&padded, given).narrow(1, left, 7).unwrap();
                 assert_near(&y, &alone, 1e-12, &format!("{reformer:?}"));

@@ -271,7 +271,7 @@ fn pads_have_no_row_and_are_in_no_landmark() {
         let subject = subject(&soft);
         let given = Given {
             keep: Some(&bits),
-            draw: None,
+            ..Given::default()
         };
         let run = subject.run(&x, given);
         let of = |head| expected(&soft, &subject.map, &run, [0, head], &keep);

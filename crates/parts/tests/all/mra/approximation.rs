@@ -33,7 +33,7 @@ fn everything_refined_is_softmax() {
             let given_bits = keep.map(|keep| mask(&[keep, keep]));
             let given = Given {
                 keep: given_bits.as_ref(),
-                draw: None,
+                ..Given::default()
             };
             let subject = subject(&mra, false);
             let run = subject.run(&x, given);
