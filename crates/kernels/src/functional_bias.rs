@@ -114,7 +114,7 @@ pub(crate) struct FunctionalForm {
     /// Distances, and scales.
     positions: usize,
     widths: Widths,
-    pub(crate) span: BiasSpan,
+    span: BiasSpan,
 }
 
 impl FunctionalBias {

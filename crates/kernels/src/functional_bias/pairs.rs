@@ -160,16 +160,11 @@ impl Pairs {
             let mut start = run.keys.start;
             while start < run.keys.end {
                 // What is written behind the run is the next one's to be written again.
-                let end = (start + LANES).min(to.len());
-                let inputs = &row.inputs[start..start + LANES];
-                if let Ok(to) = <&mut [T; LANES]>::try_from(&mut to[start..end]) {
-                    for lane in 0..LANES {
-                        to[lane] = T::of(Real::mul_add(line.slope, inputs[lane], line.level));
-                    }
-                } else {
-                    for (y, t) in to[start..end].iter_mut().zip(inputs) {
-                        *y = T::of(Real::mul_add(line.slope, *t, line.level));
-                    }
+                let end = start + LANES;
+                let inputs = &row.inputs[start..end];
+                match to.get_mut(start..end) {
+                    Some(to) => line.write(inputs, to),
+                    None => line.write(inputs, &mut to[start..]),
                 }
                 start = end;
             }
@@ -357,9 +352,8 @@ fn pull<T: Real>(
         let mut g = [0f64; LANES];
         match gradient.get(start..end) {
             Some(gradient) => {
-                for lane in 0..LANES {
-                    let here = gradient[lane].to_f64();
-                    g[lane] = if lane < left { here } else { 0.0 };
+                for (lane, (g, here)) in g.iter_mut().zip(gradient).enumerate() {
+                    *g = if lane < left { here.to_f64() } else { 0.0 };
                 }
             }
             None => {
@@ -368,12 +362,12 @@ fn pull<T: Real>(
                 }
             }
         }
-        let (inputs, of_inputs) = (&inputs[start..end], &mut of_inputs[start..end]);
-        for lane in 0..LANES {
-            let t = if lane < left { inputs[lane] } else { 0.0 };
-            moments[lane] = Real::mul_add(g[lane], t, moments[lane]);
-            totals[lane] += g[lane];
-            of_inputs[lane] = Real::mul_add(g[lane], slope, of_inputs[lane]);
+        let of_inputs = &mut of_inputs[start..end];
+        for (lane, (g, t)) in g.iter().zip(&inputs[start..end]).enumerate() {
+            let t = if lane < left { *t } else { 0.0 };
+            moments[lane] = Real::mul_add(*g, t, moments[lane]);
+            totals[lane] += g;
+            of_inputs[lane] = Real::mul_add(*g, slope, of_inputs[lane]);
         }
         start = end;
     }
