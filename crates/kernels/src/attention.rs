@@ -7,7 +7,8 @@
 //! Backward: with the saved `L = m + ln l` the weights are computed again per tile,
 //! `P = e^{S-L}`, and with `δ = Σ ∂O ∘ O` per query
 //! `∂V += Pᵀ ∂O`, `∂S = P ∘ (∂O Vᵀ - δ)`, `∂Q += scale ∂S K`, `∂K += scale ∂Sᵀ Q`, `∂bias += ∂S`, the
-//! diagonals of `∂S` summed where the bias is one of distances.
+//! diagonals of `∂S` summed where the bias is one of distances, and what lies on each straight piece where it is a
+//! function.
 
 mod attended;
 mod bias;
@@ -126,7 +127,7 @@ pub fn merged_attention(
 
 fn applies(inputs: &[&Tensor], options: &AttentionOptions) -> bool {
     let mut all = inputs.to_vec();
-    all.extend(options.bias.as_ref().map(ScoreBias::tensor));
+    all.extend(options.bias.as_ref().map(ScoreBias::numbers));
     fused(&all)
         && options
             .key_padding
@@ -143,7 +144,7 @@ fn run(
     options: &AttentionOptions,
 ) -> Result<Tensor> {
     let log_sums = OnceLock::new();
-    match options.bias.as_ref().map(ScoreBias::tensor) {
+    match options.bias.as_ref().map(ScoreBias::numbers) {
         Some(bias) if bias.track_op() => {
             // An operation has at most three arguments: queries, keys and values travel as one.
             let packed = Tensor::cat(&[q.flatten_all()?, k.flatten_all()?, v.flatten_all()?], 0)?;
@@ -342,8 +343,9 @@ impl CustomOp2 for PackedAttention {
             let mut flat = gradients.q;
             flat.extend_from_slice(&gradients.k);
             flat.extend_from_slice(&gradients.v);
-            let d_bias = bias::gradient(p, bias, gradients.bias)?;
-            Ok((Some(host::tensor(flat, packed.dims())?), Some(d_bias)))
+            let d_bias = gradients.bias;
+            let d_bias = d_bias.map(|each| bias_rows.gradient(p, bias, each)).transpose()?;
+            Ok((Some(host::tensor(flat, packed.dims())?), d_bias))
         })
     }
 }
@@ -386,6 +388,7 @@ impl Problem {
             key_padding,
             merged: false,
             positions: None,
+            bias: options.bias.as_ref().map(ScoreBias::form),
         })
     }
 }

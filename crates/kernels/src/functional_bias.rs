@@ -16,15 +16,15 @@
 mod pairs;
 mod pieces;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
+
+pub(crate) use pairs::{LANES, Pairs, Part, Row};
 
 use crate::host::{self, Host, by_dtype, fused};
 use crate::simd::Real;
 use crate::{Error, Result, Tensor, naive};
-use candle_core::{CpuStorage, CustomOp3, Layout, Shape, WithDType};
-use pairs::Pairs;
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, WithDType};
 use pieces::{Pieces, Widths};
-use std::borrow::Cow;
 
 type Candle<T> = candle_core::Result<T>;
 
@@ -95,23 +95,107 @@ pub fn functional_bias(
     network: &[(Tensor, Tensor)],
     span: BiasSpan,
 ) -> Result<Tensor> {
-    let widths = widths(network, span)?;
-    let least = span.positions();
-    for (name, found) in [("distances", distances), ("scales", scales)] {
-        if found.rank() != 1 || found.elem_count() < least || found.dims() != distances.dims() {
-            let expected = format!("[positions], at least {least}, of distances as of scales");
-            return Err(Error::argument(NAME, name, found.dims(), expected));
+    FunctionalBias::new(distances, scales, network, span)?.laid_out()
+}
+
+/// The bias that [`functional_bias`] lays out, as the numbers that it is made of. Attention adds it to the scores of
+/// a tile at a time and sums its gradient so
+/// ([`ScoreBias::Functional`](crate::ScoreBias::Functional)), in memory that grows with positions and pieces.
+#[derive(Clone, Debug)]
+pub struct FunctionalBias {
+    /// Distances, scales, and each layer's weights and biases, one behind the other: an operation takes them as one.
+    numbers: Tensor,
+    form: FunctionalForm,
+}
+
+/// What the numbers of a [`FunctionalBias`] are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FunctionalForm {
+    /// Distances, and scales.
+    positions: usize,
+    widths: Widths,
+    span: BiasSpan,
+}
+
+impl FunctionalBias {
+    /// Of the arguments of [`functional_bias`].
+    ///
+    /// # Errors
+    /// When the shapes do not fit each other, or the network has other than one or two hidden layers.
+    pub fn new(
+        distances: &Tensor,
+        scales: &Tensor,
+        network: &[(Tensor, Tensor)],
+        span: BiasSpan,
+    ) -> Result<Self> {
+        let widths = widths(network, span)?;
+        let least = span.positions();
+        for (name, found) in [("distances", distances), ("scales", scales)] {
+            if found.rank() != 1 || found.elem_count() < least || found.dims() != distances.dims() {
+                let expected = format!("[positions], at least {least}, of distances as of scales");
+                return Err(Error::argument(NAME, name, found.dims(), expected));
+            }
         }
+        let layers = network.iter().flat_map(|(weight, bias)| [weight, bias]);
+        let all = [distances, scales].into_iter().chain(layers);
+        let flat = all.map(Tensor::flatten_all).collect::<Candle<Vec<_>>>()?;
+        Ok(Self {
+            numbers: Tensor::cat(&flat, 0)?,
+            form: FunctionalForm {
+                positions: distances.elem_count(),
+                widths,
+                span,
+            },
+        })
     }
-    let numbers = || network.iter().flat_map(|(weight, bias)| [weight, bias]);
-    let all: Vec<&Tensor> = [distances, scales].into_iter().chain(numbers()).collect();
-    if !fused(&all) {
-        return naive::functional_bias(distances, scales, network, span);
+
+    /// Its queries and keys.
+    pub fn span(&self) -> BiasSpan {
+        self.form.span
     }
-    let flat = numbers().map(Tensor::flatten_all);
-    let numbers = Tensor::cat(&flat.collect::<Candle<Vec<_>>>()?, 0)?;
-    let operation = FunctionalBias { widths, span };
-    Ok(distances.apply_op3(scales, &numbers, operation)?)
+
+    /// The heads that it has a bias for.
+    pub fn heads(&self) -> usize {
+        self.form.heads()
+    }
+
+    pub(crate) fn numbers(&self) -> &Tensor {
+        &self.numbers
+    }
+
+    pub(crate) fn form(&self) -> FunctionalForm {
+        self.form
+    }
+
+    /// `[heads, query, key]`.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn laid_out(&self) -> Result<Tensor> {
+        if fused(&[&self.numbers]) {
+            return Ok(self.numbers.apply_op1(LaidOut(self.form))?);
+        }
+        let FunctionalForm {
+            positions,
+            widths,
+            span,
+        } = self.form;
+        let mut start = 0;
+        let mut next = |count: usize| {
+            start += count;
+            self.numbers.narrow(0, start - count, count)
+        };
+        let (distances, scales) = (next(positions)?, next(positions)?);
+        let mut input = 1;
+        let outputs = [Some(widths.first), widths.second, Some(widths.outputs)];
+        let mut network = Vec::with_capacity(outputs.len());
+        for output in outputs.into_iter().flatten() {
+            let weight = next(output * input)?.reshape((output, input))?;
+            network.push((weight, next(output)?));
+            input = output;
+        }
+        naive::functional_bias(&distances, &scales, &network, span)
+    }
 }
 
 fn widths(network: &[(Tensor, Tensor)], span: BiasSpan) -> Result<Widths> {
@@ -147,72 +231,49 @@ fn widths(network: &[(Tensor, Tensor)], span: BiasSpan) -> Result<Widths> {
     })
 }
 
-struct FunctionalBias {
-    widths: Widths,
-    span: BiasSpan,
-}
+impl FunctionalForm {
+    pub(crate) fn heads(&self) -> usize {
+        self.span.heads(self.widths.outputs)
+    }
 
-impl FunctionalBias {
-    fn pieces<T: Real>(&self, numbers: &[T]) -> Pieces {
-        let mut numbers = doubles(numbers);
+    /// All pairs, of the numbers of a bias.
+    pub(crate) fn pairs<T: Real>(&self, numbers: &[T]) -> Pairs {
+        let mut distances: Vec<f64> = numbers.iter().map(|number| number.to_f64()).collect();
+        let mut scales = distances.split_off(self.positions);
+        let mut network = scales.split_off(self.positions);
         // What is no number anywhere is none everywhere, rather than a unit that is off.
-        if numbers.iter().any(|number| !number.is_finite()) {
-            numbers.fill(f64::NAN);
+        if network.iter().any(|number| !number.is_finite()) {
+            network.fill(f64::NAN);
         }
-        Pieces::new(self.widths, &numbers)
+        let pieces = Pieces::new(self.widths, &network);
+        Pairs::new(pieces, distances, scales, self.span)
     }
 }
 
-fn doubles<T: Real>(numbers: &[T]) -> Vec<f64> {
-    numbers.iter().map(|number| number.to_f64()).collect()
-}
+struct LaidOut(FunctionalForm);
 
-impl CustomOp3 for FunctionalBias {
+impl CustomOp1 for LaidOut {
     fn name(&self) -> &'static str {
         NAME
     }
 
-    fn cpu_fwd(
-        &self,
-        distances: &CpuStorage,
-        distances_layout: &Layout,
-        scales: &CpuStorage,
-        scales_layout: &Layout,
-        numbers: &CpuStorage,
-        numbers_layout: &Layout,
-    ) -> Candle<(CpuStorage, Shape)> {
-        by_dtype!(host::dtype(distances), T => {
-            let pieces = self.pieces(&host::ordered::<T>(numbers, numbers_layout)?);
-            let distances: Cow<[T]> = host::ordered(distances, distances_layout)?;
-            let scales: Cow<[T]> = host::ordered(scales, scales_layout)?;
-            let pairs = Pairs::new(&pieces, doubles(&distances), doubles(&scales), self.span);
-            let shape = Shape::from((pairs.heads(), self.span.queries, self.span.keys));
+    fn cpu_fwd(&self, numbers: &CpuStorage, layout: &Layout) -> Candle<(CpuStorage, Shape)> {
+        let LaidOut(form) = self;
+        by_dtype!(host::dtype(numbers), T => {
+            let pairs = form.pairs::<T>(&host::ordered::<T>(numbers, layout)?);
+            let shape = Shape::from((form.heads(), form.span.queries, form.span.keys));
             Ok((T::to_cpu_storage_owned(pairs.forward::<T>()), shape))
         })
     }
 
-    fn bwd(
-        &self,
-        distances: &Tensor,
-        scales: &Tensor,
-        numbers: &Tensor,
-        _: &Tensor,
-        gradient: &Tensor,
-    ) -> Candle<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let hosts = [distances, scales, numbers, gradient].map(Host::new);
-        by_dtype!(distances.dtype(), T => {
-            let [by_distance, by_scale, by_number, gradient] =
-                [&hosts[0], &hosts[1], &hosts[2], &hosts[3]].map(Host::ordered::<T>);
-            let pieces = self.pieces(&by_number?);
-            let (by_distance, by_scale) = (doubles(&by_distance?), doubles(&by_scale?));
-            let slopes = Pairs::new(&pieces, by_distance, by_scale, self.span).backward(&gradient?);
-            let of_numbers = pieces.backward(&slopes.lines);
-            let single = |slopes: Vec<f64>| slopes.into_iter().map(T::of).collect::<Vec<T>>();
-            Ok((
-                host::wanted(distances, single(slopes.distances))?,
-                host::wanted(scales, single(slopes.scales))?,
-                host::wanted(numbers, single(of_numbers))?,
-            ))
+    fn bwd(&self, numbers: &Tensor, _: &Tensor, gradient: &Tensor) -> Candle<Option<Tensor>> {
+        let LaidOut(form) = self;
+        let hosts = [numbers, gradient].map(Host::new);
+        by_dtype!(numbers.dtype(), T => {
+            let pairs = form.pairs::<T>(&hosts[0].ordered::<T>()?);
+            let slopes = pairs.backward::<T>(&hosts[1].ordered::<T>()?);
+            let slopes = slopes.into_iter().map(T::of).collect::<Vec<T>>();
+            Ok(Some(host::tensor(slopes, numbers.dims())?))
         })
     }
 }

@@ -98,7 +98,7 @@ pub use elementwise::{activate, activation_secant, activation_tangent};
 pub use error::{Error, Result};
 pub use exponentials::{exponential_features, gaussian};
 pub use fourier::{causal_depthwise_convolution, fft_convolution, inverse_real_fft, real_fft};
-pub use functional_bias::{BiasSpan, functional_bias};
+pub use functional_bias::{BiasSpan, FunctionalBias, functional_bias};
 pub use gather::{embedding, gather, scatter_add};
 pub use hashed_codes::{CodeHash, hashed_codes, hashed_features};
 pub use integers::IntegerFunctions;

@@ -246,7 +246,7 @@ fn repeated(options: &AttentionOptions, sources: usize) -> Result<AttentionOptio
         bias: match &options.bias {
             Some(ScoreBias::Pairs(bias)) => Some(ScoreBias::Pairs(repeat(bias)?)),
             // The same for all sequences.
-            by_distance => by_distance.clone(),
+            other => other.clone(),
         },
         ..options.clone()
     })

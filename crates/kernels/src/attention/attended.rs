@@ -68,18 +68,6 @@ impl Attended {
         self.of.len()
     }
 
-    /// The same with each query `count` times, one after the other.
-    pub fn repeated(&self, count: usize) -> Self {
-        let of = self
-            .of
-            .iter()
-            .flat_map(|&row| std::iter::repeat_n(row, count));
-        Self {
-            rows: self.rows.clone(),
-            of: Arc::new(of.collect()),
-        }
-    }
-
     /// Outputs of all queries, `[queries, width]`; zeros for those that got nothing.
     ///
     /// # Errors
@@ -541,14 +529,6 @@ mod tests {
             }
         };
         assert!(gradient_error(outputs, &numbers()).unwrap() < 1e-7);
-        let repeated = |x: &[Tensor]| {
-            let part = Attended::from_rows(&x[0], &x[1], places(&[1, NOWHERE, 1]))?.repeated(3);
-            Ok(part
-                .output()?
-                .broadcast_mul(&part.log_sums()?.maximum(-1e3)?.unsqueeze(1)?)?)
-        };
-        let [rows, _, sums, _] = numbers().try_into().unwrap();
-        assert!(gradient_error(repeated, &[rows, sums]).unwrap() < 1e-8);
     }
 
     /// Whichever side has it.
@@ -572,20 +552,10 @@ mod tests {
     }
 
     #[test]
-    fn repeating_and_refusing() {
-        let [a, b] = scattered(&numbers());
-        let twice = a.repeated(2);
-        assert_eq!(twice.queries(), 12);
-        let [one, two] = [a.output().unwrap(), twice.output().unwrap()];
-        let even = two
-            .reshape((6, 2, 5))
-            .unwrap()
-            .narrow(1, 1, 1)
-            .unwrap()
-            .squeeze(1)
-            .unwrap();
-        assert_eq!(difference(&one, &even).unwrap(), 0.0);
-        assert!(Attended::merged(&[twice, b]).is_err());
+    fn what_does_not_fit_is_refused() {
+        let [a, _] = scattered(&numbers());
+        let more = Attended::from_rows(&numbers()[0], &numbers()[2], places(&[0; 7])).unwrap();
+        assert!(Attended::merged(&[a, more]).is_err());
         assert!(Attended::merged(&[]).unwrap().is_none());
         assert!(Attended::merged_output(&[]).unwrap().is_none());
         let rows = &numbers()[0];

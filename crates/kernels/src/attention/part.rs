@@ -12,7 +12,7 @@ use std::borrow::Cow;
 #[derive(Clone, Debug)]
 pub struct PartOptions {
     /// Scale, masks and bias, as in [`crate::attention`]. A bias is not differentiated; one by distance
-    /// goes by the order that queries and keys lie in.
+    /// or of a function goes by the order that queries and keys lie in.
     pub attention: AttentionOptions,
     /// Positions of queries `[batch, query]` and keys `[batch, key]` in `u32`, where these were
     /// gathered out of order: `causal` and `window` then compare positions, and `query_offset`
@@ -121,7 +121,7 @@ pub fn attention_part(
 /// `[batch · queries · heads, value_width + 1]`.
 fn packed([q, k, v]: [&Tensor; 3], problem: Problem, options: &PartOptions) -> Result<Tensor> {
     let bias = options.attention.bias.as_ref();
-    let bias = bias.map(|bias| bias.tensor().detach());
+    let bias = bias.map(|bias| bias.numbers().detach());
     Ok(q.apply_op3(k, v, Part { problem, bias })?)
 }
 

@@ -1,6 +1,6 @@
 //! The tiled forward and backward passes of attention.
 
-use super::bias::BiasRows;
+use super::bias::{BiasGradient, BiasRows, Form, SharedGradient};
 use crate::host::{self, Shared};
 use crate::product::{Into, Matrix, Repeated};
 use crate::simd::{self, Real};
@@ -34,6 +34,8 @@ pub(super) struct Problem {
     pub(super) merged: bool,
     /// Where queries and keys stand, where that is not the order they lie in.
     pub(super) positions: Option<Positions>,
+    /// What is added to scores.
+    pub(super) bias: Option<Form>,
 }
 
 /// Positions of queries and keys that were gathered from somewhere.
@@ -427,13 +429,13 @@ pub(super) struct Saved<'a, T: Clone> {
     pub(super) log_sums_gradient: Cow<'a, [T]>,
 }
 
-/// Gradients, packed in the order of the arguments; `bias` is that of each batch and head
-/// ([`BiasRows::gradient_size`]), or empty.
+/// Gradients, packed in the order of the arguments.
 pub(super) struct Gradients<T> {
     pub(super) q: Vec<T>,
     pub(super) k: Vec<T>,
     pub(super) v: Vec<T>,
-    pub(super) bias: Vec<T>,
+    /// Where it is asked for.
+    pub(super) bias: Option<BiasGradient<T>>,
 }
 
 pub(super) fn backward<T: Real>(
@@ -446,13 +448,12 @@ pub(super) fn backward<T: Real>(
     bias_gradient: bool,
 ) -> Gradients<T> {
     let learned = bias.filter(|_| bias_gradient);
-    let bias_size = learned.map_or(0, |bias| bias.gradient_size(p));
     let zeros = |heads, length, width| vec![T::zero(); p.batch * heads * length * width];
     let mut gradients = Gradients {
         q: zeros(p.heads, p.queries, p.width),
         k: zeros(p.groups, p.keys, p.width),
         v: zeros(p.groups, p.keys, p.value_width),
-        bias: zeros(p.heads, bias_size, 1),
+        bias: learned.map(|bias| bias.no_gradient(p)),
     };
     let q_strides = packed_strides(p.heads, p.queries, p.width, p.merged);
     let k_strides = packed_strides(p.groups, p.keys, p.width, p.merged);
@@ -460,7 +461,8 @@ pub(super) fn backward<T: Real>(
     let dq = SharedRows::new(&mut gradients.q);
     let dk = SharedRows::new(&mut gradients.k);
     let dv = SharedRows::new(&mut gradients.v);
-    let d_bias = Shared::new(&mut gradients.bias);
+    let d_bias = (learned.zip(gradients.bias.as_mut()))
+        .map(|(bias, gradient)| SharedGradient::new(bias, gradient));
     let step = p.heads * p.value_width;
     let heads_per_group = p.heads / p.groups;
     let work = heads_per_group * p.queries * p.keys.max(1) * (p.width + p.value_width) / 4;
@@ -527,11 +529,9 @@ pub(super) fn backward<T: Real>(
                             #[inline(always)]
                             || weights_and_slopes(weights, slopes, columns, log_sums, &deltas),
                         );
-                        if let Some(bias) = learned {
-                            let start = (batch * p.heads + head) * bias_size;
+                        if let Some(d_bias) = &d_bias {
                             // SAFETY: as above.
-                            let of_head = unsafe { d_bias.part(start, bias_size) };
-                            bias.add_gradient(p, of_head, slopes, (&queries, &keys));
+                            unsafe { d_bias.add(p, place.0, slopes, place.1) };
                         }
                         let weights = Matrix::packed(weights, queries.len(), columns);
                         let slopes = Matrix::packed(slopes, queries.len(), columns);

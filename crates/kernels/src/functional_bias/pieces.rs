@@ -11,6 +11,7 @@
 //! and with the gradients with respect to a line's slope and level, `∂line = (Σ g t, Σ g)` over the inputs that are on
 //! it, `∂weight_mk = ∂line_m · line_k`, `∂line_k = Σ_m weight_mk ∂line_m`, both summed over where unit `k` is on.
 
+use crate::simd::Real;
 use std::ops::Range;
 
 /// Units of a network's layers.
@@ -36,6 +37,14 @@ impl Line {
 
     fn at(self, t: f64) -> f64 {
         self.slope * t + self.level
+    }
+
+    /// Writes where it is at some inputs.
+    #[inline(always)]
+    pub(super) fn write<T: Real>(self, inputs: &[f64], to: &mut [T]) {
+        for (y, t) in to.iter_mut().zip(inputs) {
+            *y = T::of(Real::mul_add(self.slope, *t, self.level));
+        }
     }
 
     #[inline(always)]
@@ -355,6 +364,24 @@ impl Pieces {
     #[inline(always)]
     pub(super) fn of(&self, t: f64) -> usize {
         self.knots.partition_point(|knot| *knot <= t)
+    }
+
+    /// [`Self::of`], quicker where that is one of three pieces.
+    #[inline(always)]
+    pub(super) fn of_near(&self, t: f64, near: usize) -> usize {
+        let holds = |piece: usize| {
+            let [low, high] = self.bounds(piece);
+            low <= t && t < high
+        };
+        if holds(near) {
+            near
+        } else if near > 0 && holds(near - 1) {
+            near - 1
+        } else if near + 1 < self.count() && holds(near + 1) {
+            near + 1
+        } else {
+            self.of(t)
+        }
     }
 
     /// Where a piece begins, and where it has ended.

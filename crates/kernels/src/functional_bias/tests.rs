@@ -38,7 +38,7 @@ fn spans() -> impl Iterator<Item = BiasSpan> {
 }
 
 /// Distances that rise as FIRE's do, and scales under which they are from 0 to 1.
-fn stretched(count: usize, dtype: DType) -> [Tensor; 2] {
+pub(crate) fn stretched(count: usize, dtype: DType) -> [Tensor; 2] {
     let grown = |x: usize| (0.1 * x as f64).ln_1p();
     let distances = (0..count).map(grown).collect();
     let scales = (0..count).map(|i| 1.0 / (grown(i.max(6)) + 1e-6)).collect();
@@ -49,7 +49,7 @@ fn stretched(count: usize, dtype: DType) -> [Tensor; 2] {
 }
 
 /// A network whose units have corners about the inputs.
-fn network(hidden: &[usize], outputs: usize, dtype: DType) -> Vec<(Tensor, Tensor)> {
+pub(crate) fn network(hidden: &[usize], outputs: usize, dtype: DType) -> Vec<(Tensor, Tensor)> {
     let mut input = 1;
     let widths = hidden.iter().chain([&outputs]).enumerate();
     let layers = widths.map(|(index, &output)| {

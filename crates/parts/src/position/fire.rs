@@ -15,11 +15,11 @@
 //!
 //! Rows before `L` have as many different values as there are distances: where all are before it, the
 //! network runs once for each distance. Beyond, `f` is taken as the straight pieces that a function of
-//! one number with hidden units `max(x, 0)` consists of
-//! ([`functional_bias`](lapidary_kernels::functional_bias)): a query and a key cost one multiplication
-//! for each head, whatever the width of the network, and hidden units are laid out for none. Only with
-//! `cos x`, and for positions that are drawn, does the network run for every query and key there. Where
-//! layers share it (FIRE-S), it is run for the first of them only. Parameters:
+//! one number with hidden units `max(x, 0)` consists of ([`FunctionalBias`]): a query and a key cost one multiplication
+//! for each head, whatever the width of the network, as attention adds them to a tile of scores: nothing is
+//! laid out for pairs, forward or backward. Only with `cos x`, and for positions that are drawn, does the
+//! network run for every query and key there. Where layers share it (FIRE-S), it is run for the first of
+//! them only. Parameters:
 //! `2 + 2 hidden + (layers − 1) (hidden² + hidden) + (hidden + 1) heads`.
 //!
 //! Bidirectional attention is an extension of ours: `|i − j|` relative to `max(L, i, j)`, with outputs of
@@ -31,7 +31,7 @@ use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
 use lapidary_kernels::{
-    Activation, BiasSpan, ScoreBias, Tensor, functional_bias, linear, linear_activation,
+    Activation, BiasSpan, FunctionalBias, ScoreBias, Tensor, linear, linear_activation,
 };
 use rand::SeedableRng;
 use rand::seq::index::sample;
@@ -194,8 +194,9 @@ impl Fire {
         self.causal
     }
 
-    /// The bias of every head, by distance where all queries, and in bidirectional attention all keys, stand
-    /// before `L`. Of causal attention, what belongs to later keys, which are masked, means nothing.
+    /// The bias of every head: by distance where all queries, and in bidirectional attention all keys, stand
+    /// before `L`, and beyond it a function. Of causal attention, what belongs to later keys, which are masked,
+    /// means nothing.
     pub(super) fn bias(&self, span: Span) -> Result<ScoreBias> {
         let end = span.keys.max(span.offset + span.queries);
         if let (Some(positions), Some(seed)) = (self.spec.randomised, span.draw)
@@ -214,7 +215,7 @@ impl Fire {
             return self.before_length(span);
         }
         if self.spec.activation == FireActivation::Relu {
-            return self.in_pieces(span).map(ScoreBias::Pairs);
+            return self.in_pieces(span).map(ScoreBias::Functional);
         }
         let steady = match self.causal {
             true => before.saturating_sub(span.offset).min(span.queries),
@@ -268,7 +269,7 @@ impl Fire {
     }
 
     /// The bias of queries on both sides of `L`, of a network that consists of straight pieces.
-    fn in_pieces(&self, span: Span) -> Result<Tensor> {
+    fn in_pieces(&self, span: Span) -> Result<FunctionalBias> {
         let span = BiasSpan {
             queries: span.queries,
             keys: span.keys,
@@ -279,8 +280,13 @@ impl Fire {
         let positions = self.numbers((0..count).map(|position| position as f64))?;
         let distances = tensor(self.transformed(&positions)?.squeeze(1))?;
         let whole = tensor(self.farthest(Some(&positions))?.squeeze(1))?;
-        let bias = functional_bias(&distances, &tensor(whole.recip())?, &self.layers, span)?;
-        tensor(bias.unsqueeze(0))
+        let scales = tensor(whole.recip())?;
+        Ok(FunctionalBias::new(
+            &distances,
+            &scales,
+            &self.layers,
+            span,
+        )?)
     }
 
     /// The first position that is not before `L`.

@@ -3,9 +3,10 @@
 //! ([`fire`]).
 //!
 //! Biases by distance are held as such, a number for each head and distance, and never laid out for the
-//! pairs of queries and keys where attention is fused ([`ScoreBias::ByDistance`]); FIRE's beyond its length,
-//! and of positions that are drawn, are laid out. Positions that are added to the embeddings (learned,
-//! sinusoidal) belong to the model's input.
+//! pairs of queries and keys where attention is fused ([`ScoreBias::ByDistance`]), and FIRE's beyond its
+//! length as a function of one number for each pair ([`ScoreBias::Functional`]); those of positions that are
+//! drawn are laid out. Positions that are added to the embeddings (learned, sinusoidal) belong to the
+//! model's input.
 
 mod distance;
 pub mod fire;

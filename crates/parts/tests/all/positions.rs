@@ -5,7 +5,7 @@ use crate::common;
 use crate::common::{
     Map, assert_near, build, difference, draw, gradient_error, position, span, tensor, values,
 };
-use lapidary_kernels::{DType, Device, ScoreBias, Tensor};
+use lapidary_kernels::{AttentionOptions, DType, Device, ScoreBias, Tensor, attention};
 use lapidary_parts::Context;
 use lapidary_parts::attention::{MultiHeadAttention, MultiHeadSpec};
 use lapidary_parts::position::fire::{FireActivation, FireTransform};
@@ -190,6 +190,41 @@ fn biases_by_distance_are_not_laid_out() {
                     other => panic!("{}: {other:?}", spec.kind()),
                 }
             }
+        }
+    }
+}
+
+/// Where attention reads it as such, it is what is laid out elsewhere.
+#[test]
+fn beyond_its_length_fire_is_a_function() {
+    for (layers, causal) in [(1, true), (2, true), (1, false), (2, false)] {
+        let spec = fire(FireSpec {
+            layers,
+            initial_length: 9,
+            ..FireSpec::default()
+        });
+        let mut map = drawn(&spec, 2, causal);
+        if let Some(length) = map.get_mut("length") {
+            *length = tensor(vec![1.0], &[1]);
+        }
+        let at = position(&spec, 2, causal, &map);
+        for (queries, keys, offset) in [(LENGTH, LENGTH, 0), (1, LENGTH, LENGTH - 1), (7, 30, 23)] {
+            let found = at.bias(span(queries, keys, offset), DType::F64, &Device::Cpu);
+            let found = found.unwrap().unwrap();
+            assert!(matches!(found, ScoreBias::Functional(_)), "{found:?}");
+            let pairs = ScoreBias::Pairs(found.laid_out(queries, keys).unwrap());
+            let q = common::random(&[2, 2, queries, 4], 1);
+            let [k, v] = [2, 3].map(|seed| common::random(&[2, 2, keys, 4], seed));
+            let [found, expected] = [found, pairs].map(|bias| {
+                let options = AttentionOptions {
+                    causal,
+                    query_offset: offset,
+                    bias: Some(bias),
+                    ..AttentionOptions::new(4)
+                };
+                attention(&q, &k, &v, &options).unwrap()
+            });
+            assert_near(&found, &expected, 1e-13, "a function");
         }
     }
 }

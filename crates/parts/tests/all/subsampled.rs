@@ -4,9 +4,10 @@
 use crate::common;
 use crate::common::attention::{Given, HEADS, Subject, WIDTH, mask, spec};
 use crate::common::{
-    assert_near, build, contracted, difference, draw, gradient_error, is_finite, random, values,
+    assert_near, build, contracted, difference, draw, gradient_error, is_finite, random, tensor,
+    values,
 };
-use lapidary_kernels::{DType, Device, ScoreBias, Tensor, Var};
+use lapidary_kernels::{BiasSpan, DType, Device, FunctionalBias, ScoreBias, Tensor, Var};
 use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::fastmax::FastmaxSpec;
 use lapidary_parts::attention::mechanism::linformer::LinformerSpec;
@@ -141,16 +142,36 @@ fn ways() -> Vec<(&'static str, SubsampledSpec, bool)> {
     ]
 }
 
+/// A function of each query and key, whose last layer has these weights `[output, unit]`.
+fn functional(weight: Tensor) -> ScoreBias {
+    let (outputs, units) = weight.dims2().unwrap();
+    let distances = (0..LENGTH).map(|d| (d as f64).ln_1p()).collect();
+    let scales = tensor(vec![0.3; LENGTH], &[LENGTH]);
+    let network = [
+        (random(&[units, 1], 10), random(&[units], 11)),
+        (weight, random(&[outputs], 12)),
+    ];
+    let span = BiasSpan {
+        queries: LENGTH,
+        keys: LENGTH,
+        offset: 0,
+        causal: false,
+    };
+    let bias = FunctionalBias::new(&tensor(distances, &[LENGTH]), &scales, &network, span);
+    ScoreBias::Functional(bias.unwrap())
+}
+
 #[test]
 fn what_is_gathered_is_attention_with_all_else_hidden() {
     let plain = drawn(2, LENGTH);
     let by_pairs = random(&[1, HEADS, LENGTH, LENGTH], 8);
     let by_distance = random(&[HEADS, 2 * LENGTH - 1], 9);
     type Form = (fn(Tensor) -> ScoreBias, Tensor);
-    let forms: [Option<Form>; 3] = [
+    let forms: [Option<Form>; 4] = [
         None,
         Some((ScoreBias::Pairs, by_pairs)),
         Some((ScoreBias::ByDistance, by_distance)),
+        Some((functional, random(&[2 * HEADS, 6], 13))),
     ];
     for (name, spec, causal) in ways() {
         for (form, window) in forms

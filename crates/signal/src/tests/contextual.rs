@@ -396,9 +396,22 @@ fn split_attention_masks_each_source_as_the_batch_is_masked() {
     let keep = Tensor::new(&[[1u8, 1, 0], [1, 1, 1]], &Device::Cpu).unwrap();
     options.key_padding = Some(keep);
     let x = start(parts(), split());
+    let network = [
+        (numbers(&[5, 1], 18.0), numbers(&[5], 19.0)),
+        (numbers(&[4, 5], 20.0), numbers(&[4], 21.0)),
+    ];
+    let span = BiasSpan {
+        queries: TOKENS,
+        keys: TOKENS,
+        offset: 0,
+        causal: false,
+    };
+    let [distances, scales] = [22.0, 23.0].map(|phase| numbers(&[TOKENS], phase));
+    let function = FunctionalBias::new(&distances, &scales, &network, span);
     for bias in [
         ScoreBias::Pairs(numbers(&[BATCH, 2, TOKENS, TOKENS], 17.0)),
         ScoreBias::ByDistance(numbers(&[2, 2 * TOKENS - 1], 17.0)),
+        ScoreBias::Functional(function.unwrap()),
     ] {
         options.bias = Some(bias);
         let found = x.attend_merged(&x, &x, 2, 2, &options).unwrap();

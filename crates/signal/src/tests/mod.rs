@@ -12,8 +12,8 @@ mod trace;
 
 use crate::{Linear, Matrix, Signal, Weight};
 use lapidary_kernels::{
-    Activation, AttentionOptions, DType, Device, RotaryPairs, RowSums, RowTerm, ScoreBias, Tensor,
-    check::difference, naive,
+    Activation, AttentionOptions, BiasSpan, DType, Device, FunctionalBias, RotaryPairs, RowSums,
+    RowTerm, ScoreBias, Tensor, check::difference, naive,
 };
 
 /// Irregular numbers, another sequence for each `phase`.

@@ -1,3 +1,5 @@
+mod functional;
+
 use super::super::tests::masks;
 use super::ScoreBias;
 use crate::check::{difference, gradient_error};

@@ -12,10 +12,8 @@ use lapidary_parts::position::{FireSpec, PositionSpec};
 
 /// The longest sequences of what sees every pair of tokens.
 const PAIRS: usize = 16_384;
-/// Of biases by distance.
-const BY_DISTANCE: usize = 8192;
-/// Of what lays out a number for every pair and head, as FIRE does beyond its length.
-const LAID_OUT: usize = 4096;
+/// Of biases.
+const BIASED: usize = 8192;
 /// The tokens of the largest circuit, which has ten qubits.
 const CIRCUIT: usize = 1024;
 
@@ -90,11 +88,11 @@ fn given_projections(mechanism: Mechanism) -> Candidate {
 
 /// Biases of causal softmax: FIRE, and what it is compared with.
 fn biased() -> Vec<Candidate> {
-    let row = |name, longest, position| Candidate {
+    let row = |name, position| Candidate {
         name,
         causal: true,
         dense: "softmax, causal",
-        longest,
+        longest: BIASED,
         subject: Subject::Biased(position),
     };
     let buckets = PositionSpec::RelativeBuckets {
@@ -102,23 +100,14 @@ fn biased() -> Vec<Candidate> {
         max_distance: 128,
     };
     vec![
-        row(
-            "fire, causal",
-            LAID_OUT,
-            PositionSpec::Fire(FireSpec::default()),
-        ),
-        row("alibi, causal", BY_DISTANCE, PositionSpec::Alibi),
-        row("relative buckets, causal", BY_DISTANCE, buckets),
+        row("fire, causal", PositionSpec::Fire(FireSpec::default())),
+        row("alibi, causal", PositionSpec::Alibi),
+        row("relative buckets, causal", buckets),
         row(
             "kerple, logarithmic, causal",
-            BY_DISTANCE,
             PositionSpec::KerpleLogarithmic,
         ),
-        row(
-            "sandwich, causal",
-            BY_DISTANCE,
-            PositionSpec::Sandwich { width: 128 },
-        ),
+        row("sandwich, causal", PositionSpec::Sandwich { width: 128 }),
     ]
 }
 

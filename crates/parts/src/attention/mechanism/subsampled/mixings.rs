@@ -117,14 +117,18 @@ impl LaidOut {
             lengths.max().unwrap_or_default()
         });
         let count = windows.len();
-        let (bias_batch, bias_heads, of_head) = match bias {
-            ScoreBias::Pairs(bias) => {
-                let (batch, heads, ..) = tensor(bias.dims4())?;
-                (batch, heads, queries * keys)
-            }
-            ScoreBias::ByDistance(table) => {
+        let (table, by_distance) = match bias {
+            ScoreBias::ByDistance(table) => (table.clone(), true),
+            bias => (bias.laid_out(queries, keys)?, false),
+        };
+        let (bias_batch, bias_heads, of_head) = match by_distance {
+            true => {
                 let (heads, distances) = tensor(table.dims2())?;
                 (1, heads, distances)
+            }
+            false => {
+                let (batch, heads, ..) = tensor(table.dims4())?;
+                (batch, heads, queries * keys)
             }
         };
         // Where the bias of a query and a key stands.
@@ -132,9 +136,9 @@ impl LaidOut {
             let (batch, head) = (query.row / queries / heads, query.row / queries % heads);
             let index = batch % bias_batch * bias_heads + head % bias_heads;
             let (i, j) = (query.row % queries, key.row % keys);
-            let within = match bias {
-                ScoreBias::Pairs(_) => i * keys + j,
-                ScoreBias::ByDistance(_) => queries - 1 - i + j,
+            let within = match by_distance {
+                true => queries - 1 - i + j,
+                false => i * keys + j,
             };
             (index * of_head + within) as u32
         };
@@ -182,7 +186,7 @@ impl LaidOut {
         let q = tensor(embedding(&q_rows, &query_rows)?.reshape((count, most_queries, width)))?;
         let k = tensor(embedding(&k_rows, &key_rows)?.reshape((count, most_keys, width)))?;
         let products = matmul(&q, &tensor(k.t())?)?;
-        let table = tensor(tensor(bias.tensor().contiguous())?.reshape(((), 1)))?;
+        let table = tensor(tensor(table.contiguous())?.reshape(((), 1)))?;
         let shape = (count, most_queries, most_keys);
         let bias = tensor(embedding(&table, &ids(places)?)?.reshape(shape))?;
         let hidden = tensor(tensor(Tensor::from_vec(hidden, shape, device))?.to_dtype(q.dtype()))?;
