@@ -139,7 +139,7 @@ pub(super) enum BiasRows<'a, T: Clone> {
         /// Of the queries.
         last: usize,
     },
-    Functional(functional_bias::Pairs),
+    Functional(Box<functional_bias::Pairs>),
 }
 
 /// Room for the row of a function in a tile.
@@ -166,9 +166,9 @@ impl<'a, T: Real> BiasRows<'a, T> {
                 step: if *heads == 1 { 0 } else { *count },
                 last: p.queries.saturating_sub(1),
             },
-            (Some(Form::Functional(form)), _) => {
-                Self::Functional(form.pairs::<T>(&host::ordered::<T>(storage, layout)?))
-            }
+            (Some(Form::Functional(form)), _) => Self::Functional(Box::new(
+                form.pairs::<T>(&host::ordered::<T>(storage, layout)?),
+            )),
             _ => {
                 let full = layout.broadcast_as((p.batch, p.heads, p.queries, p.keys))?;
                 Self::Pairs(Heads::new(storage, &full, p.heads)?)
