@@ -11,10 +11,10 @@ const CHUNK: usize = 1024;
 
 /// Vectors whose products are summed in single precision before they join the sum in double: few, so
 /// that the short sum rounds hardly more than each product does.
-const SHORT: usize = 384;
+const SHORT: usize = 256;
 
 /// Vectors that a tile goes through at a time in single precision: many, since its sums in double come from memory.
-const LONG: usize = 12 * SHORT;
+const LONG: usize = 16 * SHORT;
 
 /// Columns of a panel, and rows of its tiles: a tile's sums stay in a processor's own cache.
 const PANEL: usize = 256;
@@ -23,7 +23,7 @@ const TILE: usize = 256;
 /// `Σ x xᵀ` `[width, width]` of vectors that come a batch at a time.
 ///
 /// The sum is symmetric, so that little more than half of it is computed and held, in double precision.
-/// Vectors in single precision are multiplied in single precision, 384 of them at a time, which takes half
+/// Vectors in single precision are multiplied in single precision, 256 of them at a time, which takes half
 /// the time: each entry is then off by some 1e-7 of its features' mean squares, less the more vectors there are. Not the first ones, as many as there
 /// are numbers in each: as long as the sum is singular, rounding would give it negative eigenvalues.
 ///

@@ -127,7 +127,7 @@ fn chunks_hold_the_inside_of_feed_forward_parts_one_at_a_time() {
     }
 }
 
-/// Of queries beyond the length up to which it is a function of the distance: one by distance holds next to nothing.
+/// Of cosine units, which have no straight pieces and are laid out: other biases hold next to nothing.
 #[test]
 fn a_shared_bias_is_held_once() {
     let _alone = alone();
@@ -136,7 +136,7 @@ fn a_shared_bias_is_held_once() {
     let of = |blocks, shared: bool| {
         let attention = format!(
             "{CAUSAL}, position = {{ kind = 'fire', hidden = 4, layers = 1, initial_length = 16, \
-             shared = {shared} }}"
+             activation = 'cosine', shared = {shared} }}"
         );
         let model = model(blocks, length, ["", &attention, "hidden = 16"]);
         most(|| step(&model, length, false))

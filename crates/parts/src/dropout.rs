@@ -3,7 +3,7 @@
 
 use crate::error::tensor;
 use crate::{Context, Result};
-use lapidary_kernels::Tensor;
+use lapidary_kernels::{DType, Tensor};
 use lapidary_signal::Signal;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -58,19 +58,27 @@ fn dropped(
         return Ok(x.clone());
     };
     let mut rng = ChaCha8Rng::seed_from_u64(seed_of_site(seed, &site.to_string()));
-    let keep = (1.0 / (1.0 - probability)) as f32;
     let threshold = (probability * f64::from(u32::MAX)) as u32;
-    let mask: Vec<f32> = (0..shape.iter().product())
-        .map(|_| {
-            if rng.random::<u32>() < threshold {
-                0.0
-            } else {
-                keep
-            }
-        })
-        .collect();
-    let mask = tensor(Tensor::from_vec(mask, shape, x.device()))?;
-    Ok(x.multiply_constant(&tensor(mask.to_dtype(x.dtype()))?)?)
+    let keep = 1.0 / (1.0 - probability);
+    let mut entry = || match rng.random::<u32>() < threshold {
+        true => 0.0,
+        false => keep,
+    };
+    let entries = 0..shape.iter().product();
+    let mask = match x.dtype() {
+        DType::F64 => Tensor::from_vec(
+            entries.map(|_| entry()).collect::<Vec<f64>>(),
+            shape,
+            x.device(),
+        ),
+        _ => Tensor::from_vec(
+            entries.map(|_| entry() as f32).collect::<Vec<f32>>(),
+            shape,
+            x.device(),
+        ),
+    };
+    let mask = tensor(tensor(mask)?.to_dtype(x.dtype()))?;
+    Ok(x.multiply_constant(&mask)?)
 }
 
 /// FNV-1a, so that the masks of a run are the same whichever compiler built the program.
