@@ -1,6 +1,7 @@
 //! Integration tests of training, in one program.
 
 mod alignment;
+mod documented;
 mod language;
 mod loss;
 mod masked_patches;
