@@ -314,6 +314,7 @@ fn settings_that_mean_nothing_are_refused() {
         ("average", json!(0.9)),
         ("dense_steps", json!(1)),
         ("recompute", json!(true)),
+        ("loss_chunk", json!(4)),
     ] {
         let said = refused(&|settings: &mut Value| settings[name] = value.clone());
         assert_eq!(
