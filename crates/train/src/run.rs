@@ -8,6 +8,7 @@
 //! RUN/model/          the trained model with its tokenizer
 //! ```
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use lapidary_model::{Limits, Model, Package, Tokenizer};
 
 use crate::data::{
     AssociativeRecall, Copying, Induction, LanguageTask, Order, Task, TokenFile, Vertices, Windows,
-    split, write_text,
+    each_piece, split, write_text,
 };
 use crate::language::{Corpus, Language, Split};
 use crate::log::{EventFile, JsonLines, Progress};
@@ -142,11 +143,12 @@ impl Learner for Distiller {
 /// Runs `spec` in `directory`; with `resume`, from the newest state there.
 ///
 /// # Errors
-/// When the directory holds a run and `resume` is false, or a run of another spec; and whatever
-/// the spec, the data or the disk give cause for.
+/// When the directory holds a run and `resume` is false, or a run of another spec; when not one window
+/// of a file fits into what is for training, or for validation; and whatever the spec, the data or the
+/// disk give cause for.
 pub fn run(spec: &TrainSpec, directory: &Path, resume: bool, device: &Device) -> Result<Finished> {
     spec.validate()?;
-    prepare(directory, resume)?;
+    check_directory(directory, resume)?;
     let sources = sources(spec, directory)?;
     let trainer = Trainer::new(spec.clone(), sources.training, sources.validation, device)?;
     drive(spec, trainer, sources.tokenizer, directory, device)
@@ -164,13 +166,13 @@ pub fn run_on_images(
     device: &Device,
 ) -> Result<Finished> {
     spec.validate()?;
-    prepare(directory, resume)?;
+    check_directory(directory, resume)?;
     let distiller = Distiller::new(spec.clone(), images, device)?;
     drive(spec, distiller, None, directory, device)
 }
 
-/// Makes the directory of a run, which holds none unless it is resumed.
-fn prepare(directory: &Path, resume: bool) -> Result<()> {
+/// Refuses a directory that holds a run, unless it is resumed.
+fn check_directory(directory: &Path, resume: bool) -> Result<()> {
     let latest = state::latest(&directory.join("states"))?;
     if !resume && (latest.is_some() || directory.join("model").exists()) {
         return Err(Error::Setting {
@@ -179,6 +181,10 @@ fn prepare(directory: &Path, resume: bool) -> Result<()> {
             expected: "a new one, or --resume to go on",
         });
     }
+    Ok(())
+}
+
+fn create(directory: &Path) -> Result<()> {
     std::fs::create_dir_all(directory).map_err(Error::file("create", directory))
 }
 
@@ -194,6 +200,7 @@ fn drive(
     if let Some(latest) = state::latest(&states)? {
         learner.resume(&state::load(&latest, device, &state::Limits::default())?)?;
     }
+    create(directory)?;
     let start = learner.steps_done();
     let mut log = JsonLines::open(&directory.join("log.jsonl"), start + 1)?;
     let mut events = EventFile::create(directory)?;
@@ -280,12 +287,14 @@ fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
                 });
             };
             let tokenizer = text_tokenizer(text, tokenizer)?;
-            let tokens = directory.join("data.tokens");
-            let vocabulary = tokenizer.vocabulary_size() as u32;
-            write_text(text, &tokens, vocabulary, |piece| {
+            let ids = |piece: &str| -> Result<Vec<u32>> {
                 Ok(tokenizer.ids(piece).map_err(lapidary_model::Error::from)?)
-            })?;
-            let (training, validation) = windows(spec, &tokens, *order)?;
+            };
+            check_text(spec, text, ids)?;
+            create(directory)?;
+            let tokens = directory.join("data.tokens");
+            write_text(text, &tokens, tokenizer.vocabulary_size() as u32, ids)?;
+            let (training, validation) = windows(spec, &tokens, text, *order)?;
             Sources {
                 training,
                 validation,
@@ -293,7 +302,7 @@ fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
             }
         }
         DataSpec::Tokens { file, order } => {
-            let (training, validation) = windows(spec, file, *order)?;
+            let (training, validation) = windows(spec, file, file, *order)?;
             Sources {
                 training,
                 validation,
@@ -331,12 +340,60 @@ fn generated<T: Task + 'static>(make: impl Fn() -> Result<T>) -> Result<Sources>
 
 type TrainingAndValidation = (Box<dyn Task>, Box<dyn Task>);
 
-fn windows(spec: &TrainSpec, file: &Path, order: Order) -> Result<TrainingAndValidation> {
+/// Windows over the tokens in `file`, which are those of `named`.
+fn windows(
+    spec: &TrainSpec,
+    file: &Path,
+    named: &Path,
+    order: Order,
+) -> Result<TrainingAndValidation> {
     let tokens = Arc::new(TokenFile::open(file)?);
+    check_sides(spec, named, tokens.len())?;
     let (training, validation) = split(tokens.len(), spec.validation.fraction)?;
     let training = Windows::new(tokens.clone(), training, order)?;
     let validation = Windows::new(tokens, validation, Order::Sequential)?;
     Ok((Box::new(training), Box::new(validation)))
+}
+
+/// Refuses so many tokens of `file`, if there is not a window for training and one for validation.
+fn check_sides(spec: &TrainSpec, file: &Path, tokens: u64) -> Result<()> {
+    let (training, validation) = split(tokens, spec.validation.fraction)?;
+    let needed = spec.length as u64 + 1;
+    for (side, range) in [("training", training), ("validation", validation)] {
+        let found = range.end - range.start;
+        if found < needed {
+            return Err(Error::TooShortSide {
+                side,
+                path: file.to_path_buf(),
+                tokens,
+                found,
+                fraction: spec.validation.fraction,
+                needed,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The same of a text, of which no more is read than it takes to know.
+fn check_text(
+    spec: &TrainSpec,
+    text: &Path,
+    mut ids: impl FnMut(&str) -> Result<Vec<u32>>,
+) -> Result<()> {
+    // A pipe can be read but once: what it gives is counted when it has been written.
+    if std::fs::metadata(text).is_ok_and(|found| !found.is_file()) {
+        return Ok(());
+    }
+    let mut tokens = 0;
+    each_piece(text, |piece| {
+        tokens += ids(piece)?.len() as u64;
+        Ok(match check_sides(spec, text, tokens) {
+            Ok(()) => ControlFlow::Break(()),
+            Err(_) => ControlFlow::Continue(()),
+        })
+    })?;
+    check_sides(spec, text, tokens)
 }
 
 fn text_tokenizer(text: &Path, spec: &TokenizerSpec) -> Result<Tokenizer> {
