@@ -1,7 +1,7 @@
 //! A run in a directory: data, states, logs, and in the end a model.
 //!
 //! ```text
-//! RUN/spec.toml       what the run was told
+//! RUN/spec.toml       what the run was told, as it last began or went on
 //! RUN/data.tokens     the text as tokens, when the data is a text
 //! RUN/states/         what it resumes from
 //! RUN/log.jsonl       one line for each step; RUN/events… the same for TensorBoard
@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lapidary_kernels::Device;
+use lapidary_model::files::{FileBeside, read_text};
 use lapidary_model::{Limits, Model, Package, Tokenizer};
 
 use crate::data::{
@@ -188,6 +189,21 @@ fn create(directory: &Path) -> Result<()> {
     std::fs::create_dir_all(directory).map_err(Error::file("create", directory))
 }
 
+/// Writes the spec as it runs, if what is there does not say the same in its own words.
+fn write_spec(spec: &TrainSpec, directory: &Path) -> Result<()> {
+    let path = directory.join("spec.toml");
+    let there = read_text(&path, Limits::default().text_file_bytes).ok();
+    let there = there.and_then(|text| toml::from_str::<TrainSpec>(&text).ok());
+    if there.as_ref() == Some(spec) {
+        return Ok(());
+    }
+    let text = toml::to_string(spec)
+        .map_err(|error| Error::format("training spec", &path, error.to_string()))?;
+    let mut file = FileBeside::create(&path)?;
+    file.write(text.as_bytes())?;
+    Ok(file.stage(|_| Ok(()))?.publish()?)
+}
+
 fn drive(
     spec: &TrainSpec,
     mut learner: impl Learner,
@@ -201,6 +217,7 @@ fn drive(
         learner.resume(&state::load(&latest, device, &state::Limits::default())?)?;
     }
     create(directory)?;
+    write_spec(spec, directory)?;
     let start = learner.steps_done();
     let mut log = JsonLines::open(&directory.join("log.jsonl"), start + 1)?;
     let mut events = EventFile::create(directory)?;
@@ -400,7 +417,7 @@ fn text_tokenizer(text: &Path, spec: &TokenizerSpec) -> Result<Tokenizer> {
     let tokenizer = match spec {
         TokenizerSpec::Bytes => Tokenizer::byte_level(&[]),
         TokenizerSpec::Words(count) => {
-            let text = lapidary_model::files::read_text(text, Limits::default().text_file_bytes)
+            let text = read_text(text, Limits::default().text_file_bytes)
                 .map_err(lapidary_model::Error::from)?;
             Tokenizer::word_level(text.lines(), *count, &[])
         }

@@ -1,4 +1,4 @@
-//! What a run finds out before it writes anything.
+//! What a run finds out before it writes anything, and the spec that it writes.
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use std::path::Path;
@@ -84,4 +84,44 @@ fn a_text_of_several_pieces_is_counted_whole() {
     assert!(!out.exists());
     // Of the first piece this would be six.
     started(&spec(data, 1e-4), &out).unwrap();
+}
+
+fn written(out: &Path) -> String {
+    std::fs::read_to_string(out.join("spec.toml")).unwrap()
+}
+
+#[test]
+fn the_spec_is_written_as_it_runs() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = directory.path().join("text.txt");
+    std::fs::write(&text, "0123456789".repeat(20)).unwrap();
+    let out = directory.path().join("run");
+    let mut spec = spec(json!({ "kind": "text", "file": text }), 0.1);
+    spec.seed = u64::MAX;
+    spec.clip = Some(0.1 + 0.2);
+    spec.groups =
+        serde_json::from_value(json!([{ "path": "embeddings.", "rate_factor": 0.5 }])).unwrap();
+    started(&spec, &out).unwrap();
+    assert_eq!(toml::from_str::<TrainSpec>(&written(&out)).unwrap(), spec);
+
+    // Where it says the same it is left, with what it says beside that.
+    let commented = format!("# Mine.\n{}", written(&out));
+    std::fs::write(out.join("spec.toml"), &commented).unwrap();
+    run(&spec, &out, true, &Device::Cpu).unwrap();
+    assert_eq!(written(&out), commented);
+
+    // What may change is written again, and what may not leaves it as it was.
+    spec.validation.every = 1;
+    run(&spec, &out, true, &Device::Cpu).unwrap();
+    let changed = written(&out);
+    assert_eq!(toml::from_str::<TrainSpec>(&changed).unwrap(), spec);
+    spec.steps += 1;
+    let said = run(&spec, &out, true, &Device::Cpu)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        said.starts_with("the saved run's spec is another"),
+        "{said}"
+    );
+    assert_eq!(written(&out), changed);
 }
