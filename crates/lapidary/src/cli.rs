@@ -32,13 +32,16 @@ pub struct Global {
         default_value = "cpu"
     )]
     pub device: String,
-    /// Seed of everything random
+    /// Seed of everything random; 0, or a training spec's own, when absent
     #[arg(
-        long,
+        long = "seed",
+        value_name = "SEED",
         global = true,
-        help_heading = "Options of every verb",
-        default_value_t = 0
+        help_heading = "Options of every verb"
     )]
+    pub given_seed: Option<u64>,
+    /// The same, and 0 when absent: filled in before a verb begins
+    #[arg(skip)]
     pub seed: u64,
     /// Threads to compute with; all cores when absent
     #[arg(long, global = true, help_heading = "Options of every verb")]
@@ -550,8 +553,8 @@ pub struct Generate {
 pub struct Train {
     /// Training spec: model, data, optimiser (TOML)
     pub spec: PathBuf,
-    /// Text file to train on, in place of what the spec names
-    #[arg(long, value_name = "FILE")]
+    /// Text file, or directory of pictures, to train on, in place of what the spec names
+    #[arg(long, value_name = "PATH")]
     pub data: Option<PathBuf>,
     /// Directory of the run: checkpoints, logs and the model
     #[arg(long, value_name = "DIR")]

@@ -68,6 +68,26 @@ pub enum Error {
         /// Tokens needed.
         needed: u64,
     },
+    /// A part of a file that not one window of a sequence fits into.
+    #[error(
+        "validation.fraction = {fraction} leaves {found} of the {tokens} tokens of {} for {side}, but a window takes \
+         {needed}, length and one more: change either, or take a longer file",
+        path.display()
+    )]
+    TooShortSide {
+        /// What the part is for: training, or validation.
+        side: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Its tokens.
+        tokens: u64,
+        /// Those of the part.
+        found: u64,
+        /// The share that is for validation.
+        fraction: f64,
+        /// Tokens of a window.
+        needed: u64,
+    },
     /// A tensor that should be there is missing, or is not of the expected form.
     #[error("tensor {name:?}: {detail}")]
     Tensor {

@@ -1,22 +1,24 @@
 //! A run in a directory: data, states, logs, and in the end a model.
 //!
 //! ```text
-//! RUN/spec.toml       what the run was told
+//! RUN/spec.toml       what the run was told, as it last began or went on
 //! RUN/data.tokens     the text as tokens, when the data is a text
 //! RUN/states/         what it resumes from
 //! RUN/log.jsonl       one line for each step; RUN/events… the same for TensorBoard
 //! RUN/model/          the trained model with its tokenizer
 //! ```
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lapidary_kernels::Device;
+use lapidary_model::files::{FileBeside, read_text};
 use lapidary_model::{Limits, Model, Package, Tokenizer};
 
 use crate::data::{
     AssociativeRecall, Copying, Induction, LanguageTask, Order, Task, TokenFile, Vertices, Windows,
-    split, write_text,
+    each_piece, split, write_text,
 };
 use crate::language::{Corpus, Language, Split};
 use crate::log::{EventFile, JsonLines, Progress};
@@ -142,11 +144,12 @@ impl Learner for Distiller {
 /// Runs `spec` in `directory`; with `resume`, from the newest state there.
 ///
 /// # Errors
-/// When the directory holds a run and `resume` is false, or a run of another spec; and whatever
-/// the spec, the data or the disk give cause for.
+/// When the directory holds a run and `resume` is false, or a run of another spec; when not one window
+/// of a file fits into what is for training, or for validation; and whatever the spec, the data or the
+/// disk give cause for.
 pub fn run(spec: &TrainSpec, directory: &Path, resume: bool, device: &Device) -> Result<Finished> {
     spec.validate()?;
-    prepare(directory, resume)?;
+    check_directory(directory, resume)?;
     let sources = sources(spec, directory)?;
     let trainer = Trainer::new(spec.clone(), sources.training, sources.validation, device)?;
     drive(spec, trainer, sources.tokenizer, directory, device)
@@ -164,13 +167,13 @@ pub fn run_on_images(
     device: &Device,
 ) -> Result<Finished> {
     spec.validate()?;
-    prepare(directory, resume)?;
+    check_directory(directory, resume)?;
     let distiller = Distiller::new(spec.clone(), images, device)?;
     drive(spec, distiller, None, directory, device)
 }
 
-/// Makes the directory of a run, which holds none unless it is resumed.
-fn prepare(directory: &Path, resume: bool) -> Result<()> {
+/// Refuses a directory that holds a run, unless it is resumed.
+fn check_directory(directory: &Path, resume: bool) -> Result<()> {
     let latest = state::latest(&directory.join("states"))?;
     if !resume && (latest.is_some() || directory.join("model").exists()) {
         return Err(Error::Setting {
@@ -179,7 +182,26 @@ fn prepare(directory: &Path, resume: bool) -> Result<()> {
             expected: "a new one, or --resume to go on",
         });
     }
+    Ok(())
+}
+
+fn create(directory: &Path) -> Result<()> {
     std::fs::create_dir_all(directory).map_err(Error::file("create", directory))
+}
+
+/// Writes the spec as it runs, if what is there does not say the same in its own words.
+fn write_spec(spec: &TrainSpec, directory: &Path) -> Result<()> {
+    let path = directory.join("spec.toml");
+    let there = read_text(&path, Limits::default().text_file_bytes).ok();
+    let there = there.and_then(|text| toml::from_str::<TrainSpec>(&text).ok());
+    if there.as_ref() == Some(spec) {
+        return Ok(());
+    }
+    let text = toml::to_string(spec)
+        .map_err(|error| Error::format("training spec", &path, error.to_string()))?;
+    let mut file = FileBeside::create(&path)?;
+    file.write(text.as_bytes())?;
+    Ok(file.stage(|_| Ok(()))?.publish()?)
 }
 
 fn drive(
@@ -194,6 +216,8 @@ fn drive(
     if let Some(latest) = state::latest(&states)? {
         learner.resume(&state::load(&latest, device, &state::Limits::default())?)?;
     }
+    create(directory)?;
+    write_spec(spec, directory)?;
     let start = learner.steps_done();
     let mut log = JsonLines::open(&directory.join("log.jsonl"), start + 1)?;
     let mut events = EventFile::create(directory)?;
@@ -280,12 +304,14 @@ fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
                 });
             };
             let tokenizer = text_tokenizer(text, tokenizer)?;
-            let tokens = directory.join("data.tokens");
-            let vocabulary = tokenizer.vocabulary_size() as u32;
-            write_text(text, &tokens, vocabulary, |piece| {
+            let ids = |piece: &str| -> Result<Vec<u32>> {
                 Ok(tokenizer.ids(piece).map_err(lapidary_model::Error::from)?)
-            })?;
-            let (training, validation) = windows(spec, &tokens, *order)?;
+            };
+            check_text(spec, text, ids)?;
+            create(directory)?;
+            let tokens = directory.join("data.tokens");
+            write_text(text, &tokens, tokenizer.vocabulary_size() as u32, ids)?;
+            let (training, validation) = windows(spec, &tokens, text, *order)?;
             Sources {
                 training,
                 validation,
@@ -293,7 +319,7 @@ fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
             }
         }
         DataSpec::Tokens { file, order } => {
-            let (training, validation) = windows(spec, file, *order)?;
+            let (training, validation) = windows(spec, file, file, *order)?;
             Sources {
                 training,
                 validation,
@@ -331,19 +357,67 @@ fn generated<T: Task + 'static>(make: impl Fn() -> Result<T>) -> Result<Sources>
 
 type TrainingAndValidation = (Box<dyn Task>, Box<dyn Task>);
 
-fn windows(spec: &TrainSpec, file: &Path, order: Order) -> Result<TrainingAndValidation> {
+/// Windows over the tokens in `file`, which are those of `named`.
+fn windows(
+    spec: &TrainSpec,
+    file: &Path,
+    named: &Path,
+    order: Order,
+) -> Result<TrainingAndValidation> {
     let tokens = Arc::new(TokenFile::open(file)?);
+    check_sides(spec, named, tokens.len())?;
     let (training, validation) = split(tokens.len(), spec.validation.fraction)?;
     let training = Windows::new(tokens.clone(), training, order)?;
     let validation = Windows::new(tokens, validation, Order::Sequential)?;
     Ok((Box::new(training), Box::new(validation)))
 }
 
+/// Refuses so many tokens of `file`, if there is not a window for training and one for validation.
+fn check_sides(spec: &TrainSpec, file: &Path, tokens: u64) -> Result<()> {
+    let (training, validation) = split(tokens, spec.validation.fraction)?;
+    let needed = spec.length as u64 + 1;
+    for (side, range) in [("training", training), ("validation", validation)] {
+        let found = range.end - range.start;
+        if found < needed {
+            return Err(Error::TooShortSide {
+                side,
+                path: file.to_path_buf(),
+                tokens,
+                found,
+                fraction: spec.validation.fraction,
+                needed,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The same of a text, of which no more is read than it takes to know.
+fn check_text(
+    spec: &TrainSpec,
+    text: &Path,
+    mut ids: impl FnMut(&str) -> Result<Vec<u32>>,
+) -> Result<()> {
+    // A pipe can be read but once: what it gives is counted when it has been written.
+    if std::fs::metadata(text).is_ok_and(|found| !found.is_file()) {
+        return Ok(());
+    }
+    let mut tokens = 0;
+    each_piece(text, |piece| {
+        tokens += ids(piece)?.len() as u64;
+        Ok(match check_sides(spec, text, tokens) {
+            Ok(()) => ControlFlow::Break(()),
+            Err(_) => ControlFlow::Continue(()),
+        })
+    })?;
+    check_sides(spec, text, tokens)
+}
+
 fn text_tokenizer(text: &Path, spec: &TokenizerSpec) -> Result<Tokenizer> {
     let tokenizer = match spec {
         TokenizerSpec::Bytes => Tokenizer::byte_level(&[]),
         TokenizerSpec::Words(count) => {
-            let text = lapidary_model::files::read_text(text, Limits::default().text_file_bytes)
+            let text = read_text(text, Limits::default().text_file_bytes)
                 .map_err(lapidary_model::Error::from)?;
             Tokenizer::word_level(text.lines(), *count, &[])
         }

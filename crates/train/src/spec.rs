@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use lapidary_kernels::{AdamWOptions, LionOptions};
 use lapidary_model::{HeadSpec, InputSpec, ModelSpec};
+use lapidary_parts::organisation::OrganisationSpec;
 use serde::{Deserialize, Serialize};
 
 use crate::data::{MaskingSpec, Order};
@@ -461,8 +462,8 @@ impl TrainSpec {
         (step < drawing, annealing.min(1.0))
     }
 
-    /// The settings that a resumed run must share: all but how long it goes and how often it
-    /// looks up.
+    /// The settings that a resumed run must share: all but how often it looks up. The number of steps is one of
+    /// them, since the rate of each step depends on it.
     pub(crate) fn settings(&self) -> Result<serde_json::Value> {
         let mut spec = self.clone();
         spec.checkpoint = Default::default();
@@ -522,6 +523,7 @@ impl TrainSpec {
                 let expected = "false with alignment, which reads the stream between blocks";
                 return wrong("recompute", "true".into(), expected);
             }
+            self.check_streams()?;
         }
         if let Some(decay) = self.average.filter(|decay| !(0.0..1.0).contains(decay)) {
             return wrong("average", decay.to_string(), BELOW_ONE);
@@ -546,6 +548,18 @@ impl TrainSpec {
         match &self.self_distillation {
             Some(own) => self.validate_images(own),
             None => self.validate_tokens(),
+        }
+    }
+
+    /// Alignment compares the stream in front of each block with that behind it: there has to be one, and all of
+    /// one shape.
+    fn check_streams(&self) -> Result<()> {
+        match &self.model.organisation {
+            None | Some(OrganisationSpec::Interleaved(_)) => Ok(()),
+            Some(other @ (OrganisationSpec::VipCentric(_) | OrganisationSpec::Reversible(_))) => {
+                let expected = "absent or interleaved with alignment, which needs one stream";
+                wrong("model.organisation", other.kind().into(), expected)
+            }
         }
     }
 
@@ -640,6 +654,7 @@ impl TrainSpec {
             ("dense_steps", self.dense_steps != 0),
             ("annealed_steps", self.annealed_steps != 0),
             ("recompute", self.recompute),
+            ("loss_chunk", self.loss_chunk.is_some()),
             ("alignment", self.alignment.is_some()),
             ("masking", self.masking.is_some()),
         ];

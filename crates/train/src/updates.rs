@@ -95,7 +95,7 @@ impl Updates {
     /// Of the variables of `model`, at rest. Norms and biases are not decayed.
     ///
     /// # Errors
-    /// When a variable is neither `f32` nor `f64` on the CPU.
+    /// When a variable is neither `f32` nor `f64` on the CPU, or a group is of none of them.
     pub fn new(model: &Model, options: &UpdateOptions) -> Result<Self> {
         Self::of(model.variables(), options)
     }
@@ -103,12 +103,13 @@ impl Updates {
     /// Of variables by name, such as those of a model and of a head beside it, at rest. Vectors are not decayed.
     ///
     /// # Errors
-    /// When a variable is neither `f32` nor `f64` on the CPU.
+    /// When a variable is neither `f32` nor `f64` on the CPU, or a group is of none of them.
     pub fn of(variables: &BTreeMap<String, Var>, options: &UpdateOptions) -> Result<Self> {
         let (names, variables): (Vec<String>, Vec<Var>) = variables
             .iter()
             .map(|(name, variable)| (name.clone(), variable.clone()))
             .unzip();
+        check_groups(&options.groups, &names)?;
         let parameters = parameters(options, &names, &variables);
         let optimiser = Optimiser::new(&options.optimiser, options.peak, parameters)?;
         let average = match options.average {
@@ -358,6 +359,40 @@ fn set(variable: &Var, value: &Tensor) -> Result<()> {
 /// What the names of masks begin with in a saved state.
 const MASK: &str = "mask.";
 
+/// How many beginnings of names an error lists.
+const LISTED: usize = 16;
+
+/// Refuses a group that no parameter is in.
+fn check_groups(groups: &[GroupSpec], names: &[String]) -> Result<()> {
+    let is_empty = |group: &&GroupSpec| !names.iter().any(|name| name.starts_with(&group.path));
+    let Some(group) = groups.iter().find(is_empty) else {
+        return Ok(());
+    };
+    // `blocks.10.attention.query.weight` begins with `blocks.10.`.
+    let beginning = |name: &String| -> String {
+        let mut parts = name.split_inclusive('.');
+        let first = parts.next().unwrap_or_default();
+        let numbered = parts.next().filter(|part| {
+            let number = part.trim_end_matches('.');
+            !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+        });
+        format!("{first}{}", numbered.unwrap_or_default())
+    };
+    let mut beginnings: Vec<String> = names.iter().map(beginning).collect();
+    beginnings.dedup();
+    let more = beginnings.len().saturating_sub(LISTED);
+    beginnings.truncate(LISTED);
+    let mut listed = beginnings.join(", ");
+    if more > 0 {
+        listed += &format!(" and {more} more");
+    }
+    Err(Error::Setting {
+        name: "groups.path",
+        found: format!("{:?}, where parameters begin with {listed}", group.path),
+        expected: "the beginning of at least one name",
+    })
+}
+
 /// Every variable with its group's settings; norms and biases without decay.
 fn parameters(options: &UpdateOptions, names: &[String], variables: &[Var]) -> Vec<Parameter> {
     names
@@ -380,4 +415,57 @@ fn parameters(options: &UpdateOptions, names: &[String], variables: &[Var]) -> V
             }
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lapidary_kernels::Device;
+
+    fn told(paths: &[&str]) -> Result<Updates> {
+        let names = [
+            "blocks.0.attention.bias",
+            "blocks.0.norm",
+            "blocks.10.norm",
+            "embeddings.tokens",
+        ];
+        let variables = names.map(|name| {
+            let variable = Var::new(&[1f32, 2.0], &Device::Cpu).unwrap();
+            (name.to_owned(), variable)
+        });
+        let groups = paths.iter().map(|path| GroupSpec {
+            path: (*path).to_owned(),
+            rate_factor: 0.0,
+            weight_decay: None,
+        });
+        let options = UpdateOptions {
+            peak: 1e-3,
+            groups: groups.collect(),
+            ..UpdateOptions::default()
+        };
+        Updates::of(&BTreeMap::from(variables), &options)
+    }
+
+    #[test]
+    fn a_group_of_no_parameter_is_refused_with_what_there_is() {
+        for paths in [
+            &[""][..],
+            &[],
+            &["blocks.1", "embeddings.tokens", "blocks.0."],
+        ] {
+            assert!(told(paths).is_ok(), "{paths:?}");
+        }
+        for wrong in ["embedding.", "blocks.2", "embeddings.tokens.weight"] {
+            let Err(error) = told(&["blocks.", wrong]) else {
+                panic!("{wrong} was accepted");
+            };
+            assert_eq!(
+                error.to_string(),
+                format!(
+                    "groups.path is {wrong:?}, where parameters begin with blocks.0., blocks.10., embeddings., \
+                     but must be the beginning of at least one name"
+                )
+            );
+        }
+    }
 }

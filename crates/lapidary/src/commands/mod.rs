@@ -21,7 +21,8 @@ use anyhow::Result;
 
 /// Does what the command line asks.
 pub fn execute(arguments: Cli) -> Result<()> {
-    let global = arguments.global;
+    let mut global = arguments.global;
+    global.seed = global.given_seed.unwrap_or_default();
     loading::set_threads(&global)?;
     match &arguments.verb {
         Verb::Demo(arguments) => demo::run(arguments, &global),

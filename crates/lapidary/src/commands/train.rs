@@ -30,8 +30,8 @@ pub fn run(arguments: &Train, global: &Global) -> Result<()> {
     if let Some(steps) = arguments.steps {
         spec.steps = steps as u64;
     }
-    if global.seed != 0 {
-        spec.seed = global.seed;
+    if let Some(seed) = global.given_seed {
+        spec.seed = seed;
     }
     let device = loading::device(global)?;
     if spec.self_distillation.is_some() {

@@ -129,6 +129,59 @@ kind = "language-model"
 }
 
 #[test]
+fn what_the_command_line_says_takes_the_place_of_the_spec() {
+    let directory = tempfile::tempdir().unwrap();
+    let spec = write(
+        &directory,
+        "spec.toml",
+        br#"
+seed = 5
+steps = 4
+batch = 2
+length = 8
+schedule = { peak = 1e-2 }
+data = { kind = "copying", symbols = 7 }
+[model]
+width = 8
+input = { kind = "tokens", vocabulary = 8, length = 8 }
+head = { kind = "language-model" }
+[[model.blocks]]
+attention = { kind = "multi-head", heads = 2, causal = true }
+feedforward = { kind = "dense", hidden = 8 }
+"#,
+    );
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let weights =
+        |run: &str| std::fs::read(Path::new(run).join("model/model.safetensors")).unwrap();
+    let runs: [(&str, &[&str], u64); 3] = [
+        ("own", &[], 5),
+        ("zero", &["--seed", "0"], 0),
+        ("five", &["--seed", "5"], 5),
+    ];
+    for (name, seed, expected) in runs {
+        let out = at(name);
+        let common = ["train", &spec, "--out", &out, "--steps", "1", "--json"];
+        let told = json(&[&common[..], seed].concat());
+        assert_eq!(told["seed"], expected, "{name}");
+        // The run's own spec says so, and goes on without options.
+        let own = Path::new(&out).join("spec.toml");
+        let said = std::fs::read_to_string(&own).unwrap();
+        for line in [format!("seed = {expected}"), "steps = 1".to_owned()] {
+            assert!(said.lines().any(|other| other == line), "{line}: {said}");
+        }
+        let own = own.to_str().unwrap();
+        let again = json(&["train", own, "--out", &out, "--resume", "--json"]);
+        assert_eq!(
+            (&again["seed"], &again["steps"]),
+            (&told["seed"], &told["steps"])
+        );
+    }
+    assert!(weights(&at("own")) == weights(&at("five")));
+    assert!(weights(&at("own")) != weights(&at("zero")));
+    assert!(output(&["train", "--help"]).contains("directory of pictures"));
+}
+
+#[test]
 fn trains_on_pictures_without_labels() {
     let directory = tempfile::tempdir().unwrap();
     let text = r#"

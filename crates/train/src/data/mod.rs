@@ -13,6 +13,7 @@ pub use batch::{Batch, IGNORE, Task};
 pub use language::LanguageTask;
 pub use masked::{Masked, MaskingSpec};
 pub use synthetic::{Addition, AssociativeRecall, Copying, Induction};
+pub(crate) use text::each_piece;
 pub use text::{BYTE_VOCABULARY, bytes, words, write_text};
 pub use token_file::{TokenFile, TokenWriter};
 pub use vertices::{Vertices, VerticesFile};

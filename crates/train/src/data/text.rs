@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use super::TokenWriter;
@@ -35,9 +36,21 @@ pub fn write_text(
     vocabulary: u32,
     mut tokenizer: impl FnMut(&str) -> Result<Vec<u32>>,
 ) -> Result<u64> {
+    let mut writer = TokenWriter::create(out, vocabulary)?;
+    each_piece(text, |piece| {
+        writer.write(&tokenizer(piece)?)?;
+        Ok(ControlFlow::Continue(()))
+    })?;
+    writer.finish()
+}
+
+/// Hands over a UTF-8 text file piece by piece, to its end or until it is enough.
+pub(crate) fn each_piece(
+    text: &Path,
+    mut take: impl FnMut(&str) -> Result<ControlFlow<()>>,
+) -> Result<()> {
     let file = File::open(text).map_err(Error::file("open", text))?;
     let mut reader = BufReader::with_capacity(PIECE, file);
-    let mut writer = TokenWriter::create(out, vocabulary)?;
     let mut pending: Vec<u8> = Vec::new();
     loop {
         let mut line = (&mut reader).take(PIECE as u64);
@@ -50,13 +63,13 @@ pub fn write_text(
         }
         let taken = whole_characters(&pending, at_end)
             .map_err(|detail| Error::format("UTF-8 text", text, detail))?;
-        if !taken.is_empty() {
-            writer.write(&tokenizer(taken)?)?;
+        if !taken.is_empty() && take(taken)?.is_break() {
+            return Ok(());
         }
         let taken = taken.len();
         pending.drain(..taken);
         if at_end {
-            return writer.finish();
+            return Ok(());
         }
     }
 }

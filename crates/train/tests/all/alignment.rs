@@ -83,6 +83,34 @@ fn a_weight_of_zero_changes_nothing_and_others_keep_the_stream_straight() {
     assert_ne!(numbers(&with(0.1, AlignmentKind::Squared)), numbers(&plain));
 }
 
+/// Of two streams there is no one to turn, and the shape of a compressed one changes.
+#[test]
+fn organisations_without_a_stream_between_blocks_are_refused() {
+    let with = |organisation: serde_json::Value, aligned: bool| -> TrainSpec {
+        let term = AlignmentSpec {
+            kind: AlignmentKind::Cosine,
+            weight: 0.5,
+        };
+        let mut spec = serde_json::to_value(spec(aligned.then_some(term))).unwrap();
+        spec["model"]["blocks"][0]["attention"]["causal"] = json!(false);
+        spec["model"]["organisation"] = organisation;
+        serde_json::from_value(spec).unwrap()
+    };
+    for organisation in [
+        json!({ "kind": "reversible" }),
+        json!({ "kind": "vip-centric", "vips": 2, "size": 4, "fine": 1 }),
+    ] {
+        with(organisation.clone(), false).validate().unwrap();
+        let said = with(organisation.clone(), true)
+            .validate()
+            .unwrap_err()
+            .to_string();
+        let kind = organisation["kind"].as_str().unwrap();
+        let expected = format!("model.organisation is {kind}, but must be absent or interleaved");
+        assert!(said.starts_with(&expected), "{said}");
+    }
+}
+
 #[test]
 fn settings_that_make_no_sense_are_refused() {
     let mut wrong = spec(None);

@@ -7,6 +7,7 @@ mod loss;
 mod masked_patches;
 mod masks;
 mod mechanisms_recomputed;
+mod run;
 mod self_distillation;
 mod state;
 mod tasks;

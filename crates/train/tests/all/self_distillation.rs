@@ -289,6 +289,8 @@ fn a_run_in_a_directory_leaves_its_teacher() {
     let package = Package::open(&finished.model, &OpenOptions::default()).unwrap();
     let kept = package.towers.first().map(|tower| parameters(&tower.model));
     assert_eq!(kept, Some(parameters(&alone.finished().unwrap())));
+    let written = std::fs::read_to_string(out.join("spec.toml")).unwrap();
+    assert_eq!(toml::from_str::<TrainSpec>(&written).unwrap(), spec);
     let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
     assert_eq!(log.lines().count() as u64, STEPS);
     assert!(log.lines().all(|line| line.contains("teacher_information")));
@@ -314,6 +316,7 @@ fn settings_that_mean_nothing_are_refused() {
         ("average", json!(0.9)),
         ("dense_steps", json!(1)),
         ("recompute", json!(true)),
+        ("loss_chunk", json!(4)),
     ] {
         let said = refused(&|settings: &mut Value| settings[name] = value.clone());
         assert_eq!(
