@@ -1,7 +1,7 @@
 //! A run in a directory: data, states, logs, and in the end a model.
 //!
 //! ```text
-//! RUN/spec.toml       what the run was told, as it last began or went on
+//! RUN/run.toml        what the run was told, as it last began or went on
 //! RUN/data.tokens     the text as tokens, when the data is a text
 //! RUN/states/         what it resumes from
 //! RUN/log.jsonl       one line for each step; RUN/events… the same for TensorBoard
@@ -191,7 +191,7 @@ fn create(directory: &Path) -> Result<()> {
 
 /// Writes the spec as it runs, if what is there does not say the same in its own words.
 fn write_spec(spec: &TrainSpec, directory: &Path) -> Result<()> {
-    let path = directory.join("spec.toml");
+    let path = directory.join("run.toml");
     let there = read_text(&path, Limits::default().text_file_bytes).ok();
     let there = there.and_then(|text| toml::from_str::<TrainSpec>(&text).ok());
     if there.as_ref() == Some(spec) {

@@ -164,7 +164,7 @@ feedforward = { kind = "dense", hidden = 8 }
         let told = json(&[&common[..], seed].concat());
         assert_eq!(told["seed"], expected, "{name}");
         // The run's own spec says so, and goes on without options.
-        let own = Path::new(&out).join("spec.toml");
+        let own = Path::new(&out).join("run.toml");
         let said = std::fs::read_to_string(&own).unwrap();
         for line in [format!("seed = {expected}"), "steps = 1".to_owned()] {
             assert!(said.lines().any(|other| other == line), "{line}: {said}");

@@ -87,7 +87,7 @@ fn a_text_of_several_pieces_is_counted_whole() {
 }
 
 fn written(out: &Path) -> String {
-    std::fs::read_to_string(out.join("spec.toml")).unwrap()
+    std::fs::read_to_string(out.join("run.toml")).unwrap()
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn the_spec_is_written_as_it_runs() {
 
     // Where it says the same it is left, with what it says beside that.
     let commented = format!("# Mine.\n{}", written(&out));
-    std::fs::write(out.join("spec.toml"), &commented).unwrap();
+    std::fs::write(out.join("run.toml"), &commented).unwrap();
     run(&spec, &out, true, &Device::Cpu).unwrap();
     assert_eq!(written(&out), commented);
 

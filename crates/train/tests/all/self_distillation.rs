@@ -289,7 +289,7 @@ fn a_run_in_a_directory_leaves_its_teacher() {
     let package = Package::open(&finished.model, &OpenOptions::default()).unwrap();
     let kept = package.towers.first().map(|tower| parameters(&tower.model));
     assert_eq!(kept, Some(parameters(&alone.finished().unwrap())));
-    let written = std::fs::read_to_string(out.join("spec.toml")).unwrap();
+    let written = std::fs::read_to_string(out.join("run.toml")).unwrap();
     assert_eq!(toml::from_str::<TrainSpec>(&written).unwrap(), spec);
     let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
     assert_eq!(log.lines().count() as u64, STEPS);
