@@ -57,9 +57,6 @@ pub struct Curvature {
     /// Steps of learning the mask
     #[arg(long, default_value_t = 100, requires = "forget")]
     pub mask_steps: u64,
-    /// Seed of the labels that the model draws, and of the order in which a mask sees texts
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
 }
 
 /// What was found of one text.
@@ -140,14 +137,14 @@ pub fn run(arguments: &Curvature, global: &Global) -> Result<Report> {
             (all / 2..all).collect()
         }
     };
-    let curvature = factors(model, &calibration, &blocks, BATCH, arguments.seed)?;
+    let curvature = factors(model, &calibration, &blocks, BATCH, global.seed)?;
     let spectrum = Spectrum::of(model, &curvature)?;
     let masked = match &arguments.forget {
         None => None,
         Some(path) => {
             let subnet = Subnet {
                 steps: arguments.mask_steps,
-                seed: arguments.seed,
+                seed: global.seed,
                 ..Subnet::default()
             };
             let forget = CalibrationData::windows(cut(path)?)?;
