@@ -58,8 +58,7 @@ pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
     };
     let mut compressed = None;
     let cut = seconds(|| {
-        let plan = method.plan(&task, &Budget::Keep(KEPT))?;
-        compressed = Some(method.apply(&task, &plan)?);
+        compressed = Some(method.cut(&task, &Budget::Keep(KEPT))?.1);
         Ok(())
     })?;
     let peak = super::peak_memory();
