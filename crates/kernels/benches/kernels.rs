@@ -5,13 +5,14 @@
 use criterion::{Criterion, criterion_group, criterion_main};
 use lapidary_kernels::{
     Activation, AttentionOptions, CrossEntropyOptions, DType, Device, Result, RotaryPairs,
-    SoftmaxMask, Tensor, Var, naive,
+    SoftmaxMask, Tensor, Var, backward, naive,
 };
 use std::hint::black_box;
 use std::time::Duration;
 
+#[cfg(not(target_env = "msvc"))]
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn random(dims: &[usize]) -> Var {
     Var::randn_f64(0.0, 1.0, dims, DType::F32, &Device::Cpu).expect("a tensor")
@@ -36,7 +37,7 @@ fn pair(
         group.bench_function(format!("{variant} forward and backward"), |b| {
             b.iter(|| {
                 let y = f().and_then(|y| Ok(y.sum_all()?)).expect("a result");
-                black_box(y.backward().expect("gradients"))
+                black_box(backward(&y).expect("gradients"))
             });
         });
     }

@@ -6,12 +6,14 @@
 use criterion::{Criterion, criterion_group, criterion_main};
 use lapidary_kernels::{
     Activation, AdamW, AdamWOptions, AttentionOptions, CrossEntropyOptions, DType, Device, Result,
-    Tensor, Var, activate, cross_entropy, embedding, layer_norm, linear, merged_attention,
+    Tensor, Var, activate, backward, cross_entropy, embedding, layer_norm, linear,
+    merged_attention,
 };
 use std::hint::black_box;
 
+#[cfg(not(target_env = "msvc"))]
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 #[derive(Clone, Copy)]
 struct Sizes {
@@ -147,7 +149,7 @@ fn step(decoder: &Decoder, optimiser: &mut AdamW, ids: &Tensor) -> Result<f32> {
     let logits = decoder.logits(ids)?.flatten(0, 1)?;
     let targets = ids.flatten_all()?;
     let loss = cross_entropy(&logits, &targets, &CrossEntropyOptions::default())?;
-    optimiser.step(&loss.backward()?, 1e-3, 1.0)?;
+    optimiser.step(&backward(&loss)?, 1e-3, 1.0)?;
     Ok(loss.to_scalar::<f32>()?)
 }
 

@@ -3,6 +3,7 @@
 //! The backward pass hands the gradient of the sum to both as it is; an argument that was repeated
 //! over leading dimensions gets its sum over them.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Rows, by_dtype, fused, rows_and_width};
 use crate::linear::sum_rows;
 use crate::simd::Real;
@@ -18,10 +19,10 @@ type Candle<T> = candle_core::Result<T>;
 pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let ends = |all: &Tensor, last: &Tensor| last.rank() > 0 && all.dims().ends_with(last.dims());
     if fused(&[a, b]) && ends(a, b) {
-        return Ok(a.apply_op2(b, Add)?);
+        return Ok(a.apply2(b, Add)?);
     }
     if fused(&[a, b]) && ends(b, a) {
-        return Ok(b.apply_op2(a, Add)?);
+        return Ok(b.apply2(a, Add)?);
     }
     // Other broadcasting is rare, and left to the engine.
     Ok(a.broadcast_add(b)?)

@@ -1,5 +1,6 @@
 //! Rows behind others.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Rows, by_dtype, fused, rows_and_width};
 use crate::simd::Real;
 use crate::{Error, Result, Tensor, naive};
@@ -37,7 +38,7 @@ pub fn appended_rows(x: &Tensor, more: &Tensor) -> Result<Tensor> {
     if !fused(&[x, more]) {
         return naive::appended_rows(x, more);
     }
-    Ok(x.apply_op2(more, Appended)?)
+    Ok(x.apply2(more, Appended)?)
 }
 
 struct Appended;

@@ -22,11 +22,13 @@ pub use blocks::{BlockAttention, BlockPart, Listed, SummaryAttention};
 pub use part::{AttentionPart, PartOptions, attention_part};
 pub(crate) use tiles::weights_and_slopes;
 
+use crate::backward::Apply;
+use crate::fourth_argument::Fourth;
 use crate::host::{self, Host, by_dtype, fused};
 use crate::simd::Real;
 use crate::{AttentionOptions, DType, Error, Result, Tensor, naive};
 use bias::BiasRows;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, WithDType};
+use candle_core::{CpuStorage, CustomOp3, Layout, Shape};
 use std::sync::OnceLock;
 use tiles::{Heads, Problem};
 
@@ -143,28 +145,28 @@ fn run(
     v: &Tensor,
     options: &AttentionOptions,
 ) -> Result<Tensor> {
-    let log_sums = OnceLock::new();
-    match options.bias.as_ref().map(ScoreBias::numbers) {
-        Some(bias) if bias.track_op() => {
-            // An operation has at most three arguments: queries, keys and values travel as one.
-            let packed = Tensor::cat(&[q.flatten_all()?, k.flatten_all()?, v.flatten_all()?], 0)?;
-            Ok(packed.apply_op2(bias, PackedAttention { problem, log_sums })?)
+    let numbers = options.bias.as_ref().map(ScoreBias::numbers);
+    let (v, learned) = match numbers.filter(|numbers| numbers.track_op()) {
+        Some(numbers) => {
+            let (v, fourth) = Fourth::riding_on(v, numbers)?;
+            (v, Some(fourth))
         }
-        bias => Ok(q.apply_op3(
-            k,
-            v,
-            Attention {
-                problem,
-                bias: bias.cloned(),
-                log_sums,
-            },
-        )?),
-    }
+        None => (v.clone(), None),
+    };
+    let operation = Attention {
+        problem,
+        bias: numbers.map(Tensor::detach),
+        learned,
+        log_sums: OnceLock::new(),
+    };
+    Ok(q.apply3(k, &v, operation)?)
 }
 
 struct Attention {
     problem: Problem,
     bias: Option<Tensor>,
+    /// Where the gradient of the bias goes, when it is asked for.
+    learned: Option<Fourth>,
     /// `L` of every query, `[batch, heads, query]`.
     log_sums: OnceLock<Tensor>,
 }
@@ -187,8 +189,19 @@ impl Attention {
         output: &Tensor,
         gradient: &Tensor,
     ) -> Candle<[Option<Tensor>; 3]> {
-        let kept = kept(&self.log_sums, output, gradient)?;
-        backward_tiles::<T>(&self.problem, inputs, self.bias.as_ref(), &saved(&kept)?)
+        let Some(log_sums) = self.log_sums.get() else {
+            candle_core::bail!("attention: backward without forward")
+        };
+        let kept = [log_sums, output, gradient].map(Host::new);
+        let [log_sums, output, gradient] = &kept;
+        let saved = tiles::Saved::<T> {
+            log_sums: log_sums.ordered()?,
+            output: output.ordered()?,
+            gradient: gradient.ordered()?,
+            log_sums_gradient: std::borrow::Cow::Borrowed(&[]),
+        };
+        let bias = (self.bias.as_ref(), self.learned.as_ref());
+        backward_tiles(&self.problem, inputs, bias, &saved)
     }
 }
 
@@ -212,16 +225,16 @@ fn forward_tiles<T: Real>(
     ))
 }
 
-/// Gradients of queries, keys and values.
+/// Gradients of queries, keys and values; that of the bias is left where it is asked for.
 fn backward_tiles<T: Real>(
     p: &Problem,
     [q, k, v]: [&Tensor; 3],
-    bias: Option<&Tensor>,
+    (bias, learned): (Option<&Tensor>, Option<&Fourth>),
     saved: &tiles::Saved<T>,
 ) -> Candle<[Option<Tensor>; 3]> {
     let (qh, kh, vh) = (Host::new(q), Host::new(k), Host::new(v));
     let bias_host = bias.map(Host::new);
-    let bias = bias_host
+    let bias_rows = bias_host
         .as_ref()
         .map(|host| BiasRows::new(p, host.storage()?, host.layout))
         .transpose()?;
@@ -230,36 +243,20 @@ fn backward_tiles<T: Real>(
         &Heads::new(qh.storage()?, qh.layout, p.heads)?,
         &Heads::new(kh.storage()?, kh.layout, p.groups)?,
         &Heads::new(vh.storage()?, vh.layout, p.groups)?,
-        bias.as_ref(),
+        bias_rows.as_ref(),
         saved,
-        false,
+        learned.is_some(),
     );
+    if let (Some(learned), Some(bias), Some(rows), Some(each)) =
+        (learned, bias, &bias_rows, gradients.bias)
+    {
+        learned.leave(rows.gradient(p, bias, each)?);
+    }
     Ok([
         Some(host::tensor(gradients.q, q.dims())?),
         Some(host::tensor(gradients.k, k.dims())?),
         Some(host::tensor(gradients.v, v.dims())?),
     ])
-}
-
-/// What the backward pass needs of the forward one: `L`, the output, and the gradient of that.
-fn kept<'a>(
-    log_sums: &'a OnceLock<Tensor>,
-    output: &'a Tensor,
-    gradient: &'a Tensor,
-) -> Candle<[Host<'a>; 3]> {
-    let Some(log_sums) = log_sums.get() else {
-        candle_core::bail!("attention: backward without forward")
-    };
-    Ok([log_sums, output, gradient].map(Host::new))
-}
-
-fn saved<'a, T: Real>([log_sums, output, gradient]: &'a [Host; 3]) -> Candle<tiles::Saved<'a, T>> {
-    Ok(tiles::Saved {
-        log_sums: log_sums.ordered()?,
-        output: output.ordered()?,
-        gradient: gradient.ordered()?,
-        log_sums_gradient: std::borrow::Cow::Borrowed(&[]),
-    })
 }
 
 impl CustomOp3 for Attention {
@@ -290,63 +287,6 @@ impl CustomOp3 for Attention {
         let [dq, dk, dv] =
             by_dtype!(q.dtype(), T => self.backward::<T>([q, k, v], output, gradient))?;
         Ok((dq, dk, dv))
-    }
-}
-
-/// Attention with a differentiated bias; the first argument is queries, keys and values, flat.
-struct PackedAttention {
-    problem: Problem,
-    log_sums: OnceLock<Tensor>,
-}
-
-impl CustomOp2 for PackedAttention {
-    fn name(&self) -> &'static str {
-        "attention with bias"
-    }
-
-    fn cpu_fwd(
-        &self,
-        packed: &CpuStorage,
-        layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-    ) -> Candle<(CpuStorage, Shape)> {
-        let p = &self.problem;
-        by_dtype!(host::dtype(packed), T => {
-            let flat = host::ordered::<T>(packed, layout)?;
-            let [q, k, v] = Heads::unpack(p, &flat);
-            let bias = BiasRows::new(p, bias, bias_layout)?;
-            let (output, log_sums) = tiles::forward::<T>(p, &q, &k, &v, Some(&bias));
-            let _ = self.log_sums.set(host::tensor(log_sums, &p.query_dims())?);
-            Ok((T::to_cpu_storage_owned(output), Shape::from(&p.output_dims()[..])))
-        })
-    }
-
-    fn bwd(
-        &self,
-        packed: &Tensor,
-        bias: &Tensor,
-        output: &Tensor,
-        gradient: &Tensor,
-    ) -> Candle<(Option<Tensor>, Option<Tensor>)> {
-        let p = &self.problem;
-        let (packed_host, bias_host) = (Host::new(packed), Host::new(bias));
-        by_dtype!(packed.dtype(), T => {
-            let flat = packed_host.ordered::<T>()?;
-            let [q, k, v] = Heads::unpack(p, &flat);
-            let bias_rows = BiasRows::new(p, bias_host.storage()?, bias_host.layout)?;
-            let kept = kept(&self.log_sums, output, gradient)?;
-            let saved = saved::<T>(&kept)?;
-            let gradients = tiles::backward::<T>(
-                p, &q, &k, &v, Some(&bias_rows), &saved, true,
-            );
-            let mut flat = gradients.q;
-            flat.extend_from_slice(&gradients.k);
-            flat.extend_from_slice(&gradients.v);
-            let d_bias = gradients.bias;
-            let d_bias = d_bias.map(|each| bias_rows.gradient(p, bias, each)).transpose()?;
-            Ok((Some(host::tensor(flat, packed.dims())?), d_bias))
-        })
     }
 }
 

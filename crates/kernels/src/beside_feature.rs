@@ -1,5 +1,6 @@
 //! One more feature behind those of each head, in one pass over values wherever they lie.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Rows, by_dtype, fused};
 use crate::{Error, Result, Tensor, naive};
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape};
@@ -40,7 +41,7 @@ pub fn beside_feature(x: &Tensor, feature: &Tensor, heads: usize) -> Result<Tens
         return Err(Error::argument("beside feature", "x", x.dims(), expected));
     }
     match fused(&[x, feature]) {
-        true => Ok(x.apply_op2(&feature.contiguous()?, BesideFeature { heads })?),
+        true => Ok(x.apply2(&feature.contiguous()?, BesideFeature { heads })?),
         false => naive::beside_feature(x, feature, heads),
     }
 }

@@ -1,6 +1,7 @@
 //! A column of ones beside values, in one pass over them wherever they lie: with them, one sum gives both a
 //! numerator and its weights.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Rows, by_dtype, fused, rows_and_width};
 use crate::simd::Real;
 use crate::{Error, Result, Tensor};
@@ -28,7 +29,7 @@ pub fn beside_ones(x: &Tensor) -> Result<Tensor> {
         return Err(Error::argument("beside ones", "x", x.dims(), expected));
     };
     if fused(&[x]) {
-        return Ok(x.apply_op1(BesideOnes { width: *last })?);
+        return Ok(x.apply1(BesideOnes { width: *last })?);
     }
     let ones = Tensor::ones([before, &[1]].concat(), x.dtype(), x.device())?;
     Ok(Tensor::cat(&[x, &ones], before.len())?)

@@ -4,6 +4,7 @@
 //! is of no use outside the crate that it is written in: a circuit that is run backwards, a tree
 //! that is walked twice.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, by_dtype};
 use crate::simd::Real;
 use crate::{DType, Device, Error, Result, Tensor};
@@ -50,7 +51,7 @@ pub fn by_hand(operation: impl ByHand, inputs: &[&Tensor], shape: &[usize]) -> R
         lengths,
         shape: shape.to_vec(),
     };
-    let result = Tensor::cat(&flat, 0)?.apply_op1(packed)?;
+    let result = Tensor::cat(&flat, 0)?.apply1(packed)?;
     Ok(result.to_dtype(dtype)?.to_device(first.device())?)
 }
 

@@ -1,6 +1,7 @@
 //! Operations on queries, keys and values in which every head of every sequence is by itself: what the tensor engine is
 //! told of them, and heads shared among threads.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype};
 use crate::product::Matrix;
 use crate::simd::Real;
@@ -45,7 +46,7 @@ pub(crate) fn by_head(
     keys: &Tensor,
     v: &Tensor,
 ) -> Result<Tensor> {
-    Ok(q.apply_op3(keys, v, Operation(operation))?)
+    Ok(q.apply3(keys, v, Operation(operation))?)
 }
 
 /// The matrices of all heads of a tensor `[batch, heads, ..]`.

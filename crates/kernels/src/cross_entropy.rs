@@ -3,6 +3,7 @@
 //! With `L = ln Σ e^x` per row, target `t` and smoothing `s` over `V` classes the loss of a row
 //! is `L - (1 - s) x_t - s mean(x)` and its gradient `e^{x - L} - (1 - s) [class = t] - s / V`.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Rows, by_dtype, fused};
 use crate::simd::{self, Real};
 use crate::{CrossEntropyOptions, DType, Error, Result, Tensor, naive};
@@ -56,7 +57,7 @@ pub fn cross_entropy(
         ));
     }
     let count = targets.iter().flatten().count().max(1);
-    Ok(logits.apply_op1(CrossEntropy {
+    Ok(logits.apply1(CrossEntropy {
         targets,
         count,
         smoothing: options.label_smoothing,

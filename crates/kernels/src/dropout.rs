@@ -1,6 +1,7 @@
 //! Dropout whose mask is a function of a seed and of where an element stands (Srivastava et al., JMLR 15, 2014):
 //! it is never stored, comes out the same when it is drawn again, and does not depend on the order of the work.
 
+use crate::backward::Apply;
 use crate::host::{self, Rows, by_dtype, fused, rows_and_width};
 use crate::{Error, Result, Tensor, naive};
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, WithDType};
@@ -38,7 +39,7 @@ pub fn dropout(x: &Tensor, probability: f64, seed: u64) -> Result<Tensor> {
     }
     let mask = DropoutMask::new(probability, seed);
     match fused(&[x]) && x.rank() > 0 {
-        true => Ok(x.apply_op1(mask)?),
+        true => Ok(x.apply1(mask)?),
         false => naive::dropout(x, &mask),
     }
 }

@@ -1,5 +1,6 @@
 //! Activations, their derivatives and their secants, one pass each.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, by_dtype, fused};
 use crate::simd::{self, Real};
 use crate::{Activation, Error, Result, Tensor, naive};
@@ -18,7 +19,7 @@ pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
     if !fused(&[x]) {
         return naive::activate(x, activation);
     }
-    Ok(x.apply_op1(Pointwise {
+    Ok(x.apply1(Pointwise {
         activation,
         what: What::Value,
     })?)

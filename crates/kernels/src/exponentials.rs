@@ -15,6 +15,7 @@
 //!
 //! and `W` is never held for more than a block.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::product::{Into, Matrix, Threads, multiply};
 use crate::simd::{self, Real};
@@ -93,7 +94,7 @@ fn exponentials(form: Form, a: &Tensor, b: &Tensor, rate: &Tensor) -> Result<Ten
         return Err(wrong("rate", rate, format!("{stack:?}, or fewer")));
     };
     match fused(&[a, &b, &rate]) {
-        true => Ok(a.apply_op3(&b, &rate, form)?),
+        true => Ok(a.apply3(&b, &rate, form)?),
         false => form.composed(a, &b, &rate),
     }
 }

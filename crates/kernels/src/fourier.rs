@@ -8,6 +8,7 @@ mod convolution;
 
 pub use convolution::{causal_depthwise_convolution, fft_convolution};
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused, rows_and_width};
 use crate::simd::Real;
 use crate::{Error, Result, Tensor, naive};
@@ -63,7 +64,7 @@ pub fn real_fft(x: &Tensor) -> Result<Tensor> {
         Some(_) if !fused(&[x]) => return naive::real_fft(x),
         Some(_) => {}
     }
-    Ok(x.apply_op1(Forward)?)
+    Ok(x.apply1(Forward)?)
 }
 
 /// Inverse of [`real_fft`] for a signal of length `n`, normalised by `1/n`:
@@ -83,7 +84,7 @@ pub fn inverse_real_fft(x: &Tensor, n: usize) -> Result<Tensor> {
     if !fused(&[x]) {
         return naive::inverse_real_fft(x, n);
     }
-    Ok(x.apply_op1(Inverse { n })?)
+    Ok(x.apply1(Inverse { n })?)
 }
 
 /// Whether frequency `f` stands for itself and its mirror image.

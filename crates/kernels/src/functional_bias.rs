@@ -20,6 +20,7 @@ pub(crate) mod tests;
 
 pub(crate) use pairs::{LANES, Pairs, Part, Row};
 
+use crate::backward::Apply;
 use crate::host::{self, Host, by_dtype, fused};
 use crate::simd::Real;
 use crate::{Error, Result, Tensor, naive};
@@ -173,7 +174,7 @@ impl FunctionalBias {
     /// Those of the tensor engine.
     pub fn laid_out(&self) -> Result<Tensor> {
         if fused(&[&self.numbers]) {
-            return Ok(self.numbers.apply_op1(LaidOut(self.form))?);
+            return Ok(self.numbers.apply1(LaidOut(self.form))?);
         }
         let FunctionalForm {
             positions,

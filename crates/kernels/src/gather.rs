@@ -1,5 +1,6 @@
 //! Gathering, scattering and embedding look-up by index.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused, rows_and_width};
 use crate::simd::Real;
 use crate::{DType, Error, Result, Tensor, naive};
@@ -18,7 +19,7 @@ pub fn gather(x: &Tensor, indices: &Tensor, dim: usize) -> Result<Tensor> {
         return naive::gather(x, indices, dim);
     }
     let picks = Picks::new("gather", x.dims(), indices, dim)?;
-    Ok(x.apply_op1(Gather(picks))?)
+    Ok(x.apply1(Gather(picks))?)
 }
 
 /// Adds `source` into a copy of `x`: `y[.., indices[.., i, ..], ..] += source[.., i, ..]`.
@@ -39,7 +40,7 @@ pub fn scatter_add(x: &Tensor, indices: &Tensor, source: &Tensor, dim: usize) ->
             expected,
         ));
     }
-    Ok(x.apply_op2(source, ScatterAdd(picks))?)
+    Ok(x.apply2(source, ScatterAdd(picks))?)
 }
 
 /// Rows of `table` `[vocabulary, width]` by `ids` (`u32`, any shape), giving `[.., width]`.
@@ -64,7 +65,7 @@ pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
         let expected = format!("below the vocabulary of {vocabulary}");
         return Err(Error::argument("embedding", "an id", id, expected));
     }
-    Ok(table.apply_op1(Embedding { ids, dims })?)
+    Ok(table.apply1(Embedding { ids, dims })?)
 }
 
 /// Checked indices along one dimension: everything is seen as `[outer, length, inner]`.

@@ -25,6 +25,7 @@ mod prepared;
 #[cfg(test)]
 mod tests;
 
+use crate::backward::Apply;
 use crate::host::{self, Host, by_dtype, fused};
 use crate::simd::Real;
 use crate::{Error, Result, Tensor, naive};
@@ -79,7 +80,7 @@ pub struct CodeHash {
 pub fn hashed_codes(x: &Tensor, kept: Option<&Tensor>, hash: &CodeHash) -> Result<Tensor> {
     check(x, kept, hash)?;
     match takes(x, kept, hash) {
-        true => Ok(x.apply_op1(Hashed::new(kept, hash, None))?),
+        true => Ok(x.apply1(Hashed::new(kept, hash, None))?),
         false => naive::hashed_codes(x, kept, hash),
     }
 }
@@ -99,7 +100,7 @@ pub fn hashed_features(
     if !takes(x, kept, hash) {
         return naive::hashed_features(x, kept, hash, offset);
     }
-    let both = x.apply_op1(Hashed::new(kept, hash, Some(offset)))?;
+    let both = x.apply1(Hashed::new(kept, hash, Some(offset)))?;
     Ok([both.get(0)?, both.get(1)?])
 }
 

@@ -9,6 +9,7 @@
 //! `α λ² ≪ 2^−t` are inverted in part only, which regularises. The gradient takes `Y` for the exact
 //! inverse. All steps of a matrix are taken while it lies in the cache, without a tensor between them.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::product::{Into, Matrix, Repeated, Threads, multiply};
 use crate::simd::Real;
@@ -52,7 +53,7 @@ pub fn newton_inverse(a: &Tensor, epsilon: f64, steps: usize) -> Result<Tensor> 
         epsilon,
         steps,
     };
-    Ok(a.apply_op1(operation)?)
+    Ok(a.apply1(operation)?)
 }
 
 struct Newton {

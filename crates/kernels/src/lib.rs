@@ -5,7 +5,7 @@
 //! functions below for everything that Candle does slowly or wrongly on a CPU.
 //!
 //! Every function accepts `f32` and `f64`, contiguous or strided tensors, and has a backward
-//! pass that Candle's [`Tensor::backward`] finds. The same functions written as plain
+//! pass that [`backward`] and, more slowly, Candle's [`Tensor::backward`] find. The same functions written as plain
 //! compositions of Candle operations are in [`naive`]: slow, readable, and the truth that the
 //! fused kernels are tested against.
 //!
@@ -17,6 +17,7 @@ mod add;
 mod appended_rows;
 mod attention;
 mod autoencoder;
+mod backward;
 mod beside_feature;
 mod beside_ones;
 mod by_hand;
@@ -29,6 +30,7 @@ mod elementwise;
 mod error;
 mod exponentials;
 mod fourier;
+mod fourth_argument;
 mod functional_bias;
 mod gather;
 mod hashed_codes;
@@ -86,6 +88,7 @@ pub use attention::{
     SummaryAttention, attention, attention_part, merged_attention,
 };
 pub use autoencoder::{AutoencoderGradients, AutoencoderWeights, autoencoder_gradients};
+pub use backward::backward;
 pub use beside_feature::beside_feature;
 pub use beside_ones::beside_ones;
 pub use by_hand::{ByHand, by_hand};
@@ -145,7 +148,8 @@ pub use streams::{
 };
 pub use summed_rows::{RowSums, RowTerm, summed_rows};
 pub use tree_attention::{
-    TreeMask, TreePairs, TreePiece, TreeSide, tree_attention, tree_attention_operations,
+    TreeFeatures, TreeMask, TreePairs, TreePiece, TreeSide, tree_attention,
+    tree_attention_operations,
 };
 pub use wavelet::{wavelet_analysis, wavelet_synthesis};
 pub use weighted_change::weighted_change;

@@ -5,6 +5,7 @@
 //! same operation, `z` and `∂z` are not tensors of the graph, whose every gradient costs passes of
 //! its own.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused, rows_and_width};
 use crate::product::{Into, Matrix, Threads, multiply};
 use crate::simd::{self, Real};
@@ -55,8 +56,8 @@ pub fn linear_activation(
             bias.dims(),
             format!("[{output}]"),
         )),
-        Some(bias) if fused(&[x, weight, bias]) => Ok(x.apply_op3(weight, bias, op)?),
-        None if fused(&[x, weight]) => Ok(x.apply_op2(weight, op)?),
+        Some(bias) if fused(&[x, weight, bias]) => Ok(x.apply3(weight, bias, op)?),
+        None if fused(&[x, weight]) => Ok(x.apply2(weight, op)?),
         _ => naive::activate(&naive::linear(x, weight, bias)?, activation),
     }
 }

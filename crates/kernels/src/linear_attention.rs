@@ -14,6 +14,7 @@
 //! `∂v_j = Σ_i M_ij (k_j · q_i) ∂y_i` are sums of the same two kinds, and with
 //! `C_i = a_0 + … + a_i` on the past `∂C_i = q_i · ∂q_i − k_i · ∂k_i`, on the future its negative.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::product::{Into, Matrix, Threads, multiply};
 use crate::simd::{self, Real};
@@ -118,7 +119,7 @@ pub fn linear_attention_in_chunks(
         Some(decay) => Tensor::cat(&[k, &decay.unsqueeze(3)?], 3)?,
         None => k.clone(),
     };
-    Ok(q.apply_op3(&keys, v, operation)?)
+    Ok(q.apply3(&keys, v, operation)?)
 }
 
 /// Multiplications and additions of [`linear_attention`] for one head: the products of each chunk

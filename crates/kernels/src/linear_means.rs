@@ -25,6 +25,7 @@ mod whole;
 pub use codes::code_means;
 pub use exponential::{ExponentialMeans, causal_exponential_means};
 
+use crate::backward::Apply;
 use crate::host::{self, Host, by_dtype, fused};
 use crate::product::Matrix;
 use crate::simd::{self, Real};
@@ -101,7 +102,7 @@ fn means(q: &Tensor, k: &Tensor, v: &Tensor, epsilon: f64, chunk: Option<usize>)
         _ => return refuse("v", v, format!("[{batch}, {heads}, {keys}, width]")),
     }
     match fused(&[q, k, v]) {
-        true => Ok(q.apply_op3(k, v, Means { epsilon, chunk })?),
+        true => Ok(q.apply3(k, v, Means { epsilon, chunk })?),
         false => naive::linear_means(q, k, v, epsilon, chunk.is_some()),
     }
 }

@@ -8,6 +8,7 @@
 //! where offsets are counted from the middle of the filter, and what lies outside is zero. A token's
 //! features are read where they lie, tap by tap; nothing is laid out.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::simd::{self, Real};
 use crate::{Error, Result, Tensor, naive};
@@ -65,7 +66,7 @@ pub fn local_filter(x: &Tensor, filters: &Tensor, columns: usize) -> Result<Tens
         high,
         wide,
     };
-    Ok(x.apply_op2(filters, operation)?)
+    Ok(x.apply2(filters, operation)?)
 }
 
 #[derive(Clone, Copy)]

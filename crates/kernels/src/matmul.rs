@@ -5,6 +5,7 @@
 //! is `∂A = ∂Y Bᵀ`, `∂B = Aᵀ ∂Y`; an operand that several pairs have in common gets their sum
 //! without a tensor that holds one for each.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::product::{Into, Threads, multiply};
 use crate::simd::Real;
@@ -42,7 +43,7 @@ pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         ));
     };
     if fused(&[a, b]) {
-        return Ok(a.apply_op2(b, Product { pairs })?);
+        return Ok(a.apply2(b, Product { pairs })?);
     }
     Ok(a.contiguous()?.broadcast_matmul(&b.contiguous()?)?)
 }

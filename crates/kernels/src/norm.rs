@@ -5,6 +5,7 @@
 //! `∂x = s (h - mean(h) - x̂ mean(h x̂))` (without `mean(h)` for the RMS norm),
 //! `∂γ = Σ_rows ∂y x̂`, `∂β = Σ_rows ∂y`. The statistics are computed again, not saved.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Rows, Shared, by_dtype, fused, rows_and_width};
 use crate::simd::{self, Real};
 use crate::{Error, Result, Tensor, naive};
@@ -76,10 +77,10 @@ impl Norm {
             };
         }
         Ok(match (weight, bias) {
-            (None, None) => x.apply_op1(self)?,
-            (Some(weight), None) => x.apply_op2(weight, self)?,
-            (Some(weight), Some(bias)) => x.apply_op3(weight, bias, self)?,
-            (None, Some(bias)) => x.apply_op3(&bias.ones_like()?, bias, self)?,
+            (None, None) => x.apply1(self)?,
+            (Some(weight), None) => x.apply2(weight, self)?,
+            (Some(weight), Some(bias)) => x.apply3(weight, bias, self)?,
+            (None, Some(bias)) => x.apply3(&bias.ones_like()?, bias, self)?,
         })
     }
 

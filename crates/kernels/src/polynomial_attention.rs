@@ -19,6 +19,7 @@
 //! are sums of the same kind over `Ψ(k) vᵀ` and `Φ(q) gᵀ`. Nothing of the size of positions times
 //! monomials is ever stored.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::product::{Into, Matrix, Threads, multiply};
 use crate::simd::Real;
@@ -155,7 +156,7 @@ impl PolynomialAttention {
                 value_width,
             },
         };
-        Ok(q.apply_op3(k, v, operation)?)
+        Ok(q.apply3(k, v, operation)?)
     }
 
     /// What keys and values leave to later queries: `Σ_j Ψ(k_j) v_jᵀ`,

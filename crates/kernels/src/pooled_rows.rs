@@ -1,5 +1,6 @@
 //! The largest, the sum or the mean of some rows, feature by feature.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Rows, Shared, by_dtype, fused, rows_and_width};
 use crate::simd::{self, Real};
 use crate::{Error, Result, Tensor, naive};
@@ -105,7 +106,7 @@ impl Lists {
     pub(crate) fn of(self, x: &Tensor) -> Result<Tensor> {
         let (count, width) = rows_and_width(x.dims());
         match fused(&[x]) {
-            true => Ok(x.apply_op1(self)?),
+            true => Ok(x.apply1(self)?),
             false => naive::pooled_rows(
                 &x.reshape((count, width))?,
                 &self.rows,

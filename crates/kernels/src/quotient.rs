@@ -5,6 +5,7 @@
 //! ∂s_i = ∂y_i / t,   ∂s_w = −Σ_i ∂y_i y_i / t
 //! ```
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::simd::{self, Real};
 use crate::{Error, Result, Tensor, naive};
@@ -35,7 +36,7 @@ pub fn quotients(sums: &Tensor, epsilon: f64) -> Result<Tensor> {
         return Err(Error::argument("quotients", "sums", sums.dims(), expected));
     }
     match fused(&[sums]) {
-        true => Ok(sums.apply_op1(Quotients { epsilon })?),
+        true => Ok(sums.apply1(Quotients { epsilon })?),
         false => naive::quotients(sums, epsilon),
     }
 }

@@ -4,13 +4,14 @@
 //! be undone, from what flowed out of all of them (Gomez et al., The Reversible Residual Network,
 //! 2017, arXiv 1707.04585).
 
+use crate::backward::Apply;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Storage};
 
-use crate::{Error, Result, Tensor, TensorId, Var};
+use crate::{Error, Result, Tensor, TensorId, Var, backward};
 
 type Part = Arc<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
 
@@ -167,7 +168,7 @@ fn apart<S>(name: &'static str, x: &Tensor, value: Tensor, slope: S) -> Result<T
 where
     S: Fn(&Tensor, &Tensor, &Tensor) -> candle_core::Result<Option<Tensor>> + Send + Sync + 'static,
 {
-    Ok(x.apply_op1(Apart { name, value, slope })?)
+    Ok(x.apply1(Apart { name, value, slope })?)
 }
 
 struct Apart<S> {
@@ -284,7 +285,7 @@ fn again(
 ) -> candle_core::Result<(Tensor, Option<Tensor>)> {
     let x = Var::from_tensor(&x.detach())?;
     let y = part(x.as_tensor()).map_err(engine)?;
-    let mut found = (&y * gradient.detach())?.sum_all()?.backward()?;
+    let mut found = backward(&(&y * gradient.detach())?.sum_all()?).map_err(engine)?;
     // What a gradient was made of is held no longer than it takes.
     let of_input = found
         .remove(x.as_tensor())

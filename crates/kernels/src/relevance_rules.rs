@@ -5,6 +5,7 @@
 //! ([`scale_gradient`]), a detour past an operation ([`pass_gradient`]), or shares of a sum
 //! ([`balanced_sum`]).
 
+use crate::backward::Apply;
 use crate::host::{self, Host, by_dtype, fused};
 use crate::simd::Real;
 use crate::{Error, Result, Tensor, naive};
@@ -22,7 +23,7 @@ pub fn scale_gradient(x: &Tensor, factor: &Tensor) -> Result<Tensor> {
     if !fused(&[x]) {
         return naive::scale_gradient(x, &factor);
     }
-    Ok(x.apply_op1(Ruled {
+    Ok(x.apply1(Ruled {
         value: None,
         rule: move |gradient: &Tensor| gradient * &factor,
     })?)
@@ -37,7 +38,7 @@ pub fn pass_gradient(x: &Tensor, value: &Tensor) -> Result<Tensor> {
     if !fused(&[x, value]) {
         return naive::pass_gradient(x, value);
     }
-    Ok(x.apply_op1(Ruled {
+    Ok(x.apply1(Ruled {
         value: Some(value.detach()),
         rule: |gradient: &Tensor| Ok(gradient.clone()),
     })?)
@@ -95,7 +96,7 @@ pub fn balanced_sum(a: &Tensor, b: &Tensor, epsilon: f64) -> Result<Tensor> {
         return Err(Error::argument("balanced_sum", "a", a, expected));
     }
     let value = (a + b)?.detach();
-    Ok(a.apply_op2(b, BalancedSum { value, epsilon })?)
+    Ok(a.apply2(b, BalancedSum { value, epsilon })?)
 }
 
 fn same_shape(

@@ -23,6 +23,7 @@ mod tests;
 
 pub use choice::largest_of;
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::product::Matrix;
 use crate::simd::Real;
@@ -191,7 +192,7 @@ impl ResolutionAttention {
             log_sums: OnceLock::new(),
         };
         let (q, k, v) = (side_by_side(q)?, side_by_side(k)?, side_by_side(v)?);
-        Ok(q.apply_op3(&k, &v, operation)?)
+        Ok(q.apply3(&k, &v, operation)?)
     }
 
     fn laid_out(&self, inputs: [&Tensor; 3]) -> Result<Tensor> {

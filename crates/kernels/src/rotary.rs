@@ -3,6 +3,7 @@
 //! Each pair of features turns by an angle that grows with the position:
 //! `(a, b) -> (a cos - b sin, b cos + a sin)`. Its backward pass turns back.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, by_dtype, fused};
 use crate::simd::Real;
 use crate::{Error, Result, RotaryPairs, Tensor, naive};
@@ -89,7 +90,7 @@ fn turn(
     if !fused(&[x, cos, sin]) {
         return naive::rotary(x, cos, sin, pairs);
     }
-    Ok(x.apply_op1(Rotary {
+    Ok(x.apply1(Rotary {
         cos: cos.detach(),
         sin: sin.detach(),
         pairs,

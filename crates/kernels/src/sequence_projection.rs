@@ -9,6 +9,7 @@
 //! them; pads before, behind or for a whole [`BLOCK`] take no part, and a block with pads in its middle is
 //! copied without them, one block at a time. How a number is summed follows from sizes and pads alone.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::product::{Into, Matrix, Threads, multiply, multiply_at};
 use crate::simd::Real;
@@ -77,7 +78,7 @@ pub fn sequence_projection(x: &Tensor, matrix: &Tensor, kept: Option<&Tensor>) -
         padded: kept.is_some(),
         sequences,
     };
-    Ok(x.apply_op2(matrix, operation)?)
+    Ok(x.apply2(matrix, operation)?)
 }
 
 /// Tokens that stand side by side and enter one product.

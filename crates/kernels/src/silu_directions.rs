@@ -6,6 +6,7 @@
 //!
 //! `u ≥ 0.22`, so that no row is without a direction. Nothing is saved but `x`.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Rows, by_dtype, fused, rows_and_width};
 use crate::simd::{self, Real};
 use crate::{Result, Tensor, naive};
@@ -29,7 +30,7 @@ type Candle<T> = candle_core::Result<T>;
 /// ```
 pub fn silu_directions(x: &Tensor) -> Result<Tensor> {
     match fused(&[x]) && x.rank() > 0 {
-        true => Ok(x.apply_op1(Directions)?),
+        true => Ok(x.apply1(Directions)?),
         false => naive::silu_directions(x),
     }
 }

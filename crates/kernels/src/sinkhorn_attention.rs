@@ -16,6 +16,7 @@
 
 mod passes;
 
+use crate::backward::Apply;
 use crate::host::{self, Host, by_dtype, fused};
 use crate::simd::{self, Real};
 use crate::stack::Stack;
@@ -95,7 +96,7 @@ pub fn sinkhorn_attention(
         keep,
         potentials: OnceLock::new(),
     };
-    Ok(q.apply_op3(k, v, operation)?)
+    Ok(q.apply3(k, v, operation)?)
 }
 
 struct Sinkhorn {

@@ -3,6 +3,7 @@
 //! Forward: `y = e^{x - max} / Σ e^{x - max}`. Backward: for the softmax
 //! `∂x = y ∘ (∂y - Σ ∂y ∘ y)`, for its logarithm `∂x = ∂y - e^y Σ ∂y`.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Rows, by_dtype, fused, rows_and_width};
 use crate::simd::{self, Real};
 use crate::{Result, SoftmaxMask, Tensor, naive};
@@ -18,7 +19,7 @@ pub fn softmax(x: &Tensor, mask: &SoftmaxMask) -> Result<Tensor> {
     if !applies(x, mask) {
         return naive::softmax(x, mask);
     }
-    Ok(x.apply_op1(Softmax::new(x, mask, false)?)?)
+    Ok(x.apply1(Softmax::new(x, mask, false)?)?)
 }
 
 /// Logarithm of the softmax over the last dimension. A row with every entry masked gives `-∞`.
@@ -29,7 +30,7 @@ pub fn log_softmax(x: &Tensor, mask: &SoftmaxMask) -> Result<Tensor> {
     if !applies(x, mask) {
         return naive::log_softmax(x, mask);
     }
-    Ok(x.apply_op1(Softmax::new(x, mask, true)?)?)
+    Ok(x.apply1(Softmax::new(x, mask, true)?)?)
 }
 
 fn applies(x: &Tensor, mask: &SoftmaxMask) -> bool {

@@ -3,6 +3,7 @@
 //! `y_r = Σ_i w_i x^{(s_i)}_{j_i}` over the terms `i` of row `r`, and `∂x^{(s)}_j = Σ w_i ∂y_{r(i)}` over the
 //! terms that read row `j` of source `s`: the same kind of sum, with the terms turned around.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Rows, by_dtype, fused, rows_and_width};
 use crate::simd::{self, Real};
 use crate::{Error, Result, Tensor, naive};
@@ -127,9 +128,9 @@ fn apply(sources: &[&Tensor], sums: RowSums) -> Result<Tensor> {
         return Err(Error::argument("summed rows", "sources", 0, "at least 1"));
     };
     Ok(match rest {
-        [] => first.apply_op1(Sums(sums))?,
-        [second] => first.apply_op2(second, Sums(sums))?,
-        [second, third] => first.apply_op3(second, third, Sums(sums))?,
+        [] => first.apply1(Sums(sums))?,
+        [second] => first.apply2(second, Sums(sums))?,
+        [second, third] => first.apply3(second, third, Sums(sums))?,
         _ => {
             // The first ones' sums are the first source of what is left.
             let (now, later) = sources.split_at(MOST);

@@ -15,6 +15,7 @@
 //! is theirs alone: right for every change of `f` that is read off them as well, which those of
 //! [`TreeMask::directions`] are seen to be.
 
+mod features;
 mod head;
 mod laid_out;
 mod pairs;
@@ -23,8 +24,11 @@ mod sums;
 #[cfg(test)]
 mod tests;
 
+pub use features::TreeFeatures;
 pub use pairs::{TreePairs, TreePiece, TreeSide};
 
+use crate::backward::Apply;
+use crate::fourth_argument::Fourth;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::product::Matrix;
 use crate::simd::Real;
@@ -54,8 +58,9 @@ pub struct TreeMask {
     pub directions: Tensor,
 }
 
-/// `Σ_j f(dist(i, j)) (q_i · k_j) (v_j, 1)`, `[batch, heads, tokens, width + 1]`: sums of values, the sum of their
-/// weights behind them, for `q` and `k` `[batch, heads, tokens, features]` and `v` `[batch, heads, tokens, width]`.
+/// `Σ_j f(dist(i, j)) (φ(q_i) · φ(k_j)) (v_j, 1)`, `[batch, heads, tokens, width + 1]`: sums of values, the sum of their
+/// weights behind them, for `q` and `k` `[batch, heads, tokens, features]` and `v` `[batch, heads, tokens, width]`. Of
+/// features that are not given only those of the heads that are worked on are held.
 ///
 /// In `f32` a mask is read to `10⁻⁷` of its largest value in a block, in `f64` to `10⁻¹³`.
 ///
@@ -63,7 +68,7 @@ pub struct TreeMask {
 /// When shapes do not fit each other.
 ///
 /// ```
-/// use lapidary_kernels::{DType, Device, Tensor, TreeMask, TreePairs, TreePiece, tree_attention};
+/// use lapidary_kernels::{DType, Device, Tensor, TreeFeatures, TreeMask, TreePairs, TreePiece, tree_attention};
 /// use std::sync::Arc;
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -75,13 +80,17 @@ pub struct TreeMask {
 ///     directions: Tensor::zeros((1, 0, 3), DType::F64, &Device::Cpu)?,
 /// };
 /// let one = Tensor::ones((1, 1, 3, 1), DType::F32, &Device::Cpu)?;
-/// let y = tree_attention(&one, &one, &one, &mask)?;
+/// let y = tree_attention([&one; 3], TreeFeatures::Given, &mask)?;
 /// let weights = y.narrow(3, 1, 1)?.flatten_all()?.to_vec1::<f32>()?;
 /// assert_eq!(weights, [1.75, 2.0, 1.75]);
 /// # Ok(())
 /// # }
 /// ```
-pub fn tree_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &TreeMask) -> Result<Tensor> {
+pub fn tree_attention(
+    [q, k, v]: [&Tensor; 3],
+    phi: TreeFeatures,
+    mask: &TreeMask,
+) -> Result<Tensor> {
     let (batch, heads, tokens, features) = q.dims4()?;
     let width = v.dims4()?.3;
     let refuse = |name: &'static str, found: &Tensor, expected: String| {
@@ -104,18 +113,27 @@ pub fn tree_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &TreeMask) -> Re
     }
     let is_empty = q.elem_count() * v.elem_count() == 0;
     if is_empty || !fused(&[q, k, v]) || !fused(&[&mask.values]) {
-        return naive::tree_attention(q, k, v, mask);
+        return naive::tree_attention([q, k, v], phi, mask);
     }
+    let (values, learned) = match q.track_op() {
+        true => {
+            let (values, fourth) = Fourth::riding_on(&mask.values, q)?;
+            (values, Some(fourth))
+        }
+        false => (mask.values.clone(), None),
+    };
     let operation = TreeAttention {
+        q: q.detach(),
+        phi,
+        learned,
+        masks_learn: mask.values.track_op(),
         pairs: mask.pairs.clone(),
         directions: mask.directions.flatten_all()?.to_vec1()?,
         heads,
         rows,
         sizes: [features, width],
     };
-    // An operation has at most three arguments.
-    let both = Tensor::cat(&[q, k], 0)?;
-    Ok(both.apply_op3(v, &mask.values, operation)?)
+    Ok(k.apply3(v, &values, operation)?)
 }
 
 /// Multiplications and additions of [`tree_attention`] for all heads of one sequence, `width` that of the values with
@@ -178,6 +196,13 @@ impl TreeMask {
 }
 
 struct TreeAttention {
+    /// Queries, beside the three arguments.
+    q: Tensor,
+    phi: TreeFeatures,
+    /// Where their gradient goes, when it is asked for.
+    learned: Option<Fourth>,
+    /// Whether the masks have a gradient, and do not only carry the queries'.
+    masks_learn: bool,
     pairs: Arc<TreePairs>,
     /// `[rows, any, distances]`.
     directions: Vec<f64>,
@@ -226,35 +251,37 @@ impl TreeAttention {
         (SHARES / heads.max(1)).max(1)
     }
 
+    /// One head, with `rooms` for features of queries and keys that are not given.
     fn head<'a, T: Real>(
         &self,
         at: usize,
-        (both, v): (&'a Stack<'_, T>, &'a Stack<'_, T>),
+        [q, k, v]: [&'a Stack<'_, T>; 3],
         mask: &'a Prepared<T>,
+        [of_queries, of_keys]: &'a mut [Vec<T>; 2],
     ) -> Head<'a, T> {
-        let heads = v.starts.len();
         Head {
-            q: both.matrix(at),
-            k: both.matrix(heads + at),
+            q: self.phi.of_head(q.matrix(at), of_queries),
+            k: self.phi.of_head(k.matrix(at), of_keys),
             v: v.matrix(at),
             mask: &mask.values,
             centre: mask.values.len() / 2,
         }
     }
 
-    fn forward<T: Real>(&self, both: &Stack<T>, v: &Stack<T>, mask: &[f64]) -> Vec<T> {
+    fn forward<T: Real>(&self, given: [&Stack<T>; 3], mask: &[f64]) -> Vec<T> {
         let masks = self.prepared::<T>(mask, false);
-        let heads = v.starts.len();
+        let heads = given[0].starts.len();
         let shares = self.shares(heads);
         let work = divided(&masks, shares);
         let size = self.pairs.tokens() * (self.sizes[1] + 1);
         let mut all = vec![T::zero(); heads * shares * size];
         let shared = Shared::new(&mut all);
         host::share(heads * shares, self.cost(&masks, shares), |items| {
+            let mut rooms = [Vec::new(), Vec::new()];
             for item in items {
                 let (at, share) = (item / shares, item % shares);
                 let row = at % self.heads % self.rows;
-                let head = self.head(at, (both, v), &masks[row]);
+                let head = self.head(at, given, &masks[row], &mut rooms);
                 // SAFETY: each share of each head is one item.
                 let y = unsafe { shared.part(item * size, size) };
                 head.forward(&self.pairs, &work[row][share], y);
@@ -266,43 +293,44 @@ impl TreeAttention {
         added_up(all, shares, size)
     }
 
-    /// Gradients of queries and keys, values, and the masks, where those are asked for.
+    /// Gradients of queries, keys and values, and the masks, where those are asked for.
     fn backward<T: Real>(
         &self,
-        [both, v, gradient]: [&Stack<T>; 3],
+        (given, gradient): ([&Stack<T>; 3], &Stack<T>),
         mask: &[f64],
         of_masks: bool,
-    ) -> (Vec<T>, Vec<T>, Vec<f64>) {
+    ) -> ([Vec<T>; 3], Vec<f64>) {
         let masks = self.prepared::<T>(mask, of_masks);
-        let heads = v.starts.len();
+        let heads = gradient.starts.len();
         let shares = self.shares(heads);
         let work = divided(&masks, shares);
         let tokens = self.pairs.tokens();
         let [of_features, of_values] = self.sizes.map(|width| tokens * width);
         let of_mask = 2 * (mask.len() / self.rows) - 1;
-        let mut both_slopes = vec![T::zero(); 2 * heads * shares * of_features];
+        let mut q_slopes = vec![T::zero(); heads * shares * of_features];
+        let mut k_slopes = q_slopes.clone();
         let mut v_slopes = vec![T::zero(); heads * shares * of_values];
         let mut mask_slopes = vec![T::zero(); heads * shares * of_mask];
         let shared = (
-            Shared::new(&mut both_slopes),
+            Shared::new(&mut q_slopes),
+            Shared::new(&mut k_slopes),
             Shared::new(&mut v_slopes),
             Shared::new(&mut mask_slopes),
         );
         host::share(heads * shares, 3 * self.cost(&masks, shares), |items| {
+            let mut rooms = [Vec::new(), Vec::new()];
             for item in items {
                 let (at, share) = (item / shares, item % shares);
                 let row = at % self.heads % self.rows;
-                let head = self.head(at, (both, v), &masks[row]);
+                let head = self.head(at, given, &masks[row], &mut rooms);
                 let gradient: Matrix<'_, T> = gradient.matrix(at);
                 // SAFETY: each share of each head is one item.
                 let mut slopes = unsafe {
                     Slopes {
                         q: shared.0.part(item * of_features, of_features),
-                        k: shared
-                            .0
-                            .part((heads * shares + item) * of_features, of_features),
-                        v: shared.1.part(item * of_values, of_values),
-                        mask: shared.2.part(item * of_mask, of_mask),
+                        k: shared.1.part(item * of_features, of_features),
+                        v: shared.2.part(item * of_values, of_values),
+                        mask: shared.3.part(item * of_mask, of_mask),
                     }
                 };
                 head.backward(&self.pairs, &work[row][share], &gradient, &mut slopes);
@@ -320,11 +348,15 @@ impl TreeAttention {
                 table[place.abs_diff(distances - 1)] += slope.to_f64();
             }
         }
-        (
-            added_up(both_slopes, shares, of_features),
+        let mut slopes = [
+            added_up(q_slopes, shares, of_features),
+            added_up(k_slopes, shares, of_features),
             added_up(v_slopes, shares, of_values),
-            of_table,
-        )
+        ];
+        for (slopes, given) in slopes.iter_mut().zip(given).take(2) {
+            self.phi.chain(slopes, given);
+        }
+        (slopes, of_table)
     }
 
     /// About how long a share takes.
@@ -373,16 +405,22 @@ impl CustomOp3 for TreeAttention {
 
     fn cpu_fwd(
         &self,
-        both: &CpuStorage,
-        both_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
         v: &CpuStorage,
         v_layout: &Layout,
         mask: &CpuStorage,
         mask_layout: &Layout,
     ) -> Candle<(CpuStorage, Shape)> {
         let mask = host::ordered::<f64>(mask, mask_layout)?;
+        let q = Host::new(&self.q);
         by_dtype!(host::dtype(v), T => {
-            let sums = self.forward::<T>(&stack(both, both_layout)?, &stack(v, v_layout)?, &mask);
+            let given = [
+                &stack(q.storage()?, q.layout)?,
+                &stack(k, k_layout)?,
+                &stack(v, v_layout)?,
+            ];
+            let sums = self.forward::<T>(given, &mask);
             let (batch, heads, tokens, width) = v_layout.shape().dims4()?;
             let shape = Shape::from((batch, heads, tokens, width + 1));
             Ok((T::to_cpu_storage_owned(sums), shape))
@@ -391,30 +429,32 @@ impl CustomOp3 for TreeAttention {
 
     fn bwd(
         &self,
-        both: &Tensor,
+        k: &Tensor,
         v: &Tensor,
         mask: &Tensor,
         _: &Tensor,
         gradient: &Tensor,
     ) -> Candle<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let hosts = [both, v, mask, gradient].map(Host::new);
-        let [both_host, v_host, mask_host, g_host] = &hosts;
+        let hosts = [&self.q, k, v, mask, gradient].map(Host::new);
+        let [q_host, k_host, v_host, mask_host, g_host] = &hosts;
         let values = mask_host.ordered::<f64>()?;
         by_dtype!(v.dtype(), T => {
-            let (of_both, of_v, of_mask) = self.backward::<T>(
-                [
-                    &stack(both_host.storage()?, both_host.layout)?,
-                    &stack(v_host.storage()?, v_host.layout)?,
-                    &stack(g_host.storage()?, g_host.layout)?,
-                ],
-                &values,
-                mask.track_op(),
-            );
+            let given = [
+                &stack(q_host.storage()?, q_host.layout)?,
+                &stack(k_host.storage()?, k_host.layout)?,
+                &stack(v_host.storage()?, v_host.layout)?,
+            ];
+            let gradient = stack(g_host.storage()?, g_host.layout)?;
+            let ([of_q, of_k, of_v], of_mask) =
+                self.backward::<T>((given, &gradient), &values, self.masks_learn);
+            if let Some(learned) = &self.learned {
+                learned.leave(host::tensor(of_q, self.q.dims())?);
+            }
             let wanted = |of: &Tensor, slopes: Vec<T>| {
                 of.track_op().then(|| host::tensor(slopes, of.dims())).transpose()
             };
-            let of_mask = mask.track_op().then(|| host::tensor(of_mask, mask.dims()));
-            Ok((wanted(both, of_both)?, wanted(v, of_v)?, of_mask.transpose()?))
+            let of_mask = host::tensor(of_mask, mask.dims())?;
+            Ok((wanted(k, of_k)?, wanted(v, of_v)?, Some(of_mask)))
         })
     }
 }

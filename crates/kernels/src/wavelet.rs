@@ -9,6 +9,7 @@
 //! gradient, and both have the same gradient of filters. Channels lie side by side, so that a tap is one
 //! product of rows; nothing is laid out, and tokens are read where they lie.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::simd::{self, Real};
 use crate::{Error, Result, Tensor, naive};
@@ -44,7 +45,7 @@ pub fn wavelet_analysis(x: &Tensor, filters: &Tensor, count: usize) -> Result<Te
     if !fused(&[x, filters]) {
         return naive::wavelet_analysis(x, filters, count);
     }
-    Ok(x.apply_op2(filters, Analysis(bank))?)
+    Ok(x.apply2(filters, Analysis(bank))?)
 }
 
 /// The transposed map of [`wavelet_analysis`], its inverse where filters are orthonormal and the halves
@@ -63,7 +64,7 @@ pub fn wavelet_synthesis(halves: &Tensor, filters: &Tensor, length: usize) -> Re
     if !fused(&[halves, filters]) {
         return naive::wavelet_synthesis(halves, filters, length);
     }
-    Ok(halves.apply_op2(filters, Synthesis(bank))?)
+    Ok(halves.apply2(filters, Synthesis(bank))?)
 }
 
 /// Sizes of a level.

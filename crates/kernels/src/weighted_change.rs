@@ -1,5 +1,6 @@
 //! A change of rows that counts more or less, for weights that learn from what it is good for.
 
+use crate::backward::Apply;
 use crate::host::{self, Host, Rows, by_dtype, fused, rows_and_width};
 use crate::simd;
 use crate::{Error, Result, Tensor, naive};
@@ -48,7 +49,7 @@ pub fn weighted_change(after: &Tensor, before: &Tensor, weights: &Tensor) -> Res
         return naive::weighted_change(after, before, weights);
     }
     let before = before.detach();
-    Ok(after.apply_op2(&weights.contiguous()?, Change { before })?)
+    Ok(after.apply2(&weights.contiguous()?, Change { before })?)
 }
 
 struct Change {

@@ -1,5 +1,6 @@
 //! A loss that is made where it can be known, deep inside of a network, and has its gradient there.
 
+use crate::backward::Apply;
 use crate::host::{self, by_dtype, fused};
 use crate::{Error, Result, Tensor};
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, WithDType};
@@ -42,7 +43,7 @@ pub fn with_loss(x: &Tensor, loss: &Tensor) -> Result<Tensor> {
             "f32 or f64 on the CPU, as the loss",
         ));
     }
-    Ok(x.apply_op2(loss, WithLoss)?)
+    Ok(x.apply2(loss, WithLoss)?)
 }
 
 struct WithLoss;

@@ -214,19 +214,20 @@ impl Tree {
         &self.0.neighbours[vertex]
     }
 
-    /// Distances from a vertex.
+    /// Distances from a vertex; infinite where they are beyond the largest number.
     pub fn distances(&self, from: usize) -> Vec<f64> {
         let mut all = vec![f64::INFINITY; self.vertices()];
+        // Each with the one that it was reached from: an infinite distance doesn't say whether it was.
         let mut next = Vec::new();
         if let Some(start) = all.get_mut(from) {
             *start = 0.0;
-            next.push(from);
+            next.push((from, from));
         }
-        while let Some(vertex) = next.pop() {
+        while let Some((vertex, before)) = next.pop() {
             for &(other, weight) in self.neighbours(vertex) {
-                if all[other].is_infinite() {
+                if other != before {
                     all[other] = all[vertex] + weight;
-                    next.push(other);
+                    next.push((other, vertex));
                 }
             }
         }

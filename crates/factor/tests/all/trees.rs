@@ -273,6 +273,16 @@ fn spanning_trees_are_lightest_and_the_same_each_time() {
     }
 }
 
+/// A tree may reach all from one vertex and from another go beyond the largest number.
+#[test]
+fn distances_beyond_the_largest_number_are_infinite() {
+    let edges = vec![(0, 1, 1e308), (0, 2, 1e308), (2, 3, 1.0)];
+    let tree = Tree::new(4, edges).unwrap();
+    assert_eq!(tree.distances(0), [0.0, 1e308, 1e308, 1e308]);
+    let infinite = f64::INFINITY;
+    assert_eq!(tree.distances(1), [1e308, 0.0, infinite, infinite]);
+}
+
 #[test]
 fn what_is_no_tree_is_refused() {
     let refused = |vertices, edges: &[(usize, usize, f64)]| {

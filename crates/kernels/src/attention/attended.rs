@@ -8,6 +8,7 @@
 //! The log-sum stands behind each output in its row, so that a part is one tensor.
 
 use super::BlockAttention;
+use crate::backward::Apply;
 use crate::host::{self, Host, by_dtype, fused};
 use crate::simd::{self, Real};
 use crate::{Error, Result, Tensor, naive};
@@ -157,7 +158,7 @@ impl Attended {
             sums,
         };
         if fused(&[&self.rows, &other.rows]) {
-            return Ok(self.rows.apply_op2(&other.rows, merge)?);
+            return Ok(self.rows.apply2(&other.rows, merge)?);
         }
         let rows = naive::merged_rows([&self.rows, &other.rows], [&self.of, &other.of])?;
         match sums {

@@ -23,6 +23,7 @@ mod tests;
 
 pub use summarised::SummaryAttention;
 
+use crate::backward::Apply;
 use crate::host::{self, Host, by_dtype, fused, rows_and_width};
 use crate::simd::Real;
 use crate::{Error, Result, Tensor, naive};
@@ -151,7 +152,7 @@ impl BlockAttention {
             sums,
             log_sums: OnceLock::new(),
         };
-        Ok(q.apply_op3(k, v, operation)?)
+        Ok(q.apply3(k, v, operation)?)
     }
 
     fn laid_out(&self, inputs: [&Tensor; 3]) -> Result<Tensor> {

@@ -2,6 +2,7 @@
 
 use super::tiles::{Positions, Problem, Saved};
 use super::{Candle, applies, backward_tiles, forward_tiles};
+use crate::backward::Apply;
 use crate::host::{self, Host, by_dtype};
 use crate::simd::Real;
 use crate::{AttentionOptions, DType, Error, Result, Tensor, naive};
@@ -122,7 +123,7 @@ pub fn attention_part(
 fn packed([q, k, v]: [&Tensor; 3], problem: Problem, options: &PartOptions) -> Result<Tensor> {
     let bias = options.attention.bias.as_ref();
     let bias = bias.map(|bias| bias.numbers().detach());
-    Ok(q.apply_op3(k, v, Part { problem, bias })?)
+    Ok(q.apply3(k, v, Part { problem, bias })?)
 }
 
 fn problem([q, k, v]: [&Tensor; 3], options: &PartOptions) -> Result<(Problem, [usize; 7])> {
@@ -232,7 +233,7 @@ impl Part {
             gradient: Cow::Owned(d_output),
             log_sums_gradient: Cow::Owned(d_log_sums),
         };
-        backward_tiles::<T>(&self.problem, inputs, self.bias.as_ref(), &saved)
+        backward_tiles(&self.problem, inputs, (self.bias.as_ref(), None), &saved)
     }
 }
 

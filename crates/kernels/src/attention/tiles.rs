@@ -144,22 +144,6 @@ impl<'a, T: Real> Heads<'a, T> {
         })
     }
 
-    /// Queries, keys and values that lie one after the other.
-    pub(super) fn unpack(p: &Problem, flat: &'a [T]) -> [Self; 3] {
-        let q = p.batch * p.heads * p.queries * p.width;
-        let k = p.batch * p.groups * p.keys * p.width;
-        let view = |offset, heads, length, width| Self {
-            data: Cow::Borrowed(flat),
-            strides: packed_strides(heads, length, width, p.merged),
-            offset,
-        };
-        [
-            view(0, p.heads, p.queries, p.width),
-            view(q, p.groups, p.keys, p.width),
-            view(q + k, p.groups, p.keys, p.value_width),
-        ]
-    }
-
     pub(super) fn rows(
         &self,
         batch: usize,

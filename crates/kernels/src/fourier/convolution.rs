@@ -2,6 +2,7 @@
 //! directly for short ones.
 
 use super::{Candle, Planned, try_rows};
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::simd::{self, Real};
 use crate::{Error, Result, Tensor, naive};
@@ -22,7 +23,7 @@ pub fn fft_convolution(x: &Tensor, kernel: &Tensor) -> Result<Tensor> {
     if !fused(&[x, kernel]) || length == 0 {
         return naive::fft_convolution(x, kernel);
     }
-    Ok(x.apply_op2(kernel, Convolution)?)
+    Ok(x.apply2(kernel, Convolution)?)
 }
 
 fn check(name: &'static str, channels: usize, kernel: &Tensor) -> Result<()> {
@@ -231,8 +232,8 @@ pub fn causal_depthwise_convolution(
         return naive::causal_depthwise_convolution(x, kernel, bias);
     }
     Ok(match bias {
-        Some(bias) => x.apply_op3(kernel, bias, Direct)?,
-        None => x.apply_op2(kernel, Direct)?,
+        Some(bias) => x.apply3(kernel, bias, Direct)?,
+        None => x.apply2(kernel, Direct)?,
     })
 }
 

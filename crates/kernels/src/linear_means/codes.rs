@@ -17,6 +17,7 @@
 
 use super::whole::{BLOCK, add_product, in_blocks, product, summed};
 use super::{add_row, along, reciprocal, split};
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::product::Matrix;
 use crate::simd::{self, Real};
@@ -76,7 +77,7 @@ pub fn code_means(
         kept: kept.map(Tensor::detach),
         offset,
     };
-    Ok(codes.apply_op2(v, means)?)
+    Ok(codes.apply2(v, means)?)
 }
 
 struct Means {

@@ -11,6 +11,7 @@
 //! ```
 
 use super::{Sides, add_row, along, past};
+use crate::backward::Apply;
 use crate::host::{self, Host, by_dtype, fused};
 use crate::product::{Into, Matrix, Threads, multiply};
 use crate::simd::{self, Real};
@@ -79,7 +80,7 @@ pub fn causal_exponential_means(
     }
     // An operation has at most three arguments: keys lie behind the queries of their head.
     let both = Tensor::cat(&[q, k], 2)?;
-    Ok(both.apply_op3(v, &each, Operation(options.clone()))?)
+    Ok(both.apply3(v, &each, Operation(options.clone()))?)
 }
 
 /// What makes features of queries and keys.

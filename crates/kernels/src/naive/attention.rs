@@ -3,7 +3,7 @@
 use super::{MASKED, keep_to_bias, quotients, repeat_groups, softmax};
 use crate::{
     Attended, AttentionOptions, AttentionPart, BlockPart, D, Direction, ExponentialMeans,
-    PartOptions, Result, ScoreBias, SinkhornOptions, SoftmaxMask, Tensor, TreeMask,
+    PartOptions, Result, ScoreBias, SinkhornOptions, SoftmaxMask, Tensor, TreeFeatures, TreeMask,
 };
 
 /// The attention weights `softmax(scale · Q Kᵀ + bias)`, `[batch, heads, query, key]`.
@@ -300,8 +300,13 @@ pub fn decayed_attention(
     Ok((scores * mask)?.matmul(&values)?)
 }
 
-/// [`crate::tree_attention`], with the mask laid out.
-pub fn tree_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &TreeMask) -> Result<Tensor> {
+/// [`crate::tree_attention`], with features and the mask laid out.
+pub fn tree_attention(
+    [q, k, v]: [&Tensor; 3],
+    phi: TreeFeatures,
+    mask: &TreeMask,
+) -> Result<Tensor> {
+    let (q, k) = (phi.laid_out(q)?, phi.laid_out(k)?);
     let (batch, heads, tokens, _) = q.dims4()?;
     let values = mask.values.to_device(q.device())?.to_dtype(q.dtype())?;
     let places = Tensor::from_vec(mask.pairs.table(), tokens * tokens, q.device())?;

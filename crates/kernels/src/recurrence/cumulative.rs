@@ -5,6 +5,7 @@
 //! at zeros.
 
 use super::Sequences;
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::simd::Real;
 use crate::{Error, Result, Tensor, naive};
@@ -22,7 +23,7 @@ pub fn cumulative_sum(x: &Tensor, dim: usize) -> Result<Tensor> {
         return naive::cumulative_sum(x, dim);
     }
     let product = false;
-    Ok(x.apply_op1(Cumulative { dim, product })?)
+    Ok(x.apply1(Cumulative { dim, product })?)
 }
 
 /// Running product along `dim`: `y_t = Π_{s ≤ t} x_s`.
@@ -35,7 +36,7 @@ pub fn cumulative_product(x: &Tensor, dim: usize) -> Result<Tensor> {
         return naive::cumulative_product(x, dim);
     }
     let product = true;
-    Ok(x.apply_op1(Cumulative { dim, product })?)
+    Ok(x.apply1(Cumulative { dim, product })?)
 }
 
 fn check(kernel: &'static str, x: &Tensor, dim: usize) -> Result<()> {

@@ -4,6 +4,7 @@
 //! `∂b_t = u_t`, `∂a_t = u_t h_{t-1}`, `∂h_{-1} = a_0 u_0`.
 
 use super::Sequences;
+use crate::backward::Apply;
 use crate::host::{self, Host, Shared, by_dtype, fused};
 use crate::simd::Real;
 use crate::{Error, Result, Tensor, naive};
@@ -44,10 +45,10 @@ pub fn linear_scan(a: &Tensor, b: &Tensor, initial: Option<&Tensor>) -> Result<T
                 ));
             }
             if fused(&[a, b, initial]) {
-                return Ok(a.apply_op3(b, initial, Scan)?);
+                return Ok(a.apply3(b, initial, Scan)?);
             }
         }
-        None if fused(&[a, b]) => return Ok(a.apply_op2(b, Scan)?),
+        None if fused(&[a, b]) => return Ok(a.apply2(b, Scan)?),
         None => {}
     }
     naive::linear_scan(a, b, initial)

@@ -1,3 +1,4 @@
+use super::TreeFeatures::{Fourth, Given, Relu, Square};
 use super::*;
 use crate::check::{difference, gradient_error};
 use crate::test_data::{arange, compare};
@@ -114,9 +115,17 @@ fn factored(mask: &TreeMask) -> usize {
     plan.work.iter().filter(|work| is_factored(&work.0)).count()
 }
 
+const PHI: [TreeFeatures; 4] = [Given, Relu, Square, Fourth];
+
 #[test]
 fn equals_pairs_laid_out() {
-    for tokens in [1, 2, 17, 130, 700] {
+    for (tokens, phi) in [
+        (1, Given),
+        (2, Relu),
+        (17, Square),
+        (130, Fourth),
+        (700, Given),
+    ] {
         for rows in [1, 3] {
             for is_smooth in [true, false] {
                 compare(3e-5, |dtype| {
@@ -126,8 +135,8 @@ fn equals_pairs_laid_out() {
                         false => rough(path(tokens, 16), rows),
                     };
                     (
-                        tree_attention(&q, &k, &v, &mask).unwrap(),
-                        naive::tree_attention(&q, &k, &v, &mask).unwrap(),
+                        tree_attention([&q, &k, &v], phi, &mask).unwrap(),
+                        naive::tree_attention([&q, &k, &v], phi, &mask).unwrap(),
                     )
                 });
             }
@@ -147,8 +156,8 @@ fn equals_pairs_laid_out_on_a_star() {
         compare(3e-5, |dtype| {
             let [q, k, v] = given(481, dtype);
             (
-                tree_attention(&q, &k, &v, &mask()).unwrap(),
-                naive::tree_attention(&q, &k, &v, &mask()).unwrap(),
+                tree_attention([&q, &k, &v], Given, &mask()).unwrap(),
+                naive::tree_attention([&q, &k, &v], Given, &mask()).unwrap(),
             )
         });
     }
@@ -176,22 +185,28 @@ fn gradients_equal_finite_differences() {
         let tokens = pairs.tokens();
         let mask = |x: &Tensor| smooth(pairs.clone(), x);
         assert!(factored(&mask(&start)) >= least);
-        let inputs = [
-            arange(&[1, 2, tokens, 3], 1.0, DType::F64),
-            arange(&[1, 2, tokens, 3], 2.0, DType::F64),
-            arange(&[1, 2, tokens, 2], 3.0, DType::F64),
-            start,
-        ];
-        let sums = |x: &[Tensor]| tree_attention(&x[0], &x[1], &x[2], &mask(&x[3]));
-        let error = gradient_error(sums, &inputs).unwrap();
-        assert!(error < 1e-6, "{tokens}: {error:e}");
+        // No larger than one, so that differences of fourth powers are as exact as others.
+        let small = |width: usize, phase: f64| {
+            let numbers = arange(&[1, 2, tokens, width], phase, DType::F64);
+            (numbers * 0.5).unwrap()
+        };
+        let inputs = [small(3, 1.0), small(3, 2.0), small(2, 3.0), start];
+        for phi in PHI {
+            let sums = |x: &[Tensor]| tree_attention([&x[0], &x[1], &x[2]], phi, &mask(&x[3]));
+            let error = gradient_error(sums, &inputs).unwrap();
+            assert!(error < 1e-6, "{tokens} {phi:?}: {error:e}");
+        }
     }
 }
 
 /// Where a mask is constant, one node is enough for it, but not for what changes it.
 #[test]
 fn gradients_equal_those_of_pairs_laid_out() {
-    for (tokens, rows, is_smooth) in [(700, 1, true), (700, 3, true), (300, 3, false)] {
+    for (tokens, rows, is_smooth, phi) in [
+        (700, 1, true, Given),
+        (700, 3, true, Relu),
+        (300, 3, false, Square),
+    ] {
         for dtype in [DType::F32, DType::F64] {
             let of = |is_naive: bool| -> Vec<Tensor> {
                 let [q, k, v] = given(tokens, dtype).map(|x| Var::from_tensor(&x).unwrap());
@@ -212,7 +227,10 @@ fn gradients_equal_those_of_pairs_laid_out() {
                 } else {
                     tree_attention
                 };
-                let y = attend(q.as_tensor(), k.as_tensor(), v.as_tensor(), &mask).unwrap();
+                // Heads side by side, as projections leave them.
+                let beside = |x: &Var| x.transpose(1, 2).unwrap().contiguous().unwrap();
+                let [q_there, k_there] = [&q, &k].map(|x| beside(x).transpose(1, 2).unwrap());
+                let y = attend([&q_there, &k_there, v.as_tensor()], phi, &mask).unwrap();
                 let seen = arange(y.dims(), 7.0, dtype);
                 let gradients = (y * seen).unwrap().sum_all().unwrap().backward().unwrap();
                 let all = [&q, &k, &v, &numbers].into_iter();
@@ -240,6 +258,46 @@ fn gradients_equal_those_of_pairs_laid_out() {
     }
 }
 
+/// Whatever else is constant, and each time that a graph is differentiated.
+#[test]
+fn each_argument_has_the_gradient_that_it_has_among_all() {
+    // Those of queries, keys, values and the mask's numbers, of which bits say what is learned, under each loss.
+    let of = |learned: u32, losses: &[f64]| -> Vec<Option<Tensor>> {
+        let [q, k, v] = given(130, DType::F64);
+        let x = [q, k, v, coefficients(3)].into_iter().enumerate();
+        let x: Vec<Tensor> = x
+            .map(|(index, x)| match (learned >> index) & 1 {
+                1 => Var::from_tensor(&x).unwrap().as_tensor().clone(),
+                _ => x,
+            })
+            .collect();
+        let mask = smooth(path(130, 16), &x[3]);
+        let y = tree_attention([&x[0], &x[1], &x[2]], Given, &mask).unwrap();
+        let under = |phase: &f64| -> Vec<Option<Tensor>> {
+            let loss = (&y * arange(y.dims(), *phase, DType::F64)).unwrap();
+            let gradients = loss.sum_all().unwrap().backward().unwrap();
+            x.iter().map(|x| gradients.get(x).cloned()).collect()
+        };
+        losses.iter().flat_map(under).collect()
+    };
+    let all = [of(15, &[8.0]), of(15, &[9.0])].concat();
+    for learned in 1..16 {
+        let some = of(learned, &[8.0, 9.0]);
+        for (index, (one, among)) in some.iter().zip(&all).enumerate() {
+            if (learned >> (index % 4)) & 1 == 1 {
+                let (one, among) = (one.as_ref().unwrap(), among.as_ref().unwrap());
+                let largest = difference(among, &among.zeros_like().unwrap()).unwrap();
+                // Masks that are not learned are read off fewer distances.
+                let error = difference(one, among).unwrap();
+                assert!(
+                    error < 1e-10 * (1.0 + largest),
+                    "{index} of {learned:b}: {error:e} {largest}"
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn fewer_tokens_are_the_first() {
     let [q, k, v] = given(50, DType::F64);
@@ -258,8 +316,8 @@ fn fewer_tokens_are_the_first() {
             ..mask
         };
         let [q, k, v] = &cut;
-        let found = tree_attention(q, k, v, &mask).unwrap();
-        let expected = naive::tree_attention(q, k, v, &mask).unwrap();
+        let found = tree_attention([q, k, v], Given, &mask).unwrap();
+        let expected = naive::tree_attention([q, k, v], Given, &mask).unwrap();
         assert!(difference(&found, &expected).unwrap() < 1e-10);
     }
 }
@@ -273,7 +331,7 @@ fn does_not_depend_on_the_number_of_threads() {
         let run = || {
             let v = Var::from_tensor(&v).unwrap();
             let mask = smooth(path(500, 16), &coefficients(1));
-            let y = tree_attention(&q, &q, v.as_tensor(), &mask).unwrap();
+            let y = tree_attention([&q, &q, v.as_tensor()], Given, &mask).unwrap();
             let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
             (y, gradients.get(v.as_tensor()).unwrap().clone())
         };
@@ -292,7 +350,9 @@ fn what_does_not_fit_is_named() {
     let [q, k, v] = given(5, DType::F32);
     let mask = rough(path(5, 6), 3);
     let refused = |q: &Tensor, k: &Tensor, v: &Tensor, mask: &TreeMask| {
-        tree_attention(q, k, v, mask).unwrap_err().to_string()
+        tree_attention([q, k, v], Given, mask)
+            .unwrap_err()
+            .to_string()
     };
     assert!(refused(&q, &v, &v, &mask).contains("[2, 3, 5, 5]"));
     let short = v.narrow(2, 0, 4).unwrap();

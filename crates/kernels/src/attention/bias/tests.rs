@@ -146,6 +146,66 @@ fn a_constant_bias_by_distance_leaves_the_other_gradients() {
     }
 }
 
+/// Whatever else is constant, and each time that a graph is differentiated.
+#[test]
+fn each_argument_has_the_gradient_that_it_has_among_all() {
+    type Form = fn(Tensor) -> ScoreBias;
+    let forms: [(Form, &[usize]); 3] = [
+        (ScoreBias::Pairs, &[1, 4, 5, 6]),
+        (ScoreBias::ByDistance, &[4, 10]),
+        (functional::of_last_weights, &[4, 7]),
+    ];
+    for is_merged in [false, true] {
+        let [q, k, v]: [&[usize]; 3] = match is_merged {
+            true => [&[2, 5, 16], &[2, 6, 8], &[2, 6, 4]],
+            false => [&[2, 4, 5, 4], &[2, 2, 6, 4], &[2, 2, 6, 2]],
+        };
+        for (form, bias) in forms {
+            // Those of queries, keys, values and bias, of which bits say what is learned, under each loss.
+            let of = |learned: u32, losses: &[f64]| -> Vec<Option<Tensor>> {
+                let x = [q, k, v, bias].into_iter().enumerate();
+                let x: Vec<Tensor> = x
+                    .map(|(index, dims)| {
+                        let x = arange(dims, index as f64, DType::F64);
+                        match (learned >> index) & 1 {
+                            1 => Var::from_tensor(&x).unwrap().as_tensor().clone(),
+                            _ => x,
+                        }
+                    })
+                    .collect();
+                let options = AttentionOptions {
+                    causal: true,
+                    query_offset: 1,
+                    bias: Some(form(x[3].clone())),
+                    ..AttentionOptions::new(4)
+                };
+                let y = match is_merged {
+                    true => merged_attention(&x[0], &x[1], &x[2], 4, 2, &options).unwrap(),
+                    false => attention(&x[0], &x[1], &x[2], &options).unwrap(),
+                };
+                let under = |phase: &f64| -> Vec<Option<Tensor>> {
+                    let loss = (&y * arange(y.dims(), *phase, DType::F64)).unwrap();
+                    let gradients = loss.sum_all().unwrap().backward().unwrap();
+                    x.iter().map(|x| gradients.get(x).cloned()).collect()
+                };
+                losses.iter().flat_map(under).collect()
+            };
+            let all = [of(15, &[8.0]), of(15, &[9.0])].concat();
+            for learned in 1..16 {
+                let some = of(learned, &[8.0, 9.0]);
+                for (index, (one, among)) in some.iter().zip(&all).enumerate() {
+                    if (learned >> (index % 4)) & 1 == 1 {
+                        let (one, among) = (one.as_ref().unwrap(), among.as_ref().unwrap());
+                        assert_eq!(one.dims(), among.dims());
+                        let error = difference(one, among).unwrap();
+                        assert_eq!(error, 0.0, "{index} of {learned:b}, {is_merged}, {bias:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_bias_by_distance_does_not_depend_on_the_number_of_threads() {
     let (batch, heads, queries, keys, width) = (2, 3, 131, 300, 24);

@@ -15,6 +15,7 @@ use super::backward::backward;
 use super::forward::forward;
 use super::rows::{Inputs, Saved, Table};
 use super::{BlockAttention, BlockPart, Candle, Listed};
+use crate::backward::Apply;
 use crate::host::{self, Host, Rows, by_dtype, fused};
 use crate::pooled_rows::Lists;
 use crate::simd::Real;
@@ -117,7 +118,7 @@ impl SummaryAttention {
             saved: OnceLock::new(),
         };
         let [q, k, v] = inputs;
-        Ok(q.apply_op3(k, v, operation)?)
+        Ok(q.apply3(k, v, operation)?)
     }
 
     /// The same by operations of their own.

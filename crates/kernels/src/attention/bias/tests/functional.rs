@@ -142,6 +142,14 @@ fn small(causal: bool) -> BiasSpan {
     }
 }
 
+/// That of 4 heads over [`small`] whose last layer has these weights, `[4, 7]`.
+pub(super) fn of_last_weights(weights: Tensor) -> ScoreBias {
+    let span = small(true);
+    let mut numbers = numbers(&[7], 4, span, DType::F64);
+    numbers[4] = weights;
+    bias(&numbers, span)
+}
+
 #[test]
 fn a_function_is_differentiated() {
     let dtype = DType::F64;
