@@ -3,9 +3,11 @@
 //! addition (He et al., arXiv 1512.03385, for the residual; Turner, An Introduction to
 //! Transformers, 2023, arXiv 2304.10557, for the block in its plainest form).
 //!
-//! Its cost is that of its parts and `2 width` operations per token for two residual sums.
+//! Its cost is that of its parts and `2 width` operations per token for two residual sums; `2 width` more with a
+//! coding step.
 
 use crate::attention::{Mixer, MixerSpec, MultiHeadAttention, MultiHeadSpec};
+use crate::coding_step::CodingStep;
 use crate::dropout::{drop_path, dropout, dropout_by_feature};
 use crate::error::bounded;
 use crate::feedforward::{Feedforward, FeedforwardSpec};
@@ -81,6 +83,10 @@ pub struct BlockSpec {
     /// deeper with Image Transformers, 2021, arXiv 2103.17239).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layer_scale: Option<f64>,
+    /// In a replacing block: `y = (1 − κ s) x + κ s² A(N₁ x)` with `s = head_width / (tokens ε²)`, the step down the coding
+    /// rate as it is derived, in the place of `y = x + A(N₁ x)` (Yu et al., CRATE, arXiv 2306.01129).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coding_step: Option<CodingStep>,
     /// What mixes tokens.
     pub attention: MixerSpec,
     /// Attention over the context's memory, between the mixer and the feed-forward part.
@@ -145,6 +151,9 @@ impl BlockSpec {
             .validate(width, &format!("{field}.attention"))?;
         self.validate_absence(field)?;
         self.validate_shortcuts(field)?;
+        if let Some(step) = &self.coding_step {
+            step.validate(self, &format!("{field}.coding_step"))?;
+        }
         if let Some(cross) = &self.cross_attention {
             cross.validate_cross(width, &format!("{field}.cross_attention"))?;
             if matches!(self.wiring, Wiring::Parallel | Wiring::Reversed) {
@@ -231,6 +240,8 @@ pub struct Block {
     dropout: f64,
     dropout_by_feature: bool,
     drop_path: f64,
+    /// And the features of a head.
+    coding_step: Option<(CodingStep, usize)>,
     attention: Option<(Around, Mixer)>,
     cross_attention: Option<(Around, MultiHeadAttention)>,
     feedforward: Option<(Around, Feedforward)>,
@@ -317,6 +328,10 @@ impl Block {
             dropout: spec.dropout,
             dropout_by_feature: spec.dropout_by_feature,
             drop_path: spec.drop_path,
+            coding_step: match (&spec.attention, spec.coding_step) {
+                (MixerSpec::MultiHead(heads), Some(step)) => Some((step, heads.head_width(width))),
+                _ => None,
+            },
             attention,
             cross_attention,
             feedforward,
@@ -375,7 +390,13 @@ impl Block {
             None => passed(&x, shortcut)?,
             Some((around, mixer)) => {
                 let mix = |x: &Signal| mixer.forward(x, cx, state);
-                self.around(x, around, shortcut, "attention", cx, mix)?
+                match &self.coding_step {
+                    None => self.around(x, around, shortcut, "attention", cx, mix)?,
+                    Some((step, features)) => {
+                        let y = self.half(&x, around, "attention", cx, mix)?;
+                        step.forward(&x, &y, *features, cx.key_padding)?
+                    }
+                }
             }
         };
         let x = match &self.cross_attention {

@@ -24,7 +24,10 @@ pub fn dropout(
 
 /// Zeroes each feature of each sequence of `x` `[batch, length, width]`, in all of its tokens alike, with
 /// `probability` and divides the rest by `1 − probability`; nothing when evaluating.
-pub(crate) fn dropout_by_feature(
+///
+/// # Errors
+/// Those of the tensor engine.
+pub fn dropout_by_feature(
     x: &Signal,
     probability: f64,
     site: std::fmt::Arguments<'_>,

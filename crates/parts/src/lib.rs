@@ -39,11 +39,13 @@
 pub mod activation;
 pub mod attention;
 pub mod block;
+pub mod coding_step;
 mod context;
 pub mod decisions;
 pub mod dropout;
 mod error;
 pub mod feedforward;
+pub mod fields;
 pub mod norm;
 pub mod organisation;
 pub mod parameters;

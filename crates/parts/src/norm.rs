@@ -31,6 +31,7 @@ pub enum NormSpec {
         epsilon: f64,
     },
     /// Nothing.
+    #[serde(deserialize_with = "crate::fields::none")]
     None,
 }
 

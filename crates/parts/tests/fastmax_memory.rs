@@ -24,6 +24,7 @@ fn largest(length: usize, width: usize, causal: bool) -> usize {
         width,
         heads: 1,
         head_width: width,
+        value_width: width,
         causal,
         scale: 1.0,
         sharing: QueryKeySharing::None,

@@ -36,6 +36,7 @@ pub enum MixerSpec {
     Wavelet(WaveletSpec),
     /// No mixer and no norm before it: the residual passes, and each token keeps to itself. What
     /// is left of a block whose attention was taken out.
+    #[serde(deserialize_with = "crate::fields::none")]
     Absent,
 }
 

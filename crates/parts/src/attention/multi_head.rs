@@ -21,6 +21,7 @@ mod by_place;
 mod local;
 mod output;
 mod scores;
+mod shortened;
 mod spec;
 
 use super::mechanism::{Mechanism, MechanismPass, Memory, Resumed, Scores};
@@ -207,6 +208,13 @@ impl MultiHeadAttention {
             cx.trace.site(format_args!("{}.{name}", self.path), signal)
         };
         let q = site("query", x.for_scores().linear(&self.query)?)?;
+        self.check_scores(cx, state.is_some())?;
+        if state.is_none()
+            && let Some(mixed) = self.shortened([x, source, &q], key_padding, cx)?
+        {
+            let mixed = site("mixed", mixed)?;
+            return Ok(site("out", self.written(mixed)?)?);
+        }
         let k = match &self.key {
             Some(key) => site("key", source.for_scores().linear(key)?)?,
             None => q.clone(),
@@ -223,7 +231,6 @@ impl MultiHeadAttention {
         let q = self.normalise(&q, &self.query_norm)?;
         let k = self.normalise(&k, &self.key_norm)?;
         let (q, k) = self.rotate(q, k, cx.offset)?;
-        self.check_scores(cx, state.is_some())?;
         let mechanism = self.mechanism.as_deref();
         if let Some(mechanism) = mechanism.filter(|mechanism| !mechanism.is_softmax(cx)) {
             let mixed = self.through(mechanism, [x, &q, &k, &v], key_padding, cx, state)?;
@@ -313,11 +320,18 @@ impl MultiHeadAttention {
         let resumed = match own {
             None => None,
             Some(state) => {
-                let v = naive::repeat_groups(values.value(), heads)?;
+                let v = match mechanism.reads_values() {
+                    true => naive::repeat_groups(&values.for_weights()?, heads)?,
+                    false => naive::repeat_groups(values.value(), heads)?,
+                };
                 Some(mechanism.resume(&q, &k, &v, state, &pass)?)
             }
         };
         let (mixing, values, past) = match resumed {
+            None if mechanism.reads_values() => {
+                let v = naive::repeat_groups(&values.for_weights()?, heads)?;
+                (mechanism.mixing_by_values(&q, &k, &v, &pass)?, values, None)
+            }
             None => {
                 let mixing = mechanism.mixing_by_scores(&q, &k, scores, &pass)?;
                 (mixing, values, None)

@@ -46,7 +46,7 @@ const MAX_LENGTH: usize = 1 << 24;
 const EPSILON: f64 = 1e-6;
 
 /// Where a shared network has its parameters, and draws its positions.
-pub(super) const SHARED: &str = "fire";
+pub const SHARED: &str = "fire";
 
 /// FIRE.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -90,8 +90,10 @@ pub enum FireActivation {
 pub enum FireTransform {
     /// `ln(|c x| + 1)`.
     #[default]
+    #[serde(deserialize_with = "crate::fields::none")]
     Logarithm,
     /// `x`.
+    #[serde(deserialize_with = "crate::fields::none")]
     Linear,
     /// `x^exponent`.
     Power {

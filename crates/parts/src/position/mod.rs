@@ -35,11 +35,13 @@ use serde::{Deserialize, Serialize};
 pub enum PositionSpec {
     /// They do not.
     #[default]
+    #[serde(deserialize_with = "crate::fields::none")]
     None,
     /// Queries and keys are rotated by their positions (Su et al., arXiv 2104.09864).
     Rotary(RotarySpec),
     /// A penalty proportional to the distance, with one slope per head (Press et al., arXiv
     /// 2108.12409). Bidirectional attention uses the absolute distance.
+    #[serde(deserialize_with = "crate::fields::none")]
     Alibi,
     /// A learned bias per head and distance bucket (Raffel et al., arXiv 1910.10683).
     RelativeBuckets {
@@ -51,8 +53,10 @@ pub enum PositionSpec {
         max_distance: usize,
     },
     /// A learned logarithmic penalty of the distance (Chi et al., Kerple, arXiv 2205.09921).
+    #[serde(deserialize_with = "crate::fields::none")]
     KerpleLogarithmic,
     /// A learned power of the distance as its penalty (the same).
+    #[serde(deserialize_with = "crate::fields::none")]
     KerplePower,
     /// The product of two sinusoidal embeddings (Chi et al., Sandwich, arXiv 2212.10356).
     Sandwich {

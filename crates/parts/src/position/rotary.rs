@@ -99,6 +99,7 @@ impl Default for RotarySpec {
 pub enum RotaryScaling {
     /// None.
     #[default]
+    #[serde(deserialize_with = "crate::fields::none")]
     None,
     /// Every frequency divided by `factor` (Chen et al., arXiv 2306.15595).
     Linear {

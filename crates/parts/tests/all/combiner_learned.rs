@@ -7,9 +7,10 @@ use crate::common::attention::{
 };
 use crate::common::{assert_near, contracted, difference, gradient_error, random, tensor, values};
 use lapidary_kernels::Tensor;
+use lapidary_parts::attention::MultiHeadSpec;
 use lapidary_parts::attention::mechanism::MechanismSpec;
 use lapidary_parts::attention::mechanism::combiner::{
-    CombinerForm, CombinerSpec, Fit, Pooling, Summary,
+    CombinerForm, CombinerSpec, Fit, Pooling, RowSource, Summary,
 };
 
 const POOLINGS: [Pooling; 3] = [Pooling::Max, Pooling::Mean, Pooling::Sum];
@@ -105,9 +106,9 @@ fn summaries_by_a_layer_equal_their_effective_matrix() {
     }
 }
 
-fn projected(columns: usize) -> CombinerSpec {
+fn projected(columns: usize, of: RowSource) -> CombinerSpec {
     CombinerSpec {
-        summary: Summary::Projected,
+        summary: Summary::Projected { of },
         ..CombinerSpec::new(CombinerForm::RowMajor { columns })
     }
 }
@@ -117,27 +118,51 @@ fn affine(subject: &Subject, side: &str, head: usize, x: &[f64]) -> Vec<f64> {
     let weight = values(&subject.map[&format!("mechanism.summary.{side}.weight")]);
     let bias = values(&subject.map[&format!("mechanism.summary.{side}.bias")]);
     let rows = head * HEAD_WIDTH..(head + 1) * HEAD_WIDTH;
-    rows.map(|row| dot(&weight[row * HEAD_WIDTH..][..HEAD_WIDTH], x) + bias[row])
+    rows.map(|row| dot(&weight[row * x.len()..][..x.len()], x) + bias[row])
         .collect()
 }
 
-/// `W₂ N(k_c + W₁ k̄ + b₁) + b₂`.
+/// `W₂ N(k_c + W₁ k̄ + b₁) + b₂`, and of `v̄` of another width than keys.
 #[test]
 fn projected_rows_equal_their_effective_matrix() {
-    for (length, columns) in [(1, 3), (9, 3), (13, 4), (6, 1)] {
+    let shapes = [(1, 3), (9, 3), (13, 4), (6, 1)];
+    let sources = [
+        (RowSource::Keys, None),
+        (RowSource::Values, None),
+        (RowSource::Values, Some(5)),
+    ];
+    let all = shapes
+        .into_iter()
+        .flat_map(|shape| sources.map(|source| (shape, source)));
+    for ((length, columns), (of, value_width)) in all {
         let x = random(&[2, length, WIDTH], 1);
-        let subject = subject(projected(columns), true);
+        let subject = Subject::new(
+            MultiHeadSpec {
+                value_width,
+                ..spec(MechanismSpec::Combiner(projected(columns, of)), true)
+            },
+            4,
+        );
         let run = subject.run(&x, Given::default());
+        // Keys, or values, by features of a head.
+        let (read, width) = match of {
+            RowSource::Keys => (&run.k, HEAD_WIDTH),
+            RowSource::Values => (&run.v, value_width.unwrap_or(HEAD_WIDTH)),
+        };
+        let read = |b: usize, head: usize, j: usize| {
+            let row = (b * length + j) * HEADS + head;
+            &read[row * width..][..width]
+        };
         let form = CombinerForm::RowMajor { columns };
         let made = |b: usize, head: usize, (span, by): &Span| {
             let by = by.unwrap();
             let query = run.query(b, head, by);
             let scores = span.iter().map(|&j| scaled(query, run.key(b, head, j)));
             let weights = softmax(&scores.collect::<Vec<_>>());
-            let weighted: Vec<f64> = (0..HEAD_WIDTH)
+            let weighted: Vec<f64> = (0..width)
                 .map(|f| {
                     let each = span.iter().zip(&weights);
-                    each.map(|(&j, w)| w * run.key(b, head, j)[f]).sum()
+                    each.map(|(&j, w)| w * read(b, head, j)[f]).sum()
                 })
                 .collect();
             let moved = affine(&subject, "inner", head, &weighted);
@@ -157,12 +182,65 @@ fn projected_rows_equal_their_effective_matrix() {
                 made(b, head, span)
             })
         };
-        run.check(
-            2,
-            expected,
-            1e-11,
-            &format!("rows of {columns} at {length}"),
-        );
+        let what = format!("rows of {columns} at {length} of {of:?} {value_width:?}");
+        match value_width {
+            None => run.check(2, expected, 1e-11, &what),
+            // The check of what is mixed is for values as wide as keys.
+            Some(_) => check_weights(&run, expected, &what),
+        }
+    }
+}
+
+/// Weights are the rows that are expected, and `mixed` is these times values.
+fn check_weights(run: &Run, expected: impl Fn(usize, usize, usize) -> Vec<f64>, what: &str) {
+    let length = run.length;
+    let width = run.v.len() / (2 * length * HEADS);
+    let value = |b: usize, head: usize, j: usize| {
+        let row = (b * length + j) * HEADS + head;
+        &run.v[row * width..][..width]
+    };
+    for (b, head) in (0..2).flat_map(|b| (0..HEADS).map(move |head| (b, head))) {
+        for i in 0..length {
+            let row = expected(b, head, i);
+            assert_eq!(row.len(), length, "{what}");
+            for (j, weight) in row.iter().enumerate() {
+                let found = run.weight(b, head, i, j);
+                assert!((found - weight).abs() < 1e-11, "{what}: {found} {weight}");
+            }
+            for f in 0..width {
+                let mixed: f64 = row
+                    .iter()
+                    .enumerate()
+                    .map(|(j, w)| w * value(b, head, j)[f])
+                    .sum();
+                let found = run.mixed[((b * length + i) * HEADS + head) * width + f];
+                assert!((found - mixed).abs() < 1e-11, "{what}: {found} {mixed}");
+            }
+        }
+    }
+}
+
+/// Of values other weights are made than of keys, and saved specs of keys are as before.
+#[test]
+fn sources_of_rows_are_told_apart() {
+    let x = random(&[1, 9, WIDTH], 1);
+    let [keys, of_values] =
+        [RowSource::Keys, RowSource::Values].map(|of| subject(projected(3, of), true));
+    // As many parameters of the same names where values are as wide as keys.
+    let same = Subject {
+        spec: of_values.spec.clone(),
+        map: keys.map.clone(),
+    };
+    let [a, b] = [&keys, &same].map(|of| of.output(&x, Given::default()));
+    assert!(difference(&a, &b) > 1e-3);
+    // The first row reads itself alone.
+    let first = |y: &Tensor| y.narrow(1, 0, 3).unwrap();
+    assert_near(&first(&a), &first(&b), 1e-12, "first row");
+    let written = |of| toml::to_string(&projected(3, of)).unwrap();
+    assert!(!written(RowSource::Keys).contains("of ="));
+    for of in [RowSource::Keys, RowSource::Values] {
+        let read: CombinerSpec = toml::from_str(&written(of)).unwrap();
+        assert_eq!(read, projected(3, of));
     }
 }
 
@@ -271,7 +349,9 @@ fn learned() -> Vec<CombinerSpec> {
         .filter(|(_, causal)| *causal)
         .flat_map(|(form, _)| POOLINGS.map(|pooling| with_layer(form, pooling)))
         .collect();
-    all.extend([projected(3), projected(4)]);
+    for of in [RowSource::Keys, RowSource::Values] {
+        all.extend([projected(3, of), projected(4, of)]);
+    }
     let routed = CombinerForm::Routed { clusters: 3 };
     all.push(CombinerSpec::new(routed));
     all.push(CombinerSpec {

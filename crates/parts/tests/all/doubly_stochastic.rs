@@ -61,6 +61,7 @@ fn only_angles_that_are_learned_are_parameters() {
         width: 8,
         heads: 1,
         head_width: 8,
+        value_width: 8,
         causal: false,
         scale: 0.5,
         sharing: QueryKeySharing::None,
@@ -406,6 +407,34 @@ fn operators_alone_are_refused_as_those_of_attention() {
         let refused = operator.apply(&scores(1), 1.0, None, None).unwrap_err();
         assert_eq!(refused.to_string(), expected);
     }
+    let norm = Operator::NormSoftmax {
+        statistic: Statistic::Deviation,
+        over: Over::Row,
+    };
+    for scale in [0.0, -1.0, f64::NAN] {
+        let refused = norm.apply(&scores(1), scale, None, None).unwrap_err();
+        let said = refused.to_string();
+        assert!(
+            said.starts_with("operator.kind is \"norm-softmax\", but must be another operator"),
+            "{said}"
+        );
+    }
+    // An orthogonal factor would leave keys beyond the queries out without a word.
+    let wide = random(&[1, 1, 3, 5], 2);
+    for (_, operator, _) in every() {
+        let refused = operator.apply(&wide, 1.0, None, None).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "shape of scores is [1, 1, 3, 5], but must be [batch, heads, T, T], as many queries as keys"
+        );
+    }
+    let theta = random(&[7], 3);
+    let refused = circuit(4).apply(&scores(1), 1.0, None, Some(&theta));
+    let expected = CircuitSpec::new(TOKENS, 4).circuit().angles();
+    assert_eq!(
+        refused.unwrap_err().to_string(),
+        format!("shape of theta is [7], but must be [{expected}], a factor for each angle")
+    );
 }
 
 #[test]
@@ -415,6 +444,7 @@ fn work_grows_as_it_is_said_to() {
             width: 4,
             heads: 1,
             head_width: 4,
+            value_width: 4,
             causal: false,
             scale: 0.5,
             sharing: QueryKeySharing::None,

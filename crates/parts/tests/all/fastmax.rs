@@ -590,6 +590,18 @@ fn impossible_specs_are_refused() {
         ),
         "m.coefficients is [1.0, NaN, 0.5], but must be three finite numbers"
     );
+    let of_nothing = |degree, coefficients| FastmaxSpec {
+        degree,
+        coefficients,
+        ..base()
+    };
+    assert_eq!(
+        refused(of_nothing(1, [0.0, 0.0, 0.5]), false, 4),
+        "m.coefficients is [0.0, 0.0, 0.5], but must be three numbers, not all 0 up to the degree: weights would \
+         be nothing over nothing"
+    );
+    let square = of_nothing(2, [0.0, 0.0, 0.5]);
+    assert!(square.validate(&heads(2, 4, false), "m").is_ok());
     assert_eq!(
         refused(
             FastmaxSpec {

@@ -42,6 +42,7 @@ fn block(hidden: usize, heads: usize, causal: bool) -> BlockSpec {
         layer_scale: None,
         drop_path: 0.0,
         dropout_by_feature: false,
+        coding_step: None,
         attention: MixerSpec::MultiHead(MultiHeadSpec {
             causal,
             ..MultiHeadSpec::new(heads)
@@ -65,7 +66,7 @@ fn spec(layout: &str, groups: usize, causal: bool) -> FitSpec {
         group: 4,
         groups,
         latents: if has_globals { 2 } else { 0 },
-        width: Some(LATENT),
+        width: has_globals.then_some(LATENT),
         block: has_globals.then(|| Box::new(block(8, 2, causal))),
         exchange_heads: None,
         read_feedforward: None,
@@ -88,6 +89,7 @@ struct Subject {
 struct Given<'a> {
     keep: Option<&'a Tensor>,
     memory: Option<&'a Tensor>,
+    memory_keep: Option<&'a Tensor>,
     sites: Option<&'a str>,
     dropout_seed: Option<u64>,
 }
@@ -137,7 +139,7 @@ impl Subject {
         let memory = given.memory.map(|memory| Signal::from(memory.clone()));
         let cx = Context {
             key_padding: given.keep,
-            memory: memory.as_ref().map(|memory| (memory, None)),
+            memory: memory.as_ref().map(|memory| (memory, given.memory_keep)),
             dropout_seed: given.dropout_seed,
             ..Context::new(trace)
         };

@@ -271,6 +271,7 @@ fn block_with(attention: MultiHeadSpec) -> BlockSpec {
         layer_scale: None,
         drop_path: 0.0,
         dropout_by_feature: false,
+        coding_step: None,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * D,

@@ -525,3 +525,25 @@ fn operations_are_linear_in_the_length() {
     assert!((exponent - 1.0).abs() < 0.1, "{exponent}");
     assert!(at(16, 64) > at(16, 16));
 }
+
+/// Columns are spread over what there is of a sequence, not over the pads behind it.
+#[test]
+fn pads_behind_a_longer_input_stretch_nothing() {
+    let keys = 9;
+    let spec = LinformerSpec {
+        longer: Longer::Interpolate,
+        ..spec(3, 5, Sharing::Headwise)
+    };
+    let map = parameters(&spec);
+    let [q, k, v] = inputs(keys);
+    for real in [1, 4, 5, 7, 9] {
+        let keep = (0..BATCH * keys).map(|i| u8::from(i >= keys || i < real));
+        let keep = Tensor::from_vec(keep.collect::<Vec<_>>(), (BATCH, keys), q.device()).unwrap();
+        let found = mixed(&spec, &map, [&q, &k, &v], Some(&keep));
+        let [short_k, short_v] =
+            [&k, &v].map(|x| x.narrow(2, 0, real).unwrap().contiguous().unwrap());
+        let alone = mixed(&spec, &map, [&q, &short_k, &short_v], None);
+        let [found, alone] = [found, alone].map(|y| y.narrow(0, 0, 1).unwrap());
+        assert_near(&found, &alone, 1e-12, &format!("{real} of {keys}"));
+    }
+}

@@ -2,6 +2,7 @@
 
 mod beside_heads;
 mod circuits;
+mod coding_step;
 mod combiner;
 mod combiner_centroids;
 mod combiner_dropout;
@@ -12,6 +13,7 @@ mod doubly_stochastic;
 mod drop_path;
 mod ecoformer;
 mod fastmax;
+mod fire_rows;
 mod fit;
 mod golden;
 mod hash_search;
@@ -19,7 +21,9 @@ mod introduction;
 mod kernelized;
 mod kinds;
 mod linformer;
+mod linformer_tokens;
 mod lion;
+mod mechanisms_golden;
 mod mra;
 mod positions;
 mod reformer;

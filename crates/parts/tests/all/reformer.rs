@@ -7,11 +7,11 @@ use crate::common::attention::{
     Given, HEAD_WIDTH, HEADS, Run, Subject, WIDTH, dot, growth, mask, softmax, spec,
 };
 use crate::common::{assert_near, contracted, difference, gradient_error, random, values};
-use lapidary_kernels::{Device, Tensor};
+use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::Context;
 use lapidary_parts::attention::mechanism::MechanismSpec;
 use lapidary_parts::attention::mechanism::reformer::{ReformerSpec, Repeats, Rotations};
-use lapidary_parts::attention::{MultiHeadSpec, QueryKeySharing};
+use lapidary_parts::attention::{MultiHeadAttention, MultiHeadSpec, QueryKeySharing};
 use lapidary_parts::decisions::Decisions;
 use lapidary_signal::{Signal, Trace};
 use rand::{RngExt, SeedableRng};
@@ -428,6 +428,42 @@ fn decoding_equals_the_pass_over_the_tokens_so_far() {
                 offset += step;
             }
         }
+    }
+}
+
+/// The first tokens meet nobody else, and themselves in every round: their gradients are as exact as others.
+#[test]
+fn gradients_of_queries_that_are_alone_hold_in_single_precision() {
+    let subject = subject(&plain(4, 3), true);
+    let x = random(&[1, 16, WIDTH], 5);
+    let gradients = |dtype: DType| -> Vec<f64> {
+        let cast = |x: &Tensor| x.to_dtype(dtype).unwrap();
+        let variables: Vec<(String, Var)> = subject
+            .map
+            .iter()
+            .map(|(name, tensor)| (name.clone(), Var::from_tensor(&cast(tensor)).unwrap()))
+            .collect();
+        let live = variables
+            .iter()
+            .map(|(name, variable)| (name.clone(), variable.as_tensor().clone()));
+        let attention = common::build(&live.collect(), |p| {
+            MultiHeadAttention::new(&subject.spec, WIDTH, p)
+        });
+        let trace = Trace::new();
+        let y = attention
+            .unwrap()
+            .forward(&Signal::from(cast(&x)), &Context::new(&trace), None);
+        let loss = y.unwrap().value().sqr().unwrap().sum_all().unwrap();
+        let found = loss.backward().unwrap();
+        let of = |(_, variable): &(String, Var)| values(found.get(variable.as_tensor()).unwrap());
+        variables.iter().flat_map(of).collect()
+    };
+    let (exact, found) = (gradients(DType::F64), gradients(DType::F32));
+    let largest = exact
+        .iter()
+        .fold(0.0f64, |most, entry| most.max(entry.abs()));
+    for (exact, found) in exact.iter().zip(&found) {
+        assert!((exact - found).abs() < 1e-5 * largest, "{exact} {found}");
     }
 }
 

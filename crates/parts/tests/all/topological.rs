@@ -299,32 +299,32 @@ fn random_features_approach_softmax() {
 
 #[test]
 fn pads_behind_the_patches_of_a_grid_change_nothing() {
-    let subject = Subject::new(
-        spec(
-            MechanismSpec::Topological(TopologicalSpec {
-                columns: Some(4),
-                unit: 8.0,
-                ..TopologicalSpec::default()
-            }),
-            false,
-        ),
-        6,
-    );
     let short = random(&[1, 8, attention::WIDTH], 4);
     let junk = (random(&[1, 4, attention::WIDTH], 5) * 100.0).unwrap();
     let long = Tensor::cat(&[&short, &junk], 1).unwrap();
     let keep = mask(&[&[1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]]);
-    let given = Given {
-        keep: Some(&keep),
-        ..Given::default()
-    };
-    let padded = subject.output(&long, given).narrow(1, 0, 8).unwrap();
-    assert_near(
-        &padded,
-        &subject.output(&short, Given::default()),
-        1e-12,
-        "pads",
-    );
+    // Random features are told by the largest of all keys, of which pads are none.
+    let random = FeatureMap::Exponential { count: 16, seed: 2 };
+    for features in [FeatureMap::Relu, random] {
+        let topological = TopologicalSpec {
+            columns: Some(4),
+            unit: 8.0,
+            features,
+            ..TopologicalSpec::default()
+        };
+        let subject = Subject::new(spec(MechanismSpec::Topological(topological), false), 6);
+        let given = Given {
+            keep: Some(&keep),
+            ..Given::default()
+        };
+        let padded = subject.output(&long, given).narrow(1, 0, 8).unwrap();
+        assert_near(
+            &padded,
+            &subject.output(&short, Given::default()),
+            1e-12,
+            "pads",
+        );
+    }
 }
 
 #[test]
@@ -518,6 +518,66 @@ fn lengths_are_rounded_to_whole_steps() {
         1e-12,
         "rounded",
     );
+}
+
+/// How far apart random trees put two tokens hangs on how many there are, and pads are none.
+#[test]
+fn random_trees_are_those_of_a_sequence_alone() {
+    let row = TopologicalSpec {
+        metric: Metric::RandomTrees { count: 2, seed: 3 },
+        unit: 4.0,
+        ..on(None, Mask::Exponential)
+    };
+    let grid = TopologicalSpec {
+        columns: Some(4),
+        ..row.clone()
+    };
+    let map = numbers(1.0);
+    let [q, k, v] = drawn(3, 12);
+    // Pads on all sides, behind, and everywhere.
+    let real: [&[u32]; 3] = [&[2, 3, 4, 6, 7, 8, 9], &[0, 1, 2, 3, 4], &[]];
+    for (spec, sequences) in [(row, 0..3), (grid, 1..3)] {
+        let mut keep = vec![0u8; 3 * 12];
+        for (sequence, places) in real.iter().enumerate() {
+            let all: Vec<u32> = (0..12).collect();
+            let places: &[u32] = if sequences.contains(&sequence) {
+                places
+            } else {
+                &all[..]
+            };
+            for place in places {
+                keep[sequence * 12 + *place as usize] = 1;
+            }
+        }
+        let keep = Tensor::from_vec(keep, (3, 12), q.device()).unwrap();
+        let module = build(&map, |p| spec.build(&heads(HEADS, WIDTH, false), p)).unwrap();
+        let trace = Trace::new();
+        let context = Context::new(&trace);
+        let pass = MechanismPass {
+            path: "attention",
+            tokens: &q,
+            keep: Some(&keep),
+            offset: 0,
+            context: &context,
+        };
+        let found = module.mixing(&q, &k, &pass).unwrap().mix(&v).unwrap();
+        for sequence in sequences {
+            let places = real[sequence];
+            if places.is_empty() {
+                let rest = values(&found.narrow(0, sequence, 1).unwrap());
+                assert!(rest.iter().all(|x| *x == 0.0));
+                continue;
+            }
+            let at = Tensor::new(places, q.device()).unwrap();
+            let alone = |x: &Tensor| {
+                let x = x.narrow(0, sequence, 1).unwrap().contiguous().unwrap();
+                x.index_select(&at, 2).unwrap()
+            };
+            let expected = mixing(&spec, &map, [&alone(&q), &alone(&k)]);
+            let expected = expected.mix(&alone(&v)).unwrap();
+            assert_near(&alone(&found), &expected, 1e-12, "alone");
+        }
+    }
 }
 
 #[test]

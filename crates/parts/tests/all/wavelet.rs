@@ -412,13 +412,16 @@ fn what_does_not_fit_is_refused() {
     refused(&|spec| spec.taps = 7, "attention.taps is 7");
     refused(&|spec| spec.taps = 0, "attention.taps is 0");
     refused(&|spec| spec.base = Base::Coiflet, "attention.taps is 8");
-    refused(&|spec| spec.base = Base::Normal, "attention.base is Normal");
+    refused(
+        &|spec| spec.base = Base::Normal,
+        "attention.base is \"normal\"",
+    );
     refused(
         &|spec| {
             spec.family = Family::Lifting;
             spec.boundary = Boundary::Reflect;
         },
-        "attention.boundary is Reflect",
+        "attention.boundary is \"reflect\"",
     );
     refused(
         &|spec| {

@@ -16,7 +16,7 @@ use lapidary_parts::state::MixerState;
 use lapidary_parts::{Context, Result};
 use lapidary_signal::{Signal, Trace};
 
-const WIDTH: usize = 6;
+pub const WIDTH: usize = 6;
 
 fn code(spec: &SparseCodeSpec, dictionary: &Tensor, y: &Tensor) -> Tensor {
     let map = Map::from([("dictionary".to_owned(), dictionary.clone())]);
@@ -39,7 +39,7 @@ fn relu(x: &Tensor) -> Tensor {
 }
 
 /// A rotation of the first two features, and a sign.
-fn orthogonal() -> Tensor {
+pub fn orthogonal() -> Tensor {
     let mut entries = vec![0.0; WIDTH * WIDTH];
     for i in 0..WIDTH {
         entries[i * WIDTH + i] = if i == 3 { -1.0 } else { 1.0 };

@@ -109,6 +109,7 @@ impl Default for FastmaxSpec {
 pub enum Normalisation {
     /// Each is centred and made as long as one.
     #[default]
+    #[serde(deserialize_with = "crate::fields::none")]
     Token,
     /// Each is divided by the longest of its sequence and head.
     Max {
@@ -117,6 +118,7 @@ pub enum Normalisation {
         limit: f64,
     },
     /// Nothing: scores are `scale · q · k`.
+    #[serde(deserialize_with = "crate::fields::none")]
     None,
 }
 
@@ -217,6 +219,10 @@ impl Describe for FastmaxSpec {
         Subsets::AnyKeys
     }
 
+    fn is_scaled(&self) -> bool {
+        self.normalisation == Normalisation::None
+    }
+
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
         let at = |name: &str| format!("{field}.{name}");
         if !(1..=2).contains(&self.degree) {
@@ -248,6 +254,16 @@ impl Describe for FastmaxSpec {
         }
         if !self.coefficients.iter().all(|a| a.is_finite()) {
             let expected = "three finite numbers";
+            return Err(Error::spec(at("coefficients"), self.coefficients, expected));
+        }
+        if self
+            .coefficients
+            .iter()
+            .take(self.degree + 1)
+            .all(|a| *a == 0.0)
+        {
+            let expected =
+                "three numbers, not all 0 up to the degree: weights would be nothing over nothing";
             return Err(Error::spec(at("coefficients"), self.coefficients, expected));
         }
         if !(0.0..1.0).contains(&self.dropout) {

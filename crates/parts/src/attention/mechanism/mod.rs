@@ -66,6 +66,7 @@ pub use spans::SpanMemory;
 pub enum MechanismSpec {
     /// Softmax over all keys that the masks leave (Vaswani et al., arXiv 1706.03762).
     #[default]
+    #[serde(deserialize_with = "crate::fields::none")]
     Softmax,
     /// Keys and values projected along the sequence (Wang et al., arXiv 2006.04768).
     Linformer(LinformerSpec),
@@ -136,6 +137,8 @@ pub struct Heads {
     pub heads: usize,
     /// Features of a query and a key of a head.
     pub head_width: usize,
+    /// Features of a value of a head.
+    pub value_width: usize,
     /// Whether a token sees only itself and earlier ones.
     pub causal: bool,
     /// What scores are multiplied by, where a mechanism has scores.
@@ -181,6 +184,17 @@ pub trait Describe {
         Subsets::Refused
     }
 
+    /// Whether it makes fewer rows of tokens before keys and values are made of these: see [`Mechanism::shortening`]. Then
+    /// nothing may happen to keys between their layer and their product with queries.
+    fn reads_tokens(&self) -> bool {
+        false
+    }
+
+    /// Whether what scores are multiplied by changes anything.
+    fn is_scaled(&self) -> bool {
+        true
+    }
+
     /// Refuses what cannot be built for such heads; `field` is the path of the spec. Abilities are
     /// checked before.
     ///
@@ -217,7 +231,7 @@ pub(super) fn validate(
     if !heads.causal && !abilities.bidirectional {
         return refuse(
             format!("{kind} in bidirectional attention"),
-            format!("another mechanism, or causal = true: {kind} looks back only"),
+            format!("another mechanism, or causal = true: this {kind} looks back only"),
         );
     }
     if cross && !abilities.cross {
@@ -229,7 +243,7 @@ pub(super) fn validate(
     if let Some(what) = scores.filter(|_| !abilities.scores) {
         return refuse(
             format!("{kind} with {what}"),
-            format!("softmax, or attention without {what}: {kind} has no scores to mask or add to"),
+            format!("softmax, or attention without {what}, which this {kind} does not take"),
         );
     }
     spec.validate(heads, field)
@@ -302,6 +316,17 @@ pub enum Resumed {
     },
 }
 
+/// What makes rows of tokens, `[batch, 1, row, token]`, that keys and values are made of in the place of the tokens.
+#[derive(Debug)]
+pub struct Shortening {
+    /// Rows that keys are made of.
+    pub keys: Box<dyn Mixing>,
+    /// Rows that values are made of; those of keys when absent.
+    pub values: Option<Box<dyn Mixing>>,
+    /// Sites below the attention's path that are written without it alone.
+    pub sites: &'static [&'static str],
+}
+
 /// A mechanism with its parameters.
 pub trait Mechanism: fmt::Debug + Send + Sync {
     /// The mixing of values that lie where the keys `k` `[batch, heads, key, head_width]` lie, for
@@ -324,6 +349,53 @@ pub trait Mechanism: fmt::Debug + Send + Sync {
         pass: &MechanismPass<'_>,
     ) -> Result<Box<dyn Mixing>> {
         self.mixing(q, k, pass)
+    }
+
+    /// Whether weights depend on values too: attention then asks for [`Mechanism::mixing_by_values`].
+    fn reads_values(&self) -> bool {
+        false
+    }
+
+    /// As [`Mechanism::mixing`], with values `v` `[batch, heads, key, value_width]` that the mixing may be made of. It is
+    /// linear in what it mixes all the same: where lenses hold queries and keys, they hold these.
+    ///
+    /// # Errors
+    /// As there.
+    fn mixing_by_values(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        _v: &Tensor,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Box<dyn Mixing>> {
+        self.mixing(q, k, pass)
+    }
+
+    /// What makes fewer rows of so many tokens, `[batch, token]`, where keys and values of these rows give through
+    /// [`Mechanism::mixing_of_rows`] what those of all tokens give through [`Mechanism::mixing`]; nothing otherwise.
+    ///
+    /// # Errors
+    /// For lengths that it is not defined for.
+    fn shortening(&self, _tokens: [usize; 2], _: &MechanismPass<'_>) -> Result<Option<Shortening>> {
+        Ok(None)
+    }
+
+    /// The mixing of values of the rows of [`Mechanism::shortening`], `k` `[batch, heads, row, head_width]` being their keys.
+    ///
+    /// # Errors
+    /// When it makes none.
+    fn mixing_of_rows(
+        &self,
+        _q: &Tensor,
+        _k: &Tensor,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Box<dyn Mixing>> {
+        let field = format!("rows of tokens at {}", pass.path);
+        Err(Error::spec(
+            field,
+            "given",
+            "absent: keys are of all tokens",
+        ))
     }
 
     /// Whether what this pass asks for is softmax over all keys, which attention does itself.

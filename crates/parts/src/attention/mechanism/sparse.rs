@@ -91,6 +91,7 @@ pub enum SparsePattern {
         stride: usize,
     },
     /// Those `0, 1, 2, 4, 8, …` before, in one step.
+    #[serde(deserialize_with = "crate::fields::none")]
     LogSparse,
     /// Those of the blocks that a layout names, in one step.
     Layout(BlockLayout),
@@ -115,6 +116,18 @@ fn one() -> usize {
     1
 }
 
+impl Steps {
+    /// As in a spec.
+    fn name(self) -> &'static str {
+        match self {
+            Self::First => "first",
+            Self::Second => "second",
+            Self::Merged => "merged",
+            Self::ByHead => "by-head",
+        }
+    }
+}
+
 impl Describe for SparseSpec {
     fn kind(&self) -> &'static str {
         "sparse"
@@ -133,7 +146,7 @@ impl Describe for SparseSpec {
             SparsePattern::LogSparse | SparsePattern::Layout(_) if self.steps != Steps::Merged => {
                 return Err(Error::spec(
                     at("steps"),
-                    self.steps,
+                    self.steps.name(),
                     "merged: log-sparse and layouts have one step",
                 ));
             }
@@ -443,8 +456,8 @@ impl SparseSpec {
                 let over = (stride..=length.next_multiple_of(stride))
                     .step_by(stride)
                     .flat_map(|end| {
-                        let run = end - behind - summaries..end - behind;
-                        run.filter(|j| *j < length).map(move |j| At {
+                        let run = end - behind - summaries..length.min(end - behind);
+                        run.map(move |j| At {
                             position: if merged { end } else { j },
                             ..sequence.key(j)
                         })

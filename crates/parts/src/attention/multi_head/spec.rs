@@ -214,6 +214,13 @@ impl MultiHeadSpec {
         if let Some(QueryKeyNorm { norm, .. }) = &self.query_key_norm {
             norm.validate(&at("query_key_norm.norm"))?;
         }
+        let mechanism = self.mechanism.spec();
+        let unscaled = mechanism.filter(|mechanism| !mechanism.is_scaled());
+        if let (Some(scale), Some(mechanism)) = (self.scale, unscaled) {
+            let kind = mechanism.kind();
+            let expected = format!("absent: it changes nothing in this {kind}");
+            return Err(Error::spec(at("scale"), scale, expected));
+        }
         self.validate_sharing(width, field)?;
         self.validate_output(width, field)?;
         self.validate_local(field)?;
@@ -229,8 +236,23 @@ impl MultiHeadSpec {
             (false, scores),
             &at("mechanism"),
         )?;
+        self.validate_tokens(&at("mechanism.project"))?;
         self.position
             .validate(groups, self.head_width(width), self.causal, &at("position"))
+    }
+
+    /// Refuses what happens to keys where their mechanism reads tokens.
+    fn validate_tokens(&self, field: &str) -> Result<()> {
+        let mechanism = self.mechanism.spec();
+        if !mechanism.is_some_and(mechanism::Describe::reads_tokens) {
+            return Ok(());
+        }
+        let what = match (&self.position, &self.query_key_norm) {
+            (PositionSpec::Rotary(_), _) => "rotary positions, which turn the key of each token",
+            (_, Some(_)) => "query_key_norm, which norms the key of each token",
+            _ => return Ok(()),
+        };
+        Err(Error::spec(field, "tokens", format!("keys beside {what}")))
     }
 
     fn validate_sharing(&self, width: usize, field: &str) -> Result<()> {
@@ -257,6 +279,7 @@ impl MultiHeadSpec {
             width,
             heads: self.heads,
             head_width: self.head_width(width),
+            value_width: self.value_width(width),
             causal: self.causal,
             scale: self.scale(width),
             sharing: self.sharing,

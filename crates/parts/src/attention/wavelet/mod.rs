@@ -113,6 +113,19 @@ pub enum Base {
     Normal,
 }
 
+impl Base {
+    /// As in a spec.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Daubechies => "daubechies",
+            Self::Symlet => "symlet",
+            Self::Coiflet => "coiflet",
+            Self::Sinusoid => "sinusoid",
+            Self::Normal => "normal",
+        }
+    }
+}
+
 /// What lies beyond the ends of the sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -204,6 +217,19 @@ impl WaveletSpec {
             return Err(Error::spec(at("taps"), self.taps, expected));
         }
         let based = matches!(self.family, Family::Fixed | Family::Adaptive);
+        if !based && self.base != Base::default() {
+            let expected = "absent, or a fixed or an adaptive family: no other begins as a wavelet";
+            return Err(Error::spec(at("base"), self.base.name(), expected));
+        }
+        if !self.filters() && self.convolution != Convolution::default() {
+            let expected = "direct: this family has no filters to be convolved with";
+            return Err(Error::spec(at("convolution"), "fourier", expected));
+        }
+        let without_taps = matches!(self.family, Family::Lifting | Family::Fourier);
+        if without_taps && self.taps != taps() {
+            let expected = "absent: this family has no taps to choose";
+            return Err(Error::spec(at("taps"), self.taps, expected));
+        }
         let mut coiflets = (1..=coiflets::MOST).map(|order| 6 * order);
         let none = !coiflets.any(|taps| taps == self.taps);
         if based && self.base == Base::Coiflet && none {
@@ -212,11 +238,11 @@ impl WaveletSpec {
         }
         if self.family == Family::Fixed && matches!(self.base, Base::Sinusoid | Base::Normal) {
             let expected = "daubechies, symlet or coiflet for a fixed family";
-            return Err(Error::spec(at("base"), self.base, expected));
+            return Err(Error::spec(at("base"), self.base.name(), expected));
         }
         if !self.filters() && self.boundary != Boundary::Periodised {
             let expected = "periodised: there are no filters to meet a boundary";
-            return Err(Error::spec(at("boundary"), self.boundary, expected));
+            return Err(Error::spec(at("boundary"), "reflect", expected));
         }
         if self.family == Family::Fourier && self.levels != 1 {
             let expected = "1: a Fourier transform has no levels";

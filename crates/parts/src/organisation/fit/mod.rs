@@ -261,10 +261,13 @@ impl FitSpec {
                     format!("0: {without}"),
                 ));
             }
+            let own_start = self.latent_positions != LatentPositions::default();
             let given = [
                 ("block", self.block.is_some()),
                 ("read_feedforward", self.read_feedforward.is_some()),
                 ("exchange_heads", self.exchange_heads.is_some()),
+                ("width", self.width.is_some()),
+                ("latent_positions", own_start),
             ];
             if let Some((name, _)) = given.iter().find(|(_, given)| *given) {
                 return Err(Error::spec(at(name), "given", format!("absent: {without}")));
@@ -276,9 +279,13 @@ impl FitSpec {
         let width = self.latent_width(model.width);
         bounded(at("width"), width, 1..=MAX_WIDTH)?;
         block.validate(width, &at("block"))?;
-        if block.repeat != 1 || block.shared {
-            let expected = "1, not shared: the layout says how many there are";
+        if block.repeat != 1 {
+            let expected = "1: the layout says how many there are";
             return Err(Error::spec(at("block.repeat"), block.repeat, expected));
+        }
+        if block.shared {
+            let expected = "false: each global layer has weights of its own";
+            return Err(Error::spec(at("block.shared"), true, expected));
         }
         if block.cross_attention.is_some() {
             let expected = "absent: latents read by themselves";

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 pub enum Importance {
     /// The first real tokens of a sequence: a class token, or a question before its text.
     #[default]
+    #[serde(deserialize_with = "crate::fields::none")]
     First,
     /// Those with an id: the hidden ones of a masked language model, say.
     Token {

@@ -219,6 +219,9 @@ fn validate_attention(attention: &MultiHeadSpec, index: usize) -> Result<()> {
     if attention.window.is_some() {
         return refuse("window", "given", "absent");
     }
+    if attention.local.is_some() {
+        return refuse("local", "given", "absent");
+    }
     if attention.scale == Some(0.0) {
         return refuse("scale", "0", "another number");
     }

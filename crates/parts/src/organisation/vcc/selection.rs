@@ -77,9 +77,11 @@ pub(super) fn choose(
         blocks.sort_by_key(|block| kept.get(*block).copied().unwrap_or(0) == 0);
         ranking.push(blocks);
     }
-    // π = softmax(ln score) = score / Σ score.
+    // π = softmax(ln score) = score / Σ score; nothing where no VIP looks, and no gradient there either, which a quotient by
+    // next to nothing would make infinite.
     let total = tensor(received.sum_keepdim(1))?;
-    let total = tensor(total.maximum(f64::from(f32::MIN_POSITIVE)))?;
+    let unseen = tensor(tensor(total.detach().eq(0.0))?.to_dtype(total.dtype()))?;
+    let total = tensor(total + unseen)?;
     Ok(Chosen {
         importance: tensor(received.broadcast_div(&total))?,
         ranking,

@@ -199,6 +199,7 @@ pub fn heads(heads: usize, head_width: usize, causal: bool) -> Heads {
         width: heads * head_width,
         heads,
         head_width,
+        value_width: head_width,
         causal,
         scale: 0.5,
         sharing: QueryKeySharing::None,

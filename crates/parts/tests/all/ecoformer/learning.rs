@@ -3,7 +3,7 @@
 use super::{fitted, heads, plain, unit};
 use crate::common::attention::{HEAD_WIDTH, HEADS, dot, mask};
 use crate::common::{Map, assert_near, build, normal, random, tensor, values};
-use lapidary_kernels::Tensor;
+use lapidary_kernels::{Device, Tensor};
 use lapidary_parts::attention::mechanism::ecoformer::{EcoformerSpec, Fit, Sample, learn};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -270,4 +270,46 @@ fn what_cannot_be_fitted_is_refused() {
     // A mask of the first sequence alone says nothing of the second.
     let keep = mask(&[&[1; 6]]);
     refused(&plain(), Some(&keep), "shape of keep is [1, 6]");
+    let usual = Fit::default;
+    let count = HEADS * plain().bits * plain().anchors;
+    let mut start = vec![0.5; count];
+    start[count - 1] = f64::NAN;
+    let start = Some(start);
+    let none = Tensor::full(f64::NAN, (1, HEADS, 6, HEAD_WIDTH), &Device::Cpu).unwrap();
+    for (fit, queries, expected) in [
+        (
+            Fit { top: 0, ..usual() },
+            &queries,
+            "top is 0, but must be between 1 and",
+        ),
+        (
+            Fit {
+                rate: f64::NAN,
+                ..usual()
+            },
+            &queries,
+            "rate is NaN, but must be a positive number",
+        ),
+        (
+            Fit {
+                momentum: 1.0,
+                ..usual()
+            },
+            &queries,
+            "momentum is 1.0, but must be at least 0 and below 1",
+        ),
+        (
+            Fit { start, ..usual() },
+            &queries,
+            "a hash to start from is NaN, but must be finite",
+        ),
+        (
+            usual(),
+            &none,
+            "a query that hashes are learned from is NaN",
+        ),
+    ] {
+        let said = plain().fit(queries, None, &fit).unwrap_err();
+        assert!(said.to_string().starts_with(expected), "{said}");
+    }
 }

@@ -91,3 +91,37 @@ fn conditions_stand_before_the_tokens_of_their_group() {
             .contains("2 conditions for every group")
     );
 }
+
+/// Neither tokens nor latents hear of them.
+#[test]
+fn conditions_that_are_pads_are_not_there() {
+    let of = |condition| {
+        let spec = FitSpec {
+            condition,
+            ..spec("(1)1(1)", 3, false)
+        };
+        Subject::new(spec, false)
+    };
+    let (two, mut one) = (of(2), of(1));
+    one.map = two.map.clone();
+    let x = tokens(12);
+    let mask =
+        |row: &[u8]| Tensor::from_vec(row.repeat(BATCH), (BATCH, row.len()), &Device::Cpu).unwrap();
+    // The second condition of every group is a pad, and so are some tokens.
+    let conditions = mask(&[1, 0, 1, 0, 1, 0]);
+    let tokens = mask(&[1, 1, 1, 0, 1, 0, 1, 1, 1, 1, 1, 1]);
+    let memory = random(&[BATCH, 6, WIDTH], 5);
+    let first = Tensor::new(&[0u32, 2, 4], &Device::Cpu).unwrap();
+    let first = memory.index_select(&first, 1).unwrap();
+    for keep in [None, Some(&tokens)] {
+        let given = |memory, memory_keep| Given {
+            keep,
+            memory: Some(memory),
+            memory_keep,
+            ..Given::default()
+        };
+        let (padded, _) = two.pass(&x, given(&memory, Some(&conditions)));
+        let (alone, _) = one.pass(&x, given(&first, None));
+        assert_near(&padded, &alone, 1e-12, "conditions with pads");
+    }
+}

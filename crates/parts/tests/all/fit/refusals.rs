@@ -3,7 +3,9 @@
 use super::{Given, Subject, WIDTH, block, spec, tokens};
 use lapidary_parts::attention::MultiHeadSpec;
 use lapidary_parts::block::BlockSpec;
-use lapidary_parts::organisation::fit::{FitOutput, FitSpec, GroupPositions, Tiles};
+use lapidary_parts::organisation::fit::{
+    FitOutput, FitSpec, GroupPositions, LatentPositions, Tiles,
+};
 use lapidary_parts::organisation::{OrganisationSpec, Surroundings};
 use lapidary_signal::{Signal, Trace};
 
@@ -112,6 +114,23 @@ fn what_does_not_fit_is_refused() {
             spec.exchange_heads = Some(2);
         },
         "organisation.exchange_heads is \"given\", but must be absent",
+    );
+    refused(
+        &|spec, _| {
+            locals(spec);
+            spec.block = None;
+            spec.width = Some(12);
+        },
+        "organisation.width is \"given\", but must be absent",
+    );
+    refused(
+        &|spec, _| {
+            locals(spec);
+            spec.block = None;
+            spec.width = None;
+            spec.latent_positions = LatentPositions::Sinusoidal;
+        },
+        "organisation.latent_positions is \"given\", but must be absent",
     );
     let long = Subject::new(spec("(1)1(1)", 3, false), false);
     let x = Signal::from(tokens(13));

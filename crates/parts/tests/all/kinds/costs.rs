@@ -1,7 +1,10 @@
 //! Parameters and operations are those of the formulas.
 
+mod sums;
+
 use super::*;
 use lapidary_kernels::operations_in_chunks;
+use sums::*;
 
 /// `(parameters, floating-point operations)` by the formulas of the parts' documentation, in
 /// full: biases, activations and softmaxes too.
@@ -81,6 +84,10 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
         parts.push(norm(&spec.norm, WIDTH, n));
         parts.push((0, n * WIDTH));
     }
+    // Both sides of the sum are multiplied by a number.
+    if spec.coding_step.is_some() {
+        parts.push((0, 2 * n * WIDTH));
+    }
     // A number for each feature of each part's output.
     if spec.layer_scale.is_some() {
         let others = [spec.cross_attention.is_some(), spec.feedforward.is_some()];
@@ -144,7 +151,14 @@ fn formulas(spec: &BlockSpec) -> (usize, usize) {
 fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(usize, usize)> {
     let (heads, groups, width) = (spec.heads, spec.groups(), spec.head_width(WIDTH));
     let value_width = spec.value_width(WIDTH);
-    let (queries, keys) = (BATCH * LENGTH, BATCH * keys);
+    // Rows that keys and values are made of, and whether what a bias adds to them is put right.
+    let (rows, put_right) = match &spec.mechanism {
+        MechanismSpec::Linformer(linformer) if linformer.project == Project::Tokens => {
+            (linformer.slots, spec.bias)
+        }
+        _ => (keys, false),
+    };
+    let (queries, tokens, keys) = (BATCH * LENGTH, keys, BATCH * rows);
     let linear = |input: usize, output: usize, bias: bool, rows: usize| {
         let bias = if bias { output } else { 0 };
         (input * output + bias, rows * (2 * input * output + bias))
@@ -176,8 +190,11 @@ fn attention_formulas(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> Vec<(u
                 .map_or(local.side, |_| local.side * local.side);
             (heads * taps, queries * heads * (2 * taps + 1) * value_width)
         }),
-        mechanism_formula(spec, pairs, keys / BATCH),
+        mechanism_formula(spec, pairs, tokens),
     ];
+    if put_right {
+        parts.push((0, keys * groups * (width + value_width)));
+    }
     if let Some(QueryKeyNorm { norm, per_head }) = &spec.query_key_norm {
         let (parameters, operations) = match norm {
             NormSpec::Layer { .. } => (2, 8),
@@ -363,11 +380,21 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
                 Sharing::Headwise => 2 * one(linformer.slots).1,
                 Sharing::KeyValue | Sharing::Layerwise => one(linformer.slots).1,
             };
+            let of_tokens = linformer.project == Project::Tokens;
             let each = by_head.iter().map(|&slots| {
-                let projections = 2 * one(slots).0 * keys * widths;
+                let projections = match of_tokens {
+                    true => 0,
+                    false => 2 * one(slots).0 * keys * widths,
+                };
                 projections + LENGTH * slots * (2 * widths + 5)
             });
-            (parameters, BATCH * each.sum::<usize>())
+            let shared = linformer.sharing != Sharing::Headwise;
+            let projections = match (of_tokens, shared) {
+                (false, _) => 0,
+                (true, true) => 2 * one(linformer.slots).0 * keys * WIDTH,
+                (true, false) => 2 * 2 * one(linformer.slots).0 * keys * WIDTH,
+            };
+            (parameters, BATCH * (projections + each.sum::<usize>()))
         }
         MechanismSpec::Lion(lion) => lion_formula(spec, lion, keys),
         MechanismSpec::Fastmax(fastmax) => {
@@ -387,14 +414,16 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
         MechanismSpec::Reformer(reformer) => {
             let width = spec.head_width(WIDTH);
             let hashing = 2 * width * keys * reformer.rounds * reformer.buckets[0] / 2;
-            let merging = match reformer.rounds {
+            // Under a causal mask the first token meets no other one, and itself in a part for that.
+            let alone = usize::from(spec.causal);
+            let merging = match reformer.rounds + alone {
                 1 => 0,
-                rounds => rounds * LENGTH * (2 * spec.value_width(WIDTH) + 4),
+                parts => parts * LENGTH * (2 * spec.value_width(WIDTH) + 4),
             };
-            // Every chunk of the ring meets itself and the one before.
+            // Every chunk of the ring meets itself and the one before, and no token itself.
             let met = match reformer.chunk >= LENGTH {
-                true => 2 * reformer.rounds * pairs,
-                false => reformer.rounds * LENGTH * 2 * reformer.chunk,
+                true => 2 * reformer.rounds * (pairs - LENGTH) + alone,
+                false => reformer.rounds * LENGTH * (2 * reformer.chunk - 1),
             };
             (0, heads * (met * (2 * widths + 5) + hashing + merging))
         }
@@ -405,6 +434,13 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
             let value = spec.value_width(WIDTH);
             let pair = 2 * widths + 5;
             let merging = |parts: usize| parts * LENGTH * (2 * value + 4);
+            // Features of what keys of rows are made of.
+            let row_source = match combiner.summary {
+                Summary::Projected {
+                    of: RowSource::Values,
+                } => value,
+                _ => spec.head_width(WIDTH),
+            };
             let operations = match combiner.form {
                 CombinerForm::Fixed { segment: 2 } if spec.causal => {
                     (9 + 6 + 4) * pair + merging(2)
@@ -426,7 +462,7 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
                     vertical + horizontal + 2 * LENGTH * value
                 }
                 CombinerForm::RowMajor { columns: 2 } => {
-                    let keys = 8 * (4 * spec.head_width(WIDTH) + 5);
+                    let keys = 8 * (2 * spec.head_width(WIDTH) + 2 * row_source + 5);
                     (9 + 6 + 8) * pair + merging(2) + keys
                 }
                 // Row and column, the other column above, and its first two beginnings.
@@ -448,9 +484,9 @@ fn mechanism_formula(spec: &MultiHeadSpec, pairs: usize, keys: usize) -> (usize,
                     (2 * (width * width + width), each + sums)
                 }
                 // Both tokens of the two rows that later ones look at.
-                Summary::Projected => (
-                    2 * (width * width + width),
-                    4 * (4 * width * width + 11 * width),
+                Summary::Projected { .. } => (
+                    width * (width + row_source) + 2 * width,
+                    4 * (2 * width * (width + row_source) + 11 * width),
                 ),
             };
             let centroids = match combiner.form {
@@ -552,122 +588,4 @@ fn pairs_of_pattern(sparse: &SparseSpec, head: usize) -> usize {
     };
     let pairs = (0..LENGTH).flat_map(|i| (0..=i).map(move |j| (i, j)));
     pairs.filter(|(i, j)| sees(*i, *j)).count()
-}
-
-/// Sums over the past of one head and sequence: no longer than a chunk.
-fn past(n: usize, features: usize, width: usize) -> usize {
-    2 * n * n * (features + width) + 4 * n * features * width
-}
-
-fn lion_formula(spec: &MultiHeadSpec, lion: &LionSpec, n: usize) -> (usize, usize) {
-    let (heads, features) = (spec.heads, spec.head_width(WIDTH));
-    let (values, width) = (spec.value_width(WIDTH), spec.value_width(WIDTH) + 1);
-    let curves = lion.image.as_ref().map_or(1, |image| image.curves.len());
-    let own = if lion.per_feature { features } else { 1 };
-    let (parameters, logits) = match lion.decay {
-        LionDecay::None => (0, 0),
-        LionDecay::Constant => (curves * heads * own, 0),
-        LionDecay::Selective => (
-            curves * heads * own * (WIDTH + 1),
-            curves * own * (2 * WIDTH + 2),
-        ),
-    };
-    let each = if lion.decay == LionDecay::None { 3 } else { 5 };
-    // All positions are one chunk, or every two of them.
-    let chunk = match lion.form {
-        LionForm::Chunked { size: 2 } => 2,
-        _ => n,
-    };
-    let by_half = n * (chunk + 1) * (features + width) + 4 * n * features * width;
-    let direction = if lion.per_feature {
-        by_half
-    } else {
-        past(n, features, width)
-    };
-    let both = match lion.per_feature {
-        true => 2 * direction + n * (2 * features + 4 * width),
-        // A chunk meets itself once, and reads two sums.
-        false => direction + 4 * n * features * width,
-    };
-    let sums = match (spec.causal, lion.decay, lion.form) {
-        (true, _, LionForm::Recurrent) => n * past(1, features, width),
-        (true, ..) => direction,
-        (false, _, LionForm::Parallel) => n * n * (2 * (features + width) + 8 * curves),
-        (false, LionDecay::None, _) => 4 * n * features * width,
-        (false, ..) => curves * both,
-    };
-    let before = n * (2 * each * features + logits);
-    (
-        parameters,
-        BATCH * heads * (before + sums + n * (values + 1)),
-    )
-}
-
-fn fastmax_formula(spec: &MultiHeadSpec, fastmax: &FastmaxSpec, n: usize) -> usize {
-    let (d, width) = (spec.head_width(WIDTH), spec.value_width(WIDTH) + 1);
-    let before = match fastmax.normalisation {
-        Normalisation::None => n * d,
-        Normalisation::Token => 12 * n * d,
-        Normalisation::Max { .. } => 8 * n * d,
-    };
-    // Queries are multiplied by what is learned, and in degree two have a feature more.
-    let before = before + usize::from(fastmax.learned) * n * d;
-    let d = d + usize::from(fastmax.learned && fastmax.degree == 2);
-    let monomials = 1 + d + (fastmax.degree - 1) * d * (d + 1) / 2;
-    let within = if spec.causal {
-        n * n * (2 * d + 4 + 2 * width)
-    } else {
-        0
-    };
-    let sums = 2 * n * monomials * (2 * width + 2) + within;
-    BATCH * spec.heads * (before + sums + n * width)
-}
-
-fn kernelized_formula(
-    spec: &MultiHeadSpec,
-    kernelized: &KernelizedSpec,
-    n: usize,
-) -> (usize, usize) {
-    let (heads, d) = (spec.heads, spec.head_width(WIDTH));
-    let (values, width) = (spec.value_width(WIDTH), spec.value_width(WIDTH) + 1);
-    // Four features: the power of two from 4 ln 4 = 5.5 on, or one frequency for each.
-    let (components, count, projection, parameters) = match &kernelized.spectrum {
-        SpectrumSpec::Gaussian => (None, 8, 8 * 2 * d, 0),
-        SpectrumSpec::Mixture { components } => {
-            let each = components.unwrap_or(1);
-            let spread = match kernelized.features {
-                ReadOut::Fourier { .. } => d * d,
-                ReadOut::Positive { .. } => d,
-            };
-            let weights = components.map_or(0, |components| heads * components);
-            let parameters = heads * each * (d + spread) + weights;
-            (*components, 8, each * 8 * 2 * d, parameters)
-        }
-        SpectrumSpec::Fastfood { learned } => {
-            let diagonals = match learned {
-                Learned::None => 0,
-                Learned::Scaling => 1,
-                Learned::All => 3,
-            };
-            (None, d, d * (2 * 2 + 4), diagonals * heads * d)
-        }
-        SpectrumSpec::Generator => {
-            let layer = |input: usize, output: usize| input * output + output;
-            let hidden = layer(d / 2, 2 * d) + 4 * d + layer(2 * d, 4 * d) + 8 * d;
-            (None, 8, 8 * 2 * d, hidden + layer(4 * d, d))
-        }
-    };
-    let features = match kernelized.features {
-        ReadOut::Fourier { .. } => 2 * count + 1,
-        ReadOut::Positive { .. } => count,
-    };
-    let sums = match spec.causal {
-        true => past(n, features, width),
-        false => 4 * n * features * width,
-    };
-    let averaged = if components.is_some() { 3 } else { 1 };
-    let each = components.unwrap_or(1);
-    let after = n * (averaged * values + 1);
-    let before = 2 * n * (projection + 2 * features);
-    (parameters, BATCH * heads * (before + each * (sums + after)))
 }

@@ -13,10 +13,10 @@ use crate::common::{
     Map, assert_near, build, contracted, difference, draw, gradient_error, is_finite, random,
 };
 use cases::*;
-use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::activation::ActivationSpec;
 use lapidary_parts::attention::mechanism::combiner::{
-    CombinerForm, CombinerSpec, Pooling, Summary,
+    CombinerForm, CombinerSpec, Pooling, RowSource, Summary,
 };
 use lapidary_parts::attention::mechanism::doubly_stochastic::{
     Ansatz, CircuitSpec, DoublyStochasticSpec, Operator, Over, SinkhornForm, Statistic, Training,
@@ -26,7 +26,9 @@ use lapidary_parts::attention::mechanism::fastmax::{FastmaxSpec, Normalisation};
 use lapidary_parts::attention::mechanism::kernelized::{
     KernelizedSpec, Learned, ReadOut, SpectrumSpec,
 };
-use lapidary_parts::attention::mechanism::linformer::{LinformerSpec, Projection, Sharing};
+use lapidary_parts::attention::mechanism::linformer::{
+    LinformerSpec, Project, Projection, Sharing,
+};
 use lapidary_parts::attention::mechanism::lion::{Curve, LionDecay, LionForm, LionImage, LionSpec};
 use lapidary_parts::attention::mechanism::mra::{MraSpec, Tiles};
 use lapidary_parts::attention::mechanism::reformer::{ReformerSpec, Rotations};
@@ -42,6 +44,7 @@ use lapidary_parts::attention::{
     QueryKeySharing,
 };
 use lapidary_parts::block::{Block, BlockSpec, Wiring};
+use lapidary_parts::coding_step::CodingStep;
 use lapidary_parts::feedforward::{
     DenseSpec, FeedforwardSpec, GatedSpec, LinearSpec, Mixture, MixtureSpec, SparseCodeSpec,
 };
@@ -338,6 +341,33 @@ fn gradients_equal_central_differences() {
             contracted(y.value())
         });
         assert!(error < 1e-6, "{}: {error:e}", case.name);
+    }
+}
+
+/// Training changes parameters where they are: whatever is made of them when a block is built stays behind.
+#[test]
+fn parameters_that_change_after_a_block_is_built_count() {
+    for case in Case::all() {
+        let each = case.map.iter();
+        let variables: BTreeMap<&String, Var> = each
+            .map(|(name, value)| (name, Var::from_tensor(value).unwrap()))
+            .collect();
+        let live = variables.iter();
+        let live = live.map(|(name, var)| ((*name).clone(), var.as_tensor().clone()));
+        let block = case.block(&live.collect());
+        let mut changed = Map::new();
+        for (name, var) in &variables {
+            let value = (var.as_tensor() * 1.1).unwrap().detach();
+            var.set(&value).unwrap();
+            changed.insert((*name).clone(), value);
+        }
+        let x = || Signal::from(tokens());
+        let run = |block: &Block| {
+            let y = case.pass(block, x(), Given::default(), &Trace::new(), None);
+            y.unwrap().into_value()
+        };
+        let anew = case.block(&changed);
+        assert_near(&run(&block), &run(&anew), 1e-12, case.name);
     }
 }
 

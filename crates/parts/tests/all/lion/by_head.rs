@@ -607,6 +607,6 @@ fn impossible_specs_are_refused() {
             on_image(LionDecay::None, 2, &[Curve::Rows, Curve::Rows]),
             false
         ),
-        "m.image.curves is [Rows, Rows], but must be rows, columns or both, each once"
+        "m.image.curves is [\"rows\", \"rows\"], but must be rows, columns or both, each once"
     );
 }

@@ -21,6 +21,7 @@ fn heads(causal: bool) -> Heads {
         width: WIDTH,
         heads: HEADS,
         head_width: FEATURES,
+        value_width: FEATURES,
         causal,
         scale: 0.5,
         sharing: QueryKeySharing::None,

@@ -83,6 +83,18 @@ fn what_does_not_fit_is_refused() {
         &|_, blocks| attention(&mut blocks[1], &|spec| spec.window = Some(3)),
         "blocks.1.attention.window is",
     );
+    let local = Some(LocalFilter {
+        side: 3,
+        columns: None,
+    });
+    refused(
+        &|_, blocks| attention(&mut blocks[1], &|spec| spec.local = local),
+        "blocks.1.attention.local is",
+    );
+    refused(
+        &|_, blocks| attention(&mut blocks[0], &|spec| spec.scale = Some(0.0)),
+        "blocks.0.attention.scale is",
+    );
     refused(
         &|_, blocks| attention(&mut blocks[0], &|spec| spec.position = PositionSpec::Alibi),
         "blocks.0.attention.position.kind is \"alibi\"",
@@ -100,8 +112,8 @@ fn what_does_not_fit_is_refused() {
         segment_blocks: 1,
         ..spec(2)
     };
-    Subject::with(
-        segmented,
-        vec![block(PositionSpec::Alibi), block(PositionSpec::None)],
-    );
+    let mut first = block(PositionSpec::Alibi);
+    attention(&mut first, &|spec| spec.local = local);
+    let subject = Subject::with(segmented, vec![first, block(PositionSpec::None)]);
+    assert_eq!(subject.run(&tokens(9)).dims(), [BATCH, 9, WIDTH]);
 }

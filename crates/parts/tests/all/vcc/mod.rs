@@ -12,9 +12,9 @@ use std::sync::Arc;
 use crate::common::{
     Map, assert_near, build, contracted, difference, draw, gradient_error, random, values,
 };
-use lapidary_kernels::{Device, Tensor, Var};
+use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::activation::ActivationSpec;
-use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
+use lapidary_parts::attention::{LocalFilter, MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{Block, BlockSpec, Wiring};
 use lapidary_parts::feedforward::{DenseSpec, FeedforwardSpec};
 use lapidary_parts::norm::NormSpec;
@@ -46,6 +46,7 @@ fn block(position: PositionSpec) -> BlockSpec {
         layer_scale: None,
         drop_path: 0.0,
         dropout_by_feature: false,
+        coding_step: None,
         attention: MixerSpec::MultiHead(MultiHeadSpec {
             position,
             ..MultiHeadSpec::new(2)

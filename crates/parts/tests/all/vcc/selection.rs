@@ -90,6 +90,45 @@ fn straight_through_weights_teach_the_selection() {
     }
 }
 
+/// Where a sequence has no VIP nothing chooses blocks, and the choice has no gradient: in single precision too, where
+/// what is next to nothing can't be divided by.
+#[test]
+fn a_sequence_without_vips_teaches_the_selection_nothing() {
+    let subject = Subject::new(
+        VccSpec {
+            importance: Importance::Token { id: 9 },
+            ..spec(2)
+        },
+        1,
+    );
+    let single = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
+    let variables: Vec<(&String, Var)> = subject
+        .map
+        .iter()
+        .map(|(name, tensor)| (name, Var::from_tensor(&single(tensor)).unwrap()))
+        .collect();
+    let map: Map = variables
+        .iter()
+        .map(|(name, variable)| ((*name).clone(), variable.as_tensor().clone()))
+        .collect();
+    let ids = Tensor::zeros((BATCH, LENGTH), DType::U32, &Device::Cpu).unwrap();
+    let given = Given {
+        ids: Some(&ids),
+        ..Given::default()
+    };
+    let x = Signal::from(single(&tokens(LENGTH)));
+    let trace = Trace::new().capture("blocks.0.importance").unwrap();
+    let y = subject.organised(&map, x, given, &trace).unwrap();
+    let importance = trace.signal("blocks.0.importance").unwrap();
+    assert!(values(importance.value()).iter().all(|share| *share == 0.0));
+    let loss = y.hidden.value().sqr().unwrap().sum_all().unwrap();
+    let gradients = loss.backward().unwrap();
+    for (name, variable) in variables {
+        let gradient = values(gradients.get(variable.as_tensor()).unwrap());
+        assert!(gradient.iter().all(|entry| entry.is_finite()), "{name}");
+    }
+}
+
 #[test]
 fn the_order_of_blocks_says_nothing_to_vips() {
     let subject = Subject::new(spec(2), 3);

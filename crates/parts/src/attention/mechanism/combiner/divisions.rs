@@ -251,7 +251,9 @@ impl Tokens<'_> {
         for sequence in self.sequences.iter() {
             for (of, row) in rows_of(&sequence, columns) {
                 let height = row.start / columns;
-                let above = (0..columns).filter(|_| height > 0).map(|column| {
+                // The first row has nothing above it, however wide it is.
+                let filled = if height > 0 { columns } else { 0 };
+                let above = (0..filled).map(|column| {
                     let span = Span::column(column, columns, height);
                     self.span((0, &sequence), (span, column), division)
                 });

@@ -16,7 +16,7 @@ pub(super) struct Layer {
     keys: Affine,
 }
 
-/// `W` `[heads, head_width, head_width]` and `b` `[heads, 1, head_width]`.
+/// `W` `[heads, head_width, read]` and `b` `[heads, 1, head_width]`.
 #[derive(Debug)]
 pub(super) struct Affine {
     weight: Tensor,
@@ -24,21 +24,31 @@ pub(super) struct Affine {
 }
 
 impl Affine {
-    /// Weights begin with the variance `gain / head_width`.
-    pub(super) fn new(heads: &Heads, gain: f64, mut parameters: Parameters<'_>) -> Result<Self> {
+    /// Of what is as wide as its result.
+    pub(super) fn new(heads: &Heads, gain: f64, parameters: Parameters<'_>) -> Result<Self> {
+        Self::reading(heads.head_width, heads, gain, parameters)
+    }
+
+    /// Of `read` features. Weights begin with the variance `gain / read`.
+    pub(super) fn reading(
+        read: usize,
+        heads: &Heads,
+        gain: f64,
+        mut parameters: Parameters<'_>,
+    ) -> Result<Self> {
         let (count, width) = (heads.heads, heads.head_width);
-        let deviation = (gain / width as f64).sqrt();
+        let deviation = (gain / read as f64).sqrt();
         Ok(Self {
             weight: parameters.tensor(
                 "weight",
-                &[count, width, width],
+                &[count, width, read],
                 Init::Normal { deviation },
             )?,
             bias: parameters.tensor("bias", &[count, 1, width], Init::Zeros)?,
         })
     }
 
-    /// Of rows `[rows, head_width]` of one head, nothing cut off.
+    /// Of rows `[rows, read]` of one head, nothing cut off.
     pub(super) fn of_head(&self, x: &Tensor, head: usize) -> Result<Tensor> {
         let weight = tensor(self.weight.get(head))?;
         let bias = tensor(tensor(self.bias.get(head))?.squeeze(0))?;

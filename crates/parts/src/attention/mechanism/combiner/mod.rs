@@ -41,21 +41,23 @@
 //! k_Ω = W₂ N(k_c + W₁ k̄ + b₁) + b₂
 //! ```
 //!
+//! or, of what attention over the row gives (`projected` of `values`, as the authors' program has it), the same with
+//! `v̄ = v_Ω` in the place of `k̄`.
+//!
 //! A span whose keys are all alike counts as one key, not as its number of tokens; `log_count`
 //! adds the logarithm of that number to its score.
 //!
 //! Dropout is of the weights of keys that are met directly, in training: each is zeroed, or divided by
 //! `1 − dropout`, once they are weights; those of spans are left as they are.
 //!
-//! Left out: keys of row-major spans that are projections of their values, in whose place those of their keys are; see
-//! [`CombinerForm::RowMajor`].
-//!
 //! Cost: for each pair of a query and a key or summary, and of a summary and a token of its span,
 //! `2 head_width + 2 value_width + 5`; for `n` tokens about `n (m + n / m)` pairs of each sort, or
 //! `n log₂ n`; in `c` clusters of one size `n² / c` pairs of each sort, `n c` of queries and summaries, and
 //! `2 c head_width` for each query and key; a layer takes `2 head_width² + 2 head_width` for each, and a
 //! projected row `4 head_width² + 11 head_width`. Parameters:
-//! none, or `2 (head_width² + head_width)` for each head with a layer of either kind, `c head_width` with clusters.
+//! none, or `2 (head_width² + head_width)` for each head with a layer of either kind, `c head_width` with clusters. Of values,
+//! a row takes `2 head_width (head_width + value_width) + 11 head_width`, and a head `head_width (head_width + value_width +
+//! 2)` parameters.
 //!
 //! While decoding, a summary is made once, in the step that ends its span, and a step gathers those rows
 //! alone that its queries meet: `m + n / m` or `log₂ n` of them. Kept are
@@ -81,13 +83,14 @@ mod spec;
 
 pub use super::spans::Pooling;
 pub use clustering::{Fit, Fitted};
-pub use spec::{CombinerForm, CombinerSpec, Summary};
+pub use spec::{CombinerForm, CombinerSpec, RowSource, Summary};
 
 use super::blocks::{Bias, Meetings, Rule, dropped};
 use super::met::Met;
 use super::sequences::{At, Sequences};
 use super::spans::{
-    Ended, Joined, Making, Pooled, RowKeys, Rules, Sort, Span, SpanMemory, Summaries, Summarised,
+    Ended, Joined, Making, Pooled, RowKeys, Rows, Rules, Sort, Span, SpanMemory, Summaries,
+    Summarised,
 };
 use super::{Mechanism, MechanismPass, Memory, Resumed};
 use crate::dropout::seed_of_site;
@@ -138,33 +141,33 @@ struct Combiner {
 
 impl Mechanism for Combiner {
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
-        let (queries, keys) = (tensor(q.dim(2))?, tensor(k.dim(2))?);
-        if queries != keys {
-            return Err(Error::spec(
-                format!("number of queries at {}", pass.path),
-                queries,
-                format!("{keys}, as keys: combiner's summaries ask for all queries so far"),
-            ));
+        match self.reads_values() {
+            true => Err(Error::spec(
+                format!("values at {}", pass.path),
+                "absent",
+                "given: keys of rows are made of them",
+            )),
+            false => self.of_all(q, k, None, pass),
         }
-        let found = self.found(q, k, pass)?;
-        let q = self.pulled(q, k, found.as_ref(), pass)?;
-        let sequences = Sequences::new(&q, k, pass)?;
-        let plan = self.plan(&sequences, &[], found.as_ref())?;
-        let mask = self.mask(pass);
-        let lists = match (plan.making.as_slice(), plan.divisions.as_slice()) {
-            ([one], [_]) if self.layer.is_none() && mask.is_none() => one.whole(),
-            _ => None,
-        };
-        let Some(lists) = lists else {
-            let sizes = sequences.sizes;
-            let mixing = self.mixing_by(plan, sizes, [&q, &q, k], mask.as_ref())?;
-            return Ok(Box::new(mixing));
-        };
-        let parts = plan.divisions.into_iter();
-        let parts = parts.flat_map(|division| self.parts(division)).collect();
-        let of = (self.scale, plan.before);
-        let joined = Joined::new(sequences.sizes, (&q, k), lists, parts, of)?;
-        Ok(Box::new(joined))
+    }
+
+    fn reads_values(&self) -> bool {
+        matches!(
+            self.spec.summary,
+            Summary::Projected {
+                of: RowSource::Values
+            }
+        )
+    }
+
+    fn mixing_by_values(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Box<dyn Mixing>> {
+        self.of_all(q, k, Some(v), pass)
     }
 
     fn memory(&self) -> Memory {
@@ -182,7 +185,7 @@ impl Mechanism for Combiner {
         match state {
             MixerState::Empty => {
                 let found = self.found(q, k, pass)?;
-                let mixing = self.whole(q, k, found.as_ref(), pass)?;
+                let mixing = self.whole([q, k, v], found.as_ref(), pass)?;
                 let mut memory = SpanMemory::new([q, k, v])?;
                 if let Some(found) = &found {
                     memory.put(&found.keys, sequences_of(q)?);
@@ -265,12 +268,21 @@ impl Rules for Combiner {
         self.scale
     }
 
-    fn pooled(&self, tokens: [&Tensor; 2], sequences: [usize; 2]) -> Result<Pooled> {
+    fn pooled(
+        &self,
+        tokens: [&Tensor; 2],
+        values: Option<&Tensor>,
+        sequences: [usize; 2],
+    ) -> Result<Pooled> {
         match &self.layer {
             None => Ok(Pooled {
                 row_keys: self.row_keys.clone().map(|keys| {
-                    let keys: Arc<dyn RowKeys> = keys;
-                    (keys, sequences)
+                    let by: Arc<dyn RowKeys> = keys;
+                    Rows {
+                        by,
+                        sequences,
+                        values: values.filter(|_| self.reads_values()).cloned(),
+                    }
                 }),
                 ..Pooled::largest(tokens)
             }),
@@ -379,17 +391,53 @@ impl Combiner {
         })
     }
 
-    /// Attention of all tokens.
-    fn whole(
+    /// Attention of all tokens in a pass that remembers none.
+    fn of_all(
         &self,
         q: &Tensor,
         k: &Tensor,
+        v: Option<&Tensor>,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Box<dyn Mixing>> {
+        let (queries, keys) = (tensor(q.dim(2))?, tensor(k.dim(2))?);
+        if queries != keys {
+            return Err(Error::spec(
+                format!("number of queries at {}", pass.path),
+                queries,
+                format!("{keys}, as keys: combiner's summaries ask for all queries so far"),
+            ));
+        }
+        let found = self.found(q, k, pass)?;
+        let q = self.pulled(q, k, found.as_ref(), pass)?;
+        let sequences = Sequences::new(&q, k, pass)?;
+        let plan = self.plan(&sequences, &[], found.as_ref())?;
+        let mask = self.mask(pass);
+        let lists = match (plan.making.as_slice(), plan.divisions.as_slice()) {
+            ([one], [_]) if self.layer.is_none() && mask.is_none() => one.whole(),
+            _ => None,
+        };
+        let Some(lists) = lists else {
+            let sizes = sequences.sizes;
+            let mixing = self.mixing_by(plan, sizes, ([&q, &q, k], v), mask.as_ref())?;
+            return Ok(Box::new(mixing));
+        };
+        let parts = plan.divisions.into_iter();
+        let parts = parts.flat_map(|division| self.parts(division)).collect();
+        let of = (self.scale, plan.before);
+        let joined = Joined::new(sequences.sizes, (&q, k), lists, parts, of)?;
+        Ok(Box::new(joined))
+    }
+
+    /// Attention of all tokens.
+    fn whole(
+        &self,
+        [q, k, v]: [&Tensor; 3],
         found: Option<&Found>,
         pass: &MechanismPass<'_>,
     ) -> Result<Summarised> {
         let sequences = Sequences::new(q, k, pass)?;
         let plan = self.plan(&sequences, &[], found)?;
-        self.mixing_by(plan, sequences.sizes, [q, q, k], None)
+        self.mixing_by(plan, sequences.sizes, ([q, q, k], Some(v)), None)
     }
 
     /// Which weights of keys that are met directly are dropped in this pass.
@@ -441,24 +489,25 @@ impl Combiner {
             false => apart(memory.recall_queries(columns)?)?,
         };
         let values = apart(memory.recall(1, columns)?)?;
-        let mixing = self.mixing_by(plan, sizes, [q, &all, &keys], None)?;
+        let tokens = ([q, &all, &keys], Some(&values));
+        let mixing = self.mixing_by(plan, sizes, tokens, None)?;
         Ok((mixing, values))
     }
 
-    /// Attention of the queries `q`, the last of `all`, over `k` and summaries of these; with weights dropped where a
-    /// mask is given.
+    /// Attention of the queries `q`, the last of `all`, over `k` and summaries of these, which may read the values `v`;
+    /// with weights dropped where a mask is given.
     fn mixing_by(
         &self,
         plan: Plan,
         sizes: [usize; 4],
-        [q, all, k]: [&Tensor; 3],
+        ([q, all, k], v): ([&Tensor; 3], Option<&Tensor>),
         mask: Option<&DropoutMask>,
     ) -> Result<Summarised> {
         let both = [all, k];
         let made = match plan.making.as_slice() {
             [] => None,
             making => {
-                let pooled = self.pooled(both, [sizes[0], sizes[1]])?;
+                let pooled = self.pooled(both, v, [sizes[0], sizes[1]])?;
                 Summaries::new(making, both, &pooled, self.scale)?
             }
         };

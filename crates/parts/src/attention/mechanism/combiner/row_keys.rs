@@ -1,5 +1,6 @@
-//! Keys of rows that a layer makes of the weighted keys of their tokens.
+//! Keys of rows that a layer makes of the weighted keys or values of their tokens.
 
+use super::RowSource;
 use super::layer::Affine;
 use crate::Result;
 use crate::attention::mechanism::Heads;
@@ -10,7 +11,8 @@ use lapidary_kernels::{Tensor, embedding, layer_norm};
 
 const EPSILON: f64 = 1e-5;
 
-/// `W₂ N(k_c + W₁ k̄ + b₁) + b₂` of each head, `N` a layer norm without parameters of its own.
+/// `W₂ N(k_c + W₁ k̄ + b₁) + b₂` of each head, or of `v̄` in the place of `k̄`, `N` a layer norm without parameters of its
+/// own.
 #[derive(Debug)]
 pub(super) struct RowProjection {
     inner: Affine,
@@ -19,9 +21,17 @@ pub(super) struct RowProjection {
 }
 
 impl RowProjection {
-    pub(super) fn new(heads: &Heads, mut parameters: Parameters<'_>) -> Result<Self> {
+    pub(super) fn new(
+        of: RowSource,
+        heads: &Heads,
+        mut parameters: Parameters<'_>,
+    ) -> Result<Self> {
+        let width = match of {
+            RowSource::Keys => heads.head_width,
+            RowSource::Values => heads.value_width,
+        };
         Ok(Self {
-            inner: Affine::new(heads, 1.0, parameters.at("inner"))?,
+            inner: Affine::reading(width, heads, 1.0, parameters.at("inner"))?,
             outer: Affine::new(heads, 1.0, parameters.at("outer"))?,
             heads: heads.heads,
         })
@@ -56,8 +66,8 @@ impl RowKeys for RowProjection {
     }
 
     /// Two products, two sums and a norm.
-    fn operations(&self, width: usize) -> u64 {
-        (4 * width * width + 11 * width) as u64
+    fn operations(&self, [width, read]: [usize; 2]) -> u64 {
+        (2 * width * (width + read) + 11 * width) as u64
     }
 }
 

@@ -64,6 +64,7 @@ impl CombinerSpec {
 pub enum Summary {
     /// The largest of its tokens' queries and keys, feature by feature.
     #[default]
+    #[serde(deserialize_with = "crate::fields::none")]
     Largest,
     /// What a layer makes of these, pooled.
     DeepSets {
@@ -71,8 +72,34 @@ pub enum Summary {
         #[serde(default)]
         pooling: Pooling,
     },
-    /// In row-major form: what a layer makes of the weighted keys of a row, beside the key of the token that sums it up.
-    Projected,
+    /// In row-major form: what a layer makes of the weighted keys or values of a row, beside the key of the token that
+    /// sums it up.
+    Projected {
+        /// Which of them.
+        #[serde(default, skip_serializing_if = "RowSource::is_keys")]
+        of: RowSource,
+    },
+}
+
+/// What the key of a row is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RowSource {
+    /// Its keys, weighted: weights of attention hang on queries and keys alone.
+    #[default]
+    Keys,
+    /// What attention over the row gives, its values, weighted: weights hang on values too.
+    Values,
+}
+
+impl RowSource {
+    #[allow(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde asks for a reference"
+    )]
+    fn is_keys(&self) -> bool {
+        *self == Self::Keys
+    }
 }
 
 impl Summary {
@@ -95,6 +122,7 @@ pub enum CombinerForm {
         segment: usize,
     },
     /// Itself; spans whose length doubles.
+    #[serde(deserialize_with = "crate::fields::none")]
     LogSparse,
     /// Row and column; other columns above.
     Vertical {
@@ -108,9 +136,9 @@ pub enum CombinerForm {
     },
     /// Row; earlier rows. The key of an earlier row is its keys, weighted as its values are by the query in the same
     /// column. The paper leaves open what a row's key is; its program also projects it from what the row's attention
-    /// gives, values mixed, with a residual and a norm. [`Summary::Projected`] does so with keys in the place of values:
-    /// otherwise a weight would depend on values, and attention no longer be linear in them, which every lens and every
-    /// account of who is read from asks for.
+    /// gives, values mixed, with a residual and a norm: [`Summary::Projected`] of [`RowSource::Values`]. Weights then
+    /// depend on values, which lenses hold there as they hold queries and keys; of [`RowSource::Keys`], with keys in the
+    /// place of values, they do not.
     RowMajor {
         /// Tokens of a row.
         columns: usize,
@@ -161,11 +189,11 @@ impl Describe for CombinerSpec {
                     "largest in row-major form, whose spans are summed up by their tokens";
                 return refuse("deep-sets", expected);
             }
-            Summary::Projected if !by_rows => {
+            Summary::Projected { .. } if !by_rows => {
                 let expected = "largest or deep-sets in a form whose spans no token sums up";
                 return refuse("projected", expected);
             }
-            Summary::Largest | Summary::DeepSets { .. } | Summary::Projected => {}
+            Summary::Largest | Summary::DeepSets { .. } | Summary::Projected { .. } => {}
         }
         if !(0.0..1.0).contains(&self.dropout) {
             let expected = "at least 0 and below 1";
@@ -207,15 +235,15 @@ impl Describe for CombinerSpec {
                 _ => None,
             },
             layer: match self.summary {
-                Summary::Largest | Summary::Projected => None,
+                Summary::Largest | Summary::Projected { .. } => None,
                 Summary::DeepSets { pooling } => {
                     Some(Layer::new(pooling, heads, parameters.at("summary"))?)
                 }
             },
             row_keys: match self.summary {
                 Summary::Largest | Summary::DeepSets { .. } => None,
-                Summary::Projected => {
-                    let keys = RowProjection::new(heads, parameters.at("summary"))?;
+                Summary::Projected { of } => {
+                    let keys = RowProjection::new(of, heads, parameters.at("summary"))?;
                     Some(Arc::new(keys))
                 }
             },

@@ -69,6 +69,7 @@ pub struct DoublyStochasticSpec {
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Operator {
     /// Rows that sum to one.
+    #[serde(deserialize_with = "crate::fields::none")]
     Softmax,
     /// The same with a temperature that is at most a statistic of the scores.
     NormSoftmax {
@@ -250,13 +251,28 @@ impl Operator {
         }
     }
 
+    /// Refuses a scale of which there is no temperature.
+    fn validate_scale(&self, scale: f64, field: &str) -> Result<()> {
+        if !matches!(self, Self::NormSoftmax { .. }) || scale > 0.0 {
+            return Ok(());
+        }
+        let expected =
+            "another operator where the scale is not positive: its inverse is the temperature";
+        Err(Error::spec(
+            format!("{field}.kind"),
+            "norm-softmax",
+            expected,
+        ))
+    }
+
     /// What the operator makes of raw scores `M` `[batch, heads, T, T]`, of that shape and
     /// differentiable: rows are queries. `scale` multiplies them where an operator has a temperature.
     /// `real` `[batch, 1, T, 1]` is 1 at real tokens and 0 at pads, whose rows and columns become zero.
     /// `theta` are the factors of a circuit's angles `[angles]`; as drawn when absent.
     ///
     /// # Errors
-    /// For an operator that attention would refuse too, and for more tokens than a circuit has.
+    /// For an operator or a scale that attention would refuse too, for scores that are not square, for more
+    /// tokens than a circuit has, and for another number of factors than it has angles.
     pub fn apply(
         &self,
         scores: &Tensor,
@@ -265,6 +281,12 @@ impl Operator {
         theta: Option<&Tensor>,
     ) -> Result<Tensor> {
         self.validate("operator")?;
+        self.validate_scale(scale, "operator")?;
+        let (_, _, rows, columns) = tensor(scores.dims4())?;
+        if rows != columns {
+            let expected = "[batch, heads, T, T], as many queries as keys";
+            return Err(Error::spec("shape of scores", scores.dims(), expected));
+        }
         let scored = Scored {
             real: real.cloned(),
         };
@@ -343,6 +365,10 @@ impl CircuitSpec {
         let tiled = tensor(Tensor::cat(&vec![&each; copies], 1))?;
         let tiled = tensor(tiled.narrow(1, 0, circuit.angles()))?;
         let theta = match theta {
+            Some(theta) if theta.dims() != [circuit.angles()] => {
+                let expected = format!("[{}], a factor for each angle", circuit.angles());
+                return Err(Error::spec("shape of theta", theta.dims(), expected));
+            }
             Some(theta) => theta.clone(),
             None => self.theta(&each)?,
         };
@@ -434,36 +460,32 @@ impl Describe for DoublyStochasticSpec {
         }
     }
 
+    fn is_scaled(&self) -> bool {
+        !matches!(self.operator, Operator::Qr { .. } | Operator::Circuit(_))
+    }
+
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
-        if matches!(self.operator, Operator::NormSoftmax { .. }) && heads.scale <= 0.0 {
-            let expected =
-                "another operator where the scale is not positive: its inverse is the temperature";
-            return Err(Error::spec(
-                format!("{field}.operator.kind"),
-                "norm-softmax",
-                expected,
-            ));
-        }
-        self.operator.validate(&format!("{field}.operator"))
+        let field = format!("{field}.operator");
+        self.operator.validate_scale(heads.scale, &field)?;
+        self.operator.validate(&field)
     }
 
     fn build(&self, heads: &Heads, mut parameters: Parameters<'_>) -> Result<Box<dyn Mechanism>> {
-        let theta = match &self.operator {
+        let shift = match &self.operator {
             Operator::Circuit(circuit) if circuit.training != Training::Static => {
                 let shape = [circuit.circuit().angles()];
                 let shift = parameters.tensor("shift", &shape, Init::Zeros)?;
-                let shift = match circuit.training {
+                Some(match circuit.training {
                     Training::Mixed => shift.detach(),
                     Training::Static | Training::Differentiable => shift,
-                };
-                Some(tensor(circuit.theta(&shift)? + shift)?)
+                })
             }
             _ => None,
         };
         Ok(Box::new(DoublyStochastic {
             spec: self.clone(),
             scale: heads.scale,
-            theta,
+            shift,
         }))
     }
 }
@@ -473,8 +495,20 @@ impl Describe for DoublyStochasticSpec {
 struct DoublyStochastic {
     spec: DoublyStochasticSpec,
     scale: f64,
-    /// Factors of a circuit's angles, where they are not those drawn.
-    theta: Option<Tensor>,
+    /// What is added to the factors of a circuit's angles, where they are not those drawn.
+    shift: Option<Tensor>,
+}
+
+impl DoublyStochastic {
+    /// Factors of a circuit's angles, where they are not those drawn: of each pass anew, since training changes them.
+    fn theta(&self) -> Result<Option<Tensor>> {
+        match (&self.spec.operator, &self.shift) {
+            (Operator::Circuit(circuit), Some(shift)) => {
+                Ok(Some(tensor(circuit.theta(shift)? + shift)?))
+            }
+            _ => Ok(None),
+        }
+    }
 }
 
 impl Mechanism for DoublyStochastic {
@@ -507,7 +541,8 @@ impl Mechanism for DoublyStochastic {
         let scores = matmul(q, &tensor(k.transpose(2, 3))?)?;
         let real = pass.kept(q.dtype())?;
         let operator = &self.spec.operator;
-        let weights = operator.apply(&scores, self.scale, real.as_ref(), self.theta.as_ref())?;
+        let theta = self.theta()?;
+        let weights = operator.apply(&scores, self.scale, real.as_ref(), theta.as_ref())?;
         Ok(Box::new(Laid {
             weights,
             head_width: tensor(q.dim(3))?,

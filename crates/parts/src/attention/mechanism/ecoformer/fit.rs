@@ -26,6 +26,9 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
 
+/// Most tokens that each shall be like.
+const MAX_TOP: usize = 1 << 24;
+
 /// How hashes are learned.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fit {
@@ -81,6 +84,28 @@ impl Default for Fit {
             initial: Initial::default(),
             seed: 0,
             start: None,
+        }
+    }
+}
+
+impl Fit {
+    /// Refuses what no descent comes of: hashes would stay, or become no numbers.
+    fn validate(&self) -> Result<()> {
+        bounded("top", self.top, 1..=MAX_TOP)?;
+        if !(self.rate.is_finite() && self.rate > 0.0) {
+            return Err(Error::spec("rate", self.rate, "a positive number"));
+        }
+        if !(0.0..1.0).contains(&self.momentum) {
+            let expected = "at least 0 and below 1";
+            return Err(Error::spec("momentum", self.momentum, expected));
+        }
+        let mut start = self.start.iter().flatten();
+        match start.find(|hash| !hash.is_finite()) {
+            None => Ok(()),
+            Some(hash) => {
+                let expected = "finite numbers alone";
+                Err(Error::spec("a hash to start from", hash, expected))
+            }
         }
     }
 }
@@ -341,12 +366,14 @@ impl EcoformerSpec {
     /// Takes `length²` products for each head of each sequence, and memory linear in the length.
     ///
     /// # Errors
-    /// When there is no token, bits or anchors are none or too many, or `keep` or `start` has another size.
+    /// When there is no token, a query is no number, bits or anchors are none or too many, a choice of `fit` is
+    /// out of range, or `keep` or `start` has another size.
     pub fn fit(&self, queries: &Tensor, keep: Option<&Tensor>, fit: &Fit) -> Result<Fitted> {
         let (batch, heads, length, width) = tensor(queries.dims4())?;
         let (anchors, bits) = (self.anchors, self.bits);
         bounded("bits", bits, 1..=MAX_BITS)?;
         bounded("anchors", anchors, 1..=super::MAX_ANCHORS)?;
+        fit.validate()?;
         if let Some(keep) = keep.filter(|keep| keep.dims() != [batch, length]) {
             let expected = format!("{:?}, as the queries", [batch, length]);
             return Err(Error::spec("shape of keep", keep.dims(), expected));
@@ -359,6 +386,16 @@ impl EcoformerSpec {
         };
         let flat = tensor(tensor(queries.detach().to_dtype(DType::F64))?.flatten_all())?;
         let flat = tensor(flat.to_vec1::<f64>())?;
+        let kept = keep
+            .iter()
+            .flat_map(|kept| std::iter::repeat_n(kept, heads));
+        let each = flat.chunks_exact(width.max(1)).zip(kept.flatten());
+        let real = each.filter(|(_, keep)| **keep == 1);
+        let mut entries = real.flat_map(|(row, _)| row);
+        if let Some(query) = entries.find(|query| !query.is_finite()) {
+            let name = "a query that hashes are learned from";
+            return Err(Error::spec(name, query, "a finite number"));
+        }
         let rows: Vec<Vec<f64>> = flat.chunks_exact(width.max(1)).map(unit).collect();
         // Real tokens of each head of each sequence.
         let tokens = |sequence: usize, head: usize| -> Vec<Vec<f64>> {

@@ -150,6 +150,10 @@ impl Describe for EcoformerSpec {
         }
     }
 
+    fn is_scaled(&self) -> bool {
+        false
+    }
+
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
         let at = |name: &str| format!("{field}.{name}");
         if heads.sharing == QueryKeySharing::None {

@@ -82,6 +82,7 @@ pub struct KernelizedSpec {
 pub enum Redraw {
     /// In each pass.
     #[default]
+    #[serde(deserialize_with = "crate::fields::none")]
     Pass,
     /// Every so many steps; all passes in between have the same. Passes that draw outside of
     /// training, where there are no steps, each have their own.
@@ -90,6 +91,7 @@ pub enum Redraw {
         every: u64,
     },
     /// Never: those of evaluation are trained with.
+    #[serde(deserialize_with = "crate::fields::none")]
     Never,
 }
 
@@ -128,7 +130,7 @@ pub enum ReadOut {
     /// Exponentials.
     Positive {
         /// Whether the largest exponent of a query, and of all keys of a sequence, is taken away
-        /// from the others, which changes nothing but what overflows.
+        /// from the others, which changes nothing but what overflows, or is so small that `ε` counts.
         #[serde(default)]
         stabilise: bool,
     },

@@ -33,6 +33,7 @@ const LEAK: f64 = 0.01;
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum SpectrumSpec {
     /// The standard normal distribution, not learned: the kernel `exp(−‖x − y‖²/2)`.
+    #[serde(deserialize_with = "crate::fields::none")]
     Gaussian,
     /// Normal distributions with learned means and covariances.
     Mixture {
@@ -48,6 +49,7 @@ pub enum SpectrumSpec {
         learned: Learned,
     },
     /// What a small network makes of normal numbers, for all heads.
+    #[serde(deserialize_with = "crate::fields::none")]
     Generator,
 }
 

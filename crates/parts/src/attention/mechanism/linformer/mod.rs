@@ -18,6 +18,9 @@
 //! The largest entries of windows stand in for keys alone (`projection = "max"`), since values are mixed
 //! by weights that are the same for all their features: theirs is the mean of the window.
 //!
+//! Where heads share the projections, tokens may be projected in the place of keys and values (`project = "tokens"`,
+//! `tokens.rs`), which gives the same at the cost of `k` rows in the layers of keys and values.
+//!
 //! Whoever looks finds `P F` at the site `weights`, as of any attention; `P` at `slot_weights`, zero behind
 //! a head's own slots; and `P E` at `key_weights`, where `E` is linear.
 //!
@@ -26,8 +29,11 @@
 //! `longest · k` for each matrix.
 
 mod side;
+mod tokens;
 
-use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Subsets};
+use super::{
+    Abilities, Describe, Heads, Mechanism, MechanismPass, QueryKeySharing, Shortening, Subsets,
+};
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
@@ -60,6 +66,31 @@ pub struct LinformerSpec {
     /// What the projections are.
     #[serde(default)]
     pub projection: Projection,
+    /// What is projected.
+    #[serde(default, skip_serializing_if = "Project::is_keys")]
+    pub project: Project,
+}
+
+/// What is projected along the sequence. Both give the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Project {
+    /// Keys and values, `E (X W)`.
+    #[default]
+    Keys,
+    /// The tokens that they are made of, `(E X) W`, where heads share the projections: layers of keys and values then see
+    /// slots in the place of tokens.
+    Tokens,
+}
+
+impl Project {
+    #[allow(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde asks for a reference"
+    )]
+    fn is_keys(&self) -> bool {
+        *self == Self::Keys
+    }
 }
 
 /// What becomes of inputs longer than the positions that there are columns for.
@@ -127,7 +158,27 @@ impl LinformerSpec {
             longer: Longer::default(),
             sharing: Sharing::default(),
             projection: Projection::default(),
+            project: Project::default(),
         }
+    }
+
+    fn validate_project(&self, heads: &Heads, field: &str) -> Result<()> {
+        if self.project == Project::Keys {
+            return Ok(());
+        }
+        let obstacle = if self.sharing == Sharing::None {
+            "projections of each head: tokens are projected once for all of them"
+        } else if self.projection == Projection::Max {
+            "projection = \"max\": the largest entries of keys are not those of tokens"
+        } else if !self.slots_by_head.is_empty() && self.projection != Projection::Learned {
+            "windows of different lengths: tokens are projected once for all heads"
+        } else if heads.sharing != QueryKeySharing::None {
+            "queries that are keys: queries are made of all tokens"
+        } else {
+            return Ok(());
+        };
+        let expected = format!("keys beside {obstacle}");
+        Err(Error::spec(format!("{field}.project"), "tokens", expected))
     }
 
     /// Heads side by side that have as many slots: how many heads, and slots.
@@ -180,10 +231,26 @@ impl Describe for LinformerSpec {
         Subsets::AsPadding
     }
 
+    fn reads_tokens(&self) -> bool {
+        self.project == Project::Tokens
+    }
+
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
         bounded(format!("{field}.slots"), self.slots, 1..=MAX_SLOTS)?;
         self.validate_slots_by_head(heads.heads, field)?;
+        self.validate_project(heads, field)?;
         bounded(format!("{field}.longest"), self.longest, 1..=MAX_LENGTH)?;
+        let learned = matches!(
+            self.projection,
+            Projection::Learned | Projection::Convolution
+        );
+        if !learned && self.sharing != Sharing::default() {
+            return Err(Error::spec(
+                format!("{field}.sharing"),
+                "given",
+                "headwise beside projection = \"mean\" or \"max\", which learn nothing that could be shared",
+            ));
+        }
         if self.longer == Longer::Interpolate && self.projection != Projection::Learned {
             return Err(Error::spec(
                 format!("{field}.longer"),
@@ -336,16 +403,7 @@ impl Mechanism for Linformer {
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
         let (batch, heads, queries, _) = tensor(q.dims4())?;
         let keys = tensor(k.dim(2))?;
-        if keys > self.spec.longest && self.spec.longer == Longer::Refuse {
-            return Err(Error::spec(
-                format!("number of tokens at {}", pass.path),
-                keys,
-                format!(
-                    "at most {}, the positions that linformer's projections have columns for",
-                    self.spec.longest
-                ),
-            ));
-        }
+        self.check_length(keys, pass)?;
         let met = self.runs.iter().map(|run| {
             Ok(Met {
                 run: run.clone(),
@@ -364,6 +422,43 @@ impl Mechanism for Linformer {
         slots.show(pass)?;
         Ok(Box::new(slots))
     }
+
+    fn shortening(
+        &self,
+        tokens: [usize; 2],
+        pass: &MechanismPass<'_>,
+    ) -> Result<Option<Shortening>> {
+        if self.spec.project == Project::Keys {
+            return Ok(None);
+        }
+        self.check_length(tokens[1], pass)?;
+        Ok(self.projections(tokens, pass.keep))
+    }
+
+    fn mixing_of_rows(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        _: &MechanismPass<'_>,
+    ) -> Result<Box<dyn Mixing>> {
+        Ok(Box::new(self.over_slots(q, k)?))
+    }
+}
+
+impl Linformer {
+    fn check_length(&self, keys: usize, pass: &MechanismPass<'_>) -> Result<()> {
+        if keys <= self.spec.longest || self.spec.longer == Longer::Interpolate {
+            return Ok(());
+        }
+        Err(Error::spec(
+            format!("number of tokens at {}", pass.path),
+            keys,
+            format!(
+                "at most {}, the positions that linformer's projections have columns for",
+                self.spec.longest
+            ),
+        ))
+    }
 }
 
 /// Queries of a run of heads, and the keys that they meet.
@@ -373,6 +468,27 @@ struct Met {
     q: Tensor,
     /// `E K`.
     keys: Tensor,
+}
+
+/// `softmax(scale · Q (E K)ᵀ)` of each run of heads, over the values of slots that it is given, side by side.
+fn side_by_side(
+    met: &[Met],
+    head_width: usize,
+    scale: f64,
+    values_of: impl Fn(&Run) -> lapidary_kernels::Result<Tensor>,
+) -> lapidary_kernels::Result<Tensor> {
+    let options = AttentionOptions {
+        scale,
+        ..AttentionOptions::new(head_width)
+    };
+    let each = met
+        .iter()
+        .map(|Met { run, q, keys }| attention(q, keys, &values_of(run)?, &options));
+    let each = each.collect::<lapidary_kernels::Result<Vec<_>>>()?;
+    match each.as_slice() {
+        [all] => Ok(all.clone()),
+        runs => Ok(Tensor::cat(runs, 1)?),
+    }
 }
 
 /// `y = softmax(scale · Q (E K)ᵀ) F v`.
@@ -436,19 +552,9 @@ impl Mixing for Slots {
     }
 
     fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        let options = AttentionOptions {
-            scale: self.scale,
-            ..AttentionOptions::new(self.head_width)
-        };
-        let each = self.met.iter().map(|Met { run, q, keys }| {
-            let projected = run.values.project(&run.of(values)?, self.keep.as_ref())?;
-            attention(q, keys, &projected, &options)
-        });
-        let each = each.collect::<lapidary_kernels::Result<Vec<_>>>()?;
-        match each.as_slice() {
-            [all] => Ok(all.clone()),
-            runs => Ok(Tensor::cat(runs, 1)?),
-        }
+        side_by_side(&self.met, self.head_width, self.scale, |run| {
+            run.values.project(&run.of(values)?, self.keep.as_ref())
+        })
     }
 
     fn operations(&self, width: usize) -> u64 {
@@ -456,11 +562,7 @@ impl Mixing for Slots {
         let widths = (self.head_width + width) as u64;
         let each = self.met.iter().map(|met| {
             let slots = met.run.values.slots as u64;
-            // Windows meet each key once.
-            let meets = match met.run.values.along {
-                Along::Matrix(_) => slots,
-                Along::Windows(_) | Along::Largest => 1,
-            };
+            let meets = met.run.values.meets() as u64;
             let one = 2 * meets * keys * widths + queries * slots * (2 * widths + 5);
             met.run.heads as u64 * one
         });

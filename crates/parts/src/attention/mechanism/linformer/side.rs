@@ -31,6 +31,14 @@ pub(super) fn neighbours(longest: usize, slots: usize) -> usize {
 }
 
 impl Side {
+    /// Slots that each key goes to: windows meet it once.
+    pub(super) fn meets(&self) -> usize {
+        match self.along {
+            Along::Matrix(_) => self.slots,
+            Along::Windows(_) | Along::Largest => 1,
+        }
+    }
+
     /// `E x` for `x` `[batch, heads, key, width]`, where the keys that `keep` `[batch, key]` in `u8` does not have
     /// count as zeros: `[batch, heads, slot, width]`.
     pub(super) fn project(
@@ -44,7 +52,10 @@ impl Side {
             None => Ok(x.clone()),
         };
         match &self.along {
-            Along::Matrix(matrix) => sequence_projection(x, &columns(matrix, x.dim(2)?)?, keep),
+            Along::Matrix(matrix) => match keep {
+                Some(keep) if x.dim(2)? > matrix.dim(2)? => each_by_itself(x, matrix, keep),
+                _ => sequence_projection(x, &columns(matrix, x.dim(2)?)?, keep),
+            },
             Along::Windows(weights) => {
                 let windows = self.windows(&real()?)?;
                 let slots = match weights {
@@ -86,6 +97,21 @@ impl Side {
     fn behind_used(&self, slots: &Tensor) -> lapidary_kernels::Result<Tensor> {
         Ok(slots.pad_with_zeros(2, 0, self.slots - slots.dim(2)?)?)
     }
+}
+
+/// Projections of sequences that end with their last tokens that `keep` `[batch, key]` has: columns are spread over as
+/// many positions as a sequence has, not over the pads behind it.
+fn each_by_itself(x: &Tensor, matrix: &Tensor, keep: &Tensor) -> lapidary_kernels::Result<Tensor> {
+    let mut projected = Vec::new();
+    for (sequence, kept) in keep.to_vec2::<u8>()?.iter().enumerate() {
+        let last = kept.iter().rposition(|kept| *kept != 0).unwrap_or(0);
+        let x = x.narrow(0, sequence, 1)?.narrow(2, 0, last + 1)?;
+        let keep = keep.narrow(0, sequence, 1)?.narrow(1, 0, last + 1)?;
+        let columns = columns(matrix, last + 1)?;
+        let (x, keep) = (x.contiguous()?, keep.contiguous()?);
+        projected.push(sequence_projection(&x, &columns, Some(&keep))?);
+    }
+    Ok(Tensor::cat(&projected, 0)?)
 }
 
 /// The columns of `matrix` `[heads, slots, longest]` for `keys` positions.

@@ -106,8 +106,10 @@ pub enum LionDecay {
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum LionForm {
     /// All weights are laid out.
+    #[serde(deserialize_with = "crate::fields::none")]
     Parallel,
     /// A position at a time.
+    #[serde(deserialize_with = "crate::fields::none")]
     Recurrent,
     /// This many positions at a time.
     Chunked {
@@ -178,6 +180,10 @@ impl Describe for LionSpec {
         }
     }
 
+    fn is_scaled(&self) -> bool {
+        false
+    }
+
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
         if let LionForm::Chunked { size } = self.form {
             bounded(format!("{field}.form.size"), size, 1..=MAX_CHUNK)?;
@@ -203,7 +209,12 @@ impl Describe for LionSpec {
         };
         if !distinct {
             let expected = "rows, columns or both, each once";
-            return Err(Error::spec(at(".curves"), &image.curves, expected));
+            let found = image.curves.iter().map(|curve| match curve {
+                Curve::Rows => "rows",
+                Curve::Columns => "columns",
+            });
+            let found: Vec<&str> = found.collect();
+            return Err(Error::spec(at(".curves"), found, expected));
         }
         Ok(())
     }

@@ -14,7 +14,8 @@
 //! in one ring, so that the first of a round looks back at the last of the round before. What a
 //! token gets in the rounds is merged by the log-sums; a key that it met several times counts
 //! several times, unless `repeats` is `once`: then `ln N_ij` is taken off the score, `N_ij` being how
-//! often the two meet. A token's own key gets `−10⁵`: it is read where nothing else is there.
+//! often the two meet. A token's own key is read where nothing else is there: a penalty of `−10⁵`, as published, comes to
+//! the same, but rounds what weights are made of again in the backward pass to a hundredth.
 //!
 //! Several numbers of buckets are hashed one by one and read as the digits of one number. Rotations
 //! are those of the pass where it draws anew, as in training, and of `seed` otherwise; of `seed` always
@@ -59,8 +60,6 @@ const MAX_BUCKETS: usize = 1 << 12;
 const MAX_DIGITS: usize = 4;
 /// Buckets above which they are hashed as two digits, where they follow from the length.
 const ONE_DIGIT: usize = 128;
-/// Added to the score of a token with itself.
-const OWN: f64 = -1e5;
 
 /// Attention among tokens that hash alike.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -155,6 +154,10 @@ impl Describe for ReformerSpec {
             bidirectional: true,
             ..Abilities::default()
         }
+    }
+
+    fn is_scaled(&self) -> bool {
+        self.extra_scale
     }
 
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
@@ -390,10 +393,20 @@ impl Reformer {
         let scale = self.scale / width.sqrt();
         let rule = Rule {
             causal: self.causal,
-            own: OWN,
+            own: f64::NEG_INFINITY,
             ..Rule::default()
         };
+        let mut alone = Blocks::default();
+        for (sequence, sorted) in sequences.iter().zip(&sorted) {
+            let by_itself = |token: &usize| !sorted.meets_another(*token, self.causal, spec);
+            for token in sequence.queries().filter(by_itself) {
+                alone.push([sequence.query(token)], [sequence.key(token)]);
+            }
+        }
         let mut parts = Vec::new();
+        if !alone.is_empty() {
+            parts.push(alone.listed(Rule::default(), Bias::default()));
+        }
         for round in 0..spec.rounds {
             let mut blocks = Blocks::default();
             for (sequence, sorted) in sequences.iter().zip(&sorted) {

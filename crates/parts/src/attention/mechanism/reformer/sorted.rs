@@ -65,6 +65,16 @@ impl Sorted {
         rounds.map(of).sum()
     }
 
+    /// Whether a token meets another one that it may see.
+    pub(super) fn meets_another(&self, query: usize, causal: bool, spec: &ReformerSpec) -> bool {
+        let sees = |key: usize| key != query && (!causal || key < query);
+        (0..self.chunk_of.len()).any(|round| {
+            let window = self.meets(self.chunk_of[round][query], round, spec);
+            let mut keys = window.iter().flat_map(|chunk| &self.chunks[*chunk]);
+            keys.any(|&key| sees(key) && self.shares(round, query, key, spec))
+        })
+    }
+
     /// Whether a round lets two tokens of chunks that meet meet.
     pub(super) fn shares(
         &self,

@@ -142,6 +142,11 @@ impl Describe for SoftSpec {
         if let Some(local) = self.local {
             odd(at("local"), local, MAX_TAPS)?;
         }
+        let segments = matches!(self.landmarks, Landmarks::Segments { .. });
+        if let (true, Some(columns), None) = (segments, self.columns, self.local) {
+            let expected = "absent beside landmarks of segments, which are of a line, unless there is a local filter";
+            return Err(Error::spec(at("columns"), columns, expected));
+        }
         if !(0.0..=MAX_EPSILON).contains(&self.epsilon) {
             let expected =
                 format!("between 0 and {MAX_EPSILON}, for which Newton's iteration converges");

@@ -31,8 +31,14 @@ pub(in super::super) trait Rules {
     /// What scores are multiplied by.
     fn scale(&self) -> f64;
 
-    /// What summaries pool, of `batch · heads · tokens` rows of queries and keys `[.., head_width]`.
-    fn pooled(&self, tokens: [&Tensor; 2], _: [usize; 2]) -> Result<Pooled> {
+    /// What summaries pool, of `batch · heads · tokens` rows of queries and keys `[.., head_width]`, and of values
+    /// `[.., value_width]` where these are known.
+    fn pooled(
+        &self,
+        tokens: [&Tensor; 2],
+        _values: Option<&Tensor>,
+        _sequences: [usize; 2],
+    ) -> Result<Pooled> {
         Ok(Pooled::largest(tokens))
     }
 }
@@ -210,9 +216,9 @@ impl SpanMemory {
         let queries = self.recall_queries(met.columns())?;
         let [keys, values] = [0, 1].map(|sort| self.recall(sort, met.columns()));
         let [queries, keys, values] = [queries, keys?, values?].map(|x| x.flatten(0, 1));
-        let (queries, keys) = (tensor(queries)?, tensor(keys)?);
+        let (queries, keys, values) = (tensor(queries)?, tensor(keys)?, tensor(values)?);
         let tokens = [&queries, &keys];
-        let pooled = rules.pooled(tokens, [batch, heads])?;
+        let pooled = rules.pooled(tokens, Some(&values), [batch, heads])?;
         let Some(made) = Summaries::new(&making, tokens, &pooled, rules.scale())? else {
             return Ok(0);
         };
@@ -223,7 +229,7 @@ impl SpanMemory {
         });
         let table: Vec<u32> = table.map(|rank| rank as u32).collect();
         let keys = laid(&made.keys, &table, batch * heads)?;
-        let values = laid(&made.values(&tensor(values)?)?, &table, batch * heads)?;
+        let values = laid(&made.values(&values)?, &table, batch * heads)?;
         let start = self.summaries.len();
         self.summaries.append(&[&keys, &values])?;
         for (columns, spans) in self.columns.iter_mut().zip(spans) {

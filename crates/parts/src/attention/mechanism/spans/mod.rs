@@ -17,6 +17,6 @@ pub(super) use memory::Rules;
 pub use memory::SpanMemory;
 pub(super) use mixing::{Joined, Summarised};
 pub use pooling::Pooling;
-pub(super) use pooling::{Pooled, RowKeys};
+pub(super) use pooling::{Pooled, RowKeys, Rows};
 pub(super) use span::{Sort, Span};
 pub(super) use summaries::Summaries;

@@ -28,24 +28,34 @@ pub(in super::super) struct Pooled {
     pub(in super::super) queries: Tensor,
     pub(in super::super) keys: Tensor,
     pub(in super::super) by: Pooling,
-    /// What makes the keys of rows that their tokens sum up, of `[batch, heads]`; the weighted keys are these when
-    /// absent.
-    pub(in super::super) row_keys: Option<(Arc<dyn RowKeys>, [usize; 2])>,
+    /// What makes the keys of rows that their tokens sum up; the weighted keys are these when absent.
+    pub(in super::super) row_keys: Option<Rows>,
     /// Operations that it took to make them.
     pub(in super::super) before: u64,
 }
 
+/// Rows whose keys are made.
+#[derive(Debug)]
+pub(in super::super) struct Rows {
+    /// By what.
+    pub(in super::super) by: Arc<dyn RowKeys>,
+    /// `[batch, heads]`.
+    pub(in super::super) sequences: [usize; 2],
+    /// The values of tokens, `[.., value_width]`, where keys of rows are made of these rather than of keys.
+    pub(in super::super) values: Option<Tensor>,
+}
+
 /// What makes the key of a row that a token sums up.
 pub(in super::super) trait RowKeys: fmt::Debug + Send + Sync {
-    /// Of the weighted keys of rows, and of the keys of the tokens that sum them up, both `[summaries, head_width]` and each
-    /// of such a head.
+    /// Of the weighted keys or values of rows, `[summaries, width]`, and of the keys of the tokens that sum them up,
+    /// `[summaries, head_width]`, each of such a head.
     ///
     /// # Errors
     /// Those of the tensor engine.
     fn keys(&self, weighted: &Tensor, own: &Tensor, head_of: &[usize]) -> Result<Tensor>;
 
-    /// Operations that one takes.
-    fn operations(&self, width: usize) -> u64;
+    /// Operations that one takes, for keys of one width that are made of what has another.
+    fn operations(&self, widths: [usize; 2]) -> u64;
 }
 
 impl Pooled {

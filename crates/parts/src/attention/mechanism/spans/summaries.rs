@@ -1,7 +1,7 @@
 //! Keys and values of spans, from those of their tokens.
 
 use super::ended::Making;
-use super::pooling::{Pooled, Pooling};
+use super::pooling::{Pooled, Pooling, Rows};
 use super::span::Way;
 use crate::Result;
 use crate::attention::mechanism::blocks::{Bias, Blocks, Meetings, Rule, operations};
@@ -45,20 +45,24 @@ impl Summaries {
                 }
                 Way::Each | Way::Mean => {
                     let width = tensor(k.dim(D::Minus1))?;
-                    before += operations([&part], 0, [width; 2]);
-                    let weighted = part.output(k)?;
-                    match &pooled.row_keys {
-                        Some((row_keys, sequences)) if making.way == Way::Each => {
+                    let rows = pooled.row_keys.as_ref();
+                    let rows = rows.filter(|_| making.way == Way::Each);
+                    let read = rows.and_then(|rows| rows.values.as_ref()).unwrap_or(k);
+                    let widths = [width, tensor(read.dim(D::Minus1))?];
+                    before += operations([&part], 0, widths);
+                    let weighted = part.output(read)?;
+                    match rows {
+                        None => weighted,
+                        Some(Rows { by, sequences, .. }) => {
                             let own = lists.summing_up();
-                            before += own.len() as u64 * row_keys.operations(width);
+                            before += own.len() as u64 * by.operations(widths);
                             let rows = k.elem_count() / width.max(1);
                             let [batch, heads] = *sequences;
                             let each = (rows / (batch * heads).max(1)).max(1);
                             let head_of = own.iter().map(|row| *row as usize / each % heads);
                             let head_of: Vec<usize> = head_of.collect();
-                            row_keys.keys(&weighted, &picked(k, own)?, &head_of)?
+                            by.keys(&weighted, &picked(k, own)?, &head_of)?
                         }
-                        _ => weighted,
                     }
                 }
             });

@@ -81,6 +81,13 @@ impl BlockLayout {
                 }
             }
         }
+        for letter in self.masks.keys() {
+            let mut rows = self.heads.iter().flatten();
+            if !rows.any(|row| row.contains(letter.as_str())) {
+                let field = format!("{field}.masks.{letter}");
+                return Err(Error::spec(field, "given", "named in a row of heads"));
+            }
+        }
         Ok(())
     }
 

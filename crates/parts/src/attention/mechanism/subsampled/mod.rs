@@ -103,6 +103,7 @@ impl Default for SubsampledSpec {
 pub enum Selection {
     /// Each as likely as any other.
     #[default]
+    #[serde(deserialize_with = "crate::fields::none")]
     Unbiased,
     /// Near ones more often.
     Local {
@@ -158,6 +159,10 @@ impl Describe for SubsampledSpec {
         }
     }
 
+    fn is_scaled(&self) -> bool {
+        self.inner.spec().is_none_or(Describe::is_scaled)
+    }
+
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
         let at = |name: &str| format!("{field}.{name}");
         if !(self.keep > 0.0 && self.keep <= 1.0) {
@@ -190,6 +195,10 @@ impl Describe for SubsampledSpec {
             let expected =
                 "false where keys that are left out are as padding, which all heads share";
             return Err(Error::spec(at("per_head"), true, expected));
+        }
+        if self.inner.spec().is_some_and(Describe::reads_tokens) {
+            let expected = "keys: which of these are drawn is decided once they are there";
+            return Err(Error::spec(at("inner.project"), "tokens", expected));
         }
         if self.own && !self.inner.is_softmax() {
             let expected = "false: a key of its own is that of softmax";

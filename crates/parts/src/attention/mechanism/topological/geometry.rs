@@ -22,6 +22,8 @@ const MAX_PAIRS: usize = 1 << 12;
 const LEAF: usize = 128;
 /// Most places of a table of lengths.
 const MAX_PLACES: f64 = (1u64 << 22) as f64;
+/// Longest that all edges of a graph may be together: squares of distances are numbers then.
+const MAX_SUM: f64 = 1e150;
 /// Most random trees.
 const MAX_TREES: usize = 64;
 
@@ -53,6 +55,7 @@ pub struct GraphSpec {
 pub enum Metric {
     /// Along a spanning tree of least weight.
     #[default]
+    #[serde(deserialize_with = "crate::fields::none")]
     SpanningTree,
     /// The mean over masks by several random trees of clusters, whose distances are never shorter than the
     /// graph's and on average not much longer (Fakcharoenphol, Rao, Talwar 2003).
@@ -64,6 +67,7 @@ pub enum Metric {
         seed: u64,
     },
     /// Along shortest paths, all pairs laid out: what trees stand for.
+    #[serde(deserialize_with = "crate::fields::none")]
     ShortestPaths,
 }
 
@@ -80,7 +84,8 @@ impl GraphSpec {
     /// The graph; `field` is the path of the spec.
     ///
     /// # Errors
-    /// When there are too many vertices or edges, one that is none, or parts that nothing joins.
+    /// When there are too many vertices or edges, one that is none, lengths beyond all measure, or parts that
+    /// nothing joins.
     pub fn graph(&self, field: &str) -> Result<Graph> {
         bounded(format!("{field}.vertices"), self.vertices, 1..=MAX_VERTICES)?;
         bounded(
@@ -97,6 +102,16 @@ impl GraphSpec {
             Error::spec(format!("{field}.edges"), error.to_string(), expected)
         };
         let graph = Graph::new(self.vertices, self.edges.clone()).map_err(wrong)?;
+        // No way along edges is longer.
+        let sum: f64 = self.edges.iter().map(|(_, _, length)| length).sum();
+        if sum > MAX_SUM {
+            let expected = format!("at most {MAX_SUM:e}");
+            return Err(Error::spec(
+                format!("sum of lengths in {field}.edges"),
+                sum,
+                expected,
+            ));
+        }
         match graph.distances(0).iter().all(|length| length.is_finite()) {
             true => Ok(graph),
             false => {
@@ -124,6 +139,10 @@ impl Metric {
         let Some(spec) = graph else { return Ok(()) };
         let at = format!("{field}.graph");
         let graph = spec.graph(&at)?;
+        if let Some(step) = spec.step.filter(|_| self != Self::SpanningTree) {
+            let expected = "absent, or a spanning tree, whose edges alone are rounded";
+            return Err(Error::spec(format!("{at}.step"), step, expected));
+        }
         match self {
             Self::SpanningTree => whole(&spanning(&graph, &at)?, spec.step, &at).map(|_| ()),
             Self::RandomTrees { .. } => Ok(()),

@@ -32,6 +32,7 @@
 //! Parameters: 3, or 3 for each head.
 
 mod geometry;
+mod own;
 
 pub use geometry::{GraphSpec, Metric};
 
@@ -42,9 +43,11 @@ use crate::parameters::{Init, Parameters};
 use crate::{Error, Result};
 use geometry::Geometry;
 use lapidary_kernels::{
-    DType, Device, Tensor, TreeMask, matmul, quotients, tree_attention, tree_attention_operations,
+    DType, Device, Tensor, TreeFeatures, TreeMask, matmul, quotients, tree_attention,
+    tree_attention_operations,
 };
 use lapidary_signal::Mixing;
+use own::{OnOwnTrees, Own};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
@@ -105,10 +108,13 @@ impl Default for TopologicalSpec {
 pub enum FeatureMap {
     /// `max(x, 0)`.
     #[default]
+    #[serde(deserialize_with = "crate::fields::none")]
     Relu,
     /// `x²`.
+    #[serde(deserialize_with = "crate::fields::none")]
     Square,
     /// `x⁴`.
+    #[serde(deserialize_with = "crate::fields::none")]
     Fourth,
     /// `e^{w · x − ‖x‖²/2}` for random `w`.
     Exponential {
@@ -148,6 +154,10 @@ impl Describe for TopologicalSpec {
 
     fn subsets(&self) -> Subsets {
         Subsets::AsPadding
+    }
+
+    fn is_scaled(&self) -> bool {
+        matches!(self.features, FeatureMap::Exponential { .. })
     }
 
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
@@ -219,6 +229,54 @@ impl Topological {
         Ok(found)
     }
 
+    /// Whether tokens are farther apart, or nearer, where there are more of them.
+    fn has_trees_of_each_length(&self) -> bool {
+        self.spec.graph.is_none() && matches!(self.spec.metric, Metric::RandomTrees { .. })
+    }
+
+    /// The mixing of sequences each of which has the trees of its real tokens, that stand at `places`.
+    fn mixing_of_each(
+        &self,
+        [q, k]: [&Tensor; 2],
+        places: &[Vec<u32>],
+        pass: &MechanismPass<'_>,
+    ) -> Result<Box<dyn Mixing>> {
+        let (batch, heads, length, _) = tensor(q.dims4())?;
+        let (features, phi) = self.features([q, k], pass)?;
+        let (mut each, mut distances) = (Vec::with_capacity(batch), 0);
+        for (sequence, real) in places.iter().enumerate() {
+            if real.is_empty() {
+                each.push(None);
+                continue;
+            }
+            let geometries = self.geometries(real.len())?;
+            let lengths = geometries.iter().map(|geometry| geometry.lengths.len());
+            distances += lengths.sum::<usize>();
+            let masks = geometries.iter().map(|geometry| self.mask(geometry));
+            let masks = masks.collect::<Result<Vec<TreeMask>>>()?;
+            let places = tensor(Tensor::from_slice(real, real.len(), q.device()))?;
+            let of = |x: &Tensor| -> Result<Tensor> {
+                let x = tensor(tensor(x.narrow(0, sequence, 1))?.contiguous())?;
+                tensor(x.index_select(&places, 2))
+            };
+            let [q, k] = features.each_ref().map(of);
+            each.push(Some(Own {
+                trees: OnTrees {
+                    q: q?,
+                    k: k?,
+                    phi,
+                    masks,
+                },
+                rows: Own::rows(real, length, places.device())?,
+                places,
+            }));
+        }
+        let before = self.before([q, k], distances);
+        let sizes = [batch, heads, length, length];
+        let sums = OnOwnTrees { sizes, each };
+        Ok(Box::new(Normalised::new(sums, 0.0, before)))
+    }
+
     /// `M` by distance, `[1 or heads, distances]`, and its derivatives by `a`.
     fn mask(&self, geometry: &Geometry) -> Result<TreeMask> {
         let distances = geometry.lengths.len();
@@ -255,16 +313,18 @@ impl Topological {
         })
     }
 
-    /// `φ` of queries and keys, `[batch, heads, length, features]`, that of pads zero.
-    fn features(&self, [q, k]: [&Tensor; 2], pass: &MechanismPass<'_>) -> Result<[Tensor; 2]> {
+    /// `φ` of queries and keys, `[batch, heads, length, features]`, that of pads zero, or what the kernel is to make it of.
+    fn features(
+        &self,
+        [q, k]: [&Tensor; 2],
+        pass: &MechanismPass<'_>,
+    ) -> Result<([Tensor; 2], TreeFeatures)> {
         let kept = kept(pass, tensor(k.dim(2))?, k.dtype())?;
-        let each = |map: &dyn Fn(&Tensor) -> Result<Tensor>| -> Result<[Tensor; 2]> {
-            Ok([map(q)?, map(k)?])
-        };
-        let [q, k] = match self.spec.features {
-            FeatureMap::Relu => each(&|x| tensor(x.relu()))?,
-            FeatureMap::Square => each(&|x| tensor(x.sqr()))?,
-            FeatureMap::Fourth => each(&|x| tensor(tensor(x.sqr())?.sqr()))?,
+        let given = || [q.clone(), k.clone()];
+        let ([q, k], phi) = match self.spec.features {
+            FeatureMap::Relu => (given(), TreeFeatures::Relu),
+            FeatureMap::Square => (given(), TreeFeatures::Square),
+            FeatureMap::Fourth => (given(), TreeFeatures::Fourth),
             FeatureMap::Exponential { count, seed } => {
                 let logits = self.logits([q, k], count, draw_seed(pass, seed))?;
                 let [q, k] = logits;
@@ -279,14 +339,16 @@ impl Topological {
                     }
                 };
                 let largest = tensor(tensor(hidden.max_keepdim(3))?.max_keepdim(2))?.detach();
-                [q, tensor(tensor(hidden.broadcast_sub(&largest))?.exp())?]
+                let k = tensor(tensor(hidden.broadcast_sub(&largest))?.exp())?;
+                ([q, k], TreeFeatures::Given)
             }
         };
+        // The features of zeros are zeros, where the kernel makes them.
         let k = match kept {
             None => k,
             Some(kept) => tensor(k.broadcast_mul(&kept))?,
         };
-        Ok([q, k])
+        Ok(([q, k], phi))
     }
 
     /// `w · x − ‖x‖²/2` for `x` times the root of the scale, `[batch, heads, length, count]`.
@@ -342,6 +404,12 @@ impl Mechanism for Topological {
                 format!("{keys}, as many as keys"),
             ));
         }
+        if let Some(keep) = pass.keep.filter(|_| self.has_trees_of_each_length()) {
+            let places = own::real_places(keep)?;
+            if places.iter().any(|real| real.len() != keys) {
+                return self.mixing_of_each([q, k], &places, pass);
+            }
+        }
         let known = self.geometries(keys)?;
         let geometries = match known.iter().all(|geometry| geometry.pairs.tokens() == keys) {
             true => known,
@@ -353,10 +421,11 @@ impl Mechanism for Topological {
             .collect();
         let distances = geometries.iter().map(|geometry| geometry.lengths.len());
         let before = self.before([q, k], distances.sum());
-        let [q, k] = self.features([q, k], pass)?;
+        let ([q, k], phi) = self.features([q, k], pass)?;
         let sums = OnTrees {
             q,
             k,
+            phi,
             masks: masks?,
         };
         Ok(Box::new(Normalised::new(sums, 0.0, before)))
@@ -366,9 +435,11 @@ impl Mechanism for Topological {
 /// `Σ_j M_ij (φ(q_i) · φ(k_j)) v_j`, `M` the mean over several trees.
 #[derive(Debug)]
 struct OnTrees {
-    /// `φ(q)` and `φ(k)`, `[batch, heads, length, features]`.
+    /// `[batch, heads, length, width]`.
     q: Tensor,
     k: Tensor,
+    /// What features are, made of these.
+    phi: TreeFeatures,
     /// That of each tree.
     masks: Vec<TreeMask>,
 }
@@ -378,7 +449,7 @@ impl OnTrees {
     fn beside_weights(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
         let mut total: Option<Tensor> = None;
         for mask in &self.masks {
-            let sums = tree_attention(&self.q, &self.k, values, mask)?;
+            let sums = tree_attention([&self.q, &self.k, values], self.phi, mask)?;
             total = Some(match total {
                 None => sums,
                 Some(total) => (total + sums)?,

@@ -46,6 +46,7 @@ fn blocks(count: usize, dtype: DType) -> (Vec<Arc<Block>>, Vec<Var>) {
         layer_scale: None,
         drop_path: 0.0,
         dropout_by_feature: false,
+        coding_step: None,
         attention: MixerSpec::MultiHead(MultiHeadSpec::new(2)),
         cross_attention: None,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {

@@ -109,7 +109,22 @@ pub(super) fn sparse() -> Vec<(&'static str, MultiHeadSpec)> {
             MultiHeadSpec {
                 causal: true,
                 ..through(MechanismSpec::Combiner(CombinerSpec {
-                    summary: Summary::Projected,
+                    summary: Summary::Projected {
+                        of: RowSource::Keys,
+                    },
+                    ..CombinerSpec::new(CombinerForm::RowMajor { columns: 2 })
+                }))
+            },
+        ),
+        (
+            "earlier rows by keys that a layer makes of their values",
+            MultiHeadSpec {
+                causal: true,
+                value_width: Some(3),
+                ..through(MechanismSpec::Combiner(CombinerSpec {
+                    summary: Summary::Projected {
+                        of: RowSource::Values,
+                    },
                     ..CombinerSpec::new(CombinerForm::RowMajor { columns: 2 })
                 }))
             },

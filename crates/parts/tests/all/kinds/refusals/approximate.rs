@@ -27,7 +27,7 @@ fn impossible_linformer_attention_is_refused() {
                 ..through(linformer(Sharing::Headwise, Projection::Learned))
             }),
             "b.attention.mechanism is \"linformer with a window\", but must be softmax, or attention \
-             without a window: linformer has no scores to mask or add to",
+             without a window, which this linformer does not take",
         ),
         (
             with_heads(through(MechanismSpec::Linformer(LinformerSpec::new(0, 9)))),
@@ -55,6 +55,73 @@ fn impossible_linformer_attention_is_refused() {
             }))),
             "b.attention.mechanism.slots_by_head is \"given\", but must be absent, or beside sharing = \
              \"none\": windows of different lengths have no weights in common",
+        ),
+    ]);
+}
+
+#[test]
+fn tokens_that_cannot_be_projected_are_refused() {
+    let of = |change: fn(&mut LinformerSpec)| {
+        let mut linformer = LinformerSpec {
+            project: Project::Tokens,
+            ..LinformerSpec::new(3, 9)
+        };
+        change(&mut linformer);
+        through(MechanismSpec::Linformer(linformer))
+    };
+    assert_refused([
+        (
+            with_heads(of(|linformer| linformer.sharing = Sharing::None)),
+            "b.attention.mechanism.project is \"tokens\", but must be keys beside projections of each head: tokens are \
+             projected once for all of them",
+        ),
+        (
+            with_heads(of(|linformer| linformer.projection = Projection::Max)),
+            "b.attention.mechanism.project is \"tokens\", but must be keys beside projection = \"max\": the largest \
+             entries of keys are not those of tokens",
+        ),
+        (
+            with_heads(of(|linformer| {
+                linformer.projection = Projection::Mean;
+                linformer.slots_by_head = vec![2, 3];
+            })),
+            "b.attention.mechanism.project is \"tokens\", but must be keys beside windows of different lengths: tokens \
+             are projected once for all heads",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                sharing: QueryKeySharing::QueryKey,
+                ..of(|_| {})
+            }),
+            "b.attention.mechanism.project is \"tokens\", but must be keys beside queries that are keys: queries are \
+             made of all tokens",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                position: rotary(false, None, RotaryScaling::None),
+                ..of(|_| {})
+            }),
+            "b.attention.mechanism.project is \"tokens\", but must be keys beside rotary positions, which turn the key \
+             of each token",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                query_key_norm: Some(QueryKeyNorm {
+                    norm: RMS,
+                    per_head: true,
+                }),
+                ..of(|_| {})
+            }),
+            "b.attention.mechanism.project is \"tokens\", but must be keys beside query_key_norm, which norms the key of \
+             each token",
+        ),
+        (
+            with_heads(through(MechanismSpec::Subsampled(SubsampledSpec {
+                inner: Box::new(of(|_| {}).mechanism),
+                ..SubsampledSpec::default()
+            }))),
+            "b.attention.mechanism.inner.project is \"tokens\", but must be keys: which of these are drawn is decided \
+             once they are there",
         ),
     ]);
 }

@@ -48,6 +48,78 @@ fn impossible_blocks_are_refused() {
         ),
         (
             BlockSpec {
+                coding_step: Some(CodingStep {
+                    kappa: 0.0,
+                    epsilon: 1.0,
+                }),
+                wiring: Wiring::Replacing,
+                ..with_heads(MultiHeadSpec {
+                    sharing: QueryKeySharing::All,
+                    ..MultiHeadSpec::new(2)
+                })
+            },
+            "b.coding_step.kappa is 0.0, but must be a number above 0",
+        ),
+        (
+            BlockSpec {
+                coding_step: Some(CodingStep {
+                    kappa: 0.1,
+                    epsilon: f64::NAN,
+                }),
+                wiring: Wiring::Replacing,
+                ..with_heads(MultiHeadSpec {
+                    sharing: QueryKeySharing::All,
+                    ..MultiHeadSpec::new(2)
+                })
+            },
+            "b.coding_step.epsilon is NaN, but must be a number above 0",
+        ),
+        (
+            BlockSpec {
+                coding_step: Some(CodingStep {
+                    kappa: 0.1,
+                    epsilon: 1.0,
+                }),
+                wiring: Wiring::PreNorm,
+                ..with_heads(MultiHeadSpec {
+                    sharing: QueryKeySharing::All,
+                    ..MultiHeadSpec::new(2)
+                })
+            },
+            "b.coding_step is \"given\", but must be absent in a block whose wiring is another than replacing",
+        ),
+        (
+            BlockSpec {
+                coding_step: Some(CodingStep {
+                    kappa: 0.1,
+                    epsilon: 1.0,
+                }),
+                wiring: Wiring::Replacing,
+                ..with_heads(MultiHeadSpec {
+                    ..MultiHeadSpec::new(2)
+                })
+            },
+            "b.coding_step is \"given\", but must be absent beside another attention than softmax with sharing = \"all\", \
+             whose heads are subspaces",
+        ),
+        (
+            BlockSpec {
+                coding_step: Some(CodingStep {
+                    kappa: 0.1,
+                    epsilon: 1.0,
+                }),
+                wiring: Wiring::Replacing,
+                ..with_heads(MultiHeadSpec {
+                    sharing: QueryKeySharing::All,
+                    causal: true,
+                    ..MultiHeadSpec::new(2)
+                })
+            },
+            "b.coding_step is \"given\", but must be absent in causal attention or under a window: the rate is of all tokens \
+             of a sequence together",
+        ),
+        (
+            BlockSpec {
                 repeat: 0,
                 ..with_heads(MultiHeadSpec::new(2))
             },

@@ -32,6 +32,14 @@ fn impossible_topological_attention_is_refused() {
         ),
         (
             with_heads(on_a_tree(TopologicalSpec {
+                graph: Some(GraphSpec::new(3, vec![(0, 1, 1e150), (1, 2, 1e150)])),
+                metric: Metric::RandomTrees { count: 1, seed: 0 },
+                ..TopologicalSpec::default()
+            })),
+            "sum of lengths in b.attention.mechanism.graph.edges is 2e150, but must be at most 1e150",
+        ),
+        (
+            with_heads(on_a_tree(TopologicalSpec {
                 graph: Some(GraphSpec::new(3, vec![(0, 1, 1.0), (1, 2, 0.3)])),
                 ..TopologicalSpec::default()
             })),

@@ -8,6 +8,7 @@ mod kernels;
 mod mixers;
 mod patterns;
 mod positions;
+mod without_meaning;
 
 use super::*;
 
@@ -39,4 +40,41 @@ fn unknown_fields_are_refused() {
         error.to_string().contains("unknown field `head`"),
         "{error}"
     );
+}
+
+/// Serde passes over what stands beside the kind of a variant without fields.
+#[test]
+fn kinds_without_fields_take_none() {
+    fn refuse<T: serde::de::DeserializeOwned>(kinds: &[&str]) {
+        for kind in kinds {
+            let alone = format!("kind = \"{kind}\"");
+            assert!(toml::from_str::<T>(&alone).is_ok(), "{kind}");
+            let beside = toml::from_str::<T>(&format!("{alone}\ncount = 3"));
+            let said = beside.err().map(|error| error.to_string());
+            let said = said.unwrap_or_default();
+            assert!(said.contains("unknown field `count`"), "{kind}: {said}");
+        }
+    }
+    use lapidary_parts::attention::mechanism::{
+        combiner, doubly_stochastic, fastmax, kernelized, lion, sparse, subsampled, topological,
+    };
+    use lapidary_parts::position::{RotaryScaling, fire};
+    refuse::<MixerSpec>(&["absent"]);
+    refuse::<MechanismSpec>(&["softmax"]);
+    refuse::<NormSpec>(&["none"]);
+    refuse::<PositionSpec>(&["none", "alibi", "kerple-logarithmic", "kerple-power"]);
+    refuse::<RotaryScaling>(&["none"]);
+    refuse::<fire::FireTransform>(&["logarithm", "linear"]);
+    refuse::<combiner::CombinerForm>(&["log-sparse"]);
+    refuse::<combiner::Summary>(&["largest"]);
+    refuse::<doubly_stochastic::Operator>(&["softmax"]);
+    refuse::<fastmax::Normalisation>(&["token", "none"]);
+    refuse::<kernelized::Redraw>(&["pass", "never"]);
+    refuse::<kernelized::SpectrumSpec>(&["gaussian", "generator"]);
+    refuse::<lion::LionForm>(&["parallel", "recurrent"]);
+    refuse::<sparse::SparsePattern>(&["log-sparse"]);
+    refuse::<subsampled::Selection>(&["unbiased"]);
+    refuse::<topological::FeatureMap>(&["relu", "square", "fourth"]);
+    refuse::<topological::Metric>(&["spanning-tree", "shortest-paths"]);
+    refuse::<lapidary_parts::organisation::vcc::Importance>(&["first"]);
 }

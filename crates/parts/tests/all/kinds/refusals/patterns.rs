@@ -65,11 +65,11 @@ fn impossible_sparse_patterns_are_refused() {
                     steps: Steps::First,
                 }))
             }),
-            "b.attention.mechanism.steps is First, but must be merged: log-sparse and layouts have one step",
+            "b.attention.mechanism.steps is \"first\", but must be merged: log-sparse and layouts have one step",
         ),
         (
             with_heads(layout(8, &[&["#"]], &[], Steps::ByHead)),
-            "b.attention.mechanism.steps is ByHead, but must be merged: log-sparse and layouts have one step",
+            "b.attention.mechanism.steps is \"by-head\", but must be merged: log-sparse and layouts have one step",
         ),
         (
             with_heads(layout(12, &[&["#"]], &[], Steps::Merged)),
@@ -119,7 +119,7 @@ fn impossible_sparse_patterns_are_refused() {
         ),
         (
             with_heads(sparse(4, 1, 1, Steps::Merged)),
-            "b.attention.mechanism is \"sparse in bidirectional attention\", but must be another mechanism, or causal = true: sparse looks back only",
+            "b.attention.mechanism is \"sparse in bidirectional attention\", but must be another mechanism, or causal = true: this sparse looks back only",
         ),
     ]);
 }
@@ -223,7 +223,9 @@ fn impossible_combiner_attention_is_refused() {
             with_heads(MultiHeadSpec {
                 causal: true,
                 ..through(MechanismSpec::Combiner(CombinerSpec {
-                    summary: Summary::Projected,
+                    summary: Summary::Projected {
+                        of: RowSource::Keys,
+                    },
                     ..CombinerSpec::new(CombinerForm::Vertical { columns: 4 })
                 }))
             }),
@@ -232,7 +234,15 @@ fn impossible_combiner_attention_is_refused() {
         ),
         (
             with_heads(combiner(CombinerForm::RowMajor { columns: 4 })),
-            "b.attention.mechanism is \"combiner in bidirectional attention\", but must be another mechanism, or causal = true: combiner looks back only",
+            "b.attention.mechanism is \"combiner in bidirectional attention\", but must be another mechanism, or causal = true: this combiner looks back only",
+        ),
+        (
+            with_heads(MultiHeadSpec {
+                causal: true,
+                window: Some(3),
+                ..combiner(CombinerForm::LogSparse)
+            }),
+            "b.attention.mechanism is \"combiner with a window\", but must be softmax, or attention without a window, which this combiner does not take",
         ),
         (
             with_cross(combiner(CombinerForm::LogSparse)),
