@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 pub enum InitialValues {
     /// As each part has it; matrices, as a rule, with deviation 0.02.
     #[default]
+    #[serde(deserialize_with = "lapidary_parts::fields::none")]
     OfParts,
     /// Matrices by their inputs and by the depth of the model, so that what flows through it has the size that it
     /// began with (Child et al., Sparse Transformer, 2019, arXiv 1904.10509), for `n` blocks of

@@ -4,7 +4,7 @@ use crate::position::Positions;
 use crate::resized::resized;
 use crate::spec::{InputSpec, PatchInput, PatchPosition, Projected, TokenInput};
 use lapidary_kernels::Tensor;
-use lapidary_parts::dropout::dropout;
+use lapidary_parts::dropout::{dropout, dropout_by_feature};
 use lapidary_parts::norm::Norm;
 use lapidary_parts::parameters::{Init, Parameters};
 use lapidary_parts::{Context, Error, Result};
@@ -216,7 +216,10 @@ impl TokenEmbedding {
             }
         };
         let site = format_args!("embeddings.dropout");
-        dropout(&x, self.spec.dropout, site, cx)
+        match self.spec.dropout_by_feature {
+            true => dropout_by_feature(&x, self.spec.dropout, site, cx),
+            false => dropout(&x, self.spec.dropout, site, cx),
+        }
     }
 }
 

@@ -29,10 +29,12 @@ mod package;
 mod position;
 mod replace;
 mod resized;
+mod shared;
 mod size;
 mod source;
 mod spec;
 pub mod tokenizer;
+mod vips;
 
 pub use checkpoint::Checkpoint;
 pub use ensemble::{Averaged, Ensemble, self_ensemble};

@@ -21,6 +21,17 @@ use lapidary_kernels::{DType, Device, Tensor};
 /// The file with the spec of a Lapidary directory.
 pub const SPEC_FILE: &str = "lapidary.json";
 
+/// Files of a Hugging Face directory that say how tokens, sequences and images are made beside what the model
+/// and `tokenizer.json` say, and are the same for a model of another shape.
+const COMPANIONS: [&str; 6] = [
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+];
+
 /// How a directory is opened.
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
@@ -55,6 +66,8 @@ pub enum Origin {
         tables: Vec<NameTable>,
         /// Tensors that belong to no tower, such as CLIP's `logit_scale`.
         extra: BTreeMap<String, Tensor>,
+        /// Texts of other files by name, such as `tokenizer_config.json`, that are written back as they are.
+        companions: BTreeMap<String, String>,
     },
     /// A Lapidary directory, or a model made here.
     Lapidary,
@@ -182,6 +195,7 @@ impl Package {
                 specs,
                 tables,
                 extra,
+                companions: companions(directory, &options.limits),
             },
             labels,
             unused,
@@ -235,7 +249,8 @@ impl Package {
 
     /// Writes the package to `directory`, which must not exist or be empty: as a Hugging Face
     /// directory when its family can express every tower, else as a Lapidary directory.
-    /// `dtype` converts the parameters. Says which of the two it wrote.
+    /// `dtype` converts the parameters; without it they are written as they are, or as the config says
+    /// where that loses nothing, and the config says what was written. Says which of the two it wrote.
     pub fn save(&self, directory: &Path, dtype: Option<DType>) -> Result<SavedAs> {
         self.save_in(StagedDirectory::new(directory)?, dtype)
     }
@@ -246,15 +261,26 @@ impl Package {
     }
 
     fn save_in(&self, staged: StagedDirectory, dtype: Option<DType>) -> Result<SavedAs> {
-        let options = WriteOptions {
+        let mut options = WriteOptions {
             dtype,
             ..WriteOptions::default()
         };
         let saved = match self.as_huggingface()? {
             Some((config, tensors)) => {
+                let stored = stored_type(dtype, config.dtype, &tensors)?;
+                options.dtype = stored.or(dtype);
                 let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
                 write_checkpoint(staged.path(), tensors, &options)?;
+                let config = match stored {
+                    Some(stored) => Cow::Owned(config.stored_as(stored)),
+                    None => config,
+                };
                 write_text(&staged.path().join(CONFIG_FILE), &config.to_json())?;
+                if let Origin::HuggingFace { companions, .. } = &self.origin {
+                    for (name, text) in companions {
+                        write_text(&staged.path().join(name), text)?;
+                    }
+                }
                 SavedAs::HuggingFace
             }
             None => {
@@ -297,6 +323,7 @@ impl Package {
             specs,
             tables,
             extra,
+            ..
         } = &self.origin
         else {
             return Ok(None);
@@ -330,6 +357,51 @@ impl Package {
     }
 }
 
+/// The type that tensors are written in, which readers take from the config: the one that was `told`, else the
+/// config's own where it is smaller and holds every number exactly, else the widest that a tensor has. Nothing
+/// when no tensor has fractions.
+fn stored_type(
+    told: Option<DType>,
+    config: Option<DType>,
+    tensors: &[(String, Tensor)],
+) -> Result<Option<DType>> {
+    let fractions = || {
+        tensors
+            .iter()
+            .map(|(_, tensor)| tensor)
+            .filter(|tensor| tensor.dtype().is_float())
+    };
+    let widest = fractions()
+        .map(|tensor| tensor.dtype())
+        .max_by_key(|dtype| dtype.size_in_bytes());
+    let (None, Some(widest), Some(config)) = (told, widest, config) else {
+        return Ok(told.or(widest));
+    };
+    if config.size_in_bytes() >= widest.size_in_bytes() {
+        return Ok(Some(widest));
+    }
+    for tensor in fractions() {
+        if !holds(config, tensor)? {
+            return Ok(Some(widest));
+        }
+    }
+    Ok(Some(config))
+}
+
+/// Whether a type has every number of a tensor.
+fn holds(dtype: DType, tensor: &Tensor) -> Result<bool> {
+    let (own, count) = (tensor.dtype(), tensor.elem_count());
+    if own == dtype || count == 0 {
+        return Ok(true);
+    }
+    let same = || {
+        let there_and_back = tensor.to_dtype(dtype)?.to_dtype(own)?;
+        let same = there_and_back.eq(tensor)?.to_dtype(DType::F32)?;
+        same.min_all()?.to_scalar::<f32>()
+    };
+    Ok(same().map_err(lapidary_kernels::Error::from)? == 1.0)
+}
+
 /// Which kind of directory was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SavedAs {
@@ -337,6 +409,24 @@ pub enum SavedAs {
     HuggingFace,
     /// One with a `lapidary.json`.
     Lapidary,
+}
+
+/// The texts of a directory's [`COMPANIONS`]; one that cannot be read is none that the model needs.
+fn companions(directory: &Path, limits: &Limits) -> BTreeMap<String, String> {
+    let read = |name: &str| {
+        let path = directory.join(name);
+        if !path.is_file() {
+            return None;
+        }
+        match read_text(&path, limits.text_file_bytes) {
+            Ok(text) => Some((name.to_owned(), text)),
+            Err(error) => {
+                tracing::warn!("{error}; it will not be written back");
+                None
+            }
+        }
+    };
+    COMPANIONS.into_iter().filter_map(read).collect()
 }
 
 fn shapes(checkpoint: &Checkpoint) -> Result<Shapes> {

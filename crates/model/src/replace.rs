@@ -38,6 +38,12 @@ impl Model {
         for block in &mut spec.blocks {
             if let MixerSpec::MultiHead(attention) = &mut block.attention {
                 attention.mechanism = mechanism.clone();
+                if mechanism
+                    .spec()
+                    .is_some_and(|described| !described.is_scaled())
+                {
+                    attention.scale = None;
+                }
                 replaced += 1;
             }
         }

@@ -23,28 +23,37 @@ const MAX_LINEARS: usize = 1 << 18;
 /// Parameters that are given initial values: 16 GiB of them, and training needs four times that.
 const MAX_MADE: u64 = 1 << 32;
 
-/// Counts what it is asked for. Each tensor is a single number, seen as often as its shape says.
+/// Counts what it is asked for, by name. Each tensor is a single number, seen as often as its shape says.
 #[derive(Default)]
-struct Counter(u64);
+struct Counter(BTreeMap<String, u64>);
 
 impl ParameterSource for Counter {
-    fn parameter(&mut self, _: &str, shape: &[usize], _: Init) -> Result<Tensor> {
+    fn parameter(&mut self, name: &str, shape: &[usize], _: Init) -> Result<Tensor> {
         let count = shape
             .iter()
             .fold(1, |count: u64, side| count.saturating_mul(*side as u64));
-        self.0 = self.0.saturating_add(count);
+        self.0.insert(name.to_owned(), count);
         let number = Tensor::zeros((), DType::F32, &Device::Cpu);
         let tensor = number.and_then(|number| number.broadcast_as(shape));
         Ok(tensor.map_err(lapidary_kernels::Error::from)?)
     }
 }
 
-/// The number of parameters that `build` asks for.
-fn counted(build: impl FnOnce(Parameters<'_>) -> Result<()>) -> Result<u64> {
+/// The numbers of parameters that `build` asks for, by name.
+fn asked(build: impl FnOnce(Parameters<'_>) -> Result<()>) -> Result<BTreeMap<String, u64>> {
     let mut counter = Counter::default();
     let (ranks, mut linears) = (BTreeMap::new(), Vec::new());
     build(Parameters::new(&mut counter, &ranks, &mut linears))?;
     Ok(counter.0)
+}
+
+/// How many they are together.
+fn counted(build: impl FnOnce(Parameters<'_>) -> Result<()>) -> Result<u64> {
+    Ok(sum(asked(build)?.values()))
+}
+
+fn sum<'a>(counts: impl Iterator<Item = &'a u64>) -> u64 {
+    counts.fold(0, |sum: u64, count| sum.saturating_add(*count))
 }
 
 /// At least as many linear layers as the block has.
@@ -73,11 +82,19 @@ impl ModelSpec {
             }
             Head::new(&self.head, [width, read], &embedding, root).map(|_| ())
         })?;
+        // What several blocks share stands beside them, and is one.
+        let mut beside = BTreeMap::new();
         for block in &self.blocks {
-            let one = counted(|root| Block::new(block, width, root).map(|_| ()))?;
+            let build =
+                |mut root: Parameters<'_>| Block::new(block, width, root.at("block")).map(|_| ());
+            let (own, shared): (BTreeMap<_, _>, BTreeMap<_, _>) = asked(build)?
+                .into_iter()
+                .partition(|(name, _)| name.starts_with("block."));
             let stored = if block.shared { 1 } else { block.repeat as u64 };
-            total = total.saturating_add(one.saturating_mul(stored));
+            total = total.saturating_add(sum(own.values()).saturating_mul(stored));
+            beside.extend(shared);
         }
+        total = total.saturating_add(sum(beside.values()));
         if let Some(organisation) = &self.organisation {
             let blocks = self.expanded_blocks();
             let model = Surroundings {

@@ -13,9 +13,12 @@
 //! Everything random is drawn from a [`Generator`] that is passed in.
 
 mod alignment;
+mod best;
+mod claim;
 pub mod data;
 mod ema;
 mod error;
+mod fit;
 mod gradients;
 pub mod language;
 pub mod log;
@@ -26,12 +29,14 @@ mod random;
 mod run;
 mod schedule;
 pub mod self_distillation;
+mod settings;
 pub mod spec;
 pub mod state;
 mod trainer;
 mod updates;
 
 pub use alignment::{AlignmentKind, AlignmentSpec};
+pub use claim::check_directory;
 pub use ema::MovingAverage;
 pub use error::{Error, Result};
 pub use gradients::Gradients;

@@ -16,6 +16,8 @@ use lapidary_kernels::Device;
 use lapidary_model::files::{FileBeside, read_text};
 use lapidary_model::{Limits, Model, Package, Tokenizer};
 
+use crate::best::{Best, Validated};
+use crate::claim::Claim;
 use crate::data::{
     AssociativeRecall, Copying, Induction, LanguageTask, Order, Task, TokenFile, Vertices, Windows,
     each_piece, split, write_text,
@@ -25,17 +27,21 @@ use crate::log::{EventFile, JsonLines, Progress};
 use crate::self_distillation::{Distiller, Images, Spread};
 use crate::spec::{DataSpec, TokenizerSpec};
 use crate::state::TrainingState;
-use crate::{Error, Result, Step, TrainSpec, Trainer, state};
+use crate::{Error, Result, Step, TrainSpec, Trainer, generator, state};
 
 /// What a finished run left.
 #[derive(Clone, Debug)]
 pub struct Finished {
     /// The last step's loss on its batch.
     pub loss: Option<f64>,
-    /// Mean loss on the validation batches, in nats.
+    /// Mean loss of the trained model on the validation batches, in nats.
     pub validation_loss: f64,
     /// Steps done in all.
     pub steps: u64,
+    /// The step whose weights the trained model has: the last one, or that of the least validation loss.
+    pub kept_step: u64,
+    /// Mean loss of the last step's weights on the validation batches, in nats.
+    pub last_validation_loss: f64,
     /// The directory of the trained model.
     pub model: PathBuf,
     /// Tokens per second over the steps done now; patches and class tokens, where images are read.
@@ -144,15 +150,20 @@ impl Learner for Distiller {
 /// Runs `spec` in `directory`; with `resume`, from the newest state there.
 ///
 /// # Errors
-/// When the directory holds a run and `resume` is false, or a run of another spec; when not one window
-/// of a file fits into what is for training, or for validation; and whatever the spec, the data or the
-/// disk give cause for.
+/// When the directory holds a run and `resume` is false, or a run of another spec, or one that has not
+/// ended; when not one window of a file fits into what is for training, or for validation; and whatever
+/// the spec, the data or the disk give cause for.
 pub fn run(spec: &TrainSpec, directory: &Path, resume: bool, device: &Device) -> Result<Finished> {
     spec.validate()?;
-    check_directory(directory, resume)?;
-    let sources = sources(spec, directory)?;
+    let mut claim = Claim::new(spec, directory, resume)?;
+    let mut sources = sources(spec, &mut claim)?;
+    for task in [&mut sources.training, &mut sources.validation] {
+        // Before a sequence is made: of symbols that no model reads there may be too many for any.
+        spec.check_vocabulary(task.vocabulary())?;
+        check_length(spec, task.as_mut())?;
+    }
     let trainer = Trainer::new(spec.clone(), sources.training, sources.validation, device)?;
-    drive(spec, trainer, sources.tokenizer, directory, device)
+    drive(spec, trainer, sources.tokenizer, claim, device)
 }
 
 /// As [`run`], for self-distillation, of `images` that were read or made as `spec.data` says.
@@ -167,26 +178,17 @@ pub fn run_on_images(
     device: &Device,
 ) -> Result<Finished> {
     spec.validate()?;
-    check_directory(directory, resume)?;
+    let claim = Claim::new(spec, directory, resume)?;
     let distiller = Distiller::new(spec.clone(), images, device)?;
-    drive(spec, distiller, None, directory, device)
+    drive(spec, distiller, None, claim, device)
 }
 
-/// Refuses a directory that holds a run, unless it is resumed.
-fn check_directory(directory: &Path, resume: bool) -> Result<()> {
-    let latest = state::latest(&directory.join("states"))?;
-    if !resume && (latest.is_some() || directory.join("model").exists()) {
-        return Err(Error::Setting {
-            name: "directory of the run",
-            found: format!("{}, which holds a run", directory.display()),
-            expected: "a new one, or --resume to go on",
-        });
-    }
+/// Refuses a task that has no sequences of the spec's length: one is made, and the task is then as before.
+fn check_length(spec: &TrainSpec, task: &mut dyn Task) -> Result<()> {
+    let position = task.position();
+    task.batch(&mut generator(spec.seed), 1, spec.length)?;
+    task.seek(position);
     Ok(())
-}
-
-fn create(directory: &Path) -> Result<()> {
-    std::fs::create_dir_all(directory).map_err(Error::file("create", directory))
 }
 
 /// Writes the spec as it runs, if what is there does not say the same in its own words.
@@ -208,15 +210,20 @@ fn drive(
     spec: &TrainSpec,
     mut learner: impl Learner,
     tokenizer: Option<Tokenizer>,
-    directory: &Path,
+    mut claim: Claim<'_>,
     device: &Device,
 ) -> Result<Finished> {
+    claim.make()?;
+    let directory = claim.directory();
     let states = directory.join("states");
     let model_directory = directory.join("model");
-    if let Some(latest) = state::latest(&states)? {
-        learner.resume(&state::load(&latest, device, &state::Limits::default())?)?;
+    let mut best = Best::new(spec);
+    let latest = state::latest(&states)?;
+    if let Some(latest) = &latest {
+        let state = state::load(latest, device, &state::Limits::default())?;
+        learner.resume(&state)?;
+        best.restore(&state)?;
     }
-    create(directory)?;
     write_spec(spec, directory)?;
     let start = learner.steps_done();
     let mut log = JsonLines::open(&directory.join("log.jsonl"), start + 1)?;
@@ -235,33 +242,58 @@ fn drive(
             values.push(("teacher_information", spread.information()));
         }
         if due(spec.validation.every, step.step) && step.step < spec.steps {
-            values.push(("validation_loss", learner.validate()?));
+            let loss = learner.validate()?;
+            values.push(("validation_loss", loss));
+            best.offer(step.step, loss, || learner.finished())?;
         }
         log.write(step.step, &values)?;
         events.write(step.step, &values)?;
-        if due(spec.checkpoint.every, step.step) {
-            state::save(&states, &learner.state()?, spec.checkpoint.keep)?;
+        if due(spec.checkpoint.every, step.step) && step.step < spec.steps {
+            log.sync()?;
+            save(spec, &states, &learner, &best)?;
         }
         last = Some(step.loss);
     }
     progress.finish();
     let seconds = started.elapsed().as_secs_f64();
-    let validation_loss = learner.validate()?;
-    let spread = learner.validation_spread()?;
-    if last.is_some() {
-        state::save(&states, &learner.state()?, spec.checkpoint.keep)?;
+    // Before the validation: whatever ends that, no step is done again.
+    if last.is_some() || latest.is_none() {
+        log.sync()?;
+        save(spec, &states, &learner, &best)?;
     }
-    let model = learner.finished()?;
+    let steps = learner.steps_done();
+    let last_validation_loss = learner.validate()?;
+    let spread = learner.validation_spread()?;
+    if best.offer(steps, last_validation_loss, || learner.finished())? {
+        save(spec, &states, &learner, &best)?;
+    }
+    let kept = match best.into_found() {
+        Some(found) => found,
+        None => Validated {
+            step: steps,
+            loss: last_validation_loss,
+            model: learner.finished()?,
+        },
+    };
     // A model that is there was left by this very run: it is made again from the resumed state.
-    Package::new(model, tokenizer).replace(&model_directory, None)?;
+    Package::new(kept.model, tokenizer).replace(&model_directory, None)?;
     Ok(Finished {
         loss: last,
-        validation_loss,
-        steps: learner.steps_done(),
+        validation_loss: kept.loss,
+        steps,
+        kept_step: kept.step,
+        last_validation_loss,
         model: model_directory,
         tokens_per_second: tokens as f64 / seconds.max(f64::MIN_POSITIVE),
         spread,
     })
+}
+
+/// Saves where a run is, with the best weights that it has found.
+fn save(spec: &TrainSpec, states: &Path, learner: &impl Learner, best: &Best<'_>) -> Result<()> {
+    let mut state = learner.state()?;
+    best.save(&mut state);
+    state::save(states, &state, spec.checkpoint.keep).map(|_| ())
 }
 
 fn values(step: &Step) -> Vec<(&'static str, f64)> {
@@ -272,7 +304,7 @@ fn values(step: &Step) -> Vec<(&'static str, f64)> {
     ]
 }
 
-fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
+fn sources(spec: &TrainSpec, claim: &mut Claim<'_>) -> Result<Sources> {
     Ok(match &spec.data {
         DataSpec::Language { seed, mixture } => {
             let corpus = |split, stream: u64| {
@@ -304,12 +336,13 @@ fn sources(spec: &TrainSpec, directory: &Path) -> Result<Sources> {
                 });
             };
             let tokenizer = text_tokenizer(text, tokenizer)?;
+            spec.check_vocabulary(tokenizer.vocabulary_size())?;
             let ids = |piece: &str| -> Result<Vec<u32>> {
                 Ok(tokenizer.ids(piece).map_err(lapidary_model::Error::from)?)
             };
             check_text(spec, text, ids)?;
-            create(directory)?;
-            let tokens = directory.join("data.tokens");
+            claim.make()?;
+            let tokens = claim.directory().join("data.tokens");
             write_text(text, &tokens, tokenizer.vocabulary_size() as u32, ids)?;
             let (training, validation) = windows(spec, &tokens, text, *order)?;
             Sources {
@@ -398,8 +431,8 @@ fn check_text(
     text: &Path,
     mut ids: impl FnMut(&str) -> Result<Vec<u32>>,
 ) -> Result<()> {
-    // A pipe can be read but once: what it gives is counted when it has been written.
-    if std::fs::metadata(text).is_ok_and(|found| !found.is_file()) {
+    // What it gives is counted when it has been written.
+    if is_read_once(text) {
         return Ok(());
     }
     let mut tokens = 0;
@@ -413,9 +446,21 @@ fn check_text(
     check_sides(spec, text, tokens)
 }
 
+/// Whether it is a pipe or the like, of which nothing is left when it has been read.
+fn is_read_once(text: &Path) -> bool {
+    std::fs::metadata(text).is_ok_and(|found| !found.is_file() && !found.is_dir())
+}
+
 fn text_tokenizer(text: &Path, spec: &TokenizerSpec) -> Result<Tokenizer> {
     let tokenizer = match spec {
         TokenizerSpec::Bytes => Tokenizer::byte_level(&[]),
+        TokenizerSpec::Words(_) if is_read_once(text) => {
+            return Err(Error::Setting {
+                name: "data.tokenizer",
+                found: "words".into(),
+                expected: "another for a pipe, which can be read but once: words are counted before",
+            });
+        }
         TokenizerSpec::Words(count) => {
             let text = read_text(text, Limits::default().text_file_bytes)
                 .map_err(lapidary_model::Error::from)?;

@@ -60,21 +60,21 @@ impl Schedule {
         // Far above any that trains, and far below where a rate on the way there overflows.
         if !(0.0..=1e6).contains(&self.peak) {
             return refuse(
-                "peak rate",
+                "schedule.peak",
                 self.peak.to_string(),
                 "between 0 and 1 000 000",
             );
         }
         if !(0.0..=self.peak).contains(&self.floor) {
             return refuse(
-                "floor rate",
+                "schedule.floor",
                 self.floor.to_string(),
-                "between zero and the peak rate",
+                "between 0 and schedule.peak",
             );
         }
         if self.warm_up > self.steps {
             return refuse(
-                "warm-up",
+                "schedule.warm_up",
                 format!("{} steps", self.warm_up),
                 "no longer than the schedule",
             );

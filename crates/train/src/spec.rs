@@ -10,7 +10,6 @@ use serde::{Deserialize, Serialize};
 use crate::data::{MaskingSpec, Order};
 use crate::language::Mixture;
 use crate::self_distillation::SelfDistillationSpec;
-use crate::state::TrainingState;
 use crate::{AlignmentSpec, Decay, Error, Result, Schedule};
 
 /// Everything that decides what a run computes.
@@ -243,6 +242,13 @@ impl OptimiserSpec {
         if let Some(found) = below_one.into_iter().find(|(_, x)| !(0.0..1.0).contains(x)) {
             return Err(wrong(found, BELOW_ONE));
         }
+        // What has had no gradient yet, such as a token that does not occur, would become 0 / 0.
+        if let Self::Adamw { epsilon, .. } = *self
+            && epsilon < f64::from(f32::MIN_POSITIVE)
+        {
+            let expected = "a number above 0, in f32 too";
+            return Err(wrong(("optimiser.epsilon", epsilon), expected));
+        }
         let is_negative = |x: f64| !(x.is_finite() && x >= 0.0);
         match not_negative.into_iter().find(|(_, x)| is_negative(*x)) {
             Some(found) => Err(wrong(found, NOT_NEGATIVE)),
@@ -287,6 +293,31 @@ pub struct ValidationSpec {
     pub batches: usize,
     /// Share of a text that is kept for validation.
     pub fraction: f64,
+    /// Which weights become the model that [`run`](crate::run()) writes.
+    #[serde(skip_serializing_if = "Keep::is_last")]
+    pub keep: Keep,
+}
+
+/// Which weights of a run become its model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Keep {
+    /// Those of the last step.
+    #[default]
+    Last,
+    /// Those of the validation with the least loss, the earlier of equal ones.
+    Best,
+}
+
+impl Keep {
+    /// States of runs that keep the last say nothing of it, as those from before there was a choice.
+    #[allow(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde asks for a reference"
+    )]
+    fn is_last(&self) -> bool {
+        *self == Self::Last
+    }
 }
 
 impl Default for ValidationSpec {
@@ -295,6 +326,7 @@ impl Default for ValidationSpec {
             every: 0,
             batches: 8,
             fraction: 0.05,
+            keep: Keep::Last,
         }
     }
 }
@@ -462,31 +494,6 @@ impl TrainSpec {
         (step < drawing, annealing.min(1.0))
     }
 
-    /// The settings that a resumed run must share: all but how often it looks up. The number of steps is one of
-    /// them, since the rate of each step depends on it.
-    pub(crate) fn settings(&self) -> Result<serde_json::Value> {
-        let mut spec = self.clone();
-        spec.checkpoint = Default::default();
-        spec.validation.every = 0;
-        serde_json::to_value(&spec).map_err(|error| Error::Setting {
-            name: "training spec",
-            found: error.to_string(),
-            expected: "one that serialises",
-        })
-    }
-
-    /// Refuses a state that was saved under other settings.
-    pub(crate) fn check_settings(&self, state: &TrainingState) -> Result<()> {
-        match state.settings == self.settings()? {
-            true => Ok(()),
-            false => Err(Error::Setting {
-                name: "the saved run's spec",
-                found: "another".into(),
-                expected: "the same as now; start a new run in another directory",
-            }),
-        }
-    }
-
     /// Refuses settings that cannot be trained with.
     pub fn validate(&self) -> Result<()> {
         self.schedule().validate()?;
@@ -545,10 +552,15 @@ impl TrainSpec {
         if self.validation.batches == 0 {
             return wrong("validation.batches", "0".into(), "at least 1");
         }
-        match &self.self_distillation {
-            Some(own) => self.validate_images(own),
-            None => self.validate_tokens(),
+        if self.validation.keep == Keep::Best && self.validation.every == 0 {
+            let expected = "at least 1 with validation.keep = \"best\", which compares validations";
+            return wrong("validation.every", "0".into(), expected);
         }
+        match &self.self_distillation {
+            Some(own) => self.validate_images(own)?,
+            None => self.validate_tokens()?,
+        }
+        self.check_vertices()
     }
 
     /// Alignment compares the stream in front of each block with that behind it: there has to be one, and all of
@@ -657,6 +669,8 @@ impl TrainSpec {
             ("loss_chunk", self.loss_chunk.is_some()),
             ("alignment", self.alignment.is_some()),
             ("masking", self.masking.is_some()),
+            // A teacher that is surer makes its student's loss less: losses of different steps cannot be compared.
+            ("validation.keep", self.validation.keep != Keep::Last),
         ];
         match given.into_iter().find(|(_, given)| *given) {
             Some((name, _)) => wrong(name, "given".into(), "absent with self_distillation"),

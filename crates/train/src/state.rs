@@ -118,17 +118,14 @@ pub fn latest(root: &Path) -> Result<Option<PathBuf>> {
     Ok(list(root)?.pop().map(|(_, path)| path))
 }
 
+/// The settings of the run that the state in `directory` is of, without its tensors.
+pub(crate) fn settings(directory: &Path, limits: &Limits) -> Result<serde_json::Value> {
+    Ok(header(directory, limits)?.settings)
+}
+
 /// Reads the state in `directory`, its tensors onto `device`.
 pub fn load(directory: &Path, device: &Device, limits: &Limits) -> Result<TrainingState> {
-    let json_path = directory.join(JSON_FILE);
-    let header = read_json(&json_path, limits.json_bytes)?;
-    if header.format != FORMAT {
-        return Err(Error::format(
-            WHAT,
-            &json_path,
-            format!("its format is {:?}, not {FORMAT:?}", header.format),
-        ));
-    }
+    let header = header(directory, limits)?;
     let tensor_path = directory.join(TENSOR_FILE);
     let map = map_file(&tensor_path, limits.tensor_bytes)?;
     if map.len() as u64 != header.tensor_bytes || crc32c::crc32c(&map) != header.tensor_crc32c {
@@ -208,6 +205,19 @@ fn write_json(path: &Path, header: &Header) -> Result<()> {
     file.write_all(&text)
         .and_then(|()| file.sync_all())
         .map_err(Error::file("write", path))
+}
+
+fn header(directory: &Path, limits: &Limits) -> Result<Header> {
+    let path = directory.join(JSON_FILE);
+    let header = read_json(&path, limits.json_bytes)?;
+    match header.format == FORMAT {
+        true => Ok(header),
+        false => Err(Error::format(
+            WHAT,
+            &path,
+            format!("its format is {:?}, not {FORMAT:?}", header.format),
+        )),
+    }
 }
 
 fn read_json(path: &Path, limit: u64) -> Result<Header> {

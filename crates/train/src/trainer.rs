@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lapidary_kernels::{DType, Device, Recomputation, Tensor};
+use lapidary_kernels::{DType, Device, Recomputation, Tensor, backward};
 use lapidary_model::{Initialiser, Model, Pass};
 use lapidary_parts::parameters::ParameterSource;
 use lapidary_signal::Trace;
@@ -73,6 +73,9 @@ impl Trainer {
                 expected: "absent where tokens are named; a Distiller takes images",
             });
         }
+        for task in [&training, &validation] {
+            spec.check_vocabulary(task.vocabulary())?;
+        }
         let hiding = |task: Box<dyn Task>| -> Box<dyn Task> {
             match spec.masking {
                 Some(masking) => Box::new(Masked::new(task, masking)),
@@ -80,16 +83,6 @@ impl Trainer {
             }
         };
         let (training, validation) = (hiding(training), hiding(validation));
-        let vocabulary = spec.model.vocabulary().unwrap_or(0);
-        for task in [&training, &validation] {
-            if task.vocabulary() > vocabulary {
-                return Err(Error::Setting {
-                    name: "vocabulary of the model",
-                    found: vocabulary.to_string(),
-                    expected: "at least that of the data",
-                });
-            }
-        }
         let model =
             Model::trainable(spec.model.clone(), source).map_err(lapidary_model::Error::from)?;
         let options = UpdateOptions {
@@ -175,7 +168,7 @@ impl Trainer {
             if let (Some(term), Some(streams)) = (alignment, &streams) {
                 value = term.added(value, streams, &self.model)?;
             }
-            let mut gradients = value.backward().map_err(lapidary_kernels::Error::from)?;
+            let mut gradients = backward(&value)?;
             if let Some(recomputation) = &recomputation {
                 recomputation.add_to(&mut gradients)?;
             }
@@ -290,7 +283,7 @@ impl Trainer {
     /// # Errors
     /// When the state is of a run with other settings, or does not fit the model.
     pub fn resume(&mut self, state: &TrainingState) -> Result<()> {
-        self.spec.check_settings(state)?;
+        self.spec.check_settings(&state.settings)?;
         self.updates
             .restore(&state.tensors, &state.positions, state.step)?;
         if let Some(generator) = state.generators.get("training") {

@@ -214,6 +214,12 @@ impl Checkpoint {
         entries.map(|entry| entry.bytes.len() as u64).sum()
     }
 
+    /// Bytes of its files, headers included.
+    pub fn file_bytes(&self) -> u64 {
+        let files = self.shards.iter();
+        files.map(|file| file.bytes.as_slice().len() as u64).sum()
+    }
+
     /// A tensor on the CPU, converted to `dtype`.
     ///
     /// Floating-point and integer tensors convert to any type; what is out of the range of a

@@ -249,6 +249,10 @@ fn large_checkpoints_become_shards() {
     let checkpoint = open(directory.path());
     assert_eq!(checkpoint.names().count(), 10);
     assert_eq!(checkpoint.stored_bytes(), 2000);
+    fs::write(directory.path().join("other.safetensors"), [0; 64]).unwrap();
+    let shards = (1..=3).map(|i| format!("model-{i:05}-of-00003.safetensors"));
+    let bytes = shards.map(|name| fs::metadata(directory.path().join(name)).unwrap().len());
+    assert_eq!(checkpoint.file_bytes(), bytes.sum::<u64>());
     assert_eq!(checkpoint.info("t9").unwrap().dtype, StoredType::F16);
 }
 

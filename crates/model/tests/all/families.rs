@@ -249,6 +249,10 @@ fn what_is_saved_loads_again_bit_for_bit() {
             SavedAs::HuggingFace,
             "{name}"
         );
+        // What other programs make tokens by.
+        let companion =
+            |directory: &Path| std::fs::read(directory.join("tokenizer_config.json")).ok();
+        assert_eq!(companion(&target), companion(&fixture(name)), "{name}");
         let again = Package::open(&target, &OpenOptions::default()).unwrap();
         assert_eq!(again.towers.len(), package.towers.len());
         for (before, after) in package.towers.iter().zip(&again.towers) {
@@ -267,6 +271,46 @@ fn what_is_saved_loads_again_bit_for_bit() {
             }
         }
         check_package(name, &again);
+    }
+}
+
+/// Readers take the type from the config: it says what was written, which is half the bytes where nothing is
+/// lost by it.
+#[test]
+fn what_was_stored_in_half_precision_is_so_again_where_it_holds_every_number() {
+    for (name, half, other) in [
+        ("llama-tied", "bfloat16", "BF16"),
+        ("opt-projected", "float16", "F16"),
+    ] {
+        for (change, named, stored) in [(1.0, half, other), (1.0 + 1e-5, "float32", "F32")] {
+            let package = Package::open(&fixture(name), &OpenOptions::default()).unwrap();
+            let model = package.single_model().unwrap();
+            let mut parameters = model.parameters().clone();
+            for tensor in parameters.values_mut() {
+                *tensor = (&*tensor * change).unwrap();
+            }
+            let expected = parameters.clone();
+            let model = Model::new(model.spec().clone(), &mut parameters).unwrap();
+            let directory = tempfile::tempdir().unwrap();
+            let out = directory.path().join("out");
+            let saved = package.with_model(model).save(&out, None).unwrap();
+            assert_eq!(saved, SavedAs::HuggingFace, "{name}");
+            let config = std::fs::read_to_string(out.join("config.json")).unwrap();
+            assert!(
+                config.contains(&format!("dtype\": \"{named}\"")),
+                "{config}"
+            );
+            let checkpoint = Checkpoint::open(&out, &Limits::default()).unwrap();
+            for tensor in checkpoint.names() {
+                let found = checkpoint.info(tensor).unwrap().dtype.to_string();
+                assert_eq!(found, stored, "{name}: {tensor}");
+            }
+            let again = Package::open(&out, &OpenOptions::default()).unwrap();
+            for (parameter, tensor) in again.single_model().unwrap().parameters() {
+                let gap = difference(tensor, &expected[parameter], None);
+                assert_eq!(gap, 0.0, "{name}: {parameter}");
+            }
+        }
     }
 }
 

@@ -72,3 +72,42 @@ fn without_a_rate_training_sees_what_evaluation_does() {
     let model = model("");
     assert_eq!(embeddings(&model, None), embeddings(&model, Some(5)));
 }
+
+#[test]
+fn features_of_embeddings_are_dropped_in_all_tokens_of_a_sequence_alike() {
+    const DROPPED: f64 = 0.25;
+    const SEEDS: u64 = 50;
+    let dropping = model(&format!("dropout = {DROPPED}\ndropout_by_feature = true"));
+    let whole = embeddings(&dropping, None);
+    assert_eq!(whole, embeddings(&model(""), None));
+    assert!(whole.iter().all(|entry| *entry != 0.0));
+    let (mut left_out, mut alike) = (0, 0);
+    for seed in 0..SEEDS {
+        let found = embeddings(&dropping, Some(seed));
+        assert_eq!(found, embeddings(&dropping, Some(seed)));
+        let mut masks = Vec::new();
+        for (found, whole) in found.chunks(64 * WIDTH).zip(whole.chunks(64 * WIDTH)) {
+            let zeros: Vec<bool> = found[..WIDTH].iter().map(|entry| *entry == 0.0).collect();
+            for (at, (found, whole)) in found.iter().zip(whole).enumerate() {
+                let expected = match zeros[at % WIDTH] {
+                    true => 0.0,
+                    false => whole / (1.0 - DROPPED),
+                };
+                assert!((found - expected).abs() < 1e-9, "{found} {expected}");
+            }
+            left_out += zeros.iter().filter(|zero| **zero).count();
+            masks.push(zeros);
+        }
+        alike += usize::from(masks[0] == masks[1]);
+    }
+    // Five standard deviations; sequences are independent of each other.
+    let count = (SEEDS as usize * 2 * WIDTH) as f64;
+    let apart = (left_out as f64 - DROPPED * count).abs();
+    assert!(
+        apart < 5.0 * (count * DROPPED * (1.0 - DROPPED)).sqrt(),
+        "{left_out} of {count}"
+    );
+    assert!(alike < SEEDS as usize / 10, "{alike}");
+    let spec = toml::to_string(model("").spec()).unwrap();
+    assert!(!spec.contains("dropout_by_feature"), "{spec}");
+}

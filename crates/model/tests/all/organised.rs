@@ -155,6 +155,49 @@ fn specs_say_how_tokens_are_organised() {
     assert!(said.contains("latent"), "{said}");
 }
 
+#[test]
+fn vip_tokens_are_of_ids_and_types_that_the_input_has() {
+    let refused = |importance: &str, expected: &str| {
+        let text = ENCODER.replace("kind = \"token\", id = 9", importance);
+        let said = spec(&text).validate().unwrap_err().to_string();
+        assert_eq!(said, format!("organisation.importance.{expected}"));
+    };
+    refused(
+        "kind = \"token\", id = 11",
+        "id is 11, but must be below 11, the input's vocabulary",
+    );
+    refused(
+        "kind = \"token-type\", id = 2",
+        "id is 2, but must be below 2, the input's token_types",
+    );
+    let with = |text: &str, from: &str, to: &str| {
+        assert!(text.contains(from), "{from}");
+        text.replace(from, to)
+    };
+    let by_type = with(
+        ENCODER,
+        "kind = \"token\", id = 9",
+        "kind = \"token-type\", id = 1",
+    );
+    spec(&by_type).validate().unwrap();
+    let said = |text: &str| spec(text).validate().unwrap_err().to_string();
+    assert_eq!(
+        said(&with(&by_type, ", token_types = 2", "")),
+        "organisation.importance.kind is \"token-type\", but must be first or token in a model without \
+         input.token_types"
+    );
+    let images = with(
+        &by_type,
+        "kind = \"tokens\", vocabulary = 11, length = 64, position = { kind = \"learned\" }, token_types = 2",
+        "kind = \"patches\", image = [8, 8], patch = 2, channels = 1",
+    );
+    assert_eq!(
+        said(&images),
+        "organisation.importance.kind is \"token-type\", but must be first in a model of images, whose \
+         patches have neither ids nor types"
+    );
+}
+
 /// What is generated is what the whole sequence says, token by token.
 #[test]
 fn a_decoder_of_groups_generates() {

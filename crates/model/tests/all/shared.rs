@@ -187,3 +187,41 @@ fn scales_are_written_into_linear_parts_and_not_lost_behind_others() {
     let error = coded.unwrap_err().to_string();
     assert!(error.contains("blocks.1.layer_scale"), "{error}");
 }
+
+/// What layers share stands once, so that a layer with other fields would have those of the first, or none that fit.
+#[test]
+fn layers_that_share_what_differs_are_refused() {
+    let read = |first: &str, second: &str| -> ModelSpec {
+        toml::from_str(&format!(
+            "width = 8\ninput = {{ kind = 'tokens', vocabulary = 11, length = 6 }}\nhead = {{ kind = 'none' }}\n\
+             blocks = [{{ attention = {{ kind = 'multi-head', {first} }} }}, \
+             {{ attention = {{ kind = 'multi-head', {second} }} }}]"
+        ))
+        .unwrap()
+    };
+    let fire = |fields: &str| format!("position = {{ kind = 'fire', shared = true, {fields} }}");
+    let slots = |fields: &str| {
+        format!(
+            "mechanism = {{ kind = 'linformer', sharing = 'layerwise', longest = 6, {fields} }}"
+        )
+    };
+    let heads = |heads: usize, rest: &str| format!("heads = {heads}, {rest}");
+    let [network, longer] = ["hidden = 8", "hidden = 8, initial_length = 9"].map(fire);
+    let [four, five] = ["slots = 4", "slots = 5"].map(slots);
+    for (first, second, field) in [
+        (heads(2, &network), heads(4, &network), "position.shared"),
+        (heads(2, &network), heads(2, &longer), "position.shared"),
+        (heads(2, &four), heads(2, &five), "mechanism.sharing"),
+    ] {
+        let said = read(&first, &second).validate().unwrap_err().to_string();
+        let expected = format!("blocks.1.attention.{field} is \"another than that of blocks.0\"");
+        assert!(said.starts_with(&expected), "{said}");
+    }
+    let drawn = fire("hidden = 8, randomised = 20");
+    for (first, second) in [
+        (heads(2, &network), heads(2, &drawn)),
+        (heads(2, &four), heads(4, &four)),
+    ] {
+        read(&first, &second).validate().unwrap();
+    }
+}

@@ -204,6 +204,7 @@ fn sums_beyond_all_bounds_are_refused_by_name() {
                 embedding_width: None,
                 projected: Default::default(),
                 dropout: 0.0,
+                dropout_by_feature: false,
             });
         },
         "number of parameters",

@@ -324,6 +324,7 @@ fn block() -> BoxedStrategy<BlockSpec> {
                 layer_scale: None,
                 drop_path: 0.0,
                 dropout_by_feature: false,
+                coding_step: None,
                 shortcuts: false,
                 feedforward,
                 dropout,
@@ -365,6 +366,7 @@ fn input() -> BoxedStrategy<InputSpec> {
                         false => Projected::Token,
                     },
                     dropout,
+                    dropout_by_feature: vocabulary.is_multiple_of(2),
                 })
             }
         ),

@@ -7,10 +7,15 @@ use super::{Batch, IGNORE, Task};
 use crate::{Error, Generator, Result};
 
 /// Refuses a vocabulary with fewer than `least` ordinary symbols.
-fn check_symbols(symbols: usize, least: usize, expected: &'static str) -> Result<()> {
+fn check_symbols(
+    name: &'static str,
+    symbols: usize,
+    least: usize,
+    expected: &'static str,
+) -> Result<()> {
     if symbols < least || symbols >= IGNORE as usize - 1 {
         return Err(Error::Setting {
-            name: "symbols",
+            name,
             found: symbols.to_string(),
             expected,
         });
@@ -36,7 +41,7 @@ pub struct Copying {
 impl Copying {
     /// Copying of `symbols` symbols; the separator is one more token.
     pub fn new(symbols: usize) -> Result<Self> {
-        check_symbols(symbols, 2, "at least 2")?;
+        check_symbols("data.symbols", symbols, 2, "at least 2")?;
         Ok(Self { symbols })
     }
 }
@@ -94,8 +99,8 @@ pub struct AssociativeRecall {
 impl AssociativeRecall {
     /// Recall over an alphabet of keys and one of values; the separator is one more token.
     pub fn new(keys: usize, values: usize) -> Result<Self> {
-        check_symbols(keys, 1, "at least 1 key")?;
-        check_symbols(values, 2, "at least 2 values")?;
+        check_symbols("data.keys", keys, 1, "at least 1")?;
+        check_symbols("data.values", values, 2, "at least 2")?;
         Ok(Self { keys, values })
     }
 }
@@ -160,7 +165,7 @@ pub struct Induction {
 impl Induction {
     /// Induction over `symbols` symbols: sequences of at most twice that length.
     pub fn new(symbols: usize) -> Result<Self> {
-        check_symbols(symbols, 4, "at least 4")?;
+        check_symbols("data.symbols", symbols, 4, "at least 4")?;
         Ok(Self { symbols })
     }
 }

@@ -97,7 +97,7 @@ impl Corpus {
         }
         if mixture.total() <= 0.0 {
             return Err(Error::Setting {
-                name: "mixture",
+                name: "data.mixture",
                 found: "no weight above zero".into(),
                 expected: "at least one kind with a weight above zero",
             });

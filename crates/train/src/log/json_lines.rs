@@ -52,6 +52,13 @@ impl JsonLines {
             .write_all(line.as_bytes())
             .map_err(Error::file("write", &self.path))
     }
+
+    /// Makes what was written durable, as it has to be before a state that comes after it.
+    pub fn sync(&self) -> Result<()> {
+        self.file
+            .sync_data()
+            .map_err(Error::file("write", &self.path))
+    }
 }
 
 fn keep_before(path: &Path, step: u64) -> Result<()> {
@@ -73,7 +80,9 @@ fn keep_before(path: &Path, step: u64) -> Result<()> {
         let record: Value = serde_json::from_slice(&line)
             .map_err(|error| Error::format("log", path, error.to_string()))?;
         let recorded = record.get("step").and_then(Value::as_u64);
-        if recorded.is_some_and(|recorded| recorded < step) {
+        let recorded =
+            recorded.ok_or_else(|| Error::format("log", path, "it has a line without a step"))?;
+        if recorded < step {
             kept.write(&line)?;
         }
     }
@@ -116,8 +125,15 @@ mod tests {
     fn a_file_that_is_no_log_is_left_as_it_is() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("notes.txt");
-        std::fs::write(&path, "my notes\n").unwrap();
-        assert!(JsonLines::open(&path, 0).is_err());
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "my notes\n");
+        for notes in [
+            "my notes\n",
+            "{\"note\":1}\n",
+            "{\"step\":\"first\"}\n",
+            "[]\n",
+        ] {
+            std::fs::write(&path, notes).unwrap();
+            assert!(JsonLines::open(&path, 1).is_err(), "{notes}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), notes);
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_kernels::{DType, Device, Tensor, backward};
 use lapidary_model::{Initialiser, Input, InputSpec, Model, Pass};
 use lapidary_parts::parameters::ParameterSource;
 use rand::{Rng, RngExt};
@@ -191,7 +191,7 @@ impl Distiller {
                 expected: "finite; lower the learning rate, or clip",
             });
         }
-        let mut gradients = engine(loss.backward())?;
+        let mut gradients = engine(backward(&loss))?;
         if self.step < self.own.frozen_steps
             && let Some(directions) = self.updates.variable(DIRECTIONS)
         {
@@ -347,7 +347,7 @@ impl Distiller {
     /// # Errors
     /// When the state is of a run with other settings, or does not fit the model.
     pub fn resume(&mut self, state: &TrainingState) -> Result<()> {
-        self.spec.check_settings(state)?;
+        self.spec.check_settings(&state.settings)?;
         let take = |name: &str| {
             state.tensors.get(name).cloned().ok_or(Error::Setting {
                 name: "tensor of the saved run",

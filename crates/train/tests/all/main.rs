@@ -1,6 +1,8 @@
 //! Integration tests of training, in one program.
 
 mod alignment;
+mod beginning;
+mod best;
 mod documented;
 mod language;
 mod loss;

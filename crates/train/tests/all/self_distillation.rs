@@ -271,7 +271,12 @@ fn a_resumed_run_goes_on_bit_for_bit() {
     assert_eq!(tensors(&whole), tensors(&resumed));
     let other = spec(&[("outputs", json!(9))]);
     let said = distiller(other).resume(&state).unwrap_err().to_string();
-    assert!(said.contains("the saved run's spec"), "{said}");
+    assert!(
+        said.contains(
+            "the saved run's spec is another (self_distillation.outputs was 8, and is 9)"
+        ),
+        "{said}"
+    );
 }
 
 #[test]
@@ -324,6 +329,9 @@ fn settings_that_mean_nothing_are_refused() {
             format!("{name} is given, but must be absent with self_distillation")
         );
     }
+    let keep = json!({ "every": 1, "keep": "best" });
+    let said = refused(&|settings| settings["validation"] = keep.clone());
+    assert!(said.starts_with("validation.keep is given"), "{said}");
     let said = refused(&|settings| settings["data"] = json!({ "kind": "copying", "symbols": 4 }));
     assert!(said.starts_with("data.kind is one of tokens"), "{said}");
     let said = refused(&|settings| settings["model"]["head"] = json!({ "kind": "none" }));

@@ -456,4 +456,14 @@ fn vertices_of_a_graph_are_named_by_a_run() {
     assert!(mask.iter().any(|number| *number != 0.0), "{mask:?}");
     let said = run(11, "short").unwrap_err().to_string();
     assert!(said.contains("length is 11, for 12 vertices"), "{said}");
+    assert!(!directory.path().join("short").exists());
+    // A sequence has no more tokens than the graph has vertices.
+    let mut narrow = serde_json::to_value(spec(count)).unwrap();
+    let graph = &mut narrow["model"]["blocks"][0]["attention"]["mechanism"]["graph"];
+    *graph = serde_json::json!({ "vertices": 2, "edges": [[0, 1, 1.0]] });
+    let narrow: lapidary_train::TrainSpec = serde_json::from_value(narrow).unwrap();
+    assert_eq!(
+        narrow.validate().unwrap_err().to_string(),
+        "model.blocks.0.attention.mechanism.graph.vertices is 2, but must be at least 12, the length"
+    );
 }

@@ -151,6 +151,27 @@ impl Config {
         format!("{:#}\n", Value::Object(self.fields.clone()))
     }
 
+    /// The same of tensors that are stored in `dtype`, where the file names a type.
+    pub fn stored_as(&self, dtype: DType) -> Self {
+        let mut config = self.clone();
+        if config.dtype.is_none_or(|named| named == dtype) {
+            return config;
+        }
+        let name = match dtype {
+            DType::F64 => "float64",
+            DType::F16 => "float16",
+            DType::BF16 => "bfloat16",
+            _ => "float32",
+        };
+        for field in ["dtype", "torch_dtype"] {
+            if let Some(value) = config.fields.get_mut(field) {
+                *value = Value::from(name);
+            }
+        }
+        config.dtype = Some(dtype);
+        config
+    }
+
     /// The `model_type`, as in the file.
     pub fn model_type(&self) -> &str {
         self.fields

@@ -48,6 +48,7 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
         layer_scale: None,
         drop_path: 0.0,
         dropout_by_feature: false,
+        coding_step: None,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.intermediate_size,
@@ -103,6 +104,7 @@ pub(super) fn tower(config: &BertConfig, architecture: &Architecture<'_>) -> Res
             embedding_width: None,
             projected: Default::default(),
             dropout: 0.0,
+            dropout_by_feature: false,
         }),
         blocks: vec![block],
         final_norm: None,

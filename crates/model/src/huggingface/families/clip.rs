@@ -39,6 +39,7 @@ fn block(
         layer_scale: None,
         drop_path: 0.0,
         dropout_by_feature: false,
+        coding_step: None,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden,
@@ -88,6 +89,7 @@ fn text(config: &ClipTextConfig, projection: usize) -> Result<Tower> {
             embedding_width: None,
             projected: Default::default(),
             dropout: 0.0,
+            dropout_by_feature: false,
         }),
         blocks: vec![block(
             config.num_hidden_layers,

@@ -48,6 +48,7 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
                 layer_scale: None,
                 drop_path: 0.0,
                 dropout_by_feature: false,
+                coding_step: None,
                 shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden,
@@ -81,6 +82,7 @@ pub(super) fn tower(config: &Gpt2Config, architecture: &Architecture<'_>) -> Res
             embedding_width: None,
             projected: Default::default(),
             dropout: 0.0,
+            dropout_by_feature: false,
         }),
         blocks,
         final_norm: Some(norm),

@@ -41,6 +41,7 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
         layer_scale: None,
         drop_path: 0.0,
         dropout_by_feature: false,
+        coding_step: None,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: config.ffn_dim,
@@ -74,6 +75,7 @@ pub(super) fn tower(config: &OptConfig, architecture: &Architecture<'_>) -> Resu
             embedding_width: projected.then_some(config.word_embed_proj_dim),
             projected: Default::default(),
             dropout: 0.0,
+            dropout_by_feature: false,
         }),
         blocks: vec![block],
         final_norm: final_norm.then_some(norm),

@@ -134,7 +134,7 @@ impl NameTable {
             }
         }
         if !missing.is_empty() {
-            return Err(missing_tensors(missing, checkpoint));
+            return Err(missing_tensors(missing, used, checkpoint));
         }
         for (parameter, all) in rows {
             let all: Vec<Tensor> = all.into_iter().flatten().collect();
@@ -275,12 +275,13 @@ fn put_together(parts: &[Tensor], layout: &Layout) -> Result<Tensor> {
     }
 }
 
-/// The report that names what is missing beside the names that are closest to it.
-fn missing_tensors(missing: Vec<String>, checkpoint: &Checkpoint) -> Error {
+/// The report that names what is missing beside the names that are closest to it, of those that were not
+/// read.
+fn missing_tensors(missing: Vec<String>, used: &[String], checkpoint: &Checkpoint) -> Error {
     let found: Vec<&str> = checkpoint.names().collect();
     let report = crate::checkpoint::KeyReport::new(
         checkpoint.path().to_path_buf(),
-        missing.iter().map(String::as_str),
+        missing.iter().chain(used).map(String::as_str),
         found,
     );
     match report.require_all() {
