@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use lapidary_factor::Matrix;
-use lapidary_kernels::{DType, Tensor};
+use lapidary_kernels::{DType, Tensor, backward};
 use lapidary_model::{Model, Output, Pass};
 
 use crate::data::Batch;
@@ -299,7 +299,7 @@ fn differentiate(
         let sum = engine(engine(losses.to_dtype(DType::F64))?.sum_all())?;
         total += engine(sum.to_scalar::<f64>())?;
         samples += 1;
-        let gradients = engine(engine(losses.mean_all())?.backward())?;
+        let gradients = engine(backward(&engine(losses.mean_all())?))?;
         fisher.add(&gradients)?;
     }
     Ok((total / data.len() as f64, samples))

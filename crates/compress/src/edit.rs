@@ -32,6 +32,33 @@ impl Edit {
         }
     }
 
+    /// As [`Edit::of`], but what is put is kept in double precision; the others stay as the model has them.
+    pub(crate) fn wide(model: &Model) -> Self {
+        Self {
+            dtype: DType::F64,
+            ..Self::of(model)
+        }
+    }
+
+    /// The same spec with the parameters of one module alone.
+    pub(crate) fn part(&self, path: &str) -> Self {
+        let parameters = self.parameters.iter();
+        Self {
+            spec: self.spec.clone(),
+            parameters: parameters
+                .filter(|(name, _)| is_below(name, path))
+                .map(|(name, tensor)| (name.clone(), tensor.clone()))
+                .collect(),
+            dtype: self.dtype,
+        }
+    }
+
+    /// Puts the parameters of one module, changed elsewhere, in the place of those here.
+    pub(crate) fn replace(&mut self, path: &str, part: Self) {
+        self.parameters.retain(|name, _| !is_below(name, path));
+        self.parameters.extend(part.parameters);
+    }
+
     /// Where its parameters live.
     pub(crate) fn device(&self) -> Device {
         let one = self.parameters.values().next();
@@ -83,10 +110,7 @@ impl Edit {
     /// finished need not wait in double precision.
     pub(crate) fn round(&mut self, path: &str, dtype: DType) -> Result<()> {
         for (name, tensor) in &mut self.parameters {
-            if name
-                .strip_prefix(path)
-                .is_some_and(|rest| rest.starts_with('.'))
-            {
+            if is_below(name, path) {
                 *tensor = engine(tensor.to_dtype(dtype))?;
             }
         }
@@ -175,6 +199,12 @@ impl Edit {
     pub(crate) fn finish(mut self) -> Result<Model> {
         Ok(Model::new(self.spec, &mut self.parameters)?)
     }
+}
+
+/// Whether a parameter belongs to the module at `path`.
+fn is_below(name: &str, path: &str) -> bool {
+    let rest = name.strip_prefix(path);
+    rest.is_some_and(|rest| rest.starts_with('.'))
 }
 
 /// The block in a path, and the rest of the path: `blocks.3.attention` is of block 3.

@@ -72,7 +72,9 @@ pub fn interactions<E: From<Error> + std::fmt::Display>(
     let (mut pairs, mut left_out) = (Vec::new(), Vec::new());
     for (first, one) in stages.iter().enumerate() {
         for (second, other) in stages.iter().enumerate().skip(first + 1) {
-            let both = rise(&[one, other]).and_then(|there| Ok((there, rise(&[other, one])?)));
+            let both = both_orders(model, [one, other], settings)
+                .map_err(E::from)
+                .and_then(|()| Ok((rise(&[one, other])?, rise(&[other, one])?)));
             let (in_order, reversed) = match both {
                 Ok(both) => both,
                 Err(error) => {
@@ -99,6 +101,17 @@ pub fn interactions<E: From<Error> + std::fmt::Display>(
         pairs,
         left_out,
     })
+}
+
+/// Refuses a pair of which one is sure not to be defined for what the other leaves, in either order.
+fn both_orders(model: &Model, [one, other]: [&Stage; 2], settings: &Settings) -> Result<()> {
+    for stages in [[one, other], [other, one]] {
+        let recipe = Recipe {
+            stages: stages.map(Stage::clone).to_vec(),
+        };
+        recipe.check_model(model, settings)?;
+    }
+    Ok(())
 }
 
 /// The model after the stages, in numbers between them.

@@ -40,6 +40,7 @@
 //! ```
 
 mod activations;
+mod ahead;
 pub mod automatic;
 mod calibration;
 mod data;
@@ -67,6 +68,7 @@ mod report;
 mod requirements;
 mod selection;
 mod sites;
+mod warm;
 mod work;
 
 pub use activations::{ActivationRange, ActivationSettings, RoundedActivations};
@@ -102,4 +104,5 @@ pub use recipe::{Done, Recipe, Seconds, Stage};
 pub use report::{Compressed, LayerErrors, ModuleReport, Report, Size};
 pub use requirements::{Requirements, Statistic};
 pub use selection::{Layer, Selection};
+pub use warm::warm_up;
 pub use work::Work;

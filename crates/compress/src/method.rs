@@ -3,6 +3,7 @@
 use lapidary_model::Model;
 
 use crate::activations::ActivationSettings;
+use crate::ahead::{Left, Refused};
 use crate::entropy::EntropyChoice;
 use crate::methods::fuse::FuseSettings;
 use crate::methods::quantise::ROUNDING;
@@ -190,6 +191,10 @@ pub struct Method {
     pub effect: Effect,
     /// Whether it has to see data beside the calibration.
     pub observes: bool,
+    /// What it leaves in every model that it cuts, of what others refuse.
+    pub(crate) leaves: &'static [Left],
+    /// What it cannot be run on.
+    pub(crate) refuses: fn(&Settings) -> &'static [Refused],
     pub(crate) requirements: fn(&Model, &Settings) -> Result<Requirements>,
     pub(crate) plan: fn(&Task<'_>, &Budget) -> Result<Plan>,
     pub(crate) apply: fn(&Task<'_>, &Plan) -> Result<Compressed>,
@@ -232,6 +237,16 @@ impl Method {
         ROUNDING.iter().any(|method| method.name == self.name)
     }
 
+    /// Whether it takes layers one by one, so that [`Settings::selection`] says which it may touch. `lorap`
+    /// makes factors too, but of every block's attention.
+    pub fn chooses_layers(&self) -> bool {
+        match self.effect {
+            Effect::Directions | Effect::Weights | Effect::Storage => true,
+            Effect::Ranks => self.name != "lorap",
+            Effect::Depth | Effect::Stream | Effect::Parts => false,
+        }
+    }
+
     /// What has to be found out about a model first. Requirements of several methods unite.
     ///
     /// # Errors
@@ -259,6 +274,10 @@ impl Method {
     pub fn apply(&self, task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
         if plan.method != self.name {
             return Err(Error::invalid("plan", &plan.method, self.name));
+        }
+        // Where blocks are scored anew after each cut, they are numbered anew too.
+        if matches!(self.schedule, Schedule::OneShot | Schedule::LayerByLayer) {
+            plan.check_once()?;
         }
         self.check(task)?;
         (self.apply)(task, plan)

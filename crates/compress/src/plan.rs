@@ -1,6 +1,6 @@
 //! What will happen to each module of a model, before anything is cut.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lapidary_model::Model;
 use serde::{Deserialize, Serialize};
@@ -176,6 +176,19 @@ impl Plan {
             ..Task::new(model)
         };
         Method::find(&self.method)?.apply(&task, self)
+    }
+
+    /// Refuses a plan that names a module more than once.
+    pub(crate) fn check_once(&self) -> Result<()> {
+        let mut seen = BTreeSet::new();
+        let mut modules = self.modules.iter();
+        match modules.find(|module| !seen.insert(module.path.as_str())) {
+            None => Ok(()),
+            Some(module) => {
+                let found = format!("{} more than once", module.path);
+                Err(Error::invalid("plan", found, "each module once"))
+            }
+        }
     }
 
     /// The modules that change.

@@ -2,7 +2,8 @@
 //!
 //! Each stage is calibrated on what the one before it left. Sums that the stage before it cannot have
 //! changed are not taken again ([`Calibration::carried_over`]). Orders that make no sense are refused
-//! before anything is run: what is rounded is not cut any more. Of those that are allowed some are
+//! before anything is run: what is rounded is not cut any more, and what a method is sure to leave may be
+//! what a later one cannot be run on ([`Recipe::check_model`]). Of those that are allowed some are
 //! better than others: [`Recipe::reordered`] has the better one, and why.
 //!
 //! ```
@@ -150,7 +151,9 @@ impl Recipe {
                 let expected = "above 0 and below 1: the share of weights to remove together";
                 return Err(Error::invalid("ratio", one, expected));
             }
-            [one] => vec![1.0 - (1.0 - one).powf(1.0 / cutting.max(1) as f64); cutting],
+            // As it was written, for the sentence that refuses it.
+            [one] if cutting <= 1 => vec![*one; cutting],
+            [one] => vec![1.0 - (1.0 - one).powf(1.0 / cutting as f64); cutting],
             several => several.to_vec(),
         };
         if ratios.len() != cutting {
@@ -203,7 +206,8 @@ impl Recipe {
     /// method looks at any.
     ///
     /// # Errors
-    /// As [`Recipe::check`], and when a method is not defined for what the stage before it left.
+    /// As [`Recipe::check`] and [`Recipe::check_model`], and when a method is not defined for what the
+    /// stage before it left.
     pub fn run(
         &self,
         model: &Model,
@@ -211,6 +215,7 @@ impl Recipe {
         settings: &Settings,
     ) -> Result<Vec<Done>> {
         self.check()?;
+        self.check_model(model, settings)?;
         let mut done: Vec<Done> = Vec::with_capacity(self.stages.len());
         let mut earlier: Option<(usize, Calibration)> = None;
         for (index, stage) in self.stages.iter().enumerate() {

@@ -1,10 +1,12 @@
 //! What was cut, and what it cost.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lapidary_model::{HeadSpec, InputSpec, Model};
+use lapidary_parts::feedforward::FeedforwardSpec;
 use serde::Serialize;
 
+use crate::edit::block_of;
 use crate::method::Task;
 use crate::plan::{Change, ModulePlan};
 use crate::{CalibrationData, Fingerprint, Objective, Result, output_errors};
@@ -86,7 +88,7 @@ pub struct Size {
     /// Bytes of the parameters.
     pub bytes: usize,
     /// Floating-point operations per token in linear layers and a language model's output, a
-    /// multiply-add being two. Attention over other tokens is not in it, nor are recurrences and
+    /// multiply-add being two; of experts those that run on a token, as large as all are on average. Attention over other tokens is not in it, nor are recurrences and
     /// their convolutions, nor layers on a pooled vector, which run once per sequence.
     pub flops_per_token: usize,
 }
@@ -94,18 +96,37 @@ pub struct Size {
 impl Size {
     /// The size of a model.
     pub fn of(model: &Model) -> Self {
-        let mut multiplications: usize = model
-            .linears()
-            .iter()
-            .filter(|linear| {
-                !linear.path.starts_with("head.")
-                    || matches!(model.spec().head, HeadSpec::LanguageModel { .. })
-            })
-            .map(|linear| match linear.rank {
+        let mut multiplications = 0;
+        // Of each block with experts, those of all of them.
+        let mut routed: BTreeMap<usize, usize> = BTreeMap::new();
+        let counted = model.linears().iter().filter(|linear| {
+            !linear.path.starts_with("head.")
+                || matches!(model.spec().head, HeadSpec::LanguageModel { .. })
+        });
+        for linear in counted {
+            let own = match linear.rank {
                 Some(rank) => rank * (linear.input + linear.output),
                 None => linear.input * linear.output,
-            })
-            .sum();
+            };
+            match block_of(&linear.path) {
+                Some((block, rest)) if rest.starts_with("feedforward.experts.") => {
+                    *routed.entry(block).or_default() += own;
+                }
+                _ => multiplications += own,
+            }
+        }
+        let blocks = model.spec().expanded_blocks();
+        for (block, all) in routed {
+            let part = blocks
+                .get(block)
+                .and_then(|block| block.feedforward.as_ref());
+            multiplications += match part {
+                Some(FeedforwardSpec::Mixture(mixture)) => {
+                    all * mixture.active / mixture.experts.max(1)
+                }
+                _ => all,
+            };
+        }
         if let (HeadSpec::LanguageModel { tied: true, .. }, InputSpec::Tokens(tokens)) =
             (&model.spec().head, &model.spec().input)
         {

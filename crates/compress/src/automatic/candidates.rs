@@ -6,16 +6,21 @@ use lapidary_model::Model;
 use lapidary_search::{Domain, Point};
 use serde::{Deserialize, Serialize};
 
+use super::methods::{leaves_out_blocks, not_mixed};
 use super::{AutomaticSettings, Mix};
 use crate::edit::block_of;
-use crate::method::{Method, Schedule, Settings, Task};
+use crate::method::{Method, Schedule, Task};
 use crate::methods::block_influence::block_weights;
 use crate::methods::channels::Unit;
 use crate::plan::{Budget, Change, ModulePlan, Plan};
-use crate::{Error, Requirements, Result};
+use crate::{Error, Result};
 
 /// Shares at which a method is asked for its plan.
 const SHARES: usize = 64;
+
+/// Of so many shares one is asked for where each plan takes a search over the data. What is searched
+/// for are groups of features, which are coarse by themselves.
+const SEARCHED: usize = 8;
 
 /// Matrices of a block that are cut by one method to one density.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -96,46 +101,6 @@ pub(super) struct Proposal {
     pub(super) ways: Vec<usize>,
 }
 
-/// The methods of these names that the model allows, and why not of the others.
-pub(super) type Applicable = (Vec<&'static Method>, Vec<(String, String)>);
-
-pub(super) fn applicable(
-    model: &Model,
-    names: &[String],
-    settings: &Settings,
-) -> Result<Applicable> {
-    let mut methods: Vec<&'static Method> = Vec::new();
-    let mut left_out = Vec::new();
-    for name in names {
-        let method = Method::find(name)?;
-        // One that is named twice has one plan.
-        if methods.iter().any(|known| known.name == method.name) {
-            continue;
-        }
-        match method.requirements(model, settings) {
-            Ok(_) if method.schedule == Schedule::Training => {
-                let reason = "it trains while it cuts, and modules of a mix are cut apart";
-                left_out.push((name.clone(), reason.to_owned()));
-            }
-            Ok(_) => methods.push(method),
-            Err(error) => left_out.push((name.clone(), error.to_string())),
-        }
-    }
-    Ok((methods, left_out))
-}
-
-pub(super) fn requirements(
-    model: &Model,
-    methods: &[&'static Method],
-    settings: &Settings,
-) -> Result<Requirements> {
-    methods
-        .iter()
-        .try_fold(Requirements::default(), |all, method| {
-            Ok(all.union(method.requirements(model, settings)?))
-        })
-}
-
 impl Candidates {
     pub(super) fn new(
         task: &Task<'_>,
@@ -147,14 +112,10 @@ impl Candidates {
         let mut depth: Option<(&'static str, Vec<Plan>)> = None;
         let mut ways: BTreeMap<(usize, Group), Vec<Way>> = BTreeMap::new();
         for method in methods {
-            let removals = removals(task, method, settings.removable);
-            if let (Some((first, _)), false) = (&depth, removals.is_empty()) {
-                return Err(Error::invalid(
-                    "methods to mix",
-                    format!("{first} and {}, which both leave out blocks", method.name),
-                    "with at most one such method",
-                ));
-            }
+            let removals = match leaves_out_blocks(method) {
+                true => removals(task, method, settings.removable),
+                false => Vec::new(),
+            };
             if !removals.is_empty() {
                 depth = Some((method.name, removals));
                 continue;
@@ -292,24 +253,35 @@ impl Candidates {
     }
 
     pub(super) fn start_names(&self) -> Vec<String> {
-        let methods = self.methods();
-        methods
-            .iter()
-            .map(|method| format!("uniform {method}"))
-            .collect()
+        self.uniform().into_iter().map(|(name, _)| name).collect()
     }
 
-    /// The uniform mixes: of each method, where it can be used, and the first of the others elsewhere.
+    /// The uniform mixes, no two of them the same.
     pub(super) fn starts(&self, settings: &AutomaticSettings) -> Vec<Point> {
-        let start = |method: &'static str| -> Point {
+        let start = |ways: Vec<usize>| -> Point {
+            let densities = self.places.iter().map(|_| settings.levels / 2);
+            std::iter::once(0).chain(densities).chain(ways).collect()
+        };
+        let uniform = self.uniform().into_iter();
+        uniform.map(|(_, ways)| start(ways)).collect()
+    }
+
+    /// Names and ways of the uniform mixes: of each method, where it can be used, and the first of the
+    /// others elsewhere. Methods that cut different places may have one and the same.
+    fn uniform(&self) -> Vec<(String, Vec<usize>)> {
+        let mut uniform: Vec<(String, Vec<usize>)> = Vec::new();
+        for method in self.methods() {
             let ways = self.contested().map(|place| {
                 let found = place.ways.iter().position(|way| way.method == method);
                 found.unwrap_or(0)
             });
-            let densities = self.places.iter().map(|_| settings.levels / 2);
-            std::iter::once(0).chain(densities).chain(ways).collect()
-        };
-        self.methods().into_iter().map(start).collect()
+            let ways: Vec<usize> = ways.collect();
+            match uniform.iter_mut().find(|(_, known)| *known == ways) {
+                Some((name, _)) => *name += &format!(" and {method}"),
+                None => uniform.push((format!("uniform {method}"), ways)),
+            }
+        }
+        uniform
     }
 
     /// The mix that a proposal comes to under the budget.
@@ -379,7 +351,11 @@ fn removals(task: &Task<'_>, method: &Method, most: usize) -> Vec<Plan> {
 fn of_method(task: &Task<'_>, method: &'static Method) -> Result<Vec<((usize, Group), Way)>> {
     let mut steps: BTreeMap<(usize, Group), Vec<Step>> = BTreeMap::new();
     let (mut failure, mut changed) = (None, false);
-    for share in 1..=SHARES {
+    let every = match method.schedule {
+        Schedule::Iterative => SEARCHED,
+        Schedule::OneShot | Schedule::LayerByLayer | Schedule::Training => 1,
+    };
+    for share in (1..=SHARES).step_by(every) {
         let keep = share as f64 / SHARES as f64;
         let plan = match method.plan(task, &Budget::Keep(keep)) {
             Ok(plan) => plan,
@@ -426,11 +402,7 @@ fn of_method(task: &Task<'_>, method: &'static Method) -> Result<Vec<((usize, Gr
         (false, _) => Ok(ways),
         // What it changes is no reason where a plan changed nothing.
         (true, Some(error)) if !changed => Err(error),
-        (true, _) => Err(Error::invalid(
-            format!("what {} changes", method.name),
-            "neither the rank of a matrix nor the width of a feed-forward part of a block",
-            "one of these, or whole blocks, for a mix",
-        )),
+        (true, _) => Err(not_mixed(method)),
     }
 }
 
@@ -497,4 +469,52 @@ fn group_weights(model: &Model, block: usize, group: Group) -> usize {
             None => linear.input * linear.output,
         })
         .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of each place the methods that can cut it.
+    fn candidates(methods: &[&[&'static str]]) -> Candidates {
+        let step = |saved| Step {
+            modules: Vec::new(),
+            saved,
+        };
+        let way = |&method: &&'static str| Way {
+            method,
+            steps: vec![step(4), step(0)],
+        };
+        let place = |(block, methods): (usize, &&[&'static str])| Place {
+            block,
+            weights: 10,
+            ways: methods.iter().map(way).collect(),
+        };
+        Candidates {
+            places: methods.iter().enumerate().map(place).collect(),
+            depth: None,
+            block_weights: vec![10; methods.len()],
+            whole: 10 * methods.len(),
+            limit: 8 * methods.len(),
+            left_out: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn uniform_mixes_that_are_the_same_are_tried_once() {
+        let settings = AutomaticSettings::new(24);
+        let apart = candidates(&[&["a"], &["b"], &["c", "d"]]);
+        // Only in the third block is there a choice.
+        assert_eq!(apart.start_names(), ["uniform a and b and c", "uniform d"]);
+        assert_eq!(
+            apart.starts(&settings),
+            [vec![0, 4, 4, 4, 0], vec![0, 4, 4, 4, 1]]
+        );
+        let everywhere = candidates(&[&["a", "b"], &["a", "b"]]);
+        assert_eq!(everywhere.start_names(), ["uniform a", "uniform b"]);
+        assert_eq!(
+            everywhere.starts(&settings),
+            [vec![0, 4, 4, 0, 0], vec![0, 4, 4, 1, 1]]
+        );
+    }
 }

@@ -23,6 +23,7 @@
 
 mod candidates;
 mod compose;
+mod methods;
 mod projection;
 mod score;
 mod state;
@@ -166,8 +167,9 @@ impl<'a> Automatic<'a> {
             seed: settings.seed,
             ..Settings::default()
         };
-        let (methods, left_out) = candidates::applicable(model, &settings.methods, &shared)?;
-        let requirements = candidates::requirements(model, &methods, &shared)?;
+        let applicable = methods::applicable(model, &settings.methods, &shared)?;
+        let (mixed, left_out) = methods::answerable(model, data, applicable, &shared)?;
+        let requirements = methods::requirements(model, &mixed, &shared)?;
         let options = CalibrationOptions {
             batch: settings.batch,
             ..CalibrationOptions::default()
@@ -179,7 +181,7 @@ impl<'a> Automatic<'a> {
             data: Some(data),
             settings: Some(&shared),
         };
-        let candidates = Candidates::new(&task, &methods, left_out, &settings)?;
+        let candidates = Candidates::new(&task, &mixed, left_out, &settings)?;
         let (domain, starts) = (candidates.domain(&settings)?, candidates.starts(&settings));
         let course = RducbSettings::standardised(domain.dimensions());
         let search = Rducb::new(domain, course, settings.seed)?;

@@ -44,6 +44,7 @@ use lapidary_kernels::{DType, Tensor};
 use lapidary_model::Model;
 use serde::{Deserialize, Serialize};
 
+use crate::ahead::Left;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule};
 use crate::requirements::{Requirements, Statistic};
@@ -293,6 +294,8 @@ macro_rules! methods {
             schedule: Schedule::OneShot,
             effect: Effect::Ranks,
             observes: false,
+            leaves: &[Left::Factors],
+            refuses: |_| &[],
             requirements: |model, settings| {
                 Factorisation::$which.requirements(model, &settings.selection)
             },

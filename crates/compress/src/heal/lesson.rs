@@ -22,7 +22,7 @@ pub(super) struct Lesson<'a> {
 
 impl<'a> Lesson<'a> {
     pub(super) fn of(model: &Model, data: &HealData<'a>, settings: &HealSettings) -> Result<Self> {
-        let objective = Objective::of(model, data.training)?;
+        let objective = settings.objective(model, data.training)?;
         if Objective::of(model, data.validation)? != objective {
             return Err(Error::invalid(
                 "the validation examples",
@@ -51,14 +51,6 @@ impl<'a> Lesson<'a> {
                 ));
             }
         };
-        if objective == Objective::Representation && settings.distil < 1.0 {
-            return Err(Error::invalid(
-                "weight of distillation",
-                settings.distil,
-                "1 for a model and examples without a task, which can only learn the original's \
-                 hidden vectors",
-            ));
-        }
         Ok(Self {
             objective,
             teacher: data.teacher,

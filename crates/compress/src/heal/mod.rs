@@ -29,7 +29,7 @@ pub use rounds::{PruneAndHeal, cubic_sparsity, prune_and_heal};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use lapidary_kernels::{DType, Tensor};
+use lapidary_kernels::{DType, Tensor, backward};
 use lapidary_model::Model;
 use lapidary_train::spec::OptimiserSpec;
 use lapidary_train::{Decay, Generator, Masks, Schedule, UpdateOptions, Updates, generator};
@@ -111,7 +111,11 @@ impl Default for HealSettings {
 }
 
 impl HealSettings {
-    fn check(&self) -> Result<()> {
+    /// Refuses settings that no model heals by, as [`heal`] does.
+    ///
+    /// # Errors
+    /// Says which and what it may be.
+    pub fn check(&self) -> Result<()> {
         let wrong = |what: &str, found: String, expected: &str| {
             Err(Error::invalid(
                 format!("{what} of healing"),
@@ -152,6 +156,23 @@ impl HealSettings {
         self.adapters
             .as_ref()
             .map_or(Ok(()), AdapterSettings::check)
+    }
+
+    /// What is learned of such examples, by a model or by what is cut from it: no cut changes the head.
+    ///
+    /// # Errors
+    /// When the examples do not fit the model, or have no task and the original is not learned from alone.
+    pub fn objective(&self, model: &Model, data: &CalibrationData) -> Result<Objective> {
+        let objective = Objective::of(model, data)?;
+        if objective == Objective::Representation && self.distil < 1.0 {
+            return Err(Error::invalid(
+                "weight of distillation",
+                self.distil,
+                "1 for a model and examples without a task, which can only learn the original's \
+                 hidden vectors",
+            ));
+        }
+        Ok(objective)
     }
 }
 
@@ -305,7 +326,7 @@ pub fn heal(
                 ),
             });
         }
-        let mut gradients = engine(value.backward())?;
+        let mut gradients = engine(backward(&value))?;
         if let Some(masks) =
             regrowth.turn(step, student.variables(), &gradients, updates.masks())?
         {

@@ -15,6 +15,7 @@ use lapidary_model::Model;
 use lapidary_parts::attention::MixerSpec;
 use lapidary_parts::block::BlockSpec;
 
+use crate::ahead::{Left, Refused};
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
@@ -32,6 +33,8 @@ pub(crate) const ATTENTION_COSINE: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Depth,
     observes: true,
+    leaves: &[Left::Gaps],
+    refuses: |_| &[Refused::Shortcuts],
     requirements,
     plan,
     apply: |task, plan| without_attention(ATTENTION_COSINE.name, task, plan),

@@ -12,6 +12,7 @@ use std::collections::BTreeSet;
 
 use lapidary_model::Model;
 
+use crate::ahead::Refused;
 use crate::edit::Edit;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
@@ -27,6 +28,8 @@ pub(crate) const BLOCK_INFLUENCE: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Depth,
     observes: false,
+    leaves: &[],
+    refuses: |_| &[Refused::Shortcuts],
     requirements,
     plan,
     apply,

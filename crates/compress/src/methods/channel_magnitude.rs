@@ -7,6 +7,7 @@
 use lapidary_model::Model;
 
 use super::channels::{self, Unit};
+use crate::ahead::Refused;
 use crate::edit::Edit;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
@@ -21,6 +22,8 @@ pub(crate) const CHANNEL_MAGNITUDE: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Parts,
     observes: false,
+    leaves: &[],
+    refuses: |_| &[Refused::Factors("feedforward")],
     requirements,
     plan,
     apply,
@@ -52,6 +55,7 @@ fn plan(task: &Task<'_>, budget: &Budget) -> Result<Plan> {
     let modules = blocks.iter().enumerate().filter_map(|(index, block)| {
         let hidden = channels::hidden(index, block)?;
         let features = ((share * hidden as f64).round() as usize).clamp(1, hidden);
+        let features = channels::aligned(block, features, hidden);
         Some(ModulePlan {
             path: channels::feedforward(index),
             input: width,

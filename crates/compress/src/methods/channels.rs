@@ -94,6 +94,24 @@ pub(crate) fn hidden(index: usize, block: &BlockSpec) -> Option<usize> {
     hidden.filter(|hidden| *hidden > 0)
 }
 
+/// Features of a mixture's experts that stay together: eight numbers of 16 bits take 16 bytes.
+const TOGETHER: usize = 8;
+
+/// The number of `features` of `hidden` that a block whose experts all have as many should keep. Programs that
+/// multiply the experts of a mixture in one product, as `transformers` does, need rows that begin at multiples
+/// of 16 bytes, and refuse to run others: where the original's do, so do the narrower ones.
+pub(crate) fn aligned(block: &BlockSpec, features: usize, hidden: usize) -> usize {
+    let mixture = matches!(block.feedforward, Some(FeedforwardSpec::Mixture(_)));
+    let apart = features >= hidden || !hidden.is_multiple_of(TOGETHER) || hidden == TOGETHER;
+    match mixture && !apart {
+        true => {
+            let nearest = (features + TOGETHER / 2) / TOGETHER * TOGETHER;
+            nearest.clamp(TOGETHER, hidden - TOGETHER)
+        }
+        false => features,
+    }
+}
+
 /// Writes a block's new number of hidden features into its spec.
 pub(crate) fn set_hidden(edit: &mut Edit, index: usize, features: usize) -> Result<()> {
     match &mut edit.block(index)?.feedforward {
@@ -209,4 +227,38 @@ pub(crate) fn largest(scores: &[f64], count: usize) -> Vec<usize> {
     let mut kept: Vec<usize> = order.into_iter().take(count).map(|(i, _)| i).collect();
     kept.sort_unstable();
     kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The number of features that is left of so many when so many were wanted.
+    fn left(kind: &str, features: usize, hidden: usize) -> usize {
+        let more = match kind {
+            "mixture" => ", experts = 3, active = 2",
+            _ => "",
+        };
+        let block = format!(
+            "attention = {{ kind = \"absent\" }}\nfeedforward = {{ kind = \"{kind}\", hidden = {hidden}{more} }}"
+        );
+        aligned(&toml::from_str(&block).unwrap(), features, hidden)
+    }
+
+    #[test]
+    fn experts_keep_eights_where_they_had_them() {
+        for (features, hidden, expected) in [
+            (67, 96, 64),
+            (68, 96, 72),
+            (96, 96, 96),
+            // Something goes and something stays.
+            (95, 96, 88),
+            (1, 96, 8),
+            (3, 8, 3),
+            (7, 10, 7),
+        ] {
+            assert_eq!(left("mixture", features, hidden), expected, "{features}");
+            assert_eq!(left("gated", features, hidden), features);
+        }
+    }
 }

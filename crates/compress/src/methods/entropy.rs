@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 
 use lapidary_model::Model;
 
+use crate::ahead::{Left, Refused};
 use crate::entropy::EntropyProfile;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::attention_cosine::{attention_plan, attentions, removed_of, without_attention};
@@ -26,6 +27,8 @@ pub(crate) const ENTROPY_ATTENTION: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Depth,
     observes: true,
+    leaves: &[Left::Gaps],
+    refuses: |_| &[Refused::Shortcuts],
     requirements: |model: &Model, _: &Settings| {
         attentions(model, ENTROPY_ATTENTION.name)?;
         Ok(Requirements::default())
@@ -43,6 +46,8 @@ pub(crate) const ENTROPY_BLOCKS: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Depth,
     observes: true,
+    leaves: &[],
+    refuses: |_| &[Refused::Shortcuts],
     requirements: |model: &Model, _: &Settings| {
         removable(model, ENTROPY_BLOCKS.name)?;
         in_one_basis(model, ENTROPY_BLOCKS.name)?;

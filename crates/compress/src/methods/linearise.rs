@@ -22,6 +22,7 @@ use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::{FeedforwardSpec, LinearSpec};
 use lapidary_parts::norm::NormSpec;
 
+use crate::ahead::{Left, Refused};
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
@@ -41,6 +42,8 @@ pub(crate) const LINEARISE: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Depth,
     observes: true,
+    leaves: &[Left::Maps],
+    refuses: |_| &[],
     requirements: |model: &Model, _: &Settings| {
         one_stream(model, LINEARISE.name)?;
         Ok(Requirements::default())
@@ -67,6 +70,8 @@ pub(crate) const DELETE_LINEAR: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Depth,
     observes: true,
+    leaves: &[],
+    refuses: |_| &[Refused::Shortcuts],
     requirements: |model: &Model, _: &Settings| {
         removable(model, DELETE_LINEAR.name)?;
         in_one_basis(model, DELETE_LINEAR.name)?;
@@ -261,6 +266,7 @@ fn put_map(edit: &mut Edit, index: usize, map: &lapidary_factor::AffineMap) -> R
         layer_scale: None,
         drop_path: 0.0,
         dropout_by_feature: false,
+        coding_step: None,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Linear(LinearSpec { bias: true })),
         dropout: 0.0,

@@ -34,6 +34,7 @@ use lapidary_parts::feedforward::FeedforwardSpec;
 
 use super::channels::{self, Unit};
 use super::slicing::{Stream, Transport};
+use crate::ahead::Refused;
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
@@ -50,6 +51,8 @@ pub(crate) const DOTRESIZE_HIDDEN: Method = Method {
     schedule: Schedule::LayerByLayer,
     effect: Effect::Parts,
     observes: true,
+    leaves: &[],
+    refuses: |_| &[Refused::Maps, Refused::Factors("feedforward")],
     requirements,
     plan,
     apply,

@@ -10,8 +10,8 @@ use crate::common::{
 };
 use lapidary_compress::automatic::{Automatic, AutomaticSettings, AutomaticState, Mix, Score};
 use lapidary_compress::{
-    Calibration, CalibrationData, CalibrationOptions, Change, Method, Plan, Requirements, Settings,
-    Task,
+    Calibration, CalibrationData, CalibrationOptions, Change, Method, ModulePlan, Plan,
+    Requirements, Settings, Task,
 };
 use lapidary_model::{Model, OpenOptions, Package};
 use lapidary_search::Point;
@@ -320,7 +320,7 @@ fn what_cannot_be_searched_is_refused_with_the_reason() {
     for name in ["fusegpt", "fuse-lora", "movement"] {
         refused(settings(&model, 0.7, &[name]), "it trains while it cuts");
     }
-    // A width of 0 is refused, and the others are not mixed: why is told of what can be planned.
+    // What is never mixed is told as that, whichever of its plans could be made.
     refused(
         settings(&model, 0.7, &["slicegpt"]),
         "what slicegpt changes is neither the rank",
@@ -330,6 +330,56 @@ fn what_cannot_be_searched_is_refused_with_the_reason() {
         ..settings(&model, 0.7, &["svd"])
     };
     refused(none, "at least 1");
+}
+
+/// A search for pieces of blocks would come to nothing, and on single tokens, of which none is predicted, it
+/// would be told as the reason.
+#[test]
+fn what_is_never_mixed_is_left_out_before_it_looks_at_the_model() {
+    let model = decoder();
+    let (held_out, whole) = (windows(4, 2), windows(8, 1));
+    let single = CalibrationData::windows([vec![1], vec![2]]).unwrap();
+    let names = ["mamba-shedder", "svd", "replaceme", "wanda", "int4"];
+    for data in [&single, &whole] {
+        let settings = settings(&model, 0.7, &names);
+        let search = Automatic::new(&model, data, &held_out, settings).unwrap();
+        assert_eq!(search.baselines(), ["uniform svd"]);
+        let left_out: Vec<&str> = search
+            .left_out()
+            .iter()
+            .map(|(name, _)| &name[..])
+            .collect();
+        assert_eq!(left_out, ["mamba-shedder", "replaceme", "wanda", "int4"]);
+        for (name, reason) in search.left_out() {
+            let found = format!("what {name} changes is neither the rank");
+            assert!(reason.starts_with(&found), "{reason}");
+        }
+    }
+}
+
+#[test]
+fn features_that_are_searched_for_are_mixed_too() {
+    let decoder = model(DECODER, 5);
+    let (data, held_out) = (windows(6, 1), windows(3, 2));
+    let settings = settings(&decoder, 0.8, &["mamba-shedder-width", "whitened"]);
+    let limit = settings.parameters;
+    let mut search = Automatic::new(&decoder, &data, &held_out, settings).unwrap();
+    assert!(search.left_out().is_empty(), "{:?}", search.left_out());
+    assert_eq!(
+        search.baselines(),
+        ["uniform mamba-shedder-width", "uniform whitened"]
+    );
+    let mut narrowed = 0;
+    for point in points(&search, 12) {
+        let mix = search.mix(&point).unwrap();
+        let composed = search.compose(&mix).unwrap();
+        assert_eq!(composed.parameter_count(), mix.parameters);
+        assert!(mix.parameters <= limit);
+        let modules = mix.plans.iter().flat_map(|plan| &plan.modules);
+        let narrow = |module: &&ModulePlan| matches!(module.change, Change::Narrow { .. });
+        narrowed += modules.filter(narrow).count();
+    }
+    assert!(narrowed > 0);
 }
 
 #[test]

@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use crate::common::{
-    ENCODER, all, altered, at_rank, calibrate, classifier, close, distance, model, scores, values,
-    windows,
+    ENCODER, all, altered, at_rank, calibrate, classifier, close, distance, family, model, scores,
+    values, windows,
 };
 use lapidary_compress::factorisation::parameters_after;
 use lapidary_compress::{
@@ -12,7 +12,7 @@ use lapidary_compress::{
     two_layer_parameters,
 };
 use lapidary_kernels::{DType, Device, Tensor};
-use lapidary_model::{Input, Model, Pass};
+use lapidary_model::{Input, Model, OpenOptions, Package, Pass};
 use lapidary_signal::Trace;
 use lapidary_signal::meter::Meter;
 
@@ -91,6 +91,25 @@ fn counts_of_parameters_bytes_and_operations_are_exact() {
         let metered = metered_flops(&model) - metered_flops(&compressed.model);
         assert_eq!(metered, (5 * fewer) as u64, "{name}");
     }
+}
+
+#[test]
+fn of_experts_the_operations_of_those_that_run_are_counted() {
+    let package = Package::open(&family("mixtral"), &OpenOptions::default()).unwrap();
+    let model = package.single_model().unwrap();
+    let experts = Selection::layers(["*.experts.*"]);
+    let plan = Factorisation::Svd
+        .plan(model, &experts, &Budget::Keep(0.5))
+        .unwrap();
+    let compressed = plan.apply(model, None).unwrap();
+    let report = &compressed.report;
+    let saved = report.before.parameters - report.after.parameters;
+    // Two of four run on a token, and all are as large.
+    let fewer = report.before.flops_per_token - report.after.flops_per_token;
+    assert!(saved > 0);
+    assert_eq!(fewer, 2 * saved * 2 / 4);
+    let metered = metered_flops(model) - metered_flops(&compressed.model);
+    assert_eq!(metered, (5 * fewer) as u64);
 }
 
 /// Of five tokens.

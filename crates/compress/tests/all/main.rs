@@ -2,6 +2,7 @@
 
 mod activations;
 mod adapters;
+mod ahead;
 mod automatic;
 mod block_influence;
 mod common;

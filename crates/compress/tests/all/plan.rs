@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::common::{DECODER, all, model};
 use lapidary_compress::factorisation::parameters_after;
-use lapidary_compress::{Budget, Change, Factorisation, Selection};
+use lapidary_compress::{Budget, Change, Factorisation, Method, Selection, Task};
 
 fn rank(change: &Change) -> Option<usize> {
     match change {
@@ -147,5 +147,23 @@ fn a_plan_is_data() {
         assert_eq!(method.name().parse::<Factorisation>().unwrap(), method);
         let name = serde_json::to_string(&method).unwrap();
         assert_eq!(name, format!("\"{}\"", method.name()));
+    }
+}
+
+/// Two words on one module contradict each other, or are counted twice.
+#[test]
+fn a_module_that_is_named_twice_is_refused_by_every_method() {
+    let model = model(DECODER, 1);
+    let task = Task::new(&model);
+    for name in ["svd", "channel-magnitude", "magnitude", "int4"] {
+        let method = Method::find(name).unwrap();
+        let keep = if method.rounds() { 1.0 } else { 0.7 };
+        let mut plan = method.plan(&task, &Budget::Keep(keep)).unwrap();
+        assert!(method.apply(&task, &plan).is_ok(), "{name}");
+        let first = plan.modules[0].clone();
+        let expected = format!("plan is {} more than once", first.path);
+        plan.modules.push(first);
+        let error = method.apply(&task, &plan).unwrap_err().to_string();
+        assert!(error.starts_with(&expected), "{error}");
     }
 }

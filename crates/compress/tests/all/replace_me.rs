@@ -348,6 +348,10 @@ fn what_cannot_be_merged_or_planned_is_refused_with_why() {
         (vec![(1, map(2))], "a run that began earlier"),
         (vec![(1, map(1)), (2, map(1))], "which it meets"),
         (vec![(3, map(2))], "those there are"),
+        (vec![(3, map(0))], "those there are"),
+        // Numbers that a sum with the block's would wrap around.
+        (vec![(3, map(usize::MAX))], "those there are"),
+        (vec![(3, map(usize::MAX - 2))], "those there are"),
         (vec![(1, Change::Prune { share: 0.5 })], "remove or leave"),
     ] {
         let mut plan = plan.clone();

@@ -4,7 +4,7 @@
 use crate::error::engine;
 use crate::target::number;
 use crate::{Error, Question, Result, Target};
-use lapidary_kernels::{D, DType, Tensor};
+use lapidary_kernels::{D, DType, Tensor, backward};
 use lapidary_model::{HeadSpec, Input, InputSpec, Output, Pool};
 use lapidary_signal::Trace;
 use lapidary_signal::relevance::RelevanceRules;
@@ -81,7 +81,7 @@ impl AttentionPass {
         }
         let explained = numbers.iter().map(number).collect::<Result<Vec<f64>>>()?;
         let total = engine(engine(Tensor::stack(&numbers, 0))?.sum_all())?;
-        let gradients = engine(total.backward())?;
+        let gradients = engine(backward(&total))?;
         let records = self.trace.records();
         let of = |site| match records.get(site) {
             Some(record) if record.is_reached(&gradients) => {

@@ -6,7 +6,9 @@ use super::gradient::{Forward, token_sums};
 use crate::error::engine;
 use crate::explainer::Explainer;
 use crate::{Error, Explanation, Options, Question, Result, Target, Unit};
-use lapidary_kernels::{D, DType, Tensor, Var, balanced_sum, linear, stabilised_reciprocal};
+use lapidary_kernels::{
+    D, DType, Tensor, Var, backward, balanced_sum, linear, stabilised_reciprocal,
+};
 use lapidary_model::{InputSpec, PatchInput};
 use lapidary_signal::Trace;
 use lapidary_signal::relevance::RelevanceRules;
@@ -104,7 +106,9 @@ fn dense_weight(question: &Question<'_>, path: &str) -> Result<Tensor> {
 fn share_of_first(a: &Tensor, b: &Tensor, arrived: &Tensor, epsilon: f64) -> Result<Tensor> {
     let a = engine(Var::from_tensor(&a.detach()))?;
     let sum = balanced_sum(a.as_tensor(), &b.detach(), epsilon)?;
-    let gradients = engine(engine(engine(sum * arrived.detach())?.sum_all())?.backward())?;
+    let gradients = engine(backward(&engine(
+        engine(sum * arrived.detach())?.sum_all(),
+    )?))?;
     let share = gradients.get(a.as_tensor()).cloned();
     share.ok_or_else(|| Error::invalid("relevance of the patches", "absent", "there"))
 }

@@ -8,7 +8,7 @@ use crate::explainer::Explainer;
 use crate::leaks::{self, Leak};
 use crate::target::number;
 use crate::{Error, Explanation, Options, Question, Result, Target, Unit};
-use lapidary_kernels::{D, DType, GradStore, Tensor, Var};
+use lapidary_kernels::{D, DType, GradStore, Tensor, Var, backward};
 use lapidary_model::{Input, Model, Output};
 use lapidary_signal::Trace;
 use lapidary_signal::relevance::{
@@ -285,7 +285,7 @@ impl Forward {
 
     fn backward(&self, target: Target) -> Result<(f64, GradStore)> {
         let explained = target.number(&self.output)?;
-        Ok((number(&explained)?, engine(explained.backward())?))
+        Ok((number(&explained)?, engine(backward(&explained))?))
     }
 
     /// The relevance of all outputs together.

@@ -45,12 +45,23 @@ impl<'a> Captured<'a> {
     /// Runs the model on the question's input, for targets that read these positions.
     ///
     /// # Errors
-    /// For a model that has other parts than self-attention to mix tokens.
+    /// For a model that has other parts than self-attention to mix tokens, or attention without an output matrix of its
+    /// own.
     pub(crate) fn new(question: &Question<'a>, targets: &[Target]) -> Result<Self> {
         crate::error::require_written_out(question.model, "mixings of tokens")?;
         let specs = question.model.spec().expanded_blocks();
         for (index, block) in specs.iter().enumerate() {
-            multi_head(index, block)?;
+            let attention = multi_head(index, block)?;
+            if !attention.output.is_own() {
+                return Err(Error::invalid(
+                    format!("the output of attention in block {index}"),
+                    attention.output.name(),
+                    format!(
+                        "own, whose matrix says what each head writes, in a block with a residual around each \
+                         part; {OTHERS}"
+                    ),
+                ));
+            }
             if block.shortcuts {
                 return Err(Error::invalid(
                     format!("block {index} of the model"),

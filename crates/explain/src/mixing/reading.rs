@@ -3,7 +3,7 @@
 use crate::error::engine;
 use crate::target::number;
 use crate::{Result, Target};
-use lapidary_kernels::{DType, Tensor};
+use lapidary_kernels::{DType, Tensor, backward};
 use lapidary_model::Output;
 use lapidary_signal::Trace;
 
@@ -23,7 +23,7 @@ impl Reading {
     /// `final_norm` was tapped in the pass that gave `output`.
     pub(crate) fn new(target: &Target, output: &Output, trace: &Trace) -> Result<Self> {
         let explained = target.number(output)?;
-        let gradients = engine(explained.backward())?;
+        let gradients = engine(backward(&explained))?;
         let record = trace.record("final_norm")?;
         let rows = |tensor: &Tensor| -> Result<Vec<Vec<f64>>> {
             let double = engine(engine(tensor.detach().get(0))?.to_dtype(DType::F64))?;

@@ -610,3 +610,56 @@ fn what_is_not_defined_names_what_is() {
     let message = refusal("alti-logit", &mean, Target::class(0));
     assert!(message.contains("is 7"), "{message}");
 }
+
+/// Attention that has no output matrix of its own: the sentence names the form that has one.
+#[test]
+fn outputs_without_a_matrix_of_their_own_are_named() {
+    for wiring in ["replacing", "pre-norm"] {
+        let of = |output: &str| {
+            let heads = if output == "absent" { 1 } else { 4 };
+            let fields =
+                format!("heads = {heads}, sharing = \"all\", output = \"{output}\", bias = false");
+            let attention = format!(
+                "repeat = 2\nwiring = \"{wiring}\"\nattention = {{ kind = \"multi-head\", {fields}"
+            );
+            let spec = DECODER.replace(
+                "repeat = 2\nattention = { kind = \"multi-head\", heads = 4",
+                &attention,
+            );
+            assert_ne!(spec, DECODER);
+            spec
+        };
+        for output in ["tied", "absent"] {
+            for method in ["alti-logit", "alti"] {
+                assert_eq!(
+                    refusal(method, &of(output), Target::class(0)),
+                    format!(
+                        "the output of attention in block 0 is {output}, but must be own, whose matrix says what each \
+                         head writes, in a block with a residual around each part; decompx, cp-lrp and \
+                         gradient-x-input go through any part"
+                    )
+                );
+            }
+        }
+        let own = of("own");
+        match wiring {
+            "replacing" => {
+                let said = refusal("alti-logit", &own, Target::class(0));
+                assert!(
+                    said.starts_with("the wiring of block 0 is replacing"),
+                    "{said}"
+                );
+            }
+            _ => {
+                let found = explain(
+                    "alti-logit",
+                    &model(&own, 1),
+                    Target::class(0),
+                    &Options::default(),
+                );
+                let account = found.account;
+                assert!(account.unattributed.abs() < 1e-10 * account.explained.abs().max(1.0));
+            }
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lapidary_kernels::{DType, SoftmaxMask, Tensor, Var, activate, gather, log_softmax};
+use lapidary_kernels::{DType, SoftmaxMask, Tensor, Var, activate, backward, gather, log_softmax};
 use lapidary_model::{HeadSpec, Model, Pass};
 use lapidary_parts::feedforward::FeedforwardSpec;
 use lapidary_signal::Trace;
@@ -165,7 +165,7 @@ fn add_batch(
         _ => (logits, batch.real.clone()),
     };
     let loss = sampled_loss(&scores, generator)?;
-    let gradients = engine(loss.backward())?;
+    let gradients = engine(backward(&loss))?;
     let rows_of = |tensor: &Tensor| match &rows {
         Some(rows) => selected(tensor, rows),
         None => engine(tensor.flatten(0, 1)),
@@ -235,7 +235,7 @@ fn before_activation(
         _ => return Ok(Vec::new()),
     };
     let product = engine(engine(hidden * at_hidden.detach())?.sum_all())?;
-    let gradients = engine(product.backward())?;
+    let gradients = engine(backward(&product))?;
     variables
         .into_iter()
         .map(|(name, variable)| {

@@ -28,6 +28,7 @@ use lapidary_factor::{Matrix, matrix_from_tensor, matrix_to_tensor, symmetric_ei
 use lapidary_kernels::{DType, Tensor};
 use lapidary_model::Model;
 
+use crate::ahead::Refused;
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
@@ -43,6 +44,8 @@ pub(crate) const CURVATURE: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Directions,
     observes: true,
+    leaves: &[],
+    refuses: |_| &[Refused::ChosenFactors],
     requirements,
     plan: |task, budget| plan(CURVATURE.name, task, budget),
     apply: |task, plan| apply(CURVATURE.name, task, plan, Keep::Staircase),
@@ -57,6 +60,8 @@ pub(crate) const CURVATURE_RECTANGLE: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Directions,
     observes: true,
+    leaves: &[],
+    refuses: |_| &[Refused::ChosenFactors],
     requirements,
     plan: |task, budget| plan(CURVATURE_RECTANGLE.name, task, budget),
     apply: |task, plan| apply(CURVATURE_RECTANGLE.name, task, plan, Keep::Rectangle),

@@ -13,7 +13,7 @@
 
 use std::collections::BTreeMap;
 
-use lapidary_kernels::{DType, Tensor, Var};
+use lapidary_kernels::{DType, Tensor, Var, backward};
 use lapidary_model::Model;
 
 use crate::data::Batch;
@@ -100,7 +100,7 @@ impl Subnet {
                     what: format!("the loss of step {step} of a mask"),
                 });
             }
-            let gradients = engine(loss.backward())?;
+            let gradients = engine(backward(&loss))?;
             for layer in &mut masked {
                 let gradient = gradients.get(layer.variable.as_tensor());
                 layer.score(gradient)?;

@@ -30,6 +30,7 @@ use self::influence::{first, influences};
 use self::stack::{Stack, alike, group};
 use self::tune::{Distances, Group, tune};
 pub use self::weights::Gate;
+use crate::ahead::Refused;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::block_influence::{
     block_weights, in_one_basis, plan_of, removed_blocks, without_blocks,
@@ -40,6 +41,9 @@ use crate::report::{Compressed, LayerErrors, ModuleReport};
 use crate::{CalibrationData, Error, Requirements, Result};
 use serde::{Deserialize, Serialize};
 
+/// What both methods that fuse cannot be run on.
+const FUSIBLE: &[Refused] = &[Refused::Shortcuts, Refused::Gaps, Refused::AnyFactors];
+
 /// FuseGPT in the list of methods.
 pub(crate) const FUSEGPT: Method = Method {
     name: "fusegpt",
@@ -48,6 +52,8 @@ pub(crate) const FUSEGPT: Method = Method {
     schedule: Schedule::Training,
     effect: Effect::Depth,
     observes: true,
+    leaves: &[],
+    refuses: |_| FUSIBLE,
     requirements: |model: &Model, _: &Settings| fusible(model, FUSEGPT.name),
     plan: |task, budget| plan(FUSEGPT.name, task, budget, true),
     apply: |task, plan| apply(FUSEGPT.name, task, plan, true),
@@ -62,6 +68,8 @@ pub(crate) const FUSE_LORA: Method = Method {
     schedule: Schedule::Training,
     effect: Effect::Depth,
     observes: true,
+    leaves: &[],
+    refuses: |_| FUSIBLE,
     requirements: |model: &Model, _: &Settings| fusible(model, FUSE_LORA.name),
     plan: |task, budget| plan(FUSE_LORA.name, task, budget, false),
     apply: |task, plan| apply(FUSE_LORA.name, task, plan, false),
@@ -76,6 +84,8 @@ pub(crate) const MACRO_INFLUENCE: Method = Method {
     schedule: Schedule::Iterative,
     effect: Effect::Depth,
     observes: true,
+    leaves: &[],
+    refuses: |_| &[Refused::Shortcuts],
     requirements: |model: &Model, _: &Settings| {
         deletable(model, MACRO_INFLUENCE.name)?;
         Ok(Requirements::default())

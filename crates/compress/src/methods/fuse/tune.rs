@@ -2,7 +2,9 @@
 
 use std::f64::consts::PI;
 
-use lapidary_kernels::{AdamW, AdamWOptions, DType, Parameter, SoftmaxMask, Tensor, log_softmax};
+use lapidary_kernels::{
+    AdamW, AdamWOptions, DType, Parameter, SoftmaxMask, Tensor, backward, log_softmax,
+};
 use lapidary_model::Model;
 use lapidary_signal::Signal;
 
@@ -100,7 +102,7 @@ pub(super) fn tune(
             ));
         }
         let share = 0.5 * (1.0 + (PI * step as f64 / steps as f64).cos());
-        optimiser.step(&engine(loss.backward())?, share, 1.0)?;
+        optimiser.step(&engine(backward(&loss))?, share, 1.0)?;
     }
     let after = match steps {
         0 => before,

@@ -28,6 +28,7 @@ use lapidary_parts::attention::MixerSpec;
 use lapidary_parts::block::BlockSpec;
 
 use super::channels::{self, Unit};
+use crate::ahead::{Left, Refused};
 use crate::edit::Edit;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
@@ -44,6 +45,15 @@ pub(crate) const LORAP: Method = Method {
     schedule: Schedule::LayerByLayer,
     effect: Effect::Ranks,
     observes: true,
+    leaves: &[Left::Factors],
+    refuses: |settings| match settings.lorap.attention {
+        true => &[
+            Refused::Gaps,
+            Refused::Factors("attention"),
+            Refused::Factors("feedforward"),
+        ],
+        false => &[Refused::Factors("feedforward")],
+    },
     requirements,
     plan,
     apply,
@@ -253,7 +263,7 @@ fn planned_feedforward(
                 reason: "its share of the loss is less than one channel".to_owned(),
             },
             _ => Change::Narrow {
-                features: hidden - removed,
+                features: channels::aligned(block, hidden - removed, hidden),
             },
         },
     }))

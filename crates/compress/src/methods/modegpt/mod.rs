@@ -34,6 +34,7 @@ use lapidary_parts::block::BlockSpec;
 
 use super::block_influence::{influences, similarity};
 use super::channels::{self, Unit};
+use crate::ahead::Refused;
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
@@ -51,6 +52,15 @@ pub(crate) const MODEGPT: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Parts,
     observes: false,
+    leaves: &[],
+    refuses: |settings| match settings.modegpt.heads {
+        true => &[
+            Refused::Gaps,
+            Refused::Factors("attention"),
+            Refused::Factors("feedforward"),
+        ],
+        false => &[Refused::Factors("feedforward")],
+    },
     requirements,
     plan,
     apply,
@@ -163,7 +173,8 @@ fn plan(task: &Task<'_>, budget: &Budget) -> Result<Plan> {
         if settings.heads {
             modules.push(planned_attention(model, index, block, 1.0 - loss, stock)?);
         }
-        modules.extend(planned_feedforward(model, index, block, 1.0 - loss));
+        let alike = smoothing.is_infinite();
+        modules.extend(planned_feedforward(model, index, block, 1.0 - loss, alike));
     }
     Ok(Plan {
         method: name.to_owned(),
@@ -213,10 +224,16 @@ fn planned_feedforward(
     index: usize,
     block: &BlockSpec,
     share: f64,
+    alike: bool,
 ) -> Option<ModulePlan> {
     let hidden = channels::hidden(index, block)?;
     // A share that is a whole number of features but for rounding is that number.
     let features = ((share * hidden as f64 - 1e-9).ceil() as usize).clamp(1, hidden);
+    // Only parts that are all narrowed alike make a model that other programs run.
+    let features = match alike {
+        true => channels::aligned(block, features, hidden),
+        false => features,
+    };
     let width = model.spec().width;
     Some(ModulePlan {
         path: channels::feedforward(index),

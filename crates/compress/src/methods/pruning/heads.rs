@@ -18,6 +18,7 @@ use lapidary_parts::position::{KeptPairs, PositionSpec};
 
 use super::hidden::removed;
 use super::saliency;
+use crate::ahead::Refused;
 use crate::edit::Edit;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::channels;
@@ -34,6 +35,8 @@ pub(crate) const PRUNE_HEADS: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Parts,
     observes: false,
+    leaves: &[],
+    refuses: |_| &[Refused::Factors("attention")],
     requirements,
     plan,
     apply,

@@ -10,6 +10,7 @@ use lapidary_model::Model;
 
 use super::settings::{PruneSettings, Scope};
 use super::{cap, select};
+use crate::ahead::Refused;
 use crate::edit::Edit;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::channels::{self, Unit};
@@ -26,6 +27,8 @@ pub(crate) const CHANNEL_GRADIENT: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Parts,
     observes: false,
+    leaves: &[],
+    refuses: |_| &[Refused::Factors("feedforward")],
     requirements,
     plan,
     apply,

@@ -19,7 +19,7 @@ pub(super) fn chosen(model: &Model, selection: &Selection) -> Result<(Vec<Layer>
         true => Err(Error::invalid(
             "chosen layers that are not factorised",
             0,
-            "at least one; multiply factors out first",
+            "at least one; multiply factors out first, or choose layers that no factorisation took",
         )),
     }
 }

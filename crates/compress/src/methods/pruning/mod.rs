@@ -30,6 +30,7 @@ pub use settings::{MovementSettings, Pattern, PruneSettings, Scope};
 use lapidary_kernels::SparseSizes;
 use lapidary_model::Model;
 
+use crate::ahead::Refused;
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
@@ -48,6 +49,8 @@ pub(crate) const MAGNITUDE: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Weights,
     observes: false,
+    leaves: &[],
+    refuses: |_| &[Refused::ChosenFactors],
     requirements: |model, settings| requirements(Criterion::Magnitude, model, settings),
     plan: |task, budget| plan(MAGNITUDE.name, Criterion::Magnitude, task, budget),
     apply: |task, plan| apply(MAGNITUDE.name, Criterion::Magnitude, task, plan),
@@ -62,6 +65,8 @@ pub(crate) const RANDOM_WEIGHTS: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Weights,
     observes: false,
+    leaves: &[],
+    refuses: |_| &[Refused::ChosenFactors],
     requirements: |model, settings| requirements(Criterion::Random, model, settings),
     plan: |task, budget| plan(RANDOM_WEIGHTS.name, Criterion::Random, task, budget),
     apply: |task, plan| apply(RANDOM_WEIGHTS.name, Criterion::Random, task, plan),
@@ -76,6 +81,8 @@ pub(crate) const FIRST_ORDER: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Weights,
     observes: false,
+    leaves: &[],
+    refuses: |_| &[Refused::ChosenFactors],
     requirements: |model, settings| requirements(Criterion::FirstOrder, model, settings),
     plan: |task, budget| plan(FIRST_ORDER.name, Criterion::FirstOrder, task, budget),
     apply: |task, plan| apply(FIRST_ORDER.name, Criterion::FirstOrder, task, plan),
@@ -90,6 +97,8 @@ pub(crate) const WANDA: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Weights,
     observes: false,
+    leaves: &[],
+    refuses: |_| &[Refused::ChosenFactors],
     requirements: |model, settings| requirements(Criterion::ActivationAware, model, settings),
     plan: |task, budget| plan(WANDA.name, Criterion::ActivationAware, task, budget),
     apply: |task, plan| apply(WANDA.name, Criterion::ActivationAware, task, plan),

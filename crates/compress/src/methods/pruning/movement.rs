@@ -17,12 +17,13 @@
 
 use std::collections::BTreeMap;
 
-use lapidary_kernels::{DType, GradStore, Tensor, Var};
+use lapidary_kernels::{DType, GradStore, Tensor, Var, backward};
 use lapidary_model::Model;
 use lapidary_train::{Decay, Masks, Schedule as Rates, UpdateOptions, Updates};
 
 use super::settings::{MovementSettings, PruneSettings, Scope};
 use super::{Pattern, check_pattern, finished, global, matrices, pruned, rule, uniform};
+use crate::ahead::Refused;
 use crate::data::Batch;
 use crate::edit::Edit;
 use crate::error::engine;
@@ -41,6 +42,8 @@ pub(crate) const MOVEMENT: Method = Method {
     schedule: Schedule::Training,
     effect: Effect::Weights,
     observes: true,
+    leaves: &[],
+    refuses: |_| &[Refused::ChosenFactors],
     requirements: |model, settings| {
         settings.pruning.check()?;
         matrices::chosen(model, &settings.selection)?;
@@ -147,7 +150,7 @@ fn learn(task: &Task<'_>, wanted: &[(Layer, f64)]) -> Result<Learned> {
                 what: format!("the loss of step {step} of movement, at rate {}", told.rate),
             });
         }
-        let mut gradients = engine(loss.backward())?;
+        let mut gradients = engine(backward(&loss))?;
         for matrix in &mut moving {
             matrix.score(&gradients)?;
         }

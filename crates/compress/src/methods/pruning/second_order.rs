@@ -24,6 +24,7 @@ use lapidary_model::Model;
 
 use super::settings::{Pattern, PruneSettings, Scope};
 use super::{check_pattern, finished, matrices, pruned, rule, uniform};
+use crate::ahead::Refused;
 use crate::edit::{Edit, block_of};
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Plan};
@@ -39,6 +40,8 @@ pub(crate) const SECOND_ORDER: Method = Method {
     schedule: Schedule::LayerByLayer,
     effect: Effect::Weights,
     observes: true,
+    leaves: &[],
+    refuses: |_| &[Refused::ChosenFactors],
     requirements,
     plan,
     apply,

@@ -216,6 +216,12 @@ pub(super) fn cuts_of(method: &str, model: &Model, plan: &Plan) -> Result<Vec<Cu
         match (&module.change, inside) {
             (Change::Remove, true) | (Change::Leave { .. }, false) => {}
             (Change::Linearise { blocks }, false) => {
+                if !(1..=plan.modules.len() - index).contains(blocks) {
+                    return refused(
+                        &format!("a map for {blocks} blocks"),
+                        "one for those there are",
+                    );
+                }
                 let cut = Cut {
                     anchor: match index.checked_sub(1) {
                         Some(anchor) => anchor,
@@ -223,12 +229,6 @@ pub(super) fn cuts_of(method: &str, model: &Model, plan: &Plan) -> Result<Vec<Cu
                     },
                     blocks: *blocks,
                 };
-                if cut.blocks == 0 || cut.removed().end > plan.modules.len() {
-                    return refused(
-                        &format!("a map for {blocks} blocks"),
-                        "one for those there are",
-                    );
-                }
                 if cuts.last().is_some_and(|last| last.removed().end == index) {
                     return refused("a map", "part of the run before it, which it meets");
                 }

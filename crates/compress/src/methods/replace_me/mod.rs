@@ -40,6 +40,7 @@ pub use self::form::MapForm;
 use self::form::{identity, solve};
 use self::merge::{merge, written};
 pub use self::run::{RunInput, run_regression};
+use crate::ahead::Refused;
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
@@ -58,6 +59,8 @@ pub(crate) const REPLACE_ME: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Depth,
     observes: true,
+    leaves: &[],
+    refuses: |_| &[Refused::Shortcuts],
     requirements: |model, settings| requirements(REPLACE_ME.name, model, settings),
     plan: |task, budget| plan(REPLACE_ME.name, task, budget),
     apply: |task, plan| least_squares(task, plan),
@@ -72,6 +75,8 @@ pub(crate) const REPLACE_ME_COSINE: Method = Method {
     schedule: Schedule::LayerByLayer,
     effect: Effect::Depth,
     observes: true,
+    leaves: &[],
+    refuses: |_| &[Refused::Shortcuts],
     requirements: |model, settings| requirements(REPLACE_ME_COSINE.name, model, settings),
     plan: |task, budget| plan(REPLACE_ME_COSINE.name, task, budget),
     apply: |task, plan| by_angle(task, plan),

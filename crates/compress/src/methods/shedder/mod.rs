@@ -27,6 +27,7 @@ use lapidary_parts::block::BlockSpec;
 use serde::{Deserialize, Serialize};
 
 use self::pieces::{Cut, channels_of, parts, scans, weights_of, weights_of_feature};
+use crate::ahead::Refused;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::attention_cosine::removed_of;
 use crate::methods::block_influence::{in_one_basis, removable};
@@ -44,6 +45,8 @@ pub(crate) const MAMBA_SHEDDER: Method = Method {
     schedule: Schedule::Iterative,
     effect: Effect::Depth,
     observes: true,
+    leaves: &[],
+    refuses: |_| &[Refused::Shortcuts],
     requirements: |model, settings| requirements(MAMBA_SHEDDER.name, model, settings, whole_parts),
     plan: |task, budget| plan(MAMBA_SHEDDER.name, task, budget, whole_parts),
     apply: |task, plan| apply(MAMBA_SHEDDER.name, task, plan),
@@ -58,6 +61,8 @@ pub(crate) const MAMBA_SHEDDER_SCAN: Method = Method {
     schedule: Schedule::Iterative,
     effect: Effect::Depth,
     observes: true,
+    leaves: &[],
+    refuses: |_| &[],
     requirements: |model, settings| {
         requirements(MAMBA_SHEDDER_SCAN.name, model, settings, of_scans)
     },
@@ -75,6 +80,8 @@ pub(crate) const MAMBA_SHEDDER_WIDTH: Method = Method {
     schedule: Schedule::Iterative,
     effect: Effect::Depth,
     observes: true,
+    leaves: &[],
+    refuses: |_| &[Refused::Factors("feedforward")],
     requirements: |model, settings| requirements(MAMBA_SHEDDER_WIDTH.name, model, settings, groups),
     plan: |task, budget| plan(MAMBA_SHEDDER_WIDTH.name, task, budget, groups),
     apply: |task, plan| apply(MAMBA_SHEDDER_WIDTH.name, task, plan),
@@ -193,6 +200,7 @@ fn change(piece: Shed, cut: &Cut) -> Change {
 
 /// A plan may mix parts, hidden features and scans, whichever search made it.
 fn apply(name: &str, task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
+    plan.check_once()?;
     removable(task.model, name)?;
     let blocks = task.model.spec().expanded_blocks();
     let mut known = parts(&blocks);
@@ -204,13 +212,8 @@ fn apply(name: &str, task: &Task<'_>, plan: &Plan) -> Result<Compressed> {
     let width = task.model.spec().width;
     let mut cut = Cut::default();
     let mut modules = Vec::new();
-    let mut seen = BTreeSet::new();
     let leaves = planned_removals(plan);
     for planned in &plan.modules {
-        if !seen.insert(planned.path.as_str()) {
-            let found = format!("{} more than once", planned.path);
-            return Err(Error::invalid("plan", found, "each module once"));
-        }
         let (Some(piece), true) = (known.get(&planned.path), planned.input == width) else {
             return Err(planned.of_another_model());
         };

@@ -5,8 +5,7 @@ use lapidary_kernels::{DType, Device, Tensor, matmul};
 use lapidary_model::ModelSpec;
 use lapidary_parts::norm::NormSpec;
 
-use super::fold::folded_spec;
-use super::layout::Layout;
+use super::fold::{Folding, folded_spec};
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::{Error, Result};
@@ -59,20 +58,39 @@ fn rescaled(norm: NormSpec, ratio: f64) -> NormSpec {
     }
 }
 
-/// Gives a folded model these bases, and each part `dtype` as soon as it has them. `original` is the spec before it was
-/// folded.
-pub(super) fn cut(
-    mut edit: Edit,
-    original: &ModelSpec,
-    layout: &Layout,
-    bases: &Bases,
-    dtype: DType,
-) -> Result<Edit> {
+/// Gives a model these bases as it is folded, and each part `dtype` as soon as it has them.
+pub(super) fn cut(folding: Folding<'_>, bases: &Bases, dtype: DType) -> Result<Edit> {
     let basis = |site: usize| -> Result<Tensor> {
         let basis = bases.at(site)?;
         Ok(matrix_to_tensor(basis.as_ref(), DType::F64, &Device::Cpu)?)
     };
-    let width = bases.at(0)?.ncols();
+    let layout = folding.layout();
+    let wide = folding.original().width;
+    let narrow = bases.at(0)?.ncols();
+    let mut cut_blocks = Vec::with_capacity(folding.original().blocks.len());
+    for index in 0..folding.original().blocks.len() {
+        let mut block = folding.block(index)?;
+        for part in layout.parts_of(index) {
+            let (from, to) = (basis(part.from)?, basis(part.to)?);
+            for reader in &part.readers {
+                read_in(&mut block, reader, &from)?;
+            }
+            for writer in &part.writers {
+                write_in(&mut block, writer, &to)?;
+            }
+            regain(&mut block, &part.norm, wide, narrow)?;
+            for layer in part.readers.iter().chain(&part.writers) {
+                block.round(layer, dtype)?;
+            }
+        }
+        cut_blocks.push(block);
+    }
+    let shortcuts = matches!(bases, Bases::PerSite(_));
+    let spec = cut_spec(folding.original(), narrow, shortcuts);
+    let mut edit = folding.into_edit();
+    for (index, block) in cut_blocks.into_iter().enumerate() {
+        edit.replace(&format!("blocks.{index}"), block);
+    }
     let first = basis(0)?;
     for table in &layout.tables {
         let rows = edit.get(table)?;
@@ -81,25 +99,11 @@ pub(super) fn cut(
     if let Some(embedding) = layout.embedding {
         write_in(&mut edit, embedding, &first)?;
     }
-    for part in &layout.parts {
-        let (from, to) = (basis(part.from)?, basis(part.to)?);
-        for reader in &part.readers {
-            read_in(&mut edit, reader, &from)?;
-        }
-        for writer in &part.writers {
-            write_in(&mut edit, writer, &to)?;
-        }
-        regain(&mut edit, &part.norm, original.width, width)?;
-        for layer in part.readers.iter().chain(&part.writers) {
-            edit.round(layer, dtype)?;
-        }
-    }
     let last = basis(layout.last())?;
     for reader in &layout.head {
         read_in(&mut edit, reader, &last)?;
     }
-    regain(&mut edit, "final_norm", original.width, width)?;
-    let shortcuts = matches!(bases, Bases::PerSite(_));
+    regain(&mut edit, "final_norm", wide, narrow)?;
     if shortcuts {
         for shortcut in &layout.shortcuts {
             // h S with S = Q_fromᵀ Q_to; stored as [output, input], its transpose.
@@ -108,7 +112,7 @@ pub(super) fn cut(
             edit.put(format!("{}.weight", shortcut.path), &stored)?;
         }
     }
-    edit.spec = cut_spec(original, width, shortcuts);
+    edit.spec = spec;
     Ok(edit)
 }
 

@@ -89,37 +89,98 @@ fn without_mean(norm: NormSpec) -> NormSpec {
     }
 }
 
-/// The model in `f64` with its norms folded: the same scores.
-pub(super) fn folded(model: &Model, layout: &Layout) -> Result<Edit> {
-    let mut edit = Edit::of(&in_type(model, DType::F64)?);
-    let original = edit.spec.clone();
-    edit.spec = folded_spec(&original);
-    if let HeadSpec::LanguageModel { tied: true, .. } = original.head
-        && !projected(&original)
-    {
-        let table = edit.get(TABLE)?;
-        edit.put("head.output.weight", &table)?;
+/// A model whose norms are folded in `f64`: the same scores. What stands outside the blocks is folded at once, a block
+/// when it is asked for, so that memory holds one of them twice and not the whole model.
+pub(super) struct Folding<'a> {
+    layout: &'a Layout,
+    original: ModelSpec,
+    /// The folded spec; of the parameters those outside the blocks are folded.
+    edit: Edit,
+}
+
+impl<'a> Folding<'a> {
+    pub(super) fn of(model: &Model, layout: &'a Layout) -> Result<Self> {
+        let mut edit = Edit::wide(model);
+        let original = edit.spec.clone();
+        edit.spec = folded_spec(&original);
+        if let HeadSpec::LanguageModel { tied: true, .. } = original.head
+            && !projected(&original)
+        {
+            let table = edit.get(TABLE)?;
+            edit.put("head.output.weight", &table)?;
+        }
+        if centred(&original) {
+            for table in &layout.tables {
+                let rows = edit.get(table)?;
+                edit.put(*table, &without(&rows, 1)?)?;
+            }
+            if let Some(writer) = layout.embedding {
+                centre(&mut edit, writer)?;
+            }
+        }
+        let norm = original.final_norm.unwrap_or(NormSpec::None);
+        match layout.head.as_slice() {
+            ["head.projection"] => fold_projection(&mut edit, &norm)?,
+            readers => fold(&mut edit, &norm, "final_norm", readers)?,
+        }
+        Ok(Self {
+            layout,
+            original,
+            edit,
+        })
     }
-    if matches!(original.final_norm, Some(NormSpec::Layer { .. })) {
-        centre(&mut edit, layout)?;
+
+    /// The folded spec.
+    pub(super) fn spec(&self) -> &ModelSpec {
+        &self.edit.spec
     }
-    for (index, block) in original.blocks.iter().enumerate() {
-        let prefix = format!("blocks.{index}.");
-        let parts = layout.parts.iter();
-        for part in parts.filter(|part| part.path.starts_with(&prefix)) {
-            fold(&mut edit, &block.norm, &part.norm, &part.readers)?;
+
+    /// The spec as it was, its blocks written out.
+    pub(super) fn original(&self) -> &ModelSpec {
+        &self.original
+    }
+
+    /// Who reads and who writes the stream.
+    pub(super) fn layout(&self) -> &'a Layout {
+        self.layout
+    }
+
+    /// What stands outside the blocks, by name.
+    pub(super) fn outside(&self) -> impl Iterator<Item = (&String, &Tensor)> {
+        let parameters = self.edit.parameters.iter();
+        parameters.filter(|(name, _)| !name.starts_with("blocks."))
+    }
+
+    /// One block, folded.
+    pub(super) fn block(&self, index: usize) -> Result<Edit> {
+        let path = format!("blocks.{index}");
+        let mut edit = self.edit.part(&path);
+        let norm = self.original.blocks.get(index).map(|block| block.norm);
+        let norm = norm.unwrap_or(NormSpec::None);
+        for part in self.layout.parts_of(index) {
+            if centred(&self.original) {
+                for writer in &part.writers {
+                    centre(&mut edit, writer)?;
+                }
+            }
+            fold(&mut edit, &norm, &part.norm, &part.readers)?;
             // A bias that the spec asks for and nothing gave.
             for writer in &part.writers {
                 ensure_bias(&mut edit, writer, &part.path)?;
             }
         }
+        Ok(edit)
     }
-    let norm = original.final_norm.unwrap_or(NormSpec::None);
-    match layout.head.as_slice() {
-        ["head.projection"] => fold_projection(&mut edit, &norm)?,
-        readers => fold(&mut edit, &norm, "final_norm", readers)?,
+
+    /// The parameters, to be changed further: what stands outside the blocks is folded.
+    pub(super) fn into_edit(self) -> Edit {
+        self.edit
     }
-    Ok(edit)
+}
+
+/// Whether every norm takes the mean out of the stream, so that nothing need write it.
+fn centred(original: &ModelSpec) -> bool {
+    matches!(original.final_norm, Some(NormSpec::Layer { .. }))
 }
 
 /// The same model with parameters of another type.
@@ -132,22 +193,14 @@ pub(super) fn in_type(model: &Model, dtype: DType) -> Result<Model> {
     Ok(Model::new(model.spec().clone(), &mut parameters)?)
 }
 
-/// Takes the mean over features out of everything that writes the stream.
-fn centre(edit: &mut Edit, layout: &Layout) -> Result<()> {
-    for table in &layout.tables {
-        let rows = edit.get(table)?;
-        edit.put(*table, &without(&rows, 1)?)?;
-    }
-    let parts = layout.parts.iter().flat_map(|part| &part.writers);
-    let writers = parts.map(String::as_str).chain(layout.embedding);
-    for writer in writers {
-        let name = format!("{writer}.weight");
-        let weight = edit.get(&name)?;
-        edit.put(name, &without(&weight, 0)?)?;
-        let name = format!("{writer}.bias");
-        if let Some(bias) = edit.find(&name)? {
-            edit.put(name, &without(&bias, 0)?)?;
-        }
+/// Takes the mean over outputs out of a layer that writes the stream.
+fn centre(edit: &mut Edit, writer: &str) -> Result<()> {
+    let name = format!("{writer}.weight");
+    let weight = edit.get(&name)?;
+    edit.put(name, &without(&weight, 0)?)?;
+    let name = format!("{writer}.bias");
+    if let Some(bias) = edit.find(&name)? {
+        edit.put(name, &without(&bias, 0)?)?;
     }
     Ok(())
 }

@@ -60,6 +60,14 @@ impl Layout {
         if let Some(organisation) = &spec.organisation {
             return Err(refuse.error("the organisation of tokens", organisation.kind(), "none"));
         }
+        let mut factors = spec.low_rank.keys();
+        if let Some(path) = factors.find(|path| path.starts_with("blocks.")) {
+            return Err(refuse.error(
+                format!("layer {path}"),
+                "factorised",
+                "dense: cut the stream first, or multiply factors out,",
+            ));
+        }
         let blocks = spec.expanded_blocks();
         let mut layout = Self {
             sites: 1,
@@ -75,6 +83,14 @@ impl Layout {
         }
         refuse.norms(&blocks, spec.final_norm.as_ref())?;
         Ok(layout)
+    }
+
+    /// The parts of one block, in their order.
+    pub(super) fn parts_of(&self, index: usize) -> impl Iterator<Item = &Part> {
+        let prefix = format!("blocks.{index}.");
+        self.parts
+            .iter()
+            .filter(move |part| part.path.starts_with(&prefix))
     }
 
     fn add(&mut self, index: usize, block: &BlockSpec) {

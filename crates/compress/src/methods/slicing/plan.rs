@@ -7,10 +7,11 @@ use lapidary_model::{InputSpec, Model, ModelSpec};
 use super::coordinates::Coordinates;
 use super::cut::{Bases, cut, cut_spec};
 use super::directions::{Directions, Principal, Stream};
-use super::fold::{folded, in_type};
+use super::fold::{Folding, in_type};
 use super::layout::Layout;
 use super::transport::Transport;
 use super::walk::walk;
+use crate::ahead::{Left, Refused};
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::plan::{Budget, Change, ModulePlan, Plan};
 use crate::report::{Compressed, ModuleReport};
@@ -91,6 +92,9 @@ const SLICEGPT_SOURCE: &str = "Ashkboos, Croci, Gennari do Nascimento, Hoefler &
                                arXiv 2401.15024";
 const DOTRESIZE_SOURCE: &str = "Verma, Murray & Duh 2025, arXiv 2507.04517";
 
+/// What no method of these can be run on.
+const SLICEABLE: &[Refused] = &[Refused::Shortcuts, Refused::Gaps, Refused::AnyFactors];
+
 /// Principal directions, site by site.
 pub(crate) const SLICEGPT: Method = Method {
     name: PER_SITE_PCA.name,
@@ -99,6 +103,8 @@ pub(crate) const SLICEGPT: Method = Method {
     schedule: Schedule::LayerByLayer,
     effect: Effect::Stream,
     observes: true,
+    leaves: &[Left::Shortcuts],
+    refuses: |_| SLICEABLE,
     requirements: |model, _| requirements(&PER_SITE_PCA, model),
     plan: |task, budget| plan(&PER_SITE_PCA, task, budget),
     apply: |task, plan| apply(&PER_SITE_PCA, task, plan),
@@ -113,6 +119,8 @@ pub(crate) const SLICEGPT_SHARED: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Stream,
     observes: true,
+    leaves: &[],
+    refuses: |_| SLICEABLE,
     requirements: |model, _| requirements(&SHARED_PCA, model),
     plan: |task, budget| plan(&SHARED_PCA, task, budget),
     apply: |task, plan| apply(&SHARED_PCA, task, plan),
@@ -127,6 +135,8 @@ pub(crate) const DOTRESIZE: Method = Method {
     schedule: Schedule::LayerByLayer,
     effect: Effect::Stream,
     observes: true,
+    leaves: &[Left::Shortcuts],
+    refuses: |_| SLICEABLE,
     requirements: |model, _| requirements(&PER_SITE_TRANSPORT, model),
     plan: |task, budget| plan(&PER_SITE_TRANSPORT, task, budget),
     apply: |task, plan| apply(&PER_SITE_TRANSPORT, task, plan),
@@ -141,6 +151,8 @@ pub(crate) const DOTRESIZE_SHARED: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Stream,
     observes: true,
+    leaves: &[],
+    refuses: |_| SLICEABLE,
     requirements: |model, _| requirements(&SHARED_TRANSPORT, model),
     plan: |task, budget| plan(&SHARED_TRANSPORT, task, budget),
     apply: |task, plan| apply(&SHARED_TRANSPORT, task, plan),
@@ -155,6 +167,8 @@ pub(crate) const COORDINATE_MAGNITUDE: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Stream,
     observes: true,
+    leaves: &[],
+    refuses: |_| SLICEABLE,
     requirements: |model, _| requirements(&FEATURES, model),
     plan: |task, budget| plan(&FEATURES, task, budget),
     apply: |task, plan| apply(&FEATURES, task, plan),
@@ -379,7 +393,7 @@ pub fn slice(
         return Err(Error::invalid("width to cut to", width, expected));
     }
     let layout = Layout::of(spec, "a narrower stream")?;
-    let edit = folded(model, &layout)?;
+    let folding = Folding::of(model, &layout)?;
     let dtype = match model.dtype() {
         DType::F64 => DType::F64,
         _ => DType::F32,
@@ -388,7 +402,7 @@ pub fn slice(
     let mut kept = Vec::new();
     let mut notes = Vec::new();
     let mut streams = Vec::new();
-    walk(&edit, dtype, data, batch, |site, rows| {
+    walk(&folding, dtype, data, batch, |site, rows| {
         let stream = Stream::of(rows, directions.distance())?;
         if shared {
             streams.push(stream);
@@ -422,7 +436,7 @@ pub fn slice(
         (true, Some(basis)) => Bases::Shared(basis.clone()),
         _ => Bases::PerSite(bases.clone()),
     };
-    let narrow = cut(edit, spec, &layout, &used, model.dtype())?.finish()?;
+    let narrow = cut(folding, &used, model.dtype())?.finish()?;
     Ok(Sliced {
         model: in_type(&narrow, model.dtype())?,
         bases,

@@ -13,10 +13,11 @@ use lapidary_parts::block::{Block, BlockSpec, Wiring};
 use lapidary_parts::feedforward::Feedforward;
 use lapidary_parts::norm::Norm;
 use lapidary_parts::parameters::Parameters;
+use lapidary_parts::position::fire;
 use lapidary_signal::{Signal, Trace};
 
+use super::fold::Folding;
 use crate::data::{Batch, real_rows};
-use crate::edit::Edit;
 use crate::error::engine;
 use crate::{CalibrationData, Result};
 
@@ -25,7 +26,7 @@ use crate::{CalibrationData, Result};
 ///
 /// Memory holds the stream of all data at one site, and the weights of one block in `dtype`.
 pub(super) fn walk(
-    folded: &Edit,
+    folded: &Folding<'_>,
     dtype: DType,
     data: &CalibrationData,
     batch: usize,
@@ -33,8 +34,9 @@ pub(super) fn walk(
 ) -> Result<()> {
     let device = lapidary_kernels::Device::Cpu;
     let batches = data.batches(batch, &device).collect::<Result<Vec<_>>>()?;
-    let mut source = converted(folded, dtype, |name| !name.starts_with("blocks."))?;
-    let mut stream = embedded(&folded.spec, &mut source, &batches)?;
+    let mut source = converted(folded.outside(), dtype)?;
+    let mut stream = embedded(folded.spec(), &mut source, &batches)?;
+    drop(source);
     let mut site = 0;
     let mut cut = |stream: &mut Vec<Tensor>| -> Result<()> {
         let mut rows = Vec::with_capacity(stream.len());
@@ -51,10 +53,12 @@ pub(super) fn walk(
         Ok(())
     };
     cut(&mut stream)?;
-    for (index, block) in folded.spec.blocks.iter().enumerate() {
-        let prefix = format!("blocks.{index}.");
-        let mut source = converted(folded, dtype, |name| name.starts_with(&prefix))?;
-        for stage in stages(block, folded.spec.width, index, &mut source)? {
+    for (index, block) in folded.spec().blocks.iter().enumerate() {
+        let own = folded.block(index)?;
+        // A network that several blocks share stands beside them.
+        let beside = folded.outside().filter(|(name, _)| is_shared(name));
+        let mut source = converted(own.parameters.iter().chain(beside), dtype)?;
+        for stage in stages(block, folded.spec().width, index, &mut source)? {
             for (x, batch) in stream.iter_mut().zip(&batches) {
                 *x = stage.forward(x, batch)?;
             }
@@ -64,16 +68,19 @@ pub(super) fn walk(
     Ok(())
 }
 
-/// The parameters of these names, in a type.
-fn converted(
-    folded: &Edit,
+/// Whether a parameter is one of positions that several blocks share.
+fn is_shared(name: &str) -> bool {
+    name.strip_prefix(fire::SHARED)
+        .is_some_and(|rest| rest.starts_with('.'))
+}
+
+/// Parameters in a type.
+fn converted<'a>(
+    parameters: impl Iterator<Item = (&'a String, &'a Tensor)>,
     dtype: DType,
-    wanted: impl Fn(&str) -> bool,
 ) -> Result<BTreeMap<String, Tensor>> {
-    let parameters = folded.parameters.iter();
     parameters
-        .filter(|(name, _)| wanted(name))
-        .map(|(name, tensor)| Ok((name.clone(), engine(tensor.to_dtype(dtype))?)))
+        .map(|(name, tensor)| Ok((name.clone(), engine(tensor.detach().to_dtype(dtype))?)))
         .collect()
 }
 

@@ -1,6 +1,6 @@
 //! The methods: their plans, books and refusals.
 
-use super::{PARALLEL, PROJECTED, cut};
+use super::{PARALLEL, PROJECTED, SHARED_POSITIONS, cut};
 use crate::common::{
     DECODER, ENCODER, GATED, close, cut_by, model, scores, silenced, task, windows,
 };
@@ -43,6 +43,10 @@ fn parameters_are_known_beforehand() {
         let counted = parameters_after(model.spec(), narrow, shared).unwrap();
         assert_eq!(counted, expected as u64);
     }
+    let (model, data) = (self::model(SHARED_POSITIONS, 13), windows(6, 13));
+    let sliced = slice(&model, &data, 10, true, &Principal, 8).unwrap();
+    let counted = parameters_after(model.spec(), 10, true).unwrap();
+    assert_eq!(counted, sliced.model.parameter_count() as u64);
 }
 
 /// What a shortcut turns is not told from what a part adds, and would go with its block.

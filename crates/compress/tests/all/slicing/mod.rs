@@ -101,7 +101,24 @@ labels = 3
 bias = false
 "#;
 
-const ALL: [(&str, &str); 7] = [
+/// Positions that both blocks have from one network, which stands beside them.
+const SHARED_POSITIONS: &str = r#"
+width = 16
+final_norm = { kind = "rms" }
+[input]
+kind = "tokens"
+vocabulary = 20
+length = 12
+[[blocks]]
+repeat = 2
+norm = { kind = "rms" }
+attention = { kind = "multi-head", heads = 4, causal = true, position = { kind = "fire", shared = true } }
+feedforward = { kind = "dense", hidden = 24 }
+[head]
+kind = "language-model"
+"#;
+
+const ALL: [(&str, &str); 8] = [
     ("decoder", DECODER),
     ("gated", GATED),
     ("parallel", PARALLEL),
@@ -109,6 +126,7 @@ const ALL: [(&str, &str); 7] = [
     ("recurrent", RECURRENT),
     ("projected", PROJECTED),
     ("pooled", POOLED),
+    ("shared positions", SHARED_POSITIONS),
 ];
 
 fn cut(model: &Model, data: &CalibrationData, width: usize, by: &dyn Directions) -> Model {

@@ -24,7 +24,7 @@ use crate::error::engine;
 use crate::explainers::gradient::Forward;
 use crate::{Error, Question, Result};
 use lapidary_factor::{Matrix, matrix_from_tensor, thin_svd};
-use lapidary_kernels::{Activation, DType, Device, Tensor, activate, activation_tangent};
+use lapidary_kernels::{Activation, DType, Device, Tensor, activate, activation_tangent, backward};
 use lapidary_model::Model;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::{BlockSpec, Wiring};
@@ -116,7 +116,7 @@ pub fn jacobian_norms(
         let direction = engine(Tensor::from_slice(direction, width, &Device::Cpu))?;
         let direction = engine(engine(direction.to_dtype(last.dtype()))?.to_device(last.device()))?;
         let along = engine(engine(&last * direction)?.sum_all())?;
-        let gradients = engine(along.backward())?;
+        let gradients = engine(backward(&along))?;
         let row = match gradients.get(forward.leaf.as_tensor()) {
             Some(gradient) => engine(gradient.get(0))?,
             None => engine(engine(forward.leaf.zeros_like())?.get(0))?,

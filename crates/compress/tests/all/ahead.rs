@@ -1,0 +1,109 @@
+//! What a stage rules out for a later one is told before either is run, and only where it is so.
+#![allow(clippy::panic, clippy::unwrap_used)]
+
+use crate::common::{DECODER, GATED, model, windows, with_blocks};
+use lapidary_compress::{Method, Recipe, Selection, Settings, Stage};
+
+fn stage(method: &str, ratio: f64) -> Stage {
+    let rounds = Method::find(method).unwrap().rounds();
+    Stage {
+        method: method.to_owned(),
+        ratio: (!rounds).then_some(ratio),
+        settings: None,
+    }
+}
+
+fn recipe(stages: [Stage; 2]) -> Recipe {
+    Recipe {
+        stages: stages.to_vec(),
+    }
+}
+
+/// The message of a recipe that is refused ahead.
+fn refused(stages: [Stage; 2]) -> Option<String> {
+    let model = model(&with_blocks(DECODER, 4), 3);
+    let checked = recipe(stages).check_model(&model, &Settings::default());
+    checked.err().map(|error| error.to_string())
+}
+
+/// Each pair that is refused fails where one is run after the other, too.
+#[test]
+fn what_is_refused_ahead_would_fail_in_its_turn() {
+    let data = windows(24, 5);
+    let settings = Settings::default();
+    for spec in [DECODER, GATED] {
+        let model = model(&with_blocks(spec, 4), 3);
+        for first in [
+            "slicegpt",
+            "dotresize",
+            "attention-cosine",
+            "linearise",
+            "svd",
+            "lorap",
+        ] {
+            let first = stage(first, 0.5);
+            let alone = Recipe {
+                stages: vec![first.clone()],
+            };
+            let done = alone.run(&model, Some(&data), &settings).unwrap();
+            let left = &done.last().unwrap().compressed.model;
+            let mut count = 0;
+            for method in Method::all() {
+                let second = stage(method.name, 0.5);
+                let both = recipe([first.clone(), second.clone()]);
+                let Err(told) = both.check_model(&model, &settings) else {
+                    continue;
+                };
+                count += 1;
+                let then = Recipe {
+                    stages: vec![second],
+                };
+                let ran = then.run(left, Some(&data), &settings);
+                assert!(ran.is_err(), "{told}");
+                let ran = both.run(&model, Some(&data), &settings).unwrap_err();
+                assert_eq!(ran.to_string(), told.to_string());
+            }
+            assert!(count >= 8, "{count} after {}", first.method);
+        }
+    }
+}
+
+#[test]
+fn a_refusal_names_both_and_the_place() {
+    let told = refused([stage("slicegpt", 0.5), stage("block-influence", 0.5)]).unwrap();
+    assert_eq!(
+        told,
+        "place of block-influence is after slicegpt, which leaves shortcuts in every block, but must be \
+         before it: block-influence takes blocks without"
+    );
+    let told = refused([stage("whitened", 0.5), stage("wanda", 0.5)]).unwrap();
+    assert!(told.contains("on other layers"), "{told}");
+    let told = refused([stage("slicegpt", 0.5), stage("slicegpt", 0.5)]).unwrap();
+    assert!(told.contains("left out"), "{told}");
+}
+
+#[test]
+fn what_depends_on_layers_or_amounts_is_not_refused() {
+    let on = |method: &str, layers: &str| Stage {
+        settings: Some(Settings {
+            selection: Selection::layers([layers]),
+            ..Settings::default()
+        }),
+        ..stage(method, 0.5)
+    };
+    let (attention, feedforward) = ("blocks.*.attention.*", "blocks.*.feedforward.*");
+    for fine in [
+        [on("svd", attention), on("wanda", feedforward)],
+        [on("svd", attention), stage("channel-magnitude", 0.5)],
+        [on("svd", feedforward), stage("prune-heads", 0.5)],
+        // Of four blocks nothing goes.
+        [stage("attention-cosine", 0.1), stage("modegpt", 0.5)],
+        [stage("slicegpt", 0.5), stage("linearise", 0.5)],
+        [stage("svd", 0.5), stage("int8", 0.5)],
+    ] {
+        let names = fine.clone().map(|stage| stage.method);
+        assert_eq!(refused(fine), None, "{names:?}");
+    }
+    let wrong = [on("svd", feedforward), stage("channel-magnitude", 0.5)];
+    assert!(refused(wrong).unwrap().contains("factors"));
+}
