@@ -5,7 +5,7 @@ use crate::error::engine;
 use crate::experiments::{number, numbers};
 use lapidary_explain::faithfulness::masking::most_likely;
 use lapidary_kernels::{
-    AdamW, AdamWOptions, CrossEntropyOptions, Device, Parameter, SoftmaxMask, Tensor,
+    AdamW, AdamWOptions, CrossEntropyOptions, Device, Parameter, SoftmaxMask, Tensor, backward,
     cross_entropy, global_gradient_norm, softmax,
 };
 use lapidary_model::{
@@ -118,6 +118,7 @@ impl Encoder {
                 embedding_width: None,
                 projected: Default::default(),
                 dropout: 0.0,
+                dropout_by_feature: false,
             }),
             blocks: vec![BlockSpec {
                 repeat: self.blocks,
@@ -129,6 +130,7 @@ impl Encoder {
                 layer_scale: None,
                 drop_path: 0.0,
                 dropout_by_feature: false,
+                coding_step: None,
                 shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 4 * self.width,
@@ -228,7 +230,7 @@ pub fn fit(
         decay: Decay::Cosine,
     };
     for step in 0..steps {
-        let gradients = engine(loss(step)?.backward())?;
+        let gradients = engine(backward(&loss(step)?))?;
         let all: Vec<&Tensor> = model
             .variables()
             .values()

@@ -290,6 +290,7 @@ fn operations(way: Way, length: usize) -> Result<f64> {
         width: WIDTH,
         heads: 1,
         head_width: WIDTH,
+        value_width: WIDTH,
         causal: true,
         scale: 1.0 / (WIDTH as f64).sqrt(),
         sharing: QueryKeySharing::None,

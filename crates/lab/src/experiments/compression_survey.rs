@@ -172,10 +172,10 @@ fn alone(runs: &[Run], method: &str) -> f64 {
     )
 }
 
-/// `Δ` of one method after another, the mean over runs.
-fn in_order(runs: &[Run], first: &str, second: &str) -> f64 {
+/// `Δ` of one method after another, the mean over runs; of pairs that can be run in both orders.
+fn in_order(runs: &[Run], first: &str, second: &str) -> Option<f64> {
     let (first, second) = (place(first), place(second));
-    mean(runs.iter().filter_map(|run| {
+    let found = runs.iter().filter_map(|run| {
         let pairs = &run.table.pairs;
         pairs
             .iter()
@@ -184,17 +184,16 @@ fn in_order(runs: &[Run], first: &str, second: &str) -> f64 {
                 (a, b) if (a, b) == (second, first) => Some(pair.reversed),
                 _ => None,
             })
-    }))
+    });
+    let found: Vec<f64> = found.collect();
+    (!found.is_empty()).then(|| mean(found))
 }
 
 fn claims(setting: &Setting, runs: &[Run]) -> Vec<Claim> {
     let scale = setting.scale;
     let (channels, int8) = (alone(runs, CHANNELS), alone(runs, INT8));
-    let both = in_order(runs, CHANNELS, INT8);
-    let (cut_first, rounded_first) = (
-        in_order(runs, CHANNELS, INT4),
-        in_order(runs, INT4, CHANNELS),
-    );
+    let [both, cut_first, rounded_first] = [(CHANNELS, INT8), (CHANNELS, INT4), (INT4, CHANNELS)]
+        .map(|(first, second)| in_order(runs, first, second).unwrap_or(f64::NAN));
     let gap = |of: fn(&Recovered) -> f64| mean(runs.iter().map(|run| of(&run.recovered)));
     let (whole, cut, healed) = (gap(|r| r.whole), gap(|r| r.cut), gap(|r| r.healed));
     let share = (cut - healed) / (cut - whole);
@@ -213,9 +212,14 @@ fn claims(setting: &Setting, runs: &[Run]) -> Vec<Claim> {
                 .map(move |second| (first, second))
         })
         .map(|(first, second)| {
-            let together = in_order(runs, first, second).min(in_order(runs, second, first));
-            let interaction = together - alone(runs, first) - alone(runs, second);
-            format!("{first} and {second} {interaction:+.4}")
+            let orders = [(first, second), (second, first)];
+            match orders.map(|(one, other)| in_order(runs, one, other)) {
+                [Some(there), Some(back)] => {
+                    let interaction = there.min(back) - alone(runs, first) - alone(runs, second);
+                    format!("{first} and {second} {interaction:+.4}")
+                }
+                _ => format!("{first} and {second} not in both orders"),
+            }
         })
         .collect();
     vec![
@@ -270,12 +274,12 @@ fn claims(setting: &Setting, runs: &[Run]) -> Vec<Claim> {
 }
 
 fn plot(runs: &[Run]) -> Plot {
-    let line = |name: &str, of: &dyn Fn(&str) -> f64| Series {
+    let line = |name: &str, of: &dyn Fn(&str) -> Option<f64>| Series {
         name: name.to_owned(),
         points: METHODS
             .iter()
             .enumerate()
-            .map(|(index, method)| (index as f64, of(method)))
+            .filter_map(|(index, method)| Some((index as f64, of(method)?)))
             .collect(),
     };
     Plot {
@@ -283,9 +287,9 @@ fn plot(runs: &[Run]) -> Plot {
         x: format!("0 to {}: {}", METHODS.len() - 1, METHODS.join(", ")),
         y: "nats per token".to_owned(),
         series: vec![
-            line("alone", &|method| alone(runs, method)),
+            line("alone", &|method| Some(alone(runs, method))),
             line("after a quarter of the features", &|method| match method {
-                CHANNELS => alone(runs, CHANNELS),
+                CHANNELS => Some(alone(runs, CHANNELS)),
                 other => in_order(runs, CHANNELS, other),
             }),
         ],

@@ -353,6 +353,7 @@ fn correlation_of(model: &Model, ecoformer: &EcoformerSpec, examples: &[Labelled
         width: HEADS * HEAD_WIDTH,
         heads: HEADS,
         head_width: HEAD_WIDTH,
+        value_width: HEAD_WIDTH,
         causal: false,
         scale: 1.0,
         sharing: QueryKeySharing::QueryKey,

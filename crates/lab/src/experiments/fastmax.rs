@@ -294,6 +294,7 @@ fn in_time(size: &Size) -> Result<(Claim, Plot)> {
         width: WIDTH,
         heads: 1,
         head_width: WIDTH,
+        value_width: WIDTH,
         causal: false,
         scale: 1.0 / (WIDTH as f64).sqrt(),
         sharing: QueryKeySharing::None,

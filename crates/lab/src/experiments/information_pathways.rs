@@ -18,7 +18,7 @@ use crate::mechanisms::mixing_alone;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_explain::faithfulness::masking::most_likely;
 use lapidary_kernels::{
-    AttentionOptions, DType, Device, SoftmaxMask, Tensor, Var, attention, softmax,
+    AttentionOptions, DType, Device, SoftmaxMask, Tensor, Var, attention, backward, softmax,
 };
 use lapidary_model::{Averaged, Initialiser, Input, Model, ModelSpec, Pass, self_ensemble};
 use lapidary_parts::attention::mechanism::subsampled::{Selection, SubsampledSpec};
@@ -643,6 +643,7 @@ fn alone(keep: f64, [q, k, _]: &[Var; 3], seed: u64) -> Result<Box<dyn Mixing>> 
         width: 64,
         heads: 4,
         head_width: 16,
+        value_width: 16,
         causal: false,
         scale: 0.25,
         sharing: QueryKeySharing::None,
@@ -660,12 +661,12 @@ fn in_time(setting: &Setting, size: Size) -> Result<Claim> {
     let [q, k, v] = all.each_ref().map(Var::as_tensor);
     let drawn = quickest(5, || {
         let y = alone(0.25, &all, setting.seed)?.mix(v)?;
-        engine(engine(y.sum_all())?.backward())?;
+        engine(backward(&engine(y.sum_all())?))?;
         Ok(())
     })?;
     let dense = quickest(5, || {
         let y = attention(q, k, v, &AttentionOptions::new(16))?;
-        engine(engine(y.sum_all())?.backward())?;
+        engine(backward(&engine(y.sum_all())?))?;
         Ok(())
     })?;
     let ratio = drawn / dense;

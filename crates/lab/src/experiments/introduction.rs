@@ -76,6 +76,7 @@ impl Specimen {
                 embedding_width: None,
                 projected: Default::default(),
                 dropout: 0.0,
+                dropout_by_feature: false,
             }),
             blocks: vec![BlockSpec {
                 repeat: 1,
@@ -87,6 +88,7 @@ impl Specimen {
                 layer_scale: None,
                 drop_path: 0.0,
                 dropout_by_feature: false,
+                coding_step: None,
                 shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 4 * WIDTH,

@@ -9,7 +9,7 @@ use super::{after_training, mean, number};
 use crate::error::engine;
 use crate::mechanisms::mixing_alone;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
-use lapidary_kernels::{AdamW, AdamWOptions, DType, Device, Parameter, Tensor, Var};
+use lapidary_kernels::{AdamW, AdamWOptions, DType, Device, Parameter, Tensor, Var, backward};
 use lapidary_model::Initialiser;
 use lapidary_parts::attention::MechanismSpec;
 use lapidary_parts::attention::QueryKeySharing;
@@ -169,6 +169,7 @@ const HEADS: Heads = Heads {
     width: WIDTH,
     heads: 1,
     head_width: WIDTH,
+    value_width: WIDTH,
     causal: false,
     scale: 1.0,
     sharing: QueryKeySharing::None,
@@ -220,7 +221,7 @@ fn taught(
         for step in 0..size.steps {
             let part = sample.part(step as usize % places * batch, batch)?;
             let loss = error(module.as_ref(), &part, Some(step))?;
-            let gradients = engine(loss.backward())?;
+            let gradients = engine(backward(&loss))?;
             // The rate falls to zero along a line.
             let rate = 2e-2 * (1.0 - step as f64 / size.steps as f64);
             optimiser.step(&gradients, rate, 1.0)?;

@@ -12,7 +12,7 @@ use crate::mechanisms::mixing_alone;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_factor::{Matrix, frobenius_norm, thin_svd};
 use lapidary_kernels::{
-    AdamW, AdamWOptions, AttentionOptions, DType, Device, Tensor, Var, attention,
+    AdamW, AdamWOptions, AttentionOptions, DType, Device, Tensor, Var, attention, backward,
 };
 use lapidary_model::{HeadSpec, Initialiser, Input, Pass};
 use lapidary_parts::attention::MechanismSpec;
@@ -259,7 +259,7 @@ fn fitted(setting: &Setting, size: &Size) -> Result<(Claim, Plot)> {
             best = best.min(engine(share.to_scalar::<f64>())?.sqrt());
             // Down to nothing at the end.
             let left = 1.0 - step as f64 / size.fit_steps as f64;
-            optimiser.step(&engine(share.backward())?, 0.05 * left, 1.0)?;
+            optimiser.step(&engine(backward(&share))?, 0.05 * left, 1.0)?;
         }
         Ok(best)
     };
@@ -491,6 +491,7 @@ fn speed(setting: &Setting, size: &Size) -> Result<Claim> {
         width: 4 * WIDTH,
         heads: 4,
         head_width: WIDTH,
+        value_width: WIDTH,
         causal: false,
         scale: 0.125,
         sharing: QueryKeySharing::None,

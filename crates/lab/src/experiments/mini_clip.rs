@@ -8,8 +8,8 @@ use crate::Result;
 use crate::error::engine;
 use lapidary_explain::clip::{embed_texts, unit_rows};
 use lapidary_kernels::{
-    AdamW, AdamWOptions, CrossEntropyOptions, DType, Device, Parameter, Tensor, Var, cross_entropy,
-    global_gradient_norm,
+    AdamW, AdamWOptions, CrossEntropyOptions, DType, Device, Parameter, Tensor, Var, backward,
+    cross_entropy, global_gradient_norm,
 };
 use lapidary_model::{
     AbsolutePosition, HeadSpec, Initialiser, Input, InputSpec, Model, ModelSpec, Pass, PatchInput,
@@ -85,6 +85,7 @@ impl Course {
             layer_scale: None,
             drop_path: 0.0,
             dropout_by_feature: false,
+            coding_step: None,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: self.expansion * self.width,
@@ -144,6 +145,7 @@ impl Course {
                 embedding_width: None,
                 projected: Default::default(),
                 dropout: 0.0,
+                dropout_by_feature: false,
             }),
             blocks: vec![self.block(self.text_blocks, true)],
             final_norm: Some(NormSpec::default()),
@@ -210,7 +212,7 @@ impl Course {
         for step in 0..self.steps {
             let (scenes, pixels) = self.batch(&mut generator)?;
             let loss = clip.loss(&scenes, &pixels, &scale)?;
-            let gradients = engine(loss.backward())?;
+            let gradients = engine(backward(&loss))?;
             let all: Vec<&Tensor> = variables()
                 .filter_map(|variable| gradients.get(variable.as_tensor()))
                 .collect();

@@ -124,6 +124,7 @@ fn heads() -> Heads {
         width: HEAD_WIDTH,
         heads: 1,
         head_width: HEAD_WIDTH,
+        value_width: HEAD_WIDTH,
         causal: false,
         scale: 1.0 / (HEAD_WIDTH as f64).sqrt(),
         sharing: QueryKeySharing::None,

@@ -11,7 +11,7 @@ use crate::catalogue::metered;
 use crate::error::engine;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_kernels::memory::most_held;
-use lapidary_kernels::{DType, Device, Recomputation, Tensor};
+use lapidary_kernels::{DType, Device, Recomputation, Tensor, backward};
 use lapidary_model::{Initialiser, Input, Model, ModelSpec, Pass};
 use lapidary_parts::attention::mechanism::MechanismSpec;
 use lapidary_parts::attention::mechanism::reformer::ReformerSpec;
@@ -237,7 +237,7 @@ fn sequence(vocabulary: usize, length: usize) -> Batch {
 
 /// Gradients of all parameters for a loss, those of recomputed parts among them.
 fn gradients(model: &Model, loss: &Tensor, recomputation: &Recomputation) -> Result<Vec<Tensor>> {
-    let mut store = engine(loss.backward())?;
+    let mut store = engine(backward(loss))?;
     recomputation.add_to(&mut store)?;
     let variables = model.variables().values();
     let each = variables.filter_map(|variable| store.get(variable.as_tensor()).cloned());

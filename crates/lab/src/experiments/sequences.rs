@@ -165,6 +165,7 @@ impl Measures {
                 embedding_width: None,
                 projected: Default::default(),
                 dropout: 0.0,
+                dropout_by_feature: false,
             }),
             blocks: vec![BlockSpec {
                 repeat: self.blocks,
@@ -179,6 +180,7 @@ impl Measures {
                 layer_scale: None,
                 drop_path: 0.0,
                 dropout_by_feature: false,
+                coding_step: None,
                 shortcuts: false,
                 feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                     hidden: 2 * self.width,

@@ -262,6 +262,7 @@ const HEADS: Heads = Heads {
     width: 16,
     heads: 1,
     head_width: 16,
+    value_width: 16,
     causal: false,
     scale: 0.25,
     sharing: QueryKeySharing::None,

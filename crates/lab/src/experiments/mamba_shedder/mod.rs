@@ -106,6 +106,7 @@ fn block(recurrence: Recurrence) -> BlockSpec {
         layer_scale: None,
         drop_path: 0.0,
         dropout_by_feature: false,
+        coding_step: None,
         shortcuts: false,
         feedforward: None,
         dropout: 0.0,

@@ -301,6 +301,7 @@ fn vit(size: Size, operator: Operator, channels: usize, class_tokens: usize) -> 
             layer_scale: None,
             drop_path: 0.0,
             dropout_by_feature: false,
+            coding_step: None,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: size.width,

@@ -12,7 +12,7 @@ use crate::error::engine;
 use crate::mechanisms::mixing_alone;
 use crate::{Claim, Plot, Reproduction, Result, Scale, Series, Setting, Verdict};
 use lapidary_factor::{Matrix, frobenius_norm, thin_svd};
-use lapidary_kernels::{DType, Device, Tensor};
+use lapidary_kernels::{DType, Device, Tensor, backward};
 use lapidary_model::Initialiser;
 use lapidary_parts::attention::mechanism::soft::{Landmarks, SoftSpec, regularised_inverse};
 use lapidary_parts::attention::mechanism::{Describe, Heads, Mechanism};
@@ -124,6 +124,7 @@ fn heads(heads: usize, head_width: usize) -> Heads {
         width: heads * head_width,
         heads,
         head_width,
+        value_width: head_width,
         causal: false,
         scale: 1.0 / (head_width as f64).sqrt(),
         sharing: QueryKeySharing::QueryKey,
@@ -274,7 +275,7 @@ fn gradient(setting: &Setting) -> Result<Claim> {
     };
     let variable = engine(lapidary_kernels::Var::from_tensor(&a))?;
     let inverse = regularised_inverse(variable.as_tensor(), 0.01, 40)?;
-    let gradients = engine(engine(engine(inverse.sqr())?.sum_all())?.backward())?;
+    let gradients = engine(backward(&engine(engine(inverse.sqr())?.sum_all())?))?;
     let found = match gradients.get(variable.as_tensor()) {
         Some(found) => numbers(found)?,
         None => Vec::new(),

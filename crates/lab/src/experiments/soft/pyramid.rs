@@ -10,8 +10,8 @@ use crate::error::engine;
 use crate::{Error, Result};
 use lapidary_explain::faithfulness::masking::most_likely;
 use lapidary_kernels::{
-    AdamW, AdamWOptions, CrossEntropyOptions, DType, Device, Parameter, Tensor, Var, cross_entropy,
-    layer_norm, linear,
+    AdamW, AdamWOptions, CrossEntropyOptions, DType, Device, Parameter, Tensor, Var, backward,
+    cross_entropy, layer_norm, linear,
 };
 use lapidary_model::Initialiser;
 use lapidary_parts::Context;
@@ -137,6 +137,7 @@ fn block(wiring: Wiring, attention: MultiHeadSpec, width: usize) -> BlockSpec {
         layer_scale: None,
         drop_path: 0.0,
         dropout_by_feature: false,
+        coding_step: None,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * width,
@@ -314,7 +315,7 @@ impl Pyramid {
                     "the loss is no number at step {step}"
                 )));
             }
-            let gradients = engine(loss.backward())?;
+            let gradients = engine(backward(&loss))?;
             // Gentle for a tenth of the steps, as the weights are not yet anywhere.
             let warm = ((step + 1) as f64 / (steps as f64 / 10.0).max(1.0)).min(1.0);
             let rate = rate * warm * (1.0 - step as f64 / steps as f64);

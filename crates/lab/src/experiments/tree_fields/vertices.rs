@@ -251,6 +251,7 @@ fn spec(world: &World, metric: Option<Metric>) -> ModelSpec {
             embedding_width: None,
             projected: Default::default(),
             dropout: 0.0,
+            dropout_by_feature: false,
         }),
         blocks: vec![BlockSpec {
             repeat: 2,
@@ -265,6 +266,7 @@ fn spec(world: &World, metric: Option<Metric>) -> ModelSpec {
             layer_scale: None,
             drop_path: 0.0,
             dropout_by_feature: false,
+            coding_step: None,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 2 * width,

@@ -196,6 +196,7 @@ fn usual(width: usize) -> ModelSpec {
             layer_scale: None,
             drop_path: 0.0,
             dropout_by_feature: false,
+            coding_step: None,
             shortcuts: false,
             feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
                 hidden: 4 * width,

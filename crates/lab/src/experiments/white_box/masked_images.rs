@@ -152,6 +152,7 @@ fn spec(width: usize) -> ModelSpec {
         layer_scale: None,
         drop_path: 0.0,
         dropout_by_feature: false,
+        coding_step: None,
         shortcuts: false,
         feedforward: Some(feedforward),
         dropout: 0.0,
