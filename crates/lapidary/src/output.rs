@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use lapidary_model::files::{FileBeside, FileError, write_beside};
+use lapidary_model::files::{FileBeside, FileError, StagedDirectory, write_beside};
 use serde::Serialize;
 
 /// Sends the library's notes to standard error: warnings, with `-v` more.
@@ -87,6 +87,27 @@ pub fn check_writable(path: &Path) -> Result<()> {
         parent.display()
     );
     FileBeside::create(path).with_context(|| format!("{} cannot be written", path.display()))?;
+    Ok(())
+}
+
+/// As [`check_writable`], of a directory, which may be there and empty. Those on the way to it are made
+/// when it is written.
+pub fn check_directory_writable(path: &Path) -> Result<()> {
+    let mut above = path.ancestors().skip(1);
+    let there = match above.find(|parent| parent.as_os_str().is_empty() || parent.exists()) {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    anyhow::ensure!(
+        there.is_dir(),
+        "{} cannot be written: {} is not a directory",
+        path.display(),
+        there.display()
+    );
+    if let Some(name) = path.file_name() {
+        StagedDirectory::replacing(&there.join(name))
+            .with_context(|| format!("{} cannot be written", path.display()))?;
+    }
     Ok(())
 }
 

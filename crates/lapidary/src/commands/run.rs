@@ -3,7 +3,7 @@
 use crate::cli::{Global, Run};
 use crate::tensors::Tensors;
 use crate::{loading, output};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use lapidary_kernels::{DType, SoftmaxMask, Tensor, log_softmax};
 use lapidary_model::{Input, Output, Pass};
 use lapidary_signal::Trace;
@@ -48,11 +48,21 @@ pub fn run(arguments: &Run, global: &Global) -> Result<()> {
                     ..Pass::default()
                 };
                 let own = tower.model.forward(&input, plain)?;
-                let replaced = tower.model.with_mechanism(mechanism, global.seed)?;
+                let replaced = tower.model.with_mechanism(mechanism, global.seed);
+                let replaced = match tower.name.as_str() {
+                    "" => replaced?,
+                    name => replaced.with_context(|| format!("tower {name}"))?,
+                };
                 let out = replaced.forward(&input, pass)?;
-                let distance = Distance::between(&own, &out)?;
+                let distance = Distance::between(&own, &out, padding, &tower.name)?;
+                ensure!(
+                    distance.relative_error_of_hidden.is_finite(),
+                    "hidden vectors are not all finite with {} in the place of the model's attention: its numbers \
+                     are too large or too small for scores such as the model's",
+                    mechanism.kind()
+                );
                 result.insert("distance".to_owned(), serde_json::to_value(&distance)?);
-                distances.push(distance);
+                distances.push(distance.told(&tower.name));
                 out
             }
         };
@@ -95,12 +105,13 @@ pub fn run(arguments: &Run, global: &Global) -> Result<()> {
     }
     let mut text = summary(&document, "");
     for distance in &distances {
-        text.push_str(&distance.told());
+        text.push_str(distance);
     }
     output::print(&text)
 }
 
-/// How far the outputs of a changed model are from those of the original.
+/// How far the outputs of a changed model are from those of the original, at the tokens that are no padding: what stands
+/// at the others means nothing, and mechanisms differ in it.
 #[derive(Serialize)]
 struct Distance {
     /// `‖h' − h‖ / ‖h‖` of the last hidden vectors.
@@ -112,21 +123,28 @@ struct Distance {
 }
 
 impl Distance {
-    fn between(own: &Output, other: &Output) -> Result<Self> {
-        let (h, changed) = (own.hidden.value(), other.hidden.value());
+    /// `padding` `[batch, length]` in `u8`, 1 = a real token; `tower` names one of several, whose logits are an embedding
+    /// and no scores.
+    fn between(
+        own: &Output,
+        other: &Output,
+        padding: Option<&Tensor>,
+        tower: &str,
+    ) -> Result<Self> {
+        let h = real_rows(own.hidden.value(), padding)?;
+        let changed = real_rows(other.hidden.value(), padding)?;
         let norm = |x: &Tensor| -> Result<f64> {
             let sum = x.to_dtype(DType::F64)?.sqr()?.sum_all()?;
             Ok(sum.to_scalar::<f64>()?.sqrt())
         };
-        let relative = norm(&(changed - h)?)? / norm(h)?.max(f64::MIN_POSITIVE);
+        let relative = norm(&(changed - &h)?)? / norm(&h)?.max(f64::MIN_POSITIVE);
         let (mut divergence, mut same) = (None, None);
-        if let (Some(own), Some(other)) = (&own.logits, &other.logits) {
-            let flat = |x: &Tensor| -> Result<Tensor> {
-                let last = x.dims().last().copied().unwrap_or(1);
-                let rows = x.reshape(((), last))?.to_dtype(DType::F64)?;
+        if let (Some(own), Some(other), true) = (&own.logits, &other.logits, tower.is_empty()) {
+            let scores = |x: &Tensor| -> Result<Tensor> {
+                let rows = real_rows(x, padding)?.to_dtype(DType::F64)?;
                 Ok(log_softmax(&rows, &SoftmaxMask::default())?)
             };
-            let (p, q) = (flat(own.value())?, flat(other.value())?);
+            let (p, q) = (scores(own.value())?, scores(other.value())?);
             let each = (p.exp()? * (&p - &q)?)?.sum(1)?.mean_all()?;
             divergence = Some(each.to_scalar::<f64>()?);
             let agree = p.argmax(1)?.eq(&q.argmax(1)?)?.to_dtype(DType::F64)?;
@@ -139,9 +157,13 @@ impl Distance {
         })
     }
 
-    fn told(&self) -> String {
+    fn told(&self, tower: &str) -> String {
+        let whose = match tower {
+            "" => String::new(),
+            tower => format!("{tower}, "),
+        };
         let mut text = format!(
-            "from the model's own outputs: relative error of hidden vectors {:.4}",
+            "{whose}from the model's own outputs: relative error of hidden vectors {:.4}",
             self.relative_error_of_hidden
         );
         if let (Some(divergence), Some(same)) = (self.divergence, self.same_answer) {
@@ -153,6 +175,27 @@ impl Distance {
         text.push('\n');
         text
     }
+}
+
+/// The rows of `x` `[batch, length, features]` that belong to real tokens, `[row, features]`; all of them where rows are
+/// not those of tokens, as of a classifier's scores `[batch, features]`.
+fn real_rows(x: &Tensor, padding: Option<&Tensor>) -> Result<Tensor> {
+    let features = x.dims().last().copied().unwrap_or(1);
+    let rows = x.reshape(((), features))?;
+    let of_tokens = |keep: &&Tensor| x.rank() == 3 && x.dims().starts_with(keep.dims());
+    let Some(keep) = padding.filter(of_tokens) else {
+        return Ok(rows);
+    };
+    let keep = keep.flatten_all()?.to_vec1::<u8>()?;
+    let real: Vec<u32> = (0..)
+        .zip(&keep)
+        .filter_map(|(row, keep)| (*keep != 0).then_some(row))
+        .collect();
+    if real.is_empty() {
+        return Ok(rows);
+    }
+    let count = real.len();
+    Ok(rows.index_select(&Tensor::from_vec(real, count, x.device())?, 0)?)
 }
 
 /// A tensor as nested lists, at full precision.

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use lapidary_kernels::Device;
 use lapidary_model::InputSpec;
 use lapidary_train::self_distillation::{Image, Images};
-use lapidary_train::spec::DataSpec;
+use lapidary_train::spec::{DataSpec, Keep};
 use lapidary_train::{Finished, TrainSpec};
 use serde_json::json;
 use std::path::Path;
@@ -18,7 +18,7 @@ const SPEC_BYTES: u64 = 16 << 20;
 pub fn run(arguments: &Train, global: &Global) -> Result<()> {
     let text = lapidary_model::files::read_text(&arguments.spec, SPEC_BYTES)?;
     let mut spec: TrainSpec = toml::from_str(&text)
-        .map_err(|error| anyhow::anyhow!("{}: {}", arguments.spec.display(), error.message()))
+        .map_err(|error| misread(&arguments.spec, &text, &error))
         .with_context(|| "the training spec cannot be read")?;
     if let Some(data) = &arguments.data {
         match &mut spec.data {
@@ -36,6 +36,8 @@ pub fn run(arguments: &Train, global: &Global) -> Result<()> {
     let device = loading::device(global)?;
     if spec.self_distillation.is_some() {
         spec.validate()?;
+        // Before what may be many pictures are read.
+        lapidary_train::check_directory(&spec, &arguments.out, arguments.resume)?;
         let images = images_of(&spec)?;
         let finished = lapidary_train::run_on_images(
             &spec,
@@ -53,19 +55,39 @@ pub fn run(arguments: &Train, global: &Global) -> Result<()> {
             "loss": finished.loss,
             "validation_loss": finished.validation_loss,
             "validation_perplexity": finished.validation_loss.exp(),
+            "kept_step": finished.kept_step,
+            "last_validation_loss": finished.last_validation_loss,
             "tokens_per_second": finished.tokens_per_second,
             "model": finished.model,
             "seed": spec.seed,
         }));
     }
+    let kept = match spec.validation.keep {
+        Keep::Last => String::new(),
+        Keep::Best => format!(
+            " at step {}, the least, and {:.4} at the end",
+            finished.kept_step, finished.last_validation_loss
+        ),
+    };
     output::print(&format!(
-        "{} steps, validation loss {:.4} (perplexity {:.3}), {:.0} tokens/s; the model is in {}\n",
+        "{} steps, validation loss {:.4} (perplexity {:.3}){kept}, {:.0} tokens/s; the model is in {}\n",
         finished.steps,
         finished.validation_loss,
         finished.validation_loss.exp(),
         finished.tokens_per_second,
         finished.model.display()
     ))
+}
+
+/// Where a spec is wrong and why, on one line; the error's own text draws the place over several.
+fn misread(path: &Path, text: &str, error: &toml::de::Error) -> anyhow::Error {
+    let before = error.span().and_then(|span| text.get(..span.start));
+    // What is wrong with the whole of it begins at its beginning.
+    let place = match before {
+        None | Some("") => String::new(),
+        Some(before) => format!(", line {}", before.matches('\n').count() + 1),
+    };
+    anyhow::anyhow!("{}{place}: {}", path.display(), error.message())
 }
 
 /// What a run of self-distillation left.

@@ -189,11 +189,40 @@ fn wrong_budgets_and_methods_are_refused() {
     refused(&words(&with("0.01x", "svd")), &["at least"]);
     refused(&words(&with("0.9x", "svdd")), &["svdd"]);
     refused(&words(&with("0.9x", "slicegpt")), &["slicegpt"]);
+    // Before the first mix is tried.
+    let state = place.at("state");
+    let late = [
+        with("0.9x", "svd"),
+        ["--evaluate", "nowhere", "--state", &state]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    refused(&words(&late.concat()), &["nowhere"]);
+    assert!(!Path::new(&state).exists());
+    let late = [
+        with("0.9x", "svd"),
+        ["--heal", "2", "--heal-rate", "0", "--state", &state]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    refused(&words(&late.concat()), &["rate of healing is 0"]);
+    assert!(!Path::new(&state).exists());
+    let told = [
+        with("0.9x", "svd"),
+        vec!["--set".into(), "modegpt.smoothing=2".into()],
+    ];
+    refused(&words(&told.concat()), &["--set", "`activations`"]);
     for arguments in [
         &["compress", "embedded", "--auto", "--out", "x"][..],
         &["compress", "embedded", "--budget", "0.7x", "--out", "x"],
         &[
             "compress", "embedded", "--auto", "--budget", "0.7x", "--method", "svd", "--out", "x",
+        ],
+        &[
+            "compress", "embedded", "--auto", "--budget", "0.7x", "--layers", "*", "--out", "x",
+        ],
+        &[
+            "compress", "embedded", "--auto", "--budget", "0.7x", "--recipe", "x", "--out", "x",
         ],
     ] {
         lapidary(arguments).assert().failure().code(2);

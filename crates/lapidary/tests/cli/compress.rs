@@ -198,10 +198,14 @@ fn stock_shapes_are_written_as_such() {
     let text = write(&directory, "text", text.as_bytes());
     let compress = |name: &str, method: &str, ratio: &str, more: &[&str]| {
         let model = family(name);
+        let option = match method {
+            "all" => "--compare",
+            _ => "--method",
+        };
         let arguments = [
             "compress",
             &model,
-            "--method",
+            option,
             method,
             "--ratio",
             ratio,
@@ -224,7 +228,13 @@ fn stock_shapes_are_written_as_such() {
     ] {
         let out = directory.path().join(format!("{name}-{method}"));
         let out = out.to_str().unwrap();
-        let report = compress(name, method, ratio, &["--uniform", "--out", out]);
+        let uniform = ["--uniform", "--out", out];
+        // Other methods leave one shape anyway, and refuse the option.
+        let more = match method {
+            "modegpt" | "lorap" => &uniform[..],
+            _ => &uniform[1..],
+        };
+        let report = compress(name, method, ratio, more);
         let expected = if stock { "hugging-face" } else { "lapidary" };
         assert_eq!(report["saved_as"], expected, "{name} {method}");
         assert!(report["kept"].as_f64().unwrap() < 1.0);
@@ -244,8 +254,7 @@ fn stock_shapes_are_written_as_such() {
         plan["modules"][1]["change"]["fuse"]["from"].is_u64(),
         "{plan}"
     );
-    let compared = ["--compare", "all"];
-    let compared = compress("llama", "svd", "0.3", &compared);
+    let compared = compress("llama", "all", "0.3", &[]);
     let left_out = compared["left_out"].as_array().unwrap();
     let trains = left_out
         .iter()
@@ -399,6 +408,128 @@ fn methods_are_put_in_order_and_the_result_is_measured_with_rounded_activations(
     ] {
         assert!(page.contains(words), "{words}");
     }
+}
+
+#[test]
+fn what_was_written_and_what_was_not_cut_is_said() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let svd = |model: &str, out: &str, more: &[&str]| {
+        let few = ["--windows", "2", "--window", "16"];
+        let base = ["compress", model, "--method", "svd", "--out", out];
+        output(&[&base[..], &few, more].concat())
+    };
+    let advice = "or write --dense for other programs";
+    assert!(svd(&family("gpt2"), &place("family"), &[]).contains(advice));
+    // It has no config that other programs know.
+    assert!(!svd("embedded", &place("own"), &[]).contains(advice));
+    let dense = svd("embedded", &place("dense"), &["--dense"]);
+    assert!(dense.contains("before they were written out") && !dense.contains(advice));
+    let text = write(&directory, "text", "the dogs sing ".repeat(40).as_bytes());
+    let (model, out) = (family("gpt2"), place("whole"));
+    // A fifth of two blocks is none.
+    let mut done = lapidary(&[
+        "compress",
+        &model,
+        "--method",
+        "block-influence",
+        "--ratio",
+        "0.2",
+        "--calibrate",
+        &text,
+        "--windows",
+        "2",
+        "--window",
+        "16",
+        "--out",
+        &out,
+    ]);
+    let done = done.assert().success();
+    let warning = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+    assert!(
+        warning.contains("block-influence leaves every module as it is"),
+        "{warning}"
+    );
+}
+
+#[test]
+fn a_directory_may_be_there_and_empty_and_those_above_it_missing() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    std::fs::create_dir(place("cut")).unwrap();
+    // When the second is written, a full `cut` stands where `new` will.
+    for out in ["cut", "new/cut"] {
+        let out = place(out);
+        output(&[
+            "compress",
+            "embedded",
+            "--method",
+            "svd",
+            "--windows",
+            "2",
+            "--window",
+            "16",
+            "--out",
+            &out,
+        ]);
+        assert!(Path::new(&out).join("lapidary.json").is_file());
+    }
+    // Nothing else was left.
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2);
+}
+
+/// `case.safetensors` lies beside the weights.
+#[test]
+fn files_that_a_model_is_not_read_from_are_not_counted() {
+    let directory = tempfile::tempdir().unwrap();
+    for name in ["gpt2", "llama"] {
+        let out = directory.path().join(name);
+        let model = family(name);
+        let report = json(&[
+            "compress",
+            &model,
+            "--method",
+            "svd",
+            "--ratio",
+            "0.2",
+            "--out",
+            out.to_str().unwrap(),
+            "--json",
+        ]);
+        let files = std::fs::read_dir(&model).unwrap().map(Result::unwrap);
+        let weights = files.filter(|file| {
+            let name = file.file_name().into_string().unwrap();
+            name.starts_with("model") && name.ends_with(".safetensors")
+        });
+        let bytes: u64 = weights.map(|file| file.metadata().unwrap().len()).sum();
+        let found = report["bytes_on_disk"]["before"].as_u64();
+        assert_eq!(found, Some(bytes), "{name}");
+    }
+}
+
+/// What a thread's first product sets aside for good is no method's.
+#[test]
+fn the_memory_of_a_method_does_not_depend_on_its_place() {
+    let held = |methods: &str| -> u64 {
+        let found = json(&[
+            "compress",
+            "embedded",
+            "--compare",
+            methods,
+            "--windows",
+            "2",
+            "--window",
+            "16",
+            "--threads",
+            "1",
+            "--json",
+        ]);
+        let rows = found["rows"].as_array().unwrap();
+        let row = rows.iter().find(|row| row["method"] == "svd").unwrap();
+        row["memory"].as_u64().unwrap()
+    };
+    let (first, second) = (held("svd,magnitude"), held("magnitude,svd"));
+    assert!(first < 2 * second, "{first} and {second}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod explain;
 mod families;
 mod hub;
 mod inspect;
+mod recipes;
 mod refusals;
 mod reproduce;
 mod run;

@@ -104,6 +104,15 @@ fn wrong_input_gets_one_sentence() {
         (&["--pattern", "4:2"], "2:4"),
         (&["--pattern", "two"], "2:4"),
         (&["--method", "magnitude", "--pattern", "2:4"], "2 of 4"),
+        (&["--pattern", "2:4"], "set weights to zero"),
+        (
+            &["--method", "svd+int4", "--pattern", "2:4"],
+            "the method is svd+int4",
+        ),
+        (
+            &["--seed", "18446744073709551615"],
+            "at most 9223372036854775807",
+        ),
     ] {
         let done = lapidary(&[&compress[..], more].concat()).assert().failure();
         let error = String::from_utf8(done.get_output().stderr.clone()).unwrap();
@@ -123,7 +132,27 @@ fn wrong_input_gets_one_sentence() {
     );
     refused(
         &[&compress[..], &["--window", "0"]].concat(),
-        &["at least 1 token"],
+        &["window is 0", "at least 2 tokens"],
+    );
+    let bert = family("bert");
+    refused(
+        &[
+            "compress",
+            &bert,
+            "--method",
+            "svd",
+            "--evaluate",
+            "nowhere",
+            "--out",
+            "x",
+        ],
+        &["--evaluate", "next token"],
+    );
+    // Before the work, and not after.
+    let inside = format!("{}/out", write(&directory, "file", b"a"));
+    refused(
+        &["compress", "embedded", "--method", "svd", "--out", &inside],
+        &[&inside, "cannot be written", "not a directory"],
     );
     refused(
         &["generate", &family("bert-masked-lm"), "--prompt", "a"],
@@ -131,6 +160,60 @@ fn wrong_input_gets_one_sentence() {
     );
     lapidary(&["explain", "embedded"]).assert().code(2);
     lapidary(&["frobnicate"]).assert().code(2);
+}
+
+/// What is passed over in silence is taken for done.
+#[test]
+fn options_that_nothing_hears_are_refused() {
+    for (options, words) in [
+        (
+            &["--method", "int8", "--ratio", "nan", "--out", "x"][..],
+            &["--ratio", "the method is int8"][..],
+        ),
+        (
+            &["--method", "svd", "--ratio", "-0.1", "--out", "x"],
+            &["ratio of svd is -0.1,"],
+        ),
+        (
+            &["--method", "svd", "--uniform", "--out", "x"],
+            &["--uniform is for modegpt and lorap", "the method is svd"],
+        ),
+        (
+            &[
+                "--method",
+                "slicegpt",
+                "--layers",
+                "blocks.0.*",
+                "--out",
+                "x",
+            ],
+            &["--layers", "the method is slicegpt"],
+        ),
+        (
+            &["--compare", "svd,modegpt", "--pattern", "2:4"],
+            &["--pattern", "the method is svd+modegpt"],
+        ),
+        (
+            &["--method", "svd", "--budget", "0.7x", "--out", "x"],
+            &["--budget is given without --auto"],
+        ),
+        (
+            &["--compare", "svd", "--adapters", "4"],
+            &["--adapters is given without --heal STEPS"],
+        ),
+    ] {
+        refused(&[&["compress", "embedded"], options].concat(), words);
+    }
+    for options in [
+        &["--plan-only", "--out", "x"][..],
+        &["--plan-only", "--html", "x"],
+        &["--compare", "svd", "--method", "svd"],
+        &["--compare", "svd", "--dense"],
+        &["--plan", "x", "--ratio", "0.3", "--out", "x"],
+    ] {
+        let arguments = [&["compress", "embedded"], options].concat();
+        lapidary(&arguments).assert().code(2);
+    }
 }
 
 /// What the system says of a file is said, and not twice.

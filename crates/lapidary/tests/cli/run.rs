@@ -77,6 +77,19 @@ fn times_matrices_with_zeros() {
     );
 }
 
+/// A message of a length or a type alone would leave all arrays and numbers to be searched.
+#[test]
+fn what_is_wrong_in_a_spec_is_told_with_its_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let spec = b"steps = 3\nbatch = 2\nlength = 'long'\n[schedule]\npeak = 1e-3\n";
+    let spec = write(&directory, "train.toml", spec);
+    let out = directory.path().join("run").to_str().unwrap().to_owned();
+    refused(
+        &["train", &spec, "--out", &out],
+        &["train.toml, line 3: ", "\"long\""],
+    );
+}
+
 #[test]
 fn trains_and_resumes_to_the_same_weights() {
     let directory = tempfile::tempdir().unwrap();
@@ -163,6 +176,8 @@ feedforward = { kind = "dense", hidden = 8 }
         let common = ["train", &spec, "--out", &out, "--steps", "1", "--json"];
         let told = json(&[&common[..], seed].concat());
         assert_eq!(told["seed"], expected, "{name}");
+        assert_eq!(told["kept_step"], 1);
+        assert_eq!(told["last_validation_loss"], told["validation_loss"]);
         // The run's own spec says so, and goes on without options.
         let own = Path::new(&out).join("run.toml");
         let said = std::fs::read_to_string(&own).unwrap();
@@ -179,6 +194,21 @@ feedforward = { kind = "dense", hidden = 8 }
     assert!(weights(&at("own")) == weights(&at("five")));
     assert!(weights(&at("own")) != weights(&at("zero")));
     assert!(output(&["train", "--help"]).contains("directory of pictures"));
+    // Whether weights are the best is asked for in the spec, and told.
+    let best = std::fs::read_to_string(&spec).unwrap().replace(
+        "schedule =",
+        "validation = { every = 2, keep = \"best\" }\nschedule =",
+    );
+    let spec = write(&directory, "best.toml", best.as_bytes());
+    let told = output(&["train", &spec, "--out", &at("best")]);
+    assert!(
+        told.contains("the least, and") && told.contains("at the end"),
+        "{told}"
+    );
+    assert!(
+        told.contains("at step 2") || told.contains("at step 4"),
+        "{told}"
+    );
 }
 
 #[test]
@@ -257,6 +287,24 @@ feedforward = { kind = "sparse-code" }
         "--json",
     ]);
     assert_eq!(told["steps"], 2);
+    // What is refused is refused before pictures are read.
+    let missing = at("missing");
+    refused(
+        &["train", &spec, "--out", &at("other"), "--data", &missing],
+        &["holds a run"],
+    );
+    refused(
+        &[
+            "train",
+            &spec,
+            "--out",
+            &at("other"),
+            "--data",
+            &missing,
+            "--resume",
+        ],
+        &["data.directory was", "and is"],
+    );
 }
 
 #[test]
@@ -384,6 +432,119 @@ fn attention_is_replaced() {
             "blocks.0.attention.mechanism",
         ],
     );
+    refused(
+        &[
+            "run",
+            &family("gpt2"),
+            "--input",
+            &input,
+            "--replace-attention",
+            "fastmax{temperature=1e-300}",
+        ],
+        &["not all finite", "fastmax"],
+    );
+}
+
+/// What stands at pads means nothing: a mechanism that is softmax at all real tokens is at no distance.
+#[test]
+fn distances_are_those_of_real_tokens() {
+    let directory = tempfile::tempdir().unwrap();
+    let input = write(
+        &directory,
+        "in.json",
+        br#"{"input_ids": [[3, 4, 5, 6, 7], [6, 7, 1, 0, 0]], "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]}"#,
+    );
+    for model in ["bert", "bert-masked-lm", "gpt2"] {
+        let distance = |mechanism: &str| {
+            let arguments = ["--replace-attention", mechanism, "--json"];
+            let told =
+                json(&[&["run", &family(model), "--input", &input], &arguments[..]].concat());
+            let [hidden, scores] = ["relative_error_of_hidden", "divergence"]
+                .map(|name| told["distance"][name].as_f64().unwrap_or(0.0));
+            hidden.max(scores)
+        };
+        // Spans of one token each are met as tokens are.
+        let same = distance("combiner{form={kind=fixed,segment=1}}");
+        assert!(same < 1e-5, "{model}: {same}");
+        assert!(distance("combiner{form={kind=fixed,segment=2}}") > 1e-3);
+    }
+}
+
+/// What CLIP's towers give is an embedding each, and no scores to compare answers of.
+#[test]
+fn towers_are_told_apart_and_have_no_answers() {
+    let directory = tempfile::tempdir().unwrap();
+    let pixels: Vec<Vec<Vec<f32>>> = vec![vec![vec![0.5; 16]; 16]; 3];
+    let both = serde_json::json!({ "input_ids": [[3, 4, 5]], "pixel_values": [pixels] });
+    let input = write(&directory, "in.json", &serde_json::to_vec(&both).unwrap());
+    let model = family("clip");
+    let run = [
+        "run",
+        &model,
+        "--input",
+        &input,
+        "--replace-attention",
+        "fastmax",
+    ];
+    let told = json(&[&run[..], &["--json"]].concat());
+    let text = output(&run);
+    for tower in ["text", "vision"] {
+        let distance = &told[tower]["distance"];
+        let moved = distance["relative_error_of_hidden"].as_f64().unwrap();
+        assert!(moved > 1e-3, "{tower}: {moved}");
+        assert!(distance["divergence"].is_null() && distance["same_answer"].is_null());
+        let line = format!(
+            "{tower}, from the model's own outputs: relative error of hidden vectors {moved:.4}\n"
+        );
+        assert!(text.contains(&line), "{text}");
+    }
+    // Only the text is read in order.
+    let linformer = "linformer{slots=3,longest=32}";
+    refused(
+        &[&run[..5], &[linformer]].concat(),
+        &["tower text: ", "linformer in causal attention"],
+    );
+}
+
+/// Texts among a mechanism's fields may be bare, and what is wrong is told by the field's values.
+#[test]
+fn fields_of_a_mechanism_need_no_quotes() {
+    let directory = tempfile::tempdir().unwrap();
+    let input = write(&directory, "in.json", br#"{"input_ids": [[3, 4, 5, 6]]}"#);
+    let model = family("bert");
+    let hidden = |mechanism: &str| {
+        let arguments = ["--replace-attention", mechanism, "--json"];
+        json(&[&["run", &model, "--input", &input], &arguments[..]].concat())["hidden"].clone()
+    };
+    for (bare, quoted) in [
+        (
+            "lion{decay=none,form={kind=chunked,size=2},class_token=true}",
+            "lion{decay='none',form={kind=\"chunked\",size=2},class_token=true}",
+        ),
+        (
+            "doubly-stochastic{operator={kind=norm-softmax, over = matrix}}",
+            "doubly-stochastic{operator={kind='norm-softmax', over = 'matrix'}}",
+        ),
+        (
+            "lion{image={columns=2,curves=[columns, rows]}}",
+            "lion{image={columns=2,curves=['columns', 'rows']}}",
+        ),
+    ] {
+        assert_eq!(hidden(bare), hidden(quoted), "{bare}");
+    }
+    for (mechanism, words) in [
+        ("lion{decay=never}", ["`never`", "`selective`"]),
+        ("fastmax{degree=two}", ["\"two\"", "usize"]),
+        ("lion{decay='none}", ["unclosed", "lion{decay='none}"]),
+    ] {
+        let run = ["run", &model, "--input", &input];
+        let mut program = lapidary(&[&run[..], &["--replace-attention", mechanism]].concat());
+        let done = program.assert().failure().code(2);
+        let error = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+        for word in words {
+            assert!(error.contains(word), "{word:?} is not in {error}");
+        }
+    }
 }
 
 /// One repetition over sequences of 2 heads of 8, as JSON.

@@ -13,6 +13,7 @@ use serde_json::json;
 use crate::cli::{Bench, Global};
 use crate::output;
 use candidates::{Candidate, candidates};
+use lapidary_kernels::backward;
 use subject::Sequences;
 
 /// One candidate at one length.
@@ -39,6 +40,9 @@ pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
     );
     let chosen = chosen(arguments.method.as_deref())?;
     let mut rows = Vec::new();
+    for (name, tokens) in [("least", arguments.least), ("length", arguments.length)] {
+        ensure!(tokens >= 2, "{name} is {tokens}, but must be at least 2");
+    }
     let mut length = arguments.least.clamp(1, arguments.length.max(1));
     while length <= arguments.length {
         for candidate in chosen.iter().filter(|one| length <= one.longest) {
@@ -135,7 +139,7 @@ fn measured(
             true => y,
             false => y.transpose(1, 2)?,
         };
-        y.sum_all()?.backward()?;
+        backward(&y.sum_all()?)?;
         Ok(())
     })?;
     Ok(Row {

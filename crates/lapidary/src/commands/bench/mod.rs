@@ -28,6 +28,7 @@ const WORKS: &str = "forward, step, explain, generate, compress, mixers, decodin
 
 pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
     ensure!(arguments.repeat >= 1, "repeat is 0, but must be at least 1");
+    ensure!(arguments.batch >= 1, "batch is 0, but must be at least 1");
     ensure!(
         arguments.vocabulary >= 4,
         "vocabulary is {}, but must be at least 4",
@@ -89,6 +90,7 @@ fn block(width: usize, attention: MultiHeadSpec) -> BlockSpec {
         layer_scale: None,
         drop_path: 0.0,
         dropout_by_feature: false,
+        coding_step: None,
         shortcuts: false,
         feedforward: Some(FeedforwardSpec::Dense(DenseSpec {
             hidden: 4 * width,
@@ -123,6 +125,7 @@ fn spec(arguments: &Bench) -> ModelSpec {
             embedding_width: None,
             projected: Default::default(),
             dropout: 0.0,
+            dropout_by_feature: false,
         }),
         blocks: vec![block],
         final_norm: Some(NormSpec::default()),

@@ -10,8 +10,9 @@ use lapidary_compress::{CalibrationData, Method, Seconds, Settings};
 use lapidary_explain::report::{Cell, Plot, Series, Table};
 use serde::Serialize;
 
+use super::healing::Prepared;
 use super::measure::BATCH;
-use super::{Healing, Made, check_empty, conclude, data, healed};
+use super::{Healing, Made, check_empty, conclude, data, windows};
 use crate::cli::{Compress, Global};
 use crate::{loading, output};
 
@@ -50,6 +51,18 @@ pub(super) struct Searched {
 }
 
 pub(super) fn run(arguments: &Compress, told: &Settings, global: &Global) -> Result<()> {
+    // Methods of a mix run as they are; the rounding of activations is measured after.
+    let heard = Settings {
+        seed: global.seed,
+        quantise: told.quantise,
+        activations: told.activations,
+        ..Settings::default()
+    };
+    ensure!(
+        *told == heard,
+        "--auto does not tell methods what --set and --settings say, but only takes `quantise` and \
+         `activations`, for --activations"
+    );
     check_empty(arguments)?;
     if let Some(state) = &arguments.state {
         output::check_writable(state)?;
@@ -68,6 +81,8 @@ pub(super) fn run(arguments: &Compress, told: &Settings, global: &Global) -> Res
     let needed_by = Method::find("whitened")?;
     let all = data::calibration(&package, model, Some(needed_by), arguments, global)?
         .context("there is nothing to calibrate on")?;
+    let windows = windows(&package, model, Some(&all), arguments)?;
+    let prepared = Prepared::of(&package, model, arguments, global)?;
     let (data, held_out) = split(&all)?;
     let mut search = Automatic::new(model, &data, &held_out, settings)?;
     if let Some(path) = arguments.state.as_deref().filter(|path| path.exists()) {
@@ -85,14 +100,15 @@ pub(super) fn run(arguments: &Compress, told: &Settings, global: &Global) -> Res
         cut: cut.elapsed().as_secs_f64(),
     };
     let by = Healing {
-        package: &package,
+        prepared: prepared.as_ref(),
         original: model,
         rounding: None,
     };
-    let (model, healing) = healed(&compressed.model, by, arguments, global)?.unzip();
+    let (model, healing) = by.healed(&compressed.model)?.unzip();
     let made = Made {
         reports: vec![(compressed.report, seconds)],
         model: model.unwrap_or(compressed.model),
+        windows,
         search: Some(searched),
         order: None,
         healing,

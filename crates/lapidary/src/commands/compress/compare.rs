@@ -4,16 +4,16 @@
 use std::time::Instant;
 
 use super::measure::{Measure, Measured};
-use super::{data, windows};
+use super::{data, unheard, windows};
 use crate::cli::{Compress, Global};
 use crate::{loading, output, report};
 use anyhow::{Result, ensure};
 use lapidary_compress::{
-    Budget, Calibration, CalibrationOptions, Method, Requirements, Schedule, Settings, Task,
+    Budget, Calibration, CalibrationOptions, Method, Objective, Requirements, Schedule, Settings,
+    Task, warm_up,
 };
 use lapidary_explain::report::{Cell, Plot, Report, Series, Table};
 use lapidary_kernels::memory::most_held;
-use lapidary_model::Model;
 use serde::Serialize;
 
 /// One method at one ratio.
@@ -26,16 +26,23 @@ struct Row {
     /// Share of the bytes of all parameters that is left.
     bytes: f64,
     measured: Measured,
+    #[serde(skip_serializing_if = "Option::is_none")]
     divergence: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     top1: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     cosine: Option<f64>,
     /// What it has to find out: nothing, activations, gradients, or by training.
     needs: &'static str,
     /// Most bytes that planning and cutting held beside the model and the calibration.
+    #[serde(skip_serializing_if = "Option::is_none")]
     memory: Option<usize>,
     /// Seconds of planning and cutting.
     seconds: f64,
 }
+
+/// Methods that do not apply, and why.
+type LeftOut = Vec<(&'static str, String)>;
 
 /// The whole comparison.
 #[derive(Serialize)]
@@ -43,7 +50,7 @@ struct Comparison {
     original: Measured,
     rows: Vec<Row>,
     /// Methods that do not apply, and why.
-    left_out: Vec<(&'static str, String)>,
+    left_out: LeftOut,
     /// Seconds of the one calibration.
     calibration_seconds: f64,
     #[serde(flatten)]
@@ -64,8 +71,9 @@ pub(super) fn run(
             .map(|name| Ok(Method::find(name.trim())?))
             .collect::<Result<_>>()?,
     };
+    unheard::check_methods(&methods, arguments)?;
     let ratios = arguments
-        .ratio
+        .ratio()
         .split(',')
         .map(|text| {
             let ratio: f64 = text.trim().parse().unwrap_or(f64::NAN);
@@ -77,28 +85,41 @@ pub(super) fn run(
     let package = loading::package(&arguments.model, global)?;
     let model = package.single_model()?;
     let mut left_out = Vec::new();
-    let mut requirements = Requirements::default();
     let mut applicable = Vec::new();
     for method in methods {
         if every && method.schedule == Schedule::Training {
-            let reason = "it trains while it cuts: name it to have it measured";
-            left_out.push((method.name, reason.to_owned()));
+            left_out.push((method.name, TRAINS.to_owned()));
             continue;
         }
         match method.requirements(model, settings) {
-            Ok(needed) => {
-                requirements = requirements.union(needed);
-                applicable.push(method);
-            }
+            Ok(needed) => applicable.push((method, needed)),
             Err(error) => left_out.push((method.name, error.to_string())),
         }
     }
-    let needs = |method: &&&Method| {
-        let requirements = method.requirements(model, settings);
-        method.observes || requirements.is_ok_and(|needed| !needed.is_empty())
-    };
-    let needed_by = applicable.iter().find(needs).copied();
+    let needed_by = applicable
+        .iter()
+        .find(|(method, needed)| method.observes || !needed.is_empty())
+        .map(|(method, _)| *method);
     let data = data::calibration(&package, model, needed_by, arguments, global)?;
+    let windows = windows(&package, model, data.as_ref(), arguments)?;
+    // Where the data has nothing to ask for, the methods go on that need no gradients.
+    let nothing_asked = data
+        .as_ref()
+        .and_then(|data| Objective::of(model, data).err());
+    if let Some(error) = nothing_asked {
+        applicable.retain(|(method, needed)| {
+            let goes_on = needed.gradients().is_empty();
+            if !goes_on {
+                left_out.push((method.name, error.to_string()));
+            }
+            goes_on
+        });
+    }
+    let requirements = applicable
+        .iter()
+        .fold(Requirements::default(), |all, (_, needed)| {
+            all.union(needed.clone())
+        });
     let started = Instant::now();
     let calibration = match &data {
         Some(data) if !requirements.is_empty() => Some(Calibration::collect(
@@ -110,7 +131,6 @@ pub(super) fn run(
         _ => None,
     };
     let calibration_seconds = started.elapsed().as_secs_f64();
-    let windows = windows(&package, model, data.as_ref(), arguments)?;
     let measure = Measure {
         package: &package,
         embedded: arguments.model == "embedded",
@@ -118,45 +138,24 @@ pub(super) fn run(
         windows: &windows,
     };
     let original = measure.of(model)?;
+    warm_up();
     let mut rows = Vec::new();
-    for method in applicable {
+    let task = Task {
+        model,
+        calibration: calibration.as_ref(),
+        data: data.as_ref(),
+        settings: Some(settings),
+    };
+    for (method, needed) in &applicable {
         let ratios: &[f64] = if method.rounds() { &[0.0] } else { &ratios };
+        let mut failed: Vec<(f64, String)> = Vec::new();
         for &ratio in ratios {
-            let started = Instant::now();
-            let task = Task {
-                model,
-                calibration: calibration.as_ref(),
-                data: data.as_ref(),
-                settings: Some(settings),
-            };
-            let (cut, memory) =
-                most_held(|| -> Result<_> { Ok(method.cut(&task, &Budget::Keep(1.0 - ratio))?.1) });
-            let compressed = match cut {
-                Ok(compressed) => compressed,
-                Err(error) => {
-                    left_out.push((method.name, format!("at {ratio}: {error}")));
-                    continue;
-                }
-            };
-            let seconds = started.elapsed().as_secs_f64();
-            tracing::info!("{} at {ratio}: {seconds:.1} s", method.name);
-            let measured = measure.of(&compressed.model)?;
-            let reports = [&compressed.report];
-            let distance = measure.between(model, &compressed.model, reports)?;
-            rows.push(Row {
-                method: method.name,
-                ratio,
-                kept: measured.size.parameters as f64 / original.size.parameters.max(1) as f64,
-                bytes: measured.size.bytes as f64 / original.size.bytes.max(1) as f64,
-                divergence: distance.agreement.map(|agreement| agreement.divergence),
-                top1: distance.agreement.map(|agreement| agreement.top1),
-                cosine: distance.likeness.map(|likeness| likeness.cosine),
-                measured,
-                needs: needed_by_method(method, model, settings),
-                memory,
-                seconds,
-            });
+            match one_row((*method, needed), ratio, &task, &measure, &original) {
+                Ok(row) => rows.push(row),
+                Err(error) => failed.push((ratio, format!("{error:#}"))),
+            }
         }
+        left_out.extend(at_ratios(method.name, failed, ratios.len()));
     }
     let report = shown(
         &arguments.model,
@@ -181,14 +180,65 @@ pub(super) fn run(
     }
 }
 
-/// What a method has to find out about a model before it cuts.
-fn needed_by_method(method: &Method, model: &Model, settings: &Settings) -> &'static str {
-    if method.schedule == Schedule::Training {
-        return "training";
+/// Why a method that trains is not among all.
+const TRAINS: &str = "it trains while it cuts: name it to have it measured";
+
+/// A method at one ratio, cut and measured.
+fn one_row(
+    (method, needed): (&Method, &Requirements),
+    ratio: f64,
+    task: &Task<'_>,
+    measure: &Measure<'_>,
+    original: &Measured,
+) -> Result<Row> {
+    let started = Instant::now();
+    let (cut, memory) =
+        most_held(|| -> Result<_> { Ok(method.cut(task, &Budget::Keep(1.0 - ratio))?.1) });
+    let compressed = cut?;
+    let seconds = started.elapsed().as_secs_f64();
+    tracing::info!("{} at {ratio}: {seconds:.1} s", method.name);
+    let measured = measure.of(&compressed.model)?;
+    let distance = measure.between(task.model, &compressed.model, [&compressed.report])?;
+    Ok(Row {
+        method: method.name,
+        ratio,
+        kept: measured.size.parameters as f64 / original.size.parameters.max(1) as f64,
+        bytes: measured.size.bytes as f64 / original.size.bytes.max(1) as f64,
+        divergence: distance.agreement.map(|agreement| agreement.divergence),
+        top1: distance.agreement.map(|agreement| agreement.top1),
+        cosine: distance.likeness.map(|likeness| likeness.cosine),
+        measured,
+        needs: needed_by_method(method, needed),
+        memory,
+        seconds,
+    })
+}
+
+/// Why a method could not be compared, each reason once: with the ratios, where it could at others.
+fn at_ratios(method: &'static str, failed: Vec<(f64, String)>, ratios: usize) -> LeftOut {
+    let mut reasons: Vec<(String, Vec<String>)> = Vec::new();
+    for (ratio, reason) in failed {
+        match reasons.iter_mut().find(|(known, _)| *known == reason) {
+            Some((_, at)) => at.push(ratio.to_string()),
+            None => reasons.push((reason, vec![ratio.to_string()])),
+        }
     }
-    match method.requirements(model, settings) {
-        Ok(needed) if !needed.gradients().is_empty() => "gradients",
-        Ok(needed) if needed.is_empty() && !method.observes => "nothing",
+    let told = reasons.into_iter().map(|(reason, at)| {
+        let reason = match at.len() == ratios {
+            true => reason,
+            false => format!("at {}: {reason}", at.join(", ")),
+        };
+        (method, reason)
+    });
+    told.collect()
+}
+
+/// What a method has to find out about a model before it cuts.
+fn needed_by_method(method: &Method, needed: &Requirements) -> &'static str {
+    match method.schedule {
+        Schedule::Training => "training",
+        _ if !needed.gradients().is_empty() => "gradients",
+        _ if needed.is_empty() && !method.observes => "nothing",
         _ => "activations",
     }
 }
@@ -269,8 +319,14 @@ fn shown(
             perplexity.windows
         ));
     }
-    let why = left_out.iter();
-    notes.extend(why.map(|(method, reason)| format!("left out: {method}, since {reason}")));
+    let missing = without_empty(&mut table);
+    if !missing.is_empty() {
+        notes.push(format!(
+            "not measured, since this model or what was given allows none: {}",
+            missing.join(", ")
+        ));
+    }
+    notes.extend(reasons(left_out));
     Report {
         title: format!("Compression of {model}"),
         notes,
@@ -278,6 +334,50 @@ fn shown(
         plots: plots(original, rows),
         ..Report::default()
     }
+}
+
+/// Takes the columns out of a table in which nothing stands, and gives their names.
+fn without_empty(table: &mut Table) -> Vec<String> {
+    if table.rows.is_empty() {
+        return Vec::new();
+    }
+    let stands = |column: usize| {
+        let mut cells = table.rows.iter().filter_map(|row| row.get(column));
+        cells.any(|cell| *cell != Cell::from("–"))
+    };
+    let kept: Vec<bool> = (0..table.columns.len()).map(stands).collect();
+    let keeps = |column: usize| kept.get(column).copied().unwrap_or(true);
+    let columns = std::mem::take(&mut table.columns);
+    let (there, missing): (Vec<_>, Vec<_>) = columns
+        .into_iter()
+        .enumerate()
+        .partition(|(column, _)| keeps(*column));
+    table.columns = there.into_iter().map(|(_, name)| name).collect();
+    for row in &mut table.rows {
+        let mut column = 0;
+        row.retain(|_| {
+            column += 1;
+            keeps(column - 1)
+        });
+    }
+    // Methods that round have no ratio: nothing is missing there.
+    let names = missing.into_iter().map(|(_, name)| name);
+    names.filter(|name| name != "ratio").collect()
+}
+
+/// A line for each reason, with all methods that were left out for it.
+fn reasons(left_out: &[(&'static str, String)]) -> Vec<String> {
+    let mut lines: Vec<(&str, Vec<&str>)> = Vec::new();
+    for (method, reason) in left_out {
+        match lines.iter_mut().find(|(known, _)| known == reason) {
+            Some((_, methods)) => methods.push(*method),
+            None => lines.push((reason.as_str(), vec![*method])),
+        }
+    }
+    let line = |(reason, methods): (&str, Vec<&str>)| {
+        format!("left out: {}, since {reason}", methods.join(", "))
+    };
+    lines.into_iter().map(line).collect()
 }
 
 /// Quality against size, against measured speed, and against the share removed, from the whole model on.

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::measure::is_language_model;
 use crate::cli::{Compress, Global};
 use crate::loading;
 use crate::tensors::Tensors;
@@ -19,6 +20,12 @@ pub(super) fn calibration(
     arguments: &Compress,
     global: &Global,
 ) -> Result<Option<CalibrationData>> {
+    ensure!(
+        arguments.evaluate.is_none() || is_language_model(model),
+        "--evaluate is for a model that predicts each next token, whose perplexity it measures, but {} \
+         does not",
+        arguments.model
+    );
     Ok(match (&arguments.calibrate, needed_by) {
         (Some(path), _) => Some(calibration_data(package, model, path, arguments, global)?),
         (None, _) if arguments.model == "embedded" => Some(loading::embedded_windows(
@@ -110,6 +117,13 @@ fn windows(
         let mask = MASKS.iter().find_map(|name| tokenizer.id_of(name))?;
         Some((tokenizer, mask))
     });
+    if sees_both_sides && mask.is_none() {
+        tracing::warn!(
+            "the tokenizer has none of {}: nothing can be asked for, so that gradients and --heal are \
+             refused",
+            MASKS.join(", ")
+        );
+    }
     let data = match mask {
         Some((tokenizer, mask)) if sees_both_sides => {
             let mut generator = lapidary_train::generator(seed);

@@ -2,12 +2,13 @@
 
 use anyhow::{Context, Result, ensure};
 use lapidary_compress::{
-    AdapterSettings, CalibrationData, Example, HealData, HealReport, HealSettings, heal,
+    AdapterSettings, CalibrationData, Example, HealData, HealReport, HealSettings, RoundingGoal,
+    heal,
 };
 use lapidary_model::{Model, Package};
 use lapidary_train::log::Progress;
 
-use super::{Healing, data};
+use super::data;
 use crate::cli::{Compress, Global};
 
 /// Of so many examples one is held out.
@@ -16,43 +17,89 @@ const HELD_OUT: usize = 10;
 /// Most examples that are held out.
 const MOST_HELD_OUT: usize = 64;
 
-/// Trains `model` for `steps` and gives what it became.
-pub(super) fn run(
-    steps: u64,
-    model: &Model,
-    told: Healing<'_>,
-    arguments: &Compress,
-    global: &Global,
-) -> Result<(Model, HealReport)> {
-    let Healing {
-        package,
-        original,
-        rounding,
-    } = told;
-    let settings = HealSettings {
+/// Refuses before the work what nothing can be healed by or on.
+pub(super) fn check(arguments: &Compress, global: &Global) -> Result<()> {
+    let Some(steps) = arguments.heal else {
+        return Ok(());
+    };
+    ensure!(
+        arguments.calibrate.is_some() || arguments.model == "embedded",
+        "--heal needs --calibrate FILE: what to train on"
+    );
+    Ok(settings(steps, arguments, global).check()?)
+}
+
+fn settings(steps: u64, arguments: &Compress, global: &Global) -> HealSettings {
+    HealSettings {
         steps,
         rate: arguments.heal_rate,
         distil: arguments.distil,
         hints: arguments.hints,
         regrow: arguments.regrow,
         adapters: adapters(arguments),
-        rounding,
         seed: global.seed,
         ..HealSettings::default()
-    };
-    let (training, validation) = examples(&settings, package, original, arguments, global)?;
-    let data = HealData {
-        training: &training,
-        validation: &validation,
-        teacher: Some(original),
-    };
-    let tokens = (training.tokens() / training.len() * settings.batch) as u64;
-    let mut progress = Progress::new(0, steps);
-    let healed = heal(model, &data, &settings, |step, loss| {
-        progress.step(step, loss, tokens);
-    });
-    progress.finish();
-    Ok(healed?)
+    }
+}
+
+/// What `--heal` trains on and how, made ready before the work: what cannot be healed is told then.
+pub(super) struct Prepared {
+    settings: HealSettings,
+    training: CalibrationData,
+    validation: CalibrationData,
+}
+
+impl Prepared {
+    /// Of `--heal`, where it is given.
+    pub(super) fn of(
+        package: &Package,
+        original: &Model,
+        arguments: &Compress,
+        global: &Global,
+    ) -> Result<Option<Self>> {
+        let Some(steps) = arguments.heal else {
+            return Ok(None);
+        };
+        let settings = settings(steps, arguments, global);
+        let (training, validation) = examples(&settings, package, original, arguments, global)?;
+        settings
+            .objective(original, &training)
+            .context("--heal has nothing to learn")?;
+        Ok(Some(Self {
+            settings,
+            training,
+            validation,
+        }))
+    }
+
+    /// Trains `model`, cut from `original`, and gives what it became.
+    pub(super) fn run(
+        &self,
+        model: &Model,
+        original: &Model,
+        rounding: Option<RoundingGoal>,
+    ) -> Result<(Model, HealReport)> {
+        let settings = HealSettings {
+            rounding,
+            ..self.settings.clone()
+        };
+        let data = HealData {
+            training: &self.training,
+            validation: &self.validation,
+            teacher: Some(original),
+        };
+        let tokens = (self.training.tokens() / self.training.len() * settings.batch) as u64;
+        let mut progress = Progress::new(0, settings.steps);
+        let healed = heal(model, &data, &settings, |step, loss| {
+            progress.step(step, loss, tokens);
+        });
+        progress.finish();
+        let (model, report) = healed?;
+        if settings.regrow > 0.0 && report.zeros == 0 {
+            tracing::warn!("--regrow changes nothing: no weight of the model is zero");
+        }
+        Ok((model, report))
+    }
 }
 
 /// What `--adapters` has trained, where it is given.

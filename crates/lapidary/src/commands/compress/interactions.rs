@@ -1,6 +1,6 @@
 //! `lapidary compress --interactions`: what two methods cost together beside what each costs alone.
 
-use super::{data, windows};
+use super::{data, unheard, windows};
 use crate::cli::{Compress, Global};
 use crate::{loading, output, report};
 use anyhow::{Context, Result, ensure};
@@ -28,11 +28,11 @@ pub(super) fn run(
     settings: &Settings,
     global: &Global,
 ) -> Result<()> {
-    let ratio: f64 = arguments.ratio.trim().parse().unwrap_or(f64::NAN);
+    let ratio: f64 = arguments.ratio().trim().parse().unwrap_or(f64::NAN);
     ensure!(
         ratio > 0.0 && ratio < 1.0,
         "ratio is {:?}, but must be one number above 0 and below 1",
-        arguments.ratio
+        arguments.ratio()
     );
     let methods = methods
         .split(',')
@@ -43,6 +43,7 @@ pub(super) fn run(
         "--interactions names {} method, but must name two at least, by commas",
         methods.len()
     );
+    unheard::check_methods(&methods, arguments)?;
     let stages: Vec<Stage> = methods
         .iter()
         .map(|method| Stage {

@@ -37,16 +37,22 @@ const SENTENCES: usize = 60;
 pub(super) struct Measured {
     pub(super) size: Size,
     /// Tokens per second when the model reads.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) prefill: Option<f64>,
     /// Most bytes that were held while it read one window, its parameters included.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) memory: Option<usize>,
     /// Tokens per second when it writes, one after another.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) decode: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) perplexity: Option<Perplexity>,
     /// Share of sentences of each kind whose right word beats the wrong one: of models with the
     /// embedded vocabulary.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) choices: Vec<(&'static str, f64)>,
     /// What it makes of the first words of the text, always taking the most probable token.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) sample: Option<String>,
 }
 

@@ -8,6 +8,7 @@ mod interactions;
 mod measure;
 mod show;
 mod stage;
+mod unheard;
 
 use std::path::Path;
 use std::time::Instant;
@@ -20,9 +21,10 @@ use lapidary_compress::{
     Calibration, CalibrationData, CalibrationOptions, Change, Done, HealReport, Method, Plan,
     Recipe, Report, RoundingGoal, Seconds, Settings, Stage, Task, export_dense,
 };
-use lapidary_model::{Model, Package, SavedAs};
+use lapidary_model::{Checkpoint, Limits, Model, Origin, Package, SavedAs};
 use serde_json::json;
 
+use healing::Prepared;
 use measure::Measure;
 use show::Outcome;
 
@@ -35,10 +37,17 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
         "windows is {}, but must be between 1 and {MOST_WINDOWS}",
         arguments.windows
     );
+    ensure!(
+        arguments.window >= 2,
+        "window is {}, but must be at least 2 tokens",
+        arguments.window
+    );
     if let Some(html) = &arguments.html {
         output::check_writable(html)?;
     }
+    unheard::check(arguments)?;
     let settings = stage::settings(arguments, global)?;
+    healing::check(arguments, global)?;
     if arguments.auto {
         return auto::run(arguments, &settings, global);
     }
@@ -52,12 +61,14 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
 }
 
 fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()> {
-    let (recipe, order) = stage::recipe(arguments)?;
+    let (recipe, order) = stage::recipe(arguments, global)?;
+    unheard::check_stages(&recipe, arguments)?;
     let rounding = rounding(&recipe, arguments, settings)?;
     check_empty(arguments)?;
     let package = loading::package(&arguments.model, global)?;
     let started = Instant::now();
     let original = package.single_model()?;
+    let order = stage::checked(&recipe, order, original, settings)?;
     let mut needed_by = None;
     for stage in &recipe.stages {
         let method = stage.method()?;
@@ -70,34 +81,40 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
     if arguments.plan_only {
         return print_plan(original, data.as_ref(), &recipe, settings);
     }
+    let windows = windows(&package, original, data.as_ref(), arguments)?;
+    let prepared = Prepared::of(&package, original, arguments, global)?;
+    let by = |rounding| Healing {
+        prepared: prepared.as_ref(),
+        original,
+        rounding,
+    };
     let (done, healing) = match &arguments.plan {
         Some(path) => {
             let mut done = by_hand(path, &recipe, original, data.as_ref(), settings)?;
             let model = &done.compressed.model;
-            let told = Healing {
-                package: &package,
-                original,
-                rounding: None,
-            };
-            let (model, report) = healed(model, told, arguments, global)?.unzip();
+            let (model, report) = by(None).healed(model)?.unzip();
             if let Some(model) = model {
                 done.compressed.set_healed(model);
             }
             (vec![done], report)
         }
         None => {
-            let told = Healing {
-                package: &package,
-                original,
-                rounding,
-            };
-            let heal = |model: &Model| healed(model, told, arguments, global);
+            let heal = |model: &Model| by(rounding).healed(model);
             cut_heal_and_round(&recipe, original, data.as_ref(), settings, heal)?
         }
     };
-    for module in done.iter().flat_map(|done| &done.plan.modules) {
-        if let Change::Leave { reason } = &module.change {
-            tracing::info!("{} stays as it is: {reason}", module.path);
+    for done in &done {
+        let mut cut = false;
+        for module in &done.plan.modules {
+            match &module.change {
+                Change::Leave { reason } => {
+                    tracing::info!("{} stays as it is: {reason}", module.path);
+                }
+                _ => cut = true,
+            }
+        }
+        if !cut {
+            tracing::warn!("{} leaves every module as it is", done.plan.method);
         }
     }
     let mut compressed = None;
@@ -109,6 +126,7 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
     let made = Made {
         reports,
         model: compressed.context("no method was named")?,
+        windows,
         search: None,
         order,
         healing,
@@ -121,6 +139,8 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
 struct Made {
     reports: Vec<(Report, Seconds)>,
     model: Model,
+    /// Text for the perplexity: what cannot be read is told before the work.
+    windows: Vec<Window>,
     search: Option<auto::Searched>,
     order: Option<stage::Order>,
     healing: Option<HealReport>,
@@ -141,12 +161,11 @@ fn conclude(
         .as_deref()
         .context("--out is missing: the directory to write")?;
     let original = package.single_model()?;
-    let windows = windows(&package, original, data, arguments)?;
     let measure = Measure {
         package: &package,
         embedded: arguments.model == "embedded",
         data,
-        windows: &windows,
+        windows: &made.windows,
     };
     let before = measure.of(original)?;
     let after = measure.of(&made.model)?;
@@ -164,6 +183,7 @@ fn conclude(
         directory => stored(Path::new(directory)),
     };
     let saved = package.save(out, None)?;
+    let family = matches!(package.origin, Origin::HuggingFace { .. });
     let outcome = Outcome {
         reports: made.reports,
         search: made.search,
@@ -177,6 +197,7 @@ fn conclude(
         held_out: arguments.evaluate.is_some(),
         dense: arguments.dense,
         saved,
+        family,
         directory: out.to_owned(),
         seconds: made.started.elapsed().as_secs_f64(),
     };
@@ -189,16 +210,10 @@ fn conclude(
     }
 }
 
-/// Bytes of the files of tensors in a directory, where there are any.
+/// Bytes of the files that a model directory is read from; others may lie beside them.
 fn stored(directory: &Path) -> Option<u64> {
-    let files = directory.read_dir().ok()?.flatten();
-    let tensors = files.filter(|file| {
-        let path = file.path();
-        path.extension().is_some_and(|kind| kind == "safetensors")
-    });
-    // What a link leads to counts, not the link.
-    let sizes = tensors.filter_map(|file| Some(std::fs::metadata(file.path()).ok()?.len()));
-    Some(sizes.sum()).filter(|bytes| *bytes > 0)
+    let checkpoint = Checkpoint::open(directory, &Limits::default()).ok()?;
+    Some(checkpoint.file_bytes())
 }
 
 /// What `--heal-rounded` has passes see: what the last method rounds to.
@@ -259,26 +274,22 @@ fn cut_heal_and_round(
 
 /// What a model heals by.
 struct Healing<'a> {
-    package: &'a Package,
+    prepared: Option<&'a Prepared>,
     original: &'a Model,
     /// What it is rounded to after.
     rounding: Option<RoundingGoal>,
 }
 
-/// What `--heal` makes of the model, when it is asked for.
-fn healed(
-    model: &Model,
-    told: Healing<'_>,
-    arguments: &Compress,
-    global: &Global,
-) -> Result<Option<(Model, HealReport)>> {
-    match arguments.heal {
-        Some(steps) => Ok(Some(healing::run(steps, model, told, arguments, global)?)),
-        None => Ok(None),
+impl Healing<'_> {
+    /// What `--heal` makes of the model, when it is asked for.
+    fn healed(self, model: &Model) -> Result<Option<(Model, HealReport)>> {
+        self.prepared
+            .map(|prepared| prepared.run(model, self.original, self.rounding))
+            .transpose()
     }
 }
 
-/// Refuses a directory that something is in.
+/// Refuses a directory that something is in, or that could not be written after all the work.
 fn check_empty(arguments: &Compress) -> Result<()> {
     let Some(out) = &arguments.out else {
         return Ok(());
@@ -291,7 +302,7 @@ fn check_empty(arguments: &Compress) -> Result<()> {
         "{} exists and is not an empty directory; give a new one",
         out.display()
     );
-    Ok(())
+    output::check_directory_writable(out)
 }
 
 /// What the only method would do; a plan for a later one depends on it.
@@ -409,15 +420,18 @@ fn windows(
     }
 }
 
-/// What kind of directory was written.
-fn class(saved: SavedAs, dense: bool) -> &'static str {
+/// What kind of directory was written, of a model that has a family or was made here.
+fn class(saved: SavedAs, dense: bool, family: bool) -> &'static str {
     match (saved, dense) {
         (SavedAs::HuggingFace, true) => {
             "a Hugging Face directory with merged weights: same outputs, original size and speed"
         }
         (SavedAs::HuggingFace, false) => "a Hugging Face directory that `transformers` loads",
-        (SavedAs::Lapidary, _) => {
+        (SavedAs::Lapidary, false) if family => {
             "a Lapidary directory: lapidary.json beside safetensors; load it with lapidary, or write --dense for other programs"
+        }
+        (SavedAs::Lapidary, _) => {
+            "a Lapidary directory: lapidary.json beside safetensors; load it with lapidary"
         }
     }
 }

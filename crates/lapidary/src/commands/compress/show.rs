@@ -34,6 +34,8 @@ pub(super) struct Outcome {
     pub(super) held_out: bool,
     pub(super) dense: bool,
     pub(super) saved: SavedAs,
+    /// Whether the original is of a family, which other programs know.
+    pub(super) family: bool,
     pub(super) directory: PathBuf,
     pub(super) seconds: f64,
 }
@@ -85,6 +87,7 @@ impl Outcome {
             "after": self.after,
             "healing": self.healing,
             "saved_as": saved_as(self.saved),
+            "dense": self.dense,
             "directory": self.directory,
             "seconds": self.seconds,
             "version": env!("CARGO_PKG_VERSION"),
@@ -268,15 +271,21 @@ impl Outcome {
         for line in self.distance_lines().into_iter().chain(self.stage_lines()) {
             text += &format!("{line}\n");
         }
+        text + &format!("{}, {:.1} s\n", self.written(), self.seconds)
+    }
+
+    /// Where the result is, and what kind of directory it is.
+    fn written(&self) -> String {
         let merged = match self.dense {
-            true => "; sizes and speeds are of the factors, before they were multiplied out",
+            true => {
+                "; sizes and speeds are of the factors and integers, before they were written out"
+            }
             false => "",
         };
-        text + &format!(
-            "written to  {} ({}{merged}), {:.1} s\n",
+        format!(
+            "written to  {} ({}{merged})",
             self.directory.display(),
-            class(self.saved, self.dense),
-            self.seconds
+            class(self.saved, self.dense, self.family)
         )
     }
 
@@ -340,7 +349,12 @@ impl Outcome {
         }
         report::Report {
             title: format!("Compressed by {}", self.methods()),
-            notes: [self.distance_lines(), self.stage_lines()].concat(),
+            notes: [
+                self.distance_lines(),
+                self.stage_lines(),
+                vec![self.written()],
+            ]
+            .concat(),
             tables,
             plots,
             ..report::Report::default()

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use lapidary_compress::{Change, Recipe, Settings};
+use lapidary_model::Model;
 use serde::Serialize;
 
 use crate::cli::{Compress, Global};
@@ -20,6 +21,8 @@ pub(super) struct Order {
     taken: bool,
     /// Why, a sentence for each pair that changes places.
     reasons: Vec<String>,
+    #[serde(skip)]
+    recipe: Recipe,
 }
 
 impl Order {
@@ -38,10 +41,10 @@ impl Order {
 }
 
 /// The recipe of `--recipe`, or of `--method` and `--ratio`; and a better order, if there is one.
-pub(super) fn recipe(arguments: &Compress) -> Result<(Recipe, Option<Order>)> {
+pub(super) fn recipe(arguments: &Compress, global: &Global) -> Result<(Recipe, Option<Order>)> {
     let recipe: Recipe = match &arguments.recipe {
-        None => Recipe::as_given(&arguments.method, &arguments.ratio)?,
-        Some(path) => toml::from_str(&read(path)?)
+        None => Recipe::as_given(&arguments.method, arguments.ratio())?,
+        Some(path) => from_text(&read(path)?, arguments, global)
             .with_context(|| format!("{} is no recipe", path.display()))?,
     };
     let better = recipe.reordered()?;
@@ -50,7 +53,8 @@ pub(super) fn recipe(arguments: &Compress) -> Result<(Recipe, Option<Order>)> {
     let order = (!better.reasons.is_empty()).then(|| Order {
         methods: names.join("+"),
         taken: arguments.reorder,
-        reasons: better.reasons,
+        reasons: better.reasons.clone(),
+        recipe: better.recipe.clone(),
     });
     let recipe = match arguments.reorder {
         true => better.recipe,
@@ -68,8 +72,56 @@ pub(super) fn recipe(arguments: &Compress) -> Result<(Recipe, Option<Order>)> {
     Ok((recipe, order))
 }
 
-/// The settings of `--settings`, changed by each `--set key=value`.
+/// Refuses a recipe of which a stage cannot be run on what an earlier one leaves of the model. The order
+/// that is better goes where that is so of it.
+pub(super) fn checked(
+    recipe: &Recipe,
+    order: Option<Order>,
+    model: &Model,
+    settings: &Settings,
+) -> Result<Option<Order>> {
+    let order = order.filter(|order| {
+        let runs = order.recipe.check_model(model, settings).is_ok();
+        order.taken || runs
+    });
+    match (recipe.check_model(model, settings), order) {
+        (Ok(()), order) => Ok(order),
+        (Err(error), Some(Order { methods, taken, .. })) if !taken => {
+            Err(error).with_context(|| format!("--reorder runs it as {methods}"))
+        }
+        (Err(error), _) => Err(error.into()),
+    }
+}
+
+/// The recipe of a file. What a stage with settings of its own does not say is as the whole run was told.
+fn from_text(text: &str, arguments: &Compress, global: &Global) -> Result<Recipe> {
+    let mut recipe: Recipe = toml::from_str(text)?;
+    let whole = told(arguments, global)?;
+    let written: toml::Table = toml::from_str(text)?;
+    let stages = written.get("stage").and_then(toml::Value::as_array);
+    for (stage, written) in recipe.stages.iter_mut().zip(stages.into_iter().flatten()) {
+        if let Some(own) = written.get("settings").and_then(toml::Value::as_table) {
+            let mut all = whole.clone();
+            merge(&mut all, own.clone());
+            let settings: Settings = all.try_into().context("the settings of a stage")?;
+            stage.settings = Some(settings);
+        }
+    }
+    Ok(recipe)
+}
+
+/// The settings of the whole run.
 pub(super) fn settings(arguments: &Compress, global: &Global) -> Result<Settings> {
+    let settings: Settings = told(arguments, global)?
+        .try_into()
+        .context("the settings")?;
+    // What is measured last would fail after everything else.
+    settings.activations.check()?;
+    Ok(settings)
+}
+
+/// The settings of `--settings`, changed by each `--set key=value` and by the options that stand for some.
+fn told(arguments: &Compress, global: &Global) -> Result<toml::Table> {
     let mut table = match &arguments.settings {
         Some(path) => toml::from_str(&read(path)?)
             .with_context(|| format!("{} has no settings", path.display()))?,
@@ -88,30 +140,42 @@ pub(super) fn settings(arguments: &Compress, global: &Global) -> Result<Settings
         };
         merge(&mut table, parsed);
     }
-    let seed = i64::try_from(global.seed).context("--seed is too large for a setting")?;
+    let seed = i64::try_from(global.seed).ok().with_context(|| {
+        format!(
+            "seed is {}, but must be at most {} to be a setting",
+            global.seed,
+            i64::MAX
+        )
+    })?;
     table.entry("seed").or_insert(toml::Value::Integer(seed));
-    let mut settings: Settings = table.try_into().context("the settings")?;
+    let mut tell = |section: &str, key: &str, value: toml::Value| {
+        let section = table
+            .entry(section.to_owned())
+            .or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        // What is no table there is refused when the settings are read.
+        if let toml::Value::Table(section) = section {
+            section.insert(key.to_owned(), value);
+        }
+    };
     if arguments.uniform || arguments.uniform_heads {
-        settings.modegpt.smoothing = f64::INFINITY;
-        settings.modegpt.heads = arguments.uniform_heads;
-        settings.modegpt.stock = arguments.uniform_heads;
-        settings.lorap.attention = false;
+        let heads = || toml::Value::Boolean(arguments.uniform_heads);
+        tell("modegpt", "smoothing", toml::Value::Float(f64::INFINITY));
+        tell("modegpt", "heads", heads());
+        tell("modegpt", "stock", heads());
+        tell("lorap", "attention", toml::Value::Boolean(false));
     }
-    if arguments.activations.is_some() {
-        settings.activations.range = arguments.activations;
+    if let Some(range) = arguments.activations {
+        tell("activations", "range", toml::Value::try_from(range)?);
     }
     if let Some(pattern) = arguments.pattern {
-        settings.pruning.pattern = pattern;
+        tell("pruning", "pattern", toml::Value::try_from(pattern)?);
     }
     if let Some(globs) = &arguments.layers {
-        settings.selection.layers = globs
-            .split(',')
-            .map(|glob| glob.trim().to_owned())
-            .collect();
+        let globs = globs.split(',').map(|glob| glob.trim().to_owned());
+        let globs = globs.map(toml::Value::String).collect();
+        tell("selection", "layers", toml::Value::Array(globs));
     }
-    // What is measured last would fail after everything else.
-    settings.activations.check()?;
-    Ok(settings)
+    Ok(table)
 }
 
 /// Puts every value of `from` into `into`, tables within tables.

@@ -163,6 +163,7 @@ fn by_mechanism(mechanism: &Mechanism, sequences: &Sequences) -> Result<Pass> {
         width: sequences.width,
         heads: sequences.heads,
         head_width,
+        value_width: head_width,
         causal: mechanism.causal,
         scale: 1.0 / (head_width as f64).sqrt(),
         sharing: mechanism.sharing,
