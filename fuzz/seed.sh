@@ -30,6 +30,14 @@ cp ../crates/explain/tests/fixtures/public-autoencoder.pt corpus/autoencoder_rea
 # Stored in the archive as it is: the pickle alone.
 unzip -p ../crates/explain/tests/fixtures/public-autoencoder.pt '*/data.pkl' >corpus/pytorch_reader/state_dict
 printf 'the cat sees the dogs 123! na\303\257ve \360\237\230\200' >corpus/tokenizer_input/text
+# Those that the documentation shows.
+awk '/^```/ {
+        if (shown ~ /\[\[stage\]\]/) printf "%s", shown > ("corpus/recipe_reader/shown-" ++count)
+        shown = ""
+        inside = /toml/
+        next
+    }
+    inside { shown = shown $0 "\n" }' ../docs/COMPRESS.md
 cat >corpus/recipe_reader/two <<'END'
 [[stage]]
 method = "slicegpt"
@@ -40,10 +48,17 @@ method = "gptq"
 group = 64
 END
 printf 'batch = 4\nseed = 7\n[quantise]\ngroup = 32\n' >corpus/recipe_reader/settings
-cat >corpus/search_state_reader/two-variables <<'END'
-{"edges":0.2,"chunks":4,"state":{"domain":[[0.0,1.0],[0.0,1.0,2.0]],
+search='{"edges":0.2,"chunks":4,"state":{"domain":[[0.0,1.0],[0.0,1.0,2.0]],
 "course":{"initial":2,"scale":"standardised","noise":0.01,"exploration":0.1,
 "fit":{"steps":2,"reach":1.0,"lengths":[0.01,100.0],"amplitudes":[0.0001,100.0]}},
 "seed":1,"starts":[],"history":{"points":[[0,1],[1,2]],"values":[0.5,-0.25]},
-"hyperparameters":{"lengths":[0.1,0.1],"amplitudes":[0.5,0.5]},"pending":null}}
+"hyperparameters":{"lengths":[0.1,0.1],"amplitudes":[0.5,0.5]},"pending":null}}'
+printf '%s\n' "$search" >corpus/search_state_reader/two-variables
+# The file of `compress --auto` around it.
+cat >corpus/search_state_reader/automatic <<END
+{"weights":[1,2],"data":[3,4],"held_out":[5,6],
+"settings":{"parameters":1000,"methods":["block-influence","whitened"],"evaluations":12,
+"levels":9,"removable":4,"batch":8,"seed":0},
+"evaluations":[{"point":[0,1],"parameters":999,"loss":0.5},{"point":[1,2],"parameters":998,"loss":-0.25}],
+"search":$search}
 END
