@@ -105,6 +105,10 @@ impl TreeFeatures {
 
 #[inline(always)]
 fn row_of<'a, T: Real>(x: &Matrix<'a, T>, row: usize) -> impl Iterator<Item = T> + use<'a, T> {
-    let numbers = x.data.get(row * x.row_stride..).unwrap_or(&[]);
-    numbers.iter().step_by(x.column_stride.max(1)).copied()
+    let (numbers, stride) = (
+        x.data.get(row * x.row_stride..).unwrap_or(&[]),
+        x.column_stride,
+    );
+    // Features that were spread out of one have no stride at all.
+    (0..x.columns).map(move |column| numbers[column * stride])
 }

@@ -323,6 +323,20 @@ fn fewer_tokens_are_the_first() {
 }
 
 #[test]
+fn features_that_were_spread_out_of_one_are_read_where_it_lies() {
+    let [q, k, v] = given(17, DType::F64);
+    let spread = |x: &Tensor| x.narrow(3, 1, 1).unwrap().broadcast_as(x.dims()).unwrap();
+    let (q, k) = (spread(&q), spread(&k));
+    let mask = rough(path(17, 6), 3);
+    for phi in PHI {
+        let found = tree_attention([&q, &k, &v], phi, &mask).unwrap();
+        let expected = naive::tree_attention([&q, &k, &v], phi, &mask).unwrap();
+        let error = difference(&found, &expected).unwrap();
+        assert!(error < 1e-10, "{phi:?}: {error:e}");
+    }
+}
+
+#[test]
 fn does_not_depend_on_the_number_of_threads() {
     let q = arange(&[1, 2, 500, 40], 1.0, DType::F32);
     let v = arange(&[1, 2, 500, 40], 2.0, DType::F32);
