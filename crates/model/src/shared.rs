@@ -32,7 +32,11 @@ impl Shared {
             let network = Self::Network(Box::new(network), attention.heads, attention.causal);
             all.push(("position.shared", network));
         }
-        if let MechanismSpec::Linformer(linformer) = &attention.mechanism
+        let (field, mechanism) = match &attention.mechanism {
+            MechanismSpec::Subsampled(spec) => ("mechanism.inner.sharing", spec.inner.as_ref()),
+            other => ("mechanism.sharing", other),
+        };
+        if let MechanismSpec::Linformer(linformer) = mechanism
             && linformer.sharing == Sharing::Layerwise
         {
             let projections = LinformerSpec {
@@ -40,7 +44,7 @@ impl Shared {
                 project: Project::default(),
                 ..linformer.clone()
             };
-            all.push(("mechanism.sharing", Self::Projections(projections)));
+            all.push((field, Self::Projections(projections)));
         }
         all
     }
@@ -62,29 +66,44 @@ impl Shared {
     }
 }
 
-/// The attention of a block.
-fn attention(block: &BlockSpec) -> Option<&MultiHeadSpec> {
-    match &block.attention {
-        MixerSpec::MultiHead(attention) => Some(attention),
+/// The attentions of a block, with the fields that they stand in.
+fn attentions(block: &BlockSpec) -> Vec<(&'static str, &MultiHeadSpec)> {
+    let (field, mixer) = match &block.attention {
+        MixerSpec::Wavelet(wavelet) => ("attention.inner", wavelet.inner.as_ref()),
+        mixer => ("attention", mixer),
+    };
+    let own = match mixer {
+        MixerSpec::MultiHead(attention) => Some((field, attention)),
         _ => None,
-    }
+    };
+    let cross = block.cross_attention.as_ref();
+    let cross = cross.map(|attention| ("cross_attention", attention));
+    own.into_iter().chain(cross).collect()
 }
 
-/// Refuses blocks that are to share what differs.
+/// Refuses blocks that are to share what differs, that of an organisation's own layers too.
 pub(crate) fn validate(spec: &ModelSpec) -> Result<()> {
-    let mut known: Vec<(usize, Shared)> = Vec::new();
-    for (index, block) in spec.blocks.iter().enumerate() {
-        for (field, shared) in attention(block).map_or_else(Vec::new, Shared::of) {
-            let Some((first, other)) = known.iter().find(|(_, one)| one.is_like(&shared)) else {
-                known.push((index, shared));
-                continue;
-            };
-            if *other != shared {
-                return Err(Error::spec(
-                    format!("blocks.{index}.attention.{field}"),
-                    format!("another than that of blocks.{first}"),
-                    shared.must_be(),
-                ));
+    let mut known: Vec<(String, Shared)> = Vec::new();
+    let organisation = spec.organisation.as_ref();
+    let own = organisation.and_then(|organisation| organisation.own().0);
+    let own = own.map(|block| ("organisation.block".to_owned(), block));
+    let blocks = spec.blocks.iter().enumerate();
+    let blocks = blocks.map(|(index, block)| (format!("blocks.{index}"), block));
+    for (path, block) in blocks.chain(own) {
+        for (place, attention) in attentions(block) {
+            for (field, shared) in Shared::of(attention) {
+                let Some((first, other)) = known.iter().find(|(_, one)| one.is_like(&shared))
+                else {
+                    known.push((path.clone(), shared));
+                    continue;
+                };
+                if *other != shared {
+                    return Err(Error::spec(
+                        format!("{path}.{place}.{field}"),
+                        format!("another than that of {first}"),
+                        shared.must_be(),
+                    ));
+                }
             }
         }
     }

@@ -225,3 +225,68 @@ fn layers_that_share_what_differs_are_refused() {
         read(&first, &second).validate().unwrap();
     }
 }
+
+/// Of another sequence, in a space of wavelets, on some of the keys, or between groups.
+#[test]
+fn attentions_that_stand_in_others_share_as_well() {
+    let sharing = |slots: usize| {
+        format!("kind = 'linformer', sharing = 'layerwise', longest = 6, slots = {slots}")
+    };
+    let plain = |slots: usize| format!("heads = 2, mechanism = {{ {} }}", sharing(slots));
+    let own = |slots: usize| format!("attention = {{ kind = 'multi-head', {} }}", plain(slots));
+    let read = |second: &str, more: &str| -> ModelSpec {
+        toml::from_str(&format!(
+            "width = 8\ninput = {{ kind = 'tokens', vocabulary = 11, length = 6 }}\nhead = {{ kind = 'none' }}\n\
+             blocks = [{{ {} }}, {{ {second} }}]\n{more}",
+            own(4)
+        ))
+        .unwrap()
+    };
+    let cross = |slots| format!("{}, cross_attention = {{ {} }}", own(4), plain(slots));
+    let wavelet = |slots| {
+        let inner = format!("{{ kind = 'multi-head', {} }}", plain(slots));
+        format!("attention = {{ kind = 'wavelet', inner = {inner} }}")
+    };
+    let subsampled = |slots| {
+        let inner = format!(
+            "{{ kind = 'subsampled', inner = {{ {} }} }}",
+            sharing(slots)
+        );
+        format!("attention = {{ kind = 'multi-head', heads = 2, mechanism = {inner} }}")
+    };
+    for (second, field) in [
+        (
+            [4, 5].map(cross),
+            "blocks.1.cross_attention.mechanism.sharing",
+        ),
+        (
+            [4, 5].map(wavelet),
+            "blocks.1.attention.inner.mechanism.sharing",
+        ),
+        (
+            [4, 5].map(subsampled),
+            "blocks.1.attention.mechanism.inner.sharing",
+        ),
+    ] {
+        let [same, other] = second.map(|second| read(&second, ""));
+        same.validate().unwrap();
+        let said = other.validate().unwrap_err().to_string();
+        let expected = format!("{field} is \"another than that of blocks.0\"");
+        assert!(said.starts_with(&expected), "{said}");
+    }
+    let groups = |slots: usize| {
+        format!(
+            "organisation = {{ kind = 'interleaved', layout = '(2)1', group = 3, groups = 2, latents = 2, \
+             block = {{ {} }} }}",
+            own(slots)
+        )
+    };
+    read(&own(4), &groups(4)).validate().unwrap();
+    let said = read(&own(4), &groups(5))
+        .validate()
+        .unwrap_err()
+        .to_string();
+    let expected =
+        "organisation.block.attention.mechanism.sharing is \"another than that of blocks.0\"";
+    assert!(said.starts_with(expected), "{said}");
+}
