@@ -55,12 +55,15 @@ impl Recipe {
         for (later, second) in self.stages.iter().enumerate() {
             let before = || self.stages.iter().take(later).enumerate();
             for (earlier, first) in before() {
-                // Another method that takes out blocks may take out those that would be refused.
-                let mut others = before().filter(|(index, _)| *index != earlier);
-                let alone = others.try_fold(true, |alone, (_, stage)| -> Result<bool> {
-                    Ok(alone && stage.method()?.effect != Effect::Depth)
-                })?;
-                if let Some(left) = ruled_out((first, second), alone, model, whole)? {
+                let mut others = Others::default();
+                for (index, stage) in before().filter(|(index, _)| *index != earlier) {
+                    let method = stage.method()?;
+                    let takes = method.effect == Effect::Depth;
+                    others.take_blocks |= takes;
+                    others.spoil_factors |= takes && index > earlier;
+                    others.spoil_factors |= method.leaves.contains(&Left::Maps);
+                }
+                if let Some(left) = ruled_out((first, second), others, model, whole)? {
                     return Err(refusal(first, second, left));
                 }
             }
@@ -69,10 +72,19 @@ impl Recipe {
     }
 }
 
+/// What stages beside two of a recipe, before the second of them, may do.
+#[derive(Clone, Copy, Default)]
+struct Others {
+    /// Take out blocks, those that would be refused perhaps.
+    take_blocks: bool,
+    /// Take out blocks with the factors that the first has made, or leave a whole matrix in the place of a block.
+    spoil_factors: bool,
+}
+
 /// What the first stage leaves that the second cannot be run on, if that is sure.
 fn ruled_out(
     (first, second): (&Stage, &Stage),
-    alone: bool,
+    others: Others,
     model: &Model,
     whole: &Settings,
 ) -> Result<Option<Left>> {
@@ -84,21 +96,23 @@ fn ruled_out(
             Left::Shortcuts => refused.contains(&Refused::Shortcuts),
             Left::Gaps => {
                 refused.contains(&Refused::Gaps)
-                    && alone
+                    && !others.take_blocks
                     && attentions(model, one.name)
                         .is_ok_and(|found| goes(found.len(), &first.budget(), one))
             }
             Left::Maps => {
                 let takes = [Refused::Gaps, Refused::Maps];
                 takes.iter().any(|kind| refused.contains(kind))
-                    && alone
+                    && !others.take_blocks
                     && first.budget().is_ok_and(|budget| {
                         removed_blocks(model, one.name, &budget).is_ok_and(|count| count > 0)
                     })
             }
             Left::Factors => {
-                let factors = factorised(first, one, model, Recipe::settings(first, whole))?;
-                clashes(refused, &factors, model, settings)?
+                !others.spoil_factors && {
+                    let factors = factorised(first, one, model, Recipe::settings(first, whole))?;
+                    clashes(refused, &factors, model, settings)?
+                }
             }
         };
         if clash {

@@ -82,6 +82,35 @@ fn a_refusal_names_both_and_the_place() {
     assert!(told.contains("left out"), "{told}");
 }
 
+/// What goes in between may be just the block that has factors, and what stands in for one is a whole matrix.
+#[test]
+fn factors_of_blocks_that_may_be_gone_refuse_nothing() {
+    let model = model(&with_blocks(DECODER, 4), 3);
+    let of_a_block = Stage {
+        settings: Some(Settings {
+            selection: Selection::layers(["blocks.1.*"]),
+            ..Settings::default()
+        }),
+        ..stage("svd", 0.5)
+    };
+    for (first, between, last) in [
+        (of_a_block, "block-influence", "slicegpt"),
+        (stage("svd", 0.5), "linearise", "wanda"),
+    ] {
+        let [between, last] = [between, last].map(|method| stage(method, 0.5));
+        let told = |stages: Vec<Stage>| -> Option<String> {
+            let checked = Recipe { stages }.check_model(&model, &Settings::default());
+            checked.err().map(|error| error.to_string())
+        };
+        let without = told(vec![first.clone(), last.clone()]).unwrap();
+        assert!(without.contains("factors"), "{without}");
+        // What goes before leaves factors in all of the rest.
+        let before = vec![stage("block-influence", 0.5), first.clone(), last.clone()];
+        assert_eq!(told(before).as_ref(), Some(&without));
+        assert_eq!(told(vec![first, between, last]), None);
+    }
+}
+
 #[test]
 fn what_depends_on_layers_or_amounts_is_not_refused() {
     let on = |method: &str, layers: &str| Stage {
