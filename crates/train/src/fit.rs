@@ -1,6 +1,7 @@
 //! Whether a model can read what it is to be trained on: found out before any step.
 
 use lapidary_parts::attention::{MechanismSpec, MixerSpec};
+use lapidary_parts::organisation::OrganisationSpec;
 
 use crate::{Result, TrainSpec};
 
@@ -22,9 +23,11 @@ impl TrainSpec {
 
     /// Refuses attention over a graph with fewer vertices than a sequence has tokens, each of which is one.
     pub(crate) fn check_vertices(&self) -> Result<()> {
-        let (tokens, of) = match self.self_distillation {
-            Some(_) => (self.model.length(), "tokens of an image"),
-            None => (self.length, "length"),
+        let (tokens, of) = match (&self.model.organisation, &self.self_distillation) {
+            // Blocks see one group at a time.
+            (Some(OrganisationSpec::Interleaved(groups)), _) => (groups.group, "tokens of a group"),
+            (_, Some(_)) => (self.model.length(), "tokens of an image"),
+            (_, None) => (self.length, "length"),
         };
         for (index, block) in self.model.blocks.iter().enumerate() {
             let MixerSpec::MultiHead(attention) = &block.attention else {

@@ -466,4 +466,17 @@ fn vertices_of_a_graph_are_named_by_a_run() {
         narrow.validate().unwrap_err().to_string(),
         "model.blocks.0.attention.mechanism.graph.vertices is 2, but must be at least 12, the length"
     );
+    // In groups no more than the group has.
+    let in_groups_of = |group: usize| -> lapidary_train::TrainSpec {
+        let mut grouped = serde_json::to_value(&narrow).unwrap();
+        grouped["model"]["organisation"] = serde_json::json!({
+            "kind": "interleaved", "layout": "(1)", "group": group, "groups": count / group
+        });
+        serde_json::from_value(grouped).unwrap()
+    };
+    in_groups_of(2).validate().unwrap();
+    assert_eq!(
+        in_groups_of(3).validate().unwrap_err().to_string(),
+        "model.blocks.0.attention.mechanism.graph.vertices is 2, but must be at least 3, the tokens of a group"
+    );
 }
