@@ -52,10 +52,13 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 const MAX_COLUMNS: usize = 1 << 16;
 const MAX_FEATURES: usize = 1 << 12;
+/// Most tokens, of sequences of all lengths together, of which it is kept how they are apart.
+const MOST_KNOWN: usize = 1 << 16;
 
 /// Linear attention under a function of the distance in a tree.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -191,7 +194,7 @@ impl Describe for TopologicalSpec {
             spec: self.clone(),
             heads: *heads,
             mask: parameters.tensor("mask", &[rows, 3], Init::Zeros)?,
-            known: Mutex::new(None),
+            known: Mutex::default(),
         }))
     }
 }
@@ -203,9 +206,9 @@ struct Topological {
     heads: Heads,
     /// `a` less where it starts, `[1 or heads, 3]`.
     mask: Tensor,
-    /// The number of tokens of the last pass, and how they are apart: cutting trees takes longer than
-    /// a pass over them.
-    known: Mutex<Option<(usize, Arc<Vec<Geometry>>)>>,
+    /// How so many tokens are apart, for the numbers of the last passes: cutting trees takes longer than a pass over
+    /// them, and sequences of one batch may each have trees of their own.
+    known: Mutex<BTreeMap<usize, Arc<Vec<Geometry>>>>,
 }
 
 impl Topological {
@@ -217,15 +220,16 @@ impl Topological {
             _ => tokens,
         };
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((of, found)) = known.as_ref()
-            && *of == key
-        {
+        if let Some(found) = known.get(&key) {
             return Ok(found.clone());
         }
         let spec = &self.spec;
         let found = geometry::geometries(tokens, spec.columns, spec.graph.as_ref(), spec.metric)?;
         let found = Arc::new(found);
-        *known = Some((key, found.clone()));
+        if known.keys().sum::<usize>().saturating_add(key) > MOST_KNOWN {
+            known.clear();
+        }
+        known.insert(key, found.clone());
         Ok(found)
     }
 
@@ -495,5 +499,41 @@ impl Sums for OnTrees {
         let trees = self.masks.len();
         let averaging = if trees > 1 { trees * length * width } else { 0 };
         batch as u64 * (each.sum::<u64>() + (heads * averaging) as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::QueryKeySharing;
+
+    /// Batches come with sequences of several lengths, again and again.
+    #[test]
+    fn trees_of_several_lengths_are_cut_once() {
+        let mechanism = Topological {
+            spec: TopologicalSpec {
+                metric: Metric::RandomTrees { count: 1, seed: 0 },
+                ..TopologicalSpec::default()
+            },
+            heads: Heads {
+                width: 2,
+                heads: 1,
+                head_width: 2,
+                value_width: 2,
+                causal: false,
+                scale: 1.0,
+                sharing: QueryKeySharing::None,
+            },
+            mask: Tensor::zeros((1, 3), DType::F64, &Device::Cpu).unwrap(),
+            known: Mutex::default(),
+        };
+        let of = |tokens| mechanism.geometries(tokens).unwrap();
+        let [five, nine] = [5, 9].map(of);
+        assert!(Arc::ptr_eq(&five, &of(5)) && Arc::ptr_eq(&nine, &of(9)));
+        // What is held does not grow without end.
+        let known = || mechanism.known.lock().unwrap();
+        known().insert(MOST_KNOWN, five);
+        of(7);
+        assert!(known().keys().eq(&[7]));
     }
 }
