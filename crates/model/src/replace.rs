@@ -31,7 +31,8 @@ impl Model {
     /// ```
     ///
     /// # Errors
-    /// When no block has such attention, or one asks for something that the mechanism cannot do.
+    /// When no block has such attention, or one asks for something that the mechanism cannot do; and when the
+    /// mechanism has more parameters than are given initial values (4 294 967 296).
     pub fn with_mechanism(&self, mechanism: &MechanismSpec, seed: u64) -> Result<Self> {
         let mut spec = self.spec().clone();
         let mut replaced = 0;
@@ -54,6 +55,7 @@ impl Model {
                 "asked for where a block has multi-head attention",
             ));
         }
+        spec.check_rest_can_be_made(self.spec())?;
         let mut source = Known {
             parameters: self.parameters(),
             fresh: Initialiser::new(seed, self.dtype(), self.device()),
@@ -85,5 +87,30 @@ impl ParameterSource for Known<'_> {
 
     fn dtype(&self) -> DType {
         self.fresh.dtype()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lapidary_kernels::Device;
+
+    use super::*;
+    use crate::ModelSpec;
+
+    #[test]
+    fn more_new_parameters_than_can_be_made_are_refused() {
+        let spec: ModelSpec = toml::from_str(
+            "width = 8\ninput = { kind = 'tokens', vocabulary = 11, length = 16 }\nhead = { kind = 'none' }\n\
+             blocks = [{ attention = { kind = 'multi-head', heads = 2 } }]",
+        )
+        .unwrap();
+        let model = Model::initialised(spec, 0, DType::F32, &Device::Cpu).unwrap();
+        let text = "kind = 'linformer'\nslots = 4096\nlongest = 16777216";
+        let mechanism: MechanismSpec = toml::from_str(text).unwrap();
+        let refused = model.with_mechanism(&mechanism, 0).err();
+        assert_eq!(
+            refused.map(|error| error.to_string()).as_deref(),
+            Some("number of new parameters is 137438953472, but must be at most 4294967296")
+        );
     }
 }

@@ -135,6 +135,18 @@ impl ModelSpec {
         self.refuse_more_than(MAX_MADE)
     }
 
+    /// As [`ModelSpec::check_can_be_made`], where the parameters of `known` are there.
+    pub(crate) fn check_rest_can_be_made(&self, known: &Self) -> Result<()> {
+        self.validate()?;
+        let known = known.parameter_count()?;
+        let made = self.parameter_count()?.saturating_sub(known);
+        if made > MAX_MADE {
+            let expected = format!("at most {MAX_MADE}");
+            return Err(Error::spec("number of new parameters", made, expected));
+        }
+        Ok(())
+    }
+
     fn refuse_more_than(&self, most: u64) -> Result<()> {
         let parameters = self.parameter_count()?;
         if parameters > most {
