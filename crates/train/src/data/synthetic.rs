@@ -6,21 +6,23 @@ use rand::seq::SliceRandom;
 use super::{Batch, IGNORE, Task};
 use crate::{Error, Generator, Result};
 
-/// Refuses a vocabulary with fewer than `least` ordinary symbols.
+/// Refuses a vocabulary with fewer than `least` ordinary symbols, or more than there are numbers of tokens.
 fn check_symbols(
     name: &'static str,
     symbols: usize,
     least: usize,
     expected: &'static str,
 ) -> Result<()> {
-    if symbols < least || symbols >= IGNORE as usize - 1 {
-        return Err(Error::Setting {
-            name,
-            found: symbols.to_string(),
-            expected,
-        });
-    }
-    Ok(())
+    let expected = match symbols < least {
+        true => expected,
+        false if symbols >= IGNORE as usize - 1 => "below 4 294 967 294",
+        false => return Ok(()),
+    };
+    Err(Error::Setting {
+        name,
+        found: symbols.to_string(),
+        expected,
+    })
 }
 
 fn too_short(what: &str, length: usize, needed: usize) -> Error {

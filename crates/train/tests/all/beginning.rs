@@ -194,6 +194,10 @@ fn fields_are_refused_by_their_names() {
             "data.symbols is 1, but must be at least 2",
         ),
         (
+            json!({ "kind": "copying", "symbols": u32::MAX }),
+            "data.symbols is 4294967295, but must be below 4 294 967 294",
+        ),
+        (
             json!({ "kind": "recall", "keys": 0, "values": 4 }),
             "data.keys is 0, but must be at least 1",
         ),
