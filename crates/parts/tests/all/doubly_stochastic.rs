@@ -157,6 +157,30 @@ fn scores_without_full_rank_are_repaired_one_by_one() {
     assert_near(&made.narrow(0, 1, 1).unwrap(), &alone, 1e-13, "full rank");
 }
 
+/// What is added to such scores belongs to tokens, not to places of the batch.
+#[test]
+fn scores_without_full_rank_are_repaired_alike_wherever_pads_are() {
+    const PADDED: usize = TOKENS + 2;
+    let narrow = random(&[1, 2, PADDED, 3], 4);
+    let low = narrow
+        .matmul(&narrow.t().unwrap().contiguous().unwrap())
+        .unwrap();
+    let qr = Operator::Qr { seed: 7 };
+    let inner = |x: &Tensor, first: usize| {
+        let rows = x.narrow(2, first, TOKENS).unwrap();
+        rows.narrow(3, first, TOKENS).unwrap()
+    };
+    for first in 0..=2 {
+        let alone = apply(&qr, &inner(&low, first).contiguous().unwrap());
+        let real = (0..PADDED).map(|at| f64::from((first..first + TOKENS).contains(&at)));
+        let real = tensor(real.collect(), &[1, 1, PADDED, 1]);
+        let padded = qr.apply(&low, 1.0, Some(&real), None).unwrap();
+        assert_near(&inner(&padded, first), &alone, 1e-9, "pads");
+        let rest = values(&padded).iter().sum::<f64>() - values(&alone).iter().sum::<f64>();
+        assert!(rest.abs() < 1e-9, "{rest:e}");
+    }
+}
+
 #[test]
 fn one_iteration_is_softmax() {
     let scores = scores(1);

@@ -21,7 +21,7 @@ pub(super) fn squared(scores: &Tensor, scored: &Scored, seed: u64) -> Result<Ten
     let full = match deficient {
         None => full,
         Some(deficient) => {
-            let noise = tensor(noise(&full, seed)?.broadcast_as(full.dims()))?;
+            let noise = tensor(noise(&full, scored, seed)?.broadcast_as(full.dims()))?;
             let noise = scored.real(&noise)?;
             tensor(full + tensor(noise.broadcast_mul(&deficient))?)?
         }
@@ -83,8 +83,8 @@ fn flat(x: &Tensor) -> Result<Vec<f64>> {
     tensor(x.to_vec1())
 }
 
-/// Normal numbers `[T, T]`, those of the first rows and columns being the same for every `T`.
-fn noise(like: &Tensor, seed: u64) -> Result<Tensor> {
+/// Normal numbers `[batch or 1, 1, T, T]`: those of the first real tokens are the same for every `T`, wherever pads are.
+fn noise(like: &Tensor, scored: &Scored, seed: u64) -> Result<Tensor> {
     let size = like.dims().last().copied().unwrap_or(0);
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut normal = || {
@@ -100,6 +100,32 @@ fn noise(like: &Tensor, seed: u64) -> Result<Tensor> {
             }
         }
     }
-    let noise = tensor(Tensor::from_vec(all, (1, 1, size, size), like.device()))?;
+    let places = places(scored, size)?;
+    let each = places.iter().flat_map(|places| {
+        let row = |row: usize| places.iter().map(move |column| row * size + column);
+        places.iter().copied().flat_map(row)
+    });
+    let each = Vec::from_iter(each.map(|at| all[at]));
+    let shape = (places.len(), 1, size, size);
+    let noise = tensor(Tensor::from_vec(each, shape, like.device()))?;
     tensor(noise.to_dtype(like.dtype()))
+}
+
+/// Which of its real tokens each of a sequence's is, for every sequence or for all of them alike; of pads, whose rows and
+/// columns do not count, any.
+fn places(scored: &Scored, size: usize) -> Result<Vec<Vec<usize>>> {
+    let Some(real) = &scored.real else {
+        return Ok(vec![(0..size).collect()]);
+    };
+    let mut places = Vec::new();
+    for sequence in flat(real)?.chunks(size.max(1)) {
+        let mut before = 0;
+        let place = |real: &f64| {
+            let place = before;
+            before += usize::from(*real != 0.0);
+            place.min(size - 1)
+        };
+        places.push(sequence.iter().map(place).collect());
+    }
+    Ok(places)
 }
