@@ -126,6 +126,23 @@ fn pairs_of_methods_are_measured_in_both_orders() {
     }
     // What is taken out first changes what the decomposition is of, so nothing here is nought.
     assert!(pairs.iter().any(|pair| number(&pair["interaction"]) != 0.0));
+    let one_order = [
+        "compress",
+        "embedded",
+        "--interactions",
+        "svd,magnitude",
+        "--windows",
+        "2",
+        "--window",
+        "16",
+    ];
+    let said = output(&one_order);
+    for words in [
+        "in one order only: magnitude, then svd",
+        "place of magnitude is after svd",
+    ] {
+        assert!(said.contains(words), "{words} in {said}");
+    }
     let mut one = lapidary(&["compress", "embedded", "--interactions", "svd"]);
     let said = String::from_utf8(one.assert().failure().get_output().stderr.clone()).unwrap();
     assert!(said.contains("must name two at least"), "{said}");
