@@ -290,11 +290,15 @@ impl Method {
     /// Those of both.
     pub fn cut(&self, task: &Task<'_>, budget: &Budget) -> Result<(Plan, Compressed)> {
         self.check(task)?;
-        if let Some(cut) = self.cut {
-            return cut(task, budget);
-        }
-        let plan = (self.plan)(task, budget)?;
-        let compressed = (self.apply)(task, &plan)?;
+        let (plan, mut compressed) = match self.cut {
+            Some(cut) => cut(task, budget)?,
+            None => {
+                let plan = (self.plan)(task, budget)?;
+                let compressed = (self.apply)(task, &plan)?;
+                (plan, compressed)
+            }
+        };
+        compressed.report.shortfall = plan.shortfall(task, budget);
         Ok((plan, compressed))
     }
 

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::method::{Method, Task};
 use crate::report::Compressed;
+use crate::shortfall::{Shortfall, shortfall};
 use crate::{Calibration, Error, Result};
 
 /// How much may be left.
@@ -189,6 +190,33 @@ impl Plan {
                 Err(Error::invalid("plan", found, "each module once"))
             }
         }
+    }
+
+    /// What of a budget it does not reach, which [`Method::cut`] reports of its own plan.
+    ///
+    /// ```
+    /// use lapidary_compress::{Budget, Method, Task};
+    /// # use lapidary_kernels::{DType, Device};
+    /// # use lapidary_model::{Model, ModelSpec};
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let spec: ModelSpec = toml::from_str(r#"
+    /// #     width = 16
+    /// #     input = { kind = "tokens", vocabulary = 32, length = 8 }
+    /// #     head = { kind = "language-model" }
+    /// #     [[blocks]]
+    /// #     attention = { kind = "multi-head", heads = 2, causal = true }
+    /// # "#)?;
+    /// # let model = Model::initialised(spec, 1, DType::F32, &Device::Cpu)?;
+    /// let (svd, task) = (Method::find("svd")?, Task::new(&model));
+    /// let (half, nearly_all) = (Budget::Keep(0.5), Budget::Keep(0.01));
+    /// assert!(svd.plan(&task, &half)?.shortfall(&task, &half).is_none());
+    /// // Rank 1 of a matrix of 16×16 has 32 of its 256 weights.
+    /// let found = svd.plan(&task, &nearly_all)?.shortfall(&task, &nearly_all);
+    /// assert_eq!(found.map(|found| found.taken), Some(0.875));
+    /// # Ok(()) }
+    /// ```
+    pub fn shortfall(&self, task: &Task<'_>, budget: &Budget) -> Option<Shortfall> {
+        shortfall(task, self, budget)
     }
 
     /// The modules that change.

@@ -10,7 +10,7 @@ use crate::{loading, output, report};
 use anyhow::{Result, ensure};
 use lapidary_compress::{
     Budget, Calibration, CalibrationOptions, Method, Objective, Requirements, Schedule, Settings,
-    Task, warm_up,
+    Shortfall, Task, warm_up,
 };
 use lapidary_explain::report::{Cell, Plot, Report, Series, Table};
 use lapidary_kernels::memory::most_held;
@@ -21,6 +21,9 @@ use serde::Serialize;
 struct Row {
     method: &'static str,
     ratio: f64,
+    /// What of the ratio was not reached.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shortfall: Option<Shortfall>,
     /// Share of all parameters that is left.
     kept: f64,
     /// Share of the bytes of all parameters that is left.
@@ -202,6 +205,7 @@ fn one_row(
     Ok(Row {
         method: method.name,
         ratio,
+        shortfall: compressed.report.shortfall,
         kept: measured.size.parameters as f64 / original.size.parameters.max(1) as f64,
         bytes: measured.size.bytes as f64 / original.size.bytes.max(1) as f64,
         divergence: distance.agreement.map(|agreement| agreement.divergence),
@@ -326,6 +330,10 @@ fn shown(
             missing.join(", ")
         ));
     }
+    notes.extend(rows.iter().filter_map(|row| {
+        let short = row.shortfall.as_ref()?;
+        Some(format!("{} at {}: {short}", row.method, row.ratio))
+    }));
     notes.extend(reasons(left_out));
     Report {
         title: format!("Compression of {model}"),

@@ -322,7 +322,12 @@ fn print_plan(
         data,
         settings: Some(settings),
     };
-    output::print_json(&method.plan(&task, &stage.budget()?)?)
+    let budget = stage.budget()?;
+    let plan = method.plan(&task, &budget)?;
+    if let Some(short) = plan.shortfall(&task, &budget) {
+        tracing::warn!("{}: {short}", method.name);
+    }
+    output::print_json(&plan)
 }
 
 fn only_stage<'a>(recipe: &'a Recipe, option: &str) -> Result<&'a Stage> {

@@ -204,6 +204,8 @@ impl Outcome {
     fn stage_lines(&self) -> Vec<String> {
         let mut lines = self.order.as_ref().map_or_else(Vec::new, Order::lines);
         for (report, _) in &self.reports {
+            let short = report.shortfall.iter();
+            lines.extend(short.map(|short| format!("ratio       {}: {short}", report.method)));
             lines.extend(
                 report
                     .notes
