@@ -223,7 +223,9 @@ impl Recipe {
             let settings = Self::settings(stage, settings);
             let current = model_before(index, model, &done);
             let started = Instant::now();
-            let requirements = method.requirements(current, settings)?;
+            let requirements = method
+                .requirements(current, settings)
+                .map_err(|reason| self.later(index, reason))?;
             let options = CalibrationOptions::default();
             let calibration = match (data, &earlier) {
                 _ if requirements.is_empty() => None,
@@ -256,6 +258,20 @@ impl Recipe {
             });
         }
         Ok(done)
+    }
+
+    /// What a stage says of the model that those before it left.
+    fn later(&self, stage: usize, reason: Error) -> Error {
+        let mut names = self.stages.iter().map(|stage| stage.method.as_str());
+        let before: Vec<&str> = names.by_ref().take(stage).collect();
+        match (names.next(), before.is_empty()) {
+            (Some(method), false) => Error::Later {
+                method: method.to_owned(),
+                before: before.join("+"),
+                reason: Box::new(reason),
+            },
+            _ => reason,
+        }
     }
 }
 

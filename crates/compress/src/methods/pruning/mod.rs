@@ -21,8 +21,8 @@ mod second_order;
 mod select;
 mod settings;
 
-pub(crate) use heads::PRUNE_HEADS;
-pub(crate) use hidden::CHANNEL_GRADIENT;
+pub(crate) use heads::{PRUNE_HEADS, uneven_heads};
+pub(crate) use hidden::{CHANNEL_GRADIENT, uneven_features};
 pub(crate) use movement::MOVEMENT;
 pub(crate) use second_order::SECOND_ORDER;
 pub use settings::{MovementSettings, Pattern, PruneSettings, Scope};

@@ -100,7 +100,8 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         }
         None => {
             let heal = |model: &Model| by(rounding).healed(model);
-            cut_heal_and_round(&recipe, original, data.as_ref(), settings, heal)?
+            cut_heal_and_round(&recipe, original, data.as_ref(), settings, heal)
+                .map_err(|error| stage::advised(error, order.as_ref()))?
         }
     };
     for done in &done {

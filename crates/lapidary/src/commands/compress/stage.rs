@@ -93,6 +93,18 @@ pub(super) fn checked(
     }
 }
 
+/// Beside what a stage says of the model that an earlier one left, the order in which that does not arise.
+pub(super) fn advised(error: anyhow::Error, order: Option<&Order>) -> anyhow::Error {
+    let later = matches!(
+        error.downcast_ref(),
+        Some(lapidary_compress::Error::Later { .. })
+    );
+    match order.filter(|order| later && !order.taken) {
+        Some(Order { methods, .. }) => error.context(format!("--reorder runs it as {methods}")),
+        None => error,
+    }
+}
+
 /// The recipe of a file. What a stage with settings of its own does not say is as the whole run was told.
 fn from_text(text: &str, arguments: &Compress, global: &Global) -> Result<Recipe> {
     let mut recipe: Recipe = toml::from_str(text)?;
