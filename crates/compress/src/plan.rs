@@ -46,7 +46,7 @@ impl Budget {
 
 /// What happens to one module.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Change {
     /// A linear layer becomes two with `rank` features between them.
     Factorise {
@@ -115,6 +115,7 @@ pub enum Change {
 
 /// One module of a plan.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ModulePlan {
     /// Path of the module: a linear layer's, a part's (`blocks.3.attention`) or a block's.
     pub path: String,
@@ -157,6 +158,7 @@ impl ModulePlan {
 /// applied. A method plans nothing that does not pay; it does what a plan says, so that a number
 /// which someone writes into it by hand is obeyed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Plan {
     /// Name of the method, in [`Method::all`].
     pub method: String,

@@ -60,6 +60,7 @@ pub fn package(model: &str, global: &Global) -> Result<Package> {
         ..OpenOptions::default()
     };
     if path.is_dir() {
+        check_is_model(path)?;
         let package = Package::open(path, &options)?;
         if !package.unused.is_empty() {
             let unused = package.unused.join(", ");
@@ -74,6 +75,29 @@ pub fn package(model: &str, global: &Global) -> Result<Package> {
     bail!(
         "model {model:?} is not a directory; give a directory with config.json or lapidary.json, or `embedded`"
     )
+}
+
+/// Refuses a directory without a model's description, and says where there is one when it is that of a run of
+/// training.
+fn check_is_model(path: &Path) -> Result<()> {
+    let is_model = |path: &Path| {
+        let described = ["lapidary.json", "config.json"];
+        described.iter().any(|name| path.join(name).is_file())
+    };
+    let below = path.join("model");
+    ensure!(
+        is_model(path),
+        "{} has neither lapidary.json nor config.json{}",
+        path.display(),
+        match is_model(&below) {
+            true => format!(
+                "; the model of this run of training is in {}",
+                below.display()
+            ),
+            false => ", so that it is no model".to_owned(),
+        }
+    );
+    Ok(())
 }
 
 /// As [`package`], with shared blocks, layer scales and quantised matrices written out, as methods need it that look

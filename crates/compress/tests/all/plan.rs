@@ -217,3 +217,16 @@ fn a_ratio_that_is_not_reached_is_told() {
          the least there is"
     );
 }
+
+/// What a section of the settings says is heard by some method, but for what is about measuring.
+#[test]
+fn every_section_of_the_settings_is_read_by_a_method() {
+    let sections = serde_json::to_value(Settings::default()).unwrap();
+    for section in sections.as_object().unwrap().keys() {
+        let read = Method::all().iter().any(|method| method.reads(section));
+        assert_eq!(read, section != "activations", "{section}");
+    }
+    let reads = |name: &str, section: &str| Method::find(name).unwrap().reads(section);
+    assert!(reads("gptq", "quantise") && !reads("svd", "quantise"));
+    assert!(reads("svd", "selection") && !reads("lorap", "selection"));
+}

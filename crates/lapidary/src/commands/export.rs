@@ -9,6 +9,11 @@ use lapidary_model::gguf::{GgufFloat, GgufSummary, write_gguf};
 use serde_json::json;
 
 pub fn run(arguments: &Export, global: &Global) -> Result<()> {
+    // The command line asks for --gguf beside it, but not where --out excludes that.
+    ensure!(
+        !arguments.half || arguments.gguf.is_some(),
+        "--half is given without --gguf FILE, which it is about"
+    );
     let mut package = loading::package(&arguments.model, global)?;
     if arguments.dense {
         let dense = export_dense(package.single_model()?)?;

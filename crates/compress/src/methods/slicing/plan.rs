@@ -202,7 +202,11 @@ fn plan(kind: &Kind, task: &Task<'_>, budget: &Budget) -> Result<Plan> {
     let spec = task.model.spec();
     let layout = Layout::of(spec, kind.name)?;
     let share = budget.share(kind.name)?;
-    let multiple = task.settings().slicing.multiple.max(1);
+    let multiple = task.settings().slicing.multiple;
+    if multiple == 0 {
+        let what = "slicing.multiple, of which widths are multiples,";
+        return Err(Error::invalid(what, 0, "at least 1"));
+    }
     let width = (share * spec.width as f64 / multiple as f64).round() as usize * multiple;
     let change = if width >= spec.width {
         let wide = spec.width;

@@ -43,7 +43,7 @@ pub(super) fn run(
         "--interactions names {} method, but must name two at least, by commas",
         methods.len()
     );
-    unheard::check_methods(&methods, arguments)?;
+    unheard::check_methods(&methods, arguments, false)?;
     let stages: Vec<Stage> = methods
         .iter()
         .map(|method| Stage {

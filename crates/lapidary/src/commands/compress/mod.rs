@@ -62,7 +62,7 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
 
 fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()> {
     let (recipe, order) = stage::recipe(arguments, global)?;
-    unheard::check_stages(&recipe, arguments)?;
+    unheard::check_stages(&recipe, arguments, settings)?;
     let rounding = rounding(&recipe, arguments, settings)?;
     check_empty(arguments)?;
     let package = loading::package(&arguments.model, global)?;
@@ -82,6 +82,7 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         return print_plan(original, data.as_ref(), &recipe, settings);
     }
     let windows = windows(&package, original, data.as_ref(), arguments)?;
+    measure::check_rounded(settings, data.as_ref(), &windows)?;
     let prepared = Prepared::of(&package, original, arguments, global)?;
     let by = |rounding| Healing {
         prepared: prepared.as_ref(),
@@ -385,6 +386,13 @@ fn by_hand(
     let plan: Plan =
         serde_json::from_str(&text).with_context(|| format!("{} is no plan", path.display()))?;
     let method = stage.method()?;
+    let made_by = &plan.method;
+    ensure!(
+        made_by == method.name,
+        "{} is a plan of {made_by}, but the method is {}; give --method {made_by}",
+        path.display(),
+        method.name,
+    );
     let (calibration, seconds) = calibrated(method, model, data, settings)?;
     let started = Instant::now();
     let task = Task {

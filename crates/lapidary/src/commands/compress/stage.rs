@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use lapidary_compress::{Change, Recipe, Settings};
 use lapidary_model::Model;
 use serde::Serialize;
@@ -111,11 +111,19 @@ fn from_text(text: &str, arguments: &Compress, global: &Global) -> Result<Recipe
     let whole = told(arguments, global)?;
     let written: toml::Table = toml::from_str(text)?;
     let stages = written.get("stage").and_then(toml::Value::as_array);
-    for (stage, written) in recipe.stages.iter_mut().zip(stages.into_iter().flatten()) {
+    let stages = recipe.stages.iter_mut().zip(stages.into_iter().flatten());
+    for (number, (stage, written)) in (1..).zip(stages) {
         if let Some(own) = written.get("settings").and_then(toml::Value::as_table) {
             let mut all = whole.clone();
             merge(&mut all, own.clone());
             let settings: Settings = all.try_into().context("the settings of a stage")?;
+            let method = stage.method()?;
+            if let Some(section) = own.keys().find(|section| !method.reads(section)) {
+                bail!(
+                    "stage {number} has settings of `{section}`, which {} does not read",
+                    method.name
+                );
+            }
             stage.settings = Some(settings);
         }
     }

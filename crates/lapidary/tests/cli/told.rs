@@ -1,0 +1,224 @@
+//! `compress` and `export` told what they cannot hear, and what they say of it.
+
+use crate::{family, json, lapidary, output, refused, write};
+
+/// Text for the small families.
+fn text(directory: &tempfile::TempDir) -> String {
+    let text = "the farmer near the dogs sings and the dogs sing ".repeat(20);
+    write(directory, "text", text.as_bytes())
+}
+
+/// What was meant is said where it is plain.
+#[test]
+fn methods_and_ratios_that_are_joined_otherwise() {
+    for (options, words) in [
+        (
+            &["--method", "svd,magnitude", "--out", "x"][..],
+            &["\"svd,magnitude\"", "joined by +"][..],
+        ),
+        (
+            &["--method", "svd", "--ratio", "30%", "--out", "x"],
+            &["ratio is \"30%\"", "above 0 and below 1"],
+        ),
+        (
+            &["--method", "svd", "--ratio", "0.1+0.2", "--out", "x"],
+            &[
+                "number of ratios is 2",
+                "no more than one of the methods cuts",
+            ],
+        ),
+        (
+            &["--compare", "svd", "--ratio", "0.1+0.2"],
+            &["ratio is \"0.1+0.2\"", "by commas"],
+        ),
+    ] {
+        refused(&[&["compress", "embedded"], options].concat(), words);
+    }
+}
+
+/// Settings and ratios that no method of the run reads are not passed over.
+#[test]
+fn settings_that_no_method_reads_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let recipe = |section: &str| {
+        let text = format!(
+            "[[stage]]\nmethod = \"svd\"\nratio = 0.3\n[stage.settings.{section}]\n{}\n",
+            match section {
+                "selection" => "layers = [\"blocks.0.*\"]",
+                _ => "bits = 8",
+            }
+        );
+        write(&directory, section, text.as_bytes())
+    };
+    let (unread, read) = (recipe("quantise"), recipe("selection"));
+    for (options, words) in [
+        (
+            &["--method", "svd", "--set", "quantise.bits=8"][..],
+            &[
+                "--set quantise.bits=8 is not for svd",
+                "does not read `quantise`",
+            ][..],
+        ),
+        (
+            &["--method", "int8", "--set", "activations.bits=4"],
+            &["activations.bits=4", "it is for --activations"],
+        ),
+        (
+            &["--recipe", &unread],
+            &["stage 1 has settings of `quantise`, which svd does not read"],
+        ),
+        (
+            &["--auto", "--budget", "0.7x", "--set", "quantise.outliers=6"],
+            &["--auto does not tell methods"],
+        ),
+        (
+            &["--method", "slicegpt", "--set", "slicing.multiple=0"],
+            &["slicing.multiple", "is 0, but must be at least 1"],
+        ),
+    ] {
+        let base = ["compress", "embedded", "--windows", "2", "--out", "x"];
+        refused(&[&base[..], options].concat(), words);
+    }
+    for option in ["--compare", "--interactions"] {
+        let arguments = [
+            "compress",
+            "embedded",
+            option,
+            "int8,int4",
+            "--ratio",
+            "0.3",
+        ];
+        refused(&arguments, &["--ratio", "the method is int8+int4"]);
+    }
+    let out = directory.path().join("read");
+    let out = out.to_str().unwrap();
+    let model = family("llama");
+    let report = json(&[
+        "compress", &model, "--recipe", &read, "--out", out, "--json",
+    ]);
+    let modules = report["report"]["modules"].as_array().unwrap();
+    assert!(!modules.is_empty(), "{report}");
+    let first = |path: &str| path.starts_with("blocks.0.");
+    assert!(
+        modules
+            .iter()
+            .all(|one| first(one["path"].as_str().unwrap()))
+    );
+}
+
+/// What rounded activations are measured on is missed before the work, and not after.
+#[test]
+fn rounded_activations_need_something_to_be_measured_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = text(&directory);
+    let out = directory.path().join("out");
+    let out = out.to_str().unwrap();
+    let model = family("llama");
+    let arguments = ["compress", &model, "--method", "int8", "--out", out];
+    let needs = "needs --calibrate FILE";
+    for range in ["per-token", "per-tensor"] {
+        let with = [&arguments[..], &["--activations", range]].concat();
+        refused(&with, &[&format!("--activations {range}"), needs]);
+    }
+    let held_out = [&arguments[..], &["--evaluate", &text, "--window", "16"]].concat();
+    let with = [&held_out[..], &["--activations", "per-tensor"]].concat();
+    refused(&with, &[needs]);
+    assert!(!std::path::Path::new(out).exists());
+    // A step of each token is found while the text is read.
+    let with = [&held_out[..], &["--activations", "per-token", "--json"]].concat();
+    assert!(json(&with)["activations"]["perplexity"]["value"].is_f64());
+}
+
+/// A plan that is edited by hand is what is carried out, and not what can be made of a part of it.
+#[test]
+fn plans_with_fields_that_mean_nothing_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = family("llama");
+    let plan = ["compress", &model, "--method", "svd", "--ratio", "0.3"];
+    let plan = output(&[&plan[..], &["--plan-only"]].concat());
+    let carried_out = |edited: &str, method: &str, words: &[&str]| {
+        let file = write(&directory, "plan.json", edited.as_bytes());
+        let arguments = ["compress", &model, "--method", method, "--plan", &file];
+        refused(&[&arguments[..], &["--out", "x"]].concat(), words);
+    };
+    let rank = "\"factorise\"";
+    assert!(plan.contains(rank) && plan.contains("\"path\""), "{plan}");
+    for (from, to, words) in [
+        ("{", "{ \"note\": 1, ", "unknown field `note`"),
+        (
+            "\"path\"",
+            "\"ratio\": 0.5, \"path\"",
+            "unknown field `ratio`",
+        ),
+        (
+            "\"rank\"",
+            "\"alpha\": 2, \"rank\"",
+            "unknown field `alpha`",
+        ),
+    ] {
+        carried_out(&plan.replacen(from, to, 1), "svd", &[words]);
+    }
+    let words = ["is a plan of svd, but the method is magnitude; give --method svd"];
+    carried_out(&plan, "magnitude", &words);
+}
+
+/// Methods that are left out for one reason have one line, though each says it with its own name.
+#[test]
+fn a_reason_that_names_its_method_is_told_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = text(&directory);
+    let found = output(&[
+        "compress",
+        &family("bert"),
+        "--compare",
+        "block-influence,delete-linear,mamba-shedder,mamba-shedder-width,svd",
+        "--calibrate",
+        &text,
+        "--windows",
+        "2",
+        "--window",
+        "16",
+    ]);
+    let line = "left out: block-influence, delete-linear, mamba-shedder, mamba-shedder-width, since the wiring \
+                of block 0 is post-norm, but must be pre-norm or parallel for these: only there";
+    assert!(found.contains(line), "{found}");
+    assert_eq!(found.matches("left out: ").count(), 1, "{found}");
+}
+
+/// The directory of a run of training is not that of its model, which is said.
+#[test]
+fn a_directory_without_a_model_is_refused_for_what_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let run = directory.path().join("run");
+    std::fs::create_dir_all(run.join("model")).unwrap();
+    let path = run.to_str().unwrap();
+    let words = ["has neither lapidary.json nor config.json, so that it is no model"];
+    refused(&["spec", path], &words);
+    std::fs::write(run.join("model/lapidary.json"), "{}").unwrap();
+    let inside = run.join("model");
+    let words = [
+        "the model of this run of training is in",
+        inside.to_str().unwrap(),
+    ];
+    refused(&["spec", path], &words);
+}
+
+/// An option is not passed over where what it asks for is excluded by another.
+#[test]
+fn half_precision_is_for_gguf() {
+    let arguments = ["export", "embedded", "--dense", "--half", "--out", "x"];
+    refused(&arguments, &["--half is given without --gguf FILE"]);
+}
+
+/// What a file says of itself in several lines ends without an empty one.
+#[test]
+fn errors_end_with_what_they_say() {
+    let arguments = ["compress", "embedded", "--set", "foo=1", "--out", "x"];
+    let done = lapidary(&arguments).assert().failure().code(1);
+    let error = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+    assert!(error.contains("unknown field `foo`"), "{error}");
+    assert!(
+        error.ends_with('\n') && !error.ends_with("\n\n"),
+        "{error:?}"
+    );
+}
