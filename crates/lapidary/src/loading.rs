@@ -185,6 +185,17 @@ pub fn row(ids: &[u32], model: &Model) -> Result<Tensor> {
     Ok(Tensor::from_slice(ids, (1, ids.len()), &model.device())?)
 }
 
+/// Where a file of TOML is wrong and why, on one line; the error's own text draws the place over several.
+pub fn misread(path: &Path, text: &str, error: &toml::de::Error) -> anyhow::Error {
+    let before = error.span().and_then(|span| text.get(..span.start));
+    // What is wrong with the whole of it begins at its beginning.
+    let place = match before {
+        None | Some("") => String::new(),
+        Some(before) => format!(", line {}", before.matches('\n').count() + 1),
+    };
+    anyhow::anyhow!("{}{place}: {}", path.display(), error.message())
+}
+
 /// The tokens of a text file.
 pub fn file_tokens(package: &Package, path: &Path) -> Result<Vec<u32>> {
     let text = lapidary_model::files::read_text(path, 1 << 30)?;

@@ -1,6 +1,6 @@
 //! `compress` and `export` told what they cannot hear, and what they say of it.
 
-use crate::{family, json, lapidary, output, refused, write};
+use crate::{family, json, output, refused, write};
 
 /// Text for the small families.
 fn text(directory: &tempfile::TempDir) -> String {
@@ -210,15 +210,85 @@ fn half_precision_is_for_gguf() {
     refused(&arguments, &["--half is given without --gguf FILE"]);
 }
 
-/// What a file says of itself in several lines ends without an empty one.
+/// What is wrong in a recipe or in settings is told on one line, with the place.
 #[test]
-fn errors_end_with_what_they_say() {
-    let arguments = ["compress", "embedded", "--set", "foo=1", "--out", "x"];
-    let done = lapidary(&arguments).assert().failure().code(1);
-    let error = String::from_utf8(done.get_output().stderr.clone()).unwrap();
-    assert!(error.contains("unknown field `foo`"), "{error}");
-    assert!(
-        error.ends_with('\n') && !error.ends_with("\n\n"),
-        "{error:?}"
+fn what_is_wrong_in_toml_is_told_with_its_place() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| write(&directory, name, text.as_bytes());
+    let stage = "[[stage]]\nmethod = \"svd\"\nratio = 0.3\n";
+    let misspelt = file("misspelt.toml", &format!("{stage}depth = 2\n"));
+    let unknown = file(
+        "unknown.toml",
+        &format!("{stage}[stage.settings]\nfoo = 1\n"),
     );
+    let prose = file("prose.toml", "all that is written\n");
+    for (options, words) in [
+        (
+            ["--recipe", &misspelt],
+            &["misspelt.toml, line 4: ", "unknown field `depth`"],
+        ),
+        (
+            ["--recipe", &unknown],
+            &["unknown.toml, line 5: ", "unknown field `foo`"],
+        ),
+        (
+            ["--settings", &prose],
+            &["prose.toml, line 1: ", "key with no value"],
+        ),
+        (
+            ["--set", "foo=1"],
+            &["the settings: ", "unknown field `foo`"],
+        ),
+        (
+            ["--set", "selection.layers=1"],
+            &["expected a sequence", "`selection.layers`"],
+        ),
+    ] {
+        let arguments = ["compress", "embedded", "--out", "x"];
+        refused(&[&arguments[..], &options].concat(), words);
+    }
+}
+
+/// What is timed is what was asked for, and numbers are of it.
+#[test]
+fn timing_hears_its_options_and_counts_integers_as_weights() {
+    let small = [
+        "--width",
+        "32",
+        "--blocks",
+        "1",
+        "--length",
+        "16",
+        "--batch",
+        "2",
+        "--vocabulary",
+        "64",
+        "--repeat",
+        "1",
+    ];
+    let gpt2 = family("gpt2");
+    for (arguments, words) in [
+        (
+            &["bench", "step", "--model", &gpt2][..],
+            &["--model is for the works", "the work is step"][..],
+        ),
+        (
+            &["bench", "forward", "--method", "svd"],
+            &["--method is for the works", "the work is forward"],
+        ),
+        // A model of 64 tokens has no room for more behind them.
+        (
+            &["bench", "generate", "--model", &gpt2, "--length", "64"],
+            &["length is 64, but must be at most 32", "the model has 64"],
+        ),
+    ] {
+        refused(arguments, words);
+    }
+    let rounded = ["bench", "compress", "--method", "int8", "--json"];
+    let found = json(&[&rounded[..], &small].concat());
+    assert_eq!(found["parameters_kept"], 1.0);
+    assert!(found["bytes_kept"].as_f64().unwrap() < 1.0, "{found}");
+    let written = ["bench", "generate", "--json"];
+    let found = json(&[&written[..], &small].concat());
+    assert!(found["median_seconds"].as_f64().unwrap() > 0.0, "{found}");
 }
