@@ -27,6 +27,13 @@ pub fn run(arguments: &Export, global: &Global) -> Result<()> {
     }
     match &arguments.gguf {
         Some(path) => {
+            if let Ok(model) = package.single_model() {
+                ensure!(
+                    model.spec().low_rank.is_empty(),
+                    "{} has factorised layers, which GGUF has no words for; add --dense to multiply them out",
+                    arguments.model
+                );
+            }
             let float = match arguments.half {
                 true => GgufFloat::F16,
                 false => GgufFloat::F32,

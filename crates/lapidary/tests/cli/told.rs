@@ -106,6 +106,20 @@ fn settings_that_no_method_reads_are_refused() {
     );
 }
 
+/// A pattern is a ratio, which need not be given besides.
+#[test]
+fn a_pattern_stands_for_its_ratio() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("out");
+    let model = family("llama");
+    let magnitude = ["compress", &model, "--method", "magnitude", "--json"];
+    let pattern = ["--pattern", "2:4", "--out", out.to_str().unwrap()];
+    let found = json(&[&magnitude[..], &pattern].concat());
+    for module in found["report"]["modules"].as_array().unwrap() {
+        assert_eq!(module["change"]["prune"]["share"], 0.5, "{module}");
+    }
+}
+
 /// What rounded activations are measured on is missed before the work, and not after.
 #[test]
 fn rounded_activations_need_something_to_be_measured_on() {
@@ -203,11 +217,21 @@ fn a_directory_without_a_model_is_refused_for_what_it_is() {
     refused(&["spec", path], &words);
 }
 
-/// An option is not passed over where what it asks for is excluded by another.
+/// An option is not passed over where what it asks for is excluded by another; and what GGUF cannot say is
+/// written as what it can.
 #[test]
-fn half_precision_is_for_gguf() {
+fn gguf_takes_half_precision_and_no_factors() {
     let arguments = ["export", "embedded", "--dense", "--half", "--out", "x"];
     refused(&arguments, &["--half is given without --gguf FILE"]);
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (cut, file) = (at("cut"), at("cut.gguf"));
+    let model = family("gpt2");
+    output(&["compress", &model, "--method", "svd", "--out", &cut]);
+    let arguments = ["export", &cut, "--gguf", &file];
+    refused(&arguments, &["has factorised layers", "add --dense"]);
+    let written = output(&[&arguments[..], &["--dense", "--half"]].concat());
+    assert!(written.contains("architecture gpt2"), "{written}");
 }
 
 /// What is wrong in a recipe or in settings is told on one line, with the place.

@@ -44,7 +44,7 @@ impl Order {
 /// The recipe of `--recipe`, or of `--method` and `--ratio`; and a better order, if there is one.
 pub(super) fn recipe(arguments: &Compress, global: &Global) -> Result<(Recipe, Option<Order>)> {
     let recipe: Recipe = match &arguments.recipe {
-        None => Recipe::as_given(&arguments.method, arguments.ratio())?,
+        None => Recipe::as_given(&arguments.method, &arguments.ratio())?,
         Some(path) => from_file(path, arguments, global)?,
     };
     let better = recipe.reordered()?;
