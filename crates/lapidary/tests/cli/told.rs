@@ -73,7 +73,19 @@ fn settings_that_no_method_reads_are_refused() {
         ),
         (
             &["--method", "slicegpt", "--set", "slicing.multiple=0"],
-            &["slicing.multiple", "is 0, but must be at least 1"],
+            &["slicing.multiple", "is 0, but must be between 1 and "],
+        ),
+        (
+            &["--method", "slicegpt", "--set", "slicing.multiple=1000"],
+            &["slicing.multiple", "is 1000, but must be between 1 and "],
+        ),
+        (
+            &["--method", "whitened", "--set", "batch=0"],
+            &["the settings: batch is 0, but must be at least 1"],
+        ),
+        (
+            &["--method", "svd", "--set", "=1"],
+            &["--set has \"=1\", which is no setting: "],
         ),
     ] {
         let base = ["compress", "embedded", "--windows", "2", "--out", "x"];

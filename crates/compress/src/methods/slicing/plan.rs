@@ -203,9 +203,10 @@ fn plan(kind: &Kind, task: &Task<'_>, budget: &Budget) -> Result<Plan> {
     let layout = Layout::of(spec, kind.name)?;
     let share = budget.share(kind.name)?;
     let multiple = task.settings().slicing.multiple;
-    if multiple == 0 {
+    if !(1..=spec.width).contains(&multiple) {
         let what = "slicing.multiple, of which widths are multiples,";
-        return Err(Error::invalid(what, 0, "at least 1"));
+        let expected = format!("between 1 and {}, the width of the model", spec.width);
+        return Err(Error::invalid(what, multiple, expected));
     }
     let width = (share * spec.width as f64 / multiple as f64).round() as usize * multiple;
     let change = if width >= spec.width {

@@ -144,11 +144,13 @@ pub(super) fn settings(arguments: &Compress, global: &Global) -> Result<Settings
 
 /// Settings of a table, or what is wrong in it, on one line.
 fn settings_of(table: toml::Table) -> Result<Settings> {
-    table.try_into().map_err(|error: toml::de::Error| {
+    let settings: Settings = table.try_into().map_err(|error: toml::de::Error| {
         let text = error.to_string();
         let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
         anyhow!("{}", lines.join(" "))
-    })
+    })?;
+    ensure!(settings.batch >= 1, "batch is 0, but must be at least 1");
+    Ok(settings)
 }
 
 /// The settings of `--settings`, changed by each `--set key=value` and by the options that stand for some.
@@ -168,8 +170,15 @@ fn told(arguments: &Compress, global: &Global) -> Result<toml::Table> {
         let parsed = toml::from_str::<toml::Table>(&format!("{key} = {value}"));
         let parsed = match parsed {
             Ok(table) => table,
-            Err(_) => toml::from_str(&format!("{key} = {value:?}"))
-                .with_context(|| format!("--set has {text:?}, which is no setting"))?,
+            Err(_) => {
+                let word = toml::from_str(&format!("{key} = {value:?}"));
+                word.map_err(|error| {
+                    anyhow!(
+                        "--set has {text:?}, which is no setting: {}",
+                        error.message()
+                    )
+                })?
+            }
         };
         merge(&mut table, parsed);
     }
