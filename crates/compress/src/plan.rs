@@ -44,6 +44,12 @@ impl Budget {
     }
 }
 
+/// A share as a reader would write it: 0.3 and not the 0.30000000000000004 that `1 - 0.7` is.
+pub(crate) fn readable(share: f64) -> f64 {
+    const PLACES: f64 = 1e9;
+    (share * PLACES).round() / PLACES
+}
+
 /// What happens to one module.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::common::{DECODER, all, model, windows};
+use crate::common::{DECODER, all, cut_by, model, windows};
 use lapidary_compress::factorisation::parameters_after;
 use lapidary_compress::{Budget, Change, Factorisation, Method, Recipe, Selection, Settings, Task};
 
@@ -229,4 +229,29 @@ fn every_section_of_the_settings_is_read_by_a_method() {
     let reads = |name: &str, section: &str| Method::find(name).unwrap().reads(section);
     assert!(reads("gptq", "quantise") && !reads("svd", "quantise"));
     assert!(reads("svd", "selection") && !reads("lorap", "selection"));
+}
+
+/// Shares in messages are as a reader would write them, and not as `1 - 0.7` is computed.
+#[test]
+fn shares_are_told_in_few_digits() {
+    let (model, data) = (model(DECODER, 1), windows(10, 2));
+    let mut pattern = Settings::default();
+    pattern.pruning.pattern = Pattern::NOfM { n: 2, m: 4 };
+    for (method, ratio, settings, words) in [
+        (
+            "magnitude",
+            0.7,
+            pattern,
+            "share of weights that magnitude keeps is 0.3, but must be 0.5, which 2 of 4 are",
+        ),
+        (
+            "lorap",
+            0.95,
+            Settings::default(),
+            "at least 1: 0.05 of its weights is too little",
+        ),
+    ] {
+        let error = cut_by(&model, &data, method, 1.0 - ratio, &settings).unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+    }
 }

@@ -13,7 +13,7 @@ use super::transport::Transport;
 use super::walk::walk;
 use crate::ahead::{Left, Refused};
 use crate::method::{Effect, Method, Schedule, Settings, Task};
-use crate::plan::{Budget, Change, ModulePlan, Plan};
+use crate::plan::{Budget, Change, ModulePlan, Plan, readable};
 use crate::report::{Compressed, ModuleReport};
 use crate::requirements::Requirements;
 use crate::{CalibrationData, Error, Result};
@@ -212,7 +212,10 @@ fn plan(kind: &Kind, task: &Task<'_>, budget: &Budget) -> Result<Plan> {
     let change = if width >= spec.width {
         let wide = spec.width;
         Change::Leave {
-            reason: format!("{share} of {wide} features is {wide} in multiples of {multiple}"),
+            reason: format!(
+                "{} of {wide} features is {wide} in multiples of {multiple}",
+                readable(share)
+            ),
         }
     } else {
         check_size(kind, task.model, width, multiple)?;
