@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 
 use crate::common::{DECODER, all, cut_by, model, windows};
 use lapidary_compress::factorisation::parameters_after;
-use lapidary_compress::{Budget, Change, Factorisation, Method, Recipe, Selection, Settings, Task};
+use lapidary_compress::{
+    Budget, Change, Factorisation, Method, Pattern, Recipe, Selection, Settings, Task,
+};
 
 fn rank(change: &Change) -> Option<usize> {
     match change {
