@@ -222,3 +222,41 @@ fn a_ratio_that_is_not_reached_is_said() {
     assert!(text.contains(&format!("svd at 0.99: {words}")), "{text}");
     assert!(!text.contains("svd at 0.5"), "{text}");
 }
+
+/// What the data decides is refused in its turn, with what it comes after and the order that is better; what is
+/// sure is refused before.
+#[test]
+fn blocks_that_were_cut_unlike_are_not_fused() {
+    for (methods, words) in [
+        (
+            "modegpt+fusegpt",
+            [
+                "--reorder runs it as fusegpt+modegpt: ",
+                "fusegpt cannot be run on what modegpt left: blocks.",
+            ],
+        ),
+        (
+            "prune-heads+fusegpt",
+            [
+                "--reorder runs it as fusegpt+prune-heads: ",
+                "place of fusegpt is after prune-heads, which leaves blocks of different shapes at this ratio",
+            ],
+        ),
+    ] {
+        let arguments = [
+            "compress",
+            "embedded",
+            "--method",
+            methods,
+            "--ratio",
+            "0.3+0.2",
+            "--windows",
+            "2",
+            "--window",
+            "16",
+            "--out",
+            "x",
+        ];
+        refused(&arguments, &words);
+    }
+}
