@@ -9,6 +9,14 @@ use lapidary_model::gguf::{GgufFloat, GgufSummary, write_gguf};
 use serde_json::json;
 
 pub fn run(arguments: &Export, global: &Global) -> Result<()> {
+    if let Some(out) = &arguments.out {
+        ensure!(
+            !out.exists(),
+            "{} exists; give a directory that does not",
+            out.display()
+        );
+        output::check_directory_writable(out)?;
+    }
     // The command line asks for --gguf beside it, but not where --out excludes that.
     ensure!(
         !arguments.half || arguments.gguf.is_some(),
@@ -62,11 +70,6 @@ pub fn run(arguments: &Export, global: &Global) -> Result<()> {
                 .out
                 .as_deref()
                 .context("--out is missing: the directory to write")?;
-            ensure!(
-                !out.exists(),
-                "{} exists; give a directory that does not",
-                out.display()
-            );
             let saved = match package.save(out, None)? {
                 SavedAs::HuggingFace => "hugging-face",
                 SavedAs::Lapidary => "lapidary",

@@ -1,6 +1,6 @@
 //! `compress` and `export` told what they cannot hear, and what they say of it.
 
-use crate::{family, json, output, refused, write};
+use crate::{family, json, lapidary, output, refused, write};
 
 /// Text for the small families.
 fn text(directory: &tempfile::TempDir) -> String {
@@ -327,4 +327,41 @@ fn timing_hears_its_options_and_counts_integers_as_weights() {
     let written = ["bench", "generate", "--json"];
     let found = json(&[&written[..], &small].concat());
     assert!(found["median_seconds"].as_f64().unwrap() > 0.0, "{found}");
+}
+
+/// A directory that could not be put in its place after the work is refused before it.
+#[test]
+fn what_cannot_be_replaced_is_refused_before_the_work() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    std::fs::create_dir(at("empty")).unwrap();
+    let above = at("empty/..");
+    let model = family("gpt2");
+    refused(
+        &["export", &model, "--dense", "--out", &at("empty")],
+        &["exists; give a directory that does not"],
+    );
+    let mut links = Vec::new();
+    #[cfg(unix)]
+    for (name, to) in [("link", "empty"), ("dangling", "nothing")] {
+        std::os::unix::fs::symlink(at(to), at(name)).unwrap();
+        links.push(at(name));
+    }
+    for link in &links {
+        let compress = ["compress", &model, "--method", "svd", "--out", link];
+        refused(&compress, &[link, "is a symbolic link"]);
+    }
+    assert!(std::fs::read_dir(at("empty")).unwrap().next().is_none());
+    // Nothing is written in place of a directory that is named by where it lies.
+    let inside = lapidary(&["compress", &model, "--method", "svd", "--out", "."])
+        .current_dir(at("empty"))
+        .assert()
+        .failure()
+        .code(1);
+    let error = String::from_utf8(inside.get_output().stderr.clone()).unwrap();
+    assert!(error.contains("ends in no name of its own"), "{error}");
+    refused(
+        &["compress", &model, "--method", "svd", "--out", &above],
+        &["not an empty directory"],
+    );
 }
