@@ -365,3 +365,21 @@ fn what_cannot_be_replaced_is_refused_before_the_work() {
         &["not an empty directory"],
     );
 }
+
+/// What fits its few tokens and no others looks better on these than it is.
+#[test]
+fn too_few_tokens_to_calibrate_on_are_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = text(&directory);
+    let model = family("llama");
+    let few = |method: &str, windows: &str| {
+        let out = directory.path().join(format!("{method}-{windows}"));
+        let arguments = ["compress", &model, "--method", method, "--calibrate", &text];
+        let rest = ["--window", "16", "--windows", windows, "--out"];
+        let found = output(&[&arguments[..], &rest, &[out.to_str().unwrap()]].concat());
+        found.contains("16 tokens, fewer than the 32 features of one")
+    };
+    assert!(few("whitened", "1"));
+    assert!(!few("whitened", "2"), "as many tokens as features");
+    assert!(!few("svd", "1"), "a method that looks at none");
+}

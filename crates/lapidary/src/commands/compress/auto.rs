@@ -111,6 +111,7 @@ pub(super) fn run(arguments: &Compress, told: &Settings, global: &Global) -> Res
         reports: vec![(compressed.report, seconds)],
         model: model.unwrap_or(compressed.model),
         windows,
+        calibrated: true,
         search: Some(searched),
         order: None,
         healing,

@@ -129,6 +129,7 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         reports,
         model: compressed.context("no method was named")?,
         windows,
+        calibrated: needed_by.is_some(),
         search: None,
         order,
         healing,
@@ -143,6 +144,8 @@ struct Made {
     model: Model,
     /// Text for the perplexity: what cannot be read is told before the work.
     windows: Vec<Window>,
+    /// Whether a method looked at data.
+    calibrated: bool,
     search: Option<auto::Searched>,
     order: Option<stage::Order>,
     healing: Option<HealReport>,
@@ -174,6 +177,9 @@ fn conclude(
     let reports = made.reports.iter().map(|(report, _)| report);
     let distance = measure.between(original, &made.model, reports)?;
     let activations = measure.rounded(original, &made.model, settings)?;
+    let width = original.spec().width;
+    let few = data.map(CalibrationData::tokens);
+    let few = few.filter(|tokens| made.calibrated && *tokens < width);
     let result = match arguments.dense {
         true => export_dense(&made.model)?,
         false => made.model,
@@ -194,6 +200,7 @@ fn conclude(
         after,
         distance,
         activations,
+        few: few.map(|tokens| [tokens, width]),
         disk: [original_files, stored(out)],
         healing: made.healing,
         held_out: arguments.evaluate.is_some(),
