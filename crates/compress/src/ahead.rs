@@ -1,8 +1,8 @@
 //! What one stage of a recipe rules out for a later one, known before either is run.
 //!
 //! A method declares what it leaves in every model that it cuts ([`Left`]), and what it cannot be run on
-//! ([`Refused`]). What follows from the data alone (which widths differ, which parts go) is not told here:
-//! a stage refuses it when its turn comes.
+//! ([`Refused`]). What follows from the data alone (which parts go, and most often which widths differ) is not
+//! told here: a stage refuses it when its turn comes ([`Error::Later`]).
 
 use std::collections::BTreeSet;
 
@@ -11,6 +11,7 @@ use lapidary_model::Model;
 use crate::method::{Effect, Method, Settings, Task};
 use crate::methods::attention_cosine::attentions;
 use crate::methods::block_influence::removed_blocks;
+use crate::methods::pruning::{uneven_features, uneven_heads};
 use crate::plan::{Budget, Change};
 use crate::recipe::{Recipe, Stage};
 use crate::{Error, Result};
@@ -26,6 +27,10 @@ pub(crate) enum Left {
     Maps,
     /// Factors in place of matrices: of those that its plan says, which follows from the budget alone.
     Factors,
+    /// Blocks with different numbers of heads, where those that go are no multiple of the blocks.
+    UnevenHeads,
+    /// The same of hidden features.
+    UnevenFeatures,
 }
 
 /// What a method cannot be run on.
@@ -43,6 +48,8 @@ pub(crate) enum Refused {
     Factors(&'static str),
     /// Factors for every layer that it may touch.
     ChosenFactors,
+    /// Blocks of different shapes.
+    Uneven,
 }
 
 impl Recipe {
@@ -59,6 +66,7 @@ impl Recipe {
                 for (index, stage) in before().filter(|(index, _)| *index != earlier) {
                     let method = stage.method()?;
                     let takes = method.effect == Effect::Depth;
+                    others.are_there = true;
                     others.take_blocks |= takes;
                     others.spoil_factors |= takes && index > earlier;
                     others.spoil_factors |= method.leaves.contains(&Left::Maps);
@@ -75,6 +83,8 @@ impl Recipe {
 /// What stages beside two of a recipe, before the second of them, may do.
 #[derive(Clone, Copy, Default)]
 struct Others {
+    /// Be there at all: what one of several leaves uneven may be made even by another.
+    are_there: bool,
     /// Take out blocks, those that would be refused perhaps.
     take_blocks: bool,
     /// Take out blocks with the factors that the first has made, or leave a whole matrix in the place of a block.
@@ -113,6 +123,19 @@ fn ruled_out(
                     let factors = factorised(first, one, model, Recipe::settings(first, whole))?;
                     clashes(refused, &factors, model, settings)?
                 }
+            }
+            Left::UnevenHeads | Left::UnevenFeatures => {
+                let uneven = match left {
+                    Left::UnevenHeads => uneven_heads,
+                    _ => uneven_features,
+                };
+                let settings = &Recipe::settings(first, whole).pruning;
+                let keep = first.budget().and_then(|budget| budget.share(one.name));
+                refused.contains(&Refused::Uneven)
+                    && !others.are_there
+                    && keep
+                        .and_then(|keep| uneven(model, keep, settings))
+                        .unwrap_or(false)
             }
         };
         if clash {
@@ -162,7 +185,7 @@ fn clashes(
         |paths: &[&str]| !paths.is_empty() && paths.iter().all(|path| factors.contains(*path));
     for kind in refused {
         let clash = match kind {
-            Refused::Shortcuts | Refused::Gaps | Refused::Maps => false,
+            Refused::Shortcuts | Refused::Gaps | Refused::Maps | Refused::Uneven => false,
             Refused::AnyFactors => factors.iter().any(|path| path.starts_with("blocks.")),
             Refused::Factors(part) => {
                 let linears = model.linears().iter().map(|linear| linear.path.as_str());
@@ -194,6 +217,10 @@ fn refusal(first: &Stage, second: &Stage, left: Left) -> Error {
         Left::Gaps => ("blocks without attention", "blocks with theirs"),
         Left::Maps => ("linear maps in place of blocks", "blocks with both parts"),
         Left::Factors => ("factors in place of its matrices", "whole ones"),
+        Left::UnevenHeads | Left::UnevenFeatures => (
+            "blocks of different shapes at this ratio",
+            "blocks that are alike",
+        ),
     };
     let place = match (one == other, left) {
         (true, Left::Factors) => "on other layers",

@@ -13,6 +13,16 @@ pub enum Error {
         /// What would be valid.
         expected: String,
     },
+    /// A stage of a recipe is defined for the model as it was and not for what those before it left.
+    #[error("{method} cannot be run on what {before} left: {reason}")]
+    Later {
+        /// The stage's method.
+        method: String,
+        /// Those before it.
+        before: String,
+        /// What it refused.
+        reason: Box<Error>,
+    },
     /// Statistics were collected on other weights than the ones they are used for.
     #[error(
         "the calibration belongs to weights {calibrated}, but this model has weights {found}: \

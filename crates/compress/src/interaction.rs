@@ -25,14 +25,16 @@ pub struct Interaction {
     pub first: usize,
     /// Place of the other.
     pub second: usize,
-    /// `Δ` of the first, then the second.
-    pub in_order: f64,
-    /// `Δ` of the second, then the first.
-    pub reversed: f64,
+    /// `Δ` of the first, then the second; none where they cannot be run so.
+    pub in_order: Option<f64>,
+    /// `Δ` of the second, then the first; none where they cannot be run so.
+    pub reversed: Option<f64>,
     /// `Δ(first, second) − Δ(first) − Δ(second)`, the smaller `Δ` of both orders.
     pub interaction: f64,
-    /// `Δ(first, second) − Δ(second, first)`.
-    pub order_effect: f64,
+    /// `Δ(first, second) − Δ(second, first)`, of pairs that can be run in both orders.
+    pub order_effect: Option<f64>,
+    /// Why one of the orders cannot be run.
+    pub refused: Option<String>,
 }
 
 /// Every pair of some methods.
@@ -44,9 +46,9 @@ pub struct Interactions {
     pub methods: Vec<Stage>,
     /// `Δ` of each alone.
     pub alone: Vec<f64>,
-    /// Each pair once, those that go together.
+    /// Each pair once, those that go together in one order at least.
     pub pairs: Vec<Interaction>,
-    /// Pairs that do not go together, and why.
+    /// Pairs that go together in no order, and why.
     pub left_out: Vec<(String, String, String)>,
 }
 
@@ -72,25 +74,36 @@ pub fn interactions<E: From<Error> + std::fmt::Display>(
     let (mut pairs, mut left_out) = (Vec::new(), Vec::new());
     for (first, one) in stages.iter().enumerate() {
         for (second, other) in stages.iter().enumerate().skip(first + 1) {
-            let both = both_orders(model, [one, other], settings)
-                .map_err(E::from)
-                .and_then(|()| Ok((rise(&[one, other])?, rise(&[other, one])?)));
-            let (in_order, reversed) = match both {
-                Ok(both) => both,
-                Err(error) => {
-                    let names = (one.method.clone(), other.method.clone());
-                    left_out.push((names.0, names.1, error.to_string()));
+            let [there, back] = [[one, other], [other, one]].map(|order| {
+                allowed(model, order, settings)
+                    .map_err(E::from)
+                    .and_then(|()| rise(&order))
+            });
+            let (in_order, reversed, refused) = match (there, back) {
+                (Ok(there), Ok(back)) => (Some(there), Some(back), None),
+                (Ok(there), Err(error)) => (Some(there), None, Some(error.to_string())),
+                (Err(error), Ok(back)) => (None, Some(back), Some(error.to_string())),
+                (Err(there), Err(back)) => {
+                    let (there, back) = (there.to_string(), back.to_string());
+                    let why = match there == back {
+                        true => there,
+                        false => format!("{there}; and the other way round {back}"),
+                    };
+                    left_out.push((one.method.clone(), other.method.clone(), why));
                     continue;
                 }
             };
             let each = |index: usize| alone.get(index).copied().unwrap_or(0.0);
+            let least = [in_order, reversed].into_iter().flatten();
+            let least = least.fold(f64::INFINITY, f64::min);
             pairs.push(Interaction {
                 first,
                 second,
                 in_order,
                 reversed,
-                interaction: in_order.min(reversed) - each(first) - each(second),
-                order_effect: in_order - reversed,
+                interaction: least - each(first) - each(second),
+                order_effect: in_order.zip(reversed).map(|(there, back)| there - back),
+                refused,
             });
         }
     }
@@ -103,15 +116,12 @@ pub fn interactions<E: From<Error> + std::fmt::Display>(
     })
 }
 
-/// Refuses a pair of which one is sure not to be defined for what the other leaves, in either order.
-fn both_orders(model: &Model, [one, other]: [&Stage; 2], settings: &Settings) -> Result<()> {
-    for stages in [[one, other], [other, one]] {
-        let recipe = Recipe {
-            stages: stages.map(Stage::clone).to_vec(),
-        };
-        recipe.check_model(model, settings)?;
-    }
-    Ok(())
+/// Refuses an order of which the second is sure not to be defined for what the first leaves.
+fn allowed(model: &Model, order: [&Stage; 2], settings: &Settings) -> Result<()> {
+    let recipe = Recipe {
+        stages: order.map(Stage::clone).to_vec(),
+    };
+    recipe.check_model(model, settings)
 }
 
 /// The model after the stages, in numbers between them.

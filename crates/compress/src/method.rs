@@ -247,6 +247,25 @@ impl Method {
         }
     }
 
+    /// Whether it reads this section of [`Settings`]. What `activations` says is about how a model is measured, and
+    /// no method's.
+    pub fn reads(&self, section: &str) -> bool {
+        let is = |names: &[&str]| names.contains(&self.name);
+        match section {
+            "batch" | "seed" => true,
+            "selection" => self.chooses_layers(),
+            "slicing" => self.effect == Effect::Stream || is(&["dotresize-hidden"]),
+            "replace_me" => is(&["replaceme", "replaceme-cosine"]),
+            "entropy" => is(&["entropy-attention", "entropy-blocks"]),
+            "fuse" => is(&["fusegpt", "fuse-lora", "macro-influence"]),
+            "lorap" | "modegpt" => is(&[section]),
+            "quantise" => self.rounds(),
+            "pruning" => self.effect == Effect::Weights || is(&["prune-heads", "channel-gradient"]),
+            "shedder" => is(&["mamba-shedder-width"]),
+            _ => false,
+        }
+    }
+
     /// What has to be found out about a model first. Requirements of several methods unite.
     ///
     /// # Errors
@@ -290,11 +309,15 @@ impl Method {
     /// Those of both.
     pub fn cut(&self, task: &Task<'_>, budget: &Budget) -> Result<(Plan, Compressed)> {
         self.check(task)?;
-        if let Some(cut) = self.cut {
-            return cut(task, budget);
-        }
-        let plan = (self.plan)(task, budget)?;
-        let compressed = (self.apply)(task, &plan)?;
+        let (plan, mut compressed) = match self.cut {
+            Some(cut) => cut(task, budget)?,
+            None => {
+                let plan = (self.plan)(task, budget)?;
+                let compressed = (self.apply)(task, &plan)?;
+                (plan, compressed)
+            }
+        };
+        compressed.report.shortfall = plan.shortfall(task, budget);
         Ok((plan, compressed))
     }
 

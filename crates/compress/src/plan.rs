@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::method::{Method, Task};
 use crate::report::Compressed;
+use crate::shortfall::{Shortfall, shortfall};
 use crate::{Calibration, Error, Result};
 
 /// How much may be left.
@@ -43,9 +44,15 @@ impl Budget {
     }
 }
 
+/// A share as a reader would write it: 0.3 and not the 0.30000000000000004 that `1 - 0.7` is.
+pub(crate) fn readable(share: f64) -> f64 {
+    const PLACES: f64 = 1e9;
+    (share * PLACES).round() / PLACES
+}
+
 /// What happens to one module.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Change {
     /// A linear layer becomes two with `rank` features between them.
     Factorise {
@@ -114,6 +121,7 @@ pub enum Change {
 
 /// One module of a plan.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ModulePlan {
     /// Path of the module: a linear layer's, a part's (`blocks.3.attention`) or a block's.
     pub path: String,
@@ -156,6 +164,7 @@ impl ModulePlan {
 /// applied. A method plans nothing that does not pay; it does what a plan says, so that a number
 /// which someone writes into it by hand is obeyed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Plan {
     /// Name of the method, in [`Method::all`].
     pub method: String,
@@ -189,6 +198,33 @@ impl Plan {
                 Err(Error::invalid("plan", found, "each module once"))
             }
         }
+    }
+
+    /// What of a budget it does not reach, which [`Method::cut`] reports of its own plan.
+    ///
+    /// ```
+    /// use lapidary_compress::{Budget, Method, Task};
+    /// # use lapidary_kernels::{DType, Device};
+    /// # use lapidary_model::{Model, ModelSpec};
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let spec: ModelSpec = toml::from_str(r#"
+    /// #     width = 16
+    /// #     input = { kind = "tokens", vocabulary = 32, length = 8 }
+    /// #     head = { kind = "language-model" }
+    /// #     [[blocks]]
+    /// #     attention = { kind = "multi-head", heads = 2, causal = true }
+    /// # "#)?;
+    /// # let model = Model::initialised(spec, 1, DType::F32, &Device::Cpu)?;
+    /// let (svd, task) = (Method::find("svd")?, Task::new(&model));
+    /// let (half, nearly_all) = (Budget::Keep(0.5), Budget::Keep(0.01));
+    /// assert!(svd.plan(&task, &half)?.shortfall(&task, &half).is_none());
+    /// // Rank 1 of a matrix of 16×16 has 32 of its 256 weights.
+    /// let found = svd.plan(&task, &nearly_all)?.shortfall(&task, &nearly_all);
+    /// assert_eq!(found.map(|found| found.taken), Some(0.875));
+    /// # Ok(()) }
+    /// ```
+    pub fn shortfall(&self, task: &Task<'_>, budget: &Budget) -> Option<Shortfall> {
+        shortfall(task, self, budget)
     }
 
     /// The modules that change.

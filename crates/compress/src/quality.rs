@@ -352,6 +352,10 @@ fn agreement_by(
         same += engine(equal.to_scalar::<f64>())?;
         predictions += engine(p.dim(0))?;
     }
+    // Negative by rounding only; what is no number stays none.
+    if divergence < 0.0 {
+        divergence = 0.0;
+    }
     Ok(Agreement {
         divergence: divergence / predictions.max(1) as f64,
         top1: same / predictions.max(1) as f64,

@@ -133,6 +133,10 @@ impl Recipe {
     /// When a method does not exist, there are neither one nor as many ratios as cutting methods, or the
     /// one is none that several can share.
     pub fn as_given(methods: &str, ratios: &str) -> Result<Self> {
+        if methods.contains(',') {
+            let expected = "one, or several joined by +, which run one after another";
+            return Err(Error::invalid("method", format!("{methods:?}"), expected));
+        }
         let methods = methods
             .split('+')
             .map(|name| Method::find(name.trim()))
@@ -141,7 +145,11 @@ impl Recipe {
             .split('+')
             .map(|text| {
                 let ratio = text.trim().parse::<f64>();
-                ratio.map_err(|_| Error::invalid("ratio", format!("{text:?}"), "a number"))
+                ratio.map_err(|_| {
+                    let expected =
+                        "a number above 0 and below 1, or one for each method, joined by +";
+                    Error::invalid("ratio", format!("{text:?}"), expected)
+                })
             })
             .collect::<Result<Vec<_>>>()?;
         let cutting = methods.iter().filter(|method| !method.rounds()).count();
@@ -160,7 +168,10 @@ impl Recipe {
             return Err(Error::invalid(
                 "number of ratios",
                 ratios.len(),
-                format!("one, or one for each of the {cutting} methods that cut"),
+                match cutting {
+                    0 | 1 => "one: no more than one of the methods cuts".to_owned(),
+                    _ => format!("one, or one for each of the {cutting} methods that cut"),
+                },
             ));
         }
         let mut ratios = ratios.into_iter();
@@ -223,7 +234,9 @@ impl Recipe {
             let settings = Self::settings(stage, settings);
             let current = model_before(index, model, &done);
             let started = Instant::now();
-            let requirements = method.requirements(current, settings)?;
+            let requirements = method
+                .requirements(current, settings)
+                .map_err(|reason| self.later(index, reason))?;
             let options = CalibrationOptions::default();
             let calibration = match (data, &earlier) {
                 _ if requirements.is_empty() => None,
@@ -256,6 +269,20 @@ impl Recipe {
             });
         }
         Ok(done)
+    }
+
+    /// What a stage says of the model that those before it left.
+    fn later(&self, stage: usize, reason: Error) -> Error {
+        let mut names = self.stages.iter().map(|stage| stage.method.as_str());
+        let before: Vec<&str> = names.by_ref().take(stage).collect();
+        match (names.next(), before.is_empty()) {
+            (Some(method), false) => Error::Later {
+                method: method.to_owned(),
+                before: before.join("+"),
+                reason: Box::new(reason),
+            },
+            _ => reason,
+        }
     }
 }
 

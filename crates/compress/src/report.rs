@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::edit::block_of;
 use crate::method::Task;
 use crate::plan::{Change, ModulePlan};
-use crate::{CalibrationData, Fingerprint, Objective, Result, output_errors};
+use crate::{CalibrationData, Fingerprint, Objective, Result, Shortfall, output_errors};
 
 /// Errors of one approximation of a layer, relative to the layer itself: 0 is exact, 1 is as
 /// bad as leaving the layer out.
@@ -162,6 +162,8 @@ pub struct Report {
     pub modules: Vec<ModuleReport>,
     /// What else there is to say of the whole.
     pub notes: Vec<String>,
+    /// What of the share that was asked for was not reached, where the method planned for one itself.
+    pub shortfall: Option<Shortfall>,
     /// The model before.
     pub before: Size,
     /// The model after.
@@ -250,6 +252,7 @@ impl Compressed {
                     .unwrap_or(0),
                 modules,
                 notes: Vec::new(),
+                shortfall: None,
                 before: Size::of(task.model),
                 after: Size::of(&model),
             },

@@ -60,6 +60,7 @@ pub fn package(model: &str, global: &Global) -> Result<Package> {
         ..OpenOptions::default()
     };
     if path.is_dir() {
+        check_is_model(path)?;
         let package = Package::open(path, &options)?;
         if !package.unused.is_empty() {
             let unused = package.unused.join(", ");
@@ -74,6 +75,29 @@ pub fn package(model: &str, global: &Global) -> Result<Package> {
     bail!(
         "model {model:?} is not a directory; give a directory with config.json or lapidary.json, or `embedded`"
     )
+}
+
+/// Refuses a directory without a model's description, and says where there is one when it is that of a run of
+/// training.
+fn check_is_model(path: &Path) -> Result<()> {
+    let is_model = |path: &Path| {
+        let described = ["lapidary.json", "config.json"];
+        described.iter().any(|name| path.join(name).is_file())
+    };
+    let below = path.join("model");
+    ensure!(
+        is_model(path),
+        "{} has neither lapidary.json nor config.json{}",
+        path.display(),
+        match is_model(&below) {
+            true => format!(
+                "; the model of this run of training is in {}",
+                below.display()
+            ),
+            false => ", so that it is no model".to_owned(),
+        }
+    );
+    Ok(())
 }
 
 /// As [`package`], with shared blocks, layer scales and quantised matrices written out, as methods need it that look
@@ -159,6 +183,17 @@ pub fn single_token(package: &Package, what: &str, name: &str) -> Result<u32> {
 /// A row of ids as the model takes it, `[1, length]`.
 pub fn row(ids: &[u32], model: &Model) -> Result<Tensor> {
     Ok(Tensor::from_slice(ids, (1, ids.len()), &model.device())?)
+}
+
+/// Where a file of TOML is wrong and why, on one line; the error's own text draws the place over several.
+pub fn misread(path: &Path, text: &str, error: &toml::de::Error) -> anyhow::Error {
+    let before = error.span().and_then(|span| text.get(..span.start));
+    // What is wrong with the whole of it begins at its beginning.
+    let place = match before {
+        None | Some("") => String::new(),
+        Some(before) => format!(", line {}", before.matches('\n').count() + 1),
+    };
+    anyhow::anyhow!("{}{place}: {}", path.display(), error.message())
 }
 
 /// The tokens of a text file.

@@ -93,6 +93,7 @@ pub fn check_writable(path: &Path) -> Result<()> {
 /// As [`check_writable`], of a directory, which may be there and empty. Those on the way to it are made
 /// when it is written.
 pub fn check_directory_writable(path: &Path) -> Result<()> {
+    check_replaceable(path)?;
     let mut above = path.ancestors().skip(1);
     let there = match above.find(|parent| parent.as_os_str().is_empty() || parent.exists()) {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -108,6 +109,24 @@ pub fn check_directory_writable(path: &Path) -> Result<()> {
         StagedDirectory::replacing(&there.join(name))
             .with_context(|| format!("{} cannot be written", path.display()))?;
     }
+    Ok(())
+}
+
+/// Refuses what no directory can take the place of when it is done: a link, or a path that ends in no name.
+pub fn check_replaceable(path: &Path) -> Result<()> {
+    let link = path
+        .symlink_metadata()
+        .is_ok_and(|found| found.is_symlink());
+    anyhow::ensure!(
+        !link,
+        "{} cannot be written: it is a symbolic link; give the directory itself, or a new one",
+        path.display()
+    );
+    anyhow::ensure!(
+        path.file_name().is_some(),
+        "{} cannot be written: it ends in no name of its own; give a new directory in it, or beside it",
+        path.display()
+    );
     Ok(())
 }
 

@@ -70,16 +70,16 @@ impl AutomaticState {
                 ));
             }
         }
-        let settings = AutomaticSettings {
-            evaluations: fresh.settings.evaluations,
-            ..self.settings.clone()
-        };
-        if settings != fresh.settings {
-            return Err(Error::invalid(
-                "settings of the search's state",
-                format!("{settings:?}"),
-                format!("{:?}, or it is the state of another search", fresh.settings),
-            ));
+        for ((what, found), (_, expected)) in
+            told(&self.settings).into_iter().zip(told(&fresh.settings))
+        {
+            if found != expected {
+                return Err(Error::invalid(
+                    format!("{what} of the search's state"),
+                    found,
+                    format!("{expected}, or it is the state of another search"),
+                ));
+            }
         }
         let history = self.search.history();
         let tried = self.evaluations.iter();
@@ -98,4 +98,25 @@ impl AutomaticState {
         }
         Ok(())
     }
+}
+
+/// All that a search was told and cannot be told anew while it goes on, in words.
+fn told(settings: &AutomaticSettings) -> [(&'static str, String); 6] {
+    let AutomaticSettings {
+        parameters,
+        methods,
+        evaluations: _,
+        levels,
+        removable,
+        batch,
+        seed,
+    } = settings;
+    [
+        ("parameters", parameters.to_string()),
+        ("methods", methods.join(",")),
+        ("levels", levels.to_string()),
+        ("blocks that may go", removable.to_string()),
+        ("batch", batch.to_string()),
+        ("seed", seed.to_string()),
+    ]
 }

@@ -124,9 +124,9 @@ fn chosen(
             candidates.len(),
             choice.last.min(blocks),
             if stage > choice.first {
-                ", entropy being least there"
+                ", entropy being least there (entropy.stages, entropy.last)"
             } else {
-                ""
+                " (entropy.first, entropy.last)"
             },
         );
         return Err(Error::invalid(

@@ -1,8 +1,8 @@
 //! What a stage rules out for a later one is told before either is run, and only where it is so.
 #![allow(clippy::panic, clippy::unwrap_used)]
 
-use crate::common::{DECODER, GATED, model, windows, with_blocks};
-use lapidary_compress::{Method, Recipe, Selection, Settings, Stage};
+use crate::common::{DECODER, GATED, model, windows, with_blocks, zeroed};
+use lapidary_compress::{Method, Recipe, Scope, Selection, Settings, Stage};
 
 fn stage(method: &str, ratio: f64) -> Stage {
     let rounds = Method::find(method).unwrap().rounds();
@@ -135,4 +135,56 @@ fn what_depends_on_layers_or_amounts_is_not_refused() {
     }
     let wrong = [on("svd", feedforward), stage("channel-magnitude", 0.5)];
     assert!(refused(wrong).unwrap().contains("factors"));
+}
+
+/// Blocks that lose different numbers of heads or features, since what goes is no multiple of the blocks, are
+/// not fused; where the data decides, the stage says so in its turn.
+#[test]
+fn blocks_that_are_sure_to_differ_are_refused_before_they_are_fused() {
+    // 4 blocks of 4 heads, and of 24 features.
+    for (method, ratio, sure) in [
+        ("prune-heads", 0.25, false),
+        ("prune-heads", 0.3, true),
+        ("channel-gradient", 0.25, false),
+        ("channel-gradient", 0.3, true),
+        ("channel-magnitude", 0.3, false),
+        ("modegpt", 0.3, false),
+    ] {
+        for fusing in ["fusegpt", "fuse-lora"] {
+            let told = refused([stage(method, ratio), stage(fusing, 0.5)]);
+            assert_eq!(told.is_some(), sure, "{method} at {ratio}: {told:?}");
+            if let Some(told) = told {
+                let place = format!("place of {fusing} is after {method}, which leaves blocks");
+                assert!(told.starts_with(&place), "{told}");
+            }
+        }
+        // Others take blocks of different shapes, and so does one after it.
+        assert_eq!(
+            refused([stage(method, ratio), stage("block-influence", 0.5)]),
+            None
+        );
+        assert_eq!(refused([stage("fusegpt", 0.5), stage(method, ratio)]), None);
+    }
+    // Each block by itself loses as many.
+    let mut alike = stage("prune-heads", 0.3);
+    let mut settings = Settings::default();
+    settings.pruning.scope = Some(Scope::Layer);
+    alike.settings = Some(settings);
+    assert_eq!(refused([alike, stage("fusegpt", 0.5)]), None);
+}
+
+#[test]
+fn a_stage_that_is_refused_in_its_turn_says_after_what() {
+    let model = model(&with_blocks(DECODER, 4), 3);
+    // Features without weights are the first that go, so that this block loses most.
+    let model = zeroed(&model, "blocks.1.feedforward.");
+    let (data, settings) = (windows(24, 5), Settings::default());
+    // A number of features that could be the same in each block.
+    let first = stage("channel-gradient", 0.25);
+    let both = recipe([first, stage("fusegpt", 0.5)]);
+    both.check_model(&model, &settings).unwrap();
+    let told = both.run(&model, Some(&data), &settings).unwrap_err();
+    let told = told.to_string();
+    let start = "fusegpt cannot be run on what channel-gradient left: blocks.";
+    assert!(told.starts_with(start), "{told}");
 }

@@ -280,7 +280,11 @@ fn a_search_goes_on_from_its_state() {
         seed: 1,
         ..settings.clone()
     };
-    refused(new(seeded), state.clone(), "settings");
+    refused(
+        new(seeded),
+        state.clone(),
+        "seed of the search's state is 0, but must be 1, or it is the state of another search",
+    );
     let other = common::altered(&model, "blocks.0.feedforward.up.bias", |t| {
         (t + 1.0).unwrap()
     });

@@ -42,7 +42,7 @@ fn methods_that_touch_other_modules_do_not_interact_in_a_linear_loss() {
     let found = measured([stage("svd", "blocks.0.*"), stage("magnitude", "blocks.1.*")]);
     let pair = &found.pairs[0];
     assert!(found.alone.iter().all(|rise| rise.abs() > 1e-3));
-    assert_eq!(pair.order_effect, 0.0);
+    assert_eq!(pair.order_effect, Some(0.0));
     assert!(pair.interaction.abs() < 1e-10, "{pair:?}");
     // On one module they do, in the same loss.
     let found = measured([
@@ -51,7 +51,8 @@ fn methods_that_touch_other_modules_do_not_interact_in_a_linear_loss() {
     ]);
     let pair = &found.pairs[0];
     assert!(pair.interaction.abs() > 1e-3, "{pair:?}");
-    assert!(pair.order_effect.abs() > 1e-3, "{pair:?}");
+    assert!(pair.order_effect.unwrap().abs() > 1e-3, "{pair:?}");
+    assert_eq!(pair.refused, None);
 }
 
 #[test]
@@ -69,6 +70,32 @@ fn the_table_of_two_methods_is_that_of_both_the_other_way_round() {
     let (pair, turned) = (&there.pairs[0], &back.pairs[0]);
     assert_eq!(pair.in_order, turned.reversed);
     assert_eq!(pair.reversed, turned.in_order);
-    assert_eq!(pair.order_effect, -turned.order_effect);
+    let turned_effect = turned.order_effect.map(|effect| -effect);
+    assert_eq!(pair.order_effect, turned_effect);
     assert!((pair.interaction - turned.interaction).abs() < 1e-12);
+}
+
+/// What can be run in one order is measured in it, and why not in the other is said.
+#[test]
+fn a_pair_that_goes_in_one_order_only_has_that_one() {
+    let model = model(DECODER, 5);
+    let settings = Settings::default();
+    // Of factors no weights are pruned; a pruned matrix is factorised as any other.
+    let stages = [stage("svd", "blocks.*"), stage("magnitude", "blocks.*")];
+    let found = interactions(&model, &stages, None, &settings, linear).unwrap();
+    assert_eq!((found.pairs.len(), found.left_out.len()), (1, 0));
+    let pair = &found.pairs[0];
+    assert_eq!((pair.in_order, pair.order_effect), (None, None));
+    let back = pair.reversed.unwrap();
+    let interaction = back - found.alone[0] - found.alone[1];
+    assert!((pair.interaction - interaction).abs() < 1e-12, "{pair:?}");
+    let why = pair.refused.as_deref().unwrap();
+    assert!(why.contains("place of magnitude is after svd"), "{why}");
+    // The same where it is the first that has to come first.
+    let stages = [
+        stage("channel-magnitude", "blocks.*"),
+        stage("svd", "blocks.*"),
+    ];
+    let found = interactions(&model, &stages, None, &settings, linear).unwrap();
+    assert!(found.pairs[0].in_order.is_some() && found.pairs[0].reversed.is_none());
 }

@@ -3,9 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use crate::common::{DECODER, all, model};
+use crate::common::{DECODER, all, cut_by, model, windows};
 use lapidary_compress::factorisation::parameters_after;
-use lapidary_compress::{Budget, Change, Factorisation, Method, Selection, Task};
+use lapidary_compress::{
+    Budget, Change, Factorisation, Method, Pattern, Recipe, Selection, Settings, Task,
+};
 
 fn rank(change: &Change) -> Option<usize> {
     match change {
@@ -165,5 +167,93 @@ fn a_module_that_is_named_twice_is_refused_by_every_method() {
         plan.modules.push(first);
         let error = method.apply(&task, &plan).unwrap_err().to_string();
         assert!(error.starts_with(&expected), "{error}");
+    }
+}
+
+/// What keeps a method from what it was asked for is in the report, and only then.
+#[test]
+fn a_ratio_that_is_not_reached_is_told() {
+    let (model, data) = (model(DECODER, 1), windows(10, 2));
+    for (method, ratio, taken) in [
+        ("svd", "0.5", None),
+        // 208 of the 1792 weights of a block are left at rank 1.
+        ("svd", "0.99", Some(1584.0 / 1792.0)),
+        ("whitened", "0.99", Some(1584.0 / 1792.0)),
+        // Attention is at rank 1, which is too much, and the other layers, with less, make up for it.
+        ("svd", "0.88", None),
+        ("magnitude", "0.9", None),
+        // 3 of 256 weights stay, or 4 of 384.
+        ("magnitude", "0.995", Some(1772.0 / 1792.0)),
+        ("prune-heads", "0.75", None),
+        // One of four heads stays in each block.
+        ("prune-heads", "0.9", Some(0.75)),
+        ("block-influence", "0.5", None),
+        ("channel-magnitude", "0.3", None),
+    ] {
+        let recipe = Recipe::of(method, ratio).unwrap();
+        let done = recipe
+            .run(&model, Some(&data), &Settings::default())
+            .unwrap();
+        let found = &done[0].compressed.report.shortfall;
+        match (found, taken) {
+            (None, None) => {}
+            (Some(found), Some(taken)) => {
+                assert!((found.taken - taken).abs() < 1e-12, "{method}: {found}");
+                let asked: f64 = ratio.parse().unwrap();
+                assert!((found.asked - asked).abs() < 1e-12, "{method}: {found}");
+            }
+            (found, taken) => panic!("{method} at {ratio}: {found:?}, expected {taken:?}"),
+        }
+    }
+    let done = Recipe::of("svd", "0.99").unwrap();
+    let done = done.run(&model, None, &Settings::default()).unwrap();
+    assert_eq!(
+        done[0]
+            .compressed
+            .report
+            .shortfall
+            .as_ref()
+            .unwrap()
+            .to_string(),
+        "of the weights of its layers 99.0 % were to go, and 88.4 % went: 12 of 12 layers are at rank 1, \
+         the least there is"
+    );
+}
+
+/// What a section of the settings says is heard by some method, but for what is about measuring.
+#[test]
+fn every_section_of_the_settings_is_read_by_a_method() {
+    let sections = serde_json::to_value(Settings::default()).unwrap();
+    for section in sections.as_object().unwrap().keys() {
+        let read = Method::all().iter().any(|method| method.reads(section));
+        assert_eq!(read, section != "activations", "{section}");
+    }
+    let reads = |name: &str, section: &str| Method::find(name).unwrap().reads(section);
+    assert!(reads("gptq", "quantise") && !reads("svd", "quantise"));
+    assert!(reads("svd", "selection") && !reads("lorap", "selection"));
+}
+
+/// Shares in messages are as a reader would write them, and not as `1 - 0.7` is computed.
+#[test]
+fn shares_are_told_in_few_digits() {
+    let (model, data) = (model(DECODER, 1), windows(10, 2));
+    let mut pattern = Settings::default();
+    pattern.pruning.pattern = Pattern::NOfM { n: 2, m: 4 };
+    for (method, ratio, settings, words) in [
+        (
+            "magnitude",
+            0.7,
+            pattern,
+            "share of weights that magnitude keeps is 0.3, but must be 0.5, which 2 of 4 are",
+        ),
+        (
+            "lorap",
+            0.95,
+            Settings::default(),
+            "at least 1: 0.05 of its weights is too little",
+        ),
+    ] {
+        let error = cut_by(&model, &data, method, 1.0 - ratio, &settings).unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
     }
 }

@@ -1,7 +1,7 @@
 //! Perplexity, agreement and accuracy.
 #![allow(clippy::unwrap_used)]
 
-use crate::common::{DECODER, all, close, labelled, model, scores, windows};
+use crate::common::{DECODER, all, altered, close, labelled, model, scores, windows};
 use lapidary_compress::quality::{
     Window, accuracy, agreement, block_errors, block_errors_after, ensemble_perplexity, likeness,
     perplexity, sliding_windows,
@@ -276,4 +276,17 @@ fn streams_are_compared_block_by_block_with_what_was_there() {
     );
     // A second stage counts from what the first one left.
     assert_eq!(compressed.report.blocks_left(&[7, 8, 9, 10]).len(), 3);
+}
+
+/// Of models that differ by the last digits, what is left of a divergence is rounding, which has either sign.
+#[test]
+fn no_divergence_is_below_zero() {
+    for seed in 0..16 {
+        let one = model(DECODER, seed);
+        let other = altered(&one, "blocks.0.attention.query.weight", |weight| {
+            (weight * (1.0 + 1e-15)).unwrap()
+        });
+        let found = agreement(&one, &other, &windows(4, seed), 2).unwrap();
+        assert!((0.0..1e-12).contains(&found.divergence), "{found:?}");
+    }
 }

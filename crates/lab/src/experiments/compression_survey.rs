@@ -177,13 +177,14 @@ fn in_order(runs: &[Run], first: &str, second: &str) -> Option<f64> {
     let (first, second) = (place(first), place(second));
     let found = runs.iter().filter_map(|run| {
         let pairs = &run.table.pairs;
-        pairs
-            .iter()
-            .find_map(|pair| match (pair.first, pair.second) {
-                (a, b) if (a, b) == (first, second) => Some(pair.in_order),
-                (a, b) if (a, b) == (second, first) => Some(pair.reversed),
+        pairs.iter().find_map(|pair| {
+            let (there, back) = pair.in_order.zip(pair.reversed)?;
+            match (pair.first, pair.second) {
+                (a, b) if (a, b) == (first, second) => Some(there),
+                (a, b) if (a, b) == (second, first) => Some(back),
                 _ => None,
-            })
+            }
+        })
     });
     let found: Vec<f64> = found.collect();
     (!found.is_empty()).then(|| mean(found))

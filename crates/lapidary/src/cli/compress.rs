@@ -29,7 +29,7 @@ pub struct Compress {
     #[arg(long, value_name = "GLOBS")]
     pub layers: Option<String>,
     /// Share of the weights to remove, between 0 and 1; several methods share it, or have one
-    /// each (`0.1+0.2`); with --compare several, by commas; 0.3 when absent
+    /// each (`0.1+0.2`); with --compare several, by commas; that of --pattern or 0.3 when absent
     #[arg(long, allow_negative_numbers = true)]
     pub ratio: Option<String>,
     /// Text to calibrate on
@@ -179,9 +179,13 @@ pub struct Compress {
 }
 
 impl Compress {
-    /// What `--ratio` says, or what stands for it.
-    pub fn ratio(&self) -> &str {
-        self.ratio.as_deref().unwrap_or("0.3")
+    /// What `--ratio` says, or what stands for it: the share that a pattern takes, where one is given.
+    pub fn ratio(&self) -> String {
+        match (&self.ratio, self.pattern) {
+            (Some(ratio), _) => ratio.clone(),
+            (None, Some(Pattern::NOfM { n, m })) => (1.0 - n as f64 / m as f64).to_string(),
+            (None, Some(Pattern::Unstructured) | None) => "0.3".to_owned(),
+        }
     }
 }
 

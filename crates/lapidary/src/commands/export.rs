@@ -9,6 +9,19 @@ use lapidary_model::gguf::{GgufFloat, GgufSummary, write_gguf};
 use serde_json::json;
 
 pub fn run(arguments: &Export, global: &Global) -> Result<()> {
+    if let Some(out) = &arguments.out {
+        ensure!(
+            !out.exists(),
+            "{} exists; give a directory that does not",
+            out.display()
+        );
+        output::check_directory_writable(out)?;
+    }
+    // The command line asks for --gguf beside it, but not where --out excludes that.
+    ensure!(
+        !arguments.half || arguments.gguf.is_some(),
+        "--half is given without --gguf FILE, which it is about"
+    );
     let mut package = loading::package(&arguments.model, global)?;
     if arguments.dense {
         let dense = export_dense(package.single_model()?)?;
@@ -22,6 +35,13 @@ pub fn run(arguments: &Export, global: &Global) -> Result<()> {
     }
     match &arguments.gguf {
         Some(path) => {
+            if let Ok(model) = package.single_model() {
+                ensure!(
+                    model.spec().low_rank.is_empty(),
+                    "{} has factorised layers, which GGUF has no words for; add --dense to multiply them out",
+                    arguments.model
+                );
+            }
             let float = match arguments.half {
                 true => GgufFloat::F16,
                 false => GgufFloat::F32,
@@ -50,11 +70,6 @@ pub fn run(arguments: &Export, global: &Global) -> Result<()> {
                 .out
                 .as_deref()
                 .context("--out is missing: the directory to write")?;
-            ensure!(
-                !out.exists(),
-                "{} exists; give a directory that does not",
-                out.display()
-            );
             let saved = match package.save(out, None)? {
                 SavedAs::HuggingFace => "hugging-face",
                 SavedAs::Lapidary => "lapidary",

@@ -18,7 +18,7 @@ const SPEC_BYTES: u64 = 16 << 20;
 pub fn run(arguments: &Train, global: &Global) -> Result<()> {
     let text = lapidary_model::files::read_text(&arguments.spec, SPEC_BYTES)?;
     let mut spec: TrainSpec = toml::from_str(&text)
-        .map_err(|error| misread(&arguments.spec, &text, &error))
+        .map_err(|error| loading::misread(&arguments.spec, &text, &error))
         .with_context(|| "the training spec cannot be read")?;
     if let Some(data) = &arguments.data {
         match &mut spec.data {
@@ -77,17 +77,6 @@ pub fn run(arguments: &Train, global: &Global) -> Result<()> {
         finished.tokens_per_second,
         finished.model.display()
     ))
-}
-
-/// Where a spec is wrong and why, on one line; the error's own text draws the place over several.
-fn misread(path: &Path, text: &str, error: &toml::de::Error) -> anyhow::Error {
-    let before = error.span().and_then(|span| text.get(..span.start));
-    // What is wrong with the whole of it begins at its beginning.
-    let place = match before {
-        None | Some("") => String::new(),
-        Some(before) => format!(", line {}", before.matches('\n').count() + 1),
-    };
-    anyhow::anyhow!("{}{place}: {}", path.display(), error.message())
 }
 
 /// What a run of self-distillation left.

@@ -142,9 +142,13 @@ fn a_search_goes_on_from_its_file_and_refuses_another_s() {
     };
     refused(
         &words(&with(&["--seed", "3"])),
-        &["settings", "another search"],
+        &[
+            "seed of the search's state is 0, but must be 3",
+            "another search",
+        ],
     );
-    refused(&words(&with(&["--mix", "svd,whitened"])), &["settings"]);
+    let methods = "methods of the search's state is block-influence,fwsvd,modegpt,whitened, but must be svd,whitened";
+    refused(&words(&with(&["--mix", "svd,whitened"])), &[methods]);
     let longer = place.at("longer.txt");
     std::fs::write(&longer, "a lazy fox and the brown dog run ".repeat(60)).unwrap();
     let elsewhere = with(&[]).into_iter().map(|word| match word == place.text {

@@ -14,6 +14,7 @@ mod refusals;
 mod reproduce;
 mod run;
 mod tasks;
+mod told;
 
 use std::path::{Path, PathBuf};
 

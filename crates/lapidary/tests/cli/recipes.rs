@@ -1,6 +1,6 @@
 //! Recipes and comparisons: what is left out, what is refused before the work, and what a stage is told.
 
-use crate::{family, json, output, refused, write};
+use crate::{family, json, lapidary, output, refused, write};
 
 /// Where a tokenizer has no mask token, what needs gradients is left out, and the rest goes on.
 #[test]
@@ -187,4 +187,76 @@ fn a_search_goes_on_where_nothing_can_be_asked_for() {
     assert_eq!(left_out.len(), 1, "{left_out:?}");
     assert_eq!(left_out[0][0], "fwsvd");
     assert_eq!(found["search"]["tried"].as_array().unwrap().len(), 2);
+}
+
+/// A ratio that there is a least against is said not to be reached: in the plan, the text, and JSON.
+#[test]
+fn a_ratio_that_is_not_reached_is_said() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let model = family("llama");
+    let arguments = ["compress", &model, "--method", "svd", "--ratio", "0.99"];
+    let words = "of the weights of its layers 99.0 % were to go, and ";
+    let text = output(&[&arguments[..], &["--out", &out("text")]].concat());
+    assert!(
+        text.contains(&format!("ratio       svd: {words}")),
+        "{text}"
+    );
+    let found = json(&[&arguments[..], &["--out", &out("json"), "--json"]].concat());
+    let short = &found["report"]["shortfall"];
+    assert!(short["taken"].as_f64() < short["asked"].as_f64(), "{short}");
+    let done = lapidary(&[&arguments[..], &["--plan-only"]].concat())
+        .assert()
+        .success();
+    let warning = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+    assert!(warning.contains(words), "{warning}");
+    let compared = [
+        "compress",
+        &model,
+        "--compare",
+        "svd",
+        "--ratio",
+        "0.5,0.99",
+    ];
+    let text = output(&compared);
+    assert!(text.contains(&format!("svd at 0.99: {words}")), "{text}");
+    assert!(!text.contains("svd at 0.5"), "{text}");
+}
+
+/// What the data decides is refused in its turn, with what it comes after and the order that is better; what is
+/// sure is refused before.
+#[test]
+fn blocks_that_were_cut_unlike_are_not_fused() {
+    for (methods, words) in [
+        (
+            "modegpt+fusegpt",
+            [
+                "--reorder runs it as fusegpt+modegpt: ",
+                "fusegpt cannot be run on what modegpt left: blocks.",
+            ],
+        ),
+        (
+            "prune-heads+fusegpt",
+            [
+                "--reorder runs it as fusegpt+prune-heads: ",
+                "place of fusegpt is after prune-heads, which leaves blocks of different shapes at this ratio",
+            ],
+        ),
+    ] {
+        let arguments = [
+            "compress",
+            "embedded",
+            "--method",
+            methods,
+            "--ratio",
+            "0.3+0.2",
+            "--windows",
+            "2",
+            "--window",
+            "16",
+            "--out",
+            "x",
+        ];
+        refused(&arguments, &words);
+    }
 }

@@ -201,6 +201,10 @@ fn options_that_nothing_hears_are_refused() {
             &["--compare", "svd", "--adapters", "4"],
             &["--adapters is given without --heal STEPS"],
         ),
+        (
+            &["--method", "svd", "--heal", "0", "--out", "x"],
+            &["--heal is 0 steps", "at least 1"],
+        ),
     ] {
         refused(&[&["compress", "embedded"], options].concat(), words);
     }

@@ -42,7 +42,12 @@ use crate::{CalibrationData, Error, Requirements, Result};
 use serde::{Deserialize, Serialize};
 
 /// What both methods that fuse cannot be run on.
-const FUSIBLE: &[Refused] = &[Refused::Shortcuts, Refused::Gaps, Refused::AnyFactors];
+const FUSIBLE: &[Refused] = &[
+    Refused::Shortcuts,
+    Refused::Gaps,
+    Refused::AnyFactors,
+    Refused::Uneven,
+];
 
 /// FuseGPT in the list of methods.
 pub(crate) const FUSEGPT: Method = Method {

@@ -31,7 +31,7 @@ use super::channels::{self, Unit};
 use crate::ahead::{Left, Refused};
 use crate::edit::Edit;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
-use crate::plan::{Budget, Change, ModulePlan, Plan};
+use crate::plan::{Budget, Change, ModulePlan, Plan, readable};
 use crate::report::{Compressed, ModuleReport};
 use crate::requirements::{Requirements, Statistic};
 use crate::{Calibration, CalibrationOptions, Error, Result};
@@ -204,7 +204,10 @@ fn planned_attention(
                 return Err(Error::invalid(
                     format!("rank that is left to {path}"),
                     0,
-                    format!("at least 1: {keep} of its weights is too little; keep more"),
+                    format!(
+                        "at least 1: {} of its weights is too little; keep more",
+                        readable(keep)
+                    ),
                 ));
             }
             Some(rank) => Change::Factorise { rank },

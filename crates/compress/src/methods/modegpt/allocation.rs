@@ -10,6 +10,7 @@
 //! `ε → ∞` takes as much from every block. No block loses more than a cap; what it is spared, the
 //! others lose in proportion to what they lose already, so that the mean stays `φ̄`.
 
+use crate::plan::readable;
 use crate::{Error, Result};
 
 /// The share that each block loses, `φ_l`; their mean is `mean`.
@@ -66,10 +67,9 @@ pub(crate) fn losses(influences: &[f64], mean: f64, smoothing: f64, cap: f64) ->
     Ok(losses)
 }
 
-/// `1 − share`, as a reader would write it: 0.2 and not 0.19999999999999996.
+/// What is left without a share, as a reader would write it.
 fn rest(share: f64) -> f64 {
-    const PLACES: f64 = 1e9;
-    ((1.0 - share) * PLACES).round() / PLACES
+    readable(1.0 - share)
 }
 
 #[cfg(test)]

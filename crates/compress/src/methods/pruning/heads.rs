@@ -16,9 +16,10 @@ use lapidary_model::Model;
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec, QueryKeyNorm};
 use lapidary_parts::position::{KeptPairs, PositionSpec};
 
-use super::hidden::removed;
+use super::hidden::{removed, uneven};
 use super::saliency;
-use crate::ahead::Refused;
+use super::settings::PruneSettings;
+use crate::ahead::{Left, Refused};
 use crate::edit::Edit;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::channels;
@@ -35,7 +36,7 @@ pub(crate) const PRUNE_HEADS: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Parts,
     observes: false,
-    leaves: &[],
+    leaves: &[Left::UnevenHeads],
     refuses: |_| &[Refused::Factors("attention")],
     requirements,
     plan,
@@ -208,6 +209,13 @@ fn attentions(model: &Model) -> Result<Vec<Attention>> {
             "one with it for prune-heads",
         )),
     }
+}
+
+/// Whether a share is sure to leave blocks with different numbers of heads, whatever their scores.
+pub(crate) fn uneven_heads(model: &Model, keep: f64, settings: &PruneSettings) -> Result<bool> {
+    let all = attentions(model)?;
+    let groups: Vec<usize> = all.iter().map(|one| one.spec.groups()).collect();
+    Ok(uneven(&groups, keep, settings))
 }
 
 fn requirements(model: &Model, settings: &Settings) -> Result<Requirements> {

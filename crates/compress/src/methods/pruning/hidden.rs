@@ -10,7 +10,7 @@ use lapidary_model::Model;
 
 use super::settings::{PruneSettings, Scope};
 use super::{cap, select};
-use crate::ahead::Refused;
+use crate::ahead::{Left, Refused};
 use crate::edit::Edit;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
 use crate::methods::channels::{self, Unit};
@@ -27,7 +27,7 @@ pub(crate) const CHANNEL_GRADIENT: Method = Method {
     schedule: Schedule::OneShot,
     effect: Effect::Parts,
     observes: false,
-    leaves: &[],
+    leaves: &[Left::UnevenFeatures],
     refuses: |_| &[Refused::Factors("feedforward")],
     requirements,
     plan,
@@ -49,6 +49,14 @@ fn units(model: &Model) -> Result<Vec<(usize, Vec<Unit>)>> {
             "one with them for channel-gradient; first-order takes others",
         )),
     }
+}
+
+/// Whether a share is sure to leave blocks with different numbers of hidden features, whatever their scores.
+pub(crate) fn uneven_features(model: &Model, keep: f64, settings: &PruneSettings) -> Result<bool> {
+    let all = units(model)?;
+    let first = |units: &[Unit]| units.first().map_or(0, |unit| unit.hidden);
+    let features: Vec<usize> = all.iter().map(|(_, units)| first(units)).collect();
+    Ok(uneven(&features, keep, settings))
 }
 
 fn fisher(layer: String) -> Statistic {
@@ -124,16 +132,41 @@ fn plan(task: &Task<'_>, budget: &Budget) -> Result<Plan> {
 
 /// How many of each list go; one of each stays.
 pub(super) fn removed(costs: &[Vec<f64>], keep: f64, settings: &PruneSettings) -> Vec<usize> {
-    let most = |list: &Vec<f64>| cap(settings, list.len()).min(list.len().saturating_sub(1));
-    let caps: Vec<usize> = costs.iter().map(most).collect();
-    let of = |count: usize| ((1.0 - keep) * count as f64).round() as usize;
+    let caps = costs.iter().map(|list| most(settings, list.len()));
+    let caps: Vec<usize> = caps.collect();
     match settings.scope.unwrap_or(Scope::Global) {
-        Scope::Global => select::shares(costs, &caps, of(costs.iter().map(Vec::len).sum())),
+        Scope::Global => {
+            let all = costs.iter().map(Vec::len).sum();
+            select::shares(costs, &caps, share_of(keep, all))
+        }
         Scope::Layer | Scope::Row => {
             let each = costs.iter().zip(caps);
-            each.map(|(list, cap)| of(list.len()).min(cap)).collect()
+            each.map(|(list, cap)| share_of(keep, list.len()).min(cap))
+                .collect()
         }
     }
+}
+
+/// How many of so many may go.
+fn most(settings: &PruneSettings, count: usize) -> usize {
+    cap(settings, count).min(count.saturating_sub(1))
+}
+
+/// How many of so many are to go.
+fn share_of(keep: f64, count: usize) -> usize {
+    ((1.0 - keep) * count as f64).round() as usize
+}
+
+/// Whether lists that are as long as each other are sure to lose different numbers: what goes of all is no
+/// multiple of how many lists there are.
+pub(super) fn uneven(counts: &[usize], keep: f64, settings: &PruneSettings) -> bool {
+    let (Some(first), Scope::Global) = (counts.first(), settings.scope.unwrap_or(Scope::Global))
+    else {
+        return false;
+    };
+    let lists = counts.len();
+    let gone = share_of(keep, first * lists).min(most(settings, *first) * lists);
+    counts.iter().all(|count| count == first) && !gone.is_multiple_of(lists)
 }
 
 fn apply(task: &Task<'_>, plan: &Plan) -> Result<Compressed> {

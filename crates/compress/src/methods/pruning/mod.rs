@@ -21,8 +21,8 @@ mod second_order;
 mod select;
 mod settings;
 
-pub(crate) use heads::PRUNE_HEADS;
-pub(crate) use hidden::CHANNEL_GRADIENT;
+pub(crate) use heads::{PRUNE_HEADS, uneven_heads};
+pub(crate) use hidden::{CHANNEL_GRADIENT, uneven_features};
 pub(crate) use movement::MOVEMENT;
 pub(crate) use second_order::SECOND_ORDER;
 pub use settings::{MovementSettings, Pattern, PruneSettings, Scope};
@@ -34,7 +34,7 @@ use crate::ahead::Refused;
 use crate::edit::Edit;
 use crate::error::engine;
 use crate::method::{Effect, Method, Schedule, Settings, Task};
-use crate::plan::{Budget, Change, ModulePlan, Plan};
+use crate::plan::{Budget, Change, ModulePlan, Plan, readable};
 use crate::report::{Compressed, ModuleReport};
 use crate::requirements::{Requirements, Statistic};
 use crate::{Calibration, Error, Layer, Result};
@@ -117,8 +117,8 @@ fn check_pattern(settings: &PruneSettings, method: &str, share: f64) -> Result<(
         Pattern::NOfM { n, m } if (share - n as f64 / m as f64).abs() > 1e-9 => {
             Err(Error::invalid(
                 format!("share of weights that {method} keeps"),
-                share,
-                format!("{}, which {n} of {m} are", n as f64 / m as f64),
+                readable(share),
+                format!("{}, which {n} of {m} are", readable(n as f64 / m as f64)),
             ))
         }
         _ => Ok(()),

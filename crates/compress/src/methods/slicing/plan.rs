@@ -13,7 +13,7 @@ use super::transport::Transport;
 use super::walk::walk;
 use crate::ahead::{Left, Refused};
 use crate::method::{Effect, Method, Schedule, Settings, Task};
-use crate::plan::{Budget, Change, ModulePlan, Plan};
+use crate::plan::{Budget, Change, ModulePlan, Plan, readable};
 use crate::report::{Compressed, ModuleReport};
 use crate::requirements::Requirements;
 use crate::{CalibrationData, Error, Result};
@@ -202,12 +202,20 @@ fn plan(kind: &Kind, task: &Task<'_>, budget: &Budget) -> Result<Plan> {
     let spec = task.model.spec();
     let layout = Layout::of(spec, kind.name)?;
     let share = budget.share(kind.name)?;
-    let multiple = task.settings().slicing.multiple.max(1);
+    let multiple = task.settings().slicing.multiple;
+    if !(1..=spec.width).contains(&multiple) {
+        let what = "slicing.multiple, of which widths are multiples,";
+        let expected = format!("between 1 and {}, the width of the model", spec.width);
+        return Err(Error::invalid(what, multiple, expected));
+    }
     let width = (share * spec.width as f64 / multiple as f64).round() as usize * multiple;
     let change = if width >= spec.width {
         let wide = spec.width;
         Change::Leave {
-            reason: format!("{share} of {wide} features is {wide} in multiples of {multiple}"),
+            reason: format!(
+                "{} of {wide} features is {wide} in multiples of {multiple}",
+                readable(share)
+            ),
         }
     } else {
         check_size(kind, task.model, width, multiple)?;

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use lapidary_compress::{
-    Budget, Calibration, CalibrationData, CalibrationOptions, Method, Settings, Task,
+    Budget, Calibration, CalibrationData, CalibrationOptions, Method, Settings, Size, Task,
 };
 use lapidary_kernels::Tensor;
 use lapidary_model::{Input, Model, Pass};
@@ -66,11 +66,14 @@ pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
         Some(compressed) => Some(speeds([&model, &compressed.model], arguments)?),
         None => None,
     };
-    let parameters =
-        |model: &Model| -> usize { model.parameters().values().map(Tensor::elem_count).sum() };
-    let kept = compressed
-        .as_ref()
-        .map(|after| parameters(&after.model) as f64 / parameters(&model) as f64);
+    let kept = compressed.as_ref().map(|compressed| {
+        let [before, after] = [Size::of(&model), Size::of(&compressed.model)];
+        let share = |after: usize, before: usize| after as f64 / before.max(1) as f64;
+        [
+            share(after.parameters, before.parameters),
+            share(after.bytes, before.bytes),
+        ]
+    });
     if global.json {
         return output::print_json(&json!({
             "work": "compress",
@@ -82,7 +85,8 @@ pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
             "cut_seconds": cut,
             "weights_bytes": weights,
             "peak_bytes": peak,
-            "parameters_kept": kept,
+            "parameters_kept": kept.map(|[parameters, _]| parameters),
+            "bytes_kept": kept.map(|[_, bytes]| bytes),
             "speeds": speeds.map(|both| both.map(|speed| json!({
                 "prefill_tokens_per_second": speed.prefill,
                 "decode_tokens_per_second": speed.decode,
@@ -107,19 +111,24 @@ pub(super) fn run(arguments: &Bench, global: &Global) -> Result<()> {
             output::bytes(over)
         ));
     }
-    if let (Some([before, after]), Some(kept)) = (speeds, kept) {
+    if let (Some([before, after]), Some([parameters, bytes])) = (speeds, kept) {
         text.push_str(&format!(
-            "parameters kept {:.1} %\n\
-             reading         {:.0} tokens/s, {:.0} after, {:.2} times\n\
-             writing         {:.1} tokens/s, {:.1} after, {:.2} times\n",
-            100.0 * kept,
+            "parameters kept {:.1} %, {:.1} % of the bytes\n\
+             reading         {:.0} tokens/s, {:.0} after, {:.2} times\n",
+            100.0 * parameters,
+            100.0 * bytes,
             before.prefill,
             after.prefill,
             after.prefill / before.prefill,
-            before.decode,
-            after.decode,
-            after.decode / before.decode,
         ));
+        text.push_str(&match before.decode.zip(after.decode) {
+            Some((before, after)) => format!(
+                "writing         {before:.1} tokens/s, {after:.1} after, {:.2} times\n",
+                after / before
+            ),
+            None => "writing         too short to be told from noise; give more --repeat, or a larger model\n"
+                .to_owned(),
+        });
     }
     output::print(&text)
 }
@@ -140,8 +149,12 @@ fn pass(model: &Model, rows: &[Vec<u32>]) -> Result<()> {
 /// Tokens a second, one sequence at a time.
 struct Speed {
     prefill: f64,
-    decode: f64,
+    /// None where one token takes no more time than many do, since the machine was busy.
+    decode: Option<f64>,
 }
+
+/// Tokens of the prompt that is written behind, and of the longest text behind it.
+const WRITING: [usize; 2] = [8, 33];
 
 /// Of both models in turns, so that a machine whose speed drifts treats them alike.
 fn speeds(models: [&Model; 2], arguments: &Bench) -> Result<[Speed; 2]> {
@@ -152,10 +165,17 @@ fn speeds(models: [&Model; 2], arguments: &Bench) -> Result<[Speed; 2]> {
             Ok(())
         })
     };
+    let [prompt, most] = WRITING;
+    // No text is longer than either model has room for.
+    let room = models.map(|model| model.spec().length().saturating_sub(prompt));
+    let count = room.into_iter().fold(most, usize::min);
     let write = |model: &Model| -> Result<f64> {
-        let one = seconds(|| super::written(model, 8, 1))?;
-        let many = seconds(|| super::written(model, 8, 33))?;
-        Ok((many - one).max(f64::EPSILON) / 32.0)
+        if count < 2 {
+            return Ok(0.0);
+        }
+        let one = seconds(|| super::written(model, prompt, 1))?;
+        let many = seconds(|| super::written(model, prompt, count))?;
+        Ok((many - one) / (count - 1) as f64)
     };
     for model in models {
         read(model)?;
@@ -171,7 +191,7 @@ fn speeds(models: [&Model; 2], arguments: &Bench) -> Result<[Speed; 2]> {
     let [first, second] = writes;
     let speed = |reads: Vec<f64>, writes: Vec<f64>| Speed {
         prefill: arguments.length as f64 / super::median(reads),
-        decode: 1.0 / super::median(writes),
+        decode: Some(1.0 / super::median(writes)).filter(|speed| speed.is_finite() && *speed > 0.0),
     };
     Ok([speed(before, first), speed(after, second)])
 }

@@ -24,6 +24,9 @@ use lapidary_train::spec::{CheckpointSpec, DataSpec, OptimiserSpec, ScheduleSpec
 use lapidary_train::{TrainSpec, Trainer};
 use serde_json::json;
 
+/// Tokens that are written behind a prompt.
+const WRITTEN: usize = 32;
+
 const WORKS: &str = "forward, step, explain, generate, compress, mixers, decoding or sparse";
 
 pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
@@ -34,6 +37,7 @@ pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
         "vocabulary is {}, but must be at least 4",
         arguments.vocabulary
     );
+    check_heard(arguments)?;
     match arguments.work.as_str() {
         "sparse" => return sparse::run(arguments, global),
         "compress" => return compress::run(arguments, global),
@@ -78,6 +82,30 @@ pub fn run(arguments: &Bench, global: &Global) -> Result<()> {
     ))
 }
 
+/// Refuses options that the work does not hear.
+fn check_heard(arguments: &Bench) -> Result<()> {
+    let work = arguments.work.as_str();
+    for (option, given, heard) in [
+        (
+            "--model",
+            arguments.model.is_some(),
+            &["forward", "explain", "generate", "compress"][..],
+        ),
+        (
+            "--method",
+            arguments.method.is_some(),
+            &["explain", "compress", "mixers", "decoding"],
+        ),
+    ] {
+        ensure!(
+            !given || heard.contains(&work),
+            "{option} is for the works {}, but the work is {work}",
+            heard.join(", ")
+        );
+    }
+    Ok(())
+}
+
 /// A pre-norm block of tokens of `width` around such attention.
 fn block(width: usize, attention: MultiHeadSpec) -> BlockSpec {
     BlockSpec {
@@ -115,7 +143,8 @@ fn spec(arguments: &Bench) -> ModelSpec {
         width: arguments.width,
         input: InputSpec::Tokens(TokenInput {
             vocabulary: arguments.vocabulary,
-            length: 2 * arguments.length,
+            // Room for what is written behind a sequence.
+            length: (2 * arguments.length).max(arguments.length + WRITTEN),
             position: AbsolutePosition::Learned {
                 offset: 0,
                 skip_padding: false,
@@ -250,7 +279,14 @@ fn explain(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
 
 fn generate(arguments: &Bench, global: &Global) -> Result<Vec<f64>> {
     let model = model(arguments, global)?;
-    timed(arguments, || written(&model, arguments.length, 32))
+    let (length, most) = (arguments.length, model.spec().length());
+    ensure!(
+        length.saturating_add(WRITTEN) <= most,
+        "length is {length}, but must be at most {}, so that {WRITTEN} tokens can be written behind it: the model \
+         has {most}",
+        most.saturating_sub(WRITTEN)
+    );
+    timed(arguments, || written(&model, length, WRITTEN))
 }
 
 /// Writes so many tokens after a prompt of `length`.

@@ -52,12 +52,14 @@ pub(super) struct Searched {
 
 pub(super) fn run(arguments: &Compress, told: &Settings, global: &Global) -> Result<()> {
     // Methods of a mix run as they are; the rounding of activations is measured after.
-    let heard = Settings {
+    let mut heard = Settings {
         seed: global.seed,
-        quantise: told.quantise,
         activations: told.activations,
         ..Settings::default()
     };
+    if told.activations.range.is_some() {
+        heard.quantise = told.quantise;
+    }
     ensure!(
         *told == heard,
         "--auto does not tell methods what --set and --settings say, but only takes `quantise` and \
@@ -109,6 +111,7 @@ pub(super) fn run(arguments: &Compress, told: &Settings, global: &Global) -> Res
         reports: vec![(compressed.report, seconds)],
         model: model.unwrap_or(compressed.model),
         windows,
+        calibrated: true,
         search: Some(searched),
         order: None,
         healing,
@@ -141,7 +144,8 @@ fn parameters(budget: &str, whole: usize) -> Result<usize> {
 fn split(all: &CalibrationData) -> Result<(CalibrationData, CalibrationData)> {
     ensure!(
         all.len() >= 2,
-        "there is {} window to calibrate and compare on, but must be at least 2; give more text",
+        "there is {} window to calibrate and compare on, but must be at least 2; give more text, or more \
+         --windows",
         all.len()
     );
     let every = EVERY.min(all.len());

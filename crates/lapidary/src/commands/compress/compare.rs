@@ -10,7 +10,7 @@ use crate::{loading, output, report};
 use anyhow::{Result, ensure};
 use lapidary_compress::{
     Budget, Calibration, CalibrationOptions, Method, Objective, Requirements, Schedule, Settings,
-    Task, warm_up,
+    Shortfall, Task, warm_up,
 };
 use lapidary_explain::report::{Cell, Plot, Report, Series, Table};
 use lapidary_kernels::memory::most_held;
@@ -21,6 +21,9 @@ use serde::Serialize;
 struct Row {
     method: &'static str,
     ratio: f64,
+    /// What of the ratio was not reached.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shortfall: Option<Shortfall>,
     /// Share of all parameters that is left.
     kept: f64,
     /// Share of the bytes of all parameters that is left.
@@ -71,14 +74,17 @@ pub(super) fn run(
             .map(|name| Ok(Method::find(name.trim())?))
             .collect::<Result<_>>()?,
     };
-    unheard::check_methods(&methods, arguments)?;
+    unheard::check_methods(&methods, arguments, false)?;
     let ratios = arguments
         .ratio()
         .split(',')
         .map(|text| {
             let ratio: f64 = text.trim().parse().unwrap_or(f64::NAN);
             let valid = ratio > 0.0 && ratio < 1.0;
-            ensure!(valid, "ratio is {text:?}, but must be above 0 and below 1");
+            ensure!(
+                valid,
+                "ratio is {text:?}, but must be above 0 and below 1; several are given by commas"
+            );
             Ok(ratio)
         })
         .collect::<Result<Vec<_>>>()?;
@@ -202,6 +208,7 @@ fn one_row(
     Ok(Row {
         method: method.name,
         ratio,
+        shortfall: compressed.report.shortfall,
         kept: measured.size.parameters as f64 / original.size.parameters.max(1) as f64,
         bytes: measured.size.bytes as f64 / original.size.bytes.max(1) as f64,
         divergence: distance.agreement.map(|agreement| agreement.divergence),
@@ -326,6 +333,10 @@ fn shown(
             missing.join(", ")
         ));
     }
+    notes.extend(rows.iter().filter_map(|row| {
+        let short = row.shortfall.as_ref()?;
+        Some(format!("{} at {}: {short}", row.method, row.ratio))
+    }));
     notes.extend(reasons(left_out));
     Report {
         title: format!("Compression of {model}"),
@@ -365,19 +376,39 @@ fn without_empty(table: &mut Table) -> Vec<String> {
     names.filter(|name| name != "ratio").collect()
 }
 
-/// A line for each reason, with all methods that were left out for it.
+/// A line for each reason, with all methods that were left out for it: what is said of each with its own name
+/// is said once, of these.
 fn reasons(left_out: &[(&'static str, String)]) -> Vec<String> {
-    let mut lines: Vec<(&str, Vec<&str>)> = Vec::new();
+    let mut lines: Vec<(String, Vec<(&str, &str)>)> = Vec::new();
     for (method, reason) in left_out {
-        match lines.iter_mut().find(|(known, _)| known == reason) {
-            Some((_, methods)) => methods.push(*method),
-            None => lines.push((reason.as_str(), vec![*method])),
+        let nameless = without_name(reason, method);
+        match lines.iter_mut().find(|(known, _)| *known == nameless) {
+            Some((_, methods)) => methods.push((method, reason)),
+            None => lines.push((nameless, vec![(method, reason)])),
         }
     }
-    let line = |(reason, methods): (&str, Vec<&str>)| {
-        format!("left out: {}, since {reason}", methods.join(", "))
+    let line = |(nameless, methods): (String, Vec<(&str, &str)>)| match methods.as_slice() {
+        [(method, reason)] => format!("left out: {method}, since {reason}"),
+        several => {
+            let names: Vec<&str> = several.iter().map(|(method, _)| *method).collect();
+            format!("left out: {}, since {nameless}", names.join(", "))
+        }
     };
     lines.into_iter().map(line).collect()
+}
+
+/// A sentence with "these" where it says `name` as a word of its own; names may be the beginnings of others.
+fn without_name(sentence: &str, name: &str) -> String {
+    let inside = |letter: char| letter.is_ascii_alphanumeric() || letter == '-';
+    let mut said = String::new();
+    let mut rest = sentence;
+    while let Some((before, after)) = rest.split_once(name) {
+        let alone = !before.ends_with(inside) && !after.starts_with(inside);
+        said += before;
+        said += if alone { "these" } else { name };
+        rest = after;
+    }
+    said + rest
 }
 
 /// Quality against size, against measured speed, and against the share removed, from the whole model on.

@@ -23,6 +23,10 @@ pub(super) fn check(arguments: &Compress, global: &Global) -> Result<()> {
         return Ok(());
     };
     ensure!(
+        steps > 0,
+        "--heal is 0 steps, but must be at least 1; leave it out to have the model as it was cut"
+    );
+    ensure!(
         arguments.calibrate.is_some() || arguments.model == "embedded",
         "--heal needs --calibrate FILE: what to train on"
     );

@@ -43,7 +43,7 @@ pub(super) fn run(
         "--interactions names {} method, but must name two at least, by commas",
         methods.len()
     );
-    unheard::check_methods(&methods, arguments)?;
+    unheard::check_methods(&methods, arguments, false)?;
     let stages: Vec<Stage> = methods
         .iter()
         .map(|method| Stage {
@@ -112,14 +112,15 @@ fn shown(model: &str, loss: &str, found: &Interactions) -> Report {
         "order effect",
     ];
     let mut pairs = Table::new("Together", &columns);
+    let number = |found: Option<f64>| found.map_or(Cell::from("–"), Cell::from);
     for pair in &found.pairs {
         pairs.push([
             Cell::from(name(pair.first)),
             Cell::from(name(pair.second)),
-            Cell::from(pair.in_order),
-            Cell::from(pair.reversed),
+            number(pair.in_order),
+            number(pair.reversed),
             Cell::from(pair.interaction),
-            Cell::from(pair.order_effect),
+            number(pair.order_effect),
         ]);
     }
     let mut notes = vec![format!(
@@ -127,10 +128,21 @@ fn shown(model: &str, loss: &str, found: &Interactions) -> Report {
          two cost less together than the sum of both",
         found.whole
     )];
+    notes.extend(found.pairs.iter().filter_map(|pair| {
+        let refused = pair.refused.as_ref()?;
+        let (first, then) = match pair.in_order {
+            Some(_) => (pair.first, pair.second),
+            None => (pair.second, pair.first),
+        };
+        let (first, then) = (name(first), name(then));
+        Some(format!(
+            "in one order only: {first}, then {then}; the other is not run, since {refused}"
+        ))
+    }));
     let why = found.left_out.iter();
-    notes.extend(
-        why.map(|(one, other, reason)| format!("left out: {one} and {other}, since {reason}")),
-    );
+    notes.extend(why.map(|(one, other, reason)| {
+        format!("left out in either order: {one} and {other}, since {reason}")
+    }));
     Report {
         title: format!("Interactions of methods on {model}"),
         notes,

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use lapidary_compress::quality::{
     Agreement, Likeness, Perplexity, Window, agreement, agreement_rounded, block_errors_after,
     likeness, likeness_rounded, perplexity, perplexity_rounded,
@@ -63,6 +63,24 @@ pub(super) struct Distance {
     pub(super) likeness: Option<Likeness>,
     /// Relative error of the residual stream after each block that is left, where streams are as wide.
     pub(super) block_errors: Vec<f64>,
+}
+
+/// Refuses to measure rounded activations where there is nothing to measure them on, or to find steps by.
+pub(super) fn check_rounded(
+    settings: &Settings,
+    data: Option<&CalibrationData>,
+    windows: &[Window],
+) -> Result<()> {
+    let Some(range) = settings.activations.range else {
+        return Ok(());
+    };
+    let by_site = range == ActivationRange::PerTensor || settings.quantise.outliers > 0.0;
+    ensure!(
+        data.is_some() || !(by_site || windows.is_empty()),
+        "--activations {range} needs --calibrate FILE: what rounded activations are measured on, and steps of \
+         sites and outliers found by"
+    );
+    Ok(())
 }
 
 /// A compressed model with rounded activations.

@@ -62,7 +62,7 @@ pub fn run(arguments: &Compress, global: &Global) -> Result<()> {
 
 fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()> {
     let (recipe, order) = stage::recipe(arguments, global)?;
-    unheard::check_stages(&recipe, arguments)?;
+    unheard::check_stages(&recipe, arguments, settings)?;
     let rounding = rounding(&recipe, arguments, settings)?;
     check_empty(arguments)?;
     let package = loading::package(&arguments.model, global)?;
@@ -82,6 +82,7 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         return print_plan(original, data.as_ref(), &recipe, settings);
     }
     let windows = windows(&package, original, data.as_ref(), arguments)?;
+    measure::check_rounded(settings, data.as_ref(), &windows)?;
     let prepared = Prepared::of(&package, original, arguments, global)?;
     let by = |rounding| Healing {
         prepared: prepared.as_ref(),
@@ -100,7 +101,8 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         }
         None => {
             let heal = |model: &Model| by(rounding).healed(model);
-            cut_heal_and_round(&recipe, original, data.as_ref(), settings, heal)?
+            cut_heal_and_round(&recipe, original, data.as_ref(), settings, heal)
+                .map_err(|error| stage::advised(error, order.as_ref()))?
         }
     };
     for done in &done {
@@ -127,6 +129,7 @@ fn one(arguments: &Compress, settings: &Settings, global: &Global) -> Result<()>
         reports,
         model: compressed.context("no method was named")?,
         windows,
+        calibrated: needed_by.is_some(),
         search: None,
         order,
         healing,
@@ -141,6 +144,8 @@ struct Made {
     model: Model,
     /// Text for the perplexity: what cannot be read is told before the work.
     windows: Vec<Window>,
+    /// Whether a method looked at data.
+    calibrated: bool,
     search: Option<auto::Searched>,
     order: Option<stage::Order>,
     healing: Option<HealReport>,
@@ -172,6 +177,9 @@ fn conclude(
     let reports = made.reports.iter().map(|(report, _)| report);
     let distance = measure.between(original, &made.model, reports)?;
     let activations = measure.rounded(original, &made.model, settings)?;
+    let width = original.spec().width;
+    let few = data.map(CalibrationData::tokens);
+    let few = few.filter(|tokens| made.calibrated && *tokens < width);
     let result = match arguments.dense {
         true => export_dense(&made.model)?,
         false => made.model,
@@ -192,6 +200,7 @@ fn conclude(
         after,
         distance,
         activations,
+        few: few.map(|tokens| [tokens, width]),
         disk: [original_files, stored(out)],
         healing: made.healing,
         held_out: arguments.evaluate.is_some(),
@@ -322,7 +331,12 @@ fn print_plan(
         data,
         settings: Some(settings),
     };
-    output::print_json(&method.plan(&task, &stage.budget()?)?)
+    let budget = stage.budget()?;
+    let plan = method.plan(&task, &budget)?;
+    if let Some(short) = plan.shortfall(&task, &budget) {
+        tracing::warn!("{}: {short}", method.name);
+    }
+    output::print_json(&plan)
 }
 
 fn only_stage<'a>(recipe: &'a Recipe, option: &str) -> Result<&'a Stage> {
@@ -379,6 +393,13 @@ fn by_hand(
     let plan: Plan =
         serde_json::from_str(&text).with_context(|| format!("{} is no plan", path.display()))?;
     let method = stage.method()?;
+    let made_by = &plan.method;
+    ensure!(
+        made_by == method.name,
+        "{} is a plan of {made_by}, but the method is {}; give --method {made_by}",
+        path.display(),
+        method.name,
+    );
     let (calibration, seconds) = calibrated(method, model, data, settings)?;
     let started = Instant::now();
     let task = Task {

@@ -26,6 +26,8 @@ pub(super) struct Outcome {
     pub(super) distance: Distance,
     /// The result with rounded activations, if that was asked for.
     pub(super) activations: Option<Rounded>,
+    /// Tokens that methods looked at and features of one, where those are more.
+    pub(super) few: Option<[usize; 2]>,
     /// Bytes of the files of tensors, of the original where it is a directory and of what was written.
     pub(super) disk: [Option<u64>; 2],
     /// How it healed, if it was trained further.
@@ -172,6 +174,14 @@ impl Outcome {
     /// Lines about the distance between the two.
     fn distance_lines(&self) -> Vec<String> {
         let mut lines = Vec::new();
+        if let Some([tokens, width]) = self.few {
+            lines.push(format!(
+                "data        {} tokens, fewer than the {} features of one: what was calibrated on them may fit \
+                 them alone, and be measured on them so; give more text, or more --windows",
+                output::grouped(tokens),
+                output::grouped(width)
+            ));
+        }
         if let Some(measured) = self.distance.agreement {
             lines.push(format!(
                 "agreement   KL {:.4} nats, same first answer {:.1} % of {} predictions",
@@ -204,6 +214,8 @@ impl Outcome {
     fn stage_lines(&self) -> Vec<String> {
         let mut lines = self.order.as_ref().map_or_else(Vec::new, Order::lines);
         for (report, _) in &self.reports {
+            let short = report.shortfall.iter();
+            lines.extend(short.map(|short| format!("ratio       {}: {short}", report.method)));
             lines.extend(
                 report
                     .notes

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use lapidary_compress::{Change, Recipe, Settings};
 use lapidary_model::Model;
 use serde::Serialize;
 
 use crate::cli::{Compress, Global};
+use crate::loading;
 
 /// Most bytes of a recipe or of settings.
 const MOST: u64 = 1 << 20;
@@ -43,9 +44,8 @@ impl Order {
 /// The recipe of `--recipe`, or of `--method` and `--ratio`; and a better order, if there is one.
 pub(super) fn recipe(arguments: &Compress, global: &Global) -> Result<(Recipe, Option<Order>)> {
     let recipe: Recipe = match &arguments.recipe {
-        None => Recipe::as_given(&arguments.method, arguments.ratio())?,
-        Some(path) => from_text(&read(path)?, arguments, global)
-            .with_context(|| format!("{} is no recipe", path.display()))?,
+        None => Recipe::as_given(&arguments.method, &arguments.ratio())?,
+        Some(path) => from_file(path, arguments, global)?,
     };
     let better = recipe.reordered()?;
     let names = better.recipe.stages.iter();
@@ -93,17 +93,41 @@ pub(super) fn checked(
     }
 }
 
+/// Beside what a stage says of the model that an earlier one left, the order in which that does not arise.
+pub(super) fn advised(error: anyhow::Error, order: Option<&Order>) -> anyhow::Error {
+    let later = matches!(
+        error.downcast_ref(),
+        Some(lapidary_compress::Error::Later { .. })
+    );
+    match order.filter(|order| later && !order.taken) {
+        Some(Order { methods, .. }) => error.context(format!("--reorder runs it as {methods}")),
+        None => error,
+    }
+}
+
 /// The recipe of a file. What a stage with settings of its own does not say is as the whole run was told.
-fn from_text(text: &str, arguments: &Compress, global: &Global) -> Result<Recipe> {
-    let mut recipe: Recipe = toml::from_str(text)?;
+fn from_file(path: &Path, arguments: &Compress, global: &Global) -> Result<Recipe> {
+    let text = read(path)?;
+    let misread = |error| loading::misread(path, &text, &error);
+    let mut recipe: Recipe = toml::from_str(&text).map_err(misread)?;
     let whole = told(arguments, global)?;
-    let written: toml::Table = toml::from_str(text)?;
+    let written: toml::Table = toml::from_str(&text).map_err(misread)?;
     let stages = written.get("stage").and_then(toml::Value::as_array);
-    for (stage, written) in recipe.stages.iter_mut().zip(stages.into_iter().flatten()) {
+    let stages = recipe.stages.iter_mut().zip(stages.into_iter().flatten());
+    for (number, (stage, written)) in (1..).zip(stages) {
         if let Some(own) = written.get("settings").and_then(toml::Value::as_table) {
             let mut all = whole.clone();
             merge(&mut all, own.clone());
-            let settings: Settings = all.try_into().context("the settings of a stage")?;
+            let what = || format!("{}, the settings of stage {number}", path.display());
+            let settings = settings_of(all).with_context(what)?;
+            let method = stage.method()?;
+            if let Some(section) = own.keys().find(|section| !method.reads(section)) {
+                bail!(
+                    "{}: stage {number} has settings of `{section}`, which {} does not read",
+                    path.display(),
+                    method.name
+                );
+            }
             stage.settings = Some(settings);
         }
     }
@@ -112,19 +136,30 @@ fn from_text(text: &str, arguments: &Compress, global: &Global) -> Result<Recipe
 
 /// The settings of the whole run.
 pub(super) fn settings(arguments: &Compress, global: &Global) -> Result<Settings> {
-    let settings: Settings = told(arguments, global)?
-        .try_into()
-        .context("the settings")?;
+    let settings = settings_of(told(arguments, global)?).context("the settings")?;
     // What is measured last would fail after everything else.
     settings.activations.check()?;
+    Ok(settings)
+}
+
+/// Settings of a table, or what is wrong in it, on one line.
+fn settings_of(table: toml::Table) -> Result<Settings> {
+    let settings: Settings = table.try_into().map_err(|error: toml::de::Error| {
+        let text = error.to_string();
+        let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
+        anyhow!("{}", lines.join(" "))
+    })?;
+    ensure!(settings.batch >= 1, "batch is 0, but must be at least 1");
     Ok(settings)
 }
 
 /// The settings of `--settings`, changed by each `--set key=value` and by the options that stand for some.
 fn told(arguments: &Compress, global: &Global) -> Result<toml::Table> {
     let mut table = match &arguments.settings {
-        Some(path) => toml::from_str(&read(path)?)
-            .with_context(|| format!("{} has no settings", path.display()))?,
+        Some(path) => {
+            let text = read(path)?;
+            toml::from_str(&text).map_err(|error| loading::misread(path, &text, &error))?
+        }
         None => toml::Table::new(),
     };
     for text in &arguments.set {
@@ -135,8 +170,15 @@ fn told(arguments: &Compress, global: &Global) -> Result<toml::Table> {
         let parsed = toml::from_str::<toml::Table>(&format!("{key} = {value}"));
         let parsed = match parsed {
             Ok(table) => table,
-            Err(_) => toml::from_str(&format!("{key} = {value:?}"))
-                .with_context(|| format!("--set has {text:?}, which is no setting"))?,
+            Err(_) => {
+                let word = toml::from_str(&format!("{key} = {value:?}"));
+                word.map_err(|error| {
+                    anyhow!(
+                        "--set has {text:?}, which is no setting: {}",
+                        error.message()
+                    )
+                })?
+            }
         };
         merge(&mut table, parsed);
     }

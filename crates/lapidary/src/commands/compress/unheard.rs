@@ -3,7 +3,7 @@
 
 use anyhow::{Result, bail, ensure};
 use lapidary_compress::automatic::AutomaticSettings;
-use lapidary_compress::{Effect, Method, Recipe, Stage};
+use lapidary_compress::{Effect, Method, Recipe, Settings, Stage};
 
 use crate::cli::Compress;
 
@@ -49,20 +49,40 @@ pub(super) fn check(arguments: &Compress) -> Result<()> {
 }
 
 /// As [`check_methods`] of a recipe's stages.
-pub(super) fn check_stages(recipe: &Recipe, arguments: &Compress) -> Result<()> {
+pub(super) fn check_stages(
+    recipe: &Recipe,
+    arguments: &Compress,
+    settings: &Settings,
+) -> Result<()> {
     let methods = recipe.stages.iter().map(Stage::method);
     let methods = methods.collect::<lapidary_compress::Result<Vec<_>>>()?;
-    ensure!(
-        arguments.ratio.is_none() || methods.iter().any(|method| !method.rounds()),
-        "--ratio is for methods that take something away, but the method is {}",
-        names(&methods)
-    );
-    check_methods(&methods, arguments)
+    check_methods(&methods, arguments, settings.activations.range.is_some())
 }
 
-/// Refuses options that none of these methods hears.
-pub(super) fn check_methods(methods: &[&Method], arguments: &Compress) -> Result<()> {
+/// Refuses options that none of these methods hears, nor the measuring of rounded activations where there is
+/// one.
+pub(super) fn check_methods(
+    methods: &[&Method],
+    arguments: &Compress,
+    rounded: bool,
+) -> Result<()> {
     let named = names(methods);
+    ensure!(
+        arguments.ratio.is_none() || methods.iter().any(|method| !method.rounds()),
+        "--ratio is for methods that take something away, but the method is {named}"
+    );
+    for text in &arguments.set {
+        let section = text.split(['=', '.']).next().unwrap_or_default().trim();
+        let by_measure = ["activations", "quantise", "selection"].contains(&section);
+        ensure!(
+            rounded && by_measure || methods.iter().any(|method| method.reads(section)),
+            "--set {text} is not for {named}, which does not read `{section}`{}",
+            match section {
+                "activations" => ": it is for --activations",
+                _ => "",
+            }
+        );
+    }
     ensure!(
         arguments.pattern.is_none()
             || methods
@@ -72,7 +92,7 @@ pub(super) fn check_methods(methods: &[&Method], arguments: &Compress) -> Result
     );
     ensure!(
         arguments.layers.is_none()
-            || arguments.activations.is_some()
+            || rounded
             || methods.iter().any(|method| method.chooses_layers()),
         "--layers is for methods that take layers one by one (factorisations, rounding, pruning, \
          curvature), but the method is {named}"
