@@ -6,7 +6,7 @@ use lapidary_explain::analyses::geometry::{Bounds, Reading};
 use lapidary_explain::analyses::prefix_induction::{PrefixDraws, prefix_induction};
 use lapidary_explain::analyses::squashing::{Directions, Flow, jacobian_norms, path_bound};
 use lapidary_explain::analyses::{attention, clustering, geometry, linearity};
-use lapidary_explain::{Error, Options, Question, Target, explainer};
+use lapidary_explain::{Error, Options, Question, Target, difference, explainer};
 use lapidary_model::Model;
 
 /// Groups of four tokens, and latents between them.
@@ -90,6 +90,24 @@ fn groups_and_means_are_not_explained_as_sequences() {
         let left = account.explained - account.attributed;
         assert!(left.abs() < 1e-9, "{kind}: {left:e}");
     }
+}
+
+/// An organisation without parameters beside the same model without it: what both have at each token is compared.
+#[test]
+fn a_model_is_compared_with_itself_organised() {
+    let plain = model(&DECODER.replace(", causal = true", ""), 4);
+    let (input, organised) = (tokens(&IDS), means());
+    let questions = [&plain, &organised].map(|model| Question::new(model, &input));
+    let names: Vec<String> = IDS.iter().map(u32::to_string).collect();
+    let method = explainer("decompx").unwrap();
+    let [before, after] = &questions;
+    let target = Target::class(1);
+    let found = difference(before, after, target, method, &names, &Options::default()).unwrap();
+    let sites: Vec<&str> = found.sites.iter().map(|site| site.site.as_str()).collect();
+    assert_eq!(sites, ["embeddings"]);
+    assert!(found.explained.0 != found.explained.1);
+    let same = difference(after, after, target, method, &names, &Options::default()).unwrap();
+    assert_eq!(same.sites.len(), 3);
 }
 
 #[test]
