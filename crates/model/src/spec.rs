@@ -461,7 +461,7 @@ impl ModelSpec {
         organisation.validate(&model, "organisation")?;
         vips::validate(self)?;
         if organisation.gives_tokens() {
-            return Ok(());
+            return validate_last_stage(organisation);
         }
         let by_token = match &self.head {
             HeadSpec::LanguageModel { .. } => Some("language-model"),
@@ -553,6 +553,24 @@ impl ModelSpec {
                 Ok(())
             }
         }
+    }
+}
+
+/// Refuses latents that go through global layers behind the last that tokens hear of, where tokens are what comes out.
+fn validate_last_stage(organisation: &OrganisationSpec) -> Result<()> {
+    let OrganisationSpec::Interleaved(fit) = organisation else {
+        return Ok(());
+    };
+    match fit.stages()?.last() {
+        Some(stage) if stage.global > 0 => Err(Error::spec(
+            "organisation.layout",
+            &fit.layout,
+            format!(
+                "{}(0) at least, or output = \"latents\": tokens hear of global layers before the next brackets",
+                fit.layout
+            ),
+        )),
+        _ => Ok(()),
     }
 }
 
