@@ -5,6 +5,7 @@ use lapidary_parts::attention::mechanism::Describe;
 use lapidary_parts::attention::wavelet::Family;
 use lapidary_parts::organisation::OrganisationSpec;
 use lapidary_parts::organisation::fit::FitSpec;
+use lapidary_parts::position::PositionSpec;
 
 use crate::{Result, TrainSpec};
 
@@ -95,7 +96,7 @@ fn check_groups(fit: &FitSpec, whole: (usize, &'static str)) -> Result<()> {
     check_mixer(&block.attention, field, (latents, "latents of all groups"))
 }
 
-/// Refuses a mixer that is made for fewer than so many tokens.
+/// Refuses a mixer that is made for fewer than so many tokens, or draws positions of fewer.
 fn check_mixer(
     mixer: &MixerSpec,
     field: String,
@@ -103,6 +104,13 @@ fn check_mixer(
 ) -> Result<()> {
     match mixer {
         MixerSpec::MultiHead(attention) => {
+            // Of more tokens than there are positions to draw from, none are drawn.
+            if let PositionSpec::Fire(fire) = &attention.position
+                && let Some(positions) = fire.randomised.filter(|positions| *positions < tokens)
+            {
+                let expected = format!("at least {tokens}, the {of}");
+                return wrong(format!("{field}.position.randomised"), positions, expected);
+            }
             let longest = attention.mechanism.spec().and_then(Describe::longest);
             match longest.filter(|(_, most)| *most < tokens) {
                 None => Ok(()),

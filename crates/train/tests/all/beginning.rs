@@ -386,6 +386,17 @@ fn models_that_cannot_read_the_sequences_are_refused() {
     let mut any = linformer(4);
     any["mechanism"]["longer"] = json!("interpolate");
     assert_eq!(mixer(any), "");
+    let drawing = |positions: usize| {
+        mixer(json!({
+            "kind": "multi-head", "heads": 2, "causal": true,
+            "position": { "kind": "fire", "randomised": positions }
+        }))
+    };
+    assert_eq!(drawing(8), "");
+    assert_eq!(
+        drawing(7),
+        "model.blocks.0.attention.position.randomised is 7, but must be at least 8, the length"
+    );
     // A band has half of the numbers.
     let wavelet = |longest| mixer(json!({ "kind": "wavelet", "inner": linformer(longest) }));
     assert_eq!(wavelet(4), "");
