@@ -76,11 +76,17 @@ struct Known<'a> {
 impl Known<'_> {
     /// The parameter `name`, unless it was that of another mechanism.
     fn known(&self, name: &str, shape: &[usize]) -> Option<&Tensor> {
-        let of_mechanism = name.starts_with("linformer.")
-            || (name.starts_with("blocks.") && name.contains(".attention.mechanism."));
         let parameter = self.parameters.get(name)?;
-        let same = self.alike && parameter.dims() == shape;
-        (same || !of_mechanism).then_some(parameter)
+        let same = parameter.dims() == shape;
+        let kept = match name {
+            // Only Linformer's projections are there.
+            _ if name.starts_with("linformer.") => same,
+            _ if name.starts_with("blocks.") && name.contains(".attention.mechanism.") => {
+                same && self.alike
+            }
+            _ => true,
+        };
+        kept.then_some(parameter)
     }
 }
 
