@@ -320,6 +320,20 @@ fn an_epsilon_of_nothing_is_refused_and_a_small_one_is_not() {
     }
 }
 
+/// No learning rate is to blame for what is no number before a step is done.
+#[test]
+fn a_loss_that_begins_as_no_number_is_the_specs() {
+    let directory = tempfile::tempdir().unwrap();
+    let data = json!({ "kind": "copying", "symbols": 7 });
+    let mut settings = serde_json::to_value(spec(data)).unwrap();
+    // Beyond single precision, in which scores are infinite then.
+    settings["model"]["blocks"][0]["attention"]["scale"] = json!(1e300);
+    let spec: TrainSpec = serde_json::from_value(settings).unwrap();
+    let said = refusal(&spec, &directory.path().join("run"), false);
+    assert!(said.starts_with("loss is NaN at step 1"), "{said}");
+    assert!(said.contains("before any step"), "{said}");
+}
+
 /// What would change nothing: a floor that the rate does not fall to, a look ahead along no momentum.
 #[test]
 fn settings_without_effect_are_refused() {
