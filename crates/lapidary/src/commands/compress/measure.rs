@@ -381,7 +381,19 @@ mod tests {
     #[test]
     fn what_cannot_be_kept_between_steps_is_run_again() {
         let growing = ", sharing = 'query-key', mechanism = { kind = 'reformer', chunk = 4 }";
-        let said = continued(&model(growing, ""), &[1, 2, 3], 2).unwrap();
+        let model = model(growing, "");
+        let said = continued(&model, &[1, 2, 3], 2).unwrap();
         assert_eq!(said.len(), 2);
+        let options = GenerationOptions {
+            new_tokens: 2,
+            ..Default::default()
+        };
+        let go_on = |_, _| ControlFlow::Continue(());
+        let refused = generate(&model, &[vec![1, 2, 3]], &options, go_on);
+        let refused = refused.unwrap_err().to_string();
+        assert!(
+            refused.contains("generation without a cache asks for none"),
+            "{refused}"
+        );
     }
 }

@@ -485,7 +485,8 @@ impl Mechanism for Reformer {
             return Err(Error::spec(
                 format!("buckets of the mechanism at {}", pass.path),
                 "absent",
-                "given, since by default they grow with the text and decoding keeps them",
+                "given, since by default they grow with the text and decoding keeps them; generation without a cache \
+                 asks for none",
             ));
         }
         let (batch, heads, new, _) = tensor(k.dims4())?;
