@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use crate::common::{DECODER, generator, model, tokens};
+use lapidary_explain::analyses::channels::Heads;
 use lapidary_explain::analyses::geometry::{Bounds, Reading};
 use lapidary_explain::analyses::prefix_induction::{PrefixDraws, prefix_induction};
 use lapidary_explain::analyses::squashing::{Directions, Flow, jacobian_norms, path_bound};
@@ -122,6 +123,13 @@ fn two_streams_have_weights_but_no_stream_between_blocks() {
     let windows = vec![IDS.to_vec(); 4];
     let found = geometry::layers(&model, &windows, Reading::default(), Bounds::default());
     assert_refused(found, "reversible", "geometry");
+    // Heads write to the one and read the other.
+    let said = Heads::of(&model).map(|_| ()).unwrap_err().to_string();
+    assert!(
+        said.starts_with("organisation of the model is reversible, but must be another"),
+        "{said}"
+    );
+    assert!(Heads::of(&groups()).is_ok());
     let patterns = attention::head_patterns(&question).unwrap();
     assert_eq!(patterns.len(), 8);
     assert!(patterns.iter().all(|head| head.weights.len() == IDS.len()));
