@@ -170,7 +170,7 @@ pub fn ensemble_perplexity(
         if members > 1 && !differs {
             return Err(Error::invalid(
                 "model of an ensemble",
-                "draws nothing at random: its members are one and the same",
+                "one that draws nothing at random: its members are one and the same",
                 "one whose draws differ, such as with subsampled attention",
             ));
         }

@@ -77,7 +77,8 @@ const SITES: &str = "{embeddings,blocks.*.out,pooled}";
 /// widths, as a narrowed model has, are compared by how their positions lie to each other.
 ///
 /// # Errors
-/// When the inputs differ in shape, or an explainer is not defined for a model.
+/// When the inputs differ in shape, or an explainer is not defined for a model. Sites at which an organisation has other
+/// tokens than the other model are left out.
 pub fn difference(
     before: &Question<'_>,
     after: &Question<'_>,
@@ -99,6 +100,11 @@ pub fn difference(
     let parts = |question| LOGIT_ATTRIBUTION.explain(question, target, options);
     let (parts_a, parts_b) = (parts(before)?, parts(after)?);
     let by_token = |question| method.explain(question, target, options);
+    // Blocks of an organisation may see other tokens than those of the other model.
+    let organised = [before, after].map(|question| question.model.spec().organisation.is_some());
+    let beside = |a: &Tensor, b: &Tensor| {
+        !organised.contains(&true) || leading(a.dims()) == leading(b.dims())
+    };
     Ok(Difference {
         explained: (parts_a.account.explained, parts_b.account.explained),
         output: output_a.logits.as_ref().map(|_| compared(&a, &b)),
@@ -106,7 +112,7 @@ pub fn difference(
             .iter()
             .filter_map(|(site, a)| {
                 let (_, b) = sites_b.iter().find(|(other, _)| other == site)?;
-                Some(site_difference(site, a, b))
+                beside(a, b).then(|| site_difference(site, a, b))
             })
             .collect::<Result<_>>()?,
         components: moved(&parts_a, &parts_b, names),
@@ -153,6 +159,11 @@ fn compared(a: &[f64], b: &[f64]) -> OutputDifference {
         same_answer: best(a) == best(b),
         largest: a.iter().zip(b).fold(0.0, |m, (a, b)| m.max((a - b).abs())),
     }
+}
+
+/// All dimensions but the last, features.
+fn leading(dims: &[usize]) -> &[usize] {
+    dims.split_last().map_or(dims, |(_, leading)| leading)
 }
 
 fn site_difference(site: &str, a: &Tensor, b: &Tensor) -> Result<SiteDifference> {

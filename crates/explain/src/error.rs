@@ -1,6 +1,7 @@
 //! What can go wrong while explaining.
 
 use lapidary_model::Model;
+use lapidary_parts::organisation::OrganisationSpec;
 
 /// An error of an explainer.
 #[derive(Debug, thiserror::Error)]
@@ -98,4 +99,37 @@ pub(crate) fn require_written_out(model: &Model, what: &str) -> Result<()> {
         found,
         "written out (Model::written_out)",
     ))
+}
+
+/// Refuses a model whose organisation lets blocks see something else than all tokens of a sequence side by side, for what
+/// takes a site of a block for the sequence.
+pub(crate) fn require_whole_sequences(model: &Model, what: &str) -> Result<()> {
+    match &model.spec().organisation {
+        None | Some(OrganisationSpec::Reversible(_)) => Ok(()),
+        Some(other @ (OrganisationSpec::Interleaved(_) | OrganisationSpec::VipCentric(_))) => {
+            let expected =
+                format!("absent or reversible for {what}: blocks see groups or means of tokens");
+            Err(Error::invalid(
+                "organisation of the model",
+                other.kind(),
+                expected,
+            ))
+        }
+    }
+}
+
+/// The same, and one whose blocks move two streams, for what reads the stream before a block or behind it.
+pub(crate) fn require_one_stream(model: &Model, what: &str) -> Result<()> {
+    match &model.spec().organisation {
+        None => Ok(()),
+        Some(organisation) => {
+            let expected =
+                format!("absent for {what}, which reads one stream of all tokens at each block");
+            Err(Error::invalid(
+                "organisation of the model",
+                organisation.kind(),
+                expected,
+            ))
+        }
+    }
 }

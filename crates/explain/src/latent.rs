@@ -59,6 +59,7 @@ pub fn latent_relevance(
     target: Target,
     rules: RelevanceRules,
 ) -> Result<LatentRelevance> {
+    crate::error::require_one_stream(question.model, "relevance inside a model")?;
     let blocks = question.model.spec().expanded_blocks();
     let mut trace = leaks::tap(Trace::new(), blocks.len())?;
     for index in 0..blocks.len() {

@@ -3,9 +3,11 @@
 use lapidary_parts::attention::mechanism::lion::LionSpec;
 use lapidary_parts::attention::mechanism::subsampled::Selection;
 use lapidary_parts::attention::{MechanismSpec, MixerSpec, MultiHeadSpec};
+use lapidary_parts::organisation::OrganisationSpec;
+use lapidary_parts::organisation::fit::Tiles;
 use lapidary_parts::{Error, Result};
 
-use crate::spec::{InputSpec, ModelSpec};
+use crate::spec::{InputSpec, ModelSpec, PatchInput};
 
 /// A grid that tokens are taken to lie on, row by row.
 struct Grid {
@@ -64,6 +66,11 @@ pub(crate) fn validate(spec: &ModelSpec) -> Result<()> {
         return Ok(());
     };
     let row = patches.image[1] / patches.patch.max(1);
+    if let Some(OrganisationSpec::Interleaved(fit)) = &spec.organisation
+        && let Some(tiles) = fit.tiles
+    {
+        validate_tiles(patches, tiles, row)?;
+    }
     for (index, block) in spec.blocks.iter().enumerate() {
         let MixerSpec::MultiHead(attention) = &block.attention else {
             continue;
@@ -107,6 +114,28 @@ pub(crate) fn validate(spec: &ModelSpec) -> Result<()> {
     Ok(())
 }
 
+/// Refuses tiles that are not those of the image's patches, in rows of so many.
+fn validate_tiles(patches: &PatchInput, tiles: Tiles, row: usize) -> Result<()> {
+    if patches.class_tokens > 0 {
+        let expected = "0 where groups are tiles, whose first cell is the first token's";
+        let field = "input.class_tokens";
+        return Err(Error::spec(field, patches.class_tokens, expected));
+    }
+    if patches.resized {
+        let expected = "false where groups are tiles, which are those of one size";
+        return Err(Error::spec("input.resized", true, expected));
+    }
+    if tiles.columns != row {
+        let expected = format!("{row}, the patches in a row of the image");
+        return Err(Error::spec(
+            "organisation.tiles.columns",
+            tiles.columns,
+            expected,
+        ));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -139,6 +168,38 @@ mod tests {
         assert_eq!(
             said(0, 4),
             "blocks.0.attention.mechanism.columns is 4, but must be 6, the patches in a row of the image"
+        );
+    }
+
+    /// Groups that are tiles are those of the image's patches.
+    #[test]
+    fn tiles_are_of_the_patches_of_the_image() {
+        let said = |class_tokens: usize, columns: usize, resized: bool| {
+            let text = format!(
+                "width = 16
+                input = {{ kind = 'patches', image = [16, 24], patch = 4, class_tokens = {class_tokens}, resized = {resized} }}
+                organisation = {{ kind = 'interleaved', layout = '(1)', group = 6, groups = 4, tiles = {{ columns = {columns}, height = 2, width = 3 }} }}
+                [[blocks]]
+                attention = {{ kind = 'multi-head', heads = 2 }}"
+            );
+            let spec: ModelSpec = toml::from_str(&text).unwrap();
+            spec.validate()
+                .err()
+                .map(|error| error.to_string())
+                .unwrap_or_default()
+        };
+        assert_eq!(said(0, 6, false), "");
+        assert_eq!(
+            said(0, 12, false),
+            "organisation.tiles.columns is 12, but must be 6, the patches in a row of the image"
+        );
+        let resized = said(0, 6, true);
+        assert!(
+            resized.starts_with("input.resized is true, but must be false where groups are tiles")
+        );
+        let before = said(1, 6, false);
+        assert!(
+            before.starts_with("input.class_tokens is 1, but must be 0 where groups are tiles")
         );
     }
 

@@ -33,7 +33,7 @@ use lapidary_parts::block::BlockSpec;
 use lapidary_parts::norm::NormSpec;
 use lapidary_parts::organisation::{OrganisationSpec, Surroundings};
 use lapidary_parts::parameters::Quantisation;
-use lapidary_parts::{Error, Result};
+use lapidary_parts::{Draws, Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -350,6 +350,13 @@ impl ModelSpec {
         !self.blocks.is_empty() && self.blocks.iter().all(|block| block.attention.is_causal())
     }
 
+    /// What it draws anew in training: whether passes that draw nothing are other ones.
+    pub fn draws(&self) -> Draws {
+        let organisation = self.organisation.as_ref().map(OrganisationSpec::draws);
+        let blocks = self.blocks.iter().map(BlockSpec::draws);
+        blocks.chain(organisation).collect()
+    }
+
     /// Most tokens the model takes at a time, where its input bounds them.
     pub fn length(&self) -> usize {
         match &self.input {
@@ -413,6 +420,10 @@ impl ModelSpec {
                         "at least 0 and below 1",
                     ));
                 }
+                if tokens.dropout_by_feature && tokens.dropout == 0.0 {
+                    let expected = "false where input.dropout is 0";
+                    return Err(Error::spec("input.dropout_by_feature", true, expected));
+                }
                 validate_norm(&tokens.norm, "input.norm")?;
             }
             InputSpec::Patches(patches) => patches.validate(self.width)?,
@@ -450,7 +461,7 @@ impl ModelSpec {
         organisation.validate(&model, "organisation")?;
         vips::validate(self)?;
         if organisation.gives_tokens() {
-            return Ok(());
+            return validate_last_stage(organisation);
         }
         let by_token = match &self.head {
             HeadSpec::LanguageModel { .. } => Some("language-model"),
@@ -486,14 +497,45 @@ impl ModelSpec {
                 "language-model",
                 "pooled or none for a model that reads patches",
             )),
-            HeadSpec::LanguageModel { transform, .. } => validate_norm(
-                &transform.map(|transform| transform.norm),
-                "head.transform.norm",
-            ),
+            HeadSpec::LanguageModel { transform, .. } => {
+                let alike = match &self.input {
+                    InputSpec::Tokens(tokens) => tokens.embedding_width.is_none(),
+                    InputSpec::Patches(_) => false,
+                };
+                if self.head.narrows() && alike && self.read_width() == self.width {
+                    let expected =
+                        "false where the table of embeddings is as wide as what the head reads";
+                    return Err(Error::spec("head.transform.narrows", true, expected));
+                }
+                validate_norm(
+                    &transform.map(|transform| transform.norm),
+                    "head.transform.norm",
+                )
+            }
             HeadSpec::Pooled {
-                pool, labels, norm, ..
+                pool,
+                norm,
+                hidden,
+                labels,
+                bias,
             } => {
                 validate_norm(norm, "head.norm")?;
+                if !*bias && labels.is_none() {
+                    let expected = "absent where there are no labels, whose scores have none then";
+                    return Err(Error::spec("head.bias", false, expected));
+                }
+                let between = [("norm", norm.is_some()), ("hidden", hidden.is_some())];
+                let given = between.into_iter().find(|(_, given)| *given);
+                if let (Pool::FirstTwo, Some((name, _))) = (pool, given) {
+                    let expected = "absent beside pool = \"first-two\", whose scores are of the tokens as they are";
+                    return Err(Error::spec(format!("head.{name}"), "given", expected));
+                }
+                if let (Pool::AtToken(id), Some(vocabulary)) = (pool, self.vocabulary())
+                    && *id as usize >= vocabulary
+                {
+                    let expected = format!("below {vocabulary}, the input's vocabulary");
+                    return Err(Error::spec("head.pool.at-token", id, expected));
+                }
                 if let Some(labels) = *labels {
                     bounded("head.labels", labels, MAX_LABELS)?;
                 }
@@ -511,6 +553,24 @@ impl ModelSpec {
                 Ok(())
             }
         }
+    }
+}
+
+/// Refuses latents that go through global layers behind the last that tokens hear of, where tokens are what comes out.
+fn validate_last_stage(organisation: &OrganisationSpec) -> Result<()> {
+    let OrganisationSpec::Interleaved(fit) = organisation else {
+        return Ok(());
+    };
+    match fit.stages()?.last() {
+        Some(stage) if stage.global > 0 => Err(Error::spec(
+            "organisation.layout",
+            &fit.layout,
+            format!(
+                "{}(0) at least, or output = \"latents\": tokens hear of global layers before the next brackets",
+                fit.layout
+            ),
+        )),
+        _ => Ok(()),
     }
 }
 

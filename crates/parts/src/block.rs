@@ -14,7 +14,7 @@ use crate::feedforward::{Feedforward, FeedforwardSpec};
 use crate::norm::{Norm, NormSpec};
 use crate::parameters::{Init, Parameters};
 use crate::state::MixerState;
-use crate::{Context, Error, Result};
+use crate::{Context, Draws, Error, Result};
 use lapidary_kernels::Tensor;
 use lapidary_signal::{Linear, Signal};
 use schemars::JsonSchema;
@@ -143,6 +143,12 @@ fn is_zero(probability: &f64) -> bool {
 }
 
 impl BlockSpec {
+    /// What its attention draws anew in training.
+    pub fn draws(&self) -> Draws {
+        let cross = self.cross_attention.as_ref().map(MultiHeadSpec::draws);
+        self.attention.draws() | cross.unwrap_or_default()
+    }
+
     /// Refuses what cannot be built for tokens of `width`.
     pub fn validate(&self, width: usize, field: &str) -> Result<()> {
         bounded(format!("{field}.repeat"), self.repeat, 1..=MAX_REPEAT)?;
@@ -183,6 +189,11 @@ impl BlockSpec {
                     expected,
                 ));
             }
+        }
+        if self.dropout_by_feature && self.dropout == 0.0 {
+            let field = format!("{field}.dropout_by_feature");
+            let expected = "false where dropout is 0";
+            return Err(Error::spec(field, true, expected));
         }
         if matches!(self.wiring, Wiring::Replacing | Wiring::Reversed) && self.drop_path > 0.0 {
             return Err(Error::spec(

@@ -42,6 +42,7 @@ pub mod block;
 pub mod coding_step;
 mod context;
 pub mod decisions;
+mod draws;
 pub mod dropout;
 mod error;
 pub mod feedforward;
@@ -55,4 +56,5 @@ pub mod recurrent;
 pub mod state;
 
 pub use context::Context;
+pub use draws::Draws;
 pub use error::{Error, Result};

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use lapidary_kernels::{AdamWOptions, LionOptions};
 use lapidary_model::{HeadSpec, InputSpec, ModelSpec};
 use lapidary_parts::organisation::OrganisationSpec;
 use serde::{Deserialize, Serialize};
@@ -11,6 +10,10 @@ use crate::data::{MaskingSpec, Order};
 use crate::language::Mixture;
 use crate::self_distillation::SelfDistillationSpec;
 use crate::{AlignmentSpec, Decay, Error, Result, Schedule};
+
+mod optimiser;
+
+pub use optimiser::OptimiserSpec;
 
 /// Everything that decides what a run computes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -113,83 +116,6 @@ pub struct ScheduleSpec {
     pub decay: Decay,
 }
 
-/// Which optimiser.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum OptimiserSpec {
-    /// Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101).
-    Adamw {
-        /// Decay of the mean gradient.
-        #[serde(default = "beta1")]
-        beta1: f64,
-        /// Decay of the mean squared gradient.
-        #[serde(default = "beta2")]
-        beta2: f64,
-        /// Added to the root of the latter.
-        #[serde(default = "epsilon")]
-        epsilon: f64,
-        /// Decay of matrices; norms and biases are never decayed.
-        #[serde(default)]
-        weight_decay: f64,
-    },
-    /// Steps of one length in every coordinate, by the sign of a momentum (Chen et al., Lion, arXiv
-    /// 2302.06675).
-    Lion {
-        /// Share of the momentum in what a step goes by.
-        #[serde(default = "lion_beta1")]
-        beta1: f64,
-        /// Decay of the momentum.
-        #[serde(default = "lion_beta2")]
-        beta2: f64,
-        /// Decay of matrices; norms and biases are never decayed.
-        #[serde(default)]
-        weight_decay: f64,
-    },
-    /// Gradient descent with momentum.
-    Sgd {
-        /// Share of the last step that goes into the next.
-        #[serde(default)]
-        momentum: f64,
-        /// Whether the gradient is taken ahead of the step (Nesterov).
-        #[serde(default)]
-        nesterov: bool,
-        /// Decay of matrices; norms and biases are never decayed.
-        #[serde(default)]
-        weight_decay: f64,
-    },
-}
-
-fn beta1() -> f64 {
-    AdamWOptions::default().beta1
-}
-
-fn beta2() -> f64 {
-    AdamWOptions::default().beta2
-}
-
-fn lion_beta1() -> f64 {
-    LionOptions::default().beta1
-}
-
-fn lion_beta2() -> f64 {
-    LionOptions::default().beta2
-}
-
-fn epsilon() -> f64 {
-    AdamWOptions::default().epsilon
-}
-
-impl Default for OptimiserSpec {
-    fn default() -> Self {
-        Self::Adamw {
-            beta1: beta1(),
-            beta2: beta2(),
-            epsilon: epsilon(),
-            weight_decay: 0.0,
-        }
-    }
-}
-
 /// Tokens of a step.
 const MAX_TOKENS: usize = 1 << 26;
 
@@ -201,69 +127,6 @@ const MAX_PIXELS: usize = 1 << 30;
 
 const BELOW_ONE: &str = "at least 0 and below 1";
 const NOT_NEGATIVE: &str = "a number of at least 0";
-
-impl OptimiserSpec {
-    fn validate(&self) -> Result<()> {
-        let (below_one, not_negative) = match *self {
-            Self::Adamw {
-                beta1,
-                beta2,
-                epsilon,
-                weight_decay,
-            } => (
-                vec![("optimiser.beta1", beta1), ("optimiser.beta2", beta2)],
-                vec![
-                    ("optimiser.epsilon", epsilon),
-                    ("optimiser.weight_decay", weight_decay),
-                ],
-            ),
-            Self::Lion {
-                beta1,
-                beta2,
-                weight_decay,
-            } => (
-                vec![("optimiser.beta1", beta1), ("optimiser.beta2", beta2)],
-                vec![("optimiser.weight_decay", weight_decay)],
-            ),
-            Self::Sgd {
-                momentum,
-                weight_decay,
-                ..
-            } => (
-                vec![("optimiser.momentum", momentum)],
-                vec![("optimiser.weight_decay", weight_decay)],
-            ),
-        };
-        let wrong = |(name, found): (&'static str, f64), expected| Error::Setting {
-            name,
-            found: found.to_string(),
-            expected,
-        };
-        if let Some(found) = below_one.into_iter().find(|(_, x)| !(0.0..1.0).contains(x)) {
-            return Err(wrong(found, BELOW_ONE));
-        }
-        // What has had no gradient yet, such as a token that does not occur, would become 0 / 0.
-        if let Self::Adamw { epsilon, .. } = *self
-            && epsilon < f64::from(f32::MIN_POSITIVE)
-        {
-            let expected = "a number above 0, in f32 too";
-            return Err(wrong(("optimiser.epsilon", epsilon), expected));
-        }
-        let is_negative = |x: f64| !(x.is_finite() && x >= 0.0);
-        match not_negative.into_iter().find(|(_, x)| is_negative(*x)) {
-            Some(found) => Err(wrong(found, NOT_NEGATIVE)),
-            None => Ok(()),
-        }
-    }
-
-    pub(crate) fn weight_decay(&self) -> f64 {
-        match self {
-            Self::Adamw { weight_decay, .. }
-            | Self::Lion { weight_decay, .. }
-            | Self::Sgd { weight_decay, .. } => *weight_decay,
-        }
-    }
-}
 
 /// Parameters whose name begins with a path, trained otherwise than the rest.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -497,6 +360,13 @@ impl TrainSpec {
     /// Refuses settings that cannot be trained with.
     pub fn validate(&self) -> Result<()> {
         self.schedule().validate()?;
+        let ScheduleSpec {
+            peak, floor, decay, ..
+        } = self.schedule;
+        if decay == Decay::Constant && floor != 0.0 && floor != peak {
+            let expected = "absent with schedule.decay = \"constant\", which falls to no floor";
+            return wrong("schedule.floor", floor.to_string(), expected);
+        }
         self.model
             .check_can_be_made()
             .map_err(lapidary_model::Error::from)?;
@@ -560,7 +430,7 @@ impl TrainSpec {
             Some(own) => self.validate_images(own)?,
             None => self.validate_tokens()?,
         }
-        self.check_vertices()
+        self.check_sequences()
     }
 
     /// Alignment compares the stream in front of each block with that behind it: there has to be one, and all of
@@ -594,6 +464,15 @@ impl TrainSpec {
         }
         if self.annealed_steps > self.steps - self.dense_steps {
             let expected = "at most the number of steps before the dense ones";
+            return wrong("annealed_steps", self.annealed_steps.to_string(), expected);
+        }
+        let draws = self.model.draws();
+        if self.dense_steps > 0 && !draws.any {
+            let expected = "0, or a model that draws something in training";
+            return wrong("dense_steps", self.dense_steps.to_string(), expected);
+        }
+        if self.annealed_steps > 0 && !draws.keys {
+            let expected = "0, or a model with subsampled attention, whose subsets grow";
             return wrong("annealed_steps", self.annealed_steps.to_string(), expected);
         }
         if self.loss_chunk == Some(0) {

@@ -193,7 +193,13 @@ impl Trainer {
             return Err(Error::Setting {
                 name: "loss",
                 found: format!("{loss} at step {}", self.step + 1),
-                expected: "finite; lower the learning rate, or clip",
+                expected: match self.step {
+                    0 => {
+                        "finite before any step: what training begins with, or a number of the model's spec, is too \
+                         large or too small"
+                    }
+                    _ => "finite; lower the learning rate, or clip",
+                },
             });
         }
         let scale = 1.0 / self.spec.accumulate as f64;

@@ -1,6 +1,6 @@
 //! Where each head looks (Clark et al., What Does BERT Look At?, 2019, arXiv 1906.04341).
 
-use crate::error::engine;
+use crate::error::{engine, require_whole_sequences};
 use crate::report::{Map, Report, Table};
 use crate::{Question, Result};
 use lapidary_kernels::{DType, Tensor};
@@ -31,8 +31,10 @@ pub struct HeadPattern {
 /// do not count.
 ///
 /// # Errors
-/// When the model fails. Blocks whose mixer has no weights give no heads.
+/// When the model fails, or an organisation lets its blocks see something else than the sequence. Blocks whose mixer has no
+/// weights give no heads.
 pub fn head_patterns(question: &Question<'_>) -> Result<Vec<HeadPattern>> {
+    require_whole_sequences(question.model, "patterns of heads")?;
     let trace = Trace::new().capture("blocks.*.attention.weights")?;
     question
         .model

@@ -160,6 +160,7 @@ fn drawn(tokens: usize, count: usize) -> BTreeSet<usize> {
 /// # Errors
 /// When the model fails, there are not more tokens than features, or no second window to hold out.
 pub fn linearity(model: &Model, windows: &[Vec<u32>], batch: usize) -> Result<Vec<Linearity>> {
+    crate::error::require_one_stream(model, "the linearity of blocks")?;
     let width = model.spec().width;
     if windows.len() < 2 {
         return Err(Error::invalid(

@@ -62,6 +62,7 @@ pub fn prefix_induction(
     draws: PrefixDraws<'_>,
     generator: &mut impl Rng,
 ) -> Result<Vec<PrefixScores>> {
+    crate::error::require_whole_sequences(model, "what heads look at")?;
     let least = 2 * draws.longest + 2 + usize::from(draws.start.is_some());
     if draws.length < least || draws.length > model.spec().length() {
         let expected = format!("between {least} and {}", model.spec().length());

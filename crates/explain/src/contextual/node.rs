@@ -81,8 +81,9 @@ impl Place {
 /// The attention of each block.
 ///
 /// # Errors
-/// When a block has another mixer.
+/// When a block has another mixer, or the model an organisation.
 pub(super) fn attentions(model: &Model) -> Result<Vec<MultiHeadSpec>> {
+    crate::error::require_one_stream(model, "circuits of heads")?;
     let blocks = model.spec().expanded_blocks().into_iter().enumerate();
     let attention =
         |(index, block): (usize, lapidary_parts::block::BlockSpec)| match block.attention {

@@ -1,7 +1,7 @@
 //! What the methods that read attention weights have in common: passes that give the weights,
 //! their gradients and their relevance, products over layers, and the map of the tokens.
 
-use crate::error::engine;
+use crate::error::{engine, require_whole_sequences};
 use crate::target::number;
 use crate::{Error, Question, Result, Target};
 use lapidary_kernels::{D, DType, Tensor, backward};
@@ -30,6 +30,7 @@ impl AttentionPass {
     /// # Errors
     /// When a block has no attention weights.
     pub(crate) fn new(question: &Question<'_>, rules: Option<RelevanceRules>) -> Result<Self> {
+        require_whole_sequences(question.model, "methods that read attention weights")?;
         let blocks = question.model.spec().expanded_blocks().len();
         let sites: Vec<String> = (0..blocks)
             .map(|block| format!("blocks.{block}.attention.weights"))

@@ -49,6 +49,7 @@ impl<'a> Captured<'a> {
     /// own.
     pub(crate) fn new(question: &Question<'a>, targets: &[Target]) -> Result<Self> {
         crate::error::require_written_out(question.model, "mixings of tokens")?;
+        crate::error::require_one_stream(question.model, "mixings of tokens")?;
         let specs = question.model.spec().expanded_blocks();
         for (index, block) in specs.iter().enumerate() {
             let attention = multi_head(index, block)?;

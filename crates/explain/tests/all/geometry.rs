@@ -602,3 +602,26 @@ fn the_numbers_are_those_of_an_independent_implementation() {
     let alike = [t.within, t.between, t.within_projected, t.between_projected];
     assert_all(&alike, &numbers("topics_alike"), "topics");
 }
+
+/// A network that layers share stands beside the blocks.
+#[test]
+fn scores_are_had_beside_a_network_that_blocks_share() {
+    let shared = DECODER.replace(
+        "causal = true",
+        "causal = true, position = { kind = \"fire\", hidden = 4, shared = true, initial_length = 4 }",
+    );
+    let model = model(&shared, 21);
+    let windows = windows(6, 10, 20, 15);
+    let reading = Reading {
+        skip: 0,
+        keep: 2,
+        ..Reading::default()
+    };
+    let found = layers(&model, &windows, reading, Bounds::default()).unwrap();
+    let scores = score_blocks(&model, &found[1].decomposition, 1, 2, 1, 0).unwrap();
+    let mut sum = Matrix::zeros(10, 10);
+    for part in scores.exact.iter().flatten() {
+        sum += part;
+    }
+    assert_near(&sum, &scores.total, 1e-12, "sum of blocks");
+}

@@ -21,6 +21,7 @@ mod golden;
 mod golden_alti;
 mod layer_scale;
 mod linearity;
+mod organised;
 mod relevance;
 mod relevance_golden;
 mod squashing;

@@ -356,7 +356,11 @@ fn on_text(setting: &Setting, size: Size) -> Result<(String, Vec<Claim>, Plot)> 
         let before = decoder::train_by(recipe, spec, training()?, steps, seed)?;
         let slower = Recipe {
             peak: recipe.peak / 10.0,
-            dense_steps,
+            dense_steps: match mechanism.is_softmax() {
+                // It draws nothing in any step.
+                true => 0,
+                false => dense_steps,
+            },
             ..recipe
         };
         let after = decoder::train_further(&before, slower, training()?, dense_steps, seed + 1)?;

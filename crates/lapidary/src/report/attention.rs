@@ -1,8 +1,8 @@
 //! Attention patterns on a page: a small picture for each head, the chosen one large.
 
 use anyhow::Result;
-use lapidary_explain::Question;
 use lapidary_explain::analyses::attention::{HeadPattern, head_patterns};
+use lapidary_explain::{Error, Question};
 use maud::{Markup, PreEscaped, html};
 
 /// Most weights that a page carries, a byte each.
@@ -44,9 +44,18 @@ for (const box of document.querySelectorAll('.patterns')) {
 }
 ";
 
-/// Every head of the question's first sequence; nothing for models whose mixers have no weights.
+/// Every head of the question's first sequence; nothing for models whose mixers have no weights, and a sentence for those
+/// whose blocks do not see the sequence.
 pub fn attention_patterns(question: &Question<'_>, names: &[String]) -> Result<Markup> {
-    let patterns = head_patterns(question)?;
+    let patterns = match head_patterns(question) {
+        Ok(patterns) => patterns,
+        // Of a model whose blocks see other tokens than these the rest of the page is there all the same.
+        Err(error @ Error::Invalid { .. }) => {
+            let text = format!("Where each head looks is left out: {error}.");
+            return Ok(html! { section { p.legend { (text) } } });
+        }
+        Err(error) => return Err(error.into()),
+    };
     let weights = patterns.len() * names.len() * names.len();
     if patterns.is_empty() {
         return Ok(html! {});
@@ -132,6 +141,9 @@ fn base64(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use lapidary_kernels::{DType, Device, Tensor};
+    use lapidary_model::{Input, Model, ModelSpec};
+
     use super::*;
 
     #[test]
@@ -141,6 +153,27 @@ mod tests {
         assert_eq!(base64(b"fo"), "Zm8=");
         assert_eq!(base64(b"foobar"), "Zm9vYmFy");
         assert_eq!(base64(&[255, 0, 254]), "/wD+");
+    }
+
+    #[test]
+    fn heads_that_see_groups_are_left_out_with_a_sentence() {
+        let text = "width = 8
+            input = { kind = 'tokens', vocabulary = 11, length = 8 }
+            head = { kind = 'language-model' }
+            organisation = { kind = 'interleaved', layout = '(1)', group = 4, groups = 2 }
+            [[blocks]]
+            attention = { kind = 'multi-head', heads = 2, causal = true }";
+        let spec: ModelSpec = toml::from_str(text).unwrap();
+        let model = Model::initialised(spec, 0, DType::F32, &Device::Cpu).unwrap();
+        let ids = Tensor::from_slice(&[1u32, 2, 3, 4, 5, 6], (1, 6), &Device::Cpu).unwrap();
+        let input = Input::tokens(ids);
+        let names = ["a", "b", "c", "d", "e", "f"].map(str::to_owned);
+        let page = attention_patterns(&Question::new(&model, &input), &names).unwrap();
+        let page = page.into_string();
+        assert!(
+            page.contains("left out: organisation of the model is interleaved"),
+            "{page}"
+        );
     }
 
     #[test]

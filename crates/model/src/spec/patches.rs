@@ -189,6 +189,11 @@ impl PatchInput {
             let expected = "a number of at least 0";
             return Err(Error::spec("input.deviation", self.deviation, expected));
         }
+        let learned = self.class_tokens > 0 || self.position == PatchPosition::Learned;
+        if !learned && self.deviation != Self::DEVIATION {
+            let expected = "absent without class tokens and learned positions, which begin with it";
+            return Err(Error::spec("input.deviation", self.deviation, expected));
+        }
         validate_norm(&self.norm, "input.norm")
     }
 }

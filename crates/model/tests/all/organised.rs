@@ -501,6 +501,17 @@ fn latents_can_be_what_is_pooled() {
         &DECODER.replace("(1)2(1)1(1)", "(1)2(1)"),
         "organisation.layout is",
     );
+    // Tokens that come out would not hear of what latents are last.
+    let behind = DECODER.replace("(1)2(1)1(1)", "(1)2(2)1");
+    refused(
+        &behind,
+        "organisation.layout is \"(1)2(2)1\", but must be (1)2(2)1(0) at least",
+    );
+    assert!(
+        spec(&behind.replace("(1)2(2)1", "(1)2(2)1(0)"))
+            .validate()
+            .is_ok()
+    );
     refused(
         &ENCODER.replace("segment_blocks = 1", "segment_blocks = 9"),
         "organisation.segment",

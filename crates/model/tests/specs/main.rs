@@ -162,6 +162,99 @@ fn initial_values_that_mean_nothing_are_refused_by_name() {
     }
 }
 
+/// A head of one vector for a sequence.
+fn pooled(pool: Pool) -> HeadSpec {
+    HeadSpec::Pooled {
+        pool,
+        norm: None,
+        hidden: None,
+        labels: Some(2),
+        bias: true,
+    }
+}
+
+/// What would change nothing, without a word.
+#[test]
+fn fields_without_effect_are_refused_by_name() {
+    let refused = |change: &dyn Fn(&mut HeadSpec), pool: Pool, field: &str| {
+        let mut head = pooled(pool);
+        change(&mut head);
+        assert_refused(|spec| spec.head = head, field);
+    };
+    // Scores of the first two tokens are of these as they are.
+    let normed = |head: &mut HeadSpec| {
+        if let HeadSpec::Pooled { norm, .. } = head {
+            *norm = Some(NormSpec::default());
+        }
+    };
+    refused(&normed, Pool::FirstTwo, "head.norm is \"given\"");
+    let deeper = |head: &mut HeadSpec| {
+        if let HeadSpec::Pooled { hidden, .. } = head {
+            *hidden = Some(ActivationSpec::Gelu);
+        }
+    };
+    refused(&deeper, Pool::FirstTwo, "head.hidden is \"given\"");
+    let unscored = |head: &mut HeadSpec| {
+        if let HeadSpec::Pooled { labels, bias, .. } = head {
+            (*labels, *bias) = (None, false);
+        }
+    };
+    refused(&unscored, Pool::Mean, "head.bias is false");
+    // Where no token has the id, the first one stands for the sequence.
+    refused(
+        &|_| {},
+        Pool::AtToken(16),
+        "head.pool.at-token is 16, but must be below 16",
+    );
+    let mut spec = small();
+    spec.head = pooled(Pool::AtToken(15));
+    assert!(spec.validate().is_ok());
+    spec.head = pooled(Pool::First);
+    normed(&mut spec.head);
+    deeper(&mut spec.head);
+    assert!(spec.validate().is_ok());
+    let narrowing = |spec: &mut ModelSpec| {
+        spec.head = HeadSpec::LanguageModel {
+            tied: true,
+            bias: false,
+            transform: Some(HeadTransform {
+                activation: ActivationSpec::Gelu,
+                norm: NormSpec::default(),
+                narrows: true,
+            }),
+        };
+    };
+    assert_refused(narrowing, "head.transform.narrows is true");
+    let mut spec = small();
+    narrowing(&mut spec);
+    if let InputSpec::Tokens(tokens) = &mut spec.input {
+        tokens.embedding_width = Some(4);
+    }
+    assert!(spec.validate().is_ok());
+    assert_refused(
+        |spec| spec.blocks[0].dropout_by_feature = true,
+        "blocks.0.dropout_by_feature is true",
+    );
+    let dropping = |spec: &mut ModelSpec| {
+        if let InputSpec::Tokens(tokens) = &mut spec.input {
+            tokens.dropout_by_feature = true;
+        }
+    };
+    assert_refused(dropping, "input.dropout_by_feature is true");
+    // Nothing that is drawn would have this deviation.
+    let patches = |class_tokens: usize| {
+        let text = format!(
+            "width = 8
+            input = {{ kind = 'patches', image = [4, 4], patch = 2, class_tokens = {class_tokens}, deviation = 1.0, position = 'sine-cosine' }}
+            blocks = []"
+        );
+        toml::from_str::<ModelSpec>(&text).unwrap().validate()
+    };
+    assert!(patches(1).is_ok());
+    let said = patches(0).unwrap_err().to_string();
+    assert!(said.starts_with("input.deviation is 1"), "{said}");
+}
+
 #[test]
 fn sums_beyond_all_bounds_are_refused_by_name() {
     let block = |repeat| BlockSpec {

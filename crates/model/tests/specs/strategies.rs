@@ -113,7 +113,9 @@ fn attention() -> BoxedStrategy<MultiHeadSpec> {
                     window,
                     bias,
                     position,
-                    query_key_norm: norm.map(|(norm, per_head)| QueryKeyNorm { norm, per_head }),
+                    query_key_norm: norm
+                        .filter(|(norm, _)| *norm != NormSpec::None)
+                        .map(|(norm, per_head)| QueryKeyNorm { norm, per_head }),
                     scale: numbers.0,
                     dropout: numbers.1,
                     value_width: numbers.2,
@@ -249,9 +251,13 @@ fn organisation() -> BoxedStrategy<OrganisationSpec> {
     )
         .prop_map(
             |((segment_blocks, segment), vips, size, fine, exploration, tokens)| {
+                let rest = VccSpec::new(vips, fine);
                 OrganisationSpec::VipCentric(VccSpec {
                     segment_blocks,
-                    segment,
+                    segment: match segment_blocks {
+                        0 => rest.segment,
+                        _ => segment,
+                    },
                     size,
                     exploration,
                     output: if tokens {
@@ -259,7 +265,7 @@ fn organisation() -> BoxedStrategy<OrganisationSpec> {
                     } else {
                         VccOutput::Vips
                     },
-                    ..VccSpec::new(vips, fine)
+                    ..rest
                 })
             },
         );
@@ -366,7 +372,7 @@ fn input() -> BoxedStrategy<InputSpec> {
                         false => Projected::Token,
                     },
                     dropout,
-                    dropout_by_feature: vocabulary.is_multiple_of(2),
+                    dropout_by_feature: dropout > 0.0 && vocabulary.is_multiple_of(2),
                 })
             }
         ),
@@ -405,7 +411,7 @@ fn head() -> BoxedStrategy<HeadSpec> {
         Just(Pool::Mean),
         Just(Pool::Last),
         Just(Pool::HighestId),
-        Just(Pool::AtToken(u32::MAX)),
+        Just(Pool::AtToken(0)),
         Just(Pool::FirstTwo),
     ];
     let seldom = || proptest::option::weighted(0.3, activation());

@@ -12,7 +12,7 @@ pub use multi_head::{
 use crate::parameters::Parameters;
 use crate::recurrent::{Mamba, Mamba2, Mamba2Spec, MambaSpec};
 use crate::state::MixerState;
-use crate::{Context, Result};
+use crate::{Context, Draws, Result};
 use lapidary_signal::Signal;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -58,6 +58,15 @@ impl MixerSpec {
             Self::MultiHead(spec) => spec.causal,
             Self::Mamba(_) | Self::Mamba2(_) | Self::Absent => true,
             Self::Wavelet(_) => false,
+        }
+    }
+
+    /// What it draws anew in training.
+    pub fn draws(&self) -> Draws {
+        match self {
+            Self::MultiHead(spec) => spec.draws(),
+            Self::Wavelet(spec) => spec.inner.draws(),
+            Self::Mamba(_) | Self::Mamba2(_) | Self::Absent => Draws::default(),
         }
     }
 

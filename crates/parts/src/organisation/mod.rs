@@ -20,7 +20,7 @@ use crate::block::{Block, BlockSpec};
 use crate::parameters::Parameters;
 use crate::recomputed::recomputed;
 use crate::state::DecodeState;
-use crate::{Context, Error, Result};
+use crate::{Context, Draws, Error, Result};
 use fit::{Fit, FitSpec};
 use lapidary_kernels::{Recomputation, Tensor};
 use lapidary_signal::Signal;
@@ -87,6 +87,20 @@ impl OrganisationSpec {
                 (spec.block.as_deref(), globals, 8 * exchanges + 1)
             }
             Self::VipCentric(_) | Self::Reversible(_) => (None, 0, 0),
+        }
+    }
+
+    /// What it draws anew in training, beside the model's blocks.
+    pub fn draws(&self) -> Draws {
+        match self {
+            Self::Interleaved(spec) => {
+                let block = spec.block.as_deref().map(BlockSpec::draws);
+                block.unwrap_or_default()
+            }
+            Self::VipCentric(spec) => {
+                Draws::anything(spec.exploration > 0.0 || spec.selection == vcc::Selection::Random)
+            }
+            Self::Reversible(_) => Draws::default(),
         }
     }
 

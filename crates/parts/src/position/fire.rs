@@ -41,6 +41,8 @@ use serde::{Deserialize, Serialize};
 
 const MAX_HIDDEN: usize = 1 << 12;
 const MAX_LENGTH: usize = 1 << 24;
+/// A power of [`MAX_LENGTH`] that single precision holds.
+const MAX_EXPONENT: f64 = 5.0;
 
 /// Keeps the denominator from zero where `c` is.
 const EPSILON: f64 = 1e-6;
@@ -97,7 +99,7 @@ pub enum FireTransform {
     Linear,
     /// `x^exponent`.
     Power {
-        /// The exponent, above 0.
+        /// The exponent, above 0 and at most 5.
         exponent: f64,
     },
 }
@@ -130,9 +132,12 @@ impl FireSpec {
             rotary.validate(head_width, groups, &format!("{field}.rotary"))?;
         }
         match self.transform {
-            FireTransform::Power { exponent } if !(exponent > 0.0 && exponent.is_finite()) => {
+            FireTransform::Power { exponent } if !(exponent > 0.0 && exponent <= MAX_EXPONENT) => {
                 let field = format!("{field}.transform.exponent");
-                Err(Error::spec(field, exponent, "a number above 0"))
+                let expected = format!(
+                    "above 0 and at most {MAX_EXPONENT}, so that powers of positions are finite"
+                );
+                Err(Error::spec(field, exponent, expected))
             }
             _ => Ok(()),
         }

@@ -547,3 +547,46 @@ fn pads_behind_a_longer_input_stretch_nothing() {
         assert_near(&found, &alone, 1e-12, &format!("{real} of {keys}"));
     }
 }
+
+/// Nor over the keys that are drawn: what stands where in a sequence does not hang on which of its keys count.
+#[test]
+fn keys_that_are_not_drawn_are_zeros_at_their_places() {
+    let keys = 9;
+    let spec = LinformerSpec {
+        longer: Longer::Interpolate,
+        ..spec(3, 5, Sharing::Headwise)
+    };
+    let map = parameters(&spec);
+    let [q, k, v] = inputs(keys);
+    let rows = |rows: [[u8; 9]; BATCH]| {
+        Tensor::from_vec(rows.concat(), (BATCH, keys), &Device::Cpu).unwrap()
+    };
+    let drawn = rows([[1, 0, 1, 1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 1, 0, 0, 0, 1]]);
+    let pads = rows([[1, 1, 1, 1, 1, 1, 1, 0, 0], [1; 9]]);
+    let there = drawn.to_dtype(DType::F64).unwrap();
+    let there = there.reshape((BATCH, 1, keys, 1)).unwrap();
+    let [zeroed_k, zeroed_v] = [&k, &v].map(|x| x.broadcast_mul(&there).unwrap());
+    let module: Box<dyn Mechanism> =
+        build(&map, |p| spec.build(&heads(HEADS, WIDTH, false), p)).unwrap();
+    for (keep, length) in [(None, keys), (Some(&pads), 7)] {
+        let trace = Trace::new();
+        let context = Context::new(&trace);
+        let pass = MechanismPass {
+            path: "attention",
+            tokens: &q,
+            keep,
+            offset: 0,
+            context: &context,
+        };
+        let mixing = module.mixing_of_drawn(&q, &k, &drawn, &pass).unwrap();
+        let found = mixing.mix(&v).unwrap();
+        // The first sequence has so many tokens, the second all.
+        for (sequence, length) in [(0, length), (1, keys)] {
+            let [k, v] = [&zeroed_k, &zeroed_v]
+                .map(|x| x.narrow(2, 0, length).unwrap().contiguous().unwrap());
+            let expected = mixed(&spec, &map, [&q, &k, &v], None);
+            let [found, expected] = [&found, &expected].map(|y| y.narrow(0, sequence, 1).unwrap());
+            assert_near(&found, &expected, 1e-12, &format!("{length} tokens"));
+        }
+    }
+}

@@ -324,6 +324,31 @@ fn pads_leak_by_zeros_alone() {
     assert!(nearer < leak, "{nearer:e} with a mask, {leak:e} without");
 }
 
+/// What fills a sequence up to a whole number of coefficients is masked as pads are: a sequence without pads is the same
+/// alone and beside one with pads.
+#[test]
+fn what_fills_the_length_is_no_token() {
+    for (family, taps) in [(Family::Lifting, 8), (Family::Orthogonal, 4)] {
+        let subject = Subject::new(WaveletSpec {
+            band_mask: true,
+            ..spec(family, 3, taps)
+        });
+        let x = tokens(17);
+        let keep = [[1u8; 17], std::array::from_fn(|t| u8::from(t < 9))].concat();
+        let keep = Tensor::from_vec(keep, (BATCH, 17), &Device::Cpu).unwrap();
+        let [alone, beside] =
+            [None, Some(&keep)].map(|keep| subject.run(&x, keep).narrow(0, 0, 1).unwrap());
+        assert_near(&alone, &beside, 1e-12, &format!("{family:?}"));
+        // And it was not masked for nothing.
+        let open = Subject::new(WaveletSpec {
+            band_mask: false,
+            ..subject.spec.clone()
+        });
+        let open = open.run(&x, None).narrow(0, 0, 1).unwrap();
+        assert!(difference(&alone, &open) > 1e-6, "{family:?}");
+    }
+}
+
 #[test]
 fn masks_of_bands_are_of_coefficients_with_a_real_token() {
     let families = [
@@ -409,6 +434,22 @@ fn what_does_not_fit_is_refused() {
         "attention.inner.heads is 3",
     );
     refused(&|spec| spec.levels = 11, "attention.levels is 11");
+    // Without levels nothing is transformed, whatever the transform would be.
+    let without_levels = |change: &dyn Fn(&mut WaveletSpec), field: &str| {
+        let none = |spec: &mut WaveletSpec| {
+            spec.levels = 0;
+            change(spec);
+        };
+        refused(
+            &none,
+            &format!("attention.{field} is \"given\", but must be absent where levels is 0"),
+        );
+    };
+    without_levels(&|spec| spec.family = Family::Lifting, "family");
+    without_levels(&|spec| spec.base = Base::Symlet, "base");
+    without_levels(&|spec| spec.taps = 4, "taps");
+    without_levels(&|spec| spec.boundary = Boundary::Reflect, "boundary");
+    without_levels(&|spec| spec.band_mask = true, "band_mask");
     refused(&|spec| spec.taps = 7, "attention.taps is 7");
     refused(&|spec| spec.taps = 0, "attention.taps is 0");
     refused(&|spec| spec.base = Base::Coiflet, "attention.taps is 8");

@@ -79,6 +79,18 @@ impl CropSpec {
             let name = "self_distillation.crops.locals";
             return wrong(name, self.locals.to_string(), "at most 64");
         }
+        if self.locals == 0 {
+            let expected = "absent where there are no small views";
+            let [least, most] = self.local;
+            if self.local != Self::default().local {
+                let found = format!("[{least}, {most}]");
+                return wrong("self_distillation.crops.local", found, expected);
+            }
+            if let Some(size) = self.local_size {
+                let name = "self_distillation.crops.local_size";
+                return wrong(name, format!("{size:?}"), expected);
+            }
+        }
         for (name, share) in [
             ("self_distillation.crops.mirrored", self.mirrored),
             ("self_distillation.crops.jitter", self.jitter),
@@ -360,10 +372,31 @@ mod tests {
                 },
                 "crops.jitter is -0.1",
             ),
+            (
+                CropSpec {
+                    locals: 0,
+                    local: [0.1, 0.4],
+                    ..good.clone()
+                },
+                "crops.local is [0.1, 0.4], but must be absent",
+            ),
+            (
+                CropSpec {
+                    locals: 0,
+                    local_size: Some([2, 2]),
+                    ..good.clone()
+                },
+                "crops.local_size is [2, 2], but must be absent",
+            ),
         ] {
             let said = bad.validate().unwrap_err().to_string();
             assert!(said.contains(name), "{said}");
         }
+        let without = CropSpec {
+            locals: 0,
+            ..good.clone()
+        };
+        assert!(without.validate().is_ok());
         let odd = Image::new([1, 2, 2], vec![0.0; 4]).unwrap();
         let mixed = good.views(&[&image(0), &odd], [2, 2], &mut generator(0));
         assert!(mixed.is_err());

@@ -137,6 +137,13 @@ impl SelfDistillationSpec {
                 return wrong(name, temperature.to_string(), expected);
             }
         }
+        let [first, last] = [self.first_teacher_temperature, self.teacher_temperature];
+        let usual = Self::default().first_teacher_temperature;
+        if self.temperature_steps == 0 && first != usual && first != last {
+            let expected = "absent where temperature_steps is 0, so that nothing begins there";
+            let name = "self_distillation.first_teacher_temperature";
+            return wrong(name, first.to_string(), expected);
+        }
         self.crops.validate()
     }
 
@@ -216,6 +223,13 @@ mod tests {
                     ..good.clone()
                 },
                 "self_distillation.student_temperature is 0",
+            ),
+            (
+                SelfDistillationSpec {
+                    first_teacher_temperature: 0.02,
+                    ..good.clone()
+                },
+                "self_distillation.first_teacher_temperature is 0.02, but must be absent",
             ),
         ] {
             let said = bad.validate().unwrap_err().to_string();

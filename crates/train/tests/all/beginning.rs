@@ -5,6 +5,7 @@ use std::path::Path;
 
 use lapidary_kernels::Device;
 use lapidary_train::data::TokenWriter;
+use lapidary_train::spec::OptimiserSpec;
 use lapidary_train::{TrainSpec, check_directory, run, state};
 use serde_json::{Value, json};
 
@@ -321,4 +322,155 @@ fn an_epsilon_of_nothing_is_refused_and_a_small_one_is_not() {
             assert!(finished.validation_loss.is_finite());
         }
     }
+}
+
+/// No learning rate is to blame for what is no number before a step is done.
+#[test]
+fn a_loss_that_begins_as_no_number_is_the_specs() {
+    let directory = tempfile::tempdir().unwrap();
+    let data = json!({ "kind": "copying", "symbols": 7 });
+    let mut settings = serde_json::to_value(spec(data)).unwrap();
+    // Beyond single precision, in which scores are infinite then.
+    settings["model"]["blocks"][0]["attention"]["scale"] = json!(1e300);
+    let spec: TrainSpec = serde_json::from_value(settings).unwrap();
+    let said = refusal(&spec, &directory.path().join("run"), false);
+    assert!(said.starts_with("loss is NaN at step 1"), "{said}");
+    assert!(said.contains("before any step"), "{said}");
+}
+
+/// What would change nothing: a floor that the rate does not fall to, a look ahead along no momentum.
+#[test]
+fn settings_without_effect_are_refused() {
+    let mut spec = spec(json!({ "kind": "copying", "symbols": 7 }));
+    let said = |spec: &TrainSpec| {
+        let refused = spec.validate().err();
+        refused.map(|error| error.to_string()).unwrap_or_default()
+    };
+    spec.schedule.decay = lapidary_train::Decay::Constant;
+    for floor in [0.0, spec.schedule.peak] {
+        spec.schedule.floor = floor;
+        assert_eq!(said(&spec), "");
+    }
+    spec.schedule.floor = spec.schedule.peak / 2.0;
+    let found = said(&spec);
+    assert!(found.starts_with("schedule.floor is "), "{found}");
+    assert!(
+        found.contains("but must be absent with schedule.decay"),
+        "{found}"
+    );
+    spec.schedule.floor = 0.0;
+    for (momentum, expected) in [
+        (0.9, ""),
+        (0.0, "optimiser.nesterov is true, but must be false"),
+    ] {
+        spec.optimiser = OptimiserSpec::Sgd {
+            momentum,
+            nesterov: true,
+            weight_decay: 0.0,
+        };
+        let found = said(&spec);
+        assert!(found.starts_with(expected), "{found}");
+        assert_eq!(found.is_empty(), expected.is_empty(), "{found}");
+    }
+}
+
+/// Sequences of 8 tokens, which some blocks see in part.
+#[test]
+fn models_that_cannot_read_the_sequences_are_refused() {
+    let said = |change: &dyn Fn(&mut Value)| {
+        let mut settings =
+            serde_json::to_value(spec(json!({ "kind": "copying", "symbols": 7 }))).unwrap();
+        change(&mut settings);
+        let spec: TrainSpec = serde_json::from_value(settings).unwrap();
+        let refused = spec.validate().err();
+        refused.map(|error| error.to_string()).unwrap_or_default()
+    };
+    let linformer = |longest: usize| {
+        json!({
+            "kind": "multi-head", "heads": 2,
+            "mechanism": { "kind": "linformer", "slots": 2, "longest": longest }
+        })
+    };
+    let mixer = |attention: Value| {
+        said(&|settings: &mut Value| {
+            settings["model"]["blocks"][0]["attention"] = attention.clone()
+        })
+    };
+    assert_eq!(mixer(linformer(8)), "");
+    assert_eq!(
+        mixer(linformer(7)),
+        "model.blocks.0.attention.mechanism.longest is 7, but must be at least 8, the length"
+    );
+    let mut any = linformer(4);
+    any["mechanism"]["longer"] = json!("interpolate");
+    assert_eq!(mixer(any), "");
+    let drawing = |positions: usize| {
+        mixer(json!({
+            "kind": "multi-head", "heads": 2, "causal": true,
+            "position": { "kind": "fire", "randomised": positions }
+        }))
+    };
+    assert_eq!(drawing(8), "");
+    assert_eq!(
+        drawing(7),
+        "model.blocks.0.attention.position.randomised is 7, but must be at least 8, the length"
+    );
+    // A band has half of the numbers.
+    let wavelet = |longest| mixer(json!({ "kind": "wavelet", "inner": linformer(longest) }));
+    assert_eq!(wavelet(4), "");
+    assert_eq!(
+        wavelet(3),
+        "model.blocks.0.attention.inner.mechanism.longest is 3, but must be at least 4, the coefficients of a band"
+    );
+    let circuit = json!({
+        "kind": "multi-head", "heads": 2,
+        "mechanism": { "kind": "doubly-stochastic", "operator": { "kind": "circuit", "tokens": 4, "qubits": 2 } }
+    });
+    assert_eq!(
+        mixer(circuit),
+        "model.blocks.0.attention.mechanism.operator.tokens is 4, but must be at least 8, the length"
+    );
+    let layout = said(&|settings| {
+        settings["length"] = json!(16);
+        settings["model"]["blocks"][0]["attention"]["mechanism"] = json!({
+            "kind": "sparse", "pattern": { "kind": "layout", "block": 8, "heads": [["#"]] }
+        });
+    });
+    assert_eq!(
+        layout,
+        "model.blocks.0.attention.mechanism.pattern.heads is 8, but must be at least 16, the length"
+    );
+    // Of a group there are four tokens at a time, and tiles are all of the model's.
+    let grouped = |longest: usize, more: Value| {
+        said(&|settings| {
+            settings["model"]["blocks"][0]["attention"] = linformer(longest);
+            settings["model"]["organisation"] =
+                json!({ "kind": "interleaved", "layout": "(1)", "group": 4, "groups": 4 });
+            for (name, value) in more.as_object().unwrap() {
+                settings["model"]["organisation"][name] = value.clone();
+            }
+        })
+    };
+    assert_eq!(grouped(4, json!({})), "");
+    assert_eq!(
+        grouped(3, json!({})),
+        "model.blocks.0.attention.mechanism.longest is 3, but must be at least 4, the tokens of a group"
+    );
+    let tiles = json!({ "tiles": { "columns": 4, "height": 2, "width": 2 } });
+    assert_eq!(
+        grouped(4, tiles),
+        "length is 8, but must be 16, all tokens of the organisation's tiles"
+    );
+    let conditioned = grouped(4, json!({ "condition": 2 }));
+    assert!(
+        conditioned.starts_with("model.organisation.condition is 2, but must be 0"),
+        "{conditioned}"
+    );
+    let crossing = said(&|settings| {
+        settings["model"]["blocks"][0]["cross_attention"] = json!({ "heads": 2 });
+    });
+    assert!(
+        crossing.starts_with("model.blocks.0.cross_attention is \"given\", but must be absent"),
+        "{crossing}"
+    );
 }

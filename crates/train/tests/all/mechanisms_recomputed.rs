@@ -154,6 +154,40 @@ fn subsets_of_keys_are_drawn_anew_in_each_step_but_the_last() {
     assert_ne!(always.0[0], dense.0[0]);
 }
 
+/// Steps that would be what all steps are, without a word.
+#[test]
+fn dense_and_annealed_steps_are_refused_where_nothing_is_drawn() {
+    let said = |mechanism: &str, steps: [u64; 2]| {
+        let refused = spec(mechanism, steps).validate().err();
+        refused.map(|error| error.to_string()).unwrap_or_default()
+    };
+    let subsampled = r#""mechanism": { "kind": "subsampled" }"#;
+    let reformer = r#""sharing": "query-key",
+        "mechanism": { "kind": "reformer", "chunk": 4, "rotations": "drawn" }"#;
+    let fire = r#""position": { "kind": "fire", "randomised": 64 }"#;
+    let kernelized = r#""mechanism": { "kind": "kernelized" }"#;
+    for mechanism in [subsampled, reformer, fire, kernelized] {
+        assert_eq!(said(mechanism, [1, 0]), "", "{mechanism}");
+    }
+    let never = r#""mechanism": { "kind": "kernelized", "redraw": { "kind": "never" } }"#;
+    let fixed = reformer.replace("drawn", "fixed");
+    for mechanism in [r#""bias": true"#, never, &fixed] {
+        let found = said(mechanism, [1, 0]);
+        assert!(
+            found.starts_with("dense_steps is 1, but must be 0"),
+            "{found}"
+        );
+    }
+    assert_eq!(said(subsampled, [0, 1]), "");
+    for mechanism in [r#""bias": true"#, reformer, fire, kernelized] {
+        let found = said(mechanism, [0, 1]);
+        assert!(
+            found.starts_with("annealed_steps is 1, but must be 0"),
+            "{found}"
+        );
+    }
+}
+
 /// The trainer says which step it is, so that a draw may last several.
 #[test]
 fn random_features_last_as_many_steps_as_they_are_said_to() {

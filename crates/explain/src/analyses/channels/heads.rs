@@ -8,6 +8,7 @@ use lapidary_model::{Model, ModelSpec};
 use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
 use lapidary_parts::block::BlockSpec;
 use lapidary_parts::norm::NormSpec;
+use lapidary_parts::organisation::OrganisationSpec;
 use lapidary_parts::position::PositionSpec;
 use std::fmt;
 
@@ -57,10 +58,17 @@ impl<'a> Heads<'a> {
     /// The heads of `model`.
     ///
     /// # Errors
-    /// When a block normalises after its parts (there is no norm to fold into the heads), or no
-    /// block has heads.
+    /// When a block normalises after its parts (there is no norm to fold into the heads), blocks have
+    /// two streams, or no block has heads.
     pub fn of(model: &'a Model) -> Result<Self> {
         crate::error::require_written_out(model, "channels")?;
+        if let Some(organisation @ OrganisationSpec::Reversible(_)) = &model.spec().organisation {
+            return Err(Error::invalid(
+                "organisation of the model",
+                organisation.kind(),
+                "another for channels: no head reads the stream that heads write to",
+            ));
+        }
         let blocks = model.spec().expanded_blocks();
         for (index, block) in blocks.iter().enumerate() {
             if block.shortcuts {
@@ -92,7 +100,8 @@ impl<'a> Heads<'a> {
             blocks,
         };
         if heads.ids().is_empty() {
-            return Err(Error::invalid("heads of the model", 0, "at least 1"));
+            let expected = "at least 1, of multi-head attention over tokens";
+            return Err(Error::invalid("heads of the model", 0, expected));
         }
         Ok(heads)
     }

@@ -40,6 +40,7 @@ pub const BINS: usize = 20;
 /// # Errors
 /// When the model fails, or a token's state is zero.
 pub fn layers(question: &Question<'_>) -> Result<Vec<Layer>> {
+    crate::error::require_whole_sequences(question.model, "how tokens gather")?;
     let trace = Trace::new()
         .capture("blocks.*.attention.in")?
         .capture("final_norm")?;

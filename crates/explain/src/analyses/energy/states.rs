@@ -18,6 +18,7 @@ const MOST_NUMBERS: usize = 1 << 28;
 
 /// Checks that windows are of one length, at least two tokens.
 fn check(model: &Model, windows: &[Vec<u32>]) -> Result<usize> {
+    crate::error::require_one_stream(model, "states behind each block")?;
     let length = windows.first().map_or(0, Vec::len);
     if length < 2 || windows.iter().any(|window| window.len() != length) {
         let expected = "at least one, all of one length of at least 2 tokens";

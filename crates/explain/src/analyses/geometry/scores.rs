@@ -19,6 +19,7 @@ use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::norm::Norm;
 use lapidary_parts::parameters::Parameters;
 use lapidary_parts::position::Position;
+use lapidary_parts::position::fire::SHARED;
 use lapidary_signal::{Linear, Signal};
 use std::collections::BTreeMap;
 
@@ -81,8 +82,9 @@ impl Projections {
         }
         let mut source: BTreeMap<String, Tensor> = BTreeMap::new();
         let here = format!("blocks.{block}.attention");
+        let shared = format!("{SHARED}.");
         for (name, tensor) in model.parameters() {
-            if name.starts_with(&here) {
+            if name.starts_with(&here) || name.starts_with(&shared) {
                 let tensor = engine(tensor.to_device(&Device::Cpu))?;
                 source.insert(name.clone(), engine(tensor.to_dtype(DType::F64))?);
             }

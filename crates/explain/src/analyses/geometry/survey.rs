@@ -82,6 +82,7 @@ impl Survey {
     /// # Errors
     /// When windows differ in length or are too short, or the model does not read tokens.
     pub fn read(&mut self, model: &Model, windows: &[Vec<u32>]) -> Result<()> {
+        crate::error::require_one_stream(model, "hidden states by position")?;
         let length = windows.first().map_or(0, Vec::len);
         let counted = length.saturating_sub(self.reading.skip);
         if !windows.is_empty() && counted < 2 {

@@ -96,8 +96,8 @@ pub fn jacobian_norms(
     };
     let forward = Forward::new(question, rules, None)?;
     let hidden = engine(forward.output.hidden.value().get(0))?;
-    let (length, width) = engine(hidden.dims2())?;
-    let last = engine(hidden.get(length.saturating_sub(1)))?;
+    let (outputs, width) = engine(hidden.dims2())?;
+    let last = engine(hidden.get(outputs.saturating_sub(1)))?;
     let unit = |index: usize| (0..width).map(move |i| f64::from(u8::from(i == index)));
     let all: Vec<Vec<f64>> = match directions {
         Directions::Every => (0..width).map(|index| unit(index).collect()).collect(),
@@ -123,8 +123,11 @@ pub fn jacobian_norms(
         };
         rows.push(matrix_from_tensor("gradient", &row)?);
     }
+    // Of the tokens that went in, which need be neither as many nor as wide as what comes out.
+    let first = rows.first();
+    let (length, features) = first.map_or((0, 0), |row| (row.nrows(), row.ncols()));
     let token = |i: usize| {
-        Matrix::from_fn(rows.len(), width, |direction, feature| {
+        Matrix::from_fn(rows.len(), features, |direction, feature| {
             rows[direction][(i, feature)]
         })
     };
@@ -166,6 +169,7 @@ fn operator_norm(matrix: &Matrix) -> Result<f64> {
 pub fn path_bound(question: &Question<'_>) -> Result<Vec<f64>> {
     let model = question.model;
     crate::error::require_written_out(model, "a bound over paths")?;
+    crate::error::require_one_stream(model, "a bound over paths")?;
     let blocks = model.spec().expanded_blocks();
     let mut trace = Trace::new();
     for index in 0..blocks.len() {

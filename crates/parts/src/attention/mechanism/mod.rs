@@ -37,7 +37,7 @@ use std::fmt;
 use crate::error::tensor;
 use crate::parameters::Parameters;
 use crate::state::MixerState;
-use crate::{Context, Error, Result};
+use crate::{Context, Draws, Error, Result};
 use combiner::CombinerSpec;
 use doubly_stochastic::DoublyStochasticSpec;
 use ecoformer::EcoformerSpec;
@@ -195,6 +195,16 @@ pub trait Describe {
         true
     }
 
+    /// The most tokens of a sequence that it is made for, where there is such a number, and the field that says so.
+    fn longest(&self) -> Option<(String, usize)> {
+        None
+    }
+
+    /// What it draws anew in training.
+    fn draws(&self) -> Draws {
+        Draws::default()
+    }
+
     /// Refuses what cannot be built for such heads; `field` is the path of the spec. Abilities are
     /// checked before.
     ///
@@ -335,6 +345,22 @@ pub trait Mechanism: fmt::Debug + Send + Sync {
     /// # Errors
     /// For lengths that it is not defined for.
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>>;
+
+    /// As [`Mechanism::mixing`], where of the keys that the pass keeps those alone count that `drawn` `[batch, key]` in `u8`
+    /// has; the others are tokens of their sequences all the same. For those that [`Subsets::AsPadding`] is said of.
+    ///
+    /// # Errors
+    /// As there.
+    fn mixing_of_drawn(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        drawn: &Tensor,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Box<dyn Mixing>> {
+        let keep = Some(drawn);
+        self.mixing(q, k, &MechanismPass { keep, ..*pass })
+    }
 
     /// As [`Mechanism::mixing`], under a window and with a bias: for those whose [`Abilities::scores`]
     /// say so.

@@ -140,6 +140,13 @@ impl Describe for SparseSpec {
         }
     }
 
+    fn longest(&self) -> Option<(String, usize)> {
+        match &self.pattern {
+            SparsePattern::Layout(layout) => Some(("pattern.heads".to_owned(), layout.tokens())),
+            _ => None,
+        }
+    }
+
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
         let at = |name: &str| format!("{field}.{name}");
         match self.pattern {

@@ -5,7 +5,7 @@ use crate::attention::mechanism::{self, MechanismSpec};
 use crate::error::bounded;
 use crate::norm::NormSpec;
 use crate::position::PositionSpec;
-use crate::{Error, Result};
+use crate::{Draws, Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -164,6 +164,16 @@ impl MultiHeadSpec {
             .unwrap_or_else(|| 1.0 / (self.head_width(width) as f64).sqrt())
     }
 
+    /// What it draws anew in training.
+    pub fn draws(&self) -> Draws {
+        let positions = match &self.position {
+            PositionSpec::Fire(fire) => fire.randomised.is_some(),
+            _ => false,
+        };
+        let mechanism = self.mechanism.spec().map(mechanism::Describe::draws);
+        Draws::anything(positions) | mechanism.unwrap_or_default()
+    }
+
     /// Refuses what cannot be built for tokens of `width`.
     pub fn validate(&self, width: usize, field: &str) -> Result<()> {
         let at = |name: &str| format!("{field}.{name}");
@@ -213,6 +223,14 @@ impl MultiHeadSpec {
         }
         if let Some(QueryKeyNorm { norm, .. }) = &self.query_key_norm {
             norm.validate(&at("query_key_norm.norm"))?;
+            if *norm == NormSpec::None {
+                let expected = "layer or rms, or query_key_norm absent";
+                return Err(Error::spec(
+                    at("query_key_norm.norm.kind"),
+                    "none",
+                    expected,
+                ));
+            }
         }
         let mechanism = self.mechanism.spec();
         let unscaled = mechanism.filter(|mechanism| !mechanism.is_scaled());

@@ -62,7 +62,7 @@ pub struct VccSpec {
     /// Blocks of the model that see segments, the first ones.
     #[serde(default)]
     pub segment_blocks: usize,
-    /// Tokens of a segment.
+    /// Tokens of a segment, where there are blocks that see segments.
     #[serde(default = "segment")]
     pub segment: usize,
     /// Blocks of the model behind those that see the whole sequence uncompressed.
@@ -152,6 +152,10 @@ impl VccSpec {
             self.segment_blocks,
             0..=model.blocks.len(),
         )?;
+        if self.segment_blocks == 0 && self.segment != segment() {
+            let expected = "absent where segment_blocks is 0: no block sees segments";
+            return Err(Error::spec(at("segment"), self.segment, expected));
+        }
         if let Some(wrong) = self
             .whole_blocks
             .iter()
@@ -168,10 +172,35 @@ impl VccSpec {
             let expected = "between 0 and 1";
             return Err(Error::spec(at("exploration"), self.exploration, expected));
         }
+        self.validate_use(model, field)?;
         for (index, block) in model.blocks.iter().enumerate() {
             validate_block(block, self.compresses(index), index)?;
         }
         Ok(())
+    }
+
+    /// Refuses a model in which VIPs and blocks of the others would mean nothing.
+    fn validate_use(&self, model: &Surroundings<'_>, field: &str) -> Result<()> {
+        let mut blocks = 0..model.blocks.len();
+        if blocks.is_empty()
+            || self.output == VccOutput::Vips
+            || blocks.any(|index| self.compresses(index))
+        {
+            return Ok(());
+        }
+        let expected = "fewer: a block at least has to see the compressed sequence";
+        match self.whole_blocks.is_empty() {
+            true => Err(Error::spec(
+                format!("{field}.segment_blocks"),
+                self.segment_blocks,
+                expected,
+            )),
+            false => Err(Error::spec(
+                format!("{field}.whole_blocks"),
+                &self.whole_blocks,
+                expected,
+            )),
+        }
     }
 
     /// Whether a block of the model sees the compressed form.

@@ -71,6 +71,19 @@ fn what_does_not_fit_is_refused() {
         &|spec, _| spec.whole_blocks = vec![2],
         "organisation.whole_blocks is 2",
     );
+    // What no block would hear of.
+    refused(
+        &|spec, _| spec.segment = 4,
+        "organisation.segment is 4, but must be absent where segment_blocks is 0",
+    );
+    refused(
+        &|spec, _| spec.segment_blocks = 2,
+        "organisation.segment_blocks is 2, but must be fewer",
+    );
+    refused(
+        &|spec, _| spec.whole_blocks = vec![0, 1],
+        "organisation.whole_blocks is [0, 1], but must be fewer",
+    );
     refused(
         &|spec, _| spec.exploration = 1.5,
         "organisation.exploration is 1.5",

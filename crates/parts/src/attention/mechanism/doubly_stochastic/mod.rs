@@ -464,6 +464,13 @@ impl Describe for DoublyStochasticSpec {
         !matches!(self.operator, Operator::Qr { .. } | Operator::Circuit(_))
     }
 
+    fn longest(&self) -> Option<(String, usize)> {
+        match &self.operator {
+            Operator::Circuit(circuit) => Some(("operator.tokens".to_owned(), circuit.tokens)),
+            _ => None,
+        }
+    }
+
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
         let field = format!("{field}.operator");
         self.operator.validate_scale(heads.scale, &field)?;

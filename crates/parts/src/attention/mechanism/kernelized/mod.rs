@@ -37,7 +37,7 @@ use crate::dropout::seed_of_site;
 use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
 use crate::state::MixerState;
-use crate::{Error, Result};
+use crate::{Draws, Error, Result};
 use lapidary_kernels::{
     D, ExponentialMeans, Tensor, causal_exponential_means, exponential_features,
 };
@@ -189,6 +189,10 @@ impl Describe for KernelizedSpec {
 
     fn subsets(&self) -> Subsets {
         Subsets::AnyKeys
+    }
+
+    fn draws(&self) -> Draws {
+        Draws::anything(self.redraw != Redraw::Never)
     }
 
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {

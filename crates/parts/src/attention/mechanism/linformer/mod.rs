@@ -41,7 +41,7 @@ use lapidary_kernels::{AttentionOptions, SoftmaxMask, Tensor, attention, matmul,
 use lapidary_signal::{Mixing, Signal};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use side::{Along, Side, neighbours};
+use side::{Along, Counted, Side, neighbours};
 
 const MAX_LENGTH: usize = 1 << 24;
 const MAX_SLOTS: usize = 1 << 16;
@@ -231,6 +231,11 @@ impl Describe for LinformerSpec {
         Subsets::AsPadding
     }
 
+    fn longest(&self) -> Option<(String, usize)> {
+        let refuses = self.longer == Longer::Refuse;
+        refuses.then(|| ("longest".to_owned(), self.longest))
+    }
+
     fn reads_tokens(&self) -> bool {
         self.project == Project::Tokens
     }
@@ -401,26 +406,17 @@ struct Linformer {
 
 impl Mechanism for Linformer {
     fn mixing(&self, q: &Tensor, k: &Tensor, pass: &MechanismPass<'_>) -> Result<Box<dyn Mixing>> {
-        let (batch, heads, queries, _) = tensor(q.dims4())?;
-        let keys = tensor(k.dim(2))?;
-        self.check_length(keys, pass)?;
-        let met = self.runs.iter().map(|run| {
-            Ok(Met {
-                run: run.clone(),
-                q: run.of(q)?,
-                keys: run.keys.project(&run.of(k)?, pass.keep)?,
-            })
-        });
-        let slots = Slots {
-            sizes: [batch, heads, queries, keys],
-            head_width: tensor(q.dim(3))?,
-            met: met.collect::<Result<_>>()?,
-            most: self.spec.slots,
-            keep: pass.keep.cloned(),
-            scale: self.scale,
-        };
-        slots.show(pass)?;
-        Ok(Box::new(slots))
+        self.among(q, k, Counted::real(pass.keep), pass)
+    }
+
+    fn mixing_of_drawn(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        drawn: &Tensor,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Box<dyn Mixing>> {
+        self.among(q, k, Counted::drawn(drawn, pass.keep)?, pass)
     }
 
     fn shortening(
@@ -446,6 +442,36 @@ impl Mechanism for Linformer {
 }
 
 impl Linformer {
+    /// The mixing of values of the keys that count.
+    fn among(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        counted: Counted,
+        pass: &MechanismPass<'_>,
+    ) -> Result<Box<dyn Mixing>> {
+        let (batch, heads, queries, _) = tensor(q.dims4())?;
+        let keys = tensor(k.dim(2))?;
+        self.check_length(keys, pass)?;
+        let met = self.runs.iter().map(|run| {
+            Ok(Met {
+                run: run.clone(),
+                q: run.of(q)?,
+                keys: run.keys.project(&run.of(k)?, &counted)?,
+            })
+        });
+        let slots = Slots {
+            sizes: [batch, heads, queries, keys],
+            head_width: tensor(q.dim(3))?,
+            met: met.collect::<Result<_>>()?,
+            most: self.spec.slots,
+            counted,
+            scale: self.scale,
+        };
+        slots.show(pass)?;
+        Ok(Box::new(slots))
+    }
+
     fn check_length(&self, keys: usize, pass: &MechanismPass<'_>) -> Result<()> {
         if keys <= self.spec.longest || self.spec.longer == Longer::Interpolate {
             return Ok(());
@@ -499,8 +525,7 @@ struct Slots {
     met: Vec<Met>,
     /// Slots of the head that has the most.
     most: usize,
-    /// `[batch, key]` in `u8`.
-    keep: Option<Tensor>,
+    counted: Counted,
     scale: f64,
 }
 
@@ -524,7 +549,7 @@ impl Slots {
                 let units = Tensor::eye(keys, weights.dtype(), weights.device())?;
                 let units = units.broadcast_as((batch, met.run.heads, keys, keys))?;
                 let projection = &met.run.keys;
-                matmul(weights, &projection.project(&units, self.keep.as_ref())?)
+                matmul(weights, &projection.project(&units, &self.counted)?)
             })?;
             trace.site(site, Signal::from(weights))?;
         }
@@ -553,7 +578,7 @@ impl Mixing for Slots {
 
     fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
         side_by_side(&self.met, self.head_width, self.scale, |run| {
-            run.values.project(&run.of(values)?, self.keep.as_ref())
+            run.values.project(&run.of(values)?, &self.counted)
         })
     }
 

@@ -25,6 +25,60 @@ pub(super) struct Side {
     pub(super) longest: usize,
 }
 
+/// Which keys count.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Counted {
+    /// `[batch, key]` in `u8`, 1 where one does; all when absent.
+    keep: Option<Tensor>,
+    /// Places of each sequence, where tokens of it need not count; up to its last key that does when absent.
+    places: Option<Vec<usize>>,
+}
+
+impl Counted {
+    /// Those that `keep` has, all tokens of their sequences.
+    pub(super) fn real(keep: Option<&Tensor>) -> Self {
+        Self {
+            keep: keep.cloned(),
+            places: None,
+        }
+    }
+
+    /// Those that were `drawn` of the tokens that `keep` has: where these end does not hang on the draw.
+    pub(super) fn drawn(drawn: &Tensor, keep: Option<&Tensor>) -> lapidary_kernels::Result<Self> {
+        let (batch, keys) = drawn.dims2()?;
+        Ok(Self {
+            keep: Some(drawn.clone()),
+            places: Some(match keep {
+                None => vec![keys; batch],
+                Some(keep) => ends(keep)?,
+            }),
+        })
+    }
+
+    /// Places of each sequence, and the mask of their keys; nothing where all have all `keys`.
+    fn shorter(&self, keys: usize) -> lapidary_kernels::Result<Option<(Vec<usize>, &Tensor)>> {
+        let Some(keep) = &self.keep else {
+            return Ok(None);
+        };
+        let places = match &self.places {
+            Some(places) => places.clone(),
+            None => ends(keep)?,
+        };
+        let whole = places.iter().all(|places| *places == keys);
+        Ok((!whole).then_some((places, keep)))
+    }
+}
+
+/// Places of each sequence up to the last that `keep` `[batch, key]` has.
+fn ends(keep: &Tensor) -> lapidary_kernels::Result<Vec<usize>> {
+    let rows = keep.to_vec2::<u8>()?;
+    let last = |kept: &Vec<u8>| kept.iter().rposition(|kept| *kept != 0);
+    Ok(rows
+        .iter()
+        .map(|kept| last(kept).unwrap_or(0) + 1)
+        .collect())
+}
+
 /// As many neighbours as `slots` windows of `longest` positions have each.
 pub(super) fn neighbours(longest: usize, slots: usize) -> usize {
     longest.div_ceil(slots.max(1))
@@ -39,23 +93,31 @@ impl Side {
         }
     }
 
-    /// `E x` for `x` `[batch, heads, key, width]`, where the keys that `keep` `[batch, key]` in `u8` does not have
-    /// count as zeros: `[batch, heads, slot, width]`.
+    /// `E x` for `x` `[batch, heads, key, width]`, where keys that do not count are zeros:
+    /// `[batch, heads, slot, width]`.
     pub(super) fn project(
         &self,
         x: &Tensor,
-        keep: Option<&Tensor>,
+        counted: &Counted,
     ) -> lapidary_kernels::Result<Tensor> {
+        let keep = counted.keep.as_ref();
         let there = |keep: &Tensor| keep.unsqueeze(1)?.unsqueeze(3)?.to_dtype(x.dtype());
         let real = || match keep {
             Some(keep) => x.broadcast_mul(&there(keep)?),
             None => Ok(x.clone()),
         };
         match &self.along {
-            Along::Matrix(matrix) => match keep {
-                Some(keep) if x.dim(2)? > matrix.dim(2)? => each_by_itself(x, matrix, keep),
-                _ => sequence_projection(x, &columns(matrix, x.dim(2)?)?, keep),
-            },
+            Along::Matrix(matrix) => {
+                let keys = x.dim(2)?;
+                let shorter = match keys > matrix.dim(2)? {
+                    true => counted.shorter(keys)?,
+                    false => None,
+                };
+                match shorter {
+                    Some((places, keep)) => each_by_itself(x, matrix, &places, keep),
+                    None => sequence_projection(x, &columns(matrix, keys)?, keep),
+                }
+            }
             Along::Windows(weights) => {
                 let windows = self.windows(&real()?)?;
                 let slots = match weights {
@@ -99,15 +161,19 @@ impl Side {
     }
 }
 
-/// Projections of sequences that end with their last tokens that `keep` `[batch, key]` has: columns are spread over as
-/// many positions as a sequence has, not over the pads behind it.
-fn each_by_itself(x: &Tensor, matrix: &Tensor, keep: &Tensor) -> lapidary_kernels::Result<Tensor> {
+/// Projections of sequences of so many places each, of whose keys `keep` `[batch, key]` has some: columns are spread over
+/// these places, not over the pads behind them.
+fn each_by_itself(
+    x: &Tensor,
+    matrix: &Tensor,
+    places: &[usize],
+    keep: &Tensor,
+) -> lapidary_kernels::Result<Tensor> {
     let mut projected = Vec::new();
-    for (sequence, kept) in keep.to_vec2::<u8>()?.iter().enumerate() {
-        let last = kept.iter().rposition(|kept| *kept != 0).unwrap_or(0);
-        let x = x.narrow(0, sequence, 1)?.narrow(2, 0, last + 1)?;
-        let keep = keep.narrow(0, sequence, 1)?.narrow(1, 0, last + 1)?;
-        let columns = columns(matrix, last + 1)?;
+    for (sequence, &places) in places.iter().enumerate() {
+        let x = x.narrow(0, sequence, 1)?.narrow(2, 0, places)?;
+        let keep = keep.narrow(0, sequence, 1)?.narrow(1, 0, places)?;
+        let columns = columns(matrix, places)?;
         let (x, keep) = (x.contiguous()?, keep.contiguous()?);
         projected.push(sequence_projection(&x, &columns, Some(&keep))?);
     }

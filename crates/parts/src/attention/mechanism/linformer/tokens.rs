@@ -7,7 +7,7 @@
 //! Keys of `k` slots then take `2 k n width` for the projection and `2 k width · inner` for the layer, in the place of
 //! `2 n width · inner` and `2 k n · inner`.
 
-use super::side::Side;
+use super::side::{Counted, Side};
 use super::{Linformer, Met, Projection, Run, Sharing, side_by_side};
 use crate::Result;
 use crate::attention::mechanism::Shortening;
@@ -21,8 +21,7 @@ struct Projected {
     side: Side,
     batch: usize,
     tokens: usize,
-    /// `[batch, token]` in `u8`.
-    keep: Option<Tensor>,
+    counted: Counted,
 }
 
 impl Mixing for Projected {
@@ -31,7 +30,7 @@ impl Mixing for Projected {
     }
 
     fn mix(&self, values: &Tensor) -> lapidary_kernels::Result<Tensor> {
-        self.side.project(values, self.keep.as_ref())
+        self.side.project(values, &self.counted)
     }
 
     fn operations(&self, width: usize) -> u64 {
@@ -53,7 +52,7 @@ impl Linformer {
                 side: side.clone(),
                 batch,
                 tokens,
-                keep: keep.cloned(),
+                counted: Counted::real(keep),
             })
         };
         let same = matches!(self.spec.sharing, Sharing::KeyValue | Sharing::Layerwise)

@@ -145,6 +145,14 @@ impl Describe for MraSpec {
         self.validate_scales(heads, field)?;
         bounded(format!("{field}.diagonal"), self.diagonal, 0..=MAX_SIZE)?;
         bounded(format!("{field}.first"), self.first, 0..=MAX_SIZE)?;
+        if self.per_row.first() == Some(&0) {
+            let first_refined = [("diagonal", self.diagonal), ("first", self.first)];
+            if let Some((name, blocks)) = first_refined.into_iter().find(|(_, blocks)| *blocks > 0)
+            {
+                let expected = "0 where per_row begins with 0: no block is refined";
+                return Err(Error::spec(format!("{field}.{name}"), blocks, expected));
+            }
+        }
         let Some(Tiles { columns, tile }) = self.image else {
             return Ok(());
         };

@@ -42,7 +42,7 @@ use crate::dropout::seed_of_site;
 use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
 use crate::state::{KeyValueCache, MixerState};
-use crate::{Error, Result};
+use crate::{Draws, Error, Result};
 use lapidary_kernels::{DType, Tensor, matmul, rms_norm};
 use lapidary_signal::Mixing;
 use rand::{RngExt, SeedableRng};
@@ -158,6 +158,10 @@ impl Describe for ReformerSpec {
 
     fn is_scaled(&self) -> bool {
         self.extra_scale
+    }
+
+    fn draws(&self) -> Draws {
+        Draws::anything(self.rotations != Rotations::Fixed)
     }
 
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {
@@ -481,7 +485,8 @@ impl Mechanism for Reformer {
             return Err(Error::spec(
                 format!("buckets of the mechanism at {}", pass.path),
                 "absent",
-                "given, since by default they grow with the text and decoding keeps them",
+                "given, since by default they grow with the text and decoding keeps them; generation without a cache \
+                 asks for none",
             ));
         }
         let (batch, heads, new, _) = tensor(k.dims4())?;

@@ -97,7 +97,7 @@ impl BlockLayout {
     }
 
     /// Most tokens of a sequence.
-    fn tokens(&self) -> usize {
+    pub(super) fn tokens(&self) -> usize {
         let rows = self.heads.iter().map(Vec::len).min();
         rows.unwrap_or(0) * self.block
     }

@@ -47,7 +47,7 @@ use crate::dropout::seed_of_site;
 use crate::error::{bounded, tensor};
 use crate::parameters::Parameters;
 use crate::state::MixerState;
-use crate::{Context, Error, Result};
+use crate::{Context, Draws, Error, Result};
 use lapidary_kernels::Tensor;
 use lapidary_signal::Mixing;
 use mixings::{Drawn, Gathered, LaidOut, OwnKeys, pick};
@@ -159,6 +159,18 @@ impl Describe for SubsampledSpec {
         }
     }
 
+    fn longest(&self) -> Option<(String, usize)> {
+        let (field, most) = self.inner.spec()?.longest()?;
+        Some((format!("inner.{field}"), most))
+    }
+
+    fn draws(&self) -> Draws {
+        Draws {
+            any: true,
+            keys: true,
+        }
+    }
+
     fn is_scaled(&self) -> bool {
         self.inner.spec().is_none_or(Describe::is_scaled)
     }
@@ -254,9 +266,8 @@ impl Mechanism for Subsampled {
         match self.spec.subsets(self.heads.causal) {
             Subsets::AnyKeys => self.gathered(inner.as_ref(), q, k, pass),
             Subsets::AsPadding | Subsets::Refused => {
-                let keep = self.as_padding(q, k, pass)?;
-                let keep = Some(&keep);
-                inner.mixing(q, k, &MechanismPass { keep, ..*pass })
+                let drawn = self.as_padding(q, k, pass)?;
+                inner.mixing_of_drawn(q, k, &drawn, pass)
             }
         }
     }

@@ -40,7 +40,7 @@ use super::sums::{Normalised, Sums, kept};
 use super::{Abilities, Describe, Heads, Mechanism, MechanismPass, Subsets, draw_seed};
 use crate::error::{bounded, tensor};
 use crate::parameters::{Init, Parameters};
-use crate::{Error, Result};
+use crate::{Draws, Error, Result};
 use geometry::Geometry;
 use lapidary_kernels::{
     DType, Device, Tensor, TreeFeatures, TreeMask, matmul, quotients, tree_attention,
@@ -161,6 +161,15 @@ impl Describe for TopologicalSpec {
 
     fn is_scaled(&self) -> bool {
         matches!(self.features, FeatureMap::Exponential { .. })
+    }
+
+    fn longest(&self) -> Option<(String, usize)> {
+        let graph = self.graph.as_ref()?;
+        Some(("graph.vertices".to_owned(), graph.vertices))
+    }
+
+    fn draws(&self) -> Draws {
+        Draws::anything(matches!(self.features, FeatureMap::Exponential { .. }))
     }
 
     fn validate(&self, heads: &Heads, field: &str) -> Result<()> {

@@ -1,6 +1,7 @@
 //! Rotations, biases and the pairs that are kept of them.
 
 use super::*;
+use lapidary_parts::position::fire::FireTransform;
 
 /// Heads with these positions.
 fn with_position(position: PositionSpec) -> BlockSpec {
@@ -116,4 +117,31 @@ fn impossible_kept_pairs_are_refused() {
             "b.attention.position.width is 6, but must be an even number of at most 4, the width of a head",
         ),
     ]);
+}
+
+/// Powers of positions have to be numbers in single precision.
+#[test]
+fn powers_that_overflow_are_refused() {
+    for exponent in [0.0, 5.5, f64::NAN, f64::INFINITY] {
+        let fire = FireSpec {
+            transform: FireTransform::Power { exponent },
+            ..FireSpec::default()
+        };
+        let said = with_position(PositionSpec::Fire(fire)).validate(WIDTH, "b");
+        let said = said.unwrap_err().to_string();
+        assert!(
+            said.starts_with("b.attention.position.transform.exponent is "),
+            "{said}"
+        );
+        assert!(said.contains("above 0 and at most 5"), "{said}");
+    }
+    let fire = FireSpec {
+        transform: FireTransform::Power { exponent: 5.0 },
+        ..FireSpec::default()
+    };
+    assert!(
+        with_position(PositionSpec::Fire(fire))
+            .validate(WIDTH, "b")
+            .is_ok()
+    );
 }

@@ -55,6 +55,25 @@ fn fields_that_would_change_nothing_are_refused() {
             "mechanism.graph.step is 0.5",
         ),
         (
+            heads(
+                "",
+                "kind = 'mra', scales = [4, 1], per_row = [0], diagonal = 3",
+            ),
+            "mechanism.diagonal is 3",
+        ),
+        (
+            heads(
+                "",
+                "kind = 'mra', scales = [4, 1], per_row = [0], first = 1",
+            ),
+            "mechanism.first is 1",
+        ),
+        (
+            "kind = 'multi-head', heads = 2, query_key_norm = { norm = { kind = 'none' }, per_head = true }"
+                .to_owned(),
+            "query_key_norm.norm.kind is \"none\"",
+        ),
+        (
             "kind = 'wavelet', inner = { kind = 'multi-head', heads = 2 }, family = 'orthogonal', base = 'symlet'"
                 .to_owned(),
             "base is \"symlet\"",
