@@ -276,7 +276,7 @@ fn attentions_that_stand_in_others_share_as_well() {
     }
     let groups = |slots: usize| {
         format!(
-            "organisation = {{ kind = 'interleaved', layout = '(2)1', group = 3, groups = 2, latents = 2, \
+            "organisation = {{ kind = 'interleaved', layout = '(2)1(0)', group = 3, groups = 2, latents = 2, \
              block = {{ {} }} }}",
             own(slots)
         )

@@ -261,6 +261,7 @@ impl Distiller {
     /// For a temperature that no spec may have, and what the model refuses.
     pub fn spread_at(&self, temperature: f64) -> Result<Spread> {
         SelfDistillationSpec {
+            first_teacher_temperature: temperature,
             teacher_temperature: temperature,
             ..self.own.clone()
         }
