@@ -7,6 +7,7 @@ use lapidary_kernels::{DType, Device, Tensor};
 use lapidary_model::{Model, ModelSpec};
 use lapidary_parts::attention::MixerSpec;
 use lapidary_parts::block::BlockSpec;
+use lapidary_parts::organisation::OrganisationSpec;
 
 use crate::error::engine;
 use crate::{Error, Result};
@@ -117,7 +118,7 @@ impl Edit {
         Ok(())
     }
 
-    /// Takes blocks out and numbers the others anew.
+    /// Takes blocks out and numbers the others anew, also where an organisation says which of them see what.
     pub(crate) fn remove_blocks(&mut self, removed: &BTreeSet<usize>) -> Result<()> {
         let blocks = self.spec.blocks.len();
         if let Some(index) = removed.iter().find(|index| **index >= blocks) {
@@ -154,6 +155,9 @@ impl Edit {
         self.spec.quantised = quantised
             .filter_map(|(name, form)| renamed(&name).map(|name| (name, form)))
             .collect();
+        if let Some(OrganisationSpec::VipCentric(vcc)) = &mut self.spec.organisation {
+            vcc.remove_blocks(removed);
+        }
         Ok(())
     }
 
@@ -186,8 +190,16 @@ impl Edit {
         self.spec.quantised.retain(|name, _| !below(name));
     }
 
-    /// The changed model up to and with this block: what shows what the block reads.
+    /// The changed model up to and with this block: what shows what the block reads. All of it where an
+    /// organisation counts the blocks.
     pub(crate) fn through(&self, index: usize) -> Result<Model> {
+        let counted = match &self.spec.organisation {
+            Some(OrganisationSpec::Interleaved(_) | OrganisationSpec::VipCentric(_)) => true,
+            Some(OrganisationSpec::Reversible(_)) | None => false,
+        };
+        if counted {
+            return self.clone().finish();
+        }
         let mut spec = self.spec.clone();
         spec.blocks.truncate(index + 1);
         let here = |path: &String| block_of(path).is_none_or(|(block, _)| block <= index);

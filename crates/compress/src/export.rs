@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use lapidary_kernels::Tensor;
 use lapidary_model::{HeadSpec, InputSpec, Model, ModelSpec, Projected};
-use lapidary_parts::attention::MixerSpec;
+use lapidary_parts::attention::{MixerSpec, MultiHeadSpec, OutputProjection, QueryKeySharing};
 use lapidary_parts::block::BlockSpec;
 use lapidary_parts::feedforward::FeedforwardSpec;
 use lapidary_parts::recurrent::{Mamba2Spec, MambaSpec};
@@ -19,8 +19,9 @@ use crate::{Error, Result};
 ///
 /// A table of embeddings that is narrower than the model and read by no language-model head is
 /// multiplied with the map that follows it. Attention that was left out comes back with an output
-/// projection of zero, where another block shows what attention is like here; a recurrence without
-/// its scan comes back with one that passes its input on.
+/// projection of zero (or, where it has none of its own, values of zero), where another block shows
+/// what attention is like here; a recurrence without its scan comes back with one that passes its
+/// input on.
 pub fn export_dense(model: &Model) -> Result<Model> {
     if !model.spec().quantised.is_empty() {
         return export_dense(&model.dequantised()?);
@@ -64,16 +65,16 @@ pub fn export_dense(model: &Model) -> Result<Model> {
 }
 
 /// Gives blocks without a mixer the attention of the nearest earlier block that has one, or the
-/// first later one, with an output of zero: the residual passes as before.
+/// first later one, with what silences it zero: the residual passes as before.
 fn restore_attention(
     spec: &mut ModelSpec,
     parameters: &mut BTreeMap<String, Tensor>,
 ) -> Result<()> {
     let whole = spec.blocks.clone();
-    let whole: Vec<(usize, &BlockSpec)> = whole
+    let whole: Vec<(usize, &BlockSpec, &str)> = whole
         .iter()
         .enumerate()
-        .filter(|(_, block)| matches!(block.attention, MixerSpec::MultiHead(_)))
+        .filter_map(|(index, block)| Some((index, block, silencing(&block.attention)?)))
         .collect();
     for (index, block) in spec.blocks.iter_mut().enumerate() {
         if block.attention != MixerSpec::Absent {
@@ -83,22 +84,22 @@ fn restore_attention(
         if matches!(block.feedforward, Some(FeedforwardSpec::Linear(_))) {
             continue;
         }
-        let alike = |(_, other): &&(usize, &BlockSpec)| {
+        let alike = |(_, other, _): &&(usize, &BlockSpec, &str)| {
             other.norm == block.norm && other.layer_scale == block.layer_scale
         };
-        let before = whole.iter().rev().filter(|(from, _)| *from < index);
+        let before = whole.iter().rev().filter(|(from, _, _)| *from < index);
         let template = before.chain(whole.iter()).find(alike);
-        let Some((from, mixer)) = template.map(|(from, other)| (from, &other.attention)) else {
+        let Some((from, other, silencing)) = template else {
             continue;
         };
-        block.attention = mixer.clone();
+        block.attention = other.attention.clone();
         let mut copies = Vec::new();
         for (name, tensor) in parameters.iter() {
             for part in ["attention.", "attention_norm.", "attention_scale."] {
                 let Some(rest) = name.strip_prefix(&format!("blocks.{from}.{part}")) else {
                     continue;
                 };
-                let tensor = match part == "attention." && rest.starts_with("output.") {
+                let tensor = match part == "attention." && rest.starts_with(silencing) {
                     true => engine(tensor.zeros_like())?,
                     false => tensor.clone(),
                 };
@@ -108,6 +109,26 @@ fn restore_attention(
         parameters.extend(copies);
     }
     Ok(())
+}
+
+/// What the names of those parameters of attention begin with that silence it as zeros: those of its output, or
+/// where it has none of its own those of its values. None of what is no such attention, nor of mechanisms for which
+/// queries of zero may be none.
+fn silencing(mixer: &MixerSpec) -> Option<&'static str> {
+    let MixerSpec::MultiHead(MultiHeadSpec {
+        output,
+        sharing,
+        mechanism,
+        ..
+    }) = mixer
+    else {
+        return None;
+    };
+    match (output, sharing) {
+        (OutputProjection::Own, _) => Some("output."),
+        (_, QueryKeySharing::All) => mechanism.is_softmax().then_some("query."),
+        (_, QueryKeySharing::None | QueryKeySharing::QueryKey) => Some("value."),
+    }
 }
 
 /// Gives recurrences without a scan one of no entry, no exit and a skip of 1: `y = 0 + 1 ⊙ u`.

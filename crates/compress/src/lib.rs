@@ -60,6 +60,7 @@ mod methods;
 mod objective;
 mod observe;
 mod order;
+mod organised;
 mod output;
 mod plan;
 pub mod quality;

@@ -12,6 +12,7 @@ use crate::methods::slicing::SliceSettings;
 use crate::methods::{
     LorapSettings, METHODS, ModegptSettings, PruneSettings, QuantiseSettings, ShedderSettings,
 };
+use crate::organised;
 use crate::plan::{Budget, Plan};
 use crate::report::Compressed;
 use crate::{Calibration, CalibrationData, Error, Requirements, Result, Selection};
@@ -321,8 +322,14 @@ impl Method {
         Ok((plan, compressed))
     }
 
-    /// Every method cuts a matrix by what one place of the model shows it, and needs its numbers.
+    /// Refuses models that no plan of the method fits, whatever it calibrates on.
     pub(crate) fn check_model(&self, model: &Model) -> Result<()> {
+        self.check_weights(model)?;
+        organised::check(self, model)
+    }
+
+    /// Every method cuts a matrix by what one place of the model shows it, and needs its numbers.
+    pub(crate) fn check_weights(&self, model: &Model) -> Result<()> {
         if model.shares_weights() {
             return Err(Error::invalid(
                 "the set of weights",

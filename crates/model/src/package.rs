@@ -223,7 +223,9 @@ impl Package {
             [tower] => Ok(&tower.model),
             several => {
                 let names: Vec<_> = several.iter().map(|tower| tower.name.as_str()).collect();
-                Err(lapidary_parts::Error::spec("model", names, "a single model").into())
+                let expected =
+                    "a single model; run, explain, diff and inspect clip take one of several";
+                Err(lapidary_parts::Error::spec("model", names, expected).into())
             }
         }
     }

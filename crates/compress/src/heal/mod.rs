@@ -31,6 +31,7 @@ use std::time::Instant;
 
 use lapidary_kernels::{DType, Tensor, backward};
 use lapidary_model::Model;
+use lapidary_parts::organisation::OrganisationSpec;
 use lapidary_train::spec::OptimiserSpec;
 use lapidary_train::{Decay, Generator, Masks, Schedule, UpdateOptions, Updates, generator};
 use rand::seq::SliceRandom;
@@ -163,13 +164,19 @@ impl HealSettings {
     /// # Errors
     /// When the examples do not fit the model, or have no task and the original is not learned from alone.
     pub fn objective(&self, model: &Model, data: &CalibrationData) -> Result<Objective> {
+        if self.hints > 0.0
+            && let Some(OrganisationSpec::Reversible(_)) = &model.spec().organisation
+        {
+            let expected = "0 where the organisation of tokens is reversible: behind a block there are two streams";
+            return Err(Error::invalid("weight of hints", self.hints, expected));
+        }
         let objective = Objective::of(model, data)?;
         if objective == Objective::Representation && self.distil < 1.0 {
             return Err(Error::invalid(
                 "weight of distillation",
                 self.distil,
-                "1 for a model and examples without a task, which can only learn the original's \
-                 hidden vectors",
+                "1 for a model and examples without a task, which can only learn what the original \
+                 says of them",
             ));
         }
         Ok(objective)

@@ -88,14 +88,17 @@ fn unit(index: usize, block: &BlockSpec) -> Result<Option<Unit>> {
         Some(FeedforwardSpec::Dense(_) | FeedforwardSpec::Gated(_)) => {
             Ok(Unit::of(index, block).pop())
         }
-        Some(other) => Err(Error::invalid(
-            format!("the feed-forward part of block {index}"),
-            other.kind(),
-            format!(
-                "dense or gated for {}; modegpt and channel-magnitude take others",
-                DOTRESIZE_HIDDEN.name
-            ),
-        )),
+        Some(other) => {
+            let instead = match other {
+                FeedforwardSpec::Mixture(_) => "modegpt and channel-magnitude take others",
+                _ => "svd and the other factorisations take others",
+            };
+            Err(Error::invalid(
+                format!("the feed-forward part of block {index}"),
+                other.kind(),
+                format!("dense or gated for {}; {instead}", DOTRESIZE_HIDDEN.name),
+            ))
+        }
     }
 }
 

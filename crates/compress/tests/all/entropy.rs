@@ -244,3 +244,32 @@ fn models_without_such_attention_are_refused() {
     };
     assert_eq!((absent(&once.model), absent(&twice.unwrap().model)), (1, 2));
 }
+
+#[test]
+fn attention_without_an_output_of_its_own_comes_back_silent() {
+    let data = windows(8, 6);
+    for with in [
+        "sharing = 'all', output = 'tied'",
+        "sharing = 'all', output = 'absent'",
+        "sharing = 'query-key', output = 'absent'",
+        "output = 'absent'",
+    ] {
+        let spec =
+            with_blocks(DECODER, 4).replace("causal = true", &format!("causal = true, {with}"));
+        let model = model(&spec, 2);
+        let compressed = cut_by(&model, &data, "attention-cosine", 0.5, &Settings::default());
+        let compressed = compressed.unwrap().model;
+        let blocks = compressed.spec().expanded_blocks();
+        let gone = blocks
+            .iter()
+            .filter(|block| block.attention == MixerSpec::Absent);
+        assert_eq!(gone.count(), 2, "{with}");
+        let dense = export_dense(&compressed).unwrap();
+        assert_eq!(
+            dense.spec().expanded_blocks(),
+            model.spec().expanded_blocks(),
+            "{with}"
+        );
+        close(&scores(&dense, &data), &scores(&compressed, &data), 1e-12);
+    }
+}

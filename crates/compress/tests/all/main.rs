@@ -23,6 +23,7 @@ mod modegpt;
 mod movement;
 mod narrowed;
 mod oracle;
+mod organised;
 mod plan;
 mod pruning;
 mod quality;

@@ -236,3 +236,24 @@ fn other_parts_are_refused_by_name() {
         .to_string();
     assert!(error.contains("data of dotresize-hidden"), "{error}");
 }
+
+#[test]
+fn a_refusal_names_methods_that_are_defined() {
+    for (part, words) in [
+        (
+            "{ kind = 'sparse-code' }",
+            "svd and the other factorisations",
+        ),
+        (
+            "{ kind = 'mixture', hidden = 8, experts = 2, active = 1 }",
+            "modegpt and channel-magnitude",
+        ),
+    ] {
+        let dense = "{ kind = \"dense\", hidden = 24, activation = \"gelu-tanh\" }";
+        let model = model(&DECODER.replace(dense, part), 3);
+        let told = Method::find("dotresize-hidden").unwrap();
+        let told = told.requirements(&model, &Settings::default());
+        let told = told.unwrap_err().to_string();
+        assert!(told.contains(words), "{told}");
+    }
+}

@@ -47,6 +47,20 @@ attention = { kind = "mamba" }
 kind = "language-model"
 "#;
 
+/// Attention that writes by its queries.
+const TIED: &str = r#"
+width = 64
+[input]
+kind = "tokens"
+vocabulary = 20
+length = 12
+[[blocks]]
+attention = { kind = "multi-head", heads = 4, bias = false, causal = true, sharing = "all", output = "tied" }
+feedforward = { kind = "dense", hidden = 96 }
+[head]
+kind = "language-model"
+"#;
+
 fn calibrated(
     model: &Model,
     method: &Method,
@@ -100,6 +114,29 @@ fn the_model_runs_as_the_one_with_its_numbers_written_out() {
                 close(&scores(&compressed, &data), &scores(&dense, &data), 1e-12);
             }
         }
+    }
+}
+
+#[test]
+fn queries_that_the_output_is_tied_to_stay_as_they_are() {
+    let model = model(TIED, 4);
+    for name in ["int8", "int4", "awq", "gptq"] {
+        let compressed = rounded(&model, name, &Settings::default());
+        let left: Vec<&str> = compressed
+            .report
+            .modules
+            .iter()
+            .filter(|module| matches!(module.change, Change::Leave { .. }))
+            .map(|module| module.path.as_str())
+            .collect();
+        assert_eq!(left, ["blocks.0.attention.query"], "{name}");
+        let quantised = compressed.model.spec().quantised.keys();
+        let quantised: Vec<&str> = quantised.map(String::as_str).collect();
+        let expected = [
+            "blocks.0.feedforward.down.weight",
+            "blocks.0.feedforward.up.weight",
+        ];
+        assert_eq!(quantised, expected, "{name}");
     }
 }
 

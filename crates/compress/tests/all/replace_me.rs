@@ -485,3 +485,20 @@ fn runs_have_regressions_and_few_tokens_are_learned_by_heart() {
         assert!(refused.is_err(), "{run:?}");
     }
 }
+
+#[test]
+fn a_model_whose_blocks_take_no_map_in_is_refused_before_the_work() {
+    let dense = "{ kind = \"dense\", hidden = 24, activation = \"gelu-tanh\" }";
+    let spec = DECODER.replace(dense, "{ kind = \"sparse-code\" }");
+    assert_ne!(spec, DECODER);
+    let model = model(&spec, 3);
+    for name in ["replaceme", "replaceme-cosine"] {
+        let told = Method::find(name).unwrap();
+        let told = told.requirements(&model, &Settings::default());
+        let told = told.unwrap_err().to_string();
+        assert!(
+            told.contains("is a sparse code") && told.contains("delete-linear"),
+            "{told}"
+        );
+    }
+}

@@ -1,6 +1,6 @@
 //! `compress` and `export` told what they cannot hear, and what they say of it.
 
-use crate::{family, json, lapidary, output, refused, write};
+use crate::{family, images, json, lapidary, output, refused, write};
 
 /// Text for the small families.
 fn text(directory: &tempfile::TempDir) -> String {
@@ -382,4 +382,114 @@ fn too_few_tokens_to_calibrate_on_are_told() {
     assert!(few("whitened", "1"));
     assert!(!few("whitened", "2"), "as many tokens as features");
     assert!(!few("svd", "1"), "a method that looks at none");
+}
+
+/// What was learned is what counted: beside the original's predictions alone there is no task.
+#[test]
+fn healing_says_what_was_learned() {
+    let directory = tempfile::tempdir().unwrap();
+    let (text, bert) = (text(&directory), family("bert"));
+    let alone = "by the original's predictions: ";
+    let both = "by cross-entropy of the next token and the original's predictions (weight 0.5): ";
+    let vectors = "by the original's hidden vectors: ";
+    for (index, (options, words)) in [
+        (&["embedded", "--distil", "1"][..], alone),
+        (&["embedded", "--distil", "0.5"], both),
+        (
+            &[bert.as_str(), "--calibrate", &text, "--distil", "1"],
+            vectors,
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = directory.path().join(index.to_string());
+        let cut = [
+            "--method",
+            "svd",
+            "--ratio",
+            "0.3",
+            "--windows",
+            "4",
+            "--window",
+            "8",
+        ];
+        let healed = ["--heal", "2", "--out", out.to_str().unwrap()];
+        let said = output(&[&["compress"][..], options, &cut, &healed].concat());
+        let line = said.lines().find(|line| line.starts_with("healing "));
+        let line = line.unwrap_or_else(|| panic!("{said}"));
+        assert!(line.contains(words), "{line}");
+        // However near the two are, the loss is not written as none.
+        assert!(!line.contains(" 0.0000 "), "{line}");
+    }
+}
+
+#[test]
+fn what_takes_one_model_says_which_verbs_take_several() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("cut");
+    refused(
+        &[
+            "compress",
+            &family("clip"),
+            "--method",
+            "svd",
+            "--out",
+            out.to_str().unwrap(),
+        ],
+        &["text", "vision", "a single model; run, explain, diff"],
+    );
+}
+
+#[test]
+fn windows_longer_than_the_model_reads_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let (text, llama) = (text(&directory), family("llama"));
+    let out = directory.path().join("cut");
+    for (model, window, length) in [
+        (&[llama.as_str(), "--calibrate", &text][..], "65", "64"),
+        (&["embedded"], "129", "128"),
+    ] {
+        let cut = [
+            "--method",
+            "svd",
+            "--window",
+            window,
+            "--out",
+            out.to_str().unwrap(),
+        ];
+        let limits = format!("between 2 and {length}, the length of the model");
+        let found = format!("window is {window}");
+        let words = [found.as_str(), limits.as_str()];
+        refused(&[&["compress"][..], model, &cut].concat(), &words);
+    }
+}
+
+/// An image is as many tokens as the model makes of it: here 16 patches and the class.
+#[test]
+fn images_count_as_the_tokens_that_are_made_of_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let vit = family("vit");
+    let cut = ["compress", &vit, "--method", "whitened", "--calibrate"];
+    for (count, few) in [(1, true), (2, false)] {
+        let many = write(&directory, &format!("{count}.json"), &images(count, 16));
+        let out = directory.path().join(count.to_string());
+        let rest = [many.as_str(), "--out", out.to_str().unwrap()];
+        let found = output(&[&cut[..], &rest].concat());
+        let told = found.contains("17 tokens, fewer than the 32 features of one");
+        assert_eq!(told, few, "{found}");
+        assert!(!found.contains("fewer than") || few, "{found}");
+    }
+    let all: serde_json::Value = serde_json::from_slice(&images(1, 16)).unwrap();
+    let alone = serde_json::json!({ "pixel_values": all["pixel_values"][0] });
+    let alone = write(&directory, "alone.json", alone.to_string().as_bytes());
+    let out = directory.path().join("alone");
+    let rest = [alone.as_str(), "--out", out.to_str().unwrap()];
+    refused(
+        &[&cut[..], &rest].concat(),
+        &[
+            "pixel_values shape is [3, 16, 16]",
+            "[images, channels, rows, columns]",
+        ],
+    );
 }

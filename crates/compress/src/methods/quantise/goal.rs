@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::grid::GridKind;
 use super::rounded::Rounded;
+use super::target::writes_too;
 use super::{QuantiseSettings, ROUNDINGS, Target};
 use crate::error::engine;
 use crate::method::{Method, Settings};
@@ -53,7 +54,7 @@ impl RoundingGoal {
         }
     }
 
-    /// The parameters that are rounded: those of layers whose rows are whole groups.
+    /// The parameters that are rounded: those of layers whose rows are whole groups, and no output tied to them.
     ///
     /// # Errors
     /// When bits or group are none that can be stored, or no layer is selected.
@@ -66,7 +67,7 @@ impl RoundingGoal {
             return Err(Error::invalid("group", group, "a multiple of 32"));
         }
         let layers = self.selection.chosen(model)?.into_iter();
-        let layers = layers.filter(|layer| !layer.is_table());
+        let layers = layers.filter(|layer| !(layer.is_table() || writes_too(model, layer)));
         let targets = layers.map(|layer| Target::of(&layer));
         Ok(targets
             .filter(|targets| {

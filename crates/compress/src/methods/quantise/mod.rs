@@ -35,7 +35,7 @@ use crate::{Error, Requirements, Result, Statistic};
 use grid::GridKind;
 use rounded::Rounded;
 use serde::{Deserialize, Serialize};
-use target::{Target, original, put};
+use target::{Target, original, put, writes_too};
 
 /// How weights are rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -238,6 +238,9 @@ impl Rounding {
         let modules = layers.iter().map(|layer| {
             let odd = |target: &Target| !target.dims[1].is_multiple_of(group);
             let change = match Target::of(layer).iter().find(|target| odd(target)) {
+                None if writes_too(task.model, layer) => Change::Leave {
+                    reason: "the output is tied to it".to_owned(),
+                },
                 None => Change::Quantise { bits, group },
                 Some(target) => Change::Leave {
                     reason: format!("its rows of {} are not groups of {group}", target.dims[1]),

@@ -2,9 +2,10 @@
 
 use lapidary_kernels::{DType, Device, QuantisedMatrix, Tensor};
 use lapidary_model::Model;
+use lapidary_parts::attention::{MixerSpec, OutputProjection};
 use lapidary_parts::parameters::Quantisation;
 
-use crate::edit::Edit;
+use crate::edit::{Edit, block_of};
 use crate::error::engine;
 use crate::selection::Layer;
 use crate::{Error, Result};
@@ -46,6 +47,26 @@ impl Target {
                 },
             ],
         }
+    }
+}
+
+/// Whether a layer of the blocks' queries is what their attention writes by too, transposed, which integers are not.
+pub(super) fn writes_too(model: &Model, layer: &Layer) -> bool {
+    let Some((index, rest)) = block_of(&layer.path) else {
+        return false;
+    };
+    let blocks = model.spec().expanded_blocks();
+    let tied = blocks
+        .get(index)
+        .is_some_and(|block| is_tied(&block.attention));
+    tied && rest.starts_with("attention.") && rest.ends_with(".query")
+}
+
+fn is_tied(mixer: &MixerSpec) -> bool {
+    match mixer {
+        MixerSpec::MultiHead(attention) => attention.output == OutputProjection::Tied,
+        MixerSpec::Wavelet(wavelet) => is_tied(&wavelet.inner),
+        MixerSpec::Mamba(_) | MixerSpec::Mamba2(_) | MixerSpec::Absent => false,
     }
 }
 

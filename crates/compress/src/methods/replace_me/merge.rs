@@ -38,7 +38,7 @@ fn part(block: &BlockSpec) -> &'static str {
 }
 
 /// The linear layers, below the part, whose outputs sum to what it writes.
-fn outputs(block: &BlockSpec) -> Result<Vec<String>> {
+pub(super) fn outputs(block: &BlockSpec) -> Result<Vec<String>> {
     Ok(match &block.feedforward {
         None => vec!["output".to_owned()],
         Some(FeedforwardSpec::Dense(_) | FeedforwardSpec::Gated(_)) => vec!["down".to_owned()],
@@ -50,7 +50,7 @@ fn outputs(block: &BlockSpec) -> Result<Vec<String>> {
             return Err(Error::invalid(
                 "the feed-forward part of the block before",
                 "a sparse code, which is written by no linear layer",
-                "another, since its last layer takes the map in",
+                "another, since its last layer takes the map in; delete-linear and linearise take these",
             ));
         }
     })

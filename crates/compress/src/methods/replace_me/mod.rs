@@ -38,7 +38,7 @@ pub use self::cut::angular_distances;
 use self::cut::{Cut, choose, cuts_of, plan_of};
 pub use self::form::MapForm;
 use self::form::{identity, solve};
-use self::merge::{merge, written};
+use self::merge::{merge, outputs, written};
 pub use self::run::{RunInput, run_regression};
 use crate::ahead::Refused;
 use crate::edit::Edit;
@@ -129,10 +129,16 @@ impl ReplaceMe {
 }
 
 /// `Y` passes as it is what goes: with shortcuts in the run, `M T + Y` would be in the basis before it,
-/// and what it is compared with in the one behind it.
+/// and what it is compared with in the one behind it. A block at least has to be one that takes a map in.
 fn replaceable(model: &Model, name: &str) -> Result<()> {
     removable(model, name)?;
-    in_one_basis(model, name)
+    in_one_basis(model, name)?;
+    let blocks = model.spec().expanded_blocks();
+    let mut takers = blocks.iter().map(outputs);
+    match takers.next() {
+        Some(first) if takers.all(|taker| taker.is_err()) => first.map(|_| ()),
+        _ => Ok(()),
+    }
 }
 
 fn requirements(name: &str, model: &Model, settings: &Settings) -> Result<Requirements> {

@@ -125,7 +125,7 @@ impl fmt::Display for Shed {
 
 /// Refuses models that pieces cannot be left out of.
 pub(super) fn additive(model: &Model) -> Result<()> {
-    MAMBA_SHEDDER.check_model(model)?;
+    MAMBA_SHEDDER.check_weights(model)?;
     removable(model, MAMBA_SHEDDER.name)
 }
 

@@ -120,6 +120,18 @@ pub(super) fn run(arguments: &Compress, told: &Settings, global: &Global) -> Res
     conclude(package, made, Some(&all), told, arguments, global)
 }
 
+/// What is said of a result with more parameters than a search was allowed.
+fn beyond(budget: usize, parameters: usize) -> Option<String> {
+    (parameters > budget).then(|| {
+        format!(
+            "budget      {} parameters, more than the {} that mixes were allowed: adapters were taken in at \
+             higher ranks",
+            output::grouped(parameters),
+            output::grouped(budget)
+        )
+    })
+}
+
 /// The parameters that a budget allows: `0.7x` of `whole`, or a number.
 fn parameters(budget: &str, whole: usize) -> Result<usize> {
     let wrong = || {
@@ -213,6 +225,11 @@ fn searched(search: &Automatic<'_>, examples: usize) -> Result<Searched> {
 }
 
 impl Searched {
+    /// A line about a result of so many parameters, where those are more than was allowed.
+    pub(super) fn beyond(&self, parameters: usize) -> Option<String> {
+        beyond(self.budget, parameters)
+    }
+
     /// Lines of a mix, its score and its parameters: the uniform ones and the best.
     fn lines(&self) -> Vec<[String; 3]> {
         let line = |name: String, one: &Tried| {
@@ -280,5 +297,20 @@ impl Searched {
                 series("best so far", least.collect()),
             ],
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_search_was_allowed_is_compared_with_what_came_out() {
+        assert_eq!(beyond(1_000, 1_000), None);
+        let said = beyond(25_435, 27_696).unwrap();
+        assert!(
+            said.contains("27 696 parameters, more than the 25 435"),
+            "{said}"
+        );
     }
 }

@@ -30,7 +30,7 @@ pub(super) fn calibration(
         (Some(path), _) => Some(calibration_data(package, model, path, arguments, global)?),
         (None, _) if arguments.model == "embedded" => Some(loading::embedded_windows(
             arguments.windows,
-            arguments.window.min(model.spec().length()),
+            window(arguments, model)?,
         )?),
         (None, Some(method)) => bail!(
             "method {} needs --calibrate FILE with {} like what the model is for; svd needs none",
@@ -42,6 +42,18 @@ pub(super) fn calibration(
         ),
         (None, None) => None,
     })
+}
+
+/// Tokens in a window: as many as are asked for, or, where nothing is, as the model reads.
+pub(super) fn window(arguments: &Compress, model: &Model) -> Result<usize> {
+    /// What the command line has without the option.
+    const DEFAULT: usize = 128;
+    let (window, length) = (arguments.window, model.spec().length());
+    ensure!(
+        window <= length || window == DEFAULT,
+        "window is {window}, but must be between 2 and {length}, the length of the model"
+    );
+    Ok(window.min(length))
 }
 
 /// What a file shows the model: windows of its text, or its images.
@@ -60,6 +72,11 @@ fn calibration_data(
     let pixels = tensors
         .pixels
         .with_context(|| format!("pixel_values is missing from {}", path.display()))?;
+    ensure!(
+        pixels.rank() == 4,
+        "pixel_values shape is {:?}, but must be [images, channels, rows, columns]",
+        pixels.dims()
+    );
     let examples = (0..pixels.dim(0)?).take(arguments.windows).map(|index| {
         Ok(Example {
             content: Content::Pixels(pixels.get(index)?),
@@ -77,7 +94,7 @@ fn windows(
     arguments: &Compress,
     seed: u64,
 ) -> Result<CalibrationData> {
-    let length = arguments.window.min(model.spec().length());
+    let length = window(arguments, model)?;
     let special = package
         .tokenizer
         .as_ref()

@@ -178,7 +178,7 @@ fn conclude(
     let distance = measure.between(original, &made.model, reports)?;
     let activations = measure.rounded(original, &made.model, settings)?;
     let width = original.spec().width;
-    let few = data.map(CalibrationData::tokens);
+    let few = data.map(|data| tokens_of(original, data));
     let few = few.filter(|tokens| made.calibrated && *tokens < width);
     let result = match arguments.dense {
         true => export_dense(&made.model)?,
@@ -216,6 +216,14 @@ fn conclude(
     match global.json {
         true => output::print_json(&outcome.json()?),
         false => output::print(&outcome.text()),
+    }
+}
+
+/// Tokens that the model sees of this data: an image has as many as the model makes of it.
+fn tokens_of(model: &Model, data: &CalibrationData) -> usize {
+    match model.spec().vocabulary() {
+        Some(_) => data.tokens(),
+        None => data.len() * model.spec().length(),
     }
 }
 
@@ -431,7 +439,7 @@ fn windows(
     match (&arguments.evaluate, data) {
         (Some(path), _) => {
             let tokens = loading::file_tokens(package, path)?;
-            let length = arguments.window.min(model.spec().length());
+            let length = data::window(arguments, model)?;
             let mut windows = sliding_windows(&tokens, length, (length / 2).max(1))?;
             windows.truncate(arguments.windows);
             Ok(windows)

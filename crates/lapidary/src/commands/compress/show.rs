@@ -224,12 +224,16 @@ impl Outcome {
             );
         }
         if let Some(healing) = &self.healing {
-            let mut from = match healing.distil > 0.0 {
-                true => format!(
-                    " and the original's predictions (weight {})",
-                    healing.distil
-                ),
-                false => String::new(),
+            let told = match self.distance.likeness {
+                Some(_) => "the original's hidden vectors",
+                None => "the original's predictions",
+            };
+            let mut from = match healing.distil {
+                weight if weight >= 1.0 => told.to_owned(),
+                weight if weight > 0.0 => {
+                    format!("{} and {told} (weight {weight})", healing.objective)
+                }
+                _ => healing.objective.to_string(),
             };
             if healing.hints > 0.0 {
                 from += &format!(" and residual stream (weight {})", healing.hints);
@@ -250,17 +254,18 @@ impl Outcome {
                 count => format!(", {} zeros grown again", output::grouped(count)),
             };
             lines.push(format!(
-                "healing     {} steps on {} examples by {}{from}: {:.4} -> {:.4} on held-out ones, best \
-                 after {}{regrown}, {:.1} s",
+                "healing     {} steps on {} examples by {from}: {} -> {} on held-out ones, best after \
+                 {}{regrown}, {:.1} s",
                 healing.steps,
                 output::grouped(healing.examples),
-                healing.objective,
-                healing.before,
-                healing.after,
+                loss(healing.before),
+                loss(healing.after),
                 healing.best,
                 healing.seconds
             ));
         }
+        let search = self.search.as_ref();
+        lines.extend(search.and_then(|search| search.beyond(self.after.size.parameters)));
         lines
     }
 
@@ -371,6 +376,14 @@ impl Outcome {
             plots,
             ..report::Report::default()
         }
+    }
+}
+
+/// A loss with digits that tell it from another, however small a distance it is.
+fn loss(value: f64) -> String {
+    match value.abs() < 0.1 && value != 0.0 {
+        true => format!("{value:.3e}"),
+        false => format!("{value:.4}"),
     }
 }
 

@@ -51,6 +51,7 @@ use lapidary_signal::Signal;
 use layer::Compressed;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 const MAX_LENGTH: usize = 1 << 24;
@@ -134,6 +135,28 @@ impl VccSpec {
             exploration: exploration(),
             scale_correction: true,
             output: VccOutput::default(),
+        }
+    }
+
+    /// The organisation of a model that these blocks were taken out of: each of the others sees what it saw.
+    ///
+    /// ```
+    /// use lapidary_parts::organisation::vcc::VccSpec;
+    /// let mut spec = VccSpec::new(4, 2);
+    /// spec.segment_blocks = 2;
+    /// spec.whole_blocks = vec![3, 5];
+    /// spec.remove_blocks(&[1, 3, 4].into());
+    /// assert_eq!((spec.segment_blocks, spec.whole_blocks), (1, vec![2]));
+    /// ```
+    pub fn remove_blocks(&mut self, removed: &BTreeSet<usize>) {
+        let left = |index: usize| index - removed.range(..index).count();
+        self.whole_blocks.retain(|index| !removed.contains(index));
+        for index in &mut self.whole_blocks {
+            *index = left(*index);
+        }
+        self.segment_blocks = left(self.segment_blocks);
+        if self.segment_blocks == 0 {
+            self.segment = segment();
         }
     }
 
