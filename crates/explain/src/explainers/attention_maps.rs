@@ -170,12 +170,7 @@ pub(crate) fn explained_row(
 ) -> Result<Vec<f64>> {
     let rows = engine(engine(matrix.get(sequence))?.to_vec2::<f64>())?;
     let length = rows.len();
-    let kept = match question.padding {
-        Some(padding) => {
-            engine(engine(engine(padding.get(sequence))?.to_dtype(DType::U8))?.to_vec1::<u8>())?
-        }
-        None => vec![1; length],
-    };
+    let kept = kept(question, sequence, length)?;
     let chosen = match (&question.model.spec().head, target) {
         (HeadSpec::LanguageModel { .. }, Target::Score { position, .. }) => {
             vec![position.unwrap_or(length.saturating_sub(1))]
@@ -193,6 +188,16 @@ pub(crate) fn explained_row(
         }
     }
     Ok(sum)
+}
+
+/// Which of the `length` tokens of `sequence` are no pads: those that are not 0.
+pub(crate) fn kept(question: &Question<'_>, sequence: usize, length: usize) -> Result<Vec<u8>> {
+    match question.padding {
+        Some(padding) => {
+            engine(engine(engine(padding.get(sequence))?.to_dtype(DType::U8))?.to_vec1::<u8>())
+        }
+        None => Ok(vec![1; length]),
+    }
 }
 
 /// The positions that the head reads.
