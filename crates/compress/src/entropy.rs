@@ -215,13 +215,21 @@ impl EntropyProfile {
     /// Measures a model on data.
     ///
     /// # Errors
-    /// When a batch has too few tokens.
+    /// When a batch has too few tokens, or an organisation has blocks read something else than one stream of all tokens.
     pub fn measure(
         model: &Model,
         data: &CalibrationData,
         batch: usize,
         choice: &EntropyChoice,
     ) -> Result<Self> {
+        if let Some(organisation) = &model.spec().organisation {
+            return Err(Error::invalid(
+                "organisation of the model",
+                organisation.kind(),
+                "absent for the entropy of the residual stream: its blocks read groups or means of tokens, or two \
+                 streams",
+            ));
+        }
         let specs = model.spec().expanded_blocks();
         let blocks = specs.len();
         let mut sites = Vec::new();

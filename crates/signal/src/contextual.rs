@@ -214,8 +214,9 @@ impl Contextual {
         if self.splits_attention() {
             return Err(Error::Undefined {
                 lens: "contextual",
-                operation: "mix by ready weights",
-                advice: "freeze attention, or leave the site of its weights alone",
+                operation: "ready weights, as mechanisms of attention have them, with queries and keys followed",
+                advice: "hold attention fixed (--frozen, or no --split-attention), or leave the site of its weights \
+                         alone",
             });
         }
         let (.., groups, _, width) = tensor(self.relevant.dims5())?;

@@ -128,7 +128,7 @@ impl Signal {
             }
             (AttentionRule::PassSoftmax, _) | (_, Form::Explicit) => Err(Error::Undefined {
                 lens: "relevance",
-                operation: "weights that are not a softmax",
+                operation: "ready weights, without the scores and the softmax that they are made of",
                 advice: "choose rules that hold the weights fixed (cp-lrp, cp-lrp-explicit) or that \
                          are carried by the gradient (attnlrp, gradient-x-input)",
             }),

@@ -180,6 +180,22 @@ fn the_first_stage_ends_where_entropy_is_least() {
 }
 
 #[test]
+fn blocks_that_read_no_stream_of_all_tokens_are_refused() {
+    let data = windows(8, 6);
+    let organised = format!("{DECODER}\n[organisation]\nkind = \"reversible\"\n");
+    let means = DECODER.replace(", causal = true", "");
+    let means =
+        format!("{means}\n[organisation]\nkind = \"vip-centric\"\nvips = 2\nsize = 3\nfine = 1\n");
+    for (spec, kind) in [(organised, "reversible"), (means, "vip-centric")] {
+        let said = EntropyProfile::measure(&model(&spec, 6), &data, 8, &EntropyChoice::default());
+        let said = said.unwrap_err().to_string();
+        let begin =
+            format!("organisation of the model is {kind}, but must be absent for the entropy");
+        assert!(said.starts_with(&begin), "{said}");
+    }
+}
+
+#[test]
 fn the_stage_restricts_the_choice() {
     let (data, model) = (windows(8, 6), model(&with_blocks(DECODER, 6), 6));
     let mut settings = settings(ESTIMATORS[0], 0, 0);

@@ -5,7 +5,7 @@
 //! All sequences are fitted together, `C = Σ (x − μ)(x − μ)ᵀ / N = V diag(λ) Vᵀ`, and a token is shown by
 //! `v_kᵀ (x − μ)`. A direction has no sign of its own: its entry of the largest size is positive here.
 
-use crate::error::engine;
+use crate::error::{engine, require_whole_sequences};
 use crate::report::{Map, Report, Table};
 use crate::{Error, Question, Result};
 use lapidary_factor::{Matrix, matrix_from_tensor, symmetric_eigen};
@@ -71,7 +71,8 @@ pub fn components(tokens: &Tensor, count: usize) -> Result<Components> {
 /// and so are pads. Without a site it is the keys of the last block; queries, where they are keys.
 ///
 /// # Errors
-/// When the model fails, or writes nothing of one vector for each token at the site.
+/// When the model fails, writes nothing of one vector for each token at the site, or an organisation lets the block that
+/// the site is in see something else than the sequence.
 pub fn report(
     question: &Question<'_>,
     site: Option<&str>,
@@ -200,9 +201,15 @@ fn states(question: &Question<'_>, site: Option<&str>) -> Result<(String, Tensor
         (state.dims().len() == 3).then(|| (site.clone(), state))
     });
     let (site, states) = found.ok_or_else(|| {
-        let expected = "one that is written, with a vector for each token";
+        let mut expected = "one that is written, with a vector for each token".to_owned();
+        if site.is_none() {
+            expected += &format!("; another can be named (--site), such as blocks.{last}.out");
+        }
         Error::invalid("site", sites.join(" or "), expected)
     })?;
+    if site.starts_with("blocks.") {
+        require_whole_sequences(question.model, &format!("components at {site}"))?;
+    }
     Ok((site, engine(states.to_dtype(DType::F64))?))
 }
 

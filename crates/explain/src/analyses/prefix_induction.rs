@@ -64,8 +64,17 @@ pub fn prefix_induction(
 ) -> Result<Vec<PrefixScores>> {
     crate::error::require_whole_sequences(model, "what heads look at")?;
     let least = 2 * draws.longest + 2 + usize::from(draws.start.is_some());
-    if draws.length < least || draws.length > model.spec().length() {
-        let expected = format!("between {least} and {}", model.spec().length());
+    let most = model.spec().length();
+    if least > most {
+        let longest = most.saturating_sub(2 + usize::from(draws.start.is_some())) / 2;
+        return Err(Error::invalid(
+            "longest prefix",
+            draws.longest,
+            format!("at most {longest}, which the model's {most} tokens have room for twice"),
+        ));
+    }
+    if draws.length < least || draws.length > most {
+        let expected = format!("between {least} and {most}");
         return Err(Error::invalid(
             "length of the sequences",
             draws.length,

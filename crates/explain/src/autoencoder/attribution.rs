@@ -10,7 +10,7 @@
 
 use super::site::block_of;
 use super::{Autoencoder, Feature, numbers};
-use crate::error::engine;
+use crate::error::{engine, require_whole_sequences};
 use crate::{Error, Question, Result};
 use lapidary_kernels::{DType, Tensor};
 use lapidary_model::Model;
@@ -60,6 +60,11 @@ impl Heads {
             return Err(Error::invalid("block of the autoencoder", block, expected));
         };
         match &spec.attention {
+            MixerSpec::MultiHead(attention) if attention.local.is_some() => Err(Error::invalid(
+                format!("attention of block {block}"),
+                "heads with a filter beside them",
+                "heads whose weights say which token a value came from",
+            )),
             MixerSpec::MultiHead(attention) => Ok(Self {
                 block,
                 heads: attention.heads,
@@ -194,12 +199,14 @@ impl Attention {
     /// Runs the model and keeps what its attention did at the autoencoder's block.
     ///
     /// # Errors
-    /// When the autoencoder does not read the heads of one of the model's attention layers.
+    /// When the autoencoder does not read the heads of one of the model's attention layers, or an organisation lets these
+    /// see something else than the sequence.
     pub fn new(question: &Question<'_>, autoencoder: &Autoencoder) -> Result<Self> {
         Self::at(question, Heads::of(question.model, autoencoder)?)
     }
 
     pub(crate) fn at(question: &Question<'_>, heads: Heads) -> Result<Self> {
+        require_whole_sequences(question.model, "the tokens that a feature came from")?;
         let site = |name: &str| format!("blocks.{}.attention.{name}", heads.block);
         let mut trace = Trace::new();
         for name in ["weights", "value", "mixed"] {

@@ -86,6 +86,7 @@ pub fn recursive_attribution(
     position: usize,
     splits: &BTreeMap<usize, Split>,
 ) -> Result<Components> {
+    crate::error::require_one_stream(question.model, "recursive attribution")?;
     let heads = Heads::of(question.model, autoencoder)?;
     if let Some(late) = splits.keys().find(|block| **block >= heads.block) {
         let expected = format!("earlier than {}", heads.block);

@@ -318,6 +318,13 @@ fn layer(model: &Model, index: usize, block: &BlockSpec) -> Result<Layer> {
         let found = block.attention.kind();
         return Err(Error::invalid(field("attention"), found, "multi-head"));
     };
+    if let Some(found) = attention.peculiarity()
+        && (attention.local.is_some() || !attention.output.is_own())
+    {
+        let expected =
+            "heads that write by a matrix of their own what their weights say that they mix";
+        return Err(Error::invalid(field("attention"), found, expected));
+    }
     let get = |name: &str| model.parameters().get(&field(name)).cloned();
     let scale = get("attention_scale.weight");
     let mut output = dense(model, &field("attention.output"))?;

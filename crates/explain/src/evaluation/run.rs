@@ -320,10 +320,16 @@ impl Evaluation {
             self.right,
             100.0 * self.right as f64 / self.examples.max(1) as f64
         )];
+        if self.right == 0 {
+            notes.push("nothing is scored: the model gets no example right".to_owned());
+        }
         for row in &self.rows {
             let name = Cell::from(row.method.as_str());
             if let Some(reason) = &row.refused {
                 notes.push(format!("{} was left out: {reason}", row.method));
+                continue;
+            }
+            if self.right == 0 {
                 continue;
             }
             let of = |summary: &Summary| Cell::from(format!("{summary:.3}"));

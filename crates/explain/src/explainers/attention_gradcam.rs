@@ -4,7 +4,7 @@
 //! is its row of the explained position, without the tokens that stand for the whole.
 
 use super::attention_maps::{
-    AttentionPass, class_tokens, explained_row, heat, is_a_map, reads_patches,
+    AttentionPass, class_tokens, explained_row, heat, is_a_map, kept, reads_patches,
 };
 use crate::error::engine;
 use crate::explainer::Explainer;
@@ -69,7 +69,13 @@ fn weighted_heads(
             explained_row(question, &head, 0, target)
         };
         let (weights, gradient) = (row(weights)?, row(gradient)?);
-        let map = gradient.get(skipped..).unwrap_or_default();
+        // Weights of pads are nought, but their gradients are not.
+        let kept = kept(question, 0, gradient.len())?;
+        let places = gradient.iter().zip(kept).skip(skipped);
+        let map: Vec<f64> = places
+            .filter(|(_, kept)| *kept != 0)
+            .map(|(gradient, _)| *gradient)
+            .collect();
         let importance = map.iter().sum::<f64>() / map.len().max(1) as f64;
         sum.resize(weights.len(), 0.0);
         for (sum, weight) in sum.iter_mut().zip(&weights) {

@@ -109,7 +109,8 @@ pub(crate) fn head_mean(heads: &Tensor) -> Result<Tensor> {
 /// sum to one.
 ///
 /// # Errors
-/// When no layer from `start` on is there.
+/// When no layer from `start` on is there, or a row that would be divided by its sum has none above nought: weights that
+/// are not a softmax may be negative.
 pub(crate) fn roll_out(layers: &[Tensor], start: usize, normalise: bool) -> Result<Tensor> {
     let mut product: Option<Tensor> = None;
     for layer in layers.iter().skip(start) {
@@ -124,7 +125,16 @@ pub(crate) fn roll_out(layers: &[Tensor], start: usize, normalise: bool) -> Resu
         let identity = engine(Tensor::eye(queries, layer.dtype(), layer.device()))?;
         let mut layer = engine(layer.broadcast_add(&identity))?;
         if normalise {
-            layer = engine(layer.broadcast_div(&engine(layer.sum_keepdim(D::Minus1))?))?;
+            let sums = engine(layer.sum_keepdim(D::Minus1))?;
+            let least = number(&engine(sums.min_all())?)?;
+            if least <= 0.0 {
+                return Err(Error::invalid(
+                    "least sum of a token's attention weights and its residual",
+                    least,
+                    "above 0 to be divided into shares; decompx, attnlrp and cp-lrp take weights of any sign",
+                ));
+            }
+            layer = engine(layer.broadcast_div(&sums))?;
         }
         product = Some(match product {
             None => layer,
@@ -160,12 +170,7 @@ pub(crate) fn explained_row(
 ) -> Result<Vec<f64>> {
     let rows = engine(engine(matrix.get(sequence))?.to_vec2::<f64>())?;
     let length = rows.len();
-    let kept = match question.padding {
-        Some(padding) => {
-            engine(engine(engine(padding.get(sequence))?.to_dtype(DType::U8))?.to_vec1::<u8>())?
-        }
-        None => vec![1; length],
-    };
+    let kept = kept(question, sequence, length)?;
     let chosen = match (&question.model.spec().head, target) {
         (HeadSpec::LanguageModel { .. }, Target::Score { position, .. }) => {
             vec![position.unwrap_or(length.saturating_sub(1))]
@@ -183,6 +188,16 @@ pub(crate) fn explained_row(
         }
     }
     Ok(sum)
+}
+
+/// Which of the `length` tokens of `sequence` are no pads: those that are not 0.
+pub(crate) fn kept(question: &Question<'_>, sequence: usize, length: usize) -> Result<Vec<u8>> {
+    match question.padding {
+        Some(padding) => {
+            engine(engine(engine(padding.get(sequence))?.to_dtype(DType::U8))?.to_vec1::<u8>())
+        }
+        None => Ok(vec![1; length]),
+    }
 }
 
 /// The positions that the head reads.

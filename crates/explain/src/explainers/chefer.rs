@@ -247,6 +247,20 @@ mod tests {
         );
     }
 
+    /// Weights that are not a softmax: rows that sum to less than nought would turn every sign around.
+    #[test]
+    fn rows_without_a_sum_are_no_shares() {
+        let signed = matrix(&[0.5, -0.25, 0.25, -1.5], &[1, 2, 2]);
+        let said = roll_out(std::slice::from_ref(&signed), 0, true).unwrap_err();
+        assert_eq!(
+            said.to_string(),
+            "least sum of a token's attention weights and its residual is -0.25, but must be above 0 to be divided \
+             into shares; decompx, attnlrp and cp-lrp take weights of any sign"
+        );
+        let sums = flat(&roll_out(&[signed], 0, false).unwrap());
+        assert_eq!(sums, [1.5, -0.25, 0.25, -0.5]);
+    }
+
     #[test]
     fn evidence_is_averaged_over_heads_where_it_is_positive() {
         let gradient = matrix(&[1.0, -1.0, 2.0, 1.0, -3.0, 0.5, 0.0, 2.0], &[1, 2, 2, 2]);

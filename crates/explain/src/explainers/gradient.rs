@@ -224,8 +224,8 @@ impl Forward {
 
     /// Taps what the leaks are read from.
     pub(crate) fn with_leaks(question: &Question<'_>, rules: RelevanceRules) -> Result<Self> {
-        let blocks = question.model.spec().expanded_blocks().len();
-        Self::through(question, rules, None, leaks::tap(Trace::new(), blocks)?)
+        let trace = leaks::tap(Trace::new(), blocks_in_a_row(question.model))?;
+        Self::through(question, rules, None, trace)
     }
 
     /// As [`Forward::new`], with sites that `trace` names already.
@@ -260,7 +260,7 @@ impl Forward {
             output,
             trace,
             rules,
-            blocks: question.model.spec().expanded_blocks().len(),
+            blocks: blocks_in_a_row(question.model),
         })
     }
 
@@ -304,6 +304,15 @@ impl Forward {
             Some(gradient) => Ok(gradient.clone()),
             None => engine(self.leaf.zeros_like()),
         }
+    }
+}
+
+/// Blocks that all relevance passes, one after the other; none where an organisation has them see groups or means of the
+/// tokens, or another stream, so that what arrives at one is a part of the whole.
+fn blocks_in_a_row(model: &Model) -> usize {
+    match model.spec().organisation {
+        None => model.spec().expanded_blocks().len(),
+        Some(_) => 0,
     }
 }
 

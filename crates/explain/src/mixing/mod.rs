@@ -63,6 +63,13 @@ impl<'a> Captured<'a> {
                     ),
                 ));
             }
+            if attention.local.is_some() {
+                return Err(Error::invalid(
+                    format!("the attention of block {index}"),
+                    "heads with a filter beside them",
+                    format!("heads whose weights say all that they mix; {OTHERS}"),
+                ));
+            }
             if block.shortcuts {
                 return Err(Error::invalid(
                     format!("block {index} of the model"),

@@ -611,6 +611,20 @@ fn what_is_not_defined_names_what_is() {
     assert!(message.contains("is 7"), "{message}");
 }
 
+/// Weights say nothing of what a filter beside the heads adds: it would be missing from the sum without a word.
+#[test]
+fn filters_beside_heads_are_named() {
+    let filtered = DECODER.replace("causal = true", "local = { side = 3 }");
+    assert_ne!(filtered, DECODER);
+    for method in ["alti", "alti-logit"] {
+        assert_eq!(
+            refusal(method, &filtered, Target::class(0)),
+            "the attention of block 0 is heads with a filter beside them, but must be heads whose weights say all that \
+             they mix; decompx, cp-lrp and gradient-x-input go through any part"
+        );
+    }
+}
+
 /// Attention that has no output matrix of its own: the sentence names the form that has one.
 #[test]
 fn outputs_without_a_matrix_of_their_own_are_named() {

@@ -103,6 +103,37 @@ fn classes_differ_where_the_method_knows_of_them() {
     }
 }
 
+/// Weights of pads are nought, and what would come of others does not count either.
+#[test]
+fn pads_change_no_map() {
+    let model = model(DECODER, 34);
+    let (alone, padded) = (tokens(&[3, 11, 0, 19, 7]), tokens(&[3, 11, 0, 19, 7, 2, 2]));
+    let padding = Tensor::new(&[[1u8, 1, 1, 1, 1, 0, 0]], &Device::Cpu).unwrap();
+    let alone = Question::new(&model, &alone);
+    let padded = Question {
+        padding: Some(&padding),
+        ..Question::new(&model, &padded)
+    };
+    for name in ["attention-gradcam", "raw-attention", "attention-rollout"] {
+        let method = explainer(name).unwrap();
+        let mut sum = 0.0;
+        for class in 0..20 {
+            let target = Target::Score {
+                class,
+                foil: None,
+                position: Some(4),
+            };
+            let of =
+                |question: &Question<'_>| method.explain(question, target, &Options::default());
+            let [one, other] = [&alone, &padded].map(|question| of(question).unwrap().scores);
+            common::close(&one, &other[..5], 1e-10);
+            assert_eq!(other[5..], [0.0; 2], "{name}");
+            sum += one.iter().sum::<f64>();
+        }
+        assert!(sum > 0.0, "{name}");
+    }
+}
+
 #[test]
 fn every_family_is_explained_at_its_own_position() {
     let ids = [3, 11, 0, 19, 7];

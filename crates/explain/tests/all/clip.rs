@@ -414,6 +414,17 @@ fn models_whose_embedding_is_no_such_sum_are_refused() {
             "head.norm",
         ),
         (TEXT.to_owned(), "input"),
+        (
+            CLIP.replace("heads = 4", "heads = 4, local = { side = 3 }"),
+            "a filter beside the heads",
+        ),
+        (
+            CLIP.replace(
+                "heads = 4",
+                "heads = 1, bias = false, sharing = \"all\", output = \"absent\"",
+            ),
+            "a matrix of their own",
+        ),
     ] {
         let error = ImageTower::new(&common::model(&spec, 1)).unwrap_err();
         assert!(error.to_string().contains(said), "{error}");

@@ -78,6 +78,26 @@ fn only_what_the_model_gets_right_is_scored_by_every_method_that_is_defined() {
     }
 }
 
+/// Measures of no example are no measures.
+#[test]
+fn where_no_example_is_right_nothing_is_said_to_be_measured() {
+    let model = model(DECODER, 11);
+    let ids = [3, 11, 5, 0, 19];
+    let wrong = (best(&scores(&model, &ids, None)) + 1) % 3;
+    let examples = [example(&ids, wrong, None, &[0])];
+    let methods = ["decompx", "globenc"].map(|method| explainer(method).unwrap());
+    let found = evaluate(&model, &examples, &methods, &Options::default(), |_| {}).unwrap();
+    assert_eq!((found.examples, found.right), (1, 0));
+    let report = found.report("");
+    assert!(report.tables.is_empty(), "{:?}", report.tables);
+    let said = "nothing is scored: the model gets no example right";
+    assert!(
+        report.notes.iter().any(|note| note == said),
+        "{:?}",
+        report.notes
+    );
+}
+
 /// Texts are hidden in batches of other texts; alone, with the hidden tokens as padding, the
 /// model must say the same.
 #[test]

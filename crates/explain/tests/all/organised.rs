@@ -6,7 +6,7 @@ use lapidary_explain::analyses::channels::Heads;
 use lapidary_explain::analyses::geometry::{Bounds, Reading};
 use lapidary_explain::analyses::prefix_induction::{PrefixDraws, prefix_induction};
 use lapidary_explain::analyses::squashing::{Directions, Flow, jacobian_norms, path_bound};
-use lapidary_explain::analyses::{attention, clustering, geometry, linearity};
+use lapidary_explain::analyses::{attention, clustering, components, geometry, linearity};
 use lapidary_explain::{Error, Options, Question, Target, difference, explainer};
 use lapidary_model::Model;
 
@@ -69,6 +69,14 @@ fn groups_and_means_are_not_explained_as_sequences() {
         assert_refused(attention::head_patterns(&question), kind, "heads");
         assert_refused(clustering::layers(&question), kind, "clusters");
         assert_refused(path_bound(&question), kind, "paths");
+        assert_refused(
+            components::report(&question, None, 2, &[]),
+            kind,
+            "components",
+        );
+        let outside = components::report(&question, Some("embeddings"), 2, &[]).unwrap();
+        let note = "11 tokens of 1 sequence(s) at embeddings";
+        assert_eq!(outside.notes, [note], "{kind}");
         let windows = vec![IDS.to_vec(); 4];
         let found = geometry::layers(&model, &windows, Reading::default(), Bounds::default());
         assert_refused(found, kind, "geometry");
@@ -90,6 +98,12 @@ fn groups_and_means_are_not_explained_as_sequences() {
         let account = &found.account;
         let left = account.explained - account.attributed;
         assert!(left.abs() < 1e-9, "{kind}: {left:e}");
+        // What arrives at a block is a part of the whole: it is not said to be all that passes there.
+        for method in ["cp-lrp", "attnlrp", "gradient-x-input"] {
+            let found = explainer(method).unwrap();
+            let found = found.explain(&question, Target::class(1), &Options::default());
+            assert!(found.unwrap().account.leaks.is_empty(), "{kind}: {method}");
+        }
     }
 }
 
@@ -149,4 +163,39 @@ fn jacobians_are_of_what_goes_in() {
     for (operator, frobenius) in operator.iter().zip(&found.frobenius) {
         assert!(*operator > 0.0 && *operator <= frobenius * (1.0 + 1e-9));
     }
+}
+
+/// A sequence too short for the longest prefix says which one it is long enough for.
+#[test]
+fn prefixes_that_have_no_room_are_named() {
+    let model = model(DECODER, 1);
+    let said = |longest| {
+        let draws = PrefixDraws {
+            alphabet: &[1, 2, 3, 4],
+            start: Some(0),
+            longest,
+            draws: 1,
+            length: 12,
+        };
+        prefix_induction(&model, draws, &mut generator(1)).map_err(|error| error.to_string())
+    };
+    assert_eq!(
+        said(5).unwrap_err(),
+        "longest prefix is 5, but must be at most 4, which the model's 12 tokens have room for twice"
+    );
+    assert_eq!(said(4).unwrap().len(), 8);
+}
+
+/// A mixer without keys: the sentence names a site that is there.
+#[test]
+fn sites_that_are_not_written_name_one_that_is() {
+    let mixer = r#"attention = { kind = "mamba", inner = 16, state = 4, step_rank = 2 }"#;
+    let line = DECODER.lines().find(|line| line.starts_with("attention"));
+    let model = model(&DECODER.replace(line.unwrap(), mixer), 1);
+    let input = tokens(&IDS);
+    let question = Question::new(&model, &input);
+    let said = components::report(&question, None, 2, &[]).unwrap_err();
+    let said = said.to_string();
+    assert!(said.contains("(--site), such as blocks.1.out"), "{said}");
+    assert!(components::report(&question, Some("blocks.1.out"), 2, &[]).is_ok());
 }

@@ -454,7 +454,10 @@ fn what_has_no_rule_is_refused_by_name() {
         (decay.scan(&x).unwrap_err(), "scan"),
         (x.selective_scan(&scan).unwrap_err(), "selective_scan"),
         (x.softmax(&Default::default()).unwrap_err(), "softmax"),
-        (heads(&x).unwrap().mix(&mixing).unwrap_err(), "mix by ready"),
+        (
+            heads(&x).unwrap().mix(&mixing).unwrap_err(),
+            "ready weights",
+        ),
     ];
     for (error, operation) in errors {
         let said = error.to_string();

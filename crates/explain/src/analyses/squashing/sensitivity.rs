@@ -26,7 +26,7 @@ use crate::{Error, Question, Result};
 use lapidary_factor::{Matrix, matrix_from_tensor, thin_svd};
 use lapidary_kernels::{Activation, DType, Device, Tensor, activate, activation_tangent, backward};
 use lapidary_model::Model;
-use lapidary_parts::attention::{MixerSpec, MultiHeadSpec};
+use lapidary_parts::attention::{MixerSpec, MultiHeadSpec, QueryKeySharing};
 use lapidary_parts::block::{BlockSpec, Wiring};
 use lapidary_parts::feedforward::FeedforwardSpec;
 use lapidary_parts::norm::NormSpec;
@@ -245,6 +245,18 @@ impl Part<'_> {
         let MixerSpec::MultiHead(attention) = &block.attention else {
             return Err(self.refused("another mixer", "multi-head attention"));
         };
+        if attention.local.is_some() {
+            return Err(self.refused(
+                "a filter beside the heads",
+                "heads whose weights say all that they mix",
+            ));
+        }
+        if !attention.output.is_own() || attention.sharing == QueryKeySharing::All {
+            return Err(self.refused(
+                "values or an output tied to the queries",
+                "matrices of their own for values and output",
+            ));
+        }
         if block.shortcuts {
             return Err(self.refused("shortcuts", "a residual that is added as it is"));
         }
@@ -330,7 +342,7 @@ impl Part<'_> {
         Scales::of(self.model, &path, spec, self.model.spec().width)
     }
 
-    /// `Σ_h α_ij^h size(W_O^h W_V^h)`.
+    /// `Σ_h |α_ij^h| size(W_O^h W_V^h)`: weights that are not a softmax may be negative.
     fn attention(
         &self,
         spec: &MultiHeadSpec,
@@ -352,7 +364,9 @@ impl Part<'_> {
             let up = output.as_ref().subcols(head * value_width, value_width);
             let factor = size(&(up * down))?;
             let alpha = matrix_from_tensor("attention weights", &engine(weights.get(head))?)?;
-            let own = Matrix::from_fn(alpha.nrows(), alpha.ncols(), |i, j| alpha[(i, j)] * factor);
+            let own = Matrix::from_fn(alpha.nrows(), alpha.ncols(), |i, j| {
+                alpha[(i, j)].abs() * factor
+            });
             sum = Some(match sum {
                 Some(sum) => sum + own,
                 None => own,

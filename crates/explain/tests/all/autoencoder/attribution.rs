@@ -66,6 +66,35 @@ fn attribution_of_another_site_is_refused() {
     assert!(error.to_string().contains("below 2"), "{error}");
 }
 
+/// Weights of heads do not say which token a value came from beside a filter, nor in blocks that see means of tokens; and
+/// what one of two streams has is not all that was written.
+#[test]
+fn attribution_to_what_is_no_token_is_refused() {
+    let both_ways = DECODER.replace("causal = true", "causal = false");
+    let organised = |spec: &str, kind: &str| format!("{spec}\n[organisation]\nkind = \"{kind}\"\n");
+    let means = organised(&both_ways, "vip-centric") + "vips = 2\nsize = 3\nfine = 1\n";
+    let filtered = both_ways.replace("heads = 4", "heads = 4, local = { side = 3 }");
+    let autoencoder = lively(SITE, 24, 1);
+    let input = tokens(&IDS);
+    for (spec, named) in [
+        (&filtered, "a filter beside them"),
+        (&means, "organisation of the model is vip-centric"),
+    ] {
+        let model = model(spec, 1);
+        let error = Attention::new(&Question::new(&model, &input), &autoencoder).unwrap_err();
+        assert!(error.to_string().contains(named), "{error}");
+    }
+    let streams = model(&organised(DECODER, "reversible"), 1);
+    let question = Question::new(&streams, &input);
+    assert!(Attention::new(&question, &autoencoder).is_ok());
+    let error = recursive_attribution(&question, &autoencoder, 0, 1, &BTreeMap::new()).unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.starts_with("organisation of the model is reversible"),
+        "{error}"
+    );
+}
+
 #[test]
 fn parts_sum_to_what_is_split_however_it_is_split() {
     for (spec, seed) in [(DECODER, 4), (GATED, 5), (ENCODER, 6)] {

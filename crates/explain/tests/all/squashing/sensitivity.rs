@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{no_positions, question_ids};
-use crate::common::{DECODER, ENCODER, GATED, model, tokens};
+use crate::common::{self, DECODER, ENCODER, GATED, model, tokens};
 use lapidary_explain::Question;
 use lapidary_explain::analyses::squashing::{Directions, Flow, jacobian_norms, path_bound};
 use lapidary_kernels::{Device, Tensor};
@@ -20,6 +20,12 @@ fn the_bound_over_paths_holds_where_attention_and_norms_are_fixed() {
     let post = "wiring = \"post-norm\"";
     let after = DECODER.replace("repeat = 2", &format!("repeat = 2\n{post}"));
     let gated_after = GATED.replace("repeat = 2", &format!("repeat = 3\n{post}"));
+    // Weights through learned projections are of both signs.
+    let signed = DECODER.replace(
+        "heads = 4, causal = true",
+        "heads = 4, mechanism = { kind = \"linformer\", slots = 3, longest = 12 }",
+    );
+    assert_ne!(signed, DECODER);
     for spec in [
         DECODER,
         GATED,
@@ -28,6 +34,7 @@ fn the_bound_over_paths_holds_where_attention_and_norms_are_fixed() {
         ENCODER,
         &after,
         &gated_after,
+        &signed,
     ] {
         for seed in 0..3 {
             let model = model(spec, seed);
@@ -56,6 +63,27 @@ fn what_has_no_bound_says_so() {
     let input = tokens(&[1, 2, 3]);
     let error = path_bound(&Question::new(&model, &input)).unwrap_err();
     assert!(error.to_string().contains("multi-head"), "{error}");
+    // Weights say nothing of a filter, and one matrix for all is no product of two.
+    for (attention, named) in [
+        (
+            "heads = 4, local = { side = 3 }",
+            "a filter beside the heads",
+        ),
+        (
+            "heads = 4, sharing = \"all\", output = \"tied\", bias = false",
+            "tied to the queries",
+        ),
+        (
+            "heads = 4, sharing = \"all\", bias = false",
+            "tied to the queries",
+        ),
+    ] {
+        let spec = DECODER.replace("heads = 4, causal = true", attention);
+        assert_ne!(spec, DECODER);
+        let model = common::model(&spec, 1);
+        let error = path_bound(&Question::new(&model, &input)).unwrap_err();
+        assert!(error.to_string().contains(named), "{error}");
+    }
 }
 
 /// One feature, a linear feed-forward part, and nothing negative: the bound is the Jacobian.

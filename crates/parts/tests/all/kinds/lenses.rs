@@ -105,6 +105,7 @@ fn both_forms_of_relevance_agree() {
                 let refused = case.pass(&block, x, Given::default(), &Trace::new(), None);
                 let refused = refused.unwrap_err().to_string();
                 assert!(refused.contains("cp-lrp-explicit"), "{refused}");
+                assert!(refused.contains("ready weights"), "{refused}");
                 continue;
             }
             // A sigmoid's relevance can pass unchanged in the explicit form alone.
