@@ -19,6 +19,7 @@ mod golden;
 mod hash_search;
 mod introduction;
 mod kernelized;
+mod kernelized_frequencies;
 mod kinds;
 mod linformer;
 mod linformer_tokens;
