@@ -24,6 +24,7 @@ mod kinds;
 mod linformer;
 mod linformer_tokens;
 mod lion;
+mod long_sequences;
 mod mechanisms_golden;
 mod mra;
 mod positions;
