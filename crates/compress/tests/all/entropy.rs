@@ -166,6 +166,39 @@ fn excluded_blocks_stay_for_every_number_of_removals() {
     }
 }
 
+/// Of those that may go, those go that add least by a profile of the same data, whichever stay before them.
+#[test]
+fn those_that_add_least_go() {
+    let data = windows(8, 6);
+    let model = model(&with_blocks(DECODER, 6), 6);
+    for estimator in ESTIMATORS {
+        let settings = settings(estimator, 1, 1);
+        let measured =
+            EntropyProfile::measure(&model, &data, settings.batch, &settings.entropy).unwrap();
+        let attention = measured.attention.iter().map(|added| added.unwrap());
+        let attention: Vec<f64> = attention.collect();
+        for (method, suffix, added) in [
+            ("entropy-attention", ".attention", &attention),
+            ("entropy-blocks", "", &measured.blocks),
+        ] {
+            let mut order: Vec<usize> = (1..5).collect();
+            order.sort_by(|a, b| added[*a].total_cmp(&added[*b]));
+            for count in 1..=3 {
+                let keep = 1.0 - count as f64 / 6.0;
+                let compressed = cut_by(&model, &data, method, keep, &settings).unwrap();
+                let mut gone = removed(&compressed);
+                gone.sort_unstable();
+                let mut expected: Vec<String> = order[..count]
+                    .iter()
+                    .map(|block| format!("blocks.{block}{suffix}"))
+                    .collect();
+                expected.sort_unstable();
+                assert_eq!(gone, expected, "{method} by {estimator:?}: {added:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn the_first_stage_ends_where_entropy_is_least() {
     let profile = |stream: &[f64]| EntropyProfile {

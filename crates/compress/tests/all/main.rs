@@ -7,6 +7,7 @@ mod automatic;
 mod block_influence;
 mod common;
 mod curvature;
+mod depth_choice;
 mod depth_oracle;
 mod dimension;
 mod entropy;

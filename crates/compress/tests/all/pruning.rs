@@ -11,7 +11,8 @@ use crate::common::{
     zeros,
 };
 use lapidary_compress::{
-    CalibrationData, Compressed, Fingerprint, Pattern, PruneSettings, Scope, Selection, Settings,
+    Calibration, CalibrationData, CalibrationOptions, Compressed, Fingerprint, Pattern,
+    PruneSettings, Requirements, Scope, Selection, Settings, Statistic,
 };
 use lapidary_kernels::{CsrMatrix, DType, TwoOfFourMatrix};
 use lapidary_model::{Model, OpenOptions, Package};
@@ -191,6 +192,44 @@ fn a_layer_keeps_its_mask_in_any_scale_but_not_among_others() {
         masks(&gated, Scope::Global, false),
         masks(&scaled, Scope::Global, false)
     );
+}
+
+/// Of all layers together those weights go whose `w² E[(∂L/∂w)²]` is least.
+#[test]
+fn first_order_takes_the_least_of_all_layers() {
+    for spec in [DECODER, GATED] {
+        let (model, data) = (model(spec, 9), windows(6, 9));
+        let layers = weights(&model);
+        let fisher = |path: &String| Statistic::Fisher {
+            layer: path.clone(),
+        };
+        let requirements = Requirements {
+            statistics: layers.keys().map(fisher).collect(),
+        };
+        let options = CalibrationOptions::default();
+        let calibration = Calibration::collect(&model, &data, &requirements, options).unwrap();
+        let pruning = settings(PruneSettings {
+            keep_at_least: 0.0,
+            ..PruneSettings::default()
+        });
+        for share in [0.1, 0.3, 0.7] {
+            let found = cut_by(&model, &data, "first-order", 1.0 - share, &pruning).unwrap();
+            let found = weights(&found.model);
+            let (mut gone, mut left) = (0.0f64, f64::INFINITY);
+            for (path, before) in &layers {
+                let squares = values(&calibration.tensor(&fisher(path)).unwrap());
+                assert_eq!(squares.len(), before.len(), "{path}");
+                for ((weight, square), after) in before.iter().zip(&squares).zip(&found[path]) {
+                    let score = weight * weight * square;
+                    match *after == 0.0 {
+                        true => gone = gone.max(score),
+                        false => left = left.min(score),
+                    }
+                }
+            }
+            assert!(gone > 0.0 && gone <= left, "{share}: {gone:e} {left:e}");
+        }
+    }
 }
 
 /// A layer of tiny weights would be gone first, and keeps its hundredth.

@@ -2,10 +2,12 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use crate::common::attention::{Given, HEADS, Subject, WIDTH};
-use crate::common::{assert_near, contracted, difference, random, values};
-use lapidary_kernels::{Tensor, Var};
+use crate::common::{
+    Map, assert_near, contracted, difference, position, random, span, tensor, values,
+};
+use lapidary_kernels::{DType, Device, Tensor, Var};
 use lapidary_parts::attention::MultiHeadSpec;
-use lapidary_parts::position::{FireSpec, PositionSpec};
+use lapidary_parts::position::{FireSpec, PositionSpec, Span};
 
 const LENGTH: usize = 12;
 
@@ -88,4 +90,57 @@ fn fire_of_nothing_is_no_position() {
         let positioned = subject.output(&x, Given::default());
         assert!(difference(&positioned, &expected) > 1e-3);
     }
+}
+
+/// Positions that training draws are different ones below the limit, in order, any of them as likely: a network
+/// that gives its input back tells how far apart they are.
+#[test]
+fn random_positions_are_a_subset_in_order() {
+    let (limit, count) = (6, 3);
+    let fire = FireSpec {
+        hidden: 1,
+        layers: 1,
+        initial_length: 100,
+        randomised: Some(limit),
+        ..FireSpec::default()
+    };
+    let one =
+        |name: &str, value: f64, shape: &[usize]| (name.to_owned(), tensor(vec![value], shape));
+    let map = Map::from([
+        one("stretch", 0.1, &[1]),
+        one("length", 1.0, &[1]),
+        one("layers.0.weight", 1.0, &[1, 1]),
+        one("layers.0.bias", 0.0, &[1]),
+        one("layers.1.weight", 1.0, &[1, 1]),
+        one("layers.1.bias", 0.0, &[1]),
+    ]);
+    let at = position(&PositionSpec::Fire(fire), 1, true, &map);
+    let last_row = |span: Span| -> Vec<f64> {
+        let bias = at.bias(span, DType::F64, &Device::Cpu).unwrap();
+        let bias = bias.unwrap().laid_out(span.queries, span.keys).unwrap();
+        let all = values(&bias);
+        all[all.len() - span.keys..].to_vec()
+    };
+    let mut by_distance = last_row(span(limit, limit, 0));
+    by_distance.reverse();
+    let draws = 600;
+    let mut apart = 0;
+    for seed in 0..draws {
+        let drawn = Span {
+            draw: Some(seed),
+            ..span(count, count, 0)
+        };
+        let distance = |bias: &f64| {
+            let found = by_distance.iter().position(|at| (at - bias).abs() < 1e-9);
+            found.unwrap()
+        };
+        let distances: Vec<usize> = last_row(drawn).iter().map(distance).collect();
+        assert!(distances.is_sorted_by(|a, b| a > b), "{distances:?}");
+        assert_eq!(distances[count - 1], 0);
+        apart += distances[0];
+    }
+    // From the first to the last of three of six: 2, 3, 4 or 5 in 4, 6, 6 and 4 of 20 subsets.
+    let (mean, deviation) = (apart as f64 / draws as f64, 1.05f64.sqrt());
+    let error = deviation / (draws as f64).sqrt();
+    assert!((mean - 3.5).abs() < 5.0 * error, "{mean}");
 }

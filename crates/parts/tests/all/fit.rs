@@ -385,6 +385,30 @@ fn pads_change_nothing() {
     }
 }
 
+/// Each sequence of a batch is as long as its own pads say: one has two groups, the other four.
+#[test]
+fn sequences_of_different_numbers_of_groups_share_a_batch() {
+    for causal in [false, true] {
+        let subject = Subject::new(spec("(1)1(1)2(1)", 4, causal), causal);
+        let x = tokens(16);
+        for lengths in [[7, 14], [14, 7]] {
+            let keep = lengths.map(|length| (0..16).map(move |at| u8::from(at < length)));
+            let keep: Vec<u8> = keep.into_iter().flatten().collect();
+            let keep = Tensor::from_vec(keep, (BATCH, 16), &Device::Cpu).unwrap();
+            let given = Given {
+                keep: Some(&keep),
+                ..Given::default()
+            };
+            let (y, _) = subject.pass(&x, given);
+            for (row, length) in lengths.into_iter().enumerate() {
+                let own = |x: &Tensor| rows(&x.narrow(0, row, 1).unwrap(), 0, length);
+                let alone = subject.run(&own(&x));
+                assert_near(&own(&y), &alone, 1e-12, &format!("{length} tokens"));
+            }
+        }
+    }
+}
+
 #[test]
 fn gradients_equal_central_differences() {
     let mut feedforward = spec("(1)1(1)1", 2, false);

@@ -530,3 +530,110 @@ fn what_runs_again_takes_its_first_buckets() {
     assert_ne!(first, met(&other, None));
     assert_eq!(first, met(&other, Some(&decisions)));
 }
+
+/// Each digit of a bucket is a hash of its own: an opposite vector has half of the digit's number more of it, and
+/// every digit stands beside every other.
+#[test]
+fn digits_of_buckets_are_hashed_one_by_one() {
+    let half = random(&[1, 1, 200, 8], 1);
+    let keys = Tensor::cat(&[&half, &half.neg().unwrap()], 2).unwrap();
+    for (buckets, chunk, digits) in [
+        (vec![2, 6], 4, vec![2, 6]),
+        (vec![6, 6], 4, vec![6, 6]),
+        (vec![4, 2, 6], 4, vec![4, 2, 6]),
+        // Two for each of 58 chunks, and for each of 67, which is too many for one digit.
+        (Vec::new(), 7, vec![116]),
+        (Vec::new(), 6, vec![12, 12]),
+    ] {
+        let reformer = ReformerSpec {
+            buckets,
+            ..ReformerSpec::new(chunk)
+        };
+        let all: usize = digits.iter().product();
+        let mut seen = vec![false; all];
+        for draw in 0..30 {
+            let found = reformer.buckets(&keys, "", Some(draw)).unwrap();
+            let found: Vec<u32> = found.flatten_all().unwrap().to_vec1().unwrap();
+            let parts = |token: usize| -> Vec<usize> {
+                let mut rest = found[token] as usize;
+                let mut parts = Vec::new();
+                for digit in digits.iter().rev() {
+                    parts.insert(0, rest % digit);
+                    rest /= digit;
+                }
+                assert_eq!(rest, 0, "{digits:?}: bucket {}", found[token]);
+                parts
+            };
+            for token in 0..200 {
+                let each = parts(token).into_iter().zip(&digits);
+                let across: Vec<usize> = each
+                    .map(|(part, digit)| (part + digit / 2) % digit)
+                    .collect();
+                assert_eq!(parts(200 + token), across, "{digits:?}");
+            }
+            for bucket in found {
+                seen[bucket as usize] = true;
+            }
+        }
+        let missing = seen.iter().filter(|seen| !**seen).count();
+        assert_eq!(missing, 0, "{digits:?}");
+    }
+}
+
+#[test]
+fn heads_and_rounds_have_rotations_of_their_own() {
+    let one = random(&[1, 1, 40, HEAD_WIDTH], 3);
+    let keys = Tensor::cat(&[&one, &one], 1).unwrap();
+    for draw in [None, Some(5)] {
+        let found = plain(4, 2).buckets(&keys, "", draw).unwrap();
+        let found: Vec<u32> = found.flatten_all().unwrap().to_vec1().unwrap();
+        let of = |head: usize, round: usize| -> Vec<u32> {
+            (0..40)
+                .map(|token| found[(head * 40 + token) * 2 + round])
+                .collect()
+        };
+        let all = [of(0, 0), of(0, 1), of(1, 0), of(1, 1)];
+        for (at, buckets) in all.iter().enumerate() {
+            assert!(!all[..at].contains(buckets), "{draw:?}: {at}");
+        }
+    }
+}
+
+/// A sequence whose buckets follow from its length has them of its own real tokens, beside one whose buckets
+/// have a digit more.
+#[test]
+fn sequences_of_one_digit_and_of_two_share_a_batch() {
+    let (long, short) = (random(&[1, 70, WIDTH], 1), random(&[1, 10, WIDTH], 2));
+    let padded = Tensor::cat(&[&short, &random(&[1, 60, WIDTH], 3)], 1).unwrap();
+    let few = [[1u8; 10].as_slice(), &[0; 60]].concat();
+    let many = [1u8; 70];
+    // Chunks of one token: 140 buckets, as two digits of 12, and 20.
+    let reformer = ReformerSpec {
+        rounds: 2,
+        ..ReformerSpec::new(1)
+    };
+    for causal in [false, true] {
+        let subject = subject(&reformer, causal);
+        for draw in [None, Some(3)] {
+            let of = |x: &Tensor, keep: Option<&Tensor>| {
+                let given = Given {
+                    keep,
+                    draw,
+                    ..Given::default()
+                };
+                subject.output(x, given)
+            };
+            let alone = [of(&long, None), of(&short, None)];
+            let keep = mask(&[&many, &few]);
+            let first = of(&Tensor::cat(&[&long, &padded], 0).unwrap(), Some(&keep));
+            let keep = mask(&[&few, &many]);
+            let last = of(&Tensor::cat(&[&padded, &long], 0).unwrap(), Some(&keep));
+            for (both, at) in [(first, 0), (last, 1)] {
+                let row = |row: usize| both.narrow(0, row, 1).unwrap();
+                assert_near(&row(at), &alone[0], 1e-12, "of two digits");
+                let real = row(1 - at).narrow(1, 0, 10).unwrap();
+                assert_near(&real, &alone[1], 1e-12, "of one digit");
+            }
+        }
+    }
+}

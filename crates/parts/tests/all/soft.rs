@@ -366,6 +366,24 @@ fn newtons_steps_filter_eigenvalues() {
     }
 }
 
+/// Rows of kernels have different sums: the largest of them in its own slice says how long the step is.
+#[test]
+fn the_largest_row_of_a_slice_is_its_step() {
+    let points = values(&random(&[2, 3, 7, 4], 5));
+    let mut entries = Vec::new();
+    for slice in points.chunks(7 * 4) {
+        for a in slice.chunks(4) {
+            entries.extend(slice.chunks(4).map(|b| kernel(a, b)));
+        }
+    }
+    let a = tensor(entries, &[2, 3, 7, 7]);
+    for steps in [0, 1, 3, 20] {
+        let found = newton_inverse(&a, 0.01, steps).unwrap();
+        let expected = followed(&a, 0.01, steps);
+        assert_near(&found, &expected, 1e-10, &format!("after {steps}"));
+    }
+}
+
 /// Each slice has its own step length: one of them changes no other.
 #[test]
 fn slices_are_inverted_by_themselves() {

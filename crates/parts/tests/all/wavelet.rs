@@ -1,6 +1,7 @@
 //! Wavelet space attention: the transforms and what is mixed between them.
 #![allow(clippy::panic, clippy::unwrap_used)]
 
+mod definitions;
 mod filters;
 mod transforms;
 

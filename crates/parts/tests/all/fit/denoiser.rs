@@ -123,6 +123,48 @@ fn latents_hear_of_time_and_conditions() {
     assert!(difference(&x, &denoise(&spec, &map, &other, None)[0]) > 1e-6);
 }
 
+/// A time is a thousand times as long, then sines and cosines of it with mean 0 and deviation 1, then a layer.
+#[test]
+fn times_are_standardised_waves() {
+    let spec = denoiser(false);
+    let map = draw(4, |p| Denoiser::new(&spec, p));
+    let module = build(&map, |p| Denoiser::new(&spec, p)).unwrap();
+    let [patches, time, conditions] = noisy();
+    let (patches, conditions) = (Signal::from(patches), Signal::from(conditions));
+    let noisy = Noisy {
+        patches: &patches,
+        time: &time,
+        conditions: Some(&conditions),
+        latents: None,
+    };
+    let trace = Trace::new().capture("time.{in,hidden.out}").unwrap();
+    module.forward(noisy, &Context::new(&trace)).unwrap();
+    let found = |site: &str| values(trace.signal(site).unwrap().value());
+    let (waves, hidden) = (found("time.in"), found("time.hidden.out"));
+    let weight = values(&map["time.hidden.weight"]);
+    let bias = values(&map["time.hidden.bias"]);
+    // A quarter of the latents' 16 features, at rates of 1 and 1 / 100.
+    assert_eq!((waves.len(), hidden.len()), (2 * 4, 2 * 16));
+    for (example, time) in [0.2f64, 0.7].into_iter().enumerate() {
+        let (quick, slow) = (1000.0 * time, 10.0 * time);
+        let plain = [quick.sin(), slow.sin(), quick.cos(), slow.cos()];
+        let mean = plain.iter().sum::<f64>() / 4.0;
+        let variance = plain.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / 4.0;
+        let expected = plain.map(|x| (x - mean) / variance.sqrt());
+        for (at, expected) in expected.iter().enumerate() {
+            let found = waves[example * 4 + at];
+            assert!((found - expected).abs() < 1e-9, "{found} {expected}");
+        }
+        for (at, bias) in bias.iter().enumerate() {
+            let row = &weight[at * 4..][..4];
+            let sum: f64 = row.iter().zip(&expected).map(|(w, x)| w * x).sum();
+            let expected = (sum + bias) / (1.0 + (-(sum + bias)).exp());
+            let found = hidden[example * 16 + at];
+            assert!((found - expected).abs() < 1e-9, "{found} {expected}");
+        }
+    }
+}
+
 #[test]
 fn half_of_the_examples_train_with_latents_of_a_step_before() {
     let spec = denoiser(true);

@@ -462,6 +462,48 @@ fn a_class_token_does_not_decay() {
     }
 }
 
+/// It stands before the first patch of each curve.
+#[test]
+fn a_class_token_is_first_on_every_curve() {
+    let given = Given::new(1, 13);
+    let map = Map::from([(
+        "decay".to_owned(),
+        tensor(vec![0.4, 1.1, -0.3, 0.7], &[2, 2]),
+    )]);
+    let curves = [Curve::Rows, Curve::Columns];
+    let places = curves.map(|curve| {
+        let mut places = vec![0; 13];
+        for (place, patch) in curve.order(12, 4).into_iter().enumerate() {
+            places[1 + patch] = 1 + place;
+        }
+        places
+    });
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    for form in FORMS {
+        let spec = LionSpec {
+            form,
+            class_token: true,
+            ..on_image(LionDecay::Constant, 4, &curves)
+        };
+        let found = bare_mask(&spec, &map, &given);
+        for (head, logits) in [(0, [0.4, -0.3]), (1, [1.1, 0.7])] {
+            for i in 0..13 {
+                for j in 0..13 {
+                    let along = |places: &[usize], logit: f64| {
+                        // What patches see of it has not passed its own λ, which is one.
+                        let free = usize::from(i > 0 && j == 0);
+                        let steps = places[i].abs_diff(places[j]) - free;
+                        sigmoid(logit).powi(steps as i32)
+                    };
+                    let mean = (along(&places[0], logits[0]) + along(&places[1], logits[1])) / 2.0;
+                    let found = found[head * 13 + i][j];
+                    assert!((found - mean).abs() < 1e-12, "{form:?}: {i} of {j}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn pads_neither_decay_nor_count() {
     let given = Given::new(1, 6);

@@ -176,3 +176,42 @@ fn passes_repeat_and_draws_explore() {
     let settled = Subject::new(spec(2), 2);
     assert_near(&drawn(None), &settled.run(&x), 0.0, "evaluation");
 }
+
+/// Each sequence of a batch explores by itself, as often as it is told to. Of the ten pairs of five blocks a random one
+/// is the one that attention chooses once.
+#[test]
+fn sequences_explore_as_often_as_told() {
+    let exploring = Subject::new(
+        VccSpec {
+            exploration: 0.3,
+            ..spec(2)
+        },
+        1,
+    );
+    let x = tokens(LENGTH);
+    let settled = exploring.run(&x);
+    let draws = 400;
+    let mut counts = [0.0; 4];
+    for draw in 0..draws {
+        let given = Given {
+            draw: Some(draw),
+            ..Given::default()
+        };
+        let (y, _) = exploring.pass(&x, given, "none");
+        let explored = |sequence: usize| {
+            let of = |x: &Tensor| x.narrow(0, sequence, 1).unwrap();
+            usize::from(difference(&of(&y), &of(&settled)) > 1e-9)
+        };
+        counts[2 * explored(0) + explored(1)] += 1.0;
+    }
+    let (seen, draws) = (0.3 * 0.9, draws as f64);
+    let both = seen * seen;
+    let one = seen - both;
+    for (found, share) in counts.iter().zip([1.0 - seen - one, one, one, both]) {
+        let deviation = (draws * share * (1.0 - share)).sqrt();
+        assert!(
+            (found - draws * share).abs() < 5.0 * deviation,
+            "{counts:?}: {share}"
+        );
+    }
+}
