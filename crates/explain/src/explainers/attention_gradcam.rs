@@ -37,7 +37,7 @@ fn explain(question: &Question<'_>, targets: &[Target]) -> Result<Vec<Explanatio
         let arrived = pass.arrived(&[(0, *target)])?;
         let gradient = arrived.blocks.last().ok_or_else(missing)?;
         let scores = weighted_heads(question, last, gradient, *target)?;
-        let mut left_out = is_a_map();
+        let mut left_out = is_a_map(question);
         left_out.push("every layer but the last, and evidence against the class".to_owned());
         Ok(Explanation::new(
             ATTENTION_GRADCAM.name,

@@ -6,6 +6,8 @@ use crate::target::number;
 use crate::{Error, Question, Result, Target};
 use lapidary_kernels::{D, DType, Tensor, backward};
 use lapidary_model::{HeadSpec, Input, InputSpec, Output, Pool};
+use lapidary_parts::attention::MixerSpec;
+use lapidary_parts::block::BlockSpec;
 use lapidary_signal::Trace;
 use lapidary_signal::relevance::RelevanceRules;
 
@@ -250,6 +252,16 @@ pub(crate) fn heat(question: &Question<'_>, mut row: Vec<f64>) -> Vec<f64> {
 }
 
 /// What all maps leave out.
-pub(crate) fn is_a_map() -> Vec<String> {
-    vec!["any sum: the scores are a map, not shares of the explained number".to_owned()]
+pub(crate) fn is_a_map(question: &Question<'_>) -> Vec<String> {
+    let mut left_out =
+        vec!["any sum: the scores are a map, not shares of the explained number".to_owned()];
+    let blocks = &question.model.spec().blocks;
+    let filtered = |block: &BlockSpec| match &block.attention {
+        MixerSpec::MultiHead(attention) => attention.local.is_some(),
+        _ => false,
+    };
+    if blocks.iter().any(filtered) {
+        left_out.push("what filters beside the heads bring from neighbours".to_owned());
+    }
+    left_out
 }

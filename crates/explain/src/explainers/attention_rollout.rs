@@ -44,7 +44,7 @@ fn explain(
     let product = roll_out(&layers, options.start_layer, true)?;
     let explain = |target: &Target| {
         let row = explained_row(question, &product, 0, *target)?;
-        let mut left_out = is_a_map();
+        let mut left_out = is_a_map(question);
         left_out.push("the target: the map is the same for every class".to_owned());
         Ok(Explanation::new(
             ATTENTION_ROLLOUT.name,

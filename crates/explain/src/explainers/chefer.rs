@@ -183,7 +183,7 @@ impl<'a> Passes<'a> {
         for ((sequence, target), explained) in seeds.iter().zip(&gradient.explained) {
             let row = explained_row(self.question, &product, *sequence, *target)?;
             let scores = heat(self.question, row);
-            let mut left_out = is_a_map();
+            let mut left_out = is_a_map(self.question);
             left_out.push("evidence against the class".to_owned());
             if patches && class_tokens(self.question) > 0 {
                 left_out.push("what the class token keeps".to_owned());

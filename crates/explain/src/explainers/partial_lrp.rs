@@ -35,7 +35,7 @@ fn explain(question: &Question<'_>, targets: &[Target]) -> Result<Vec<Explanatio
             .ok_or_else(|| Error::invalid("number of blocks", 0, "at least 1"))?;
         let mean = head_mean(&engine(last.relu())?)?;
         let row = explained_row(question, &mean, 0, *target)?;
-        let mut left_out = is_a_map();
+        let mut left_out = is_a_map(question);
         left_out.push("every layer but the last, and negative relevance".to_owned());
         Ok(Explanation::new(
             PARTIAL_LRP.name,

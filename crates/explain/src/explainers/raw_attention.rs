@@ -32,7 +32,7 @@ fn explain(question: &Question<'_>, targets: &[Target]) -> Result<Vec<Explanatio
     let mean = head_mean(last)?;
     let explain = |target: &Target| {
         let row = explained_row(question, &mean, 0, *target)?;
-        let mut left_out = is_a_map();
+        let mut left_out = is_a_map(question);
         left_out.push("the target, and every layer but the last".to_owned());
         Ok(Explanation::new(
             RAW_ATTENTION.name,

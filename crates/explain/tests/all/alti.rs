@@ -623,6 +623,20 @@ fn filters_beside_heads_are_named() {
              they mix; decompx, cp-lrp and gradient-x-input go through any part"
         );
     }
+    let said = |spec| {
+        let found = explain(
+            "raw-attention",
+            &model(spec, 1),
+            Target::class(0),
+            &Options::default(),
+        );
+        found
+            .account
+            .left_out
+            .iter()
+            .any(|left| left.starts_with("what filters beside the heads"))
+    };
+    assert!(said(&filtered) && !said(DECODER));
 }
 
 /// Attention that has no output matrix of its own: the sentence names the form that has one.

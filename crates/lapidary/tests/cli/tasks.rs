@@ -63,6 +63,11 @@ fn tokenizer() -> Tokenizer {
 }
 
 fn model(vocabulary: usize) -> Model {
+    reading(vocabulary, true)
+}
+
+/// One that reads from left to right, where it is causal.
+fn reading(vocabulary: usize, causal: bool) -> Model {
     let spec = format!(
         r#"
 width = 16
@@ -74,7 +79,7 @@ length = 96
 position = {{ kind = "learned" }}
 [[blocks]]
 repeat = 2
-attention = {{ kind = "multi-head", heads = 2, causal = true }}
+attention = {{ kind = "multi-head", heads = 2, causal = {causal} }}
 feedforward = {{ kind = "dense", hidden = 24, activation = "gelu-tanh" }}
 [head]
 kind = "language-model"
@@ -424,4 +429,30 @@ fn the_command_ranks_features_of_a_task() {
     assert!(rows.len() <= 5 && !rows.is_empty());
     let found = of(&["--task", "greater-than", "--role", "XX", "--folded-biases"]);
     assert!(found["title"].as_str().unwrap().ends_with("XX"));
+}
+
+#[test]
+fn curvature_is_of_models_that_read_from_left_to_right() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let (saved, text) = (path("model"), path("text"));
+    let task = format!("own={text}");
+    std::fs::write(&text, "the text is not read").unwrap();
+    let tokenizer = tokenizer();
+    let model = reading(tokenizer.vocabulary_size(), false);
+    Package::new(model, Some(tokenizer))
+        .save(Path::new(&saved), None)
+        .unwrap();
+    let arguments = [
+        "inspect",
+        "curvature",
+        &saved,
+        "--text",
+        &text,
+        "--task",
+        &task,
+    ];
+    let refused = lapidary(&arguments).failure();
+    let said = String::from_utf8_lossy(&refused.get_output().stderr).into_owned();
+    assert!(said.contains("is a model that sees later tokens"), "{said}");
 }

@@ -99,6 +99,12 @@ struct Models<'a> {
 pub fn run(arguments: &Curvature, global: &Global) -> Result<Report> {
     let package = loading::written_out(&arguments.model, global)?;
     let model = package.text_model()?;
+    ensure!(
+        model.spec().is_causal(),
+        "{} is a model that sees later tokens, but must be one that predicts each next token: curvature is that of its \
+         loss",
+        arguments.model
+    );
     let window = arguments.window.min(model.spec().length());
     ensure!(
         window >= 2,
