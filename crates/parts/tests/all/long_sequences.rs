@@ -57,7 +57,7 @@ fn combiner(form: CombinerForm) -> MechanismSpec {
 }
 
 /// Those of which steps are the pass, and earlier tokens know nothing of later ones.
-fn causal() -> Vec<MechanismSpec> {
+pub fn causal() -> Vec<MechanismSpec> {
     let positive = ReadOut::Positive { stabilise: false };
     let fourier = ReadOut::Fourier { smoothing: 1.0 };
     let mixture = SpectrumSpec::Mixture {
@@ -87,7 +87,7 @@ fn causal() -> Vec<MechanismSpec> {
 }
 
 /// Those that see both sides.
-fn bidirectional() -> Vec<MechanismSpec> {
+pub fn bidirectional() -> Vec<MechanismSpec> {
     let stabilised = ReadOut::Positive { stabilise: true };
     let recurrent = LionSpec {
         decay: LionDecay::Selective,

@@ -16,6 +16,7 @@ mod fastmax;
 mod fire_rows;
 mod fit;
 mod golden;
+mod grouped_keys;
 mod hash_search;
 mod introduction;
 mod kernelized;
